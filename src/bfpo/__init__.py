@@ -1,0 +1,41 @@
+"""Bi-Factorial Preference Optimization: align language models for safety and helpfulness.
+
+Public names are loaded on first use, so `import bfpo` loads neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from bfpo.labeling import LabelingFunction
+    from bfpo.losses import bfpo_loss
+    from bfpo.pairs import PreferencePair, SafetyLabels
+    from bfpo.training.sft import SFTTrainer
+    from bfpo.training.trainer import BFPOTrainer
+
+_HOME = {
+    "BFPOTrainer": "bfpo.training.trainer",
+    "LabelingFunction": "bfpo.labeling",
+    "PreferencePair": "bfpo.pairs",
+    "SFTTrainer": "bfpo.training.sft",
+    "SafetyLabels": "bfpo.pairs",
+    "bfpo_loss": "bfpo.losses",
+}
+
+__all__ = [
+    "BFPOTrainer",
+    "LabelingFunction",
+    "PreferencePair",
+    "SFTTrainer",
+    "SafetyLabels",
+    "__version__",
+    "bfpo_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'bfpo' has no attribute '{name}'")

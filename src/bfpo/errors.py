@@ -1,0 +1,63 @@
+"""The errors that `bfpo` raises on purpose.
+
+Each message says where (file, row, key), what was got, what is allowed and what to do. Each class also
+subclasses the built-in error it stands for, so that `except ValueError` keeps working. The command line
+prints the message without a traceback and exits with the class's `exit_code`.
+"""
+
+from difflib import get_close_matches
+from typing import ClassVar
+
+
+class BfpoError(Exception):
+    """Root of all errors raised on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RecipeError(BfpoError, ValueError):
+    """A recipe, an option or a hyper-parameter is wrong."""
+
+    exit_code = 2
+
+
+class DataError(BfpoError, ValueError):
+    """Input data are missing, malformed or contradictory."""
+
+    exit_code = 2
+
+
+class ModelError(BfpoError, ValueError):
+    """A model or tokenizer can't be loaded or can't be trained as asked."""
+
+    exit_code = 2
+
+
+class TrainingError(BfpoError, RuntimeError):
+    """A run failed after it had started."""
+
+    exit_code = 1
+
+
+class MissingExtra(BfpoError, ImportError):
+    """A feature needs a package that the core installation doesn't bring."""
+
+    exit_code = 2
+
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        super().__init__(f"{feature} needs {package}; pip install 'bfpo[{extra}]'")
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """Return a hint that ends an error about an unknown word.
+
+    Args:
+        word: What was got.
+        known: The words that are allowed.
+
+    Returns:
+        `did you mean 'x'? ` when something is close (else nothing), followed by all the known words.
+    """
+    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    guess = f"did you mean '{close[0]}'? " if close else ""
+    return f"{guess}known: {', '.join(sorted(known))}"
