@@ -7,14 +7,13 @@ A pair file holds one JSON object per line with the columns of `COLUMNS`. Both l
 unlabelled pair, which may be inspected but not trained on; one absent, or a null in one, is an error.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 from bfpo.errors import DataError
+from bfpo.files import content_hash
 
 Cell = Literal["ss", "su", "us", "uu"]
 CELLS: tuple[Cell, ...] = get_args(Cell)
@@ -147,12 +146,12 @@ class PreferencePair:
     @property
     def row_id(self) -> str:
         """Hash of the texts: 16 hexadecimal digits; labels and provenance don't enter."""
-        return text_hash([list(self.prompt), self.chosen, self.rejected])
+        return content_hash(self.prompt, self.chosen, self.rejected)
 
     @property
     def prompt_key(self) -> str:
         """Hash of the prompt, blind to case and white space: holdout and leak checks compare this."""
-        return prompt_key(self.prompt[-1].content if len(self.prompt) == 1 else _joined(self.prompt))
+        return conversation_key(self.prompt)
 
     @property
     def cell(self) -> Cell | None:
@@ -198,27 +197,24 @@ class Demonstration:
     @property
     def row_id(self) -> str:
         """Hash of the texts: 16 hexadecimal digits."""
-        return text_hash([list(self.prompt), self.completion])
+        return content_hash(self.prompt, self.completion)
 
     @property
     def prompt_key(self) -> str:
         """Hash of the prompt, blind to case and white space."""
-        return prompt_key(self.prompt[-1].content if len(self.prompt) == 1 else _joined(self.prompt))
-
-
-def text_hash(content: object) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of `content` as canonical JSON."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return conversation_key(self.prompt)
 
 
 def prompt_key(text: str) -> str:
     """Return a hash of a prompt's words that ignores case and white space."""
-    return text_hash(" ".join(text.casefold().split()))
+    return content_hash(" ".join(text.casefold().split()))
 
 
-def _joined(prompt: tuple[Message, ...]) -> str:
-    return "\n".join(f"{role}: {content}" for role, content in prompt)
+def conversation_key(prompt: tuple[Message, ...]) -> str:
+    """Return the key of a conversation; one with a single turn has the key of its text."""
+    if len(prompt) == 1:
+        return prompt_key(prompt[0].content)
+    return prompt_key("\n".join(f"{role}: {content}" for role, content in prompt))
 
 
 _LABEL_WORDS: Mapping[str, bool] = {

@@ -1,0 +1,229 @@
+"""One source: its pairs, sampled, and a report of everything that happened to its rows."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from bfpo.data.adapters import ADAPTERS, SkipRow, demonstration
+from bfpo.data.rows import local_files, read_rows
+from bfpo.errors import DataError, RecipeError, did_you_mean
+from bfpo.files import file_hash
+from bfpo.pairs import Cell, Demonstration, PreferencePair, SafetyLabels, StreamName
+from bfpo.recipe import Source
+
+Item = TypeVar("Item")
+
+
+class Why(NamedTuple):
+    """Why pairs of one cell were dropped, removed or noted."""
+
+    reason: str
+    cell: Cell | None
+
+
+@dataclass
+class SourceReport:
+    """What happened to the rows of one source; every count is of pairs (or completions) unless it says rows.
+
+    Args:
+        name: Data set name, unique within a run.
+        source: The recipe's source.
+        licence: Licence of the data; "" when unknown.
+        note: What the adapter warns of.
+        files: Local file → SHA-256.
+        skipped: Rows without a pair, by reason.
+        faulty: Rows without a pair that count against the cap.
+        read: Pairs that the adapter gave.
+        taken: Pairs left after `fraction` and `limit`.
+        dropped: Pairs lost to a fault, by reason and cell; these count against the cap.
+        removed: Pairs left out on purpose (duplicates, leaks, what the loss doesn't train on).
+        noted: Pairs kept that are worth knowing about (truncated, contradictory).
+    """
+
+    name: str
+    source: Source
+    licence: str = ""
+    note: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)
+    faulty: int = 0
+    read: int = 0
+    taken: int = 0
+    dropped: Counter[Why] = field(default_factory=Counter)
+    removed: Counter[Why] = field(default_factory=Counter)
+    noted: Counter[Why] = field(default_factory=Counter)
+
+    def check_cap(self, max_dropped: float) -> None:
+        """Stop a run that would lose more than a share of this source.
+
+        Raises:
+            DataError: If it would; with the count of each reason.
+        """
+        lost, total = self.dropped.total() + self.faulty, self.taken + self.faulty
+        if lost > max_dropped * total:
+            reasons = Counter(self.skipped) if self.faulty else Counter[str]()
+            for (reason, _), count in self.dropped.items():
+                reasons[reason] += count
+            counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+            raise DataError(
+                f"{self.name}: {lost} of {total} pairs would be dropped ({counts}), more than max_dropped = "
+                f"{max_dropped:g}; mend the data, or raise max_dropped in the recipe if this is meant"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report for a manifest."""
+        return {
+            "name": self.name,
+            "source": self.source.model_dump(exclude_defaults=True),
+            "licence": self.licence,
+            "note": self.note,
+            "files": self.files,
+            "rows_skipped": dict(self.skipped),
+            "pairs_read": self.read,
+            "pairs_taken": self.taken,
+            "dropped": by_reason(self.dropped),
+            "removed": by_reason(self.removed),
+            "noted": by_reason(self.noted),
+        }
+
+
+def by_reason(counts: Counter[Why]) -> dict[str, dict[str, int]]:
+    """Return the counts as reason → cell → number."""
+    table: dict[str, dict[str, int]] = {}
+    for (reason, cell), count in sorted(counts.items(), key=str):
+        table.setdefault(reason, {})[cell or "unlabelled"] = count
+    return table
+
+
+def load_pairs(
+    source: Source, stream: StreamName, *, limit: int | None = None
+) -> tuple[SourceReport, list[PreferencePair]]:
+    """Read the pairs of a source and take the sample that it asks for.
+
+    Args:
+        source: Where and how to read.
+        stream: The stream of pairs that don't name one themselves.
+        limit: A further limit, as from `--limit`.
+
+    Returns:
+        The report, and pairs that all have a data set name and a stream.
+
+    Raises:
+        DataError: If rows are malformed, some pairs are labelled and others are not, or the file puts a pair of
+            the main stream into a source of the buffer.
+        RecipeError: If the adapter is unknown.
+    """
+    adapter = ADAPTERS.get(source.adapter)
+    if adapter is None:
+        raise RecipeError(f"adapter is '{source.adapter}'; {did_you_mean(source.adapter, list(ADAPTERS))}")
+    report = _report(source, source.licence or adapter.licence, adapter.note)
+    found: list[PreferencePair] = []
+    for item in adapter.read(read_rows(source), source):
+        if isinstance(item, SkipRow):
+            report.skipped[item.reason] += 1
+            report.faulty += item.fault
+        else:
+            found.append(item)
+    if not found:
+        raise DataError(f"{report.name}: no pairs in {source.path} (rows skipped: {dict(report.skipped)})")
+    _check_half_labelled(report.name, found)
+    return report, [_completed(pair, report, stream) for pair in _sample(found, source, report, limit)]
+
+
+def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[SourceReport, list[Demonstration]]:
+    """Read the completions of a source for supervised fine-tuning, and take the sample that it asks for.
+
+    With `adapter: demonstrations` rows are prompts with completions; with any other adapter they are pairs, and
+    `source.use` says which of their answers to imitate.
+
+    Raises:
+        DataError: If rows are malformed, or `use: safer` meets an unlabelled pair.
+    """
+    if source.adapter == "demonstrations":
+        report = _report(source, source.licence or "", "")
+        found = list(_demonstrations(source))
+        if not found:
+            raise DataError(f"{report.name}: no rows in {source.path}")
+        taken = _sample(found, source, report, limit)
+    else:
+        report, pairs = load_pairs(source, "main", limit=limit)
+        taken = [item for pair in pairs for item in _imitated(pair, source, report)]
+        report.read = report.taken = len(taken)
+    return report, [replace(item, dataset_name=report.name) for item in taken]
+
+
+def _demonstrations(source: Source) -> Iterator[Demonstration]:
+    for row in read_rows(source):
+        try:
+            yield demonstration(row)
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from None
+
+
+def _imitated(pair: PreferencePair, source: Source, report: SourceReport) -> list[Demonstration]:
+    chosen, rejected = (Demonstration(pair.prompt, text) for text in (pair.chosen, pair.rejected))
+    if source.use == "both":
+        return [chosen, rejected]
+    if source.use == "safer":
+        if pair.labels is None:
+            raise DataError(f"{report.name}: 'use: safer' needs safety labels, and this set has none")
+        if not any(pair.labels):
+            report.skipped["both answers unsafe"] += 1
+            return []
+        # Among two safe answers the more helpful one is imitated.
+        return [chosen if pair.labels.chosen else rejected]
+    return [chosen if source.use == "chosen" else rejected]
+
+
+def _report(source: Source, licence: str, note: str) -> SourceReport:
+    first = source.path if isinstance(source.path, str) else source.path[0]
+    files = local_files(source)
+    name = _short_name(files[0]) if len(files) == 1 else (source.adapter if files else first)
+    hashes = {file.name: file_hash(file) for file in files}
+    return SourceReport(name, source, licence, note, hashes)
+
+
+def _short_name(file: Path) -> str:
+    return file.name.partition(".")[0] or file.name
+
+
+def _completed(pair: PreferencePair, report: SourceReport, stream: StreamName) -> PreferencePair:
+    origin = pair.provenance
+    if stream == "buffer" and origin.stream == "main":
+        raise DataError(f"{report.name}: a source of the buffer holds pairs of stream 'main'; list the file in data:")
+    labels, label_source = pair.labels, origin.safety_label_source
+    if labels is None and report.source.assume_safe:
+        labels, label_source = SafetyLabels(True, True), "assumed"
+    origin = replace(
+        origin,
+        dataset_name=origin.dataset_name or report.name,
+        safety_label_source=label_source,
+        stream=origin.stream or stream,
+    )
+    return replace(pair, labels=labels, provenance=origin)
+
+
+def _check_half_labelled(name: str, pairs: Sequence[PreferencePair]) -> None:
+    unlabelled = sum(pair.labels is None for pair in pairs)
+    if 0 < unlabelled < len(pairs):
+        number = next(index for index, pair in enumerate(pairs, start=1) if pair.labels is None)
+        raise DataError(
+            f"{name}: {unlabelled} of {len(pairs)} pairs have no safety labels (the first is pair {number}); "
+            "label all of them or none"
+        )
+
+
+def _sample(items: list[Item], source: Source, report: SourceReport, limit: int | None) -> list[Item]:
+    report.read = len(items)
+    count = len(items) if source.fraction is None else int(source.fraction * len(items))
+    count = min(count, *(number for number in (source.limit, limit) if number is not None), count)
+    report.taken = count
+    if count == 0:
+        raise DataError(f"{report.name}: fraction {source.fraction} of {len(items)} pairs leaves none")
+    if source.sample == "head" or count == len(items):
+        return items[:count]
+    chosen = sorted(random.Random(source.seed).sample(range(len(items)), count))
+    return [items[index] for index in chosen]

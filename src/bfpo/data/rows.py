@@ -1,0 +1,246 @@
+"""Raw rows from files and from the hub, each knowing where it stands."""
+
+import csv
+import gzip
+import json
+import lzma
+import math
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import IO, Any, cast
+
+from bfpo.errors import DataError
+from bfpo.pairs import parse_label
+from bfpo.recipe import Source
+
+_SUFFIXES = ("json", "jsonl", "csv", "parquet")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One raw row.
+
+    Args:
+        values: Column → value.
+        where: File or hub id, and the row's number from 1.
+    """
+
+    values: Mapping[str, Any]
+    where: str
+
+    def value(self, column: str) -> Any:
+        """Return a column's value.
+
+        Raises:
+            DataError: If the column is missing.
+        """
+        if column not in self.values:
+            raise DataError(f"no column '{column}'; the columns are {', '.join(map(str, self.values))}")
+        return self.values[column]
+
+    def text(self, column: str) -> str:
+        """Return a column that must be a string."""
+        value = self.value(column)
+        if not isinstance(value, str):
+            raise DataError(f"column '{column}' is {value!r} ({type(value).__name__}); expected a string")
+        return value
+
+    def label(self, column: str) -> bool:
+        """Return a column that must be a safety label; see `parse_label`."""
+        try:
+            return parse_label(self.value(column))
+        except DataError as error:
+            raise DataError(f"column '{column}': {error}" if column in self.values else str(error)) from None
+
+    def choice(self, column: str, allowed: tuple[int, ...]) -> int:
+        """Return a column that must be one of a few whole numbers."""
+        value = self.value(column)
+        if isinstance(value, str) and value.strip().isdecimal():
+            value = int(value)
+        if isinstance(value, bool) or value not in allowed:
+            raise DataError(f"column '{column}' is {value!r}; expected {' or '.join(map(str, allowed))}")
+        return int(value)
+
+    def number(self, column: str) -> float | None:
+        """Return an optional column of numbers; None when absent, null or not a number."""
+        value = self.values.get(column)
+        if value is None or value == "":
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise DataError(f"column '{column}' is {value!r}; expected a number") from None
+        return None if math.isnan(number) else number
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """Read a source's raw rows, in the file's order.
+
+    Raises:
+        DataError: If a file is missing, empty, cut or malformed, or the hub can't be reached.
+    """
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    for path in paths:
+        files = _local_files(path)
+        for row in _hub_rows(path, source) if files is None else _file_rows(files):
+            yield _renamed(row, source.columns)
+
+
+def read_prompts(path: str) -> Iterator[str]:
+    """Read the prompts of a benchmark: lines of a text file, or a prompt column of a table.
+
+    Raises:
+        DataError: If the file has no prompt column.
+    """
+    if Path(path).suffix == ".txt":
+        yield from (line.strip() for line in _lines(Path(path)) if line.strip())
+        return
+    for row in read_rows(Source(path=path)):
+        column = next((name for name in ("prompt", "instruction", "question", "goal") if name in row.values), None)
+        if column is None:
+            raise DataError(f"{row.where}: no column 'prompt', 'instruction', 'question' or 'goal'")
+        yield row.text(column)
+
+
+def local_files(source: Source) -> list[Path]:
+    """Return the files a source reads; empty for a hub id."""
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    return [file for path in paths for file in _local_files(path) or []]
+
+
+def _local_files(path: str) -> list[Path] | None:
+    """Return the files a path stands for; None for a hub id."""
+    if any(sign in path for sign in "*?["):
+        matches = sorted(glob(path, recursive=True))
+        if not matches:
+            raise DataError(f"path '{path}' matches no file")
+        return [Path(match) for match in matches]
+    file = Path(path)
+    if file.is_file():
+        return [file]
+    if file.is_dir():
+        raise DataError(f"path '{path}' is a folder; name its files, or a pattern such as '{path}/*.jsonl'")
+    if _HUB_ID.match(path) and not _format_of(file):
+        return None
+    raise DataError(f"path '{path}': no such file, and not a hub id (org/name)")
+
+
+def _format_of(file: Path) -> str | None:
+    name = file.name.removesuffix(".gz").removesuffix(".xz")
+    suffix = name.rpartition(".")[2].lower()
+    return suffix if suffix in _SUFFIXES else None
+
+
+def _file_rows(files: list[Path]) -> Iterator[Row]:
+    readers = {"json": _json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}
+    for file in files:
+        kind = _format_of(file)
+        if kind is None:
+            raise DataError(
+                f"{file}: unknown kind of file; expected .{', .'.join(_SUFFIXES)}, or those with .gz or .xz"
+            )
+        empty = True
+        for number, values in readers[kind](file):
+            empty = False
+            if not isinstance(values, Mapping):
+                raise DataError(f"{file} row {number}: {type(values).__name__}; expected an object with columns")
+            yield Row(values, f"{file} row {number}")
+        if empty:
+            raise DataError(f"{file} holds no rows")
+
+
+def _open(file: Path) -> IO[str]:
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
+    # utf-8-sig drops the byte order mark that spreadsheet programs write.
+    return cast(IO[str], opener(file, "rt", encoding="utf-8-sig", newline=""))
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        with _open(file) as text:
+            yield from text
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise DataError(f"{file}: the compressed file is cut or damaged ({error}); get it again") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({error})") from None
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror or error}") from None
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            half = (
+                "" if line.endswith("\n") else "; the last line is half written: cut it off or write the file again"
+            )
+            raise DataError(f"{file} row {number}: not JSON ({error.msg} at column {error.colno}){half}") from None
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        content = json.loads("".join(_lines(file)))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    if not isinstance(content, list):
+        raise DataError(f"{file} holds {type(content).__name__}; expected a list of rows")
+    yield from enumerate(content, start=1)
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(2**30)
+    reader = csv.DictReader(_lines(file), strict=True)
+    try:
+        for number, values in enumerate(reader, start=1):
+            if None in values or None in values.values():
+                raise DataError(f"{file} row {number}: not as many fields as the header has ({reader.fieldnames})")
+            yield number, values
+    except csv.Error as error:
+        raise DataError(f"{file} line {reader.line_num}: not CSV ({error})") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(file) as table:
+            rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+            yield from enumerate(rows, start=1)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{file}: not a parquet file, or damaged ({error})") from None
+
+
+def _hub_rows(path: str, source: Source) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    split = source.split or "train"
+    try:
+        table = load_dataset(path, source.name, split=split, revision=source.revision)
+    except (OSError, ValueError) as error:  # not found, offline, no such split: all come as one of these
+        first = str(error).partition("\n")[0]
+        raise DataError(f"hub data set '{path}' (split {split}): {first}") from None
+    for number, values in enumerate(table, start=1):
+        yield Row(values, f"{path}[{split}] row {number}")
+
+
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    if not columns:
+        return row
+    values = dict(row.values)
+    for ours, theirs in columns.items():
+        if theirs not in row.values:
+            raise DataError(
+                f"{row.where}: columns: no column '{theirs}'; there are {', '.join(map(str, row.values))}"
+            )
+        values.pop(theirs, None)
+        values[ours] = row.values[theirs]
+    return Row(values, row.where)
