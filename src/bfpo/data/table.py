@@ -1,0 +1,135 @@
+"""Tokenised prompts with their completions, compact in memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bfpo.pairs import CELLS, PreferencePair
+
+Ids = NDArray[np.int32]
+Floats = NDArray[np.float64]
+
+
+class Example(NamedTuple):
+    """Token ids of one prompt and of its completions (two for a pair, one for a demonstration)."""
+
+    prompt_ids: Ids
+    completions: tuple[Ids, ...]
+
+
+@dataclass(frozen=True)
+class TokenTable(Sequence[Example]):
+    """Examples in one flat array: 4 bytes a token, cheap to slice and to send to a worker.
+
+    Args:
+        ids: All token ids, one after the other, (T,).
+        bounds: Where each piece begins and ends in `ids`: for example i the prompt spans bounds[i, 0] to
+            bounds[i, 1], completion k spans bounds[i, k + 1] to bounds[i, k + 2]; (N, completions + 2).
+        row_ids: Name of each example, for messages; N of them.
+    """
+
+    ids: Ids
+    bounds: NDArray[np.int64]
+    row_ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # one example, not a slice
+        prompt, *completions = (
+            self.ids[start:stop] for start, stop in zip(self.bounds[index, :-1], self.bounds[index, 1:], strict=True)
+        )
+        return Example(prompt, tuple(completions))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of the prompt and of each completion, (N, completions + 1)."""
+        return np.diff(self.bounds, axis=1)
+
+
+@dataclass(frozen=True)
+class PairTable(TokenTable):
+    """Tokenised preference pairs with what the loss and the metrics need to know of each. Arrays are (N,).
+
+    Args:
+        chosen_safe: Safety of the chosen answer: 0 or 1, or a probability when the recipe asks for scores.
+        rejected_safe: The same for the rejected answer.
+        cells: Index into `CELLS` by the labels.
+        is_buffer: Whether the pair belongs to the buffer stream.
+        signals: Optional columns of `PairSignals` that every pair has.
+    """
+
+    chosen_safe: Floats
+    rejected_safe: Floats
+    cells: NDArray[np.int8]
+    is_buffer: NDArray[np.bool_]
+    signals: dict[str, Floats]
+
+    @property
+    def main_rows(self) -> NDArray[np.int64]:
+        """Indices of the main stream's pairs."""
+        return np.flatnonzero(~self.is_buffer)
+
+    @property
+    def buffer_rows(self) -> NDArray[np.int64]:
+        """Indices of the buffer stream's pairs."""
+        return np.flatnonzero(self.is_buffer)
+
+
+def token_table(examples: Sequence[Example], row_ids: Sequence[str]) -> TokenTable:
+    """Pack examples that all have the same number of completions."""
+    return TokenTable(*_packed(examples), tuple(row_ids))
+
+
+def pair_table(
+    examples: Sequence[Example], pairs: Sequence[PreferencePair], *, use_scores: bool = False
+) -> PairTable:
+    """Pack tokenised pairs with their labels and signals.
+
+    Args:
+        examples: Token ids, two completions each.
+        pairs: The labelled pairs they come from, in the same order.
+        use_scores: Read safety from `*_safety_score` instead of the labels; every pair must have them.
+
+    Returns:
+        The table. `expected_safety` is filled in, where the data lack it, by the mean safety of all answers of
+        the pair's data set.
+    """
+    labels = np.array([(pair.labels.chosen, pair.labels.rejected) for pair in pairs if pair.labels], dtype=np.float64)
+    scores = np.array(
+        [(pair.signals.chosen_safety_score, pair.signals.rejected_safety_score) for pair in pairs], dtype=np.float64
+    )
+    safe = scores if use_scores else labels
+    # What is best known about safety: the score where there is one, else the label.
+    probability = np.where(np.isnan(scores), labels, scores)
+    signals = {
+        name: np.array([getattr(pair.signals, name) for pair in pairs], dtype=np.float64)
+        for name in ("chosen_win_rate", "rejected_win_rate", "reward_margin", "expected_safety")
+    }
+    signals["expected_safety"] = _filled_by_data_set(signals["expected_safety"], probability.mean(axis=1), pairs)
+    return PairTable(
+        *_packed(examples),
+        tuple(pair.row_id for pair in pairs),
+        chosen_safe=safe[:, 0],
+        rejected_safe=safe[:, 1],
+        cells=np.array([CELLS.index(pair.cell) for pair in pairs if pair.cell], dtype=np.int8),
+        is_buffer=np.array([pair.provenance.stream == "buffer" for pair in pairs]),
+        signals={name: values for name, values in signals.items() if not np.isnan(values).any()},
+    )
+
+
+def _filled_by_data_set(values: Floats, means: Floats, pairs: Sequence[PreferencePair]) -> Floats:
+    names, group = np.unique([pair.provenance.dataset_name for pair in pairs], return_inverse=True)
+    by_group = np.bincount(group, weights=means, minlength=len(names)) / np.bincount(group, minlength=len(names))
+    return np.where(np.isnan(values), by_group[group], values)
+
+
+def _packed(examples: Sequence[Example]) -> tuple[Ids, NDArray[np.int64]]:
+    pieces = [piece for example in examples for piece in (example.prompt_ids, *example.completions)]
+    ends = np.cumsum([0, *(len(piece) for piece in pieces)], dtype=np.int64)
+    per_example = len(pieces) // len(examples)
+    starts = np.arange(len(examples))[:, None] * per_example + np.arange(per_example + 1)[None, :]
+    return np.concatenate(pieces).astype(np.int32), ends[starts]

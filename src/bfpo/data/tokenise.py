@@ -1,0 +1,205 @@
+"""From conversations to token ids, by the tokenizer's chat template.
+
+The template renders the whole conversation, answer included, and the ids are split where they stop being those of
+the prompt as generation will see it. Every completion ends with exactly one end-of-sequence token. What doesn't fit
+is cut or dropped, and counted by source and cell.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+
+from bfpo.data.load import SourceReport, Why
+from bfpo.data.table import Example
+from bfpo.errors import ModelError
+from bfpo.pairs import Demonstration, Message, PreferencePair
+from bfpo.recipe import TextSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 512
+
+Item = TypeVar("Item", PreferencePair, Demonstration)
+
+
+class Encoding(NamedTuple):
+    """Outcome for one item: the example, or why there is none; and what is worth noting."""
+
+    example: Example | None
+    fault: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns pairs and demonstrations into token ids.
+
+    Args:
+        tokenizer: With an end-of-sequence token and a chat template.
+        text: Length, truncation and template.
+
+    Raises:
+        ModelError: If the tokenizer lacks an end-of-sequence token or there is no chat template.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    text: TextSection
+
+    def __post_init__(self) -> None:
+        name = self.tokenizer.name_or_path or "the tokenizer"
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError(f"{name} has no end-of-sequence token; set tokenizer.eos_token and save it again")
+        if self.tokenizer.chat_template is None and self.text.chat_template is None:
+            raise ModelError(
+                f"{name} has no chat template; set text.chat_template in the recipe to a Jinja template or to a file "
+                "with one (for a chat model, the one on its model card)"
+            )
+
+    @cached_property
+    def _template(self) -> str | None:
+        return chat_template(self.text)
+
+    def encode(
+        self, items: Sequence[Item], report: SourceReport, watch: Callable[[int], None] = lambda count: None
+    ) -> tuple[list[Item], list[Example]]:
+        """Tokenise the items of one source; what is dropped or cut is counted in the report.
+
+        Args:
+            items: Pairs or demonstrations.
+            report: Where to count.
+            watch: Told how many items are done after each chunk.
+
+        Returns:
+            The items that are kept, and their token ids.
+        """
+        kept: list[Item] = []
+        examples: list[Example] = []
+        for start in range(0, len(items), _CHUNK):
+            chunk = items[start : start + _CHUNK]
+            for item, encoding in zip(chunk, self._encode_chunk(chunk), strict=True):
+                cell = item.cell if isinstance(item, PreferencePair) else None
+                if encoding.example is None:
+                    report.dropped[Why(str(encoding.fault), cell)] += 1
+                    continue
+                report.noted.update(Why(note, cell) for note in encoding.notes)
+                kept.append(item)
+                examples.append(encoding.example)
+            watch(len(chunk))
+        return kept, examples
+
+    def _encode_chunk(self, items: Sequence[Item]) -> Iterator[Encoding]:
+        rendered = [self._render(item) for item in items]
+        texts = [text for texts in rendered if texts for text in texts]
+        all_ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        for texts_of_item in rendered:
+            if texts_of_item is None:
+                yield Encoding(None, "the chat template refuses the conversation")
+            else:
+                prompt, *conversations = (next(all_ids) for _ in texts_of_item)
+                yield self._split(prompt, conversations)
+
+    def _render(self, item: PreferencePair | Demonstration) -> list[str] | None:
+        """Return the prompt as generation sees it, then the conversation with each answer."""
+        answers = (item.chosen, item.rejected) if isinstance(item, PreferencePair) else (item.completion,)
+        try:
+            return [
+                self._apply(item.prompt, generate=True),
+                *(self._apply((*item.prompt, Message("assistant", answer)), generate=False) for answer in answers),
+            ]
+        except TemplateError:
+            return None
+
+    def _apply(self, conversation: tuple[Message, ...], *, generate: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                [message._asdict() for message in conversation],
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=generate,
+            )
+        )
+
+    def _split(self, prompt: list[int], conversations: list[list[int]]) -> Encoding:
+        cut = min(_common_prefix(prompt, conversation) for conversation in conversations)
+        if cut == 0:
+            return Encoding(None, "the chat template renders prompt and conversation differently from the start")
+        notes = ["prompt is not a prefix of the conversation"] if cut < len(prompt) else []
+        completions = []
+        for conversation in conversations:
+            completion = self._ended_once(conversation[cut:])
+            if completion is None:
+                return Encoding(None, "end-of-sequence token inside an answer")
+            completions.append(completion)
+        return self._fitted(prompt[:cut], completions, notes)
+
+    def _ended_once(self, ids: list[int]) -> list[int] | None:
+        """Return the completion with one end-of-sequence token at its end; None if one stands inside."""
+        eos = self.tokenizer.eos_token_id
+        if eos not in ids:
+            return [*ids, eos]
+        end = ids.index(eos)
+        # Templates such as ChatML put a line break behind the end of the turn; generation stops before it.
+        rest = [token for token in ids[end + 1 :] if token != eos]
+        if rest and str(self.tokenizer.decode(rest)).strip():
+            return None
+        return ids[: end + 1]
+
+    def _fitted(self, prompt: list[int], completions: list[list[int]], notes: list[str]) -> Encoding:
+        room = self.text.max_length
+        longest = max(map(len, completions))
+        if self.text.truncation == "keep_end" and len(prompt) + longest > room:
+            if longest >= room:
+                return Encoding(None, "no room for the prompt")
+            prompt, notes = prompt[longest - room :], [*notes, "prompt truncated"]
+        if len(prompt) >= room:
+            return Encoding(None, "no room for the answers")
+        if len(prompt) + longest > room:
+            notes = [*notes, "completion truncated"]
+            completions = [completion[: room - len(prompt)] for completion in completions]
+            if len(completions) > 1 and all(completion == completions[0] for completion in completions):
+                return Encoding(None, "identical answers after truncation")
+        as_array = [np.array(ids, dtype=np.int32) for ids in (prompt, *completions)]
+        return Encoding(Example(as_array[0], tuple(as_array[1:])), notes=tuple(notes))
+
+
+def chat_template(text: TextSection) -> str | None:
+    """Return the recipe's chat template, read from its file if it names one; None for the tokenizer's own."""
+    template = text.chat_template
+    if template is None or "{" in template:
+        return template
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"text.chat_template: {template}: {error.strerror}; expected a template or a file") from None
+
+
+def check_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Check what goes wrong most often: a doubled beginning-of-sequence token.
+
+    Raises:
+        ModelError: If the first examples begin with two.
+    """
+    bos = tokenizer.bos_token_id
+    for example in examples[:3]:
+        if bos is not None and list(example.prompt_ids[:2]) == [bos, bos]:
+            raise ModelError("prompts begin with two beginning-of-sequence tokens; take one out of the chat template")
+
+
+def decoded_sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """Return what the model sees of an example, special tokens included, for a person to read."""
+    names: tuple[Literal["chosen", "rejected", "completion"], ...]
+    names = ("chosen", "rejected") if len(example.completions) == 2 else ("completion",)
+    texts: dict[str, Any] = {"prompt": tokenizer.decode(example.prompt_ids)}
+    texts |= {name: tokenizer.decode(ids) for name, ids in zip(names, example.completions, strict=True)}
+    return {name: str(text) for name, text in texts.items()}
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    length = min(len(first), len(second))
+    return next((index for index in range(length) if first[index] != second[index]), length)

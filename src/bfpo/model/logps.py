@@ -1,0 +1,108 @@
+"""Log-probabilities of completions: hidden states gathered where they count, scored in chunks, summed in float64."""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from bfpo.errors import ModelError
+from bfpo.model.attention import attention_inputs
+from bfpo.model.layout import Layout
+
+# Predictions scored at a time. With a vocabulary of 128k this is 0.5 GB of float32 logits, and never more.
+CHUNK = 1024
+
+
+def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int = CHUNK) -> Tensor:
+    """Return the log-probability of each completion, summed over its tokens.
+
+    Args:
+        model: A causal language model.
+        layout: S completions with N predictions in all.
+        chunk: Predictions scored at a time; what is left for the backward pass is recomputed, not kept.
+
+    Returns:
+        Nats, (S,) float64 (float32 on devices that have no float64).
+    """
+    backbone, head = model.get_decoder(), model.get_output_embeddings()
+    hidden = backbone(input_ids=layout.input_ids, use_cache=False, **attention_inputs(layout)).last_hidden_state
+    hidden = hidden[layout.rows, layout.columns]
+    scored = []
+    for states, targets in zip(hidden.split(chunk), layout.targets.split(chunk), strict=True):
+        if len(hidden) <= chunk or not torch.is_grad_enabled():
+            scored.append(_token_logps(states, targets, head, model))
+        else:
+            scored.append(checkpoint(_token_logps, states, targets, head, model, use_reentrant=False))
+    token_logps = torch.cat(scored)
+    exact = torch.float32 if token_logps.device.type == "mps" else torch.float64
+    # One sum per completion, in a fixed order: an atomic scatter would not be reproducible on a GPU.
+    return torch.stack([values.sum() for values in token_logps.to(exact).split(layout.lengths)])
+
+
+def _token_logps(hidden: Tensor, targets: Tensor, head: nn.Module, model: PreTrainedModel) -> Tensor:
+    logits = head(hidden)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    picked: Tensor = logits.gather(-1, targets[:, None])[:, 0]
+    total: Tensor = logits.logsumexp(-1)
+    return picked - total
+
+
+def add_layout_forward(model: PreTrainedModel) -> None:
+    """Let `model(layout=...)` return completion log-probabilities; any other call works as before.
+
+    Hidden states, gather and head must run inside the forward of the module that is wrapped: calling the backbone of
+    a DistributedDataParallel model directly skips gradient synchronisation without any error. So the forward of
+    this one instance is extended, in place.
+
+    Raises:
+        ModelError: If the model isn't a causal language model with a head.
+    """
+    if model.get_output_embeddings() is None or model.get_decoder() is model:
+        raise ModelError(f"{type(model).__name__} has no language-model head; bfpo trains causal language models")
+    if getattr(model.forward, "takes_layout", False):
+        return
+    plain: Callable[..., Any] = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+        return plain(*args, **kwargs) if layout is None else completion_logps(self, layout)
+
+    forward.takes_layout = True  # type: ignore[attr-defined]
+    model.forward = MethodType(forward, model)
+
+
+@torch.no_grad()
+def check_against_plain_forward(model: PreTrainedModel, layout: Layout, *, tolerance: float) -> float:
+    """Compare the layout's log-probabilities with those of the model's own logits.
+
+    It catches what an architecture does between hidden states and logits that `_token_logps` doesn't know of.
+
+    Args:
+        model: With `add_layout_forward`.
+        layout: A padded layout of a few completions.
+        tolerance: Largest difference allowed, as a share of the log-probability's size.
+
+    Returns:
+        The largest difference found, in nats.
+
+    Raises:
+        ModelError: If a difference is larger.
+    """
+    ours = model(layout=layout)
+    logits = model(input_ids=layout.input_ids).logits.double().cpu()
+    tokens = logits.log_softmax(-1)[layout.rows.cpu(), layout.columns.cpu(), layout.targets.cpu()]
+    theirs = torch.stack([values.sum() for values in tokens.split(layout.lengths)])
+    difference = (ours.double().cpu() - theirs).abs()
+    if bool((difference > tolerance * theirs.abs().clamp(min=1)).any()):
+        raise ModelError(
+            f"{type(model).__name__}: log-probabilities computed from hidden states differ from the model's own by "
+            f"{difference.max():.3g} nats; its head does something that bfpo doesn't know. Please report it"
+        )
+    return float(difference.max())

@@ -1,0 +1,72 @@
+"""Which parameters are trained, and dropout off."""
+
+import re
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from torch import nn
+
+from bfpo.errors import ModelError, RecipeError
+
+
+class Selection(NamedTuple):
+    """How many parameters are trained."""
+
+    trained: int
+    total: int
+    tensors: int
+
+    def __str__(self) -> str:
+        share = self.trained / self.total
+        return f"{self.trained:,} of {self.total:,} parameters ({share:.1%}) in {self.tensors} tensors"
+
+
+def select_parameters(model: nn.Module, patterns: list[str] | None) -> Selection:
+    """Set `requires_grad` by name.
+
+    Args:
+        model: Changed in place.
+        patterns: Regular expressions searched in the parameter's name (`down_proj` matches as it did in the official
+            code); None trains all.
+
+    Returns:
+        Counts.
+
+    Raises:
+        ModelError: If a pattern matches nothing; with the nearest names.
+        RecipeError: If a pattern isn't a regular expression.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns or []:
+        try:
+            matched = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise RecipeError(f"train_only: '{pattern}' is not a regular expression ({error})") from None
+        if not matched:
+            raise ModelError(f"train_only: '{pattern}' matches no parameter; {_nearest(pattern, names)}")
+    for name, parameter in model.named_parameters():
+        # Integer (quantised) weights can't have gradients at all.
+        wanted = patterns is None or any(re.search(pattern, name) for pattern in patterns)
+        parameter.requires_grad_(wanted and parameter.is_floating_point())
+    trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    return Selection(sum(trained), sum(p.numel() for p in model.parameters()), len(trained))
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: policy and reference must see the same network.
+
+    Attention modules of transformers keep theirs as a plain number (`attention_dropout`), which `eval()` would switch
+    off as well, but gradient checkpointing works only in training mode.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    parts = sorted({part for name in names for part in name.split(".") if not part.isdecimal()})
+    close = get_close_matches(pattern, parts, n=3, cutoff=0.4)
+    return f"the nearest parts of names are {', '.join(close)}" if close else f"parts of names are {', '.join(parts)}"

@@ -1,0 +1,86 @@
+"""Collating rows of a table into a batch that a trainer can feed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from bfpo.data.table import PairTable, TokenTable
+from bfpo.model.layout import Layout, padded_layout
+from bfpo.training.streams import Rows, WeightedRow
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """A micro-batch of n examples.
+
+    Args:
+        layout: The completions of all examples, example by example.
+        weights: Each example's weight in the loss, (n,) float64; 0 for one that only fills up a rank's last batch.
+        columns: Whatever else the loss needs, name → (n,).
+        row_ids: Names of the examples, for messages.
+    """
+
+    layout: Layout
+    weights: Tensor
+    columns: dict[str, Tensor]
+    row_ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device."""
+        columns = {name: values.to(device) for name, values in self.columns.items()}
+        return replace(self, layout=self.layout.to(device), weights=self.weights.to(device), columns=columns)
+
+
+class RowNumbers(Dataset[WeightedRow]):
+    """A data set whose items are their own keys: the collator has the table.
+
+    Args:
+        size: What `len` returns.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, item: WeightedRow) -> WeightedRow:
+        return item
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes batches of weighted rows.
+
+    Args:
+        table: Pairs or demonstrations.
+    """
+
+    table: TokenTable
+
+    def __call__(self, items: Sequence[WeightedRow]) -> dict[str, Batch]:
+        """Return `{"batch": Batch}`: transformers wants a mapping, and one without the key `labels`."""
+        rows = np.array([item.row for item in items])
+        batch = Batch(
+            layout=padded_layout([self.table[int(row)] for row in rows]),
+            weights=torch.tensor([item.weight for item in items], dtype=torch.float64),
+            columns=self._columns(rows),
+            row_ids=tuple(self.table.row_ids[int(row)] for row in rows),
+        )
+        return {"batch": batch}
+
+    def _columns(self, rows: Rows) -> dict[str, Tensor]:
+        if not isinstance(self.table, PairTable):
+            return {}
+        arrays = {
+            "chosen_safe": self.table.chosen_safe,
+            "rejected_safe": self.table.rejected_safe,
+            "cells": self.table.cells,
+            "is_buffer": self.table.is_buffer,
+            **self.table.signals,
+        }
+        return {name: torch.from_numpy(array[rows]) for name, array in arrays.items()}

@@ -1,0 +1,215 @@
+"""The trainer that follows a stream plan: what preference training and supervised fine-tuning share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from bfpo.data.table import TokenTable
+from bfpo.errors import TrainingError
+from bfpo.model.logps import add_layout_forward
+from bfpo.model.selective import disable_dropout, select_parameters
+from bfpo.training.batches import Batch, Collator, RowNumbers
+from bfpo.training.metrics import MetricSums
+from bfpo.training.streams import MicroBatches, Rows, StepRows, StreamPlan, WeightedRow, Weights
+
+
+class StreamTrainer(Trainer):
+    """A `transformers.Trainer` that follows a stream plan. Subclasses say what the loss is.
+
+    Overridden public hooks: `get_train_dataloader`, `get_eval_dataloader`, `compute_loss`, `prediction_step`,
+    `evaluation_loop`, `log`, `floating_point_ops`. Soft-private names in use: `_get_grad_norm` (to count clipped
+    steps) and the class attribute `loss_is_scaled_for_ga`; a test holds both to the installed version.
+
+    Args:
+        model: A causal language model; changed in place (dropout off, `requires_grad`, a forward for layouts).
+        args: Training arguments; `per_device_train_batch_size` counts rows of the main stream.
+        table: What to train on.
+        eval_tables: What to evaluate on, by name; a single one named "" is reported as plain `eval_...`.
+        main: Rows of the main stream.
+        buffer: Rows of the buffer.
+        processing_class: Saved with the checkpoints.
+        train_only: Patterns of the parameters to train; None trains all.
+        callbacks: As in transformers.
+        optimizers: As in transformers.
+    """
+
+    # The loss of a micro-batch is already its part of the step's loss: transformers must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        table: TokenTable,
+        eval_tables: Mapping[str, TokenTable],
+        *,
+        main: Rows,
+        buffer: Rows,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        train_only: list[str] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        self.selection = select_parameters(model, train_only)
+        disable_dropout(model)
+        add_layout_forward(model)
+        if args.logging_nan_inf_filter:
+            # It would replace a bad loss by the average of the good ones.
+            args.logging_nan_inf_filter = False
+        self.table, self.eval_tables = table, dict(eval_tables)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=Collator(table),
+            train_dataset=RowNumbers(len(main)),
+            eval_dataset=self._eval_names(),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.plan = StreamPlan(main, buffer, batch_size, args.seed)
+        self._train_sums, self._eval_sums = MetricSums(), MetricSums()
+        self._clipped_steps = self._steps_since_log = 0
+
+    # What a subclass says.
+
+    def row_weights(self, rows: StepRows) -> tuple[Weights, Weights]:
+        """Return each row's weight in the step's loss, for the main rows and the buffer's."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't define row_weights")
+
+    def example_losses(self, model: nn.Module, batch: Batch, sums: MetricSums, *, training: bool) -> Tensor:
+        """Return the loss of each example of a batch, (n,), and add its metrics to `sums`.
+
+        Args:
+            model: The model as it is wrapped for training.
+            batch: On the model's device.
+            sums: Where metrics go.
+            training: Whether this is a training step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} doesn't define example_losses")
+
+    # Data.
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the micro-batches of this rank, epoch by epoch, from the step that training has reached."""
+        args = self.args
+        sampler = MicroBatches(
+            self.plan,
+            self.row_weights,
+            per_device=args.per_device_train_batch_size,
+            rank=args.process_index,
+            world_size=args.world_size,
+            steps_done=lambda: self.state.global_step,
+        )
+        return self._loader(RowNumbers(len(self.plan.main)), sampler, Collator(self.table))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return this rank's share of an evaluation table.
+
+        Every rank has the same number of batches; rows that only fill up the last one have weight 0.
+        """
+        table = self.eval_tables[eval_dataset if isinstance(eval_dataset, str) else ""]
+        world, size = self.args.world_size, self.args.per_device_eval_batch_size
+        share = -(-len(table) // world)
+        start = self.args.process_index * share
+        rows = [WeightedRow(min(row, len(table) - 1), float(row < len(table))) for row in range(start, start + share)]
+        batches = [rows[first : first + size] for first in range(0, share, size)]
+        return self._loader(RowNumbers(len(table)), batches, Collator(table))
+
+    def _eval_names(self) -> Any:
+        if list(self.eval_tables) == [""]:
+            return RowNumbers(len(self.eval_tables[""]))
+        return {name: RowNumbers(len(table)) for name, table in self.eval_tables.items()} or None
+
+    def _loader(self, rows: RowNumbers, batches: Any, collator: Collator) -> DataLoader[Any]:
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=collator,
+            num_workers=workers,
+            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
+        )
+
+    # The step.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return this micro-batch's part of the step's loss, scaled for the mean that DDP takes over ranks."""
+        batch: Batch = inputs["batch"].to(self.args.device)
+        losses = self.example_losses(model, batch, self._train_sums, training=True)
+        self._stop_unless_finite(losses, batch, f"step {self.state.global_step}")
+        loss = (losses * batch.weights).sum() * self.args.world_size
+        return (loss, losses) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, None, None]:
+        """Add a batch's loss and metrics to the running sums; nothing is gathered batch by batch."""
+        batch: Batch = inputs["batch"].to(self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = self.example_losses(model, batch, self._eval_sums, training=False)
+        self._stop_unless_finite(losses, batch, "evaluation")
+        return None, None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate, and return exact means over all examples of all ranks; a metric without examples is None."""
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        prefix = metric_key_prefix.rstrip("_")
+        means = {f"{prefix}_{name}": value for name, value in self._eval_sums.means(self.accelerator).items()}
+        return output._replace(metrics={**(output.metrics or {}), **means})
+
+    def _stop_unless_finite(self, losses: Tensor, batch: Batch, when: str) -> None:
+        bad = ~torch.isfinite(losses.detach())
+        anywhere = self.accelerator.reduce(bad.any().to(torch.float32), reduction="sum")
+        if anywhere > 0:
+            rows = [row_id for row_id, is_bad in zip(batch.row_ids, bad.tolist(), strict=True) if is_bad]
+            mine = f"rows {', '.join(rows)}" if rows else "rows of another process"
+            raise TrainingError(
+                f"{when}: the loss is not finite for {mine}; lower the learning rate, or look at these rows"
+            )
+
+    # What a run tells.
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log, with the mean metrics since the last log added to a training step's line."""
+        if "loss" in logs and "grad_norm" in logs:
+            logs |= {
+                name: mean for name, mean in self._train_sums.means(self.accelerator).items() if mean is not None
+            }
+            logs["bfpo/clip_fraction"] = self._clipped_steps / max(self._steps_since_log, 1)
+            self._clipped_steps = self._steps_since_log = 0
+        super().log(logs, start_time)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.args.max_grad_norm > 0 and norm is not None:
+            self._clipped_steps += int(norm > self.args.max_grad_norm)
+        self._steps_since_log += 1
+        return norm
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return the matrix-multiplication work of a step on useful tokens: 6 per trained weight and token."""
+        return 6 * self.selection.total * int(inputs["batch"].layout.useful_tokens)

@@ -1,0 +1,140 @@
+"""The stream plan: which rows every optimizer step uses, from (seed, step) alone.
+
+A stream is the infinite concatenation of seeded permutations of its rows. Step t takes rows [tB, (t+1)B) of the
+main stream and of the buffer; an epoch is ceil(main rows / B) steps; there is no partial batch. Every rank computes
+the same plan and takes its own share, so nothing can run out on one rank only, and resuming needs only the step.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Sampler
+
+Rows = NDArray[np.int64]
+Weights = NDArray[np.float64]
+
+
+class WeightedRow(NamedTuple):
+    """A row of the table and its weight in the step's loss."""
+
+    row: int
+    weight: float
+
+
+class StepRows(NamedTuple):
+    """The rows of one optimizer step, all ranks together: (B,) each, the buffer's (0,) without a buffer."""
+
+    main: Rows
+    buffer: Rows
+
+
+class RowStream:
+    """An endless, seeded sequence of rows in which every pass holds each row once.
+
+    Args:
+        rows: Row numbers, (N,).
+        seed: Numbers that together name the sequence.
+    """
+
+    def __init__(self, rows: Rows, seed: tuple[int, ...]) -> None:
+        self._rows, self._seed = rows, seed
+        self._cached: dict[int, Rows] = {}
+
+    def take(self, start: int, count: int) -> Rows:
+        """Return rows [start, start + count) of the sequence."""
+        if len(self._rows) == 0:
+            return self._rows[:0]
+        places = np.arange(start, start + count)
+        passes, offsets = np.divmod(places, len(self._rows))
+        return np.concatenate([self._pass(int(p))[offsets[passes == p]] for p in np.unique(passes)])
+
+    def _pass(self, number: int) -> Rows:
+        if number not in self._cached:
+            # Only neighbouring passes are ever needed together.
+            self._cached = {key: rows for key, rows in self._cached.items() if abs(key - number) <= 1}
+            self._cached[number] = np.random.default_rng([*self._seed, number]).permutation(self._rows)
+        return self._cached[number]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Two streams, step by step.
+
+    Args:
+        main: Rows of the main stream, (N,), N at least 1.
+        buffer: Rows of the buffer, (M,); empty for a single stream.
+        batch_size: B, rows of each stream per optimizer step, over all ranks and accumulation.
+        seed: Of the permutations.
+    """
+
+    main: Rows
+    buffer: Rows
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        streams = (RowStream(rows, (self.seed, which)) for which, rows in enumerate((self.main, self.buffer)))
+        object.__setattr__(self, "_streams", tuple(streams))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps until the main stream has been seen once."""
+        return -(-len(self.main) // self.batch_size)
+
+    def step(self, number: int) -> StepRows:
+        """Return the rows of optimizer step `number`, counted from 0."""
+        streams: tuple[RowStream, RowStream] = self._streams  # type: ignore[attr-defined]
+        return StepRows(*(stream.take(number * self.batch_size, self.batch_size) for stream in streams))
+
+
+class MicroBatches(Sampler[list[WeightedRow]]):
+    """One rank's micro-batches of one epoch, in the order of the plan.
+
+    Every micro-batch holds as many main rows as buffer rows. A row's weight is its part in the step's loss, so
+    that adding up micro-batches and ranks gives the loss whatever the split.
+
+    Args:
+        plan: For all ranks.
+        weigh: Rows of a step → weights of its main and buffer rows.
+        per_device: Main rows of a micro-batch.
+        rank: This process.
+        world_size: All processes.
+        steps_done: Tells how many optimizer steps are done; it is asked when an epoch begins.
+    """
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        weigh: Callable[[StepRows], tuple[Weights, Weights]],
+        *,
+        per_device: int,
+        rank: int,
+        world_size: int,
+        steps_done: Callable[[], int],
+    ) -> None:
+        if plan.batch_size % (per_device * world_size):
+            raise ValueError(f"batch of {plan.batch_size} doesn't split into {world_size} x {per_device}")
+        self._plan, self._weigh, self._steps_done = plan, weigh, steps_done
+        self._per_device, self._rank, self._world_size = per_device, rank, world_size
+        self._accumulation = plan.batch_size // (per_device * world_size)
+
+    def __len__(self) -> int:
+        return self._plan.steps_per_epoch * self._accumulation
+
+    def __iter__(self) -> Iterator[list[WeightedRow]]:
+        steps = self._plan.steps_per_epoch
+        first = self._steps_done() // steps * steps
+        for number in range(first, first + steps):
+            rows = self._plan.step(number)
+            weights = self._weigh(rows)
+            for micro in range(self._accumulation):
+                start = (micro * self._world_size + self._rank) * self._per_device
+                share = slice(start, start + self._per_device)
+                yield [
+                    WeightedRow(int(row), float(weight))
+                    for stream, stream_weights in zip(rows, weights, strict=True)
+                    for row, weight in zip(stream[share], stream_weights[share], strict=True)
+                ]
