@@ -2,16 +2,16 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bfpo.data.adapters import ADAPTERS, SkipRow, demonstration
+from bfpo.data.adapters import ADAPTERS, SkipRow
 from bfpo.data.rows import local_files, read_rows
 from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.files import file_hash
-from bfpo.pairs import Cell, Demonstration, PreferencePair, SafetyLabels, StreamName
+from bfpo.pairs import Cell, PreferencePair, SafetyLabels, StreamName
 from bfpo.recipe import Source
 
 Item = TypeVar("Item")
@@ -119,7 +119,7 @@ def load_pairs(
     adapter = ADAPTERS.get(source.adapter)
     if adapter is None:
         raise RecipeError(f"adapter is '{source.adapter}'; {did_you_mean(source.adapter, list(ADAPTERS))}")
-    report = _report(source, source.licence or adapter.licence, adapter.note)
+    report = source_report(source, source.licence or adapter.licence, adapter.note)
     found: list[PreferencePair] = []
     for item in adapter.read(read_rows(source), source):
         if isinstance(item, SkipRow):
@@ -130,55 +130,11 @@ def load_pairs(
     if not found:
         raise DataError(f"{report.name}: no pairs in {source.path} (rows skipped: {dict(report.skipped)})")
     _check_half_labelled(report.name, found)
-    return report, [_completed(pair, report, stream) for pair in _sample(found, source, report, limit)]
+    return report, [_completed(pair, report, stream) for pair in sample(found, source, report, limit)]
 
 
-def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[SourceReport, list[Demonstration]]:
-    """Read the completions of a source for supervised fine-tuning, and take the sample that it asks for.
-
-    With `adapter: demonstrations` rows are prompts with completions; with any other adapter they are pairs, and
-    `source.use` says which of their answers to imitate.
-
-    Raises:
-        DataError: If rows are malformed, or `use: safer` meets an unlabelled pair.
-    """
-    if source.adapter == "demonstrations":
-        report = _report(source, source.licence or "", "")
-        found = list(_demonstrations(source))
-        if not found:
-            raise DataError(f"{report.name}: no rows in {source.path}")
-        taken = _sample(found, source, report, limit)
-    else:
-        report, pairs = load_pairs(source, "main", limit=limit)
-        taken = [item for pair in pairs for item in _imitated(pair, source, report)]
-        report.read = report.taken = len(taken)
-    return report, [replace(item, dataset_name=report.name) for item in taken]
-
-
-def _demonstrations(source: Source) -> Iterator[Demonstration]:
-    for row in read_rows(source):
-        try:
-            yield demonstration(row)
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from None
-
-
-def _imitated(pair: PreferencePair, source: Source, report: SourceReport) -> list[Demonstration]:
-    chosen, rejected = (Demonstration(pair.prompt, text) for text in (pair.chosen, pair.rejected))
-    if source.use == "both":
-        return [chosen, rejected]
-    if source.use == "safer":
-        if pair.labels is None:
-            raise DataError(f"{report.name}: 'use: safer' needs safety labels, and this set has none")
-        if not any(pair.labels):
-            report.skipped["both answers unsafe"] += 1
-            return []
-        # Among two safe answers the more helpful one is imitated.
-        return [chosen if pair.labels.chosen else rejected]
-    return [chosen if source.use == "chosen" else rejected]
-
-
-def _report(source: Source, licence: str, note: str) -> SourceReport:
+def source_report(source: Source, licence: str, note: str) -> SourceReport:
+    """Begin the report of a source: its name, licence and the hashes of its files."""
     first = source.path if isinstance(source.path, str) else source.path[0]
     files = local_files(source)
     name = _short_name(files[0]) if len(files) == 1 else (source.adapter if files else first)
@@ -216,7 +172,12 @@ def _check_half_labelled(name: str, pairs: Sequence[PreferencePair]) -> None:
         )
 
 
-def _sample(items: list[Item], source: Source, report: SourceReport, limit: int | None) -> list[Item]:
+def sample(items: list[Item], source: Source, report: SourceReport, limit: int | None) -> list[Item]:
+    """Take the share of the items that `fraction`, `limit` and `--limit` ask for, in their order.
+
+    Raises:
+        DataError: If nothing would be left.
+    """
     report.read = len(items)
     count = len(items) if source.fraction is None else int(source.fraction * len(items))
     count = min(count, *(number for number in (source.limit, limit) if number is not None), count)

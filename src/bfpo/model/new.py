@@ -5,7 +5,13 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from bfpo.recipe import NewModel
 
@@ -64,7 +70,7 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     )
 
 
-def new_model(options: NewModel, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def new_model(options: NewModel, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """Make a Llama-type model with random weights.
 
     The usual initial scale of 0.02 is made for wide models: a narrow one barely learns from it. Here it is

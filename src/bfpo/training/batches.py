@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ class Collator:
     def _columns(self, rows: Rows) -> dict[str, Tensor]:
         if not isinstance(self.table, PairTable):
             return {}
-        arrays = {
+        arrays: dict[str, np.ndarray[Any, Any]] = {
             "chosen_safe": self.table.chosen_safe,
             "rejected_safe": self.table.rejected_safe,
             "cells": self.table.cells,

@@ -1,5 +1,6 @@
 """The trainer that follows a stream plan: what preference training and supervised fine-tuning share."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,6 +77,7 @@ class StreamTrainer(Trainer):
         self.plan = StreamPlan(main, buffer, batch_size, args.seed)
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._clipped_steps = self._steps_since_log = 0
+        self._tokens_since_log, self._last_log = 0, time.monotonic()
 
     # What a subclass says.
 
@@ -151,6 +153,7 @@ class StreamTrainer(Trainer):
         losses = self.example_losses(model, batch, self._train_sums, training=True)
         self._stop_unless_finite(losses, batch, f"step {self.state.global_step}")
         loss = (losses * batch.weights).sum() * self.args.world_size
+        self._tokens_since_log += batch.layout.useful_tokens
         return (loss, losses) if return_outputs else loss
 
     def prediction_step(
@@ -178,7 +181,9 @@ class StreamTrainer(Trainer):
         """Evaluate, and return exact means over all examples of all ranks; a metric without examples is None."""
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         prefix = metric_key_prefix.rstrip("_")
-        means = {f"{prefix}_{name}": value for name, value in self._eval_sums.means(self.accelerator).items()}
+        means: dict[str, Any] = {
+            f"{prefix}_{name}": value for name, value in self._eval_sums.means(self.accelerator).items()
+        }
         return output._replace(metrics={**(output.metrics or {}), **means})
 
     def _stop_unless_finite(self, losses: Tensor, batch: Batch, when: str) -> None:
@@ -201,10 +206,13 @@ class StreamTrainer(Trainer):
             }
             logs["bfpo/clip_fraction"] = self._clipped_steps / max(self._steps_since_log, 1)
             self._clipped_steps = self._steps_since_log = 0
+            tokens = self.accelerator.reduce(torch.tensor(float(self._tokens_since_log), device=self.args.device))
+            logs["tokens_per_second"] = float(tokens) / (time.monotonic() - self._last_log)
+            self._tokens_since_log, self._last_log = 0, time.monotonic()
         super().log(logs, start_time)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         if self.args.max_grad_norm > 0 and norm is not None:
             self._clipped_steps += int(norm > self.args.max_grad_norm)
         self._steps_since_log += 1

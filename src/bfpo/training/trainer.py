@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,19 +16,47 @@ from bfpo.data.prepare import require_labels
 from bfpo.data.rows import Row
 from bfpo.data.table import PairTable, pair_table
 from bfpo.data.tokenise import Encoder, check_special_tokens
-from bfpo.errors import DataError
+from bfpo.errors import DataError, TrainingError
 from bfpo.losses import BFPO, PairLogps, PairLoss
+from bfpo.model.layout import padded_layout
+from bfpo.model.logps import check_against_plain_forward
 from bfpo.model.reference import SharedReference
 from bfpo.pairs import PreferencePair
 from bfpo.recipe import Source, TextSection
-from bfpo.training.batches import Batch
+from bfpo.training.batches import Batch, Collator
 from bfpo.training.metrics import MetricSums, pair_metrics
 from bfpo.training.stream_trainer import StreamTrainer
-from bfpo.training.streams import StepRows, Weights
+from bfpo.training.streams import StepRows, WeightedRow, Weights
 
 logger = logging.getLogger(__name__)
 
 Pairs = Iterable[PreferencePair | Mapping[str, Any]]
+
+
+class StartCheck(NamedTuple):
+    """What is known before the first step.
+
+    Args:
+        largest_margin: Largest |margin| between policy and reference, nats; 0 on a CPU.
+        plain_difference: Largest difference from the log-probabilities of the model's own logits, nats.
+        typical_logp: Median log-probability of a completion, nats.
+        largest_target: Largest |target| of the loss on these pairs, nats; None when the loss has none.
+    """
+
+    largest_margin: float
+    plain_difference: float
+    typical_logp: float
+    largest_target: float | None
+
+    @property
+    def advice(self) -> str | None:
+        """What to say about beta: None when the targets can be reached."""
+        if self.largest_target is None or self.largest_target <= abs(self.typical_logp):
+            return None
+        return (
+            f"targets of up to {self.largest_target:.3g} nats are larger than the whole log-probability of a typical "
+            f"completion ({self.typical_logp:.3g} nats): they can't be reached; raise loss.beta"
+        )
 
 
 class BFPOTrainer(StreamTrainer):
@@ -82,10 +110,10 @@ class BFPOTrainer(StreamTrainer):
         self.buffer_weight = buffer_weight
 
         def table_of(pairs: Any) -> PairTable:
-            if not isinstance(pairs, PairTable):
-                pairs = encode_pairs(as_pairs(pairs), self.loss, processing_class, text)
-            require_signals(pairs, self.loss)
-            return pairs
+            given = isinstance(pairs, PairTable)
+            table: PairTable = pairs if given else encode_pairs(as_pairs(pairs), self.loss, processing_class, text)
+            require_signals(table, self.loss)
+            return table
 
         if isinstance(train_dataset, PairTable):
             table = table_of(train_dataset)
@@ -111,6 +139,52 @@ class BFPOTrainer(StreamTrainer):
         )
         # Taken before any checkpoint is loaded: on resume the reference is still the model of step 0.
         self.reference = SharedReference(model)
+        self.start_check: StartCheck | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Check that policy and reference agree, then train; arguments as in transformers.
+
+        Raises:
+            TrainingError: If they don't.
+        """
+        if self.start_check is None:
+            self.start_check = self.check_start()
+        return super().train(*args, **kwargs)
+
+    def check_start(self) -> StartCheck:
+        """Compare policy and reference on the first pairs of the plan, as the first step will.
+
+        On a CPU every margin must be exactly 0. On an accelerator kernels may differ with and without gradients;
+        the tolerance there is 1e-3 of the log-probability's size (2e-2 below float32).
+
+        Raises:
+            TrainingError: If a margin is larger.
+            ModelError: If log-probabilities differ from those of the model's own logits.
+        """
+        model, args = self.model, self.args
+        assert isinstance(model, PreTrainedModel)
+        rows = [WeightedRow(int(row), 1.0) for row in self.plan.step(0).main[: args.per_device_train_batch_size]]
+        batch = Collator(self.table)(rows)["batch"].to(args.device)
+        low_precision = args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)
+        tolerance = 2e-2 if low_precision else 1e-3
+        model.train()
+        with self.compute_loss_context_manager():
+            logps = self.pair_logps(model, batch)
+            first = padded_layout([self.table[rows[0].row]]).to(args.device)
+            plain = check_against_plain_forward(model, first, tolerance=tolerance)
+        margin, sizes = logps.margin.detach().abs(), logps.ref_chosen_logps.abs()
+        if bool((margin > (0.0 if args.device.type == "cpu" else tolerance) * sizes).any()):
+            raise TrainingError(
+                f"policy and reference differ before the first step: margins up to {margin.max():.3g} nats, "
+                "expected 0; the model isn't deterministic"
+            )
+        target = self.loss.target(logps)
+        return StartCheck(
+            largest_margin=float(margin.max()),
+            plain_difference=plain,
+            typical_logp=float(torch.cat([logps.chosen_logps, logps.rejected_logps]).detach().median()),
+            largest_target=None if target is None else float(target.abs().max()),
+        )
 
     def row_weights(self, rows: StepRows) -> tuple[Weights, Weights]:
         """Return 1/B for main rows and buffer_weight/B for the buffer's."""

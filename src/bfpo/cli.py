@@ -1,0 +1,106 @@
+"""The command line. Bodies import what they need when they run, so `bfpo --help` answers at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bfpo import __version__
+from bfpo.errors import BfpoError
+
+app = typer.Typer(
+    name="bfpo",
+    help="Align language models for safety and helpfulness with one supervised loss.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="key.sub=value after a recipe overrides what it says. Exit codes: 0 ok, 1 failed, 2 bad input.",
+)
+data_app = typer.Typer(help="Look at preference data, and prepare them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key.sub=value: change what the recipe says.", show_default=False)
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Take at most so many pairs of each source.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Read, check and show everything, but don't train.")]
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+) -> None:
+    """Read the options that come before a command."""
+    if version:
+        typer.echo(f"bfpo {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
+    """Train a model on labelled preference pairs."""
+    from bfpo.recipe import TrainRecipe, load_recipe
+
+    checked = load_recipe(recipe, TrainRecipe, overrides)
+
+    from bfpo.training.run import run_training
+
+    run_training(checked, dry_run=dry_run, limit=limit)
+
+
+@app.command()
+def sft(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
+    """Fine-tune a model on completions."""
+    from bfpo.recipe import SftRecipe, load_recipe
+
+    checked = load_recipe(recipe, SftRecipe, overrides)
+
+    from bfpo.training.run_sft import run_sft
+
+    run_sft(checked, dry_run=dry_run, limit=limit)
+
+
+@data_app.command("inspect")
+def inspect_data(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Recipe, or [ADAPTER:]PATH of a file, a pattern or a hub id.", metavar="SRC..."),
+    ],
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id: lengths in tokens, truncation.")] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Longest prompt plus completion, in tokens.")] = 1024,
+    examples: Annotated[int, typer.Option(min=0, help="Pairs to show (they may be harmful text).")] = 3,
+    limit: Limit = None,
+) -> None:
+    """Show what preference data hold: cells, labels, lengths, conflicts, examples."""
+    from bfpo.data.commands import inspect_sources
+
+    inspect_sources(sources, tokenizer=tokenizer, max_length=max_length, examples=examples, limit=limit)
+
+
+@data_app.command("prepare")
+def prepare_data(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("prepared"),
+    limit: Limit = None,
+) -> None:
+    """Read, clean and split a recipe's data into pairs.jsonl, eval.jsonl and data_manifest.json."""
+    from bfpo.data.commands import prepare_recipe
+
+    prepare_recipe(recipe, overrides or [], out, limit=limit)
+
+
+def main() -> None:
+    """Run the command line; errors made on purpose end with a message and their exit code."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments)
+    except BfpoError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)

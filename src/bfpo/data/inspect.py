@@ -1,0 +1,162 @@
+"""Tables that show what the data are and what happened to them."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from bfpo.data.load import SourceReport, by_reason
+from bfpo.data.prepare import cell_counts
+from bfpo.data.table import Example
+from bfpo.labeling import LabelingFunction
+from bfpo.pairs import CELLS, PreferencePair
+from bfpo.terminal import say, show_table
+
+
+def show_sources(reports: Iterable[SourceReport]) -> None:
+    """Print one row per source, then every count of what was skipped, dropped, removed or noted."""
+    reports = list(reports)
+    show_table(
+        "Sources",
+        ("name", "adapter", "licence", "read", "taken", "skipped rows", "dropped", "removed", "noted"),
+        [
+            (
+                report.name,
+                report.source.adapter,
+                f"{report.licence or 'unknown'}{' (non-commercial)' if 'NC' in report.licence else ''}",
+                report.read,
+                report.taken,
+                report.skipped.total(),
+                report.dropped.total(),
+                report.removed.total(),
+                report.noted.total(),
+            )
+            for report in reports
+        ],
+    )
+    details = []
+    for report in reports:
+        details += [(report.name, "row skipped", reason, "", count) for reason, count in report.skipped.items()]
+        for what, counts in (("dropped", report.dropped), ("removed", report.removed), ("noted", report.noted)):
+            for reason, by_cell in by_reason(counts).items():
+                cells = ", ".join(f"{cell} {count}" for cell, count in by_cell.items())
+                details.append((report.name, what, reason, cells, sum(by_cell.values())))
+    if details:
+        show_table("What happened to rows and pairs", ("source", "what", "reason", "by cell", "count"), details)
+    for report in reports:
+        if report.note:
+            say(f"note: {report.name}: {report.note}")
+
+
+def show_cells(pairs: Sequence[PreferencePair], labeling: LabelingFunction | None, beta: float) -> None:
+    """Print the 2×2 table of each stream: count, share, and label and target where the loss has them.
+
+    Args:
+        pairs: Of both streams.
+        labeling: None for a loss without a labeling function.
+        beta: Divides a label into a target.
+    """
+    meanings = {"ss": "both safe", "su": "chosen safe", "us": "rejected safe", "uu": "both unsafe"}
+    for stream, counts in cell_counts(pairs).items():
+        total = sum(counts.values())
+        rows = []
+        for cell, count in counts.items():
+            label = getattr(labeling, cell, None) if labeling else None
+            rows.append(
+                (
+                    f"{cell}  {meanings[cell]}" if cell in meanings else cell,
+                    count if count else "empty",
+                    f"{count / total:.1%}",
+                    "" if label is None else f"{label:+.3g}",
+                    "" if label is None else f"{label / beta:+.3g}",
+                )
+            )
+        sources = Counter(
+            p.provenance.safety_label_source for p in pairs if (p.provenance.stream or "main") == stream
+        )
+        origin = ", ".join(f"{name or 'none'} {count}" for name, count in sources.items())
+        columns = ("cell (chosen means more helpful)", "pairs", "share", "label", "target (nats)")
+        show_table(f"Stream {stream}: {total} pairs; labels by {origin}", columns, rows)
+
+
+def show_text_lengths(pairs: Sequence[PreferencePair]) -> None:
+    """Print quantiles of the lengths in words, for data that aren't tokenised."""
+    pieces = {
+        "prompt": [sum(len(message.content.split()) for message in pair.prompt) for pair in pairs],
+        "chosen": [len(pair.chosen.split()) for pair in pairs],
+        "rejected": [len(pair.rejected.split()) for pair in pairs],
+    }
+    _show_quantiles("Lengths in words (give --tokenizer for tokens)", pieces)
+
+
+def show_token_lengths(examples: Sequence[Example], max_length: int) -> None:
+    """Print quantiles of the lengths in tokens, and how many pairs several limits would cut."""
+    pieces = {
+        "prompt": [len(example.prompt_ids) for example in examples],
+        "chosen": [len(example.completions[0]) for example in examples],
+        "rejected": [len(example.completions[-1]) for example in examples],
+    }
+    _show_quantiles("Lengths in tokens, nothing cut", pieces)
+    prompts = np.array(pieces["prompt"])
+    longest = prompts + np.maximum(pieces["chosen"], pieces["rejected"])
+    limits = sorted({256, 512, 1024, 2048, max_length})
+    rows = [
+        (
+            f"{limit}{'  (this one)' if limit == max_length else ''}",
+            f"{(longest > limit).sum()}  {(longest > limit).mean():.1%}",
+            f"{(prompts >= limit).sum()}  {(prompts >= limit).mean():.1%}",
+        )
+        for limit in limits
+    ]
+    show_table("What truncation would cost", ("max_length", "pairs cut", "of these without room"), rows)
+
+
+def show_cell_lengths(pairs: Sequence[PreferencePair]) -> None:
+    """Print the mean length gap of each cell: an answer that is always longer is a signal by itself."""
+    rows = []
+    for cell in CELLS:
+        here = [pair for pair in pairs if pair.cell == cell]
+        if here:
+            chosen, rejected = (np.mean([len(text.split()) for text in texts]) for texts in _texts(here))
+            rows.append((cell, len(here), f"{chosen:.0f}", f"{rejected:.0f}", f"{chosen - rejected:+.0f}"))
+    if rows:
+        show_table("Mean words by cell", ("cell", "pairs", "chosen", "rejected", "gap"), rows)
+
+
+def show_pairs(pairs: Sequence[PreferencePair], count: int) -> None:
+    """Print the beginning of a few pairs, the first of each cell first."""
+    firsts = {pair.cell: pair for pair in reversed(pairs)}
+    shown = [*firsts.values(), *pairs][:count] if len(firsts) >= count else [*firsts.values()]
+    for pair in shown:
+        say(f"\n[{pair.cell or 'unlabelled'}] row {pair.row_id}")
+        say(f"  prompt    {_short(pair.prompt[-1].content)}")
+        say(f"  chosen    {_short(pair.chosen)}")
+        say(f"  rejected  {_short(pair.rejected)}")
+
+
+def show_samples(samples: Sequence[dict[str, str]]) -> None:
+    """Print decoded examples, special tokens included, as the model will see them."""
+    for number, sample in enumerate(samples, start=1):
+        say(f"\nsample {number} as the model sees it")
+        for name, text in sample.items():
+            say(f"  {name:<10} {_short(text, keep_end=True)}")
+
+
+def _texts(pairs: Sequence[PreferencePair]) -> tuple[list[str], list[str]]:
+    return [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+
+
+def _show_quantiles(title: str, pieces: dict[str, list[int]]) -> None:
+    points = (0, 0.25, 0.5, 0.75, 0.95, 1)
+    rows = [
+        (name, f"{np.mean(values):.0f}", *(f"{value:.0f}" for value in np.quantile(values, points)))
+        for name, values in pieces.items()
+    ]
+    show_table(title, ("", "mean", "min", "25%", "median", "75%", "95%", "max"), rows)
+
+
+def _short(text: str, limit: int = 160, *, keep_end: bool = False) -> str:
+    text = " ".join(text.split()) if not keep_end else text.replace("\n", "\\n")
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]} … {text[-limit // 2 :]}" if keep_end else f"{text[:limit]} …"

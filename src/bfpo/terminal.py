@@ -1,0 +1,66 @@
+"""What a person sees: rich tables and progress on a terminal, plain lines elsewhere.
+
+Only the first process of a distributed run says anything.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return the console of this process; it is silent on all but the first process."""
+    return Console(stderr=stderr, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False, soft_wrap=True)
+
+
+def say(text: str = "") -> None:
+    """Print a line as it is, without reading markup in it."""
+    console().print(escape(text))
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table; cells may be anything, and what a model or a file wrote in them is not read as markup.
+
+    Args:
+        title: What the rows are.
+        columns: Headings; all but the first are aligned to the right when plain.
+        rows: As many cells as there are columns.
+    """
+    out = console()
+    cells = [[escape(str(cell)) for cell in row] for row in rows]
+    if out.is_terminal:
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        for row in cells:
+            table.add_row(*row)
+        out.print(table)
+        return
+    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
+    out.print(f"\n{escape(title)}")
+    for line in (columns, *cells):
+        first, *rest = (f"{text:<{width}}" for text, width in zip(line, widths, strict=True))
+        out.print("  ".join((first, *(text.strip().rjust(len(text)) for text in rest))).rstrip())
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on a terminal while something is counted up.
+
+    Args:
+        what: What is being done.
+        total: What the count will reach.
+
+    Yields:
+        A function to call with how much was done since the last call.
+    """
+    from rich.progress import Progress
+
+    out = console(stderr=True)
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)

@@ -1,0 +1,61 @@
+"""The recipe's `trainer:` section as `transformers.TrainingArguments`."""
+
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+from bfpo.errors import RecipeError, did_you_mean
+
+# What bfpo decides itself: a recipe that sets one of these means something that wouldn't happen.
+DECIDED = {
+    "auto_find_batch_size": "the batch size is part of the plan",
+    "average_tokens_across_devices": "losses are always scaled by the whole step's counts",
+    "dataloader_drop_last": "the plan has no partial batches",
+    "hub_token": "secrets don't belong in recipes; set the environment variable HF_TOKEN",
+    "label_names": "bfpo makes its own batches",
+    "label_smoothing_factor": "use loss: {name: dpo, label_smoothing: ..}",
+    "logging_nan_inf_filter": "a loss that isn't finite always stops the run",
+    "remove_unused_columns": "bfpo makes its own batches",
+    "train_sampling_strategy": "the stream plan decides the order",
+}
+
+DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none"}
+
+
+def training_arguments(options: dict[str, Any]) -> TrainingArguments:
+    """Build the arguments, and say clearly which key is wrong.
+
+    Args:
+        options: Names and values of `transformers.TrainingArguments`; `output_dir` is needed.
+
+    Raises:
+        RecipeError: If a name is unknown or decided by bfpo, or a value has the wrong type.
+    """
+    known = {field.name for field in fields(TrainingArguments) if field.init}
+    hints = get_type_hints(TrainingArguments)
+    values = DEFAULTS | options
+    for name, value in options.items():
+        if name in DECIDED:
+            raise RecipeError(f"trainer.{name} can't be set: {DECIDED[name]}")
+        if name not in known:
+            raise RecipeError(f"trainer.{name} is not one of transformers.TrainingArguments; {_hint(name, known)}")
+        try:
+            values[name] = TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            raise RecipeError(f"trainer.{name} is {value!r}: {error.errors()[0]['msg']}") from None
+    if not values.get("output_dir"):
+        raise RecipeError("trainer.output_dir is missing; say where the run goes, e.g. runs/my-run")
+    try:
+        # tqdm and the printed dictionaries are replaced by bfpo's own lines.
+        return TrainingArguments(
+            **values, remove_unused_columns=False, logging_nan_inf_filter=False, disable_tqdm=True
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"trainer: {error}") from None
+
+
+def _hint(name: str, known: set[str]) -> str:
+    hint = did_you_mean(name, sorted(known))
+    return hint.partition("known:")[0] + "see its documentation for the names"

@@ -1,0 +1,103 @@
+"""The output folder of a run: begun without deleting anything, ended with one rename per file."""
+
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from transformers import PrinterCallback, Trainer
+
+from bfpo.files import write_json, write_text
+from bfpo.recipe import Section
+from bfpo.terminal import say
+from bfpo.training.callbacks import LiveLine, MetricsFile
+from bfpo.training.manifest import git_revision, hardware, versions
+
+
+def begin_output(out: Path, recipe: Section, *, resuming: bool) -> Path:
+    """Make the output folder and write the resolved recipe into it.
+
+    A finished or half-finished run that stands there is moved aside unless it is resumed: nothing is deleted.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        earlier = (out / "run.json").exists() or (out / "metrics.jsonl").exists()
+        if earlier and not resuming:
+            aside = _free_name(out)
+            out.rename(aside)
+            say(f"the earlier run in {out} was moved to {aside}")
+        out.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(out / "recipe.resolved.yaml", resolved)
+    state.wait_for_everyone()
+    return out
+
+
+def main_process_renames(folder: Path, name: Path) -> None:
+    """Give a finished folder its final name, once, while every process waits."""
+    state = PartialState()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.rename(name)
+    state.wait_for_everyone()
+
+
+def _free_name(out: Path) -> Path:
+    number = 1
+    while (aside := out.with_name(f"{out.name}.earlier-{number}")).exists():
+        number += 1
+    return aside
+
+
+class RunRecord:
+    """What `run.json` will hold, begun before training so that the code's revision is the one that trained.
+
+    Args:
+        command: The command's name.
+        recipe: What was asked for.
+        out: The output folder.
+        trainer: Given the callbacks that write and show metrics.
+    """
+
+    def __init__(self, command: str, recipe: Section, out: Path, trainer: Trainer) -> None:
+        self._out = out
+        self._content: dict[str, Any] = {
+            "schema": 1,
+            "command": command,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "git_revision": git_revision(),
+            "versions": versions(),
+            "hardware": hardware(),
+            "recipe": recipe.model_dump(mode="json"),
+        }
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(MetricsFile(out / "metrics.jsonl"))
+        trainer.add_callback(LiveLine())
+
+    def finish(self, **results: Any) -> dict[str, Any]:
+        """Add the results, write `run.json`, and return all of it."""
+        self._content |= results
+        if PartialState().is_main_process:
+            write_json(self._out / "run.json", self._content)
+        return self._content
+
+
+def save_final(trainer: Trainer, out: Path) -> None:
+    """Save the final model aside, then rename its files into the output folder.
+
+    A reader of the folder never sees a half-written weight file.
+    """
+    state = PartialState()
+    aside = out / ".final"
+    if state.is_main_process and aside.exists():
+        shutil.rmtree(aside)
+    state.wait_for_everyone()
+    trainer.save_model(str(aside))
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for file in sorted(aside.iterdir()):
+            os.replace(file, out / file.name)
+        aside.rmdir()

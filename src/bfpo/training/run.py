@@ -1,0 +1,224 @@
+"""The work of `bfpo train`: from a recipe to a checkpoint and a record of how it was made."""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from bfpo.data.inspect import show_cells, show_samples, show_sources
+from bfpo.data.load import Why
+from bfpo.data.prepare import PreparedData, prepare, require_labels
+from bfpo.data.table import Example, PairTable, pair_table
+from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
+from bfpo.errors import DataError
+from bfpo.files import write_json
+from bfpo.losses import BFPO, PairLoss, make_loss
+from bfpo.pairs import CELLS, PreferencePair
+from bfpo.recipe import SftModel, TrainRecipe
+from bfpo.terminal import counting, say, show_table
+from bfpo.training.arguments import training_arguments
+from bfpo.training.output import RunRecord, begin_output, save_final
+from bfpo.training.run_sft import fine_tuned_on_the_spot
+from bfpo.training.start import start_model, start_tokenizer
+from bfpo.training.trainer import BFPOTrainer, require_signals
+
+
+class Tables(NamedTuple):
+    """Tokenised data of a run."""
+
+    train: PairTable
+    eval: dict[str, PairTable]
+    samples: list[dict[str, str]]
+
+
+def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | None = None) -> dict[str, Any]:
+    """Train on preferences as a recipe says.
+
+    Args:
+        recipe: What to do.
+        dry_run: Stop before any model is loaded or trained; everything else is done and shown.
+        limit: Take at most so many pairs of each source.
+
+    Returns:
+        What `run.json` holds; for a dry run, the data manifest.
+    """
+    options = dict(recipe.trainer)
+    resume = options.pop("resume_from_checkpoint", None)
+    args = training_arguments(options)
+    loss = make_loss(recipe.loss)
+    prepared = prepare(recipe, limit=limit, watch=say)
+    select_for(loss, prepared)
+    model_section: SftModel = recipe.model
+    if recipe.model.sft is not None and dry_run:
+        model_section = recipe.model.sft.model
+    elif recipe.model.sft is not None:
+        model_section = fine_tuned_on_the_spot(recipe, prepared.eval, Path(str(args.output_dir)).parent / "cache")
+    tokenizer = start_tokenizer(model_section, lambda: texts_of(prepared.train))
+    tables = tokenise(recipe, prepared, tokenizer, loss)
+    show_data(prepared, tables, loss)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    n_main, n_buffer = len(tables.train.main_rows), len(tables.train.buffer_rows)
+    show_plan(n_main, n_buffer, batch, args.max_steps, args.num_train_epochs)
+    if dry_run:
+        say("dry run: nothing was trained")
+        return prepared.manifest()
+
+    began, cpu_began = time.time(), time.process_time()
+    out = begin_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
+    if PartialState().is_main_process:
+        write_json(out / "data_manifest.json", prepared.manifest())
+    trainer = BFPOTrainer(
+        start_model(model_section, tokenizer),
+        args,
+        tables.train,
+        eval_dataset=tables.eval or None,
+        processing_class=tokenizer,
+        loss=loss,
+        buffer_weight=recipe.buffer_weight,
+        train_only=recipe.train_only,
+    )
+    record = RunRecord("train", recipe, out, trainer)
+    say(f"training {trainer.selection}; the reference copies {trainer.reference.bytes / 2**20:,.1f} MiB")
+    trainer.start_check = trainer.check_start()
+    say(
+        f"start check: largest margin {trainer.start_check.largest_margin:g} nats (expected 0), typical completion "
+        f"{trainer.start_check.typical_logp:,.0f} nats"
+    )
+    if trainer.start_check.advice:
+        say(f"warning: {trainer.start_check.advice}")
+    result = trainer.train(resume_from_checkpoint=resume)
+    evaluation = trainer.evaluate() if tables.eval else {}
+    save_final(trainer, out)
+    run = record.finish(
+        model=model_section.model_dump(exclude_defaults=True),
+        data={"train": prepared.manifest()["train"], "eval": prepared.manifest()["eval"]},
+        start_check=trainer.start_check._asdict(),
+        trained={"parameters": trainer.selection.trained, "of": trainer.selection.total},
+        steps=result.global_step,
+        train_loss=result.training_loss,
+        evaluation={name: held_out(evaluation, name, table) for name, table in tables.eval.items()},
+        wall_seconds=round(time.time() - began, 1),
+        cpu_seconds=round(time.process_time() - cpu_began, 1),
+    )
+    for name, numbers in run["evaluation"].items():
+        show_evaluation(name, numbers)
+    say(f"\nsaved to {out}")
+    return run
+
+
+def texts_of(pairs: Iterable[PreferencePair]) -> Iterable[str]:
+    """Return all texts of pairs."""
+    for pair in pairs:
+        yield from (message.content for message in pair.prompt)
+        yield from (pair.chosen, pair.rejected)
+
+
+def select_for(loss: PairLoss, prepared: PreparedData) -> None:
+    """Take out the pairs that a loss doesn't train on, and count them.
+
+    Raises:
+        DataError: If pairs are unlabelled, or none is left.
+    """
+    require_labels([*prepared.train, *prepared.eval])
+    for part in prepared.parts:
+        for pairs in (part.train, part.eval):
+            for pair in pairs:
+                if pair.labels is not None and not loss.keeps(pair.labels):
+                    part.report.removed[Why(f"{type(loss).__name__} doesn't train on this cell", pair.cell)] += 1
+            pairs[:] = [pair for pair in pairs if pair.labels is not None and loss.keeps(pair.labels)]
+    if not any(pair.provenance.stream == "main" for pair in prepared.train):
+        raise DataError("no pairs of the main stream are left to train on")
+
+
+def tokenise(
+    recipe: TrainRecipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, loss: PairLoss
+) -> Tables:
+    """Tokenise all pairs; what doesn't fit is dropped and counted, up to the recipe's cap.
+
+    Returns:
+        Tables; evaluation pairs of the two streams apart, named `main` and `buffer`.
+    """
+    encoder = Encoder(tokenizer, recipe.text)
+    train: tuple[list[PreferencePair], list[Example]] = ([], [])
+    held_out: tuple[list[PreferencePair], list[Example]] = ([], [])
+    with counting("tokenising", len(prepared.train) + len(prepared.eval)) as watch:
+        for part in prepared.parts:
+            for pairs, (kept, examples) in ((part.train, train), (part.eval, held_out)):
+                more_pairs, more_examples = encoder.encode(pairs, part.report, watch)
+                pairs[:] = more_pairs
+                kept += more_pairs
+                examples += more_examples
+            part.report.check_cap(recipe.max_dropped)
+    check_special_tokens(train[1], tokenizer)
+    samples = [decoded_sample(example, tokenizer) for example in train[1][:3]]
+    use_scores = recipe.safety == "scores"
+    if use_scores and any(pair.signals.chosen_safety_score is None for pair in (*train[0], *held_out[0])):
+        raise DataError("safety: scores needs chosen_safety_score and rejected_safety_score for every pair")
+    table = pair_table(train[1], train[0], use_scores=use_scores)
+    evals = {}
+    for stream in ("main", "buffer"):
+        rows = [index for index, pair in enumerate(held_out[0]) if pair.provenance.stream == stream]
+        if rows:
+            chosen = [held_out[1][row] for row in rows], [held_out[0][row] for row in rows]
+            evals[stream] = pair_table(*chosen, use_scores=use_scores)
+    for one in (table, *evals.values()):
+        require_signals(one, loss)
+    return Tables(table, evals, samples)
+
+
+def show_data(prepared: PreparedData, tables: Tables, loss: PairLoss) -> None:
+    """Print what a run trains on."""
+    show_sources(part.report for part in prepared.parts)
+    show_cells(prepared.train, loss.labeling if isinstance(loss, BFPO) else None, loss.beta)
+    show_samples(tables.samples)
+
+
+def show_plan(n_main: int, n_buffer: int, batch: int, max_steps: int, epochs: float) -> None:
+    """Print what every step uses and how often each pair will be seen."""
+    steps = max_steps if max_steps > 0 else int(-(-epochs * -(-n_main // batch) // 1))
+    rows = [("main", n_main, batch, f"{steps * batch / n_main:.2f}")]
+    if n_buffer:
+        rows.append(("buffer", n_buffer, batch, f"{steps * batch / n_buffer:.2f}"))
+    show_table(f"Plan: {steps} steps", ("stream", "pairs", "pairs per step", "times each pair is seen"), rows)
+
+
+def held_out(metrics: dict[str, Any], name: str, table: PairTable) -> dict[str, Any]:
+    """Return the held-out numbers of one stream, with each cell's count; a cell without pairs has None."""
+    prefix = f"eval_{name}_"
+    return {
+        "pairs": len(table),
+        "loss": metrics[f"{prefix}loss"],
+        "sign_agreement": metrics[f"{prefix}bfpo/sign_agreement"],
+        "cells": {
+            cell: {
+                "pairs": int((table.cells == index).sum()),
+                "margin": metrics[f"{prefix}bfpo/margin/{cell}"],
+                "target_gap": metrics.get(f"{prefix}bfpo/target_gap/{cell}"),
+                "sign_agreement": metrics[f"{prefix}bfpo/sign_agreement/{cell}"],
+            }
+            for index, cell in enumerate(CELLS)
+        },
+    }
+
+
+def show_evaluation(name: str, numbers: dict[str, Any]) -> None:
+    """Print a stream's held-out numbers by cell."""
+
+    def shown(value: float | None, style: str) -> str:
+        return "" if value is None else f"{value:{style}}"
+
+    rows = [
+        (
+            cell,
+            of_cell["pairs"] or "empty",
+            shown(of_cell["margin"], "+.2f"),
+            shown(of_cell["target_gap"], "+.2f"),
+            shown(of_cell["sign_agreement"], ".1%"),
+        )
+        for cell, of_cell in numbers["cells"].items()
+    ]
+    columns = ("cell", "pairs", "mean margin (nats)", "margin - target", "sign agreement")
+    show_table(f"Held-out {name} pairs: {numbers['pairs']}, loss {numbers['loss']:.4g}", columns, rows)

@@ -1,0 +1,142 @@
+"""The work of `bfpo sft`, and models fine-tuned on the spot for a preference run."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from bfpo.data.demonstrations import DemonstrationPart, prepare_demonstrations
+from bfpo.data.inspect import show_samples, show_sources
+from bfpo.data.rows import local_files
+from bfpo.data.table import Example, TokenTable, token_table
+from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
+from bfpo.errors import DataError
+from bfpo.files import content_hash, file_hash
+from bfpo.pairs import PreferencePair
+from bfpo.recipe import SftModel, SftRecipe, Source, TrainRecipe
+from bfpo.terminal import counting, say
+from bfpo.training.arguments import training_arguments
+from bfpo.training.manifest import versions
+from bfpo.training.output import RunRecord, begin_output, main_process_renames, save_final
+from bfpo.training.sft import SFTTrainer
+from bfpo.training.start import demonstration_texts, start_model, start_tokenizer
+
+
+def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = None) -> dict[str, Any]:
+    """Fine-tune on completions as a recipe says.
+
+    Args:
+        recipe: What to do.
+        dry_run: Stop before any model is loaded or trained; everything else is done and shown.
+        limit: Take at most so many completions of each source.
+
+    Returns:
+        What `run.json` holds; empty for a dry run.
+    """
+    options = dict(recipe.trainer)
+    resume = options.pop("resume_from_checkpoint", None)
+    args = training_arguments(options)
+    parts = prepare_demonstrations(recipe.data, holdout=recipe.holdout, limit=limit)
+    tokenizer = start_tokenizer(
+        recipe.model, lambda: demonstration_texts(item for part in parts for item in part.train)
+    )
+    train, held_out = _tokenise(recipe, parts, tokenizer)
+    show_sources(part.report for part in parts)
+    show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
+    if dry_run:
+        say("dry run: nothing was trained")
+        return {}
+
+    began, cpu_began = time.time(), time.process_time()
+    out = begin_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
+    trainer = SFTTrainer(
+        start_model(recipe.model, tokenizer),
+        args,
+        train,
+        held_out,
+        tokenizer,
+        train_only=recipe.train_only,
+    )
+    record = RunRecord("sft", recipe, out, trainer)
+    say(f"training {trainer.selection} on {len(train)} completions")
+    result = trainer.train(resume_from_checkpoint=resume)
+    evaluation = trainer.evaluate() if held_out else {}
+    save_final(trainer, out)
+    if evaluation:
+        loss = evaluation["eval_loss"]
+        say(f"held-out completions: {loss:.3f} nats per token, perplexity {math.exp(min(loss, 700)):,.1f}")
+    return record.finish(
+        data=[part.report.to_json() for part in parts],
+        trained={"parameters": trainer.selection.trained, "of": trainer.selection.total},
+        steps=result.global_step,
+        train_loss=result.training_loss,
+        evaluation={name: value for name, value in evaluation.items() if name == "eval_loss"},
+        wall_seconds=round(time.time() - began, 1),
+        cpu_seconds=round(time.process_time() - cpu_began, 1),
+    )
+
+
+def fine_tuned_on_the_spot(recipe: TrainRecipe, evaluated: list[PreferencePair], cache: Path) -> SftModel:
+    """Return the model of a recipe's `model.sft` section, made now or found in the cache.
+
+    The cache key is the content: the section, the bytes of its local files, the held-out share and the versions.
+    Prompts held out by the recipe are held out here too.
+
+    Args:
+        recipe: With `model.sft`.
+        evaluated: Pairs the recipe will evaluate on.
+        cache: Folder of such models.
+
+    Raises:
+        DataError: If the section would train on a prompt that the recipe evaluates on.
+    """
+    sft = nested_sft(recipe)
+    keys = {pair.prompt_key for pair in evaluated}
+    parts = prepare_demonstrations(sft.data, holdout=sft.holdout)
+    leaks = [item for part in parts for item in part.train if item.prompt_key in keys]
+    if leaks:
+        raise DataError(
+            f"model.sft: {len(leaks)} completions have a prompt that this recipe evaluates on (row "
+            f"{leaks[0].row_id}); take them out, or use holdout instead of eval"
+        )
+    sources = [*sft.data, *((sft.model.new and sft.model.new.texts) or [])]
+    made_of = content_hash(sft.model_dump(mode="json"), [_bytes_of(source) for source in sources], versions())
+    folder = cache / f"sft-{made_of}"
+    if folder.exists():
+        say(f"the fine-tuned model is in the cache: {folder}")
+    else:
+        say(f"fine-tuning the model to start from; it will be cached as {folder}")
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        run_sft(sft.model_copy(update={"trainer": {**sft.trainer, "output_dir": str(unfinished)}}))
+        main_process_renames(unfinished, folder)
+    return recipe.model.model_copy(update={"sft": None, "path": str(folder)})
+
+
+def nested_sft(recipe: TrainRecipe) -> SftRecipe:
+    """Return the recipe's `model.sft`, holding out at least what the recipe holds out."""
+    sft = recipe.model.sft
+    assert sft is not None
+    return sft.model_copy(update={"holdout": max(sft.holdout, recipe.holdout)})
+
+
+def _bytes_of(source: Source) -> list[str]:
+    return [file_hash(file) for file in local_files(source)]
+
+
+def _tokenise(
+    recipe: SftRecipe, parts: list[DemonstrationPart], tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenTable, TokenTable | None]:
+    encoder = Encoder(tokenizer, recipe.text)
+    found: tuple[tuple[list[str], list[Example]], tuple[list[str], list[Example]]] = (([], []), ([], []))
+    with counting("tokenising", sum(len(part.train) + len(part.eval) for part in parts)) as watch:
+        for part in parts:
+            for items, (row_ids, examples) in zip((part.train, part.eval), found, strict=True):
+                kept, more = encoder.encode(items, part.report, watch)
+                row_ids += [item.row_id for item in kept]
+                examples += more
+            part.report.check_cap(recipe.max_dropped)
+    (train_ids, train), (eval_ids, held_out) = found
+    check_special_tokens(train, tokenizer)
+    return token_table(train, train_ids), token_table(held_out, eval_ids) if held_out else None

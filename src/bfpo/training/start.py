@@ -1,0 +1,56 @@
+"""Where a run starts from: a model that exists, or a new one."""
+
+from collections.abc import Callable, Iterable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bfpo.data.demonstrations import load_demonstrations
+from bfpo.errors import ModelError
+from bfpo.model.load import load_model, load_tokenizer
+from bfpo.model.new import new_model, new_tokenizer
+from bfpo.pairs import Demonstration
+from bfpo.recipe import NewModel, SftModel
+
+
+def start_tokenizer(section: SftModel, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that training starts with.
+
+    Args:
+        section: With a `path` or `new`.
+        texts: Gives the texts a new tokenizer is trained on, unless the section names some.
+
+    Raises:
+        ModelError: If it can't be loaded.
+    """
+    if section.new is None:
+        return load_tokenizer(section)
+    return new_tokenizer(_named_texts(section.new) or texts(), section.new.vocab_size)
+
+
+def start_model(section: SftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return the model that training starts with.
+
+    Raises:
+        ModelError: If it can't be loaded, or has no embedding for some token.
+    """
+    if section.new is not None:
+        return new_model(section.new, tokenizer)
+    model = load_model(section)
+    rows = model.config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"{section.path}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}"
+        )
+    return model
+
+
+def demonstration_texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:
+    """Return all texts of demonstrations."""
+    for item in demonstrations:
+        yield from (message.content for message in item.prompt)
+        yield item.completion
+
+
+def _named_texts(new: NewModel) -> list[str]:
+    sources = [source.model_copy(update={"use": "both"}) for source in new.texts or []]
+    return [text for source in sources for text in demonstration_texts(load_demonstrations(source)[1])]
