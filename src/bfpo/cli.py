@@ -75,7 +75,7 @@ def inspect_data(
     limit: Limit = None,
 ) -> None:
     """Show what preference data hold: cells, labels, lengths, conflicts, examples."""
-    from bfpo.data.commands import inspect_sources
+    from bfpo.data_commands import inspect_sources
 
     inspect_sources(sources, tokenizer=tokenizer, max_length=max_length, examples=examples, limit=limit)
 
@@ -88,7 +88,7 @@ def prepare_data(
     limit: Limit = None,
 ) -> None:
     """Read, clean and split a recipe's data into pairs.jsonl, eval.jsonl and data_manifest.json."""
-    from bfpo.data.commands import prepare_recipe
+    from bfpo.data_commands import prepare_recipe
 
     prepare_recipe(recipe, overrides or [], out, limit=limit)
 

@@ -1,0 +1,85 @@
+"""Who may import whom (docs/design.md), read from the source, and how fast the command line answers."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import bfpo
+
+SOURCE = Path(__file__).parents[1] / "src" / "bfpo"
+
+# A package may import those left of it in this list, and its own modules.
+LAYERS = [
+    ("errors", "files"),
+    ("pairs",),
+    ("labeling", "recipe", "terminal"),
+    ("losses", "theory"),
+    ("data",),
+    ("model",),
+    ("training",),
+    ("data_commands",),
+    ("cli",),
+    ("__init__", "__main__"),
+]
+# Of the data, a model knows only what a tokenised example is.
+MODEL_KNOWS = "bfpo.data.table"
+WITHOUT_TORCH = ("errors", "files", "pairs", "labeling", "recipe", "terminal", "theory", "cli")
+
+
+def imports(file: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(file.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def layer_of(name: str) -> int:
+    return next(index for index, names in enumerate(LAYERS) if name in names)
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_point_downwards(file):
+    here = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+    for module in imports(file):
+        if not module.startswith("bfpo."):
+            continue
+        there = module.split(".")[1]
+        assert there == here or layer_of(there) < layer_of(here), f"{here} may not import {module}"
+        if here == "model" and there == "data":
+            assert module == MODEL_KNOWS
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_light_modules_import_no_torch(name):
+    heavy = set(imports(SOURCE / f"{name}.py", top_level_only=True))
+    assert not heavy & {"torch", "transformers", "datasets", "accelerate"}
+
+
+@pytest.mark.parametrize("command", [["-c", "import bfpo"], ["-m", "bfpo", "--help"]])
+def test_first_answer_is_fast_and_loads_no_torch(command):
+    script = "import sys; sys.argv = ['bfpo', '--help']\ntry:\n    import bfpo\n"
+    script += "    from bfpo.cli import main; main()\n" if "-m" in command else ""
+    script += "except SystemExit:\n    pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.6
+
+
+def test_public_names_load_on_first_use():
+    for name in bfpo.__all__:
+        assert getattr(bfpo, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        bfpo.nothing  # noqa: B018
