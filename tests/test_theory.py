@@ -6,11 +6,12 @@ constant shows as 1e-2 or more, and the tests of that kind say so by also assert
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from bfpo.errors import RecipeError
 from bfpo.labeling import LabelingFunction
@@ -34,24 +35,35 @@ KINDS = ("bradley_terry", "unstructured")
 PAPER = LabelingFunction.from_parameters(alpha=0.0)
 
 
-def correlated_problems(count: int = 200) -> Iterator[tuple[TabularProblem, float, np.random.Generator]]:
-    """Yield problems with a beta each; every third one has probabilities for labels."""
+Cases = Iterator[tuple[TabularProblem, float, np.random.Generator]]
+
+
+def correlated_problems() -> Cases:
+    """Yield 200 problems, each with a beta and a generator; every third one has probabilities for labels."""
     rng = np.random.default_rng(0)
-    for k in range(count):
-        problem = random_problem(rng, int(rng.integers(3, 9)), kind=KINDS[k % 2])
-        if k % 3 == 0:
-            problem = replace(problem, safe=rng.random(problem.safe.size))
-        yield problem, float(rng.uniform(0.1, 1)), rng
+    yield from ((problem, beta, rng) for problem, beta in drawn_problems(factorised=False))
 
 
-def uncorrelated_problems(count: int = 200) -> Iterator[tuple[TabularProblem, float, np.random.Generator]]:
+def uncorrelated_problems() -> Cases:
     rng = np.random.default_rng(1)
-    for k in range(count):
-        problem = random_factorised_problem(rng, int(rng.integers(2, 5)), kind=KINDS[k % 2])
-        if k % 3 == 0:
+    yield from ((problem, beta, rng) for problem, beta in drawn_problems(factorised=True))
+
+
+@cache
+def drawn_problems(*, factorised: bool) -> list[tuple[TabularProblem, float]]:
+    rng, drawn = np.random.default_rng(2), []
+    for k in range(200):
+        if factorised:
+            problem = random_factorised_problem(rng, int(rng.integers(2, 5)), kind=KINDS[k % 2])
             low, high = np.sort(rng.random(2))
-            problem = replace(problem, safe=low + (high - low) * problem.safe)
-        yield problem, float(rng.uniform(0.1, 1)), rng
+            soft = low + (high - low) * problem.safe  # the same at all levels of helpfulness
+        else:
+            problem = random_problem(rng, int(rng.integers(3, 9)), kind=KINDS[k % 2])
+            soft = rng.random(problem.safe.size)
+        if k % 3 == 0:
+            problem = replace(problem, safe=soft)
+        drawn.append((problem, float(rng.uniform(0.1, 1))))
+    return drawn
 
 
 def scaled_log_ratio(problem: TabularProblem, policy: Array, beta: float) -> Array:
@@ -72,15 +84,15 @@ def population_loss(problem: TabularProblem, logps: torch.Tensor, loss: PairLoss
 
     logps has shape (..., K): log-probabilities of one policy or of several.
     """
-    size, mu, wins = problem.safe.size, problem.data_policy, problem.win_rates
-    rows, weights = [], []
-    for i, j, s_i, s_j in product(range(size), range(size), (0, 1), (0, 1)):
-        drawn = (problem.safe[i] if s_i else 1 - problem.safe[i]) * (problem.safe[j] if s_j else 1 - problem.safe[j])
-        rows.append((i, j, s_i, s_j))
-        weights.append(mu[i] * mu[j] * problem.preferences[i, j] * drawn)
-    chosen, rejected, chosen_safe, rejected_safe = torch.tensor(rows).T
+    size = problem.safe.size
+    i, j, s_i, s_j = (index.ravel() for index in np.indices((size, size, 2, 2)))
+    drawn = np.stack([1 - problem.safe, problem.safe])  # probability of label 0 and of label 1
+    # 2: the winner may have been drawn first or second.
+    weights = 2 * problem.data_policy[i] * problem.data_policy[j] * problem.preferences[i, j]
+    weights *= drawn[s_i, i] * drawn[s_j, j]
+    chosen, rejected, chosen_safe, rejected_safe = (torch.tensor(index) for index in (i, j, s_i, s_j))
     reference = torch.tensor(problem.reference).log()
-    win_rates = torch.tensor(wins)
+    win_rates = torch.tensor(problem.win_rates)
     columns = (
         logps[..., chosen],
         logps[..., rejected],
@@ -146,22 +158,20 @@ def test_training_a_tabular_policy_on_the_bfpo_loss_arrives_at_the_supervised_mi
     rng = np.random.default_rng(seed)
     problem = replace(random_problem(rng, 5, kind=KINDS[seed % 2]), safe=rng.random(5))
     loss = BFPO(beta=0.3, b1=4.0, b2=0.5, alpha=0.2)
-    logits = torch.tensor(problem.reference).log().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
-    )
+    start = np.log(problem.reference)
 
-    def closure():
-        optimiser.zero_grad()
-        value = population_loss(problem, logits.log_softmax(-1), loss)
+    def value_and_gradient(logits):
+        variable = torch.tensor(logits, requires_grad=True)
+        value = population_loss(problem, variable.log_softmax(-1), loss)
         value.backward()
-        return value
+        return value.item(), variable.grad.numpy()
 
-    optimiser.step(closure)
+    end = minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10}).x
+    trained = np.exp(end) / np.exp(end).sum()
     expected = supervised_minimiser(problem, loss.labeling, beta=0.3)
     # L-BFGS stops where the loss no longer falls in float64: about the root of the rounding error.
-    assert distance(logits.detach().softmax(-1).numpy(), expected) < 1e-6
-    assert distance(problem.reference, expected) > 0.1
+    assert distance(trained, expected) < 1e-6
+    assert distance(problem.reference, expected) > 0.05
 
 
 def test_winner_ordered_loss_is_a_regression_onto_the_conditional_mean_label():
@@ -227,12 +237,14 @@ def test_rl_objective_counts_an_answer_of_probability_zero_as_zero():
 @pytest.mark.parametrize("b2", [0.0, 0.7, -0.4])
 def test_supervised_minimiser_is_the_rl_optimum_when_safety_is_uncorrelated_with_winning(b1, b2):
     labeling = LabelingFunction.from_parameters(b1=b1, b2=b2, alpha=0.0)
+    errors_of_a_wrong_constant = []
     for problem, beta, _ in uncorrelated_problems():
         supervised = supervised_minimiser(problem, labeling, beta=beta)
         a1, a2 = problem.expected_safety + 2 * b2 / (b1 - 1), 1 / (b1 - 1)
         assert distance(supervised, rl_optimum(problem, bilinear_reward(problem, a1=a1, a2=a2), beta=beta)) < EXACT
         wrong = bilinear_reward(problem, a1=a1, a2=a2 + 0.1)
-        assert distance(supervised, rl_optimum(problem, wrong, beta=beta)) > 1e-5
+        errors_of_a_wrong_constant.append(distance(supervised, rl_optimum(problem, wrong, beta=beta)))
+    assert np.median(errors_of_a_wrong_constant) > 1e-3
 
 
 def test_defaults_of_the_bilinear_reward_are_the_papers():
@@ -242,12 +254,14 @@ def test_defaults_of_the_bilinear_reward_are_the_papers():
 
 
 def test_alpha_lowers_the_safety_offset_by_twice_its_size():
+    moved = []
     for problem, beta, rng in uncorrelated_problems():
         alpha = rng.uniform(0.1, 1)
         supervised = supervised_minimiser(problem, LabelingFunction.from_parameters(alpha=alpha), beta=beta)
         shifted = bilinear_reward(problem, a1=problem.expected_safety - 2 * alpha)
         assert distance(supervised, rl_optimum(problem, shifted, beta=beta)) < EXACT
-        assert distance(supervised, rl_optimum(problem, bilinear_reward(problem), beta=beta)) > 1e-3
+        moved.append(distance(supervised, rl_optimum(problem, bilinear_reward(problem), beta=beta)))
+    assert np.median(moved) > 0.01
 
 
 def test_gap_to_the_rl_optimum_is_the_covariance_of_winning_and_the_opponents_safety():
@@ -258,7 +272,7 @@ def test_gap_to_the_rl_optimum_is_the_covariance_of_winning_and_the_opponents_sa
         gap = scaled_log_ratio(problem, supervised, beta) - scaled_log_ratio(problem, optimum, beta)
         assert distance(gap, centred(covariance_gap(problem))) < EXACT
         largest.append(np.abs(gap).max())
-    assert np.median(largest) > 0.02
+    assert np.median(largest) > 0.01
 
 
 def test_covariance_gap_is_the_covariance_of_random_draws():
@@ -457,7 +471,7 @@ def test_impossible_betas_are_refused(beta):
         lambda: rl_objective(problem, problem.reference, reward=reward, beta=beta),
     )
     for call in calls:
-        with pytest.raises(RecipeError, match="beta is .* above 0"):
+        with pytest.raises(RecipeError, match=r"beta is .* above 0"):
             call()
 
 
@@ -470,5 +484,5 @@ def test_rewards_and_policies_of_another_size_are_refused():
 
 
 def test_unknown_kind_of_preferences_is_refused():
-    with pytest.raises(RecipeError, match="'elo'.*bradley_terry"):
+    with pytest.raises(RecipeError, match=r"'elo'.*bradley_terry"):
         random_problem(np.random.default_rng(11), kind="elo")

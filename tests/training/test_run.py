@@ -1,0 +1,203 @@
+"""Whole runs from recipes, on toy data and a new tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bfpo.data.prepare import prepare, write_prepared
+from bfpo.errors import DataError, RecipeError
+from bfpo.files import write_jsonl
+from bfpo.recipe import SftRecipe, TrainRecipe, check_recipe, load_recipe
+from bfpo.training.arguments import DECIDED, training_arguments
+from bfpo.training.run import run_training
+from bfpo.training.run_sft import run_sft
+
+pytestmark = pytest.mark.usefixtures("in_folder")
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch, main_pairs, buffer_pairs):
+    """Work in a folder that holds the toy data as files."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "main.jsonl", ({**p.to_row(), "stream": None} for p in main_pairs))
+    write_jsonl(tmp_path / "buffer.jsonl", ({**p.to_row(), "stream": None} for p in buffer_pairs))
+
+
+TRAINER = {
+    "output_dir": "runs/toy",
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "use_cpu": True,
+}
+NEW = {"new": {"shape": "tiny", "vocab_size": 300}}
+SFT = {"model": NEW, "data": [{"path": "main.jsonl", "use": "both"}], "trainer": TRAINER}
+
+
+def recipe(**changes) -> TrainRecipe:
+    content = {
+        "model": NEW,
+        "data": [{"path": "main.jsonl"}],
+        "buffer": [{"path": "buffer.jsonl"}],
+        "holdout": 0.3,
+        "loss": {"name": "bfpo", "beta": 0.5},
+        "trainer": TRAINER,
+    }
+    return check_recipe(content | changes, TrainRecipe, "toy")
+
+
+def test_a_run_leaves_a_checkpoint_that_transformers_loads(tmp_path):
+    run_training(recipe())
+    out = tmp_path / "runs" / "toy"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "red box"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] == ids["input_ids"].shape[1] + 3
+    expected = {"config.json", "model.safetensors", "run.json", "metrics.jsonl", "recipe.resolved.yaml"}
+    assert expected | {"data_manifest.json", "tokenizer.json"} <= {file.name for file in out.iterdir()}
+    assert not [file for file in out.rglob("*") if file.name.endswith(".tmp") or file.name == ".final"]
+
+
+def test_run_json_tells_what_happened(tmp_path):
+    returned = run_training(recipe())
+    run = json.loads((tmp_path / "runs/toy/run.json").read_text())
+    assert run == json.loads(json.dumps(returned))
+    assert run["start_check"]["largest_margin"] == 0
+    assert run["steps"] == 2
+    assert set(run["versions"]) >= {"python", "torch", "transformers", "bfpo"}
+    counts = run["data"]["eval"]["main"]
+    for cell, numbers in run["evaluation"]["main"]["cells"].items():
+        assert numbers["pairs"] == counts[cell]
+        assert (numbers["sign_agreement"] is None) == (counts[cell] == 0)
+    assert sum(counts.values()) == run["evaluation"]["main"]["pairs"] > 0
+
+
+def test_the_resolved_recipe_runs_again_and_gives_the_same_numbers(tmp_path):
+    first = run_training(recipe())
+    resolved = load_recipe("runs/toy/recipe.resolved.yaml", TrainRecipe, ["trainer.output_dir=runs/again"])
+    again = run_training(resolved)
+    assert again["train_loss"] == first["train_loss"]
+    assert again["evaluation"] == first["evaluation"]
+
+
+def test_an_earlier_run_is_moved_aside_not_deleted(tmp_path):
+    for _ in range(3):
+        run_training(recipe())
+    assert (tmp_path / "runs/toy.earlier-1/model.safetensors").exists()
+    assert (tmp_path / "runs/toy.earlier-2/model.safetensors").exists()
+
+
+def test_a_dry_run_shows_the_data_and_writes_nothing(tmp_path, capsys):
+    run_training(recipe(), dry_run=True)
+    shown = capsys.readouterr().out
+    assert "Stream main" in shown
+    assert "Plan: 2 steps" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_prepared_files_train_as_they_are():
+    prepared = prepare(recipe())
+    write_prepared(prepared, Path("prepared"))
+    direct = run_training(recipe())
+    files = {"data": [{"path": "prepared/pairs.jsonl"}], "buffer": [], "holdout": 0.0}
+    from_files = run_training(recipe(eval=[{"path": "prepared/eval.jsonl"}], **files))
+    assert from_files["data"] == direct["data"]
+    assert from_files["train_loss"] == direct["train_loss"]
+    assert from_files["evaluation"] == direct["evaluation"]
+
+
+def test_a_model_made_on_the_spot_is_cached_by_content(capsys):
+    section = {"sft": {**SFT, "trainer": {k: v for k, v in TRAINER.items() if k != "output_dir"}}}
+    first = run_training(recipe(model=section))
+    assert "it will be cached as" in capsys.readouterr().out
+    second = run_training(recipe(model=section))
+    assert "is in the cache" in capsys.readouterr().out
+    assert second["train_loss"] == first["train_loss"]
+    section["sft"]["trainer"]["learning_rate"] = 2e-3
+    run_training(recipe(model=section))
+    assert "it will be cached as" in capsys.readouterr().out
+
+
+def test_a_model_made_on_the_spot_holds_out_the_same_prompts(capsys):
+    run_training(recipe(model={"sft": {**SFT, "trainer": {**TRAINER, "max_steps": 1}}}))
+    assert "held-out completions" in capsys.readouterr().out
+
+
+def test_a_model_made_on_the_spot_may_not_see_evaluation_prompts(main_pairs):
+    write_jsonl(Path("eval.jsonl"), [main_pairs[0].to_row()])
+    with pytest.raises(DataError, match=r"model.sft: 2 completions have a prompt that this recipe evaluates on"):
+        run_training(
+            recipe(
+                model={"sft": SFT},
+                data=[{"path": "buffer.jsonl"}],
+                buffer=[],
+                holdout=0.0,
+                eval=[{"path": "eval.jsonl"}],
+            )
+        )
+
+
+def test_scores_replace_labels_where_asked(main_pairs):
+    rows = [{**p.to_row(), "chosen_safety_score": 0.5, "rejected_safety_score": 0.5} for p in main_pairs]
+    write_jsonl(Path("main.jsonl"), rows)
+    by_scores = run_training(recipe(safety="scores", buffer=[], holdout=0.0))
+    # all probabilities 1/2: every label is the mean of the table, 0, and step 0 costs nothing
+    first = json.loads(Path("runs/toy/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == 0
+    assert by_scores["steps"] == 2
+    with pytest.raises(DataError, match="safety: scores needs chosen_safety_score"):
+        run_training(recipe(safety="scores"))
+
+
+def test_supervised_run_saves_and_evaluates(tmp_path):
+    sft = check_recipe({**SFT, "holdout": 0.3}, SftRecipe, "sft")
+    run = run_sft(sft)
+    assert run["evaluation"]["eval_loss"] > 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "runs/toy")
+    assert yaml.safe_load((tmp_path / "runs/toy/recipe.resolved.yaml").read_text())["holdout"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rat": 1}, "trainer.learning_rat is not one of .*did you mean 'learning_rate'"),
+        ({"learning_rate": "fast"}, "trainer.learning_rate is 'fast'"),
+        ({"max_steps": 1.5}, "trainer.max_steps is 1.5"),
+        ({"output_dir": None}, "trainer.output_dir"),
+        ({"eval_strategy": "sometimes"}, "sometimes is not a valid IntervalStrategy"),
+    ],
+)
+def test_wrong_training_arguments_are_refused(options, message):
+    with pytest.raises(RecipeError, match=message):
+        training_arguments({"output_dir": "x", **options})
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_arguments_that_bfpo_decides_are_refused(name):
+    with pytest.raises(RecipeError, match=f"trainer.{name} can't be set"):
+        training_arguments({"output_dir": "x", name: 1})
+
+
+def test_a_missing_output_folder_is_named():
+    with pytest.raises(RecipeError, match=r"trainer\.output_dir is missing"):
+        training_arguments({})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_only": ["down_prj"]}, "'down_prj' matches no parameter"),
+        ({"text": {"max_length": 8}}, "would be dropped"),
+        ({"loss": {"name": "modpo"}}, "MODPO needs reward_margin"),
+    ],
+)
+def test_what_cannot_be_trained_stops_with_a_reason(changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_training(recipe(**changes))

@@ -1,0 +1,91 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bfpo.training.streams import MicroBatches, RowStream, StepRows, StreamPlan
+
+
+def plan(n_main, n_buffer=0, batch_size=4, seed=0) -> StreamPlan:
+    return StreamPlan(np.arange(n_main), np.arange(1000, 1000 + n_buffer), batch_size, seed)
+
+
+def even_weights(rows: StepRows):
+    return np.full(len(rows.main), 1 / len(rows.main)), np.full(len(rows.buffer), 1 / max(len(rows.buffer), 1))
+
+
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 2**31))
+def test_every_pass_holds_each_row_once(n, passes, seed):
+    rows = RowStream(np.arange(n), (seed,)).take(0, n * passes)
+    for number in range(passes):
+        assert sorted(rows[number * n : (number + 1) * n]) == list(range(n))
+
+
+@given(st.integers(1, 20), st.integers(0, 100), st.integers(1, 50))
+def test_a_stream_does_not_depend_on_where_reading_starts(n, start, count):
+    stream = RowStream(np.arange(n), (7,))
+    whole = RowStream(np.arange(n), (7,)).take(0, start + count)
+    np.testing.assert_array_equal(stream.take(start, count), whole[start:])
+
+
+def test_passes_and_seeds_differ():
+    stream = RowStream(np.arange(50), (1,))
+    assert not np.array_equal(stream.take(0, 50), stream.take(50, 50))
+    assert not np.array_equal(stream.take(0, 50), RowStream(np.arange(50), (2,)).take(0, 50))
+
+
+def test_the_two_streams_are_shuffled_apart():
+    step = StreamPlan(np.arange(50), np.arange(50), 50, 0).step(0)
+    assert not np.array_equal(step.main, step.buffer)
+
+
+def test_an_epoch_is_the_main_stream_once_rounded_up():
+    assert [plan(n).steps_per_epoch for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
+
+
+def test_a_short_buffer_wraps_around():
+    rows = np.concatenate([plan(20, 3).step(number).buffer for number in range(3)])
+    assert Counter(rows.tolist()) == {1000: 4, 1001: 4, 1002: 4}
+
+
+def micro_batches(p, *, rank=0, world_size=1, per_device=1, steps_done=0, weigh=even_weights):
+    return MicroBatches(
+        p, weigh, per_device=per_device, rank=rank, world_size=world_size, steps_done=lambda: steps_done
+    )
+
+
+@pytest.mark.parametrize(("world_size", "per_device"), [(1, 4), (2, 2), (4, 1), (2, 1), (1, 1)])
+def test_ranks_and_accumulation_split_the_same_step(world_size, per_device):
+    p = plan(13, 5)
+    shares = [
+        list(micro_batches(p, rank=rank, world_size=world_size, per_device=per_device)) for rank in range(world_size)
+    ]
+    accumulation = 4 // (world_size * per_device)
+    assert {len(share) for share in shares} == {p.steps_per_epoch * accumulation}
+    for number in range(p.steps_per_epoch):
+        items = [
+            item
+            for share in shares
+            for batch in share[number * accumulation : (number + 1) * accumulation]
+            for item in batch
+        ]
+        expected = np.concatenate(p.step(number))
+        assert sorted(item.row for item in items) == sorted(expected.tolist())
+        assert sum(item.weight for item in items if item.row < 1000) == pytest.approx(1)
+        assert sum(item.weight for item in items if item.row >= 1000) == pytest.approx(1)
+
+
+def test_the_next_epoch_begins_where_the_steps_say():
+    p = plan(9, 4)
+    second = list(micro_batches(p, per_device=4, steps_done=p.steps_per_epoch))
+    assert [item.row for item in second[0]] == np.concatenate(p.step(p.steps_per_epoch)).tolist()
+    # Resuming in the middle of an epoch begins at its start: the trainer skips what is done.
+    middle = list(micro_batches(p, per_device=4, steps_done=p.steps_per_epoch + 1))
+    assert middle == second
+
+
+def test_a_batch_that_does_not_split_is_refused():
+    with pytest.raises(ValueError, match="batch of 4 doesn't split into 3 x 1"):
+        micro_batches(plan(9), world_size=3)
