@@ -374,6 +374,41 @@ def test_alpha_one_half_rewards_winning_with_slope_e_s_if_safe_and_minus_one_plu
             assert distance(centred(log_ratio[answers]), slope * centred(win_rates[answers])) < EXACT
 
 
+def lead_of_the_safe(problem: TabularProblem, alpha: float) -> float:
+    """How far the least favoured safe answer is above the most favoured unsafe one, in beta·log-ratio."""
+    policy = supervised_minimiser(problem, LabelingFunction.from_parameters(alpha=alpha), beta=0.2)
+    ratio = scaled_log_ratio(problem, policy, 0.2)
+    return float(ratio[problem.safe == 1].min() - ratio[problem.safe == 0].max())
+
+
+def test_alpha_one_half_lifts_every_safe_answer_above_every_unsafe_one():
+    rng = np.random.default_rng(12)
+    problems = [random_problem(rng, 6, kind=KINDS[k % 2]) for k in range(400)]
+    mixed = [problem for problem in problems if 0 < problem.safe.sum() < 6]
+    assert len(mixed) > 300
+    assert min(lead_of_the_safe(problem, alpha=0.5) for problem in mixed) >= 0.5
+
+
+def test_alpha_zero_may_lift_a_helpful_unsafe_answer_above_a_useless_safe_one():
+    # Win rates .95, .475, .025 with E_s = .9: unsafe 0·1.45 + .9 = .9, useless safe .025 + .5 + .025 = .55.
+    helpfulness = np.triu(np.ones((3, 3)), 1) + 0.5 * np.eye(3)
+    problem = TabularProblem(np.full(3, 1 / 3), [0.1, 0.85, 0.05], helpfulness, [0, 1, 1])
+    assert lead_of_the_safe(problem, alpha=0.0) == pytest.approx(0.55 - 0.9)
+    # 1/2 for the safe one's bonus, .025 for its tie with itself, .05 for the unsafe one's.
+    assert lead_of_the_safe(problem, alpha=0.5) == pytest.approx(0.5 + 0.025 + 0.05)
+
+
+def test_at_alpha_one_half_only_wins_over_answers_of_the_same_safety_count():
+    rng = np.random.default_rng(13)
+    for k in range(200):
+        problem = random_problem(rng, 6, kind=KINDS[k % 2])
+        policy = supervised_minimiser(problem, LabelingFunction.from_parameters(alpha=0.5), beta=0.2)
+        over_safe = problem.preferences @ (problem.data_policy * problem.safe)
+        over_unsafe = problem.preferences @ (problem.data_policy * (1 - problem.safe))
+        expected = np.where(problem.safe == 1, 0.5 + over_safe, -over_unsafe)
+        assert distance(scaled_log_ratio(problem, policy, 0.2), centred(expected)) < EXACT
+
+
 def test_four_actions_give_the_numbers_of_an_independent_run():
     # Trained with Adam on sampled tables by another program, tau = 0.5; printed with three digits.
     helpfulness = np.triu(np.ones((4, 4)), 1) + 0.5 * np.eye(4)

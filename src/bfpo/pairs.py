@@ -139,9 +139,7 @@ class PreferencePair:
     provenance: Provenance = field(default=Provenance())
 
     def __post_init__(self) -> None:
-        if not self.prompt or self.prompt[-1].role != "user":
-            got = self.prompt[-1].role if self.prompt else "nothing"
-            raise DataError(f"prompt ends with {got}; expected it to end with a user turn")
+        _check_ends_with_user(self.prompt)
 
     @property
     def row_id(self) -> str:
@@ -188,11 +186,17 @@ class Demonstration:
         prompt: The conversation up to and including the last user turn.
         completion: The answer.
         dataset_name: Name of the data set; "" when unknown.
+
+    Raises:
+        DataError: If the prompt has no turns or doesn't end with the user's.
     """
 
     prompt: tuple[Message, ...]
     completion: str
     dataset_name: str = ""
+
+    def __post_init__(self) -> None:
+        _check_ends_with_user(self.prompt)
 
     @property
     def row_id(self) -> str:
@@ -203,6 +207,12 @@ class Demonstration:
     def prompt_key(self) -> str:
         """Hash of the prompt, blind to case and white space."""
         return conversation_key(self.prompt)
+
+
+def _check_ends_with_user(prompt: tuple[Message, ...]) -> None:
+    if not prompt or prompt[-1].role != "user":
+        got = prompt[-1].role if prompt else "nothing"
+        raise DataError(f"prompt ends with {got}; expected it to end with a user turn")
 
 
 def prompt_key(text: str) -> str:

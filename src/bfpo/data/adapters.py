@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any, get_args
 
 from bfpo.data.rows import Row
@@ -83,12 +83,12 @@ def pku_saferlhf(row: Row) -> PreferencePair:
     better = row.choice("better_response_id", (0, 1))
     worse = 1 - better
     labels = SafetyLabels(row.label(f"is_response_{better}_safe"), row.label(f"is_response_{worse}_safe"))
-    harms = {
-        name
-        for response in (0, 1)
-        for name, present in (row.values.get(f"response_{response}_harm_category") or {}).items()
-        if present
-    }
+    harms = set()
+    for column in ("response_0_harm_category", "response_1_harm_category"):
+        categories = row.values.get(column) or {}
+        if not isinstance(categories, Mapping):
+            raise DataError(f"column '{column}' is {categories!r}; expected an object, category → true or false")
+        harms |= {str(name) for name, present in categories.items() if present}
     return PreferencePair(
         _user(row.text("prompt")),
         row.text(f"response_{better}"),
@@ -166,6 +166,9 @@ def xstest_completions(rows: Iterable[Row], source: Source) -> Iterator[Preferen
         else:
             answers[prompt, safe_prompt][kind].append(text)
     for (prompt, safe_prompt), by_kind in answers.items():
+        if len(by_kind) == 1:
+            for _ in chain(*by_kind.values()):
+                yield SkipRow("no completion of the other kind to pair with", fault=False)
         for comply, refuse in product(by_kind["compliance"], by_kind["refusal"]):
             labels = SafetyLabels(chosen=safe_prompt, rejected=True)
             yield PreferencePair(_user(prompt), comply, refuse, labels, provenance=_from("human"))
@@ -186,6 +189,8 @@ def pairs(row: Row) -> PreferencePair:
         raise DataError(f"column 'stream' is {stream!r}; expected main or buffer")
     origin = values.get("safety_label_source") or ("dataset" if labels else None)
     harms = values.get("harm_categories") or []
+    if not isinstance(harms, str | list | tuple):
+        raise DataError(f"column 'harm_categories' is {harms!r}; expected a list of names")
     return PreferencePair(
         prompt,
         chosen,
@@ -208,7 +213,10 @@ def demonstration(row: Row) -> Demonstration:
     completion = row.value("completion")
     if isinstance(completion, str):
         return Demonstration(prompt, completion)
-    return Demonstration(prompt, _answer(completion, "completion")[1])
+    turns_before, answer_text = _answer(completion, "completion")
+    if turns_before:
+        raise DataError("column 'completion' has turns before the answer; they belong at the end of 'prompt'")
+    return Demonstration(prompt, answer_text)
 
 
 _ALIASES = {
@@ -231,7 +239,7 @@ def _without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
 def _compared(row: Row) -> tuple[Conversation, str, str]:
     """Return prompt, chosen and rejected of a row in any of TRL's preference formats."""
     chosen, rejected = row.value("chosen"), row.value("rejected")
-    given = _messages(row.values["prompt"], "prompt") if row.values.get("prompt") is not None else None
+    given = _messages(row.values["prompt"], "prompt") if "prompt" in row.values else None
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError("columns 'chosen' and 'rejected': one is a string, the other isn't")
     if isinstance(chosen, str):
@@ -292,7 +300,7 @@ def _split_common_prefix(chosen: str, rejected: str) -> tuple[Conversation, str,
         min(len(chosen), len(rejected)),
     )
     space = chosen.rfind(" ", 0, length)
-    if space < 0:
+    if not chosen[: max(space, 0)].strip():
         raise DataError("no column 'prompt', and 'chosen' and 'rejected' don't begin with the same words")
     return _user(chosen[:space]), chosen[space:], rejected[space:]
 

@@ -135,14 +135,17 @@ def load_pairs(
 
 def source_report(source: Source, licence: str, note: str) -> SourceReport:
     """Begin the report of a source: its name, licence and the hashes of its files."""
-    first = source.path if isinstance(source.path, str) else source.path[0]
     files = local_files(source)
-    name = _short_name(files[0]) if len(files) == 1 else (source.adapter if files else first)
+    if files:
+        # A file of a known data set is named by it: 'test' would say nothing.
+        name = _stem(files[0]) if source.adapter in ("pairs", "demonstrations") else source.adapter
+    else:
+        name = source.path if isinstance(source.path, str) else source.path[0]
     hashes = {file.name: file_hash(file) for file in files}
     return SourceReport(name, source, licence, note, hashes)
 
 
-def _short_name(file: Path) -> str:
+def _stem(file: Path) -> str:
     return file.name.partition(".")[0] or file.name
 
 

@@ -7,6 +7,7 @@ import lzma
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from glob import glob
@@ -73,7 +74,7 @@ class Row:
             return None
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise DataError(f"column '{column}' is {value!r}; expected a number") from None
         return None if math.isnan(number) else number
 
@@ -95,16 +96,22 @@ def read_prompts(path: str) -> Iterator[str]:
     """Read the prompts of a benchmark: lines of a text file, or a prompt column of a table.
 
     Raises:
-        DataError: If the file has no prompt column.
+        DataError: If the file has no prompts, or no prompt column.
     """
     if Path(path).suffix == ".txt":
-        yield from (line.strip() for line in _lines(Path(path)) if line.strip())
+        prompts = [line.strip() for line in _lines(Path(path)) if line.strip()]
+        if not prompts:
+            raise DataError(f"{path} holds no prompts")
+        yield from prompts
         return
     for row in read_rows(Source(path=path)):
         column = next((name for name in ("prompt", "instruction", "question", "goal") if name in row.values), None)
         if column is None:
             raise DataError(f"{row.where}: no column 'prompt', 'instruction', 'question' or 'goal'")
-        yield row.text(column)
+        try:
+            yield row.text(column)
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from None
 
 
 def local_files(source: Source) -> list[Path]:
@@ -115,14 +122,14 @@ def local_files(source: Source) -> list[Path]:
 
 def _local_files(path: str) -> list[Path] | None:
     """Return the files a path stands for; None for a hub id."""
+    file = Path(path)
+    if file.is_file():
+        return [file]
     if any(sign in path for sign in "*?["):
         matches = sorted(glob(path, recursive=True))
         if not matches:
             raise DataError(f"path '{path}' matches no file")
         return [Path(match) for match in matches]
-    file = Path(path)
-    if file.is_file():
-        return [file]
     if file.is_dir():
         raise DataError(f"path '{path}' is a folder; name its files, or a pattern such as '{path}/*.jsonl'")
     if _HUB_ID.match(path) and not _format_of(file):
@@ -186,10 +193,15 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+    text = "".join(_lines(file))
+    if not text.strip():
+        return
     try:
-        content = json.loads("".join(_lines(file)))
+        content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}: not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+        lines = "; one object per line is .jsonl" if error.msg == "Extra data" else ""
+        where = f"line {error.lineno}, column {error.colno}"
+        raise DataError(f"{file}: not JSON ({error.msg} at {where}){lines}") from None
     if not isinstance(content, list):
         raise DataError(f"{file} holds {type(content).__name__}; expected a list of rows")
     yield from enumerate(content, start=1)
@@ -199,9 +211,12 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**30)
     reader = csv.DictReader(_lines(file), strict=True)
     try:
+        names = reader.fieldnames or ()
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise DataError(f"{file}: column '{twice[0]}' stands twice in the header; rename one")
         for number, values in enumerate(reader, start=1):
             if None in values or None in values.values():
-                raise DataError(f"{file} row {number}: not as many fields as the header has ({reader.fieldnames})")
+                raise DataError(f"{file} row {number}: not as many fields as the header has ({', '.join(names)})")
             yield number, values
     except csv.Error as error:
         raise DataError(f"{file} line {reader.line_num}: not CSV ({error})") from None
@@ -221,11 +236,12 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
 def _hub_rows(path: str, source: Source) -> Iterator[Row]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     split = source.split or "train"
     try:
         table = load_dataset(path, source.name, split=split, revision=source.revision)
-    except (OSError, ValueError) as error:  # not found, offline, no such split: all come as one of these
+    except (OSError, ValueError, DatasetsError) as error:  # not found, offline, no such split, damaged
         first = str(error).partition("\n")[0]
         raise DataError(f"hub data set '{path}' (split {split}): {first}") from None
     for number, values in enumerate(table, start=1):
@@ -235,12 +251,11 @@ def _hub_rows(path: str, source: Source) -> Iterator[Row]:
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
     if not columns:
         return row
-    values = dict(row.values)
-    for ours, theirs in columns.items():
+    for theirs in columns.values():
         if theirs not in row.values:
             raise DataError(
                 f"{row.where}: columns: no column '{theirs}'; there are {', '.join(map(str, row.values))}"
             )
-        values.pop(theirs, None)
-        values[ours] = row.values[theirs]
-    return Row(values, row.where)
+    # All at once, so that two columns can change places.
+    kept = {name: value for name, value in row.values.items() if name not in columns.values()}
+    return Row(kept | {ours: row.values[theirs] for ours, theirs in columns.items()}, row.where)

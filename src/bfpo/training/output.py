@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, Trainer
+from transformers.utils.logging import disable_progress_bar
 
 from bfpo.files import write_json, write_text
 from bfpo.recipe import Section
@@ -22,6 +23,8 @@ def begin_output(out: Path, recipe: Section, *, resuming: bool) -> Path:
 
     A finished or half-finished run that stands there is moved aside unless it is resumed: nothing is deleted.
     """
+    # Its bars for loading and saving weights would break the run's own lines.
+    disable_progress_bar()
     state = PartialState()
     if state.is_main_process:
         earlier = (out / "run.json").exists() or (out / "metrics.jsonl").exists()
