@@ -39,6 +39,13 @@ class TrainingError(BfpoError, RuntimeError):
     exit_code = 1
 
 
+class Stopped(BfpoError):
+    """A run was told to stop, and did so in good order."""
+
+    # 128 + SIGTERM, what a shell reports for a process ended by it
+    exit_code = 143
+
+
 class MissingExtra(BfpoError, ImportError):
     """A feature needs a package that the core installation doesn't bring."""
 

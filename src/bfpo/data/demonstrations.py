@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from bfpo.data.adapters import demonstration
-from bfpo.data.load import SourceReport, Why, load_pairs, sample, source_report
+from bfpo.data.load import BROKEN, SourceReport, Why, is_broken, load_pairs, sample, source_report
 from bfpo.data.prepare import is_held_out
 from bfpo.data.rows import read_rows
 from bfpo.errors import DataError
@@ -73,7 +73,7 @@ def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[So
     """
     if source.adapter == "demonstrations":
         report = source_report(source, source.licence or "", "")
-        found = list(_read(source))
+        found = list(_read(source, report))
         if not found:
             raise DataError(f"{report.name}: no rows in {source.path}")
         taken = sample(found, source, report, limit)
@@ -83,12 +83,17 @@ def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[So
     return report, [replace(item, dataset_name=report.name) for item in taken]
 
 
-def _read(source: Source) -> Iterator[Demonstration]:
+def _read(source: Source, report: SourceReport) -> Iterator[Demonstration]:
     for row in read_rows(source):
         try:
-            yield demonstration(row)
+            item = demonstration(row)
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None
+        if is_broken(item.completion, *(message.content for message in item.prompt)):
+            report.skipped[BROKEN] += 1
+            report.faulty += 1
+        else:
+            yield item
 
 
 def _imitated(pair: PreferencePair, source: Source, report: SourceReport) -> list[Demonstration]:

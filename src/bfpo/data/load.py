@@ -125,11 +125,14 @@ def load_pairs(
         if isinstance(item, SkipRow):
             report.skipped[item.reason] += 1
             report.faulty += item.fault
+        elif is_broken(item.chosen, item.rejected, *(message.content for message in item.prompt)):
+            report.skipped[BROKEN] += 1
+            report.faulty += 1
         else:
             found.append(item)
     if not found:
         raise DataError(f"{report.name}: no pairs in {source.path} (rows skipped: {dict(report.skipped)})")
-    _check_half_labelled(report.name, found)
+    _check_half_labelled(f"{report.name} ({source.path})", found)
     return report, [_completed(pair, report, stream) for pair in sample(found, source, report, limit)]
 
 
@@ -141,8 +144,20 @@ def source_report(source: Source, licence: str, note: str) -> SourceReport:
         name = _stem(files[0]) if source.adapter in ("pairs", "demonstrations") else source.adapter
     else:
         name = source.path if isinstance(source.path, str) else source.path[0]
-    hashes = {file.name: file_hash(file) for file in files}
+    hashes = {str(file): file_hash(file) for file in files}
     return SourceReport(name, source, licence, note, hashes)
+
+
+BROKEN = "half a character in a text (a surrogate without its pair)"
+
+
+def is_broken(*texts: str) -> bool:
+    """Return whether a text can't be written or tokenised: JSON that was cut by length holds half characters."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _stem(file: Path) -> str:

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,7 +172,8 @@ def clean(
                 report.removed[Why("duplicate", pair.cell)] += 1
                 continue
             seen.add(key)
-            fault, conflict = _fault(pair), found.conflict_of(pair)
+            fault = _fault(pair)
+            conflict = None if fault else found.conflict_of(pair)
             if conflict and conflicts == "error":
                 raise DataError(
                     f"{report.name}: row {pair.row_id}: {conflict}; mend the data, or set conflicts to drop or keep"
@@ -215,10 +216,13 @@ def _fault(pair: PreferencePair) -> str | None:
 
 
 def _handle_leaks(parts: list[Part], evals: list[Part], recipe: DataRecipe) -> None:
-    """Find training prompts that stand in an evaluation set, by the words of the prompt or of its last turn."""
+    """Find training prompts that stand in an evaluation set, by the words of the prompt or of its last turn.
+
+    The last turn is compared with whole prompts only: that two conversations end with the same "why?" is no leak.
+    """
     named: dict[str, str] = {}
     for part in evals:
-        named |= {key: part.report.name for pair in part.eval for key in _leak_keys(pair)}
+        named |= {pair.prompt_key: part.report.name for pair in part.eval}
     for path in recipe.benchmarks:
         named |= {prompt_key(prompt): path for prompt in read_prompts(path)}
     for part in parts:
@@ -243,6 +247,15 @@ def _name_apart(parts: list[Part]) -> None:
     """Give every source a name of its own, so that counts of two files of one name stay apart."""
     taken: Counter[str] = Counter()
     for part in parts:
-        taken[part.report.name] += 1
-        if taken[part.report.name] > 1:
-            part.report.name = f"{part.report.name}-{taken[part.report.name]}"
+        name = part.report.name
+        taken[name] += 1
+        if taken[name] > 1:
+            part.report.name = f"{name}-{taken[name]}"
+            for pairs in (part.train, part.eval):
+                pairs[:] = [_renamed(pair, name, part.report.name) for pair in pairs]
+
+
+def _renamed(pair: PreferencePair, old: str, new: str) -> PreferencePair:
+    if pair.provenance.dataset_name != old:
+        return pair
+    return replace(pair, provenance=replace(pair.provenance, dataset_name=new))

@@ -219,7 +219,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Any]]:
                 raise DataError(f"{file} row {number}: not as many fields as the header has ({', '.join(names)})")
             yield number, values
     except csv.Error as error:
-        raise DataError(f"{file} line {reader.line_num}: not CSV ({error})") from None
+        # The reader counts the lines of whole rows: the broken row begins on the next one.
+        raise DataError(f"{file} line {reader.line_num + 1}: not CSV ({error})") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:

@@ -1,5 +1,6 @@
 """Tokenised prompts with their completions, compact in memory."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,6 +44,11 @@ class TokenTable(Sequence[Example]):
             self.ids[start:stop] for start, stop in zip(self.bounds[index, :-1], self.bounds[index, 1:], strict=True)
         )
         return Example(prompt, tuple(completions))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the token ids and of where examples begin and end."""
+        return hashlib.sha256(self.ids.tobytes() + self.bounds.tobytes()).hexdigest()[:16]
 
     @property
     def lengths(self) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from bfpo.data.load import SourceReport, Why
 from bfpo.data.table import Example
@@ -95,25 +95,27 @@ class Encoder:
 
     def _encode_chunk(self, items: Sequence[Item]) -> Iterator[Encoding]:
         rendered = [self._render(item) for item in items]
-        texts = [text for texts in rendered if texts for text in texts]
+        texts = [text for texts in rendered if isinstance(texts, list) for text in texts]
         all_ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
         for texts_of_item in rendered:
-            if texts_of_item is None:
-                yield Encoding(None, "the chat template refuses the conversation")
+            if isinstance(texts_of_item, str):
+                yield Encoding(None, texts_of_item)
             else:
                 prompt, *conversations = (next(all_ids) for _ in texts_of_item)
                 yield self._split(prompt, conversations)
 
-    def _render(self, item: PreferencePair | Demonstration) -> list[str] | None:
-        """Return the prompt as generation sees it, then the conversation with each answer."""
+    def _render(self, item: PreferencePair | Demonstration) -> list[str] | str:
+        """Return the prompt as generation sees it, then the conversation with each answer; or why it can't be."""
         answers = (item.chosen, item.rejected) if isinstance(item, PreferencePair) else (item.completion,)
         try:
             return [
                 self._apply(item.prompt, generate=True),
                 *(self._apply((*item.prompt, Message("assistant", answer)), generate=False) for answer in answers),
             ]
-        except TemplateError:
-            return None
+        except TemplateSyntaxError as error:
+            raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
+        except TemplateError as error:
+            return f"the chat template refuses the conversation ({error})"
 
     def _apply(self, conversation: tuple[Message, ...], *, generate: bool) -> str:
         return str(

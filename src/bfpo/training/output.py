@@ -9,12 +9,15 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, Trainer
+from transformers.trainer_utils import TrainOutput
 from transformers.utils.logging import disable_progress_bar
 
+from bfpo.errors import Stopped, TrainingError
 from bfpo.files import write_json, write_text
 from bfpo.recipe import Section
 from bfpo.terminal import say
 from bfpo.training.callbacks import LiveLine, MetricsFile
+from bfpo.training.checkpoints import StopOnSignal
 from bfpo.training.manifest import git_revision, hardware, versions
 
 
@@ -62,7 +65,7 @@ class RunRecord:
         command: The command's name.
         recipe: What was asked for.
         out: The output folder.
-        trainer: Given the callbacks that write and show metrics.
+        trainer: Given the callbacks that write and show metrics and that end it on a signal.
     """
 
     def __init__(self, command: str, recipe: Section, out: Path, trainer: Trainer) -> None:
@@ -76,9 +79,27 @@ class RunRecord:
             "hardware": hardware(),
             "recipe": recipe.model_dump(mode="json"),
         }
+        self._trainer, self._signal = trainer, StopOnSignal()
         trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(self._signal)
         trainer.add_callback(MetricsFile(out / "metrics.jsonl"))
         trainer.add_callback(LiveLine())
+
+    def train(self, resume: str | bool | None) -> TrainOutput:
+        """Train; a full disk or a signal ends the run with a message, and leaves its checkpoints.
+
+        Raises:
+            TrainingError: If something couldn't be written.
+            Stopped: If the run was told to stop; it has saved.
+        """
+        hint = "go on with trainer.resume_from_checkpoint=true"
+        try:
+            result = self._trainer.train(resume_from_checkpoint=resume)
+        except OSError as error:
+            raise TrainingError(f"{error.filename or self._out}: {error.strerror or error}; {hint}") from error
+        if self._signal.stopped_at is not None:
+            raise Stopped(f"told to stop: saved at step {self._signal.stopped_at} in {self._out}; {hint}")
+        return result
 
     def finish(self, **results: Any) -> dict[str, Any]:
         """Add the results, write `run.json`, and return all of it."""

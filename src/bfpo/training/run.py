@@ -89,7 +89,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     )
     if trainer.start_check.advice:
         say(f"warning: {trainer.start_check.advice}")
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = record.train(resume)
     evaluation = trainer.evaluate() if tables.eval else {}
     save_final(trainer, out)
     run = record.finish(

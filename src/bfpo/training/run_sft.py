@@ -61,7 +61,7 @@ def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = Non
     )
     record = RunRecord("sft", recipe, out, trainer)
     say(f"training {trainer.selection} on {len(train)} completions")
-    result = trainer.train(resume_from_checkpoint=resume)
+    result = record.train(resume)
     evaluation = trainer.evaluate() if held_out else {}
     save_final(trainer, out)
     if evaluation:
@@ -109,7 +109,11 @@ def fine_tuned_on_the_spot(recipe: TrainRecipe, evaluated: list[PreferencePair],
     else:
         say(f"fine-tuning the model to start from; it will be cached as {folder}")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
-        run_sft(sft.model_copy(update={"trainer": {**sft.trainer, "output_dir": str(unfinished)}}))
+        run_sft(
+            sft.model_copy(
+                update={"trainer": {**sft.trainer, "output_dir": str(unfinished), "resume_from_checkpoint": True}}
+            )
+        )
         main_process_renames(unfinished, folder)
     return recipe.model.model_copy(update={"sft": None, "path": str(folder)})
 

@@ -1,20 +1,34 @@
 """The trainer that follows a stream plan: what preference training and supervised fine-tuning share."""
 
+import json
 import time
 from collections.abc import Mapping
+from json import JSONDecodeError
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from bfpo.data.table import TokenTable
 from bfpo.errors import TrainingError
 from bfpo.model.logps import add_layout_forward
 from bfpo.model.selective import disable_dropout, select_parameters
+from bfpo.terminal import say
 from bfpo.training.batches import Batch, Collator, RowNumbers
+from bfpo.training.checkpoints import (
+    MARK,
+    CompletionMark,
+    check_same_run,
+    checkpoint_fault,
+    newest_complete,
+    unmark_after,
+)
 from bfpo.training.metrics import MetricSums
 from bfpo.training.streams import MicroBatches, Rows, StepRows, StreamPlan, WeightedRow, Weights
 
@@ -75,9 +89,60 @@ class StreamTrainer(Trainer):
         )
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.plan = StreamPlan(main, buffer, batch_size, args.seed)
+        self.add_callback(CompletionMark(self.shared_with_a_resumed_run()))
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._clipped_steps = self._steps_since_log = 0
         self._tokens_since_log, self._last_log = 0, time.monotonic()
+
+    def shared_with_a_resumed_run(self) -> dict[str, Any]:
+        """Return what must not change when a run is resumed."""
+        return {
+            "world_size": self.args.world_size,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "seed": self.args.seed,
+            "data": self.table.fingerprint,
+        }
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, or go on from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the newest whole one in `output_dir` (from
+                step 0 if there is none).
+            trial: As in transformers.
+            ignore_keys_for_eval: As in transformers.
+
+        Raises:
+            RecipeError: If the checkpoint belongs to another plan.
+            TrainingError: If the folder isn't a whole checkpoint, or can't be read.
+        """
+        out, folder = Path(str(self.args.output_dir)), None
+        if isinstance(resume_from_checkpoint, str):
+            folder = Path(resume_from_checkpoint)
+            if fault := checkpoint_fault(folder):
+                raise TrainingError(f"{folder} can't be resumed from: {fault}")
+        elif resume_from_checkpoint:
+            folder = newest_complete(out)
+            if folder is None:
+                say(f"no whole checkpoint in {out}: starting at step 0")
+        if folder is None:
+            unmark_after(out, 0)
+            return super().train(None, trial, ignore_keys_for_eval)
+        check_same_run(folder, self.shared_with_a_resumed_run())
+        say(f"going on from {folder}")
+        unmark_after(out, json.loads((folder / MARK).read_text(encoding="utf-8"))["step"])
+        try:
+            return super().train(str(folder), trial, ignore_keys_for_eval)
+        except (SafetensorError, UnpicklingError, EOFError, JSONDecodeError) as error:
+            raise TrainingError(
+                f"{folder} can't be read ({error}); delete it to go on from the one before"
+            ) from error
 
     # What a subclass says.
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from bfpo.data.adapters import pairs as read_pair
 from bfpo.data.load import SourceReport
@@ -141,15 +142,20 @@ class BFPOTrainer(StreamTrainer):
         self.reference = SharedReference(model)
         self.start_check: StartCheck | None = None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Check that policy and reference agree, then train; arguments as in transformers.
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Check that policy and reference agree, then train; see `StreamTrainer.train`.
 
         Raises:
             TrainingError: If they don't.
         """
         if self.start_check is None:
             self.start_check = self.check_start()
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def check_start(self) -> StartCheck:
         """Compare policy and reference on the first pairs of the plan, as the first step will.
