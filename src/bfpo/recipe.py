@@ -103,6 +103,17 @@ class TextSection(Section):
     """Jinja template or a file with one; default the tokenizer's own."""
 
 
+class LoraSection(Section):
+    """Low-rank adapters (LoRA) instead of training the weights themselves. Dropout is always 0."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    """Rank."""
+    alpha: Annotated[int, Field(ge=1)] = 32
+    """Scale: updates are multiplied by alpha / r."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the layers that get adapters; `all-linear` means every linear layer but the head."""
+
+
 class SftModel(Section):
     """The model that supervised fine-tuning starts from."""
 
@@ -118,6 +129,8 @@ class SftModel(Section):
     """Attention of transformers."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read that code."""
+    load_in_4bit: bool = False
+    """Quantise the frozen weights to 4 bits (QLoRA); needs `lora`, a GPU and the extra `qlora`."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SftModel":
@@ -143,8 +156,15 @@ class SftRecipe(Section):
     """From conversations to token ids."""
     train_only: list[str] | None = None
     """Patterns of the parameters to train; default all."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters instead; not together with `train_only`."""
     trainer: dict[str, Any] = {}
     """`transformers.TrainingArguments` names."""
+
+    @model_validator(mode="after")
+    def _one_way_to_train(self) -> "SftRecipe":
+        _check_what_is_trained(self)
+        return self
 
 
 class TrainModel(SftModel):
@@ -169,8 +189,22 @@ class TrainRecipe(DataRecipe):
     """`name` and the fields of that loss; see `bfpo.losses.LOSSES`."""
     train_only: list[str] | None = None
     """Patterns (regular expressions, searched in the name) of the parameters to train; default all."""
+    lora: LoraSection | None = None
+    """Train low-rank adapters instead; the reference is the adapter switched off. Not together with `train_only`."""
     trainer: dict[str, Any] = {}
     """`transformers.TrainingArguments` names."""
+
+    @model_validator(mode="after")
+    def _one_way_to_train(self) -> "TrainRecipe":
+        _check_what_is_trained(self)
+        return self
+
+
+def _check_what_is_trained(recipe: SftRecipe | TrainRecipe) -> None:
+    if recipe.lora is not None and recipe.train_only is not None:
+        raise ValueError("train_only and lora exclude each other; with lora only the adapter is trained")
+    if recipe.model.load_in_4bit and recipe.lora is None:
+        raise ValueError("model.load_in_4bit needs lora: quantised weights can't be trained")
 
 
 RecipeType = TypeVar("RecipeType", bound=Section)

@@ -1,26 +1,40 @@
 """Loading models and tokenizers with errors that a person can act on."""
 
+from typing import Any
+
 import torch
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bfpo.errors import ModelError
+from bfpo.model.lora import CausalLM, is_adapter, quantisation
 from bfpo.recipe import SftModel
 
 
-def load_model(section: SftModel) -> PreTrainedModel:
+def load_model(section: SftModel) -> CausalLM:
     """Load the causal language model of `section.path`, a folder or a hub id.
+
+    A folder that holds an adapter gives its base model with the adapter on it, ready to be trained further.
 
     Raises:
         ModelError: If it can't be loaded.
     """
+    path, dtype = str(section.path), getattr(torch, section.dtype)
+    adapter = path if is_adapter(path) else None
+    options: dict[str, Any] = {"quantization_config": quantisation(dtype)} if section.load_in_4bit else {}
     try:
+        if adapter is not None:
+            path = str(PeftConfig.from_pretrained(adapter).base_model_name_or_path)
         model = AutoModelForCausalLM.from_pretrained(
-            str(section.path),
+            path,
             revision=section.revision or "main",
-            dtype=getattr(torch, section.dtype),
+            dtype=dtype,
             attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
+            **options,
         )
+        if adapter is not None:
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path '{section.path}': {_first_line(error)}") from None
     assert isinstance(model, PreTrainedModel)

@@ -5,6 +5,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from bfpo.errors import ModelError
 from bfpo.model.attention import attention_inputs
 from bfpo.model.layout import Layout
+from bfpo.model.lora import CausalLM
 
 # Predictions scored at a time. With a vocabulary of 128k this is 0.5 GB of float32 logits, and never more.
 CHUNK = 1024
@@ -55,7 +57,7 @@ def _token_logps(hidden: Tensor, targets: Tensor, head: nn.Module, model: PreTra
     return picked - total
 
 
-def add_layout_forward(model: PreTrainedModel) -> None:
+def add_layout_forward(model: CausalLM) -> None:
     """Let `model(layout=...)` return completion log-probabilities; any other call works as before.
 
     Hidden states, gather and head must run inside the forward of the module that is wrapped: calling the backbone of
@@ -65,6 +67,11 @@ def add_layout_forward(model: PreTrainedModel) -> None:
     Raises:
         ModelError: If the model isn't a causal language model with a head.
     """
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        add_layout_forward(base)
+        return
     if model.get_output_embeddings() is None or model.get_decoder() is model:
         raise ModelError(f"{type(model).__name__} has no language-model head; bfpo trains causal language models")
     if getattr(model.forward, "takes_layout", False):
@@ -79,7 +86,7 @@ def add_layout_forward(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_against_plain_forward(model: PreTrainedModel, layout: Layout, *, tolerance: float) -> float:
+def check_against_plain_forward(model: nn.Module, layout: Layout, *, tolerance: float) -> float:
     """Compare the layout's log-probabilities with those of the model's own logits.
 
     It catches what an architecture does between hidden states and logits that `_token_logps` doesn't know of.

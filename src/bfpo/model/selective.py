@@ -4,6 +4,7 @@ import re
 from difflib import get_close_matches
 from typing import NamedTuple
 
+from peft import PeftModel
 from torch import nn
 
 from bfpo.errors import ModelError, RecipeError
@@ -34,8 +35,13 @@ def select_parameters(model: nn.Module, patterns: list[str] | None) -> Selection
 
     Raises:
         ModelError: If a pattern matches nothing; with the nearest names.
-        RecipeError: If a pattern isn't a regular expression.
+        RecipeError: If a pattern isn't a regular expression, or patterns are given for a model with an adapter.
     """
+    if isinstance(model, PeftModel):
+        # peft has set requires_grad: on the adapters, and on nothing else.
+        if patterns is not None:
+            raise RecipeError("train_only and an adapter exclude each other: only the adapter is trained")
+        return _counted(model)
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns or []:
         try:
@@ -48,6 +54,10 @@ def select_parameters(model: nn.Module, patterns: list[str] | None) -> Selection
         # Integer (quantised) weights can't have gradients at all.
         wanted = patterns is None or any(re.search(pattern, name) for pattern in patterns)
         parameter.requires_grad_(wanted and parameter.is_floating_point())
+    return _counted(model)
+
+
+def _counted(model: nn.Module) -> Selection:
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     return Selection(sum(trained), sum(p.numel() for p in model.parameters()), len(trained))
 

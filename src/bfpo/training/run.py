@@ -16,6 +16,7 @@ from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import DataError
 from bfpo.files import write_json
 from bfpo.losses import BFPO, PairLoss, make_loss
+from bfpo.model.lora import lora_config
 from bfpo.pairs import CELLS, PreferencePair
 from bfpo.recipe import SftModel, TrainRecipe
 from bfpo.terminal import counting, say, show_table
@@ -78,6 +79,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
         processing_class=tokenizer,
         loss=loss,
         buffer_weight=recipe.buffer_weight,
+        peft_config=lora_config(recipe.lora) if recipe.lora else None,
         train_only=recipe.train_only,
     )
     record = RunRecord("train", recipe, out, trainer)

@@ -14,6 +14,7 @@ from bfpo.data.table import Example, TokenTable, token_table
 from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import DataError
 from bfpo.files import content_hash, file_hash
+from bfpo.model.lora import add_adapter, lora_config
 from bfpo.pairs import PreferencePair
 from bfpo.recipe import SftModel, SftRecipe, Source, TrainRecipe
 from bfpo.terminal import counting, say
@@ -51,8 +52,9 @@ def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = Non
 
     began, cpu_began = time.time(), time.process_time()
     out = begin_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
+    model = start_model(recipe.model, tokenizer)
     trainer = SFTTrainer(
-        start_model(recipe.model, tokenizer),
+        add_adapter(model, lora_config(recipe.lora)) if recipe.lora else model,
         args,
         train,
         held_out,

@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from bfpo.data.table import TokenTable
+from bfpo.model.lora import CausalLM
 from bfpo.training.batches import Batch
 from bfpo.training.metrics import MetricSums
 from bfpo.training.stream_trainer import StreamTrainer
@@ -30,7 +31,7 @@ class SFTTrainer(StreamTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: CausalLM,
         args: TrainingArguments,
         train_dataset: TokenTable,
         eval_dataset: TokenTable | None = None,

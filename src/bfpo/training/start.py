@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.errors import ModelError
 from bfpo.model.load import load_model, load_tokenizer
+from bfpo.model.lora import CausalLM
 from bfpo.model.new import new_model, new_tokenizer
 from bfpo.pairs import Demonstration
 from bfpo.recipe import NewModel, SftModel
@@ -27,7 +28,7 @@ def start_tokenizer(section: SftModel, texts: Callable[[], Iterable[str]]) -> Pr
     return new_tokenizer(_named_texts(section.new) or texts(), section.new.vocab_size)
 
 
-def start_model(section: SftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def start_model(section: SftModel, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
     """Return the model that training starts with.
 
     Raises:

@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from bfpo.data.table import TokenTable
 from bfpo.errors import TrainingError
 from bfpo.model.logps import add_layout_forward
+from bfpo.model.lora import CausalLM
 from bfpo.model.selective import disable_dropout, select_parameters
 from bfpo.terminal import say
 from bfpo.training.batches import Batch, Collator, RowNumbers
@@ -58,7 +59,7 @@ class StreamTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: CausalLM,
         args: TrainingArguments,
         table: TokenTable,
         eval_tables: Mapping[str, TokenTable],

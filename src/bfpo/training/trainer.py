@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from bfpo.data.adapters import pairs as read_pair
@@ -21,7 +21,8 @@ from bfpo.errors import DataError, TrainingError
 from bfpo.losses import BFPO, PairLogps, PairLoss
 from bfpo.model.layout import padded_layout
 from bfpo.model.logps import check_against_plain_forward
-from bfpo.model.reference import SharedReference
+from bfpo.model.lora import CausalLM, add_adapter
+from bfpo.model.reference import AdapterOff, Reference, SharedReference
 from bfpo.pairs import PreferencePair
 from bfpo.recipe import Source, TextSection
 from bfpo.training.batches import Batch, Collator
@@ -76,6 +77,8 @@ class BFPOTrainer(StreamTrainer):
         processing_class: The tokenizer; needed to tokenise pairs, saved with checkpoints.
         loss: A loss of `bfpo.losses`, or your own `PairLoss`.
         buffer_weight: Weight of the buffer's mean loss; at least 0.
+        peft_config: Adapter to put on the model and train; the reference is then the model without it. A model that
+            comes with an adapter needs none: the adapter is trained on, and the reference is the adapted model.
         train_only: Patterns of the parameters to train; None trains all.
         text: Length, truncation and chat template for pairs.
         callbacks: As in transformers.
@@ -93,7 +96,7 @@ class BFPOTrainer(StreamTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: CausalLM,
         args: TrainingArguments,
         train_dataset: Pairs | PairTable,
         buffer_dataset: Pairs | None = None,
@@ -102,12 +105,15 @@ class BFPOTrainer(StreamTrainer):
         *,
         loss: PairLoss | None = None,
         buffer_weight: float = 1.0,
+        peft_config: Any = None,
         train_only: list[str] | None = None,
         text: TextSection | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         self.loss = loss or BFPO()
+        if peft_config is not None:
+            model = add_adapter(model, peft_config)
         self.buffer_weight = buffer_weight
 
         def table_of(pairs: Any) -> PairTable:
@@ -139,7 +145,7 @@ class BFPOTrainer(StreamTrainer):
             optimizers=optimizers,
         )
         # Taken before any checkpoint is loaded: on resume the reference is still the model of step 0.
-        self.reference = SharedReference(model)
+        self.reference: Reference = SharedReference(model) if peft_config is None else AdapterOff()
         self.start_check: StartCheck | None = None
 
     def train(
@@ -168,7 +174,7 @@ class BFPOTrainer(StreamTrainer):
             ModelError: If log-probabilities differ from those of the model's own logits.
         """
         model, args = self.model, self.args
-        assert isinstance(model, PreTrainedModel)
+        assert model is not None
         rows = [WeightedRow(int(row), 1.0) for row in self.plan.step(0).main[: args.per_device_train_batch_size]]
         batch = Collator(self.table)(rows)["batch"].to(args.device)
         low_precision = args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)

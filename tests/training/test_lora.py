@@ -1,0 +1,108 @@
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
+
+from bfpo.errors import ModelError, RecipeError
+from bfpo.files import write_jsonl
+from bfpo.model.load import load_model
+from bfpo.model.lora import add_adapter, lora_config
+from bfpo.model.selective import select_parameters
+from bfpo.recipe import LoraSection, SftModel, TrainRecipe, check_recipe
+from bfpo.training.run import run_training
+
+RECIPE = {
+    "data": [{"path": "pairs.jsonl"}],
+    "loss": {"name": "bfpo", "beta": 0.5},
+    "trainer": {
+        "output_dir": "runs/first",
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+    },
+}
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch, make_model, tokenizer, main_pairs):
+    """Work in a folder with a base model and pairs; returns the base's path."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "pairs.jsonl", (pair.to_row() for pair in main_pairs))
+    make_model().save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    return "base"
+
+
+def recipe(**changes):
+    return check_recipe(RECIPE | changes, TrainRecipe, "lora")
+
+
+def test_lora_trains_only_the_adapter_and_saves_it(base):
+    run = run_training(recipe(model={"path": base}, lora={"r": 4}))
+    assert run["start_check"]["largest_margin"] == 0
+    assert run["trained"]["parameters"] < 0.1 * run["trained"]["of"]
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), "runs/first")
+    changed = [p.abs().max().item() for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert min(changed) > 0
+    assert not any(file.endswith("model.safetensors") and "adapter" not in file for file in _files("runs/first"))
+
+
+def _files(folder):
+    from pathlib import Path
+
+    return [file.name for file in Path(folder).iterdir()]
+
+
+def test_going_on_from_an_adapter_keeps_the_adapted_model_as_reference(base):
+    run_training(recipe(model={"path": base}, lora={"r": 4}))
+    again = {**RECIPE["trainer"], "output_dir": "runs/second"}
+    run = run_training(recipe(model={"path": "runs/first"}, trainer=again))
+    # With the base as reference the margins would be those that the first run learned.
+    assert run["start_check"]["largest_margin"] == 0
+    assert run["trained"]["parameters"] > 0
+
+
+def test_a_second_adapter_on_top_is_refused(base):
+    run_training(recipe(model={"path": base}, lora={"r": 4}))
+    again = {**RECIPE["trainer"], "output_dir": "runs/second"}
+    with pytest.raises(ModelError, match="has an adapter already"):
+        run_training(recipe(model={"path": "runs/first"}, lora={"r": 4}, trainer=again))
+
+
+def test_patterns_and_an_adapter_exclude_each_other(base, make_model):
+    with pytest.raises(RecipeError, match="train_only and lora exclude each other"):
+        recipe(model={"path": base}, lora={}, train_only=["down"])
+    adapted = add_adapter(make_model(), lora_config(LoraSection(r=2)))
+    with pytest.raises(RecipeError, match="train_only and an adapter exclude each other"):
+        select_parameters(adapted, ["down_proj"])
+
+
+def test_target_modules_that_are_not_there_are_refused(make_model):
+    with pytest.raises(ModelError, match="lora: Target modules"):
+        add_adapter(make_model(), lora_config(LoraSection(target_modules=["query_key_value"])))
+
+
+def test_quantised_weights_need_an_adapter_and_a_gpu(base):
+    with pytest.raises(RecipeError, match="load_in_4bit needs lora"):
+        recipe(model={"path": base, "load_in_4bit": True})
+    with pytest.raises((ImportError, RecipeError), match=r"bitsandbytes|needs a GPU"):
+        load_model(SftModel(path=base, load_in_4bit=True))
+
+
+def test_rank_must_be_positive():
+    with pytest.raises(ValidationError):
+        LoraSection(r=0)
+
+
+def test_a_new_adapter_changes_nothing(make_model):
+    model, ids = make_model(), torch.tensor([[4, 5, 6]])
+    before = copy.deepcopy(model)(input_ids=ids).logits
+    torch.testing.assert_close(
+        add_adapter(model, lora_config(LoraSection()))(input_ids=ids).logits, before, rtol=0, atol=0
+    )
