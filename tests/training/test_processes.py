@@ -1,0 +1,164 @@
+"""Whole runs as processes: killed hard, told to stop, out of space, two at a time."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bfpo.files import file_hash, write_jsonl
+
+pytestmark = pytest.mark.slow
+
+OUT = Path("runs/toy")
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, main_pairs, buffer_pairs):
+    """Work in a folder with the toy data and a recipe of 40 steps that saves after each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    write_jsonl(tmp_path / "main.jsonl", (p.to_row() for p in main_pairs))
+    write_jsonl(tmp_path / "buffer.jsonl", (p.to_row() for p in buffer_pairs))
+    content = {
+        "model": {"new": {"vocab_size": 300}},
+        "data": [{"path": "main.jsonl"}],
+        "buffer": [{"path": "buffer.jsonl"}],
+        "loss": {"beta": 0.5},
+        "holdout": 0.3,
+        "trainer": {
+            "output_dir": str(OUT),
+            "max_steps": 40,
+            "save_steps": 1,
+            "save_total_limit": 3,
+            "per_device_train_batch_size": 4,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+        },
+    }
+    Path("toy.yaml").write_text(yaml.safe_dump(content))
+    return "toy.yaml"
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "bfpo", "train", "toy.yaml", *overrides]
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def steps_logged() -> int:
+    file = OUT / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def test_killed_hard_ten_times_a_run_ends_with_the_bits_of_the_unbroken_one(recipe):
+    subprocess.run(command("trainer.output_dir=runs/unbroken"), check=True, capture_output=True)
+    chance = random.Random(0)
+    kills = 0
+    while kills < 10 and not (OUT / "run.json").exists():
+        before = steps_logged()
+        process = subprocess.Popen(
+            command("trainer.resume_from_checkpoint=true"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while process.poll() is None and steps_logged() in (before, 0):
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills >= 5
+    subprocess.run(command("trainer.resume_from_checkpoint=true"), check=True, capture_output=True)
+    assert file_hash(OUT / "model.safetensors") == file_hash(Path("runs/unbroken/model.safetensors"))
+    assert losses(OUT) == losses(Path("runs/unbroken"))
+
+
+def test_told_to_stop_a_run_saves_and_goes_on_later(recipe):
+    process = subprocess.Popen(command("trainer.save_steps=1000"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while steps_logged() < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert b"told to stop: saved at step" in said
+    assert b"Traceback" not in said
+    subprocess.run(command("trainer.save_steps=1000", "trainer.resume_from_checkpoint=true"), check=True)
+    subprocess.run(command("trainer.save_steps=1000", "trainer.output_dir=runs/unbroken"), check=True)
+    assert file_hash(OUT / "model.safetensors") == file_hash(Path("runs/unbroken/model.safetensors"))
+
+
+def test_out_of_space_gives_one_message_and_leaves_the_last_good_checkpoint(recipe):
+    # A limit on file sizes stands in for a full disk: the weights (2 MB) fit, the optimizer's state (4 MB) does not.
+    subprocess.run(command("trainer.max_steps=3"), check=True, capture_output=True)
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000)); "
+    limited += (
+        "import sys; sys.argv = sys.argv[:1] + sys.argv[2:]; sys.argv[0] = 'bfpo'; from bfpo.cli import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", limited, "-", *command("trainer.resume_from_checkpoint=true")[5:]],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "go on with trainer.resume_from_checkpoint=true" in result.stderr
+    done = subprocess.run(command("trainer.resume_from_checkpoint=true"), check=True, capture_output=True, text=True)
+    assert "going on from runs/toy/checkpoint-3" in done.stdout
+
+
+def test_two_processes_give_the_numbers_of_one(recipe):
+    # Plain SGD without clipping: what differs is the order of float32 sums, and nothing amplifies it.
+    plain = ["trainer.max_steps=3", "trainer.optim=sgd", "trainer.learning_rate=1e-4", "trainer.max_grad_norm=0"]
+    plain += ["trainer.lr_scheduler_type=constant", "trainer.save_strategy='no'"]
+    one = [
+        "trainer.output_dir=runs/one",
+        "trainer.gradient_accumulation_steps=2",
+        "trainer.per_device_train_batch_size=2",
+    ]
+    two = ["trainer.output_dir=runs/two", "trainer.per_device_train_batch_size=2"]
+    subprocess.run(command(*plain, *one), check=True, capture_output=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    subprocess.run([*torchrun, *command(*plain, *two)[3:]], check=True, capture_output=True, env={**os.environ})
+    runs = [json.loads(Path(f"runs/{name}/run.json").read_text()) for name in ("one", "two")]
+    assert [run["hardware"]["world_size"] for run in runs] == [1, 2]
+    assert losses(Path("runs/two")) == pytest.approx(losses(Path("runs/one")), rel=1e-6)
+    assert runs[1]["evaluation"]["main"]["loss"] == pytest.approx(runs[0]["evaluation"]["main"]["loss"], rel=1e-6)
+    from safetensors.torch import load_file
+
+    first, second = (load_file(f"runs/{name}/model.safetensors") for name in ("one", "two"))
+    for name, tensor in first.items():
+        assert (second[name] - tensor).norm() <= 1e-6 * tensor.norm()
+
+
+def test_one_process_with_a_bad_loss_stops_both(recipe, main_pairs):
+    rows = [pair.to_row() for pair in main_pairs]
+    Path("broken.py").write_text(
+        "import torch\n"
+        "from dataclasses import dataclass\n"
+        "from bfpo.losses import BFPO\n"
+        "@dataclass(frozen=True)\n"
+        "class Broken(BFPO):\n"
+        "    def __call__(self, pairs):\n"
+        "        return torch.where(pairs.chosen_safe > pairs.rejected_safe, torch.nan, super().__call__(pairs))\n"
+    )
+    write_jsonl(Path("main.jsonl"), rows)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    result = subprocess.run(
+        [*torchrun, *command("loss.name=broken:Broken", "trainer.per_device_train_batch_size=1")[3:]],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert result.returncode != 0
+    assert "the loss is not finite for rows" in result.stderr
