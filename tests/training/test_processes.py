@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -100,14 +101,11 @@ def test_told_to_stop_a_run_saves_and_goes_on_later(recipe):
 def test_out_of_space_gives_one_message_and_leaves_the_last_good_checkpoint(recipe):
     # A limit on file sizes stands in for a full disk: the weights (2 MB) fit, the optimizer's state (4 MB) does not.
     subprocess.run(command("trainer.max_steps=3"), check=True, capture_output=True)
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000)); "
-    limited += (
-        "import sys; sys.argv = sys.argv[:1] + sys.argv[2:]; sys.argv[0] = 'bfpo'; from bfpo.cli import main; main()"
-    )
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", limited, "-", *command("trainer.resume_from_checkpoint=true")[5:]],
+        command("trainer.resume_from_checkpoint=true"),
         capture_output=True,
         text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000)),
     )
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
@@ -127,7 +125,7 @@ def test_two_processes_give_the_numbers_of_one(recipe):
     ]
     two = ["trainer.output_dir=runs/two", "trainer.per_device_train_batch_size=2"]
     subprocess.run(command(*plain, *one), check=True, capture_output=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*torchrun, *command(*plain, *two)[3:]], check=True, capture_output=True, env={**os.environ})
     runs = [json.loads(Path(f"runs/{name}/run.json").read_text()) for name in ("one", "two")]
     assert [run["hardware"]["world_size"] for run in runs] == [1, 2]
@@ -152,7 +150,7 @@ def test_one_process_with_a_bad_loss_stops_both(recipe, main_pairs):
         "        return torch.where(pairs.chosen_safe > pairs.rejected_safe, torch.nan, super().__call__(pairs))\n"
     )
     write_jsonl(Path("main.jsonl"), rows)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*torchrun, *command("loss.name=broken:Broken", "trainer.per_device_train_batch_size=1")[3:]],
         capture_output=True,

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.logging import disable_progress_bar
@@ -97,6 +98,14 @@ class RunRecord:
             result = self._trainer.train(resume_from_checkpoint=resume)
         except OSError as error:
             raise TrainingError(f"{error.filename or self._out}: {error.strerror or error}; {hint}") from error
+        except (RuntimeError, SafetensorError) as error:
+            # torch and safetensors have no class of their own for a failed write; these are their words for one.
+            if not any(word in str(error) for word in ("inline_container", "PytorchStreamWriter", "I/O error")):
+                raise
+            reason = str(error).splitlines()[0]
+            raise TrainingError(
+                f"{self._out}: a checkpoint can't be written, is the disk full? ({reason}); {hint}"
+            ) from error
         if self._signal.stopped_at is not None:
             raise Stopped(f"told to stop: saved at step {self._signal.stopped_at} in {self._out}; {hint}")
         return result
