@@ -5,12 +5,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import settings
 
 from bfpo.model.new import new_model, new_tokenizer
 from bfpo.pairs import Message, PreferencePair, Provenance, SafetyLabels
 from bfpo.recipe import NewModel
 
 torch.set_num_threads(1)
+# A busy machine is no fault of an example.
+settings.register_profile("bfpo", deadline=None)
+settings.load_profile("bfpo")
 
 COLOURS, THINGS, PLACES = ("red", "green", "blue"), ("box", "ball", "door", "lamp"), ("near", "under", "behind")
 SIZES = ("round", "square", "small", "large")

@@ -187,8 +187,9 @@ def test_a_tokenizer_that_lacks_something_ends_with_one_message(attribute, messa
         assert_refused(*run(*command), f"model {message}")
 
 
-def test_the_same_commands_accept_what_is_good(run, folder, tokenizer):
+def test_the_same_commands_accept_what_is_good(run, folder, tokenizer, make_model):
     tokenizer.save_pretrained(folder / "model")
+    make_model().config.save_pretrained(folder / "model")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(TRAIN | {"model": {"path": "model"}}))
     for command in (
         ["data", "inspect", "good.jsonl", "--tokenizer", "model"],

@@ -10,7 +10,17 @@ from bfpo import bfpo_loss
 from bfpo.data.adapters import ADAPTERS
 from bfpo.losses import LOSSES
 from bfpo.pairs import COLUMNS
-from bfpo.recipe import NewModel, SftRecipe, Source, TextSection, TrainModel, TrainRecipe, check_recipe, parse_yaml
+from bfpo.recipe import (
+    LoraSection,
+    NewModel,
+    SftRecipe,
+    Source,
+    TextSection,
+    TrainModel,
+    TrainRecipe,
+    check_recipe,
+    parse_yaml,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -64,7 +74,7 @@ def test_data_page_tells_every_column_and_adapter():
     assert [name for name in (*COLUMNS, *ADAPTERS) if f"`{name}`" not in page] == []
 
 
-@pytest.mark.parametrize("kind", [TrainRecipe, SftRecipe, TrainModel, NewModel, Source, TextSection])
+@pytest.mark.parametrize("kind", [TrainRecipe, SftRecipe, TrainModel, NewModel, Source, TextSection, LoraSection])
 def test_recipe_page_tells_every_key_as_the_code_does(kind):
     page = (ROOT / "docs/recipes.md").read_text()
     for name, field in kind.model_fields.items():

@@ -21,7 +21,7 @@ LAYERS = [
     ("data",),
     ("model",),
     ("training",),
-    ("data_commands",),
+    ("data_commands", "chat"),
     ("cli",),
     ("__init__", "__main__"),
 ]

@@ -10,6 +10,7 @@ from bfpo.recipe import (
     SftRecipe,
     TrainRecipe,
     check_recipe,
+    dump_recipe,
     load_recipe,
     parse_yaml,
     read_recipe,
@@ -145,8 +146,7 @@ source = st.builds(
 @given(st.lists(source, min_size=1, max_size=3), st.floats(0, 0.9), st.sampled_from(["drop", "keep", "error"]))
 def test_a_resolved_recipe_reads_back_as_itself(sources, holdout, conflicts):
     recipe = check(data=sources, holdout=holdout, conflicts=conflicts)
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), allow_unicode=True)
-    assert check_recipe(parse_yaml(text, "resolved"), TrainRecipe, "resolved") == recipe
+    assert check_recipe(parse_yaml(dump_recipe(recipe), "resolved"), TrainRecipe, "resolved") == recipe
 
 
 @pytest.mark.parametrize("kind", [DataRecipe, SftRecipe, TrainRecipe])

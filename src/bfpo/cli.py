@@ -63,6 +63,20 @@ def sft(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_ru
     run_sft(checked, dry_run=dry_run, limit=limit)
 
 
+@app.command()
+def chat(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a model or an adapter.", show_default=False)],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Talk to a checkpoint in the terminal."""
+    from bfpo.chat import chat as talk
+
+    talk(checkpoint, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
 @data_app.command("inspect")
 def inspect_data(
     sources: Annotated[
@@ -104,3 +118,8 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+        sys.exit(1)

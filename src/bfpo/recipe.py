@@ -321,6 +321,14 @@ def load_recipe(path: str | Path, kind: type[RecipeType], overrides: list[str] |
     return check_recipe(read_recipe(path, overrides), kind, str(path))
 
 
+def dump_recipe(recipe: Section) -> str:
+    """Return a recipe as YAML that reads back as the same recipe.
+
+    Non-ASCII characters are escaped: YAML folds some of them (NEL, say) when they stand as they are.
+    """
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
 def _apply(content: dict[str, Any], override: str) -> None:
     keys, equals, value = override.partition("=")
     if not equals or not keys:

@@ -221,7 +221,7 @@ def test_half_a_character_is_a_fault_and_never_reaches_a_file(write, tmp_path):
     )
     (part,) = prepare_demonstrations([Source(path="d.jsonl", adapter="demonstrations")], holdout=0)
     assert [item.completion for item in part.train] == ["b"]
-    assert part.report.faulty == 1
+    assert part.report.faulty.total() == 1
 
 
 def test_a_prompt_falls_on_the_same_side_in_both_streams(write):

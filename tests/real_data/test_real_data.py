@@ -78,7 +78,7 @@ def test_xstest_has_each_compliance_with_each_refusal_of_its_prompt(
     assert {(p.prompt[0].content, p.chosen, p.rejected, p.cell) for p in data.train} == distinct
     assert reasons(report.dropped) == {("identical answers", item[3]): 1 for item in identical}
     assert report.removed.total() == len(pairs) - len(distinct) - len(identical)
-    assert report.faulty == 0
+    assert report.faulty.total() == 0
     skipped = {"no completion of the other kind to pair with": lonely, "partial refusal": partial}
     assert report.skipped == {reason: count for reason, count in skipped.items() if count}
 
@@ -104,7 +104,7 @@ def test_of_hh_rlhf_2303_of_2312_transcripts_are_usable():
 
     data = prepared("hh_rlhf", "hh_harmless/test.jsonl.gz")
     report = data.parts[0].report
-    assert report.faulty == not_transcripts
+    assert report.faulty.total() == not_transcripts
     assert (report.read, len(data.train)) == (2312 - not_transcripts, usable)
     assert reasons(report.dropped) == {("empty answer", None): empty}
     assert data.manifest()["train"] == {"main": {"ss": 0, "su": 0, "us": 0, "uu": 0, "unlabelled": 2303}}

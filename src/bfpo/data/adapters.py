@@ -184,7 +184,7 @@ def pairs(row: Row) -> PreferencePair:
         missing = "is_rejected_safe" if present == ["is_chosen_safe"] else "is_chosen_safe"
         raise DataError(f"column '{missing}' is missing while '{present[0]}' is there; give both, or neither")
     labels = SafetyLabels(row.label("is_chosen_safe"), row.label("is_rejected_safe")) if present else None
-    stream = values.get("stream")
+    stream = values.get("stream") or None
     if stream not in (None, "main", "buffer"):
         raise DataError(f"column 'stream' is {stream!r}; expected main or buffer")
     origin = values.get("safety_label_source") or ("dataset" if labels else None)

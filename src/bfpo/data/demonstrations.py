@@ -80,6 +80,7 @@ def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[So
     else:
         report, pairs = load_pairs(source, "main", limit=limit)
         taken = [item for pair in pairs for item in _imitated(pair, source, report)]
+        report.taken = len(taken)
     return report, [replace(item, dataset_name=report.name) for item in taken]
 
 
@@ -90,8 +91,7 @@ def _read(source: Source, report: SourceReport) -> Iterator[Demonstration]:
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None
         if is_broken(item.completion, *(message.content for message in item.prompt)):
-            report.skipped[BROKEN] += 1
-            report.faulty += 1
+            report.skip(BROKEN, fault=True)
         else:
             yield item
 

@@ -35,7 +35,7 @@ class SourceReport:
         note: What the adapter warns of.
         files: Local file → SHA-256.
         skipped: Rows without a pair, by reason.
-        faulty: Rows without a pair that count against the cap.
+        faulty: Those of `skipped` that are faults and count against the cap.
         read: Pairs that the adapter gave.
         taken: Pairs left after `fraction` and `limit`.
         dropped: Pairs lost to a fault, by reason and cell; these count against the cap.
@@ -49,12 +49,18 @@ class SourceReport:
     note: str = ""
     files: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
-    faulty: int = 0
+    faulty: Counter[str] = field(default_factory=Counter)
     read: int = 0
     taken: int = 0
     dropped: Counter[Why] = field(default_factory=Counter)
     removed: Counter[Why] = field(default_factory=Counter)
     noted: Counter[Why] = field(default_factory=Counter)
+
+    def skip(self, reason: str, *, fault: bool) -> None:
+        """Count a row that holds no pair; a fault counts against the cap."""
+        self.skipped[reason] += 1
+        if fault:
+            self.faulty[reason] += 1
 
     def check_cap(self, max_dropped: float) -> None:
         """Stop a run that would lose more than a share of this source.
@@ -62,9 +68,9 @@ class SourceReport:
         Raises:
             DataError: If it would; with the count of each reason.
         """
-        lost, total = self.dropped.total() + self.faulty, self.taken + self.faulty
+        lost, total = self.dropped.total() + self.faulty.total(), self.taken + self.faulty.total()
         if lost > max_dropped * total:
-            reasons = Counter(self.skipped) if self.faulty else Counter[str]()
+            reasons = Counter(self.faulty)
             for (reason, _), count in self.dropped.items():
                 reasons[reason] += count
             counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
@@ -123,11 +129,9 @@ def load_pairs(
     found: list[PreferencePair] = []
     for item in adapter.read(read_rows(source), source):
         if isinstance(item, SkipRow):
-            report.skipped[item.reason] += 1
-            report.faulty += item.fault
+            report.skip(item.reason, fault=item.fault)
         elif is_broken(item.chosen, item.rejected, *(message.content for message in item.prompt)):
-            report.skipped[BROKEN] += 1
-            report.faulty += 1
+            report.skip(BROKEN, fault=True)
         else:
             found.append(item)
     if not found:

@@ -128,6 +128,9 @@ def write_prepared(prepared: PreparedData, out: Path) -> list[Path]:
     if prepared.eval:
         write_jsonl(out / "eval.jsonl", (pair.to_row() for pair in prepared.eval))
         written.append(out / "eval.jsonl")
+    else:
+        # One of an earlier preparation would be taken for part of this one.
+        (out / "eval.jsonl").unlink(missing_ok=True)
     write_json(out / "data_manifest.json", prepared.manifest())
     return [*written, out / "data_manifest.json"]
 
@@ -208,6 +211,8 @@ class _Conflicts:
 
 
 def _fault(pair: PreferencePair) -> str | None:
+    if not pair.prompt[-1].content.strip():
+        return "empty prompt"
     if not pair.chosen.strip() or not pair.rejected.strip():
         return "empty answer"
     if pair.chosen.strip() == pair.rejected.strip():

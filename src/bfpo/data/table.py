@@ -51,6 +51,12 @@ class TokenTable(Sequence[Example]):
         return hashlib.sha256(self.ids.tobytes() + self.bounds.tobytes()).hexdigest()[:16]
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its completions."""
+        lengths = self.lengths
+        return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of the prompt and of each completion, (N, completions + 1)."""
         return np.diff(self.bounds, axis=1)

@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer
@@ -15,9 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from bfpo.errors import Stopped, TrainingError
 from bfpo.files import write_json, write_text
-from bfpo.recipe import Section
+from bfpo.recipe import Section, dump_recipe
 from bfpo.terminal import say
 from bfpo.training.callbacks import LiveLine, MetricsFile
+from bfpo.training.card import model_card
 from bfpo.training.checkpoints import StopOnSignal
 from bfpo.training.manifest import git_revision, hardware, versions
 
@@ -37,8 +37,7 @@ def begin_output(out: Path, recipe: Section, *, resuming: bool) -> Path:
             out.rename(aside)
             say(f"the earlier run in {out} was moved to {aside}")
         out.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_text(out / "recipe.resolved.yaml", resolved)
+        write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
     state.wait_for_everyone()
     return out
 
@@ -110,10 +109,16 @@ class RunRecord:
             raise Stopped(f"told to stop: saved at step {self._signal.stopped_at} in {self._out}; {hint}")
         return result
 
-    def finish(self, **results: Any) -> dict[str, Any]:
-        """Add the results, write `run.json`, and return all of it."""
+    def finish(self, sources: list[dict[str, Any]], **results: Any) -> dict[str, Any]:
+        """Add the results, write the model card and `run.json`, and return what the latter holds.
+
+        Args:
+            sources: Reports of the data's sources, for the card.
+            results: What to add.
+        """
         self._content |= results
         if PartialState().is_main_process:
+            write_text(self._out / "README.md", model_card(self._content, sources, self._out))
             write_json(self._out / "run.json", self._content)
         return self._content
 

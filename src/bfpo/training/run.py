@@ -21,6 +21,7 @@ from bfpo.pairs import CELLS, PreferencePair
 from bfpo.recipe import SftModel, TrainRecipe
 from bfpo.terminal import counting, say, show_table
 from bfpo.training.arguments import training_arguments
+from bfpo.training.estimate import estimate
 from bfpo.training.output import RunRecord, begin_output, save_final
 from bfpo.training.run_sft import fine_tuned_on_the_spot
 from bfpo.training.start import start_model, start_tokenizer
@@ -63,6 +64,16 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     n_main, n_buffer = len(tables.train.main_rows), len(tables.train.buffer_rows)
     show_plan(n_main, n_buffer, batch, args.max_steps, args.num_train_epochs)
+    needed = estimate(
+        model_section,
+        tokenizer,
+        train_only=recipe.train_only,
+        lora=recipe.lora,
+        has_reference=True,
+        micro_batch_tokens=(4 if n_buffer else 2) * args.per_device_train_batch_size * tables.train.longest,
+    )
+    if needed:
+        say(str(needed))
     if dry_run:
         say("dry run: nothing was trained")
         return prepared.manifest()
@@ -95,6 +106,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     evaluation = trainer.evaluate() if tables.eval else {}
     save_final(trainer, out)
     run = record.finish(
+        prepared.manifest()["sources"],
         model=model_section.model_dump(exclude_defaults=True),
         data={"train": prepared.manifest()["train"], "eval": prepared.manifest()["eval"]},
         start_check=trainer.start_check._asdict(),

@@ -19,6 +19,7 @@ from bfpo.pairs import PreferencePair
 from bfpo.recipe import SftModel, SftRecipe, Source, TrainRecipe
 from bfpo.terminal import counting, say
 from bfpo.training.arguments import training_arguments
+from bfpo.training.estimate import estimate
 from bfpo.training.manifest import versions
 from bfpo.training.output import RunRecord, begin_output, main_process_renames, save_final
 from bfpo.training.sft import SFTTrainer
@@ -46,6 +47,16 @@ def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = Non
     train, held_out = _tokenise(recipe, parts, tokenizer)
     show_sources(part.report for part in parts)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
+    needed = estimate(
+        recipe.model,
+        tokenizer,
+        train_only=recipe.train_only,
+        lora=recipe.lora,
+        has_reference=False,
+        micro_batch_tokens=args.per_device_train_batch_size * train.longest,
+    )
+    if needed:
+        say(str(needed))
     if dry_run:
         say("dry run: nothing was trained")
         return {}
@@ -69,8 +80,10 @@ def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = Non
     if evaluation:
         loss = evaluation["eval_loss"]
         say(f"held-out completions: {loss:.3f} nats per token, perplexity {math.exp(min(loss, 700)):,.1f}")
+    sources = [part.report.to_json() for part in parts]
     return record.finish(
-        data=[part.report.to_json() for part in parts],
+        sources,
+        data=sources,
         trained={"parameters": trainer.selection.trained, "of": trainer.selection.total},
         steps=result.global_step,
         train_loss=result.training_loss,

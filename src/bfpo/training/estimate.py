@@ -1,0 +1,102 @@
+"""What a run will need, estimated before any weight is loaded."""
+
+from typing import NamedTuple
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from bfpo.errors import ModelError
+from bfpo.model.logps import CHUNK
+from bfpo.model.lora import CausalLM, add_adapter, is_adapter, lora_config
+from bfpo.model.new import new_model
+from bfpo.model.selective import Selection, select_parameters
+from bfpo.recipe import LoraSection, SftModel
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+
+
+class Estimate(NamedTuple):
+    """Memory of one process, in bytes, without what shards or offloads it.
+
+    Args:
+        selection: How many parameters are trained.
+        weights: All weights.
+        training: Gradients and the two moments of Adam, for what is trained.
+        reference: The reference's copies.
+        activations: A rough upper figure for one micro-batch, without activation checkpointing.
+    """
+
+    selection: Selection
+    weights: float
+    training: float
+    reference: float
+    activations: float
+
+    def __str__(self) -> str:
+        parts = " + ".join(
+            f"{name} {value / 2**30:.2f}" for name, value in self._asdict().items() if name != "selection"
+        )
+        total = (self.weights + self.training + self.reference + self.activations) / 2**30
+        return f"trains {self.selection}; memory of one process about {total:.2f} GiB ({parts})"
+
+
+def estimate(
+    section: SftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_only: list[str] | None,
+    lora: LoraSection | None,
+    has_reference: bool,
+    micro_batch_tokens: int,
+) -> Estimate | None:
+    """Return an estimate from the model's configuration alone; None when only an adapter is at hand.
+
+    Args:
+        section: The model.
+        tokenizer: Its tokenizer.
+        train_only: Patterns of the parameters to train.
+        lora: Adapter to train instead.
+        has_reference: Whether there is one (not in supervised fine-tuning).
+        micro_batch_tokens: Tokens of the longest micro-batch, padding included.
+
+    Raises:
+        ModelError: If the configuration can't be loaded, or a pattern matches nothing.
+    """
+    if section.path is not None and is_adapter(section.path):
+        return None
+    model = _empty_model(section, tokenizer)
+    config = model.config.get_text_config()
+    if lora is not None:
+        with init_empty_weights():
+            model = add_adapter(model, lora_config(lora))
+    selection = select_parameters(model, train_only)
+    per_weight = 0.5 if section.load_in_4bit else _BYTES[section.dtype]
+    per_trained = _BYTES[section.dtype]
+    # Per token and layer about 34 hidden vectors are kept for the backward pass (Korthikanti et al., arXiv
+    # 2205.05198, without dropout and with fused attention); the head keeps one chunk of float32 logits and its
+    # gradient.
+    kept = micro_batch_tokens * config.num_hidden_layers * config.hidden_size * 34
+    return Estimate(
+        selection=selection,
+        weights=selection.total * per_weight,
+        training=selection.trained * 3 * per_trained,
+        reference=selection.trained * per_trained if has_reference and lora is None else 0.0,
+        activations=kept + 2 * 4 * CHUNK * config.vocab_size,
+    )
+
+
+def _empty_model(section: SftModel, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
+    if section.new is not None:
+        return new_model(section.new, tokenizer)
+    try:
+        config = AutoConfig.from_pretrained(
+            str(section.path), revision=section.revision or "main", trust_remote_code=section.trust_remote_code
+        )
+        with init_empty_weights():
+            model: CausalLM = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=section.trust_remote_code
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.path '{section.path}': {str(error).splitlines()[0]}") from None
+    return model

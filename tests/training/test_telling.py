@@ -1,0 +1,118 @@
+"""What a run tells: its estimate, its model card, and the chat with its result."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bfpo.chat import chat
+from bfpo.errors import ModelError
+from bfpo.files import write_jsonl
+from bfpo.recipe import LoraSection, NewModel, SftModel, TrainRecipe, check_recipe
+from bfpo.training.card import model_card
+from bfpo.training.estimate import estimate
+from bfpo.training.run import run_training
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, main_pairs):
+    """Work in a folder where a toy run has been made, with PKU-SafeRLHF rows as its data; returns `run.json`."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "prompt": pair.prompt[0].content,
+            "response_0": pair.chosen,
+            "response_1": pair.rejected,
+            "is_response_0_safe": pair.labels.chosen,
+            "is_response_1_safe": pair.labels.rejected,
+            "better_response_id": 0,
+            "safer_response_id": 0,
+        }
+        for pair in main_pairs
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    content = {
+        "model": {"new": {"vocab_size": 300}},
+        "data": [{"adapter": "pku_saferlhf", "path": "rows.jsonl"}],
+        "holdout": 0.3,
+        "loss": {"beta": 0.5},
+        "trainer": {
+            "output_dir": "runs/toy",
+            "max_steps": 1,
+            "per_device_train_batch_size": 2,
+            "use_cpu": True,
+            "save_strategy": "no",
+        },
+    }
+    return run_training(check_recipe(content, TrainRecipe, "toy"))
+
+
+def test_the_card_says_where_it_comes_from_and_that_data_are_non_commercial(run):
+    text = Path("runs/toy/README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["bfpo", "train"]}
+    assert "from `a new random model`" in body
+    assert "CC-BY-NC-4.0 (**non-commercial**)" in body
+    assert 'from_pretrained("runs/toy")' in body
+    counts = run["data"]["train"]["main"]
+    assert f"| main | {counts['ss']} | {counts['su']} | {counts['us']} | {counts['uu']} |" in body
+    for cell, numbers in run["evaluation"]["main"]["cells"].items():
+        assert (f"| main | {cell} | {numbers['pairs']} |" in body) == (numbers["pairs"] > 0)
+
+
+def test_the_card_of_a_hub_model_names_its_base_and_data_sets(run):
+    sources = json.loads(Path("runs/toy/data_manifest.json").read_text())["sources"]
+    run["recipe"]["model"] = {"path": "org/base"}
+    sources[0] |= {"files": {}, "source": {"adapter": "pku_saferlhf", "path": "org/data"}}
+    front = yaml.safe_load(model_card(run, sources, Path("runs/toy")).split("---\n")[1])
+    assert front["base_model"] == "org/base"
+    assert front["datasets"] == ["org/data"]
+
+
+def test_the_snippet_of_the_card_runs(run):
+    names = {}
+    exec(Path("runs/toy/README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    assert names["model"].config.vocab_size == len(names["tokenizer"])
+
+
+def talk(monkeypatch, capsys, lines: str, **options) -> str:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    chat("runs/toy", **{"system": None, "max_new_tokens": 5, "temperature": 0.7, "seed": 0} | options)
+    return capsys.readouterr().out
+
+
+def test_chat_answers_each_line_and_the_same_seed_says_the_same(run, monkeypatch, capsys):
+    capsys.readouterr()
+    first = talk(monkeypatch, capsys, "red box\n\nblue ball\n/quit\nnever read\n")
+    assert len(first.splitlines()) >= 3
+    assert talk(monkeypatch, capsys, "red box\nblue ball\n") == first
+    assert talk(monkeypatch, capsys, "red box\nblue ball\n", seed=1) != first
+
+
+def test_chat_needs_a_chat_template(run, monkeypatch):
+    Path("runs/toy/chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="has no chat template: it isn't a chat model"):
+        chat("runs/toy", system=None, max_new_tokens=5, temperature=0, seed=0)
+
+
+def test_the_estimate_counts_what_it_can_count_exactly(tokenizer):
+    options = {"train_only": None, "lora": None, "has_reference": True, "micro_batch_tokens": 100}
+    full = estimate(SftModel(new=NewModel()), tokenizer, **options)
+    n = full.selection.total
+    assert (full.weights, full.training, full.reference) == (4 * n, 12 * n, 4 * n)
+    selective = estimate(SftModel(new=NewModel()), tokenizer, **options | {"train_only": ["down_proj"]})
+    assert selective.reference == 4 * selective.selection.trained < full.reference
+    adapter = estimate(SftModel(new=NewModel()), tokenizer, **options | {"lora": LoraSection(r=2)})
+    assert adapter.reference == 0
+    assert 0 < adapter.selection.trained < selective.selection.trained
+    longer = estimate(SftModel(new=NewModel()), tokenizer, **options | {"micro_batch_tokens": 200})
+    assert longer.activations > full.activations
+
+
+def test_the_estimate_of_a_saved_model_needs_only_its_configuration(tmp_path, tokenizer, make_model):
+    make_model().config.save_pretrained(tmp_path)
+    options = {"train_only": None, "lora": None, "has_reference": True, "micro_batch_tokens": 100}
+    saved = estimate(SftModel(path=str(tmp_path)), tokenizer, **options)
+    assert saved.selection == estimate(SftModel(new=NewModel()), tokenizer, **options).selection
