@@ -10,17 +10,8 @@ from bfpo import bfpo_loss
 from bfpo.data.adapters import ADAPTERS
 from bfpo.losses import LOSSES
 from bfpo.pairs import COLUMNS
-from bfpo.recipe import (
-    LoraSection,
-    NewModel,
-    SftRecipe,
-    Source,
-    TextSection,
-    TrainModel,
-    TrainRecipe,
-    check_recipe,
-    parse_yaml,
-)
+from bfpo.recipe import LoraSection, NewModel, SftRecipe, Source, TextSection, TrainModel, TrainRecipe
+from bfpo.recipe_reading import check_recipe, parse_yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

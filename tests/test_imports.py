@@ -17,6 +17,7 @@ LAYERS = [
     ("errors", "files"),
     ("pairs",),
     ("labeling", "recipe", "terminal"),
+    ("recipe_reading",),
     ("losses", "theory"),
     ("data",),
     ("model",),
@@ -27,7 +28,7 @@ LAYERS = [
 ]
 # Of the data, a model knows only what a tokenised example is.
 MODEL_KNOWS = "bfpo.data.table"
-WITHOUT_TORCH = ("errors", "files", "pairs", "labeling", "recipe", "terminal", "theory", "cli")
+WITHOUT_TORCH = ("errors", "files", "pairs", "labeling", "recipe", "recipe_reading", "terminal", "theory", "cli")
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

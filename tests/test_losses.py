@@ -264,6 +264,7 @@ def test_impossible_beta_is_refused(name, beta):
         ({"name": "safe_dpo", "delta": -1}, "delta is -1"),
         ({"name": "nowhere.losses:Mine"}, "No module named"),
         ({"name": "bfpo.losses:PairLogps"}, "not a subclass"),
+        ({"name": "bfpo.losses:PairLoss"}, "doesn't define __call__"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

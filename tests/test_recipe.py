@@ -4,17 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfpo.errors import RecipeError
-from bfpo.recipe import (
-    RENAMED,
-    DataRecipe,
-    SftRecipe,
-    TrainRecipe,
-    check_recipe,
-    dump_recipe,
-    load_recipe,
-    parse_yaml,
-    read_recipe,
-)
+from bfpo.recipe import DataRecipe, SftRecipe, TrainRecipe
+from bfpo.recipe_reading import RENAMED, check_recipe, dump_recipe, load_recipe, parse_yaml, read_recipe
 
 MINIMAL = {"model": {"path": "org/model"}, "data": [{"path": "pairs.jsonl"}]}
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from bfpo.losses import make_loss
-from bfpo.recipe import SftRecipe, TrainRecipe, check_recipe, read_recipe
+from bfpo.recipe import SftRecipe, TrainRecipe
+from bfpo.recipe_reading import check_recipe, read_recipe
 from bfpo.training.arguments import training_arguments
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))

@@ -42,7 +42,8 @@ def root(
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
     """Train a model on labelled preference pairs."""
-    from bfpo.recipe import TrainRecipe, load_recipe
+    from bfpo.recipe import TrainRecipe
+    from bfpo.recipe_reading import load_recipe
 
     checked = load_recipe(recipe, TrainRecipe, overrides)
 
@@ -54,7 +55,8 @@ def train(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_
 @app.command()
 def sft(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
     """Fine-tune a model on completions."""
-    from bfpo.recipe import SftRecipe, load_recipe
+    from bfpo.recipe import SftRecipe
+    from bfpo.recipe_reading import load_recipe
 
     checked = load_recipe(recipe, SftRecipe, overrides)
 

@@ -16,7 +16,8 @@ from bfpo.data.prepare import prepare, write_prepared
 from bfpo.errors import RecipeError
 from bfpo.labeling import LabelingFunction
 from bfpo.pairs import PreferencePair
-from bfpo.recipe import DataRecipe, Source, TextSection, TrainRecipe, check_recipe, read_recipe
+from bfpo.recipe import DataRecipe, Source, TextSection, TrainRecipe
+from bfpo.recipe_reading import check_recipe, read_recipe
 from bfpo.terminal import say
 
 # A length no conversation reaches: lengths are to be seen before anything is cut.

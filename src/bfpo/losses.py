@@ -8,9 +8,11 @@ Notation: h is the margin, policy log-ratio gap minus reference log-ratio gap, i
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
+from inspect import isabstract
 from typing import Any, ClassVar
 
 import torch
@@ -85,7 +87,7 @@ class PairLogps:
 
 
 @dataclass(frozen=True)
-class PairLoss:
+class PairLoss(ABC):
     """What every preference loss has. Subclasses give the equation.
 
     Args:
@@ -104,9 +106,9 @@ class PairLoss:
     def __post_init__(self) -> None:
         _require(self, "beta", self.beta > 0, "a finite number above 0")
 
+    @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return the loss of each pair, unreduced, (B,)."""
-        raise NotImplementedError(f"{type(self).__name__} doesn't define __call__")
 
     def target(self, pairs: PairLogps) -> Tensor | None:
         """Return the margin at which each pair's loss is least, nats, (B,); None when there is none."""
@@ -440,6 +442,8 @@ def _import_loss(path: str) -> type[PairLoss]:
         raise RecipeError(f"loss.name is '{path}'; {error}") from error
     if not (isinstance(loss_class, type) and issubclass(loss_class, PairLoss)):
         raise RecipeError(f"loss.name is '{path}', which is not a subclass of bfpo.losses.PairLoss")
+    if isabstract(loss_class):
+        raise RecipeError(f"loss.name is '{path}', which doesn't define __call__")
     return loss_class
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from bfpo.errors import RecipeError, TrainingError
 from bfpo.files import file_hash, write_jsonl
-from bfpo.recipe import TrainRecipe, check_recipe
+from bfpo.recipe import TrainRecipe
+from bfpo.recipe_reading import check_recipe
 from bfpo.training.checkpoints import MARK, checkpoint_fault, newest_complete
 from bfpo.training.run import run_training
 

@@ -11,7 +11,8 @@ from bfpo.files import write_jsonl
 from bfpo.model.load import load_model
 from bfpo.model.lora import add_adapter, lora_config
 from bfpo.model.selective import select_parameters
-from bfpo.recipe import LoraSection, SftModel, TrainRecipe, check_recipe
+from bfpo.recipe import LoraSection, SftModel, TrainRecipe
+from bfpo.recipe_reading import check_recipe
 from bfpo.training.run import run_training
 
 RECIPE = {

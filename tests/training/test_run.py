@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bfpo.data.prepare import prepare, write_prepared
 from bfpo.errors import DataError, RecipeError
 from bfpo.files import write_jsonl
-from bfpo.recipe import SftRecipe, TrainRecipe, check_recipe, load_recipe
+from bfpo.recipe import SftRecipe, TrainRecipe
+from bfpo.recipe_reading import check_recipe, load_recipe
 from bfpo.training.arguments import DECIDED, training_arguments
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft

@@ -10,7 +10,8 @@ import yaml
 from bfpo.chat import chat
 from bfpo.errors import ModelError
 from bfpo.files import write_jsonl
-from bfpo.recipe import LoraSection, NewModel, SftModel, TrainRecipe, check_recipe
+from bfpo.recipe import LoraSection, NewModel, SftModel, TrainRecipe
+from bfpo.recipe_reading import check_recipe
 from bfpo.training.card import model_card
 from bfpo.training.estimate import estimate
 from bfpo.training.run import run_training

@@ -14,7 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from bfpo.errors import Stopped, TrainingError
 from bfpo.files import write_json, write_text
-from bfpo.recipe import Section, dump_recipe
+from bfpo.recipe import Section
+from bfpo.recipe_reading import dump_recipe
 from bfpo.terminal import say
 from bfpo.training.callbacks import LiveLine, MetricsFile
 from bfpo.training.card import model_card

@@ -2,6 +2,7 @@
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from json import JSONDecodeError
 from pathlib import Path
@@ -34,7 +35,7 @@ from bfpo.training.metrics import MetricSums
 from bfpo.training.streams import MicroBatches, Rows, StepRows, StreamPlan, WeightedRow, Weights
 
 
-class StreamTrainer(Trainer):
+class StreamTrainer(Trainer, ABC):
     """A `transformers.Trainer` that follows a stream plan. Subclasses say what the loss is.
 
     Overridden public hooks: `get_train_dataloader`, `get_eval_dataloader`, `compute_loss`, `prediction_step`,
@@ -147,10 +148,11 @@ class StreamTrainer(Trainer):
 
     # What a subclass says.
 
+    @abstractmethod
     def row_weights(self, rows: StepRows) -> tuple[Weights, Weights]:
         """Return each row's weight in the step's loss, for the main rows and the buffer's."""
-        raise NotImplementedError(f"{type(self).__name__} doesn't define row_weights")
 
+    @abstractmethod
     def example_losses(self, model: nn.Module, batch: Batch, sums: MetricSums, *, training: bool) -> Tensor:
         """Return the loss of each example of a batch, (n,), and add its metrics to `sums`.
 
@@ -160,7 +162,6 @@ class StreamTrainer(Trainer):
             sums: Where metrics go.
             training: Whether this is a training step.
         """
-        raise NotImplementedError(f"{type(self).__name__} doesn't define example_losses")
 
     # Data.
 
