@@ -25,6 +25,17 @@ def test_words_that_only_look_like_numbers_stay_words():
     assert parse_yaml("a: e7\nb: 5e\nc: v1e6", "r.yaml") == {"a": "e7", "b": "5e", "c": "v1e6"}
 
 
+def test_no_is_a_word_and_false_is_false():
+    assert parse_yaml("a: no\nb: off\nc: false\nd: True\ne: yes", "r.yaml") == {
+        "a": "no",
+        "b": "off",
+        "c": False,
+        "d": True,
+        "e": "yes",
+    }
+    assert check(data=[{"path": "x", "assume_safe": "yes"}]).data[0].assume_safe is True
+
+
 def test_a_key_that_stands_twice_is_refused():
     with pytest.raises(RecipeError, match=r"r.yaml: line 3: key 'beta' stands twice"):
         parse_yaml("loss:\n  beta: 1\n  beta: 2\n", "r.yaml")
