@@ -41,7 +41,6 @@ def recipe(tmp_path, monkeypatch, main_pairs, buffer_pairs):
             "per_device_train_batch_size": 4,
             "logging_steps": 1,
             "learning_rate": 1e-3,
-            "use_cpu": True,
         },
     }
     Path("toy.yaml").write_text(yaml.safe_dump(content))

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from bfpo import BFPOTrainer, SFTTrainer
 from bfpo.data.table import token_table
-from bfpo.errors import DataError, TrainingError
+from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.losses import BFPO, DPO, MODPO, BFPOSoft, SafeDPO
 from bfpo.pairs import CELLS, PairSignals
 from bfpo.training.trainer import encode_pairs
@@ -275,6 +275,13 @@ def test_pairs_that_a_loss_leaves_out_are_counted(make_trainer, caplog):
     trainer = make_trainer(loss=SafeDPO(), buffer=[])
     assert len(trainer.table) == 9
     assert "SafeDPO leaves out 3 of 12 pairs" in caplog.text
+
+
+def test_processes_that_do_not_see_each_other_are_refused(make_trainer, arguments, monkeypatch):
+    args = arguments()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="2 processes were launched, but each would train by itself"):
+        make_trainer(args=args)
 
 
 def test_names_of_transformers_that_are_not_public_still_exist():

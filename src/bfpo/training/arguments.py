@@ -1,8 +1,10 @@
 """The recipe's `trainer:` section as `transformers.TrainingArguments`."""
 
+import os
 from dataclasses import fields
 from typing import Any, get_type_hints
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
@@ -36,6 +38,9 @@ def training_arguments(options: dict[str, Any]) -> TrainingArguments:
     known = {field.name for field in fields(TrainingArguments) if field.init}
     hints = get_type_hints(TrainingArguments)
     values = DEFAULTS | options
+    if launched_processes() > 1 and not torch.accelerator.is_available():
+        # Otherwise each process would take itself for the only one, and train by itself.
+        values.setdefault("use_cpu", True)
     for name, value in options.items():
         if name in DECIDED:
             raise RecipeError(f"trainer.{name} can't be set: {DECIDED[name]}")
@@ -54,6 +59,11 @@ def training_arguments(options: dict[str, Any]) -> TrainingArguments:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"trainer: {error}") from None
+
+
+def launched_processes() -> int:
+    """Return how many processes the launcher started, as it told them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _hint(name: str, known: set[str]) -> str:

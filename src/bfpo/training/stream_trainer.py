@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from bfpo.data.table import TokenTable
-from bfpo.errors import TrainingError
+from bfpo.errors import RecipeError, TrainingError
 from bfpo.model.logps import add_layout_forward
 from bfpo.model.lora import CausalLM
 from bfpo.model.selective import disable_dropout, select_parameters
 from bfpo.terminal import say
+from bfpo.training.arguments import launched_processes
 from bfpo.training.batches import Batch, Collator, RowNumbers
 from bfpo.training.checkpoints import (
     MARK,
@@ -53,6 +54,9 @@ class StreamTrainer(Trainer, ABC):
         train_only: Patterns of the parameters to train; None trains all.
         callbacks: As in transformers.
         optimizers: As in transformers.
+
+    Raises:
+        RecipeError: If a launcher started several processes and transformers doesn't see them.
     """
 
     # The loss of a micro-batch is already its part of the step's loss: transformers must not divide it again.
@@ -72,6 +76,11 @@ class StreamTrainer(Trainer, ABC):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        if args.world_size != launched_processes():
+            raise RecipeError(
+                f"{launched_processes()} processes were launched, but each would train by itself (world size "
+                f"{args.world_size}); on a machine without a GPU set use_cpu: true"
+            )
         self.selection = select_parameters(model, train_only)
         disable_dropout(model)
         add_layout_forward(model)
