@@ -332,3 +332,35 @@ def test_metrics_file_holds_one_json_object_per_log(make_trainer, tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 3]
     assert not any("old" in line for line in lines)
+
+
+def test_activation_checkpointing_changes_memory_not_training(make_trainer, arguments):
+    plain, checkpointed = make_trainer(), make_trainer(args=arguments(activation_checkpointing=True))
+    plain.train()
+    checkpointed.train()
+    torch.testing.assert_close(weights(checkpointed), weights(plain), rtol=1e-6, atol=1e-7)
+
+
+def test_bfloat16_autocast_starts_at_zero_margins_and_trains(make_trainer, arguments):
+    trainer = make_trainer(args=arguments(bf16=True))
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.start_check.largest_margin == 0
+    assert not torch.equal(weights(trainer), before)
+
+
+def test_workers_give_the_same_batches(make_trainer, arguments):
+    alone, helped = make_trainer(), make_trainer(args=arguments(dataloader_num_workers=2))
+    alone.train()
+    helped.train()
+    torch.testing.assert_close(weights(helped), weights(alone), rtol=0, atol=0)
+
+
+def test_the_best_of_several_evaluations_can_be_kept(make_trainer, arguments, main_pairs, buffer_pairs):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_main_loss", "greater_is_better": False}
+    args = arguments(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, **best)
+    trainer = make_trainer(args=args, eval_dataset={"main": main_pairs, "buffer": buffer_pairs})
+    trainer.train()
+    losses = [log["eval_main_loss"] for log in trainer.state.log_history if "eval_main_loss" in log]
+    assert len(losses) == 3
+    assert trainer.evaluate()["eval_main_loss"] == pytest.approx(min(losses), rel=1e-6)
