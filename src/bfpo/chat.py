@@ -5,6 +5,7 @@ import sys
 import torch
 from rich.markup import escape
 from transformers import TextStreamer, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from bfpo.errors import ModelError
 from bfpo.model.load import load_model, load_tokenizer
@@ -25,6 +26,7 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
     Raises:
         ModelError: If the model can't be loaded, or its tokenizer has no chat template.
     """
+    disable_progress_bar()
     section = SftModel(path=path)
     tokenizer = load_tokenizer(section)
     if tokenizer.chat_template is None:

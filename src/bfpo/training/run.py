@@ -47,6 +47,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     Returns:
         What `run.json` holds; for a dry run, the data manifest.
     """
+    began, cpu_began = time.time(), time.process_time()
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
@@ -78,7 +79,6 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
         say("dry run: nothing was trained")
         return prepared.manifest()
 
-    began, cpu_began = time.time(), time.process_time()
     out = begin_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
     if PartialState().is_main_process:
         write_json(out / "data_manifest.json", prepared.manifest())

@@ -37,6 +37,7 @@ def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = Non
     Returns:
         What `run.json` holds; empty for a dry run.
     """
+    began, cpu_began = time.time(), time.process_time()
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
@@ -61,7 +62,6 @@ def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = Non
         say("dry run: nothing was trained")
         return {}
 
-    began, cpu_began = time.time(), time.process_time()
     out = begin_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
     model = start_model(recipe.model, tokenizer)
     trainer = SFTTrainer(
