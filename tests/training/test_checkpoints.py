@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bfpo.errors import RecipeError, TrainingError
 from bfpo.files import file_hash, write_jsonl
+from bfpo.pairs import SafetyLabels
 from bfpo.recipe import TrainRecipe
 from bfpo.recipe_reading import check_recipe
 from bfpo.training.checkpoints import MARK, checkpoint_fault, newest_complete
@@ -22,7 +24,10 @@ def run(tmp_path, monkeypatch, main_pairs, buffer_pairs):
     write_jsonl(tmp_path / "fewer.jsonl", (p.to_row() for p in main_pairs[1:]))
     write_jsonl(tmp_path / "buffer.jsonl", (p.to_row() for p in buffer_pairs))
 
-    def run(data="main.jsonl", **trainer):
+    relabelled = [replace(p, labels=SafetyLabels(True, True)) for p in main_pairs]
+    write_jsonl(tmp_path / "relabelled.jsonl", (p.to_row() for p in relabelled))
+
+    def run(data="main.jsonl", model_seed=42, **trainer):
         options = {
             "output_dir": "runs/toy",
             "max_steps": 7,
@@ -33,7 +38,7 @@ def run(tmp_path, monkeypatch, main_pairs, buffer_pairs):
             "use_cpu": True,
         }
         content = {
-            "model": {"new": {"vocab_size": 300}},
+            "model": {"new": {"vocab_size": 300, "seed": model_seed}},
             "data": [{"path": data}],
             "buffer": [{"path": "buffer.jsonl"}],
             "loss": {"beta": 0.5},
@@ -100,6 +105,8 @@ def test_damage_that_keeps_the_size_gives_a_message(run):
         ({"seed": 7}, "seed was 42, now it is 7"),
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4, now it is 2"),
         ({"data": "fewer.jsonl"}, "data was "),
+        ({"data": "relabelled.jsonl"}, "data was "),
+        ({"model_seed": 1}, "start model was "),
     ],
 )
 def test_going_on_with_another_plan_is_refused(run, change, named):
@@ -114,3 +121,12 @@ def test_a_checkpoint_tells_what_it_belongs_to(run):
     assert mark["step"] == 4
     assert mark["run"]["world_size"] == 1
     assert mark["files"]["model.safetensors"] == (OUT / "checkpoint-4" / "model.safetensors").stat().st_size
+
+
+def test_going_on_into_another_folder_gives_the_same_bits(run):
+    run()
+    weights = file_hash(OUT / "model.safetensors")
+    run(output_dir="runs/other", resume_from_checkpoint="runs/toy/checkpoint-4")
+    assert file_hash(Path("runs/other/model.safetensors")) == weights
+    lines = [json.loads(line) for line in Path("runs/other/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [5, 6, 7]

@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,12 +8,13 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from bfpo.errors import ModelError, RecipeError
-from bfpo.files import write_jsonl
+from bfpo.files import file_hash, write_jsonl
 from bfpo.model.load import load_model
 from bfpo.model.lora import add_adapter, lora_config
 from bfpo.model.selective import select_parameters
 from bfpo.recipe import LoraSection, SftModel, TrainRecipe
 from bfpo.recipe_reading import check_recipe
+from bfpo.training.checkpoints import MARK
 from bfpo.training.run import run_training
 
 RECIPE = {
@@ -55,8 +57,6 @@ def test_lora_trains_only_the_adapter_and_saves_it(base):
 
 
 def _files(folder):
-    from pathlib import Path
-
     return [file.name for file in Path(folder).iterdir()]
 
 
@@ -69,6 +69,16 @@ def test_going_on_from_an_adapter_keeps_the_adapted_model_as_reference(base):
     assert run["trained"]["parameters"] > 0
 
 
+def test_a_resumed_adapter_has_the_bits_of_the_unbroken_one(base):
+    options = {**RECIPE["trainer"], "save_strategy": "steps", "save_steps": 1}
+    run_training(recipe(model={"path": base}, lora={"r": 4}, trainer=options))
+    unbroken = file_hash(Path("runs/first/adapter_model.safetensors"))
+    (Path("runs/first/checkpoint-3") / MARK).unlink()
+    again = options | {"resume_from_checkpoint": True}
+    run_training(recipe(model={"path": base}, lora={"r": 4}, trainer=again))
+    assert file_hash(Path("runs/first/adapter_model.safetensors")) == unbroken
+
+
 def test_a_second_adapter_on_top_is_refused(base):
     run_training(recipe(model={"path": base}, lora={"r": 4}))
     again = {**RECIPE["trainer"], "output_dir": "runs/second"}
@@ -79,14 +89,14 @@ def test_a_second_adapter_on_top_is_refused(base):
 def test_patterns_and_an_adapter_exclude_each_other(base, make_model):
     with pytest.raises(RecipeError, match="train_only and lora exclude each other"):
         recipe(model={"path": base}, lora={}, train_only=["down"])
-    adapted = add_adapter(make_model(), lora_config(LoraSection(r=2)))
+    adapted = add_adapter(make_model(), lora_config(LoraSection(r=2)), seed=0)
     with pytest.raises(RecipeError, match="train_only and an adapter exclude each other"):
         select_parameters(adapted, ["down_proj"])
 
 
 def test_target_modules_that_are_not_there_are_refused(make_model):
     with pytest.raises(ModelError, match="lora: Target modules"):
-        add_adapter(make_model(), lora_config(LoraSection(target_modules=["query_key_value"])))
+        add_adapter(make_model(), lora_config(LoraSection(target_modules=["query_key_value"])), seed=0)
 
 
 def test_quantised_weights_need_an_adapter_and_a_gpu(base):
@@ -105,5 +115,5 @@ def test_a_new_adapter_changes_nothing(make_model):
     model, ids = make_model(), torch.tensor([[4, 5, 6]])
     before = copy.deepcopy(model)(input_ids=ids).logits
     torch.testing.assert_close(
-        add_adapter(model, lora_config(LoraSection()))(input_ids=ids).logits, before, rtol=0, atol=0
+        add_adapter(model, lora_config(LoraSection()), seed=0)(input_ids=ids).logits, before, rtol=0, atol=0
     )

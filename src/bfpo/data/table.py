@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bfpo.files import content_hash
 from bfpo.pairs import CELLS, PreferencePair
 
 Ids = NDArray[np.int32]
@@ -79,6 +80,12 @@ class PairTable(TokenTable):
     cells: NDArray[np.int8]
     is_buffer: NDArray[np.bool_]
     signals: dict[str, Floats]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokens, the labels and the streams."""
+        arrays = (self.chosen_safe, self.rejected_safe, self.is_buffer)
+        return content_hash(super().fingerprint, [array.tolist() for array in arrays])
 
     @property
     def main_rows(self) -> NDArray[np.int64]:

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -24,8 +25,13 @@ def lora_config(section: LoraSection) -> LoraConfig:
     )
 
 
-def add_adapter(model: CausalLM, config: Any) -> PeftModel:
+def add_adapter(model: CausalLM, config: Any, *, seed: int) -> PeftModel:
     """Put a new adapter on a model; at first it changes nothing.
+
+    Args:
+        model: Without an adapter.
+        config: Of peft.
+        seed: Of the adapter's initial weights, so that a run can be repeated and resumed.
 
     Raises:
         ModelError: If the model has an adapter already, or none of the target modules.
@@ -35,7 +41,9 @@ def add_adapter(model: CausalLM, config: Any) -> PeftModel:
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
     try:
-        adapted: PeftModel = get_peft_model(model, config)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapted: PeftModel = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"lora: {str(error).splitlines()[0]}") from None
     return adapted
@@ -53,8 +61,6 @@ def quantisation(compute_dtype: Any) -> BitsAndBytesConfig:
         MissingExtra: If bitsandbytes isn't installed.
         RecipeError: If there is no GPU.
     """
-    import torch
-
     if find_spec("bitsandbytes") is None:
         raise MissingExtra("model.load_in_4bit", "bitsandbytes", "qlora")
     if not torch.cuda.is_available():

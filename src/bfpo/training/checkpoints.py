@@ -1,5 +1,6 @@
 """Checkpoints that count only when they are whole, and runs that end well when they are told to stop."""
 
+import hashlib
 import json
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bfpo.errors import RecipeError
@@ -104,6 +106,18 @@ def check_same_run(folder: Path, shared: dict[str, Any]) -> None:
             f"note: the checkpoint was made with {mark['threads']} threads, this process has "
             f"{torch.get_num_threads()}: results will agree, but not to the last bit"
         )
+
+
+def start_fingerprint(model: nn.Module) -> str:
+    """Return a hash of the model that training starts from: names, shapes and the first numbers of every tensor.
+
+    The reference of a resumed run is made anew from the start model, so it must be the same one.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        first = parameter.detach().flatten()[:8].to(torch.float64).cpu().tolist()
+        digest.update(f"{name} {tuple(parameter.shape)} {first}".encode())
+    return digest.hexdigest()[:16]
 
 
 class StopOnSignal(TrainerCallback):

@@ -69,7 +69,7 @@ def estimate(
     config = model.config.get_text_config()
     if lora is not None:
         with init_empty_weights():
-            model = add_adapter(model, lora_config(lora))
+            model = add_adapter(model, lora_config(lora), seed=0)
     selection = select_parameters(model, train_only)
     per_weight = 0.5 if section.load_in_4bit else _BYTES[section.dtype]
     per_trained = _BYTES[section.dtype]

@@ -65,7 +65,7 @@ def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = Non
     out = begin_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
     model = start_model(recipe.model, tokenizer)
     trainer = SFTTrainer(
-        add_adapter(model, lora_config(recipe.lora)) if recipe.lora else model,
+        add_adapter(model, lora_config(recipe.lora), seed=args.seed) if recipe.lora else model,
         args,
         train,
         held_out,

@@ -30,6 +30,7 @@ from bfpo.training.checkpoints import (
     check_same_run,
     checkpoint_fault,
     newest_complete,
+    start_fingerprint,
     unmark_after,
 )
 from bfpo.training.metrics import MetricSums
@@ -56,7 +57,8 @@ class StreamTrainer(Trainer, ABC):
         optimizers: As in transformers.
 
     Raises:
-        RecipeError: If a launcher started several processes and transformers doesn't see them.
+        RecipeError: If a launcher started several processes and transformers doesn't see them, or one process would
+            use several GPUs.
     """
 
     # The loss of a micro-batch is already its part of the step's loss: transformers must not divide it again.
@@ -81,6 +83,12 @@ class StreamTrainer(Trainer, ABC):
                 f"{launched_processes()} processes were launched, but each would train by itself (world size "
                 f"{args.world_size}); on a machine without a GPU set use_cpu: true"
             )
+        if args.n_gpu > 1:
+            raise RecipeError(
+                f"this one process sees {args.n_gpu} GPUs; start one process for each "
+                f"(torchrun --nproc_per_node {args.n_gpu} -m bfpo ...), or show it one with CUDA_VISIBLE_DEVICES=0"
+            )
+        start = start_fingerprint(model)
         self.selection = select_parameters(model, train_only)
         disable_dropout(model)
         add_layout_forward(model)
@@ -100,6 +108,7 @@ class StreamTrainer(Trainer, ABC):
         )
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.plan = StreamPlan(main, buffer, batch_size, args.seed)
+        self._start = start
         self.add_callback(CompletionMark(self.shared_with_a_resumed_run()))
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._clipped_steps = self._steps_since_log = 0
@@ -113,6 +122,7 @@ class StreamTrainer(Trainer, ABC):
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "seed": self.args.seed,
             "data": self.table.fingerprint,
+            "start model": self._start,
         }
 
     def train(

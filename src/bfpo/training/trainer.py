@@ -113,7 +113,7 @@ class BFPOTrainer(StreamTrainer):
     ) -> None:
         self.loss = loss or BFPO()
         if peft_config is not None:
-            model = add_adapter(model, peft_config)
+            model = add_adapter(model, peft_config, seed=args.seed)
         self.buffer_weight = buffer_weight
 
         def table_of(pairs: Any) -> PairTable:
