@@ -3,7 +3,6 @@
 import sys
 
 import torch
-from rich.markup import escape
 from transformers import TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -61,7 +60,7 @@ def _read() -> str | None:
     """Return the next line that isn't empty; None at the end."""
     while True:
         if sys.stdin.isatty():
-            console().print(escape("you> "), end="")
+            console().print("you> ", end="")
         line = sys.stdin.readline()
         if not line or line.strip() == "/quit":
             return None

@@ -8,11 +8,13 @@ Notation: h is the margin, policy log-ratio gap minus reference log-ratio gap, i
 """
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from inspect import isabstract
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -410,6 +412,8 @@ def make_loss(options: Mapping[str, Any]) -> PairLoss:
     """
     values = dict(options)
     name = values.pop("name", "bfpo")
+    if not isinstance(name, str):
+        raise RecipeError(f"loss.name is {name!r}; expected one of {', '.join(sorted(LOSSES))}, or 'module:Class'")
     loss_class = _import_loss(name) if ":" in name else LOSSES.get(name)
     if loss_class is None:
         raise RecipeError(f"loss.name is '{name}'; {did_you_mean(name, list(LOSSES))}, or 'module:Class'")
@@ -436,6 +440,9 @@ def _table(value: object) -> LabelingFunction:
 
 def _import_loss(path: str) -> type[PairLoss]:
     module, _, name = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        # A loss of one's own usually lies beside the recipe.
+        sys.path.append(str(Path.cwd()))
     try:
         loss_class = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:

@@ -6,10 +6,11 @@ Only the first process of a distributed run says anything.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -19,7 +20,7 @@ def console(*, stderr: bool = False) -> Console:
 
 def say(text: str = "") -> None:
     """Print a line as it is, without reading markup in it."""
-    console().print(escape(text))
+    console().print(text, markup=False, emoji=False)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -31,20 +32,21 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
         rows: As many cells as there are columns.
     """
     out = console()
-    cells = [[escape(str(cell)) for cell in row] for row in rows]
+    cells = [[str(cell) for cell in row] for row in rows]
     if out.is_terminal:
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+            justify: Literal["left", "right"] = "left" if index == 0 else "right"
+            table.add_column(column, justify=justify, overflow="fold", no_wrap=index == 0)
         for row in cells:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         out.print(table)
         return
     widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
-    out.print(f"\n{escape(title)}")
+    say(f"\n{title}")
     for line in (columns, *cells):
         first, *rest = (f"{text:<{width}}" for text, width in zip(line, widths, strict=True))
-        out.print("  ".join((first, *(text.strip().rjust(len(text)) for text in rest))).rstrip())
+        say("  ".join((first, *(text.strip().rjust(len(text)) for text in rest))).rstrip())
 
 
 @contextmanager

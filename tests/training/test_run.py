@@ -131,18 +131,13 @@ def test_a_model_made_on_the_spot_holds_out_the_same_prompts(capsys):
     assert "held-out completions" in capsys.readouterr().out
 
 
-def test_a_model_made_on_the_spot_may_not_see_evaluation_prompts(main_pairs):
+def test_a_model_made_on_the_spot_does_not_see_evaluation_prompts(main_pairs, capsys):
     write_jsonl(Path("eval.jsonl"), [main_pairs[0].to_row()])
-    with pytest.raises(DataError, match=r"model.sft: 2 completions have a prompt that this recipe evaluates on"):
-        run_training(
-            recipe(
-                model={"sft": SFT},
-                data=[{"path": "buffer.jsonl"}],
-                buffer=[],
-                holdout=0.0,
-                eval=[{"path": "eval.jsonl"}],
-            )
-        )
+    files = {"data": [{"path": "buffer.jsonl"}], "buffer": [], "holdout": 0.0, "eval": [{"path": "eval.jsonl"}]}
+    run_training(recipe(model={"sft": SFT}, **files))
+    (cached,) = Path("runs/cache").glob("sft-*")
+    (source,) = json.loads((cached / "run.json").read_text())["data"]
+    assert source["removed"]["prompt of an evaluation set"] == {"unlabelled": 2}
 
 
 def test_scores_replace_labels_where_asked(main_pairs):
@@ -172,6 +167,9 @@ def test_supervised_run_saves_and_evaluates(tmp_path):
         ({"learning_rate": "fast"}, "trainer.learning_rate is 'fast'"),
         ({"max_steps": 1.5}, "trainer.max_steps is 1.5"),
         ({"output_dir": None}, "trainer.output_dir"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; expected 1 or more"),
+        ({"output_dir": "main.jsonl"}, "is 'main.jsonl', which is a file"),
+        ({"report_to": "wandb"}, "wandb is not installed here"),
         ({"eval_strategy": "sometimes"}, "sometimes is not a valid IntervalStrategy"),
     ],
 )

@@ -28,7 +28,7 @@ class DemonstrationPart:
 
 
 def prepare_demonstrations(
-    sources: list[Source], *, holdout: float, limit: int | None = None
+    sources: list[Source], *, holdout: float, limit: int | None = None, evaluated: frozenset[str] = frozenset()
 ) -> list[DemonstrationPart]:
     """Read, clean and split all data of a supervised recipe.
 
@@ -36,6 +36,7 @@ def prepare_demonstrations(
         sources: What to read.
         holdout: Share of the prompts held out, by the same hash as for preference data.
         limit: Take at most so many of each source.
+        evaluated: Keys of prompts that must not be trained on.
 
     Returns:
         One part per source; repeated demonstrations and empty completions are gone, and counted.
@@ -53,6 +54,8 @@ def prepare_demonstrations(
                 report.removed[Why("duplicate", None)] += 1
             elif not item.completion.strip():
                 report.dropped[Why("empty answer", None)] += 1
+            elif item.prompt_key in evaluated and not is_held_out(item.prompt_key, holdout):
+                report.removed[Why("prompt of an evaluation set", None)] += 1
             else:
                 seen.add(item.row_id)
                 (part.eval if is_held_out(item.prompt_key, holdout) else part.train).append(item)

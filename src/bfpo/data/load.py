@@ -68,7 +68,10 @@ class SourceReport:
         Raises:
             DataError: If it would; with the count of each reason.
         """
-        lost, total = self.dropped.total() + self.faulty.total(), self.taken + self.faulty.total()
+        # Faulty rows were met before the sample was taken: each loss is a share of what it was taken from.
+        faulty, dropped = self.faulty.total(), self.dropped.total()
+        losses = ((faulty, self.read + faulty), (dropped, self.taken))
+        lost, total = max(losses, key=lambda loss: loss[0] / max(loss[1], 1))
         if lost > max_dropped * total:
             reasons = Counter(self.faulty)
             for (reason, _), count in self.dropped.items():

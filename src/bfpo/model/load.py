@@ -1,5 +1,6 @@
 """Loading models and tokenizers with errors that a person can act on."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def load_model(section: SftModel) -> CausalLM:
     Raises:
         ModelError: If it can't be loaded.
     """
+    _check_place(str(section.path))
     path, dtype = str(section.path), getattr(torch, section.dtype)
     adapter = path if is_adapter(path) else None
     options: dict[str, Any] = {"quantization_config": quantisation(dtype)} if section.load_in_4bit else {}
@@ -47,6 +49,7 @@ def load_tokenizer(section: SftModel) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: If it can't be loaded.
     """
+    _check_place(str(section.path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(section.path), revision=section.revision or "main", trust_remote_code=section.trust_remote_code
@@ -55,6 +58,12 @@ def load_tokenizer(section: SftModel) -> PreTrainedTokenizerBase:
         raise ModelError(f"tokenizer of model.path '{section.path}': {_first_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _check_place(path: str) -> None:
+    """Refuse what is neither a folder nor looks like a hub id: the hub's own message would be about ids."""
+    if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise ModelError(f"model.path '{path}': no such folder, and not a hub id (org/name)")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What a running training writes and shows: `metrics.jsonl`, and a live line."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class MetricsFile(TrainerCallback):
             return
         kept = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > state.global_step or state.global_step == 0:
+            step = _step_of(line)
+            if step is None or step > state.global_step or state.global_step == 0:
                 break
             kept.append(line)
         write_text(self._path, "".join(kept))
@@ -50,7 +52,20 @@ class MetricsFile(TrainerCallback):
         """Append a line."""
         if state.is_world_process_zero:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}, allow_nan=False) + "\n")
+                file.write(json.dumps({"step": state.global_step, **_finite(logs or {})}, allow_nan=False) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    """Return the step of a line; None if it isn't a whole line."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _finite(logs: dict[str, Any]) -> dict[str, Any]:
+    """Return the numbers as JSON can hold them: the gradient's norm may be infinite while fp16 finds its scale."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
 
 
 class LiveLine(TrainerCallback):
@@ -110,6 +125,10 @@ class LiveLine(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the bar away."""
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away, however training ended."""
         self._progress.stop()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 from pathlib import Path
 from types import FrameType
@@ -27,10 +28,12 @@ class CompletionMark(TrainerCallback):
 
     Args:
         shared: World size, batch size, seed, a hash of the data: equal in both runs, or resuming is refused.
+        keep: How many checkpoints to keep; None keeps all. Older ones go only after the new one is marked, and never
+            the best one: transformers would delete before the mark, and a kill in between would leave none.
     """
 
-    def __init__(self, shared: dict[str, Any]) -> None:
-        self._shared = shared
+    def __init__(self, shared: dict[str, Any], *, keep: int | None) -> None:
+        self._shared, self._keep = shared, keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark the checkpoint of this step."""
@@ -44,6 +47,11 @@ class CompletionMark(TrainerCallback):
                 folder / MARK,
                 {"step": state.global_step, "threads": torch.get_num_threads(), "run": self._shared, "files": sizes},
             )
+            best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
+            older = sorted(number for number, _ in _checkpoints(folder.parent) if number < state.global_step)
+            for number in older[: max(len(older) - self._keep + 1, 0)] if self._keep else []:
+                if f"checkpoint-{number}" != best:
+                    shutil.rmtree(folder.parent / f"checkpoint-{number}")
         process.wait_for_everyone()
 
 

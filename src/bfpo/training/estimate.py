@@ -24,7 +24,7 @@ class Estimate(NamedTuple):
         weights: All weights.
         training: Gradients and the two moments of Adam, for what is trained.
         reference: The reference's copies.
-        activations: A rough upper figure for one micro-batch, without activation checkpointing.
+        activations: A rough figure for one micro-batch, without activation checkpointing.
     """
 
     selection: Selection
@@ -73,10 +73,9 @@ def estimate(
     selection = select_parameters(model, train_only)
     per_weight = 0.5 if section.load_in_4bit else _BYTES[section.dtype]
     per_trained = _BYTES[section.dtype]
-    # Per token and layer about 34 hidden vectors are kept for the backward pass (Korthikanti et al., arXiv
-    # 2205.05198, without dropout and with fused attention); the head keeps one chunk of float32 logits and its
-    # gradient.
-    kept = micro_batch_tokens * config.num_hidden_layers * config.hidden_size * 34
+    # Per token and layer about 34 bytes a hidden unit are kept for the backward pass at 16 bits (Korthikanti et al.,
+    # arXiv 2205.05198), twice that at 32; the head keeps one chunk of float32 logits and its gradient.
+    kept = micro_batch_tokens * config.num_hidden_layers * config.hidden_size * 34 * per_trained / 2
     return Estimate(
         selection=selection,
         weights=selection.total * per_weight,

@@ -84,7 +84,8 @@ class RunRecord:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(self._signal)
         trainer.add_callback(MetricsFile(out / "metrics.jsonl"))
-        trainer.add_callback(LiveLine())
+        self._line = LiveLine()
+        trainer.add_callback(self._line)
 
     def train(self, resume: str | bool | None) -> TrainOutput:
         """Train; a full disk or a signal ends the run with a message, and leaves its checkpoints.
@@ -106,6 +107,8 @@ class RunRecord:
             raise TrainingError(
                 f"{self._out}: a checkpoint can't be written, is the disk full? ({reason}); {hint}"
             ) from error
+        finally:
+            self._line.close()
         if self._signal.stopped_at is not None:
             raise Stopped(f"told to stop: saved at step {self._signal.stopped_at} in {self._out}; {hint}")
         return result

@@ -13,7 +13,7 @@ from bfpo.data.load import Why
 from bfpo.data.prepare import PreparedData, prepare, require_labels
 from bfpo.data.table import Example, PairTable, pair_table
 from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
-from bfpo.errors import DataError
+from bfpo.errors import DataError, RecipeError
 from bfpo.files import write_json
 from bfpo.losses import BFPO, PairLoss, make_loss
 from bfpo.model.lora import lora_config
@@ -62,6 +62,12 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     tokenizer = start_tokenizer(model_section, lambda: texts_of(prepared.train))
     tables = tokenise(recipe, prepared, tokenizer, loss)
     show_data(prepared, tables, loss)
+    if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables.eval:
+        args.metric_for_best_model = f"eval_{next(iter(tables.eval))}_loss"
+    if args.eval_strategy != "no" and not tables.eval:
+        raise RecipeError(
+            "trainer.eval_strategy asks for evaluation, and there is nothing to evaluate on; set holdout"
+        )
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     n_main, n_buffer = len(tables.train.main_rows), len(tables.train.buffer_rows)
     show_plan(n_main, n_buffer, batch, args.max_steps, args.num_train_epochs)

@@ -12,13 +12,12 @@ from bfpo.data.inspect import show_samples, show_sources
 from bfpo.data.rows import local_files
 from bfpo.data.table import Example, TokenTable, token_table
 from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
-from bfpo.errors import DataError
 from bfpo.files import content_hash, file_hash
 from bfpo.model.lora import add_adapter, lora_config
 from bfpo.pairs import PreferencePair
 from bfpo.recipe import SftModel, SftRecipe, Source, TrainRecipe
 from bfpo.terminal import counting, say
-from bfpo.training.arguments import training_arguments
+from bfpo.training.arguments import launched_processes, training_arguments
 from bfpo.training.estimate import estimate
 from bfpo.training.manifest import versions
 from bfpo.training.output import RunRecord, begin_output, main_process_renames, save_final
@@ -26,13 +25,16 @@ from bfpo.training.sft import SFTTrainer
 from bfpo.training.start import demonstration_texts, start_model, start_tokenizer
 
 
-def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = None) -> dict[str, Any]:
+def run_sft(
+    recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = None, evaluated: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Fine-tune on completions as a recipe says.
 
     Args:
         recipe: What to do.
         dry_run: Stop before any model is loaded or trained; everything else is done and shown.
         limit: Take at most so many completions of each source.
+        evaluated: Keys of prompts that must not be trained on.
 
     Returns:
         What `run.json` holds; empty for a dry run.
@@ -41,7 +43,7 @@ def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = Non
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
-    parts = prepare_demonstrations(recipe.data, holdout=recipe.holdout, limit=limit)
+    parts = prepare_demonstrations(recipe.data, holdout=recipe.holdout, limit=limit, evaluated=evaluated)
     tokenizer = start_tokenizer(
         recipe.model, lambda: demonstration_texts(item for part in parts for item in part.train)
     )
@@ -96,39 +98,27 @@ def run_sft(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = Non
 def fine_tuned_on_the_spot(recipe: TrainRecipe, evaluated: list[PreferencePair], cache: Path) -> SftModel:
     """Return the model of a recipe's `model.sft` section, made now or found in the cache.
 
-    The cache key is the content: the section, the bytes of its local files, the held-out share and the versions.
-    Prompts held out by the recipe are held out here too.
+    The cache key is the content: the section, the bytes of its local files, the prompts it must not see, the number
+    of processes and the versions. Prompts that the recipe evaluates on are left out of the training, and counted.
 
     Args:
         recipe: With `model.sft`.
         evaluated: Pairs the recipe will evaluate on.
         cache: Folder of such models.
-
-    Raises:
-        DataError: If the section would train on a prompt that the recipe evaluates on.
     """
     sft = nested_sft(recipe)
-    keys = {pair.prompt_key for pair in evaluated}
-    parts = prepare_demonstrations(sft.data, holdout=sft.holdout)
-    leaks = [item for part in parts for item in part.train if item.prompt_key in keys]
-    if leaks:
-        raise DataError(
-            f"model.sft: {len(leaks)} completions have a prompt that this recipe evaluates on (row "
-            f"{leaks[0].row_id}); take them out, or use holdout instead of eval"
-        )
+    keys = frozenset(pair.prompt_key for pair in evaluated)
     sources = [*sft.data, *((sft.model.new and sft.model.new.texts) or [])]
-    made_of = content_hash(sft.model_dump(mode="json"), [_bytes_of(source) for source in sources], versions())
+    bytes_of = [_bytes_of(source) for source in sources]
+    made_of = content_hash(sft.model_dump(mode="json"), bytes_of, sorted(keys), launched_processes(), versions())
     folder = cache / f"sft-{made_of}"
     if folder.exists():
         say(f"the fine-tuned model is in the cache: {folder}")
     else:
         say(f"fine-tuning the model to start from; it will be cached as {folder}")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
-        run_sft(
-            sft.model_copy(
-                update={"trainer": {**sft.trainer, "output_dir": str(unfinished), "resume_from_checkpoint": True}}
-            )
-        )
+        trainer = {**sft.trainer, "output_dir": str(unfinished), "resume_from_checkpoint": True}
+        run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=keys)
         main_process_renames(unfinished, folder)
     return recipe.model.model_copy(update={"sft": None, "path": str(folder)})
 

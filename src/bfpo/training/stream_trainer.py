@@ -88,6 +88,8 @@ class StreamTrainer(Trainer, ABC):
                 f"this one process sees {args.n_gpu} GPUs; start one process for each "
                 f"(torchrun --nproc_per_node {args.n_gpu} -m bfpo ...), or show it one with CUDA_VISIBLE_DEVICES=0"
             )
+        if args.device.type == "mps":
+            raise RecipeError("MPS devices have no float64, which sums of log-probabilities need; set use_cpu: true")
         start = start_fingerprint(model)
         self.selection = select_parameters(model, train_only)
         disable_dropout(model)
@@ -109,7 +111,8 @@ class StreamTrainer(Trainer, ABC):
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.plan = StreamPlan(main, buffer, batch_size, args.seed)
         self._start = start
-        self.add_callback(CompletionMark(self.shared_with_a_resumed_run()))
+        self.add_callback(CompletionMark(self.shared_with_a_resumed_run(), keep=args.save_total_limit))
+        args.save_total_limit = None
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._clipped_steps = self._steps_since_log = 0
         self._tokens_since_log, self._last_log = 0, time.monotonic()
@@ -160,9 +163,13 @@ class StreamTrainer(Trainer, ABC):
         unmark_after(out, json.loads((folder / MARK).read_text(encoding="utf-8"))["step"])
         try:
             return super().train(str(folder), trial, ignore_keys_for_eval)
-        except (SafetensorError, UnpicklingError, EOFError, JSONDecodeError) as error:
+        except (SafetensorError, UnpicklingError, EOFError, JSONDecodeError, RuntimeError) as error:
+            # torch has no class of its own for a file it can't read.
+            if isinstance(error, RuntimeError) and "StreamReader" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
             raise TrainingError(
-                f"{folder} can't be read ({error}); delete it to go on from the one before"
+                f"{folder} can't be read ({reason}); delete it to go on from the one before"
             ) from error
 
     # What a subclass says.

@@ -123,6 +123,8 @@ class BFPOTrainer(StreamTrainer):
             return table
 
         if isinstance(train_dataset, PairTable):
+            if buffer_dataset is not None:
+                raise DataError("a PairTable holds both streams already; give buffer_dataset only with pairs")
             table = table_of(train_dataset)
         else:
             table = table_of([*as_pairs(train_dataset), *map(as_buffer, as_pairs(buffer_dataset or []))])
@@ -197,6 +199,10 @@ class BFPOTrainer(StreamTrainer):
             typical_logp=float(torch.cat([logps.chosen_logps, logps.rejected_logps]).detach().median()),
             largest_target=None if target is None else float(target.abs().max()),
         )
+
+    def shared_with_a_resumed_run(self) -> dict[str, Any]:
+        """Return what must not change when a run is resumed: the plan, and what the loss is."""
+        return super().shared_with_a_resumed_run() | {"loss": repr(self.loss), "buffer_weight": self.buffer_weight}
 
     def row_weights(self, rows: StepRows) -> tuple[Weights, Weights]:
         """Return 1/B for main rows and buffer_weight/B for the buffer's."""
