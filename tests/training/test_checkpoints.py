@@ -89,9 +89,10 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(run):
     assert checkpoint_fault(OUT / "checkpoint-2") is None
 
 
-def test_damage_that_keeps_the_size_gives_a_message(run):
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+def test_damage_that_keeps_the_size_gives_a_message(run, name):
     run()
-    file = OUT / "checkpoint-7" / "model.safetensors"
+    file = OUT / "checkpoint-7" / name
     file.write_bytes(b"\xff" * file.stat().st_size)
     with pytest.raises(TrainingError, match=r"checkpoint-7 can't be read .*delete it to go on from the one before"):
         run(resume_from_checkpoint=True, max_steps=9)
