@@ -62,6 +62,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     tokenizer = start_tokenizer(model_section, lambda: texts_of(prepared.train))
     tables = tokenise(recipe, prepared, tokenizer, loss)
     show_data(prepared, tables, loss)
+    manifest = prepared.manifest()
     if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables.eval:
         args.metric_for_best_model = f"eval_{next(iter(tables.eval))}_loss"
     if args.eval_strategy != "no" and not tables.eval:
@@ -83,11 +84,11 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
         say(str(needed))
     if dry_run:
         say("dry run: nothing was trained")
-        return prepared.manifest()
+        return manifest
 
     out = begin_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
     if PartialState().is_main_process:
-        write_json(out / "data_manifest.json", prepared.manifest())
+        write_json(out / "data_manifest.json", manifest)
     trainer = BFPOTrainer(
         start_model(model_section, tokenizer),
         args,
@@ -112,9 +113,9 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     evaluation = trainer.evaluate() if tables.eval else {}
     save_final(trainer, out)
     run = record.finish(
-        prepared.manifest()["sources"],
+        manifest["sources"],
         model=model_section.model_dump(exclude_defaults=True),
-        data={"train": prepared.manifest()["train"], "eval": prepared.manifest()["eval"]},
+        data={"train": manifest["train"], "eval": manifest["eval"]},
         start_check=trainer.start_check._asdict(),
         trained={"parameters": trainer.selection.trained, "of": trainer.selection.total},
         steps=result.global_step,
