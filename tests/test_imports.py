@@ -16,19 +16,22 @@ SOURCE = Path(__file__).parents[1] / "src" / "bfpo"
 LAYERS = [
     ("errors", "files"),
     ("pairs",),
+    ("protocols",),
     ("labeling", "recipe", "terminal"),
     ("recipe_reading",),
     ("losses", "theory"),
     ("data",),
-    ("model",),
-    ("training",),
+    ("stages", "evaluation"),
+    ("model", "report"),
+    ("training", "generation"),
+    ("testbed",),
     ("data_commands", "chat"),
     ("cli",),
     ("__init__", "__main__"),
 ]
 # Of the data, a model knows only what a tokenised example is.
 MODEL_KNOWS = "bfpo.data.table"
-WITHOUT_TORCH = ("errors", "files", "pairs", "labeling", "recipe", "recipe_reading", "terminal", "theory", "cli")
+WITHOUT_TORCH = ("errors", "files", "pairs", "labeling", "recipe", "protocols", "recipe_reading", "stages", "terminal", "theory", "cli")
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

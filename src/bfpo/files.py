@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bfpo.errors import DataError
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically: a reader sees the old content or the new, never a part."""
@@ -30,6 +32,40 @@ def write_json(path: Path, content: object) -> None:
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append objects to a file that a killed program may leave with half a last line; see `repaired_jsonl`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def repaired_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file that `append_jsonl` wrote, after cutting off a half-written last line.
+
+    Args:
+        path: The program's own file; if there is none, it holds nothing.
+
+    Raises:
+        DataError: If a line before the last isn't a JSON object: that is damage, not an interruption.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole, _, half = content.rpartition(b"\n")
+    if half:
+        write_text(path, (whole + b"\n" if whole else b"").decode("utf-8"))
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"{type(row).__name__}, not an object")
+        except ValueError as error:
+            raise DataError(f"{path} row {number}: not JSON ({error}); the file is damaged, remove it") from None
+        rows.append(row)
+    return rows
 
 
 def content_hash(*parts: object) -> str:

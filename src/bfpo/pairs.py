@@ -8,7 +8,7 @@ unlabelled pair, which may be inspected but not trained on; one absent, or a nul
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -45,6 +45,38 @@ class Message(NamedTuple):
 
     role: Role
     content: str
+
+
+Conversation = tuple[Message, ...]
+
+
+def user_says(text: str) -> Conversation:
+    """Return the conversation of one user turn."""
+    return (Message("user", text),)
+
+
+def as_messages(value: object, column: str = "prompt") -> Conversation:
+    """Return a conversation from a string (one user turn) or a list of chat messages.
+
+    Args:
+        value: What a file holds.
+        column: Where it stands, for the error.
+
+    Raises:
+        DataError: If it is neither, is empty, or a turn has no known role or no text.
+    """
+    if isinstance(value, str):
+        return user_says(value)
+    if not isinstance(value, Sequence) or not value:
+        raise DataError(f"column '{column}' is {value!r}; expected a string or a list of messages")
+    messages = []
+    for turn in value:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
+            raise DataError(f"column '{column}': turn {turn!r}; expected {{'role': .., 'content': text}}")
+        if turn.get("role") not in get_args(Role):
+            raise DataError(f"column '{column}': role is {turn.get('role')!r}; expected {', '.join(get_args(Role))}")
+        messages.append(Message(turn["role"], turn["content"]))
+    return tuple(messages)
 
 
 class SafetyLabels(NamedTuple):
@@ -130,7 +162,7 @@ class PreferencePair:
         DataError: If the prompt has no turns or doesn't end with the user's.
     """
 
-    prompt: tuple[Message, ...]
+    prompt: Conversation
     chosen: str
     rejected: str
     labels: SafetyLabels | None = None
@@ -191,7 +223,7 @@ class Demonstration:
         DataError: If the prompt has no turns or doesn't end with the user's.
     """
 
-    prompt: tuple[Message, ...]
+    prompt: Conversation
     completion: str
     dataset_name: str = ""
 
@@ -209,7 +241,7 @@ class Demonstration:
         return conversation_key(self.prompt)
 
 
-def _check_ends_with_user(prompt: tuple[Message, ...]) -> None:
+def _check_ends_with_user(prompt: Conversation) -> None:
     if not prompt or prompt[-1].role != "user":
         got = prompt[-1].role if prompt else "nothing"
         raise DataError(f"prompt ends with {got}; expected it to end with a user turn")
@@ -220,7 +252,7 @@ def prompt_key(text: str) -> str:
     return content_hash(" ".join(text.casefold().split()))
 
 
-def conversation_key(prompt: tuple[Message, ...]) -> str:
+def conversation_key(prompt: Conversation) -> str:
     """Return the key of a conversation; one with a single turn has the key of its text."""
     if len(prompt) == 1:
         return prompt_key(prompt[0].content)

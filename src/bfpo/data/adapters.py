@@ -7,15 +7,16 @@ pair (counted by reason) and `DataError` for a row that is wrong (stops the run)
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, product
-from typing import Any, get_args
+from typing import Any
 
 from bfpo.data.rows import Row
 from bfpo.errors import DataError
 from bfpo.pairs import (
     SIGNALS,
+    Conversation,
     Demonstration,
     Message,
     PairSignals,
@@ -23,10 +24,10 @@ from bfpo.pairs import (
     Provenance,
     Role,
     SafetyLabels,
+    as_messages,
+    user_says,
 )
 from bfpo.recipe import Source
-
-Conversation = tuple[Message, ...]
 
 
 class SkipRow(Exception):
@@ -90,7 +91,7 @@ def pku_saferlhf(row: Row) -> PreferencePair:
             raise DataError(f"column '{column}' is {categories!r}; expected an object, category → true or false")
         harms |= {str(name) for name, present in categories.items() if present}
     return PreferencePair(
-        _user(row.text("prompt")),
+        user_says(row.text("prompt")),
         row.text(f"response_{better}"),
         row.text(f"response_{worse}"),
         labels,
@@ -111,7 +112,7 @@ def bfpo_redteam(row: Row) -> PreferencePair:
     better = row.choice("better_modelout", (1, 2))
     worse = 3 - better
     return PreferencePair(
-        _user(row.text("prompt")),
+        user_says(row.text("prompt")),
         row.text(f"modeloutput{better}"),
         row.text(f"modeloutput{worse}"),
         SafetyLabels(row.label(f"is_modelout{better}_safe"), row.label(f"is_modelout{worse}_safe")),
@@ -130,7 +131,7 @@ def alpaca_eval(row: Row) -> PreferencePair:
         raise DataError(f"column 'preference' is {preference}; expected a number from 1 to 2")
     better, worse = (2, 1) if preference > 1.5 else (1, 2)
     return PreferencePair(
-        _user(row.text("instruction")),
+        user_says(row.text("instruction")),
         row.text(f"output_{better}"),
         row.text(f"output_{worse}"),
         SafetyLabels(True, True),
@@ -171,7 +172,7 @@ def xstest_completions(rows: Iterable[Row], source: Source) -> Iterator[Preferen
                 yield SkipRow("no completion of the other kind to pair with", fault=False)
         for comply, refuse in product(by_kind["compliance"], by_kind["refusal"]):
             labels = SafetyLabels(chosen=safe_prompt, rejected=True)
-            yield PreferencePair(_user(prompt), comply, refuse, labels, provenance=_from("human"))
+            yield PreferencePair(user_says(prompt), comply, refuse, labels, provenance=_from("human"))
 
 
 def pairs(row: Row) -> PreferencePair:
@@ -205,11 +206,11 @@ def pairs(row: Row) -> PreferencePair:
 def demonstration(row: Row) -> Demonstration:
     """Read a row for supervised fine-tuning: `prompt` and `completion`, or `messages` ending with the answer."""
     if "messages" in row.values:
-        *history, answer = _messages(row.value("messages"), "messages")
+        *history, answer = as_messages(row.value("messages"), "messages")
         if answer.role != "assistant" or not history:
             raise DataError("column 'messages' doesn't end with an assistant turn after a user's")
         return Demonstration(tuple(history), answer.content)
-    prompt = _messages(row.value("prompt"), "prompt")
+    prompt = as_messages(row.value("prompt"), "prompt")
     completion = row.value("completion")
     if isinstance(completion, str):
         return Demonstration(prompt, completion)
@@ -239,7 +240,7 @@ def _without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
 def _compared(row: Row) -> tuple[Conversation, str, str]:
     """Return prompt, chosen and rejected of a row in any of TRL's preference formats."""
     chosen, rejected = row.value("chosen"), row.value("rejected")
-    given = _messages(row.values["prompt"], "prompt") if "prompt" in row.values else None
+    given = as_messages(row.values["prompt"], "prompt") if "prompt" in row.values else None
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise DataError("columns 'chosen' and 'rejected': one is a string, the other isn't")
     if isinstance(chosen, str):
@@ -266,25 +267,10 @@ def _with_given(given: Conversation | None, history: Conversation) -> Conversati
 
 
 def _answer(messages: object, column: str) -> tuple[Conversation, str]:
-    *history, last = _messages(messages, column)
+    *history, last = as_messages(messages, column)
     if last.role != "assistant":
         raise DataError(f"column '{column}' ends with a {last.role} turn; expected an assistant turn")
     return tuple(history), last.content
-
-
-def _messages(value: object, column: str) -> Conversation:
-    if isinstance(value, str):
-        return _user(value)
-    if not isinstance(value, Sequence) or not value:
-        raise DataError(f"column '{column}' is {value!r}; expected a string or a list of messages")
-    messages = []
-    for turn in value:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-            raise DataError(f"column '{column}': turn {turn!r}; expected {{'role': .., 'content': text}}")
-        if turn.get("role") not in get_args(Role):
-            raise DataError(f"column '{column}': role is {turn.get('role')!r}; expected {', '.join(get_args(Role))}")
-        messages.append(Message(turn["role"], turn["content"]))
-    return tuple(messages)
 
 
 def _shared_history(chosen: Conversation, rejected: Conversation) -> Conversation:
@@ -302,7 +288,7 @@ def _split_common_prefix(chosen: str, rejected: str) -> tuple[Conversation, str,
     space = chosen.rfind(" ", 0, length)
     if not chosen[: max(space, 0)].strip():
         raise DataError("no column 'prompt', and 'chosen' and 'rejected' don't begin with the same words")
-    return _user(chosen[:space]), chosen[space:], rejected[space:]
+    return user_says(chosen[:space]), chosen[space:], rejected[space:]
 
 
 def _transcript(text: str) -> Conversation:
@@ -314,10 +300,6 @@ def _transcript(text: str) -> Conversation:
     if head.strip() or len(turns) < 2 or turns[-1].role != "assistant" or turns[-2].role != "user":
         raise SkipRow("not a transcript that ends with an answer to the human", fault=True)
     return turns
-
-
-def _user(text: str) -> Conversation:
-    return (Message("user", text),)
 
 
 def _from(label_source: str) -> Provenance:

@@ -1,0 +1,162 @@
+"""`results.json`, schema 1: what an evaluation found, and all that a report draws from."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bfpo.errors import DataError
+from bfpo.evaluation.statistics import DifferenceVerdict
+from bfpo.files import write_json
+from bfpo.terminal import show_table
+
+SCHEMA = 1
+FILE_NAME = "results.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One number with its interval.
+
+    Args:
+        suite: Family of tasks.
+        task: Which prompts: for the testbed `harmful`, `benign`, `lookalike`, or `all`.
+        metric: What was measured.
+        value: The number; None when nothing could be scored.
+        low: Lower bound of the 95 % interval.
+        high: Upper bound.
+        n: Prompts it rests on.
+        unscored: Completions without a verdict on this; they count against the model or are left out as `metric`
+            says: an undecided answer is never safe.
+        interval: How the interval was made.
+        higher_is_better: Which way is good; None when neither is.
+    """
+
+    suite: str
+    task: str
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unscored: int
+    interval: str
+    higher_is_better: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One metric against another run's, over the same prompts.
+
+    Args:
+        against: The other run.
+        suite: As in `Metric`.
+        task: As in `Metric`.
+        metric: As in `Metric`.
+        difference: This run minus the other.
+        low: Lower bound of the 95 % interval.
+        high: Upper bound.
+        n: Prompts both answered.
+        interval: How the interval was made.
+        verdict: What follows from it; None when neither direction is better.
+    """
+
+    against: str
+    suite: str
+    task: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    n: int
+    interval: str
+    verdict: DifferenceVerdict | None
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """An evaluation of one model.
+
+    Args:
+        run: Short name, as tables and plots show it.
+        model: What was evaluated.
+        template_policy: How prompts were put to the model; runs under different policies don't compare.
+        judges: Names and revisions.
+        sampling: The sampling's settings.
+        metrics: What was found.
+        comparisons: Against other runs.
+        created: Time, ISO 8601.
+        schema: Of this file.
+    """
+
+    run: str
+    model: str
+    template_policy: str
+    judges: list[dict[str, str]]
+    sampling: dict[str, Any]
+    metrics: list[Metric]
+    comparisons: list[Comparison] = field(default_factory=list)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    schema: int = SCHEMA
+
+    def metric(self, task: str, metric: str) -> Metric | None:
+        """Return a metric; None when it wasn't measured."""
+        return next((found for found in self.metrics if (found.task, found.metric) == (task, metric)), None)
+
+    def write(self, folder: Path) -> None:
+        """Write `results.json` into a folder."""
+        write_json(folder / FILE_NAME, asdict(self))
+
+
+def read_results(folder: Path) -> Results:
+    """Read the `results.json` of a folder.
+
+    Raises:
+        DataError: If there is none, or it isn't of this schema.
+    """
+    import json
+
+    path = folder / FILE_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no {FILE_NAME}; it is what an evaluation leaves") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        got = content.get("schema") if isinstance(content, dict) else type(content).__name__
+        raise DataError(f"{path}: schema is {got}; this version reads schema {SCHEMA}")
+    try:
+        return Results(
+            **{name: value for name, value in content.items() if name not in ("metrics", "comparisons")},
+            metrics=[Metric(**row) for row in content["metrics"]],
+            comparisons=[Comparison(**row) for row in content["comparisons"]],
+        )
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{path}: {error}; expected the columns of schema {SCHEMA}") from None
+
+
+def show_results(several: Iterable[Results]) -> None:
+    """Print metrics of several runs side by side, each with its interval."""
+    found = list(several)
+    keys = dict.fromkeys((metric.task, metric.metric) for results in found for metric in results.metrics)
+    rows = []
+    for task, name in keys:
+        metrics = [results.metric(task, name) for results in found]
+        first = next(metric for metric in metrics if metric is not None)
+        rows.append((f"{task}: {name}", *(shown(metric) for metric in metrics), first.n))
+    title = "Means over held-out prompts with 95 % intervals over prompts"
+    show_table(title, ("what", *(results.run for results in found), "prompts"), rows)
+
+
+def shown(metric: Metric | None) -> str:
+    """Return a metric as text: value and interval."""
+    if metric is None or metric.value is None:
+        return "-"
+    if metric.low is None or metric.high is None:
+        return f"{metric.value:.2f}"
+    return f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"
+
+
+METRIC_COLUMNS = tuple(column.name for column in fields(Metric))

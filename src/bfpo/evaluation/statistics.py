@@ -1,0 +1,126 @@
+"""Intervals: what a rate, a mean or a difference may be, given how few prompts were asked.
+
+The unit is the prompt. Several samples of one prompt are averaged first: they are not independent observations.
+"""
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVEL = 0.95
+RESAMPLES = 4000
+
+Values = NDArray[np.float64]
+DifferenceVerdict = Literal["better", "worse", "not distinguishable"]
+
+
+class Interval(NamedTuple):
+    """An estimate and where the truth may be.
+
+    Args:
+        value: The estimate.
+        low: Lower bound.
+        high: Upper bound.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(successes: int, n: int, *, level: float = LEVEL) -> Interval:
+    """Return the Wilson score interval of a rate (Wilson 1927).
+
+    Args:
+        successes: From 0 to n.
+        n: Independent trials, at least 1.
+        level: Confidence, in (0, 1).
+
+    Raises:
+        ValueError: If the counts aren't possible.
+    """
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"{successes} successes of {n}; expected 0 <= successes <= n and n >= 1")
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    rate = successes / n
+    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    # The bounds at 0 and n successes are 0 and 1 exactly; rounding must not say otherwise.
+    return Interval(rate, max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate)))
+
+
+def bootstrap(
+    statistic: Callable[..., Values],
+    *samples: Values,
+    level: float = LEVEL,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """Return the percentile bootstrap interval of a statistic of one or several independent samples.
+
+    Args:
+        statistic: Takes one array per sample, the observations on its last axis, and reduces that axis.
+        samples: Observations, one per prompt; rows of a 2-D sample (k, n) are resampled together, which makes the
+            bootstrap a paired one.
+        level: Confidence, in (0, 1).
+        seed: Of the resampling.
+        resamples: How many.
+
+    Raises:
+        ValueError: If a sample is empty.
+    """
+    if any(sample.shape[-1] == 0 for sample in samples):
+        raise ValueError("a bootstrap needs at least one observation in every sample")
+    rng = np.random.default_rng(seed)
+    # One sample's resamples at a time, in pieces: n × resamples indices of a large sample would fill the memory.
+    sizes = [sample.shape[-1] for sample in samples]
+    piece = max(1, min(resamples, 4_000_000 // max(sizes)))
+    found = []
+    for done in range(0, resamples, piece):
+        count = min(piece, resamples - done)
+        drawn = [sample[..., rng.integers(0, n, (count, n))] for sample, n in zip(samples, sizes, strict=True)]
+        found.append(np.asarray(statistic(*drawn), dtype=np.float64))
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
+    return Interval(float(statistic(*samples)), float(low), float(high))
+
+
+def mean_interval(values: Values, *, seed: int = 0) -> Interval:
+    """Return the bootstrap interval of a mean over prompts, values (n,)."""
+    return bootstrap(lambda x: x.mean(axis=-1), values, seed=seed)
+
+
+def paired_difference(ours: Values, theirs: Values, *, seed: int = 0) -> Interval:
+    """Return the paired bootstrap interval of a difference of means over the same prompts.
+
+    Args:
+        ours: One value per prompt, (n,).
+        theirs: Of the other model, prompt by prompt.
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: If the two aren't of one length.
+    """
+    if ours.shape != theirs.shape:
+        raise ValueError(f"{len(ours)} and {len(theirs)} values; a paired difference needs the same prompts")
+    return mean_interval(ours - theirs, seed=seed)
+
+
+def harmonic_mean(a: Values, b: Values) -> Values:
+    """Return the harmonic mean 2ab / (a + b); 0 where both are 0."""
+    total = a + b
+    result: Values = np.divide(
+        2 * a * b, total, out=np.zeros_like(np.asarray(total, dtype=np.float64)), where=total > 0
+    )
+    return result
+
+
+def verdict_on(difference: Interval, *, higher_is_better: bool) -> DifferenceVerdict:
+    """Put a difference in words: only an interval that excludes 0 tells two models apart."""
+    if difference.low <= 0 <= difference.high:
+        return "not distinguishable"
+    return "better" if (difference.low > 0) == higher_is_better else "worse"

@@ -1,0 +1,1 @@
+"""Answers from models: engines, and the file of completions that they fill."""

@@ -1,0 +1,96 @@
+"""The report: one page that explains itself, its figure and its tables as files beside it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from bfpo.files import write_text
+from bfpo.report import drawing
+from bfpo.report.curves import curves
+from bfpo.report.making import facts, label_table, warnings
+from bfpo.report.plane import front, plane, stands
+from bfpo.report.run_files import Run, read_runs
+from bfpo.report.samples import ANY_PER_KIND, FAILURES_PER_KIND, sample_groups
+from bfpo.report.story import stories
+from bfpo.report.tables import comparisons_csv, groups, metrics_csv
+
+PAGE, FIGURE, METRICS, COMPARISONS = "report.html", "pareto.svg", "metrics.csv", "comparisons.csv"
+
+
+def write_report(out: Path, runs: Sequence[Path], *, title: str = "Safety and helpfulness", note: str = "") -> Path:
+    """Write `report.html` into a folder, with `pareto.svg`, `metrics.csv` and `comparisons.csv` beside it.
+
+    Args:
+        out: The folder; made if there is none.
+        runs: Folders of runs, the base first. Each holds `evaluation/results.json` (or `results.json`); beside that
+            prompts, completions and verdicts, and `run.json`, `metrics.jsonl` and `recipe.resolved.yaml` are shown
+            where they are.
+        title: Of the page.
+        note: A paragraph under the verdict, as plain text.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: If a file is missing or malformed, or the runs don't compare.
+    """
+    read = read_runs(runs)
+    found = stands(read)
+    if found:
+        write_text(out / FIGURE, plane(found).standalone())
+    else:
+        # One of an earlier report would not be about these runs.
+        (out / FIGURE).unlink(missing_ok=True)
+    write_text(out / METRICS, metrics_csv(read))
+    write_text(out / COMPARISONS, comparisons_csv(read))
+    write_text(out / PAGE, render(read, title=title, note=note))
+    return out / PAGE
+
+
+def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
+    """Return the page.
+
+    Args:
+        runs: The base first.
+        title: Of the page.
+        note: A paragraph under the verdict, as plain text.
+    """
+    environment = Environment(
+        loader=PackageLoader("bfpo.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found = stands(runs)
+    page = environment.get_template("template.html").render(
+        title=title,
+        note=note,
+        runs=runs,
+        colours={"light": drawing.LIGHT, "dark": drawing.DARK},
+        plot_style=drawing.STYLE,
+        run_class=drawing.run_class,
+        stories=stories(runs),
+        warnings=warnings(runs),
+        plane=plane(found).inline() if found else None,
+        on_front=len({found[index].value for index in front([one.value for one in found])}) > 1,
+        off_plane=[run.name for index, run in enumerate(runs) if index not in {one.place for one in found}],
+        groups=groups(runs),
+        n_comparisons=sum(one.verdict is not None for run in runs[1:] for one in run.results.comparisons),
+        interval_kinds=_interval_kinds(runs),
+        curves=[drawn for index, run in enumerate(runs) if (drawn := curves(run, index))],
+        label_tables=[table for run in runs if (table := label_table(run))],
+        sample_groups=sample_groups(runs),
+        any_per_kind=ANY_PER_KIND,
+        failures_per_kind=FAILURES_PER_KIND,
+        facts=facts(runs),
+    )
+    # A text may hold half a character, which JSON can write and UTF-8 can't.
+    return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _interval_kinds(runs: Sequence[Run]) -> list[str]:
+    """Return how the intervals on the page were made."""
+    of_values = {one.interval for run in runs for one in run.results.metrics}
+    return sorted(of_values | {one.interval for run in runs[1:] for one in run.results.comparisons})

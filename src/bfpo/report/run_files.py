@@ -1,0 +1,217 @@
+"""Reading what a run left: its evaluation, and how it was trained if `bfpo` trained it."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bfpo.data.rows import read_rows
+from bfpo.errors import DataError
+from bfpo.evaluation.results import FILE_NAME, Comparison, Metric, Results, read_results
+from bfpo.protocols import Completion, Prompt, Verdict
+from bfpo.recipe import Source
+from bfpo.stages import read_completions, read_prompt_file, read_verdicts
+
+FIRST_SAMPLE = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer with what each judge says about it.
+
+    Args:
+        completion: The answer.
+        verdicts: Of one judge or several.
+    """
+
+    completion: Completion
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All that a report shows of one run; a part that the folder doesn't hold is empty.
+
+    Args:
+        name: Unlike every other run's on the page.
+        results: What its evaluation found.
+        prompts: Prompt id → prompt.
+        answers: Prompt id → first answer; empty unless prompts, completions and verdicts are all there.
+        record: `run.json`.
+        log: Lines of `metrics.jsonl`, in order.
+        recipe: `recipe.resolved.yaml`.
+    """
+
+    name: str
+    results: Results
+    prompts: Mapping[str, Prompt]
+    answers: Mapping[str, Answer]
+    record: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
+    recipe: str
+
+    def metric(self, key: tuple[str, str, str]) -> Metric | None:
+        """Return the metric of a suite, a task and a name; None when it wasn't measured."""
+        return next((one for one in self.results.metrics if (one.suite, one.task, one.metric) == key), None)
+
+    def versus(self, base: "Run", key: tuple[str, str, str]) -> Comparison | None:
+        """Return the comparison of a metric with another run's; None when there is none."""
+        for one in self.results.comparisons:
+            if one.against == base.results.run and (one.suite, one.task, one.metric) == key:
+                return one
+        return None
+
+    def section(self, *names: str) -> Mapping[str, Any]:
+        """Return a section of the record by its path; empty when there is none."""
+        found: object = self.record
+        for name in names:
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found if isinstance(found, Mapping) else {}
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read the runs of a page, the base first.
+
+    Raises:
+        DataError: If there is none, a file is missing or malformed, or the runs don't compare.
+    """
+    if not folders:
+        raise DataError("a report needs at least one run; name the folder of an evaluation")
+    results = [_results(folder) for folder in folders]
+    names = _names([one.run for one in results], folders)
+    runs = [_read_run(*one) for one in zip(folders, results, names, strict=True)]
+    _check_comparable(runs, folders)
+    return runs
+
+
+def _evaluation_folder(folder: Path) -> Path:
+    inner = folder / "evaluation"
+    return inner if (inner / FILE_NAME).is_file() else folder
+
+
+def _results(folder: Path) -> Results:
+    where = _evaluation_folder(folder)
+    if not (where / FILE_NAME).is_file():
+        raise DataError(f"{folder}: neither evaluation/{FILE_NAME} nor {FILE_NAME}; evaluate the run first")
+    results = read_results(where)
+    path = where / FILE_NAME
+    texts = (results.run, results.model, results.template_policy, results.created)
+    judges = isinstance(results.judges, list) and all(isinstance(judge, dict) for judge in results.judges)
+    if not (judges and isinstance(results.sampling, dict) and all(isinstance(text, str) for text in texts)):
+        raise DataError(f"{path}: malformed; expected the columns of its schema, evaluate the run again")
+    for one in results.metrics:
+        bounds = [value for value in (one.value, one.low, one.high) if value is not None]
+        _check_row(path, one, (*bounds, one.n, one.unscored))
+    for other in results.comparisons:
+        _check_row(path, other, (other.difference, other.low, other.high, other.n))
+    return results
+
+
+def _check_row(path: Path, of: Metric | Comparison, numbers: Sequence[object]) -> None:
+    for text in (of.suite, of.task, of.metric, of.interval):
+        if not isinstance(text, str):
+            raise DataError(f"{path}: a metric is called {text!r}; expected a text; evaluate the run again")
+    for value in numbers:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(
+                f"{path}: {of.task}, {of.metric} holds {value!r}; expected a finite number; evaluate the run again"
+            )
+
+
+def _names(given: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Return names that tell the runs apart."""
+    names: list[str] = []
+    for name, folder in zip(given, folders, strict=True):
+        candidate = name if given.count(name) == 1 else f"{name} ({folder.resolve().name})"
+        number = 2
+        unique = candidate
+        while unique in names:
+            unique, number = f"{candidate} #{number}", number + 1
+        names.append(unique)
+    return names
+
+
+def _read_run(folder: Path, results: Results, name: str) -> Run:
+    where = _evaluation_folder(folder)
+    prompts, answers = _answers(where)
+    log, recipe = folder / "metrics.jsonl", folder / "recipe.resolved.yaml"
+    return Run(
+        name=name,
+        results=results,
+        prompts=prompts,
+        answers=answers,
+        record=_record(folder / "run.json"),
+        log=[_log_line(row.values, row.where) for row in read_rows(Source(path=str(log)))] if log.is_file() else [],
+        recipe=_text(recipe) if recipe.is_file() else "",
+    )
+
+
+def _answers(folder: Path) -> tuple[dict[str, Prompt], dict[str, Answer]]:
+    files = [folder / kind.file_name for kind in (Prompt, Completion, Verdict)]
+    if not all(file.is_file() for file in files):
+        return {}, {}
+    prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(files[0]))}
+    verdicts: dict[str, list[Verdict]] = {}
+    for verdict in read_verdicts(files[2]):
+        if verdict.sample == FIRST_SAMPLE:
+            verdicts.setdefault(verdict.prompt_id, []).append(verdict)
+    answers = {}
+    for completion in read_completions(files[1]):
+        if completion.sample != FIRST_SAMPLE or completion.prompt_id not in prompts:
+            continue
+        about = tuple(verdicts.get(completion.prompt_id, ()))
+        if not about or any(verdict.text_hash != completion.text_hash for verdict in about):
+            found = "about another text" if about else "missing"
+            raise DataError(
+                f"{files[2]}: the verdict on '{completion.prompt_id}' is {found}; judge the answers again"
+            )
+        answers[completion.prompt_id] = Answer(completion, about)
+    return prompts, answers
+
+
+def _log_line(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    if not isinstance(values.get("step"), int):
+        raise DataError(f"{where}: no step; expected a line that bfpo logged")
+    for name, value in values.items():
+        if value is not None and not isinstance(value, int | float):
+            raise DataError(f"{where}: {name} is {value!r}; expected a number or null")
+    return values
+
+
+def _record(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(_text(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); it is what training leaves, train again or remove it") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: {type(content).__name__}; expected the object that training leaves")
+    return content
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: can't be read ({error})") from None
+
+
+def _check_comparable(runs: Sequence[Run], folders: Sequence[Path]) -> None:
+    """Refuse runs whose numbers don't mean the same."""
+    base = runs[0]
+    for run, folder in zip(runs[1:], folders[1:], strict=True):
+        ours, theirs = run.results.template_policy, base.results.template_policy
+        if ours != theirs:
+            raise DataError(
+                f"{folder}: its prompts were put to the model under the policy '{ours}', those of {folders[0]} under "
+                f"'{theirs}'; such runs don't compare, evaluate them under one policy"
+            )
+        for key, prompt in run.prompts.items():
+            if key in base.prompts and base.prompts[key].prompt != prompt.prompt:
+                raise DataError(
+                    f"{folder}: prompt '{key}' isn't the prompt of that id in {folders[0]}; evaluate both runs on "
+                    "one file of prompts"
+                )

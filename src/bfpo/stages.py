@@ -1,0 +1,193 @@
+"""The stages of an evaluation, prompts → completions → verdicts, each reading the file of the one before.
+
+A stage appends to `NAME.unfinished` while it works, and writes `NAME` at once, in the order of its input, when
+nothing is missing. Killed at any moment it goes on where it was; called again it reuses what there is.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from bfpo.data.rows import read_rows
+from bfpo.errors import DataError
+from bfpo.files import append_jsonl, repaired_jsonl, write_jsonl
+from bfpo.pairs import as_messages
+from bfpo.protocols import Completion, Engine, Judge, Key, Prompt, Verdict, prompt_id
+from bfpo.recipe import Source
+from bfpo.terminal import counting
+
+Made = TypeVar("Made", Completion, Verdict)
+Name = TypeVar("Name")
+
+# Completions are judged in pieces of this size: no more is lost when a judge is killed.
+_PIECE = 64
+
+
+def read_prompt_file(path: str) -> list[Prompt]:
+    """Read prompts from a `prompts.jsonl`, any table with a prompt column, or a text file with one on each line.
+
+    Raises:
+        DataError: If there are none, they are malformed, or an id stands twice.
+    """
+    prompts = []
+    if Path(path).suffix == ".txt":
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                messages = as_messages(line.strip())
+                prompts.append(Prompt(prompt_id(messages), messages, source=path))
+    else:
+        for row in read_rows(Source(path=path)):
+            try:
+                own = prompt_id(as_messages(row.value("prompt")))
+                prompts.append(Prompt.from_row({"prompt_id": own, "source": path, **row.values}))
+            except DataError as error:
+                raise DataError(f"{row.where}: {error}") from None
+    if not prompts:
+        raise DataError(f"{path} holds no prompts")
+    if twice := _first_twice(prompt.prompt_id for prompt in prompts):
+        raise DataError(f"{path}: the prompt '{twice}' stands twice; every prompt needs an id of its own")
+    return prompts
+
+
+def generate_completions(
+    engine: Engine, prompts: Sequence[Prompt], path: Path, *, samples: int = 1
+) -> list[Completion]:
+    """Answer every prompt `samples` times, into a file of completions.
+
+    Args:
+        engine: What answers.
+        prompts: Each with an id of its own.
+        path: `completions.jsonl`; completions that it or its unfinished part holds aren't made again.
+        samples: Answers per prompt.
+
+    Returns:
+        All completions, prompt by prompt.
+
+    Raises:
+        DataError: If the file holds completions made by another model or with other settings.
+    """
+    wanted = {(prompt.prompt_id, sample): (prompt, sample) for prompt in prompts for sample in range(samples)}
+
+    def check(done: Completion) -> None:
+        if done.key in wanted and done.prompt != wanted[done.key][0].prompt:
+            raise DataError(f"{path}: {done.key} answers another prompt of that id; choose another --out")
+        if done.settings_hash != engine.settings_hash:
+            raise DataError(
+                f"{path} holds completions of another model or other settings (hash {done.settings_hash}, this run's "
+                f"is {engine.settings_hash}); choose another --out, or remove it"
+            )
+
+    return _fill(
+        path,
+        Completion,
+        wanted,
+        lambda completion: completion.key,
+        lambda missing: engine.generate([wanted[key] for key in missing]),
+        check=check,
+        what="generating",
+    )
+
+
+def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:
+    """Judge every completion, into a file of verdicts.
+
+    Args:
+        judge: What judges.
+        completions: What is judged.
+        path: `verdicts.jsonl`; verdicts on the same texts by the same revision of the judge aren't made again.
+
+    Returns:
+        This judge's verdicts, in the completions' order.
+
+    Raises:
+        DataError: If the file holds verdicts on other texts, or of another judge or revision.
+    """
+    wanted = {completion.key: completion for completion in completions}
+
+    def check(done: Verdict) -> None:
+        if (done.judge, done.revision) != (judge.name, judge.revision):
+            raise DataError(
+                f"{path} holds verdicts of {done.judge}@{done.revision}, this is {judge.name}@{judge.revision}; "
+                "choose another --out, or remove it"
+            )
+        if done.key in wanted and done.text_hash != wanted[done.key].text_hash:
+            raise DataError(f"{path}: the verdict on {done.key} is about another text; remove it")
+
+    def make(missing: Sequence[Key]) -> Iterable[list[Verdict]]:
+        for start in range(0, len(missing), _PIECE):
+            yield list(judge.judge([wanted[key] for key in missing[start : start + _PIECE]]))
+
+    return _fill(path, Verdict, wanted, lambda verdict: verdict.key, make, check=check, what="judging")
+
+
+def read_completions(path: Path) -> list[Completion]:
+    """Read a finished file of completions.
+
+    Raises:
+        DataError: If it is missing, malformed, or a completion stands twice.
+    """
+    return _read(path, Completion)
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """Read a finished file of verdicts.
+
+    Raises:
+        DataError: If it is missing or malformed.
+    """
+    return _read(path, Verdict)
+
+
+def _read(path: Path, kind: type[Made]) -> list[Made]:
+    made = []
+    for row in read_rows(Source(path=str(path))):
+        try:
+            made.append(kind.from_row(row.values))
+        except DataError as error:
+            raise DataError(f"{row.where}: {error}") from None
+    return made
+
+
+def _fill(
+    path: Path,
+    kind: type[Made],
+    every: Iterable[Key],
+    key_of: Callable[[Made], Key],
+    make: Callable[[Sequence[Key]], Iterable[list[Made]]],
+    *,
+    check: Callable[[Made], None],
+    what: str,
+) -> list[Made]:
+    """Bring a file to hold everything wanted; see the module."""
+    wanted: list[Key] = list(every)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    rows = (repaired_jsonl(path), repaired_jsonl(unfinished))
+    done: dict[Key, Made] = {}
+    for made in (kind.from_row(row) for part in rows for row in part):
+        check(made)
+        done[key_of(made)] = made
+    missing = [key for key in wanted if key not in done]
+    with counting(what, len(missing)) as watch:
+        for batch in make(missing) if missing else ():
+            append_jsonl(unfinished, (one.to_row() for one in batch))
+            done |= {key_of(one): one for one in batch}
+            watch(len(batch))
+    if lost := [key for key in wanted if key not in done]:
+        raise DataError(f"{what}: {len(lost)} of {len(wanted)} were not made, the first is {lost[0]}")
+    # What the file holds beyond what is wanted now (more samples, say) was paid for: it stays, at the end.
+    wanted_now = set(wanted)
+    result: list[Made] = [done[key] for key in wanted]
+    others: list[Made] = [one for key, one in done.items() if key not in wanted_now]
+    if missing or unfinished.exists() or not path.exists():
+        write_jsonl(path, (one.to_row() for one in result + others))
+        unfinished.unlink(missing_ok=True)
+    return result
+
+
+def _first_twice(names: Iterable[Name]) -> Name | None:
+    seen: set[Name] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None

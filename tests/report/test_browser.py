@@ -1,0 +1,67 @@
+"""The page in a real browser: headless Chromium, where there is one."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from bfpo.report.html import write_report
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome here")
+
+# Opened inside a page of its own in a frame 360 px wide, which no least width of a window can widen.
+PHONE = """<!doctype html><body><iframe src="report.html" width="360" height="800"></iframe><script>
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument;
+  const folded = [...page.querySelectorAll("details")].map(one => one.open);
+  page.querySelectorAll("details").forEach(one => one.open = true);
+  const boxes = [...page.querySelectorAll("svg")].map(one => one.getBoundingClientRect());
+  const sizes = boxes.map(box => [box.width, box.height]);
+  document.body.textContent = JSON.stringify({
+    width: page.documentElement.scrollWidth, height: page.documentElement.scrollHeight, folded, sizes,
+    title: page.title, scripts: page.scripts.length, images: page.images.length,
+  });
+};
+</script>"""
+
+
+def dump(path, profile) -> str:
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
+        f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+def test_a_browser_shows_the_page_on_a_phone_and_runs_nothing_in_it(tmp_path, runs, fake):
+    out = tmp_path / "out"
+    # The prompt with the planted script is the only harmful one, so that it is among those shown.
+    for folder in runs:
+        for name in ("prompts", "completions", "verdicts"):
+            path = folder / "evaluation" / f"{name}.jsonl"
+            rows = [
+                line
+                for line in path.read_text().splitlines(keepends=True)
+                if "harmful-000" in line or '"harmful-' not in line
+            ]
+            path.write_text("".join(rows))
+    write_report(out, runs, title="A title", note="long " + "w" * 300)
+    assert html.escape(fake.script, quote=True).replace("&#x27;", "&#39;") in (out / "report.html").read_text()
+    (out / "phone.html").write_text(PHONE)
+    seen = json.loads(html.unescape(re.search(r"<body>(.*)</body>", dump(out / "phone.html", tmp_path / "p"))[1]))
+    assert seen["title"] == "A title"
+    assert (seen["scripts"], seen["images"]) == (0, 0)
+    # The frame's own scroll bar takes some of its 360 px.
+    assert 300 < seen["width"] <= 360
+    assert seen["height"] > 2000
+    assert len(seen["folded"]) == 5
+    assert not any(seen["folded"])
+    assert len(seen["sizes"]) > 10
+    assert all(0 < width <= 360 and height > 0 for width, height in seen["sizes"])
