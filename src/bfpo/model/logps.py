@@ -1,6 +1,7 @@
 """Log-probabilities of completions: hidden states gathered where they count, scored in chunks, summed in float64."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bfpo.errors import ModelError
-from bfpo.model.attention import attention_inputs
+from bfpo.model.attention import attention_inputs, span_attention
 from bfpo.model.layout import Layout
 from bfpo.model.lora import CausalLM
 
@@ -31,8 +32,10 @@ def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int = CHU
         Nats, (S,) float64 (float32 on devices that have no float64).
     """
     backbone, head = model.get_decoder(), model.get_output_embeddings()
-    hidden = backbone(input_ids=layout.input_ids, use_cache=False, **attention_inputs(layout)).last_hidden_state
-    hidden = hidden[layout.rows, layout.columns]
+    config = backbone.config
+    with span_attention(config) if layout.spans else nullcontext():
+        output = backbone(input_ids=layout.input_ids, use_cache=False, **attention_inputs(layout, config))
+    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, layout.places)
     scored = []
     for states, targets in zip(hidden.split(chunk), layout.targets.split(chunk), strict=True):
         if len(hidden) <= chunk or not torch.is_grad_enabled():
@@ -104,7 +107,7 @@ def check_against_plain_forward(model: nn.Module, layout: Layout, *, tolerance: 
     """
     ours = model(layout=layout)
     logits = model(input_ids=layout.input_ids).logits.double().cpu()
-    tokens = logits.log_softmax(-1)[layout.rows.cpu(), layout.columns.cpu(), layout.targets.cpu()]
+    tokens = logits.log_softmax(-1).flatten(0, 1)[layout.places.cpu(), layout.targets.cpu()]
     theirs = torch.stack([values.sum() for values in tokens.split(layout.lengths)])
     difference = (ours.double().cpu() - theirs).abs()
     if bool((difference > tolerance * theirs.abs().clamp(min=1)).any()):
