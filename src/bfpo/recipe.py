@@ -97,6 +97,15 @@ class TextSection(Section):
     """Jinja template or a file with one; default the tokenizer's own."""
 
 
+class LayoutSection(Section):
+    """How the tokens of a micro-batch are fed."""
+
+    kind: Literal["packed", "padded"] = "packed"
+    """`packed`: one row without padding, each prompt once; `padded`: a row for each completion. Same numbers."""
+    max_tokens_per_pack: Count = 8192
+    """Tokens fed at a time; a micro-batch with more is split into several packs. `packed` only."""
+
+
 class LoraSection(Section):
     """Low-rank adapters (LoRA) instead of training the weights themselves. Dropout is always 0."""
 
@@ -152,6 +161,8 @@ class SftRecipe(Section):
     """Patterns of the parameters to train; default all."""
     lora: LoraSection | None = None
     """Train low-rank adapters instead; not together with `train_only`."""
+    layout: LayoutSection = LayoutSection()
+    """How tokens are fed; it decides time and memory, not numbers."""
     trainer: dict[str, Any] = {}
     """`transformers.TrainingArguments` names."""
 
@@ -185,6 +196,8 @@ class TrainRecipe(DataRecipe):
     """Patterns (regular expressions, searched in the name) of the parameters to train; default all."""
     lora: LoraSection | None = None
     """Train low-rank adapters instead; the reference is the adapter switched off. Not together with `train_only`."""
+    layout: LayoutSection = LayoutSection()
+    """How tokens are fed; it decides time and memory, not numbers."""
     trainer: dict[str, Any] = {}
     """`transformers.TrainingArguments` names."""
 

@@ -6,7 +6,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from bfpo.errors import ModelError
 from bfpo.model.attention import attention_inputs, span_attention
 from bfpo.model.layout import Layout
-from bfpo.model.lora import CausalLM
+from bfpo.model.lora import CausalLM, under_adapter
 
 # Predictions scored at a time. With a vocabulary of 128k this is 0.5 GB of float32 logits, and never more.
 CHUNK = 1024
@@ -70,11 +69,7 @@ def add_layout_forward(model: CausalLM) -> None:
     Raises:
         ModelError: If the model isn't a causal language model with a head.
     """
-    if isinstance(model, PeftModel):
-        base = model.get_base_model()
-        assert isinstance(base, PreTrainedModel)
-        add_layout_forward(base)
-        return
+    model = under_adapter(model)
     if model.get_output_embeddings() is None or model.get_decoder() is model:
         raise ModelError(f"{type(model).__name__} has no language-model head; bfpo trains causal language models")
     if getattr(model.forward, "takes_layout", False):

@@ -99,6 +99,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
         buffer_weight=recipe.buffer_weight,
         peft_config=lora_config(recipe.lora) if recipe.lora else None,
         train_only=recipe.train_only,
+        layout=recipe.layout,
     )
     record = RunRecord("train", recipe, out, trainer)
     say(f"training {trainer.selection}; the reference copies {trainer.reference.bytes / 2**20:,.1f} MiB")

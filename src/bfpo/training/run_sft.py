@@ -73,6 +73,7 @@ def run_sft(
         held_out,
         tokenizer,
         train_only=recipe.train_only,
+        layout=recipe.layout,
     )
     record = RunRecord("sft", recipe, out, trainer)
     say(f"training {trainer.selection} on {len(train)} completions")
