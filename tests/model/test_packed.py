@@ -12,7 +12,16 @@ from transformers import FalconConfig, FalconForCausalLM, GptOssConfig, GptOssFo
 from bfpo.data.table import Example
 from bfpo.errors import ModelError
 from bfpo.model import attention, layout_check
-from bfpo.model.attention import SpanMasks, UnknownFeature, attend_by_spans, block_mask, dense_mask, span_attention
+from bfpo.model.attention import (
+    Run,
+    SpanMasks,
+    UnknownFeature,
+    attend_by_spans,
+    block_mask,
+    dense_mask,
+    span_attention,
+    span_masks,
+)
 from bfpo.model.layout import Span, packed_layout, packs, padded_layout
 from bfpo.model.layout_check import VERIFIED, check_packing, settle_layout
 from bfpo.model.logps import add_layout_forward, completion_logps
@@ -31,7 +40,7 @@ def example(prompt: int, *completions: int, seed: int = 0) -> Example:
 
 
 # One-token completions, one huge pair, a prompt of one token, a single completion.
-PAIRS = [example(5, 7, 1), example(1, 1, 1), example(30, 60, 45), example(11, 4, 4), example(3, 2, 9)]
+PAIRS = [example(5, 7, 1), example(1, 1, 1), example(30, 60, 45), example(11, 4, 4), example(120, 1, 9)]
 EQUAL = example(4, 6)
 PAIRS.append(Example(EQUAL.prompt_ids, EQUAL.completions * 2))
 
@@ -85,10 +94,12 @@ lengths = st.integers(1, 12)
 pairs = st.lists(st.builds(example, lengths, lengths, lengths, seed=st.integers(0, 9)), min_size=1, max_size=5)
 
 
+@pytest.mark.parametrize("split", [1, attention.SPLIT])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(examples=pairs, budget=st.integers(1, 80))
-def test_any_lengths_in_any_packs_give_the_padded_numbers(name, examples, budget):
+def test_any_lengths_in_any_packs_give_the_padded_numbers(name, split, monkeypatch, examples, budget):
+    monkeypatch.setattr(attention, "SPLIT", split)
     model = family(name, torch.float64)
     padded = completion_logps(model, padded_layout(examples))
     expected = gradient(model, padded)
@@ -176,10 +187,8 @@ def test_a_dense_mask_of_the_whole_row_gives_the_same_attention():
     layer = model.model.layers[0].self_attn
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, layout.useful_tokens, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    whole = SpanMasks((layout.useful_tokens,), {4: [dense_mask(layout.spans, 4, CPU)]})
-    apart = SpanMasks(
-        tuple(span.size for span in layout.spans), {4: [dense_mask([span], 4, CPU) for span in layout.spans]}
-    )
+    whole = SpanMasks((Run(layout.useful_tokens),), {4: [dense_mask(layout.spans, 4, CPU)]})
+    apart = span_masks(layout.spans, [4], CPU)
     for softcap in (None, 1.5):
         outputs = [
             attend_by_spans(layer, query, key, value, None, spans=spans, sliding_window=4, softcap=softcap)[0]
@@ -197,7 +206,7 @@ def test_flex_attention_sees_the_same(window):
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, layout.useful_tokens, 16) for heads in (4, 2, 2))
     sparse = SpanMasks((), {window: block_mask(layout.spans, window, CPU)})
-    dense = SpanMasks((layout.useful_tokens,), {window: [dense_mask(layout.spans, window, CPU)]})
+    dense = SpanMasks((Run(layout.useful_tokens),), {window: [dense_mask(layout.spans, window, CPU)]})
     with torch.no_grad():
         found, expected = (
             attend_by_spans(layer, query, key, value, None, spans=spans, sliding_window=window)[0]
@@ -316,7 +325,7 @@ def test_a_feature_that_is_not_understood_is_named(make, named, capsys):
 def test_what_a_layer_says_beyond_the_understood_is_refused():
     layer = family("llama").model.layers[0].self_attn
     states = torch.zeros(1, 4, 2, 8)
-    spans = SpanMasks((2,), {None: [None]})
+    spans = SpanMasks((Run(2),), {None: [None]})
     for told, named in [
         ({"spans": spans, "position_bias": states}, "position_bias"),
         ({"spans": spans, "dropout": 0.1}, "attention dropout"),

@@ -4,7 +4,7 @@ Rows of their own need nothing. For a packed row the backbone's attention is swi
 registered with transformers' `AttentionInterface`; what it needs to know travels through the backbone's forward as a
 keyword argument, so that a checkpointed layer finds it again when it is recomputed in the backward pass:
 
-- on a CPU one SDPA call per span, with a mask of the span's own size;
+- on a CPU a few SDPA calls per span, which leave out most of what is masked;
 - on CUDA FlexAttention, with one `BlockMask` for the whole row (not run on a GPU yet);
 - elsewhere one SDPA call with a dense mask of the whole row: right, but slow for long rows.
 
@@ -13,11 +13,11 @@ Scores that are capped (Gemma 2) are computed without SDPA, which can't cap.
 `config._attn_implementation` and the registry are soft-private names of transformers; tests hold both.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ NAME = "bfpo_spans"
 Window: TypeAlias = int | None
 Rule: TypeAlias = Callable[[Any, Any, Tensor, Tensor], Tensor]
 
+# Spans of fewer tokens attend in one call: below this, measured on a CPU, calls cost more than masked scores do.
+SPLIT = 128
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # What a layer may tell the attention function without changing who attends to whom, or how.
 HARMLESS = {"cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "use_cache"}
@@ -43,17 +45,30 @@ class UnknownFeature(ModelError):
     """The model's attention does something that a packed row doesn't know."""
 
 
+class Run(NamedTuple):
+    """Neighbouring tokens of a packed row that attend in one call.
+
+    Args:
+        size: How many.
+        borrowed: How many tokens at the start of the last run that borrows nothing they see as well: the prompt, for
+            a further branch.
+    """
+
+    size: int
+    borrowed: int = 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SpanMasks:
     """Who sees whom in a packed row; made once per pack, for all layers.
 
     Args:
-        sizes: Tokens of each piece of the row; no token sees one of another piece.
-        masks: By sliding window, a mask for each piece: (n, n) bool, True where the query (row) sees the key
-            (column); None for plain causal attention. Or a `BlockMask` for the whole row.
+        runs: What the row is cut into.
+        masks: By sliding window, a mask for each run: (size, borrowed + size) bool, True where the query (row) sees
+            the key (column); None for plain causal attention. Or a `BlockMask` for the whole row.
     """
 
-    sizes: tuple[int, ...]
+    runs: tuple[Run, ...]
     masks: dict[Window, list[Tensor | None] | BlockMask]
 
 
@@ -76,10 +91,11 @@ def attention_inputs(layout: Layout, config: PretrainedConfig) -> dict[str, Any]
     device, windows = layout.input_ids.device, windows_of(config)
     if device.type == "cuda" and find_spec("triton") is not None:
         spans = SpanMasks((), {window: block_mask(layout.spans, window, device) for window in windows})
+    elif device.type == "cpu":
+        spans = span_masks(layout.spans, windows, device)
     else:
-        pieces = [[span] for span in layout.spans] if device.type == "cpu" else [layout.spans]
-        sizes = tuple(sum(span.size for span in piece) for piece in pieces)
-        spans = SpanMasks(sizes, {window: [dense_mask(p, window, device) for p in pieces] for window in windows})
+        whole = (Run(layout.useful_tokens),)
+        spans = SpanMasks(whole, {window: [dense_mask(layout.spans, window, device)] for window in windows})
     # A 4-D mask is handed down as it is. This one is empty: any other attention function fails on it, where with the
     # right shape it would be silently wrong.
     nothing = torch.empty(0, 0, 0, 0, device=device)
@@ -107,10 +123,13 @@ def sight(spans: Sequence[Span], window: Window, device: torch.device) -> Rule:
     A token sees itself and what stands before it in its own span, but not another branch. A window is counted in
     positions, not in places: a branch stands behind its siblings, and continues the prompt all the same.
     """
-    owner = [number for number, span in enumerate(spans) for _ in range(span.size)]
-    branch = [kind for s in spans for kind, n in enumerate((s.prompt, *s.branches)) for _ in range(n)]
-    position = [first + i for s in spans for first, n in _runs(s) for i in range(n)]
-    owners, branches, positions = (torch.tensor(values, device=device) for values in (owner, branch, position))
+    tokens = [
+        (owner, branch, place + (span.prompt if branch else 0))
+        for owner, span in enumerate(spans)
+        for branch, size in enumerate((span.prompt, *span.branches))
+        for place in range(size)
+    ]
+    owners, branches, positions = torch.tensor(tokens, device=device).unbind(1)
 
     def sees(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
         allowed = (key <= query) & (owners[query] == owners[key])
@@ -120,18 +139,38 @@ def sight(spans: Sequence[Span], window: Window, device: torch.device) -> Rule:
     return sees
 
 
-def _runs(span: Span) -> Iterator[tuple[int, int]]:
-    yield 0, span.prompt
-    for tokens in span.branches:
-        yield span.prompt, tokens
-
-
-def dense_mask(spans: Sequence[Span], window: Window, device: torch.device) -> Tensor | None:
-    """Return who sees whom as a matrix, (n, n) bool; None where that is plain causal attention."""
-    if len(spans) == 1 and len(spans[0].branches) == 1 and (window is None or window >= spans[0].size):
-        return None
+def dense_mask(spans: Sequence[Span], window: Window, device: torch.device) -> Tensor:
+    """Return who sees whom as a matrix, (n, n) bool."""
     places = torch.arange(sum(span.size for span in spans), device=device)
     return sight(spans, window, device)(None, None, places[:, None], places[None, :])
+
+
+def span_masks(spans: Sequence[Span], windows: Iterable[Window], device: torch.device) -> SpanMasks:
+    """Return masks run by run, so that little is computed only to be masked.
+
+    A prompt with its first branch is plain causal attention, which needs no mask; a further branch sees the prompt
+    and itself. Small spans stay whole.
+    """
+    runs: list[Run] = []
+    masks: dict[Window, list[Tensor | None]] = {window: [] for window in windows}
+    for span in spans:
+        of_span = _runs(span)
+        runs += of_span
+        for window, of_window in masks.items():
+            seen, start = dense_mask([span], window, device), 0
+            for size, borrowed in of_span:
+                rows = seen[start : start + size]
+                mask = torch.cat([rows[:, :borrowed], rows[:, start : start + size]], dim=1)
+                of_window.append(None if torch.equal(mask, torch.ones_like(mask).tril()) else mask)
+                start += size
+    return SpanMasks(tuple(runs), {**masks})
+
+
+def _runs(span: Span) -> list[Run]:
+    if span.size < SPLIT:
+        return [Run(span.size)]
+    first, *others = span.branches
+    return [Run(span.prompt + first), *(Run(size, span.prompt) for size in others if size > 0)]
 
 
 def block_mask(spans: Sequence[Span], window: Window, device: torch.device) -> BlockMask:
@@ -211,14 +250,21 @@ def attend_by_spans(
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    pieces = zip(*(states.split(spans.sizes, dim=2) for states in (query, key, value)), masks, strict=True)
-    outputs = [
-        scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-        if softcap is None
-        else _capped_attention(q, k, v, mask, scaling, softcap)
-        for q, k, v, mask in pieces
-    ]
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+    outputs = []
+    sizes = [run.size for run in spans.runs]
+    pieces = (states.split(sizes, dim=2) for states in (query, key, value))
+    for run, mask, q, k, v in zip(spans.runs, masks, *pieces, strict=True):
+        if run.borrowed == 0:
+            first_k, first_v = k, v
+        else:
+            k = torch.cat([first_k[:, :, : run.borrowed], k], dim=2)
+            v = torch.cat([first_v[:, :, : run.borrowed], v], dim=2)
+        if softcap is None:
+            output = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        else:
+            output = _capped_attention(q, k, v, mask, scaling, softcap)
+        outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
 def _capped_attention(

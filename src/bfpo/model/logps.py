@@ -15,17 +15,20 @@ from bfpo.model.attention import attention_inputs, span_attention
 from bfpo.model.layout import Layout
 from bfpo.model.lora import CausalLM, under_adapter
 
-# Predictions scored at a time. With a vocabulary of 128k this is 0.5 GB of float32 logits, and never more.
+# Log-probabilities over the vocabulary that are kept for the backward pass: 128 MiB in float32.
+KEPT = 2**25
+# Beyond that, predictions scored at a time, once more in the backward pass: with a vocabulary of 128k 0.5 GiB.
 CHUNK = 1024
 
 
-def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int = CHUNK) -> Tensor:
+def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int | None = None) -> Tensor:
     """Return the log-probability of each completion, summed over its tokens.
 
     Args:
         model: A causal language model.
         layout: S completions with N predictions in all.
-        chunk: Predictions scored at a time; what is left for the backward pass is recomputed, not kept.
+        chunk: Predictions scored at a time; when there are more, nothing of the vocabulary's size is kept for the
+            backward pass. Default all while that is little, else `CHUNK`.
 
     Returns:
         Nats, (S,) float64 (float32 on devices that have no float64).
@@ -35,6 +38,8 @@ def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int = CHU
     with span_attention(config) if layout.spans else nullcontext():
         output = backbone(input_ids=layout.input_ids, use_cache=False, **attention_inputs(layout, config))
     hidden = output.last_hidden_state.flatten(0, 1).index_select(0, layout.places)
+    if chunk is None:
+        chunk = len(hidden) if len(hidden) * model.config.get_text_config().vocab_size <= KEPT else CHUNK
     scored = []
     for states, targets in zip(hidden.split(chunk), layout.targets.split(chunk), strict=True):
         if len(hidden) <= chunk or not torch.is_grad_enabled():
@@ -54,9 +59,24 @@ def _token_logps(hidden: Tensor, targets: Tensor, head: nn.Module, model: PreTra
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
-    picked: Tensor = logits.gather(-1, targets[:, None])[:, 0]
-    total: Tensor = logits.logsumexp(-1)
-    return picked - total
+    picked: Tensor = _PickedLogSoftmax.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return picked
+
+
+class _PickedLogSoftmax(torch.autograd.Function):
+    """One entry of each row's log-softmax: (N, V), (N,) → (N,). Its backward pass writes one (N, V), not four."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        logps = logits.log_softmax(-1)
+        ctx.save_for_backward(logps, targets)
+        return logps.gather(-1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logps, targets = ctx.saved_tensors
+        grad = grad[:, None]
+        return logps.exp().mul_(-grad).scatter_add_(-1, targets[:, None], grad), None
 
 
 def add_layout_forward(model: CausalLM) -> None:
