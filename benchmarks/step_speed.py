@@ -1,4 +1,4 @@
-"""Measure a training step of BFPOTrainer against one of TRL's DPOTrainer: time, share of the floor, memory.
+"""Measure a training step of BFPOTrainer against one of TRL's DPOTrainer: time, memory, errors.
 
     python benchmarks/step_speed.py            # about 25 minutes; goes on where it was interrupted
     python benchmarks/step_speed.py --quick    # under a minute; the last line is the ratio on HH-RLHF
@@ -29,6 +29,7 @@ MAIN = ("TRL", "TRL, completion-only head", "bfpo")
 EVERY = (*MAIN, "bfpo, padded", "TRL, its defaults", "bfpo, bf16", "TRL, selective bf16", "bfpo, selective bf16")
 MEMORY = ("TRL", "TRL, its defaults", "TRL, selective bf16", "bfpo, padded", "bfpo", "bfpo, selective bf16")
 MEMORY_ROUNDS = 3
+EXACTNESS_PAIRS = 8
 
 
 def main() -> None:
@@ -77,7 +78,9 @@ def measure_quickly(data: Path) -> None:
 def measure_all(data: Path) -> None:
     """Measure every group that the results file lacks, and write it after each."""
     from speed.data import make_pairs
+    from speed.exactness import largest_errors
     from speed.measure import Group, measure_memory, measure_together
+    from speed.variants import SHAPES
 
     groups = (
         Group("hh", "9M", 4, EVERY, rounds=7),
@@ -99,6 +102,10 @@ def measure_all(data: Path) -> None:
             group = replace(group, variants=MEMORY, rounds=MEMORY_ROUNDS)
             table = make_pairs(group.data, data, count=group.pairs, seed=SEED)
             write(RESULTS, results, "memory", group.name, measure_memory(group, table))
+        if group.name not in results["exactness"]:
+            table = make_pairs(group.data, data, count=EXACTNESS_PAIRS, seed=SEED)
+            errors = largest_errors(SHAPES[group.shape], table, list(range(EXACTNESS_PAIRS)))
+            write(RESULTS, results, "exactness", group.name, errors)
 
 
 def measure_on_cuda(data: Path) -> None:
@@ -147,7 +154,7 @@ def begun(path: Path, command: str) -> dict[str, Any]:
         if {key: results.get(key) for key in head} == head:
             return results
         print(f"{path.name} was measured on other code or another machine: starting anew")
-    return head | {"groups": {}, "memory": {}}
+    return head | {"groups": {}, "memory": {}, "exactness": {}}
 
 
 def source_revision() -> str:

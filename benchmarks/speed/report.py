@@ -155,6 +155,21 @@ def memory_table(results: dict[str, Any]) -> str:
     return markdown(("data", "variant", "peak, MiB", "static, MiB"), rows)
 
 
+def exactness_table(results: dict[str, Any]) -> str:
+    """Return the largest errors of float32 log-probabilities."""
+    ways = ("TRL", "bfpo, padded", "bfpo")
+    rows = [
+        (
+            title(group).split(",")[0],
+            str(found["pairs"]),
+            f"{found['median_logp']:,.0f}",
+            *(f"{found[w]:.1e}" for w in ways),
+        )
+        for group, found in results["exactness"].items()
+    ]
+    return markdown(("data", "pairs", "median log-probability", *ways), rows)
+
+
 def made_on(results: dict[str, Any]) -> str:
     """Return what the numbers were measured on."""
     versions, hardware = results["versions"], results["hardware"]
@@ -165,7 +180,13 @@ def made_on(results: dict[str, Any]) -> str:
     )
 
 
-SECTIONS = {"made-on": made_on, "targets": targets_table, "speed": speed_section, "memory": memory_table}
+SECTIONS = {
+    "made-on": made_on,
+    "targets": targets_table,
+    "speed": speed_section,
+    "memory": memory_table,
+    "exactness": exactness_table,
+}
 
 
 def with_results(text: str, results: dict[str, Any]) -> str:

@@ -123,10 +123,9 @@ def make_step(variant: Variant, shape: Shape, table: PairTable, *, batch_size: i
     A step is what the trainer does with a batch: collate, `training_step` (reference, policy, backward), clip, AdamW.
     """
     transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
     warnings.simplefilter("ignore")
     model = new_model(shape, variant)
-    build = _trl_trainer if variant.trainer == "trl" else _bfpo_trainer
+    build = trl_trainer if variant.trainer == "trl" else bfpo_trainer
     trainer, collate = build(variant, model, table, batch_size)
     if variant.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -167,7 +166,8 @@ def _arguments(variant: Variant, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _bfpo_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int) -> tuple[Any, Any]:
+def bfpo_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int) -> tuple[Any, Any]:
+    """Return our trainer, and a function that collates rows for it."""
     trainer = BFPOTrainer(
         model,
         TrainingArguments(**_arguments(variant, batch_size)),
@@ -182,7 +182,9 @@ def _bfpo_trainer(variant: Variant, model: Any, table: PairTable, batch_size: in
     return trainer, lambda rows: collate([WeightedRow(row, 1 / len(rows)) for row in rows])
 
 
-def _trl_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int) -> tuple[Any, Any]:
+def trl_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int) -> tuple[Any, Any]:
+    """Return TRL's trainer, and a function that collates rows for it."""
+    datasets.disable_progress_bars()
     reference = copy.deepcopy(model).requires_grad_(False)
     if variant.selective:
         for name, parameter in model.named_parameters():
