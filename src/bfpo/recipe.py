@@ -129,7 +129,7 @@ class SftModel(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. Training in pure bfloat16 loses small updates; `trainer: {bf16: true}` doesn't."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention of transformers."""
+    """Attention of transformers, for everything but packed rows, which bring their own."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read that code."""
     load_in_4bit: bool = False
@@ -163,6 +163,8 @@ class SftRecipe(Section):
     """Train low-rank adapters instead; not together with `train_only`."""
     layout: LayoutSection = LayoutSection()
     """How tokens are fed; it decides time and memory, not numbers."""
+    max_eval: Count | None = 2000
+    """Evaluate on at most so many completions, a seeded sample; null for all."""
     trainer: dict[str, Any] = {}
     """`transformers.TrainingArguments` names."""
 
@@ -198,6 +200,8 @@ class TrainRecipe(DataRecipe):
     """Train low-rank adapters instead; the reference is the adapter switched off. Not together with `train_only`."""
     layout: LayoutSection = LayoutSection()
     """How tokens are fed; it decides time and memory, not numbers."""
+    max_eval: Count | None = 2000
+    """Evaluate on at most so many pairs of each stream, a seeded sample; null for all."""
     trainer: dict[str, Any] = {}
     """`transformers.TrainingArguments` names."""
 

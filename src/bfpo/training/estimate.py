@@ -6,12 +6,13 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from bfpo.data.table import TokenTable
 from bfpo.errors import ModelError
 from bfpo.model.logps import CHUNK, KEPT
 from bfpo.model.lora import CausalLM, add_adapter, is_adapter, lora_config
 from bfpo.model.new import new_model
 from bfpo.model.selective import Selection, select_parameters
-from bfpo.recipe import LoraSection, SftModel
+from bfpo.recipe import LayoutSection, LoraSection, SftModel
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
@@ -58,7 +59,7 @@ def estimate(
         train_only: Patterns of the parameters to train.
         lora: Adapter to train instead.
         has_reference: Whether there is one (not in supervised fine-tuning).
-        micro_batch_tokens: Tokens of the longest micro-batch, padding included.
+        micro_batch_tokens: Tokens fed at a time, at most, padding included.
 
     Raises:
         ModelError: If the configuration can't be loaded, or a pattern matches nothing.
@@ -83,6 +84,19 @@ def estimate(
         reference=selection.trained * per_trained if has_reference and lora is None else 0.0,
         activations=kept + 2 * 4 * max(CHUNK * config.vocab_size, KEPT),
     )
+
+
+def most_tokens(table: TokenTable, examples: int, layout: LayoutSection) -> int:
+    """Return how many tokens are fed at a time, at most.
+
+    Args:
+        table: What is trained on.
+        examples: In a micro-batch.
+        layout: How they are fed.
+    """
+    if layout.kind == "padded":
+        return examples * table.completions * table.longest
+    return min(examples * table.longest_span, max(layout.max_tokens_per_pack, table.longest_span))
 
 
 def _empty_model(section: SftModel, tokenizer: PreTrainedTokenizerBase) -> CausalLM:

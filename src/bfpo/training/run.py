@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from bfpo.data.inspect import show_cells, show_samples, show_sources
 from bfpo.data.load import Why
 from bfpo.data.prepare import PreparedData, prepare, require_labels
-from bfpo.data.table import Example, PairTable, pair_table
+from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
 from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import DataError, RecipeError
 from bfpo.files import write_json
@@ -21,8 +21,8 @@ from bfpo.pairs import CELLS, PreferencePair
 from bfpo.recipe import SftModel, TrainRecipe
 from bfpo.terminal import counting, say, show_table
 from bfpo.training.arguments import training_arguments
-from bfpo.training.estimate import estimate
-from bfpo.training.output import RunRecord, begin_output, save_final
+from bfpo.training.estimate import estimate, most_tokens
+from bfpo.training.output import RunRecord, begin_output, save_final, say_layout
 from bfpo.training.run_sft import fine_tuned_on_the_spot
 from bfpo.training.start import start_model, start_tokenizer
 from bfpo.training.trainer import BFPOTrainer, require_signals
@@ -78,7 +78,9 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
         train_only=recipe.train_only,
         lora=recipe.lora,
         has_reference=True,
-        micro_batch_tokens=(4 if n_buffer else 2) * args.per_device_train_batch_size * tables.train.longest,
+        micro_batch_tokens=most_tokens(
+            tables.train, (2 if n_buffer else 1) * args.per_device_train_batch_size, recipe.layout
+        ),
     )
     if needed:
         say(str(needed))
@@ -104,6 +106,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     record = RunRecord("train", recipe, out, trainer)
     say(f"training {trainer.selection}; the reference copies {trainer.reference.bytes / 2**20:,.1f} MiB")
     trainer.start_check = trainer.check_start()
+    say_layout(trainer)
     say(
         f"start check: largest margin {trainer.start_check.largest_margin:g} nats (expected 0), typical completion "
         f"{trainer.start_check.typical_logp:,.0f} nats"
@@ -182,7 +185,10 @@ def tokenise(
     table = pair_table(train[1], train[0], use_scores=use_scores)
     evals = {}
     for stream in ("main", "buffer"):
-        rows = [index for index, pair in enumerate(held_out[0]) if pair.provenance.stream == stream]
+        of_stream = [index for index, pair in enumerate(held_out[0]) if pair.provenance.stream == stream]
+        rows = sampled_rows(of_stream, recipe.max_eval)
+        if len(rows) < len(of_stream):
+            say(f"evaluating on a sample of {len(rows):,} of {len(of_stream):,} {stream} pairs (max_eval)")
         if rows:
             chosen = [held_out[1][row] for row in rows], [held_out[0][row] for row in rows]
             evals[stream] = pair_table(*chosen, use_scores=use_scores)

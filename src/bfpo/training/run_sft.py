@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from bfpo.data.demonstrations import DemonstrationPart, prepare_demonstrations
 from bfpo.data.inspect import show_samples, show_sources
 from bfpo.data.rows import local_files
-from bfpo.data.table import Example, TokenTable, token_table
+from bfpo.data.table import Example, TokenTable, sampled_rows, token_table
 from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
 from bfpo.files import content_hash, file_hash
 from bfpo.model.lora import add_adapter, lora_config
@@ -18,9 +18,9 @@ from bfpo.pairs import PreferencePair
 from bfpo.recipe import SftModel, SftRecipe, Source, TrainRecipe
 from bfpo.terminal import counting, say
 from bfpo.training.arguments import launched_processes, training_arguments
-from bfpo.training.estimate import estimate
+from bfpo.training.estimate import estimate, most_tokens
 from bfpo.training.manifest import versions
-from bfpo.training.output import RunRecord, begin_output, main_process_renames, save_final
+from bfpo.training.output import RunRecord, begin_output, main_process_renames, save_final, say_layout
 from bfpo.training.sft import SFTTrainer
 from bfpo.training.start import demonstration_texts, start_model, start_tokenizer
 
@@ -56,7 +56,7 @@ def run_sft(
         train_only=recipe.train_only,
         lora=recipe.lora,
         has_reference=False,
-        micro_batch_tokens=args.per_device_train_batch_size * train.longest,
+        micro_batch_tokens=most_tokens(train, args.per_device_train_batch_size, recipe.layout),
     )
     if needed:
         say(str(needed))
@@ -77,6 +77,7 @@ def run_sft(
     )
     record = RunRecord("sft", recipe, out, trainer)
     say(f"training {trainer.selection} on {len(train)} completions")
+    say_layout(trainer)
     result = record.train(resume)
     evaluation = trainer.evaluate() if held_out else {}
     save_final(trainer, out)
@@ -149,4 +150,11 @@ def _tokenise(
             part.report.check_cap(recipe.max_dropped)
     (train_ids, train), (eval_ids, held_out) = found
     check_special_tokens(train, tokenizer)
-    return token_table(train, train_ids), token_table(held_out, eval_ids) if held_out else None
+    if not held_out:
+        return token_table(train, train_ids), None
+    rows = sampled_rows(range(len(held_out)), recipe.max_eval)
+    if len(rows) < len(held_out):
+        say(f"evaluating on a sample of {len(rows):,} of {len(held_out):,} completions (max_eval)")
+    return token_table(train, train_ids), token_table(
+        [held_out[row] for row in rows], [eval_ids[row] for row in rows]
+    )
