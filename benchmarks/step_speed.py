@@ -25,6 +25,7 @@ CUDA_RESULTS = RESULTS.with_name("step_speed_cuda.json")
 DOCS = ROOT / "docs" / "performance.md"
 SEED = 42
 
+PLAIN = ("TRL", "bfpo")
 MAIN = ("TRL", "TRL, completion-only head", "bfpo")
 EVERY = (*MAIN, "bfpo, padded", "TRL, its defaults", "bfpo, bf16", "TRL, selective bf16", "bfpo, selective bf16")
 MEMORY = ("TRL", "TRL, its defaults", "TRL, selective bf16", "bfpo, padded", "bfpo", "bfpo, selective bf16")
@@ -54,9 +55,7 @@ def main() -> None:
     if options.cuda:
         measure_on_cuda(options.data)
         return
-    import torch
-
-    torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also read when torch is loaded: these numbers are a CPU's
     if options.quick:
         measure_quickly(options.data)
     else:
@@ -69,7 +68,7 @@ def measure_quickly(data: Path) -> None:
     from speed.measure import Group, measure_together
     from speed.report import ratios, show_interval, speed_table
 
-    group = Group("hh", "9M", 4, ("TRL", "bfpo"), rounds=3)
+    group = Group("hh", "9M", 4, PLAIN, rounds=3)
     result = measure_together(group, make_pairs(group.data, data, count=group.pairs, seed=SEED))
     print(speed_table(result))
     print(f"{group.name}: {show_interval(ratios(result, 'TRL', 'bfpo'))} x as fast as TRL")
@@ -79,24 +78,28 @@ def measure_all(data: Path) -> None:
     """Measure every group that the results file lacks, and write it after each."""
     from speed.data import make_pairs
     from speed.exactness import largest_errors
-    from speed.measure import Group, measure_memory, measure_together
+    from speed.measure import Group, in_fresh_process, measure_memory, measure_together
     from speed.variants import SHAPES
 
     groups = (
         Group("hh", "9M", 4, EVERY, rounds=7),
-        Group("xstest", "9M", 4, EVERY, rounds=6),
+        Group("xstest", "9M", 4, EVERY, rounds=5),
         Group("hh", "9M", 8, MAIN, rounds=5),
         Group("hh", "25M", 4, MAIN, rounds=5),
-        Group("hh", "9M, vocabulary 32k", 4, MAIN, rounds=4),
+        Group("hh", "9M, vocabulary 32k", 4, MAIN, rounds=3),
         Group("alpaca", "9M", 4, MAIN, rounds=4),
         Group("ultrafeedback", "9M", 4, MAIN, rounds=4),
         Group("pku", "9M", 4, MAIN, rounds=5),
+        Group("hh", "9M", 4, PLAIN, rounds=7, keeps_memory=False),
+        Group("xstest", "9M", 4, PLAIN, rounds=5, keeps_memory=False),
+        Group("hh", "9M", 8, PLAIN, rounds=3, keeps_memory=False),
+        Group("hh", "25M", 4, PLAIN, rounds=3, keeps_memory=False),
     )
     results = begun(RESULTS, "python benchmarks/step_speed.py")
     for group in groups:
         if group.name not in results["groups"]:
             table = make_pairs(group.data, data, count=group.pairs, seed=SEED)
-            write(RESULTS, results, "groups", group.name, measure_together(group, table))
+            write(RESULTS, results, "groups", group.name, in_fresh_process(measure_together, group, table))
     for group in groups[:2]:
         if group.name not in results["memory"]:
             group = replace(group, variants=MEMORY, rounds=MEMORY_ROUNDS)
@@ -117,7 +120,7 @@ def measure_on_cuda(data: Path) -> None:
         raise SystemExit("--cuda: PyTorch sees no GPU here; the CPU numbers need no option")
     from speed.data import make_pairs
     from speed.measure import Group, measure_in_turn
-    from speed.report import speed_table
+    from speed.report import speed_table, utilisation
 
     theirs = ("TRL, SDPA", *(["TRL, FlashAttention"] if is_flash_attn_2_available() else []))
     variants = (*theirs, "bfpo, checkpointed", "bfpo, not checkpointed")
@@ -126,7 +129,7 @@ def measure_on_cuda(data: Path) -> None:
         for shape, selective, needs_gib in (("1B", False, 40), ("7B", True, 75), ("7B", False, 130))
         for name in ("hh", "ultrafeedback")
     ]
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
     results = begun(CUDA_RESULTS, "python benchmarks/step_speed.py --cuda")
     for group in groups:
         if group.needs_gib > memory:
@@ -135,7 +138,12 @@ def measure_on_cuda(data: Path) -> None:
         if group.name not in results["groups"]:
             table = make_pairs(group.data, data, count=group.pairs, seed=SEED)
             write(CUDA_RESULTS, results, "groups", group.name, measure_in_turn(group, table))
-        print(f"\n{group.name}\n{speed_table(results['groups'][group.name])}")
+        result = results["groups"][group.name]
+        print(f"\n{group.name}\n{speed_table(result)}")
+        for name, peak in result["peak_mib"].items():
+            print(
+                f"{name}: {utilisation(result, name, device)} of the GPU's data sheet, peak {peak:,} MiB above static"
+            )
 
 
 def begun(path: Path, command: str) -> dict[str, Any]:

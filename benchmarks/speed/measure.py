@@ -20,6 +20,8 @@ from .variants import SHAPES, VARIANTS, Step, Variant, make_step
 
 Timed = Callable[[Callable[[], object]], float]
 
+SYSTEM_MALLOC = ", system malloc"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -32,6 +34,7 @@ class Group:
         variants: Keys of `VARIANTS`.
         rounds: Batches; every variant steps once on each.
         selective: Whether all variants train `down_proj` only.
+        keeps_memory: Whether freed memory stays with the process; see `keep_memory`.
         needs_gib: Memory of the device that the largest variant needs.
     """
 
@@ -41,12 +44,14 @@ class Group:
     variants: tuple[str, ...]
     rounds: int
     selective: bool = False
+    keeps_memory: bool = True
     needs_gib: int = 0
 
     @property
     def name(self) -> str:
         """Names the group in results."""
-        return f"{self.data}, {self.shape}, {self.batch_size} pairs" + (", down_proj" if self.selective else "")
+        name = f"{self.data}, {self.shape}, {self.batch_size} pairs"
+        return name + ", down_proj" * self.selective + SYSTEM_MALLOC * (not self.keeps_memory)
 
     @property
     def pairs(self) -> int:
@@ -83,8 +88,29 @@ def cuda_seconds(run: Callable[[], object]) -> float:
     return began.elapsed_time(ended) / 1000
 
 
+def keep_memory() -> None:
+    """Let glibc's malloc keep what is freed, for the rest of this process.
+
+    By default large tensors are handed back to the kernel and every new one is faulted in page by page. In a virtual
+    machine under load that doubled the time of steps that make large temporary tensors: TRL's, not ours.
+    """
+    libc = ctypes.CDLL("libc.so.6")
+    m_trim_threshold, m_mmap_max = -1, -4
+    if not (libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, -1)):
+        raise SystemExit("malloc doesn't take settings here; the benchmark needs glibc")
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a new process."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
 def measure_together(group: Group, table: PairTable) -> dict[str, Any]:
-    """Time all variants of a group by turns, batch by batch, on the CPU."""
+    """Time all variants of a group by turns, batch by batch, on one thread of the CPU."""
+    torch.set_num_threads(1)
+    if group.keeps_memory:
+        keep_memory()
     steps = {name: _ready(group, name, table, [shortest(table, group.batch_size)]) for name in group.variants}
     model = steps[group.variants[0]][1]
     dtypes = {VARIANTS[name].matmul_dtype for name in group.variants}
@@ -103,7 +129,7 @@ def measure_together(group: Group, table: PairTable) -> dict[str, Any]:
 def measure_in_turn(group: Group, table: PairTable) -> dict[str, Any]:
     """Time the variants one after the other on the GPU, where two may not fit, each after a pass unmeasured."""
     seconds: dict[str, list[float]] = {}
-    rates: dict[str, list[float]] = {"bfloat16": []}
+    rates: dict[str, list[float]] = {}
     flops, peaks = {}, {}
     for name in group.variants:
         step, model = _ready(group, name, table, group.batches())
@@ -111,7 +137,7 @@ def measure_in_turn(group: Group, table: PairTable) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         seconds[name] = [cuda_seconds(lambda step=step, rows=rows: step(rows)) for rows in group.batches()]
         peaks[name] = round((torch.cuda.max_memory_allocated() - static) / 2**20)
-        rates["bfloat16"] = [matmul_rate(model, torch.bfloat16, cuda_seconds, tokens=8192) for _ in seconds[name]]
+        rates["bfloat16"] = group.rounds * [matmul_rate(model, torch.bfloat16, cuda_seconds, tokens=8192)]
         flops[name] = _flops(model, group, name, table)
         print(f"  {group.name}: {name}", flush=True)
         del step, model
@@ -166,8 +192,7 @@ def measure_memory(group: Group, table: PairTable) -> dict[str, dict[str, float]
     """Return the memory of each variant of a group, measured in a fresh process each; MiB."""
     measured = {}
     for name in group.variants:
-        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
-            measured[name] = process.submit(_memory_of, group, name, table).result()
+        measured[name] = in_fresh_process(_memory_of, group, name, table)
         print(f"  {group.name}: memory of {name}: {measured[name]}", flush=True)
     return measured
 

@@ -89,15 +89,13 @@ def speed_table(result: dict[str, Any]) -> str:
     )
 
 
-def utilisation(result: dict[str, Any], name: str, device: str) -> float | None:
-    """Return useful operations over what a GPU's data sheet promises; None for a GPU that isn't in `BF16_PEAK`."""
+def utilisation(result: dict[str, Any], name: str, device: str) -> str:
+    """Return useful operations over what a GPU's data sheet promises, as text; for GPUs of `BF16_PEAK`."""
     peak = next((peak for key, peak in BF16_PEAK.items() if key in device), None)
     if peak is None:
-        return None
-    return median(
-        flops / seconds / peak
-        for flops, seconds in zip(result["useful_flops"][name], result["seconds"][name], strict=True)
-    )
+        return "an unknown share"
+    measured = zip(result["useful_flops"][name], result["seconds"][name], strict=True)
+    return f"{median(flops / seconds for flops, seconds in measured) / peak:.0%}"
 
 
 def title(group: str) -> str:
