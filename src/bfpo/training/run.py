@@ -55,12 +55,13 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     prepared = prepare(recipe, limit=limit, watch=say)
     select_for(loss, prepared)
     model_section: SftModel = recipe.model
+    cache = Path(str(args.output_dir)).parent / "cache"
     if recipe.model.sft is not None and dry_run:
         model_section = recipe.model.sft.model
     elif recipe.model.sft is not None:
-        model_section = fine_tuned_on_the_spot(recipe, prepared.eval, Path(str(args.output_dir)).parent / "cache")
+        model_section = fine_tuned_on_the_spot(recipe, prepared.eval, cache)
     tokenizer = start_tokenizer(model_section, lambda: texts_of(prepared.train))
-    tables = tokenise(recipe, prepared, tokenizer, loss)
+    tables = tokenise(recipe, prepared, tokenizer, loss, cache=None if dry_run else cache / "tokens")
     show_data(prepared, tables, loss)
     manifest = prepared.manifest()
     if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables.eval:
@@ -159,14 +160,19 @@ def select_for(loss: PairLoss, prepared: PreparedData) -> None:
 
 
 def tokenise(
-    recipe: TrainRecipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, loss: PairLoss
+    recipe: TrainRecipe,
+    prepared: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    loss: PairLoss,
+    *,
+    cache: Path | None,
 ) -> Tables:
-    """Tokenise all pairs; what doesn't fit is dropped and counted, up to the recipe's cap.
+    """Tokenise all pairs, or find them in the cache; what doesn't fit is dropped and counted, up to the recipe's cap.
 
     Returns:
         Tables; evaluation pairs of the two streams apart, named `main` and `buffer`.
     """
-    encoder = Encoder(tokenizer, recipe.text)
+    encoder = Encoder(tokenizer, recipe.text, cache)
     train: tuple[list[PreferencePair], list[Example]] = ([], [])
     held_out: tuple[list[PreferencePair], list[Example]] = ([], [])
     with counting("tokenising", len(prepared.train) + len(prepared.eval)) as watch:

@@ -26,7 +26,12 @@ from bfpo.training.start import demonstration_texts, start_model, start_tokenize
 
 
 def run_sft(
-    recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = None, evaluated: frozenset[str] = frozenset()
+    recipe: SftRecipe,
+    *,
+    dry_run: bool = False,
+    limit: int | None = None,
+    evaluated: frozenset[str] = frozenset(),
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Fine-tune on completions as a recipe says.
 
@@ -35,6 +40,7 @@ def run_sft(
         dry_run: Stop before any model is loaded or trained; everything else is done and shown.
         limit: Take at most so many completions of each source.
         evaluated: Keys of prompts that must not be trained on.
+        cache: Folder for what later runs may use again; default `cache` beside the output folder.
 
     Returns:
         What `run.json` holds; empty for a dry run.
@@ -47,7 +53,8 @@ def run_sft(
     tokenizer = start_tokenizer(
         recipe.model, lambda: demonstration_texts(item for part in parts for item in part.train)
     )
-    train, held_out = _tokenise(recipe, parts, tokenizer)
+    cache = cache or Path(str(args.output_dir)).parent / "cache"
+    train, held_out = _tokenise(recipe, parts, tokenizer, None if dry_run else cache / "tokens")
     show_sources(part.report for part in parts)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
     needed = estimate(
@@ -120,7 +127,7 @@ def fine_tuned_on_the_spot(recipe: TrainRecipe, evaluated: list[PreferencePair],
         say(f"fine-tuning the model to start from; it will be cached as {folder}")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         trainer = {**sft.trainer, "output_dir": str(unfinished), "resume_from_checkpoint": True}
-        run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=keys)
+        run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=keys, cache=cache)
         main_process_renames(unfinished, folder)
     return recipe.model.model_copy(update={"sft": None, "path": str(folder)})
 
@@ -137,9 +144,9 @@ def _bytes_of(source: Source) -> list[str]:
 
 
 def _tokenise(
-    recipe: SftRecipe, parts: list[DemonstrationPart], tokenizer: PreTrainedTokenizerBase
+    recipe: SftRecipe, parts: list[DemonstrationPart], tokenizer: PreTrainedTokenizerBase, cache: Path | None
 ) -> tuple[TokenTable, TokenTable | None]:
-    encoder = Encoder(tokenizer, recipe.text)
+    encoder = Encoder(tokenizer, recipe.text, cache)
     found: tuple[tuple[list[str], list[Example]], tuple[list[str], list[Example]]] = (([], []), ([], []))
     with counting("tokenising", sum(len(part.train) + len(part.eval) for part in parts)) as watch:
         for part in parts:
