@@ -337,7 +337,9 @@ def test_clipped_steps_are_counted(make_trainer, arguments):
         assert trainer.state.log_history[0]["bfpo/clip_fraction"] == share
 
 
-def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(make_trainer, arguments):
+@pytest.mark.parametrize("max_tokens", [8192, 60])
+def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(make_trainer, arguments, max_tokens):
+    layout = LayoutSection(max_tokens_per_pack=max_tokens)
     options = {
         "max_steps": 8,
         "save_strategy": "steps",
@@ -345,15 +347,26 @@ def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(make_trainer, ar
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
     }
-    unbroken = make_trainer(args=arguments(**options))
+    unbroken = make_trainer(args=arguments(**options), layout=layout)
     unbroken.train()
     # 12 main pairs in steps of 4: epochs end after 3 and 6; 10 buffer pairs wrap inside step 2
     for step in (2, 5):
-        resumed = make_trainer(args=arguments(**options))
+        resumed = make_trainer(args=arguments(**options), layout=layout)
         resumed.train(resume_from_checkpoint=f"{unbroken.args.output_dir}/checkpoint-{step}")
         assert torch.equal(weights(resumed), weights(unbroken))
         losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (unbroken, resumed)]
         assert losses[0] == losses[1]
+
+
+def test_a_run_may_be_resumed_with_another_layout(make_trainer, arguments):
+    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    unbroken = make_trainer(args=arguments(**args))
+    start = weights(unbroken)
+    unbroken.train()
+    for layout in (LayoutSection(kind="padded"), LayoutSection(max_tokens_per_pack=60)):
+        resumed = make_trainer(args=arguments(**args), layout=layout)
+        resumed.train(resume_from_checkpoint=f"{unbroken.args.output_dir}/checkpoint-2")
+        assert relative_difference(weights(unbroken), weights(resumed), start) < 1e-4
 
 
 def test_rows_of_a_data_set_serve_as_pairs(make_trainer, main_pairs, buffer_pairs):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -123,16 +124,19 @@ def sight(spans: Sequence[Span], window: Window, device: torch.device) -> Rule:
     A token sees itself and what stands before it in its own span, but not another branch. A window is counted in
     positions, not in places: a branch stands behind its siblings, and continues the prompt all the same.
     """
-    tokens = [
-        (owner, branch, place + (span.prompt if branch else 0))
+    pieces = [
+        (owner, branch, span.prompt if branch else 0, size)
         for owner, span in enumerate(spans)
         for branch, size in enumerate((span.prompt, *span.branches))
-        for place in range(size)
     ]
-    owners, branches, positions = torch.tensor(tokens, device=device).unbind(1)
+    owner, branch, first, size = np.array(pieces, dtype=np.int32).T
+    place = np.arange(size.sum()) - np.repeat(size.cumsum() - size, size)
+    tokens = np.stack([np.repeat(owner, size), np.repeat(branch, size), np.repeat(first, size) + place])
+    # Flex attention writes (L, L) arrays of these before it has its blocks: small numbers, small arrays.
+    owners, branches, positions = torch.from_numpy(tokens.astype(np.int32)).to(device)
 
     def sees(batch: Any, head: Any, query: Tensor, key: Tensor) -> Tensor:
-        allowed = (key <= query) & (owners[query] == owners[key])
+        allowed: Tensor = (key <= query) & (owners[query] == owners[key])
         allowed = allowed & ((branches[key] == 0) | (branches[key] == branches[query]))
         return allowed if window is None else allowed & (positions[query] - positions[key] < window)
 
@@ -245,6 +249,10 @@ def attend_by_spans(
         raise UnknownFeature(f"{type(module).__name__} {what}")
     masks = spans.masks[sliding_window]
     if isinstance(masks, BlockMask):
+        if torch.is_autocast_enabled(query.device.type):
+            # SDPA does this by itself; rotary embeddings may have left query and key in float32.
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         output, _ = flex_attention_forward(module, query, key, value, masks, scaling=scaling, softcap=softcap)
         return output, None
     repeats = query.shape[1] // key.shape[1]

@@ -123,8 +123,10 @@ def check_packing(model: CausalLM, examples: Sequence[Example]) -> PackingCheck:
     single = [Example(prompt, (ids,)) for prompt, completions in examples for ids in completions]
     noise = (padded - torch.cat([logps(padded_layout([example])) for example in single])).abs().max()
     difference = (packed - padded).abs()
-    # Rounding, where the noise happens to be 0: for float32 about 1e-6 of the log-probability and 1e-5.
-    rounding = 8 * max(torch.finfo(model.dtype).eps, 1e-11) * (padded.abs() + 10)
+    # Rounding, where the noise happens to be 0: for float32 about 1e-6 of the log-probability and 1e-5. In half
+    # precision such a share would let anything pass; there errors are taken to cancel as random ones do.
+    eps, size = torch.finfo(model.dtype).eps, padded.abs() + 10
+    rounding = 8 * max(eps, 1e-11) * (size if eps < 1e-6 else size.sqrt())
     # A model with broken weights isn't this check's business: its loss will say so, with the row's name.
     passed = bool(((difference <= torch.maximum(4 * noise, rounding)) | ~torch.isfinite(padded)).all())
     return PackingCheck(float(difference.max()), float(noise), passed)

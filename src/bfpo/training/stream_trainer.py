@@ -33,8 +33,7 @@ from bfpo.training.checkpoints import (
     MARK,
     CompletionMark,
     check_same_run,
-    checkpoint_fault,
-    newest_complete,
+    folder_to_resume,
     start_fingerprint,
     unmark_after,
 )
@@ -158,15 +157,8 @@ class StreamTrainer(Trainer, ABC):
             RecipeError: If the checkpoint belongs to another plan.
             TrainingError: If the folder isn't a whole checkpoint, or can't be read.
         """
-        out, folder = Path(str(self.args.output_dir)), None
-        if isinstance(resume_from_checkpoint, str):
-            folder = Path(resume_from_checkpoint)
-            if fault := checkpoint_fault(folder):
-                raise TrainingError(f"{folder} can't be resumed from: {fault}")
-        elif resume_from_checkpoint:
-            folder = newest_complete(out)
-            if folder is None:
-                say(f"no whole checkpoint in {out}: starting at step 0")
+        out = Path(str(self.args.output_dir))
+        folder = folder_to_resume(out, resume_from_checkpoint)
         if folder is None:
             unmark_after(out, 0)
             return super().train(None, trial, ignore_keys_for_eval)
