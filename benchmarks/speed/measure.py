@@ -16,11 +16,10 @@ import torch
 from bfpo.data.table import PairTable
 
 from .floor import matmul_rate, useful_flops, useful_tokens
+from .report import SYSTEM_MALLOC
 from .variants import SHAPES, VARIANTS, Step, Variant, make_step
 
 Timed = Callable[[Callable[[], object]], float]
-
-SYSTEM_MALLOC = ", system malloc"
 
 
 @dataclass(frozen=True)
