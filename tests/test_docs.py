@@ -10,7 +10,7 @@ from bfpo import bfpo_loss
 from bfpo.data.adapters import ADAPTERS
 from bfpo.losses import LOSSES
 from bfpo.pairs import COLUMNS
-from bfpo.recipe import LoraSection, NewModel, SftRecipe, Source, TextSection, TrainModel, TrainRecipe
+from bfpo.recipe import LayoutSection, LoraSection, NewModel, SftRecipe, Source, TextSection, TrainModel, TrainRecipe
 from bfpo.recipe_reading import check_recipe, parse_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,9 @@ def test_data_page_tells_every_column_and_adapter():
     assert [name for name in (*COLUMNS, *ADAPTERS) if f"`{name}`" not in page] == []
 
 
-@pytest.mark.parametrize("kind", [TrainRecipe, SftRecipe, TrainModel, NewModel, Source, TextSection, LoraSection])
+@pytest.mark.parametrize(
+    "kind", [TrainRecipe, SftRecipe, TrainModel, NewModel, Source, TextSection, LoraSection, LayoutSection]
+)
 def test_recipe_page_tells_every_key_as_the_code_does(kind):
     page = (ROOT / "docs/recipes.md").read_text()
     for name, field in kind.model_fields.items():

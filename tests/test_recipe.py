@@ -1,6 +1,6 @@
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bfpo.errors import RecipeError
@@ -145,6 +145,7 @@ source = st.builds(
 )
 
 
+@example([{"path": "a.jsonl", "columns": {"prompt": "0E0"}}], 0.0, "drop")
 @given(st.lists(source, min_size=1, max_size=3), st.floats(0, 0.9), st.sampled_from(["drop", "keep", "error"]))
 def test_a_resolved_recipe_reads_back_as_itself(sources, holdout, conflicts):
     recipe = check(data=sources, holdout=holdout, conflicts=conflicts)

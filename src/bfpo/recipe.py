@@ -97,6 +97,15 @@ class TextSection(Section):
     """Jinja template or a file with one; default the tokenizer's own."""
 
 
+class LayoutSection(Section):
+    """How the tokens of a micro-batch are fed."""
+
+    kind: Literal["packed", "padded"] = "packed"
+    """`packed`: one row without padding, each prompt once; `padded`: a row for each completion. Same numbers."""
+    max_tokens_per_pack: Count = 8192
+    """Tokens fed at a time; a micro-batch with more is split into several packs. `packed` only."""
+
+
 class LoraSection(Section):
     """Low-rank adapters (LoRA) instead of training the weights themselves. Dropout is always 0."""
 
@@ -120,7 +129,7 @@ class SftModel(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. Training in pure bfloat16 loses small updates; `trainer: {bf16: true}` doesn't."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention of transformers."""
+    """Attention of transformers, for everything but packed rows, which bring their own."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read that code."""
     load_in_4bit: bool = False
@@ -152,6 +161,10 @@ class SftRecipe(Section):
     """Patterns of the parameters to train; default all."""
     lora: LoraSection | None = None
     """Train low-rank adapters instead; not together with `train_only`."""
+    layout: LayoutSection = LayoutSection()
+    """How tokens are fed; it decides time and memory, not numbers."""
+    max_eval: Count | None = 2000
+    """Evaluate on at most so many completions, a seeded sample; null for all."""
     trainer: dict[str, Any] = {}
     """`transformers.TrainingArguments` names."""
 
@@ -185,6 +198,10 @@ class TrainRecipe(DataRecipe):
     """Patterns (regular expressions, searched in the name) of the parameters to train; default all."""
     lora: LoraSection | None = None
     """Train low-rank adapters instead; the reference is the adapter switched off. Not together with `train_only`."""
+    layout: LayoutSection = LayoutSection()
+    """How tokens are fed; it decides time and memory, not numbers."""
+    max_eval: Count | None = 2000
+    """Evaluate on at most so many pairs of each stream, a seeded sample; null for all."""
     trainer: dict[str, Any] = {}
     """`transformers.TrainingArguments` names."""
 

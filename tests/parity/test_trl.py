@@ -10,19 +10,18 @@ from bfpo.data.load import SourceReport
 from bfpo.data.table import pair_table
 from bfpo.data.tokenise import Encoder
 from bfpo.losses import DPO, IPOAvg, PairLogps
-from bfpo.model.layout import padded_layout
+from bfpo.model.layout import packed_layout, padded_layout
 from bfpo.model.logps import completion_logps
 from bfpo.recipe import Source, TextSection
 
 
-@pytest.mark.filterwarnings("ignore")  # TRL's own
-@pytest.mark.parametrize(("loss_type", "loss"), [("sigmoid", DPO(beta=0.1)), ("ipo", IPOAvg(beta=0.1))])
-def test_loss_equals_that_of_trl(loss_type, loss, tokenizer, make_model, main_pairs, tmp_path):
+@pytest.fixture
+def trl_trainer(tokenizer, main_pairs, tmp_path):
+    """Return a function that makes TRL's trainer on the toy pairs, and the tokenizer it uses."""
     trl = pytest.importorskip("trl")
     # TRL scores what a template puts behind the end of the turn; we don't. Here is nothing behind it.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>")
-    policy, reference = make_model(seed=1), make_model(seed=2)
     rows = [
         {
             "prompt": [m._asdict() for m in pair.prompt],
@@ -31,32 +30,76 @@ def test_loss_equals_that_of_trl(loss_type, loss, tokenizer, make_model, main_pa
         }
         for pair in main_pairs
     ]
-    config = trl.DPOConfig(
-        output_dir=str(tmp_path),
-        loss_type=loss_type,
-        beta=0.1,
-        per_device_train_batch_size=len(rows),
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        use_cpu=True,
-        max_length=None,
-        disable_tqdm=True,
-    )
-    trainer = trl.DPOTrainer(
-        model=copy.deepcopy(policy),
-        ref_model=copy.deepcopy(reference),
-        args=config,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    inputs = next(iter(trainer.get_train_dataloader()))
+
+    def make(policy, reference, loss_type="sigmoid"):
+        config = trl.DPOConfig(
+            output_dir=str(tmp_path),
+            loss_type=loss_type,
+            beta=0.1,
+            per_device_train_batch_size=len(rows),
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            use_cpu=True,
+            max_length=None,
+            disable_tqdm=True,
+        )
+        trainer = trl.DPOTrainer(
+            model=copy.deepcopy(policy),
+            ref_model=copy.deepcopy(reference),
+            args=config,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        return trainer, next(iter(trainer.get_train_dataloader()))
+
+    return make, tokenizer
+
+
+def encoded(tokenizer, pairs):
+    kept, examples = Encoder(tokenizer, TextSection()).encode(pairs, SourceReport("toy", Source(path="-")))
+    return pair_table(examples, kept)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize("layout", [packed_layout, padded_layout])
+def test_logps_equal_those_of_trl(layout, trl_trainer, make_model, main_pairs):
+    from trl.trainer.utils import selective_log_softmax
+
+    make, tokenizer = trl_trainer
+    model = make_model(seed=1)
+    trainer, inputs = make(model, model)
+    table = encoded(tokenizer, main_pairs)
+
+    def ours(model):
+        with torch.no_grad():
+            logps = completion_logps(model, layout([table[row] for row in range(len(table))]))
+        # TRL shuffles its rows
+        return logps[0::2].sort().values, logps[1::2].sort().values
+
+    theirs = trainer.compute_ref_log_probs(trainer.model, inputs)
+    for found, expected in zip(ours(model), theirs, strict=True):
+        torch.testing.assert_close(found, expected.double().sort().values, rtol=1e-6, atol=1e-5)
+    # TRL's head rounds to float32: in float64 its batch, its mask and its function on the model's own logits
+    model.double()
+    with torch.no_grad():
+        logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    tokens = selective_log_softmax(logits, inputs["input_ids"][:, 1:])
+    theirs = (tokens * inputs["completion_mask"][:, 1:]).sum(1).chunk(2)
+    for found, expected in zip(ours(model), theirs, strict=True):
+        torch.testing.assert_close(found, expected.sort().values, rtol=0, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize(("loss_type", "loss"), [("sigmoid", DPO(beta=0.1)), ("ipo", IPOAvg(beta=0.1))])
+def test_loss_equals_that_of_trl(loss_type, loss, trl_trainer, make_model, main_pairs):
+    make, tokenizer = trl_trainer
+    policy, reference = make_model(seed=1), make_model(seed=2)
+    trainer, inputs = make(policy, reference, loss_type)
     with torch.no_grad():
         theirs = trainer.compute_loss(trainer.model, inputs).item()
-
-    kept, examples = Encoder(tokenizer, TextSection()).encode(main_pairs, SourceReport("toy", Source(path="-")))
-    table = pair_table(examples, kept)
-    layout = padded_layout([table[row] for row in range(len(table))])
+    table = encoded(tokenizer, main_pairs)
+    layout = packed_layout([table[row] for row in range(len(table))])
     with torch.no_grad():
         logps, ref = completion_logps(policy, layout), completion_logps(reference, layout)
     lengths = torch.tensor(layout.lengths, dtype=torch.float64)

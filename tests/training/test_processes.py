@@ -113,10 +113,13 @@ def test_out_of_space_gives_one_message_and_leaves_the_last_good_checkpoint(reci
     assert "going on from runs/toy/checkpoint-3" in done.stdout
 
 
-def test_two_processes_give_the_numbers_of_one(recipe):
+# With small packs the two processes have different numbers of them, and of backward passes.
+@pytest.mark.parametrize("max_tokens", [8192, 100])
+def test_two_processes_give_the_numbers_of_one(recipe, max_tokens):
     # Plain SGD without clipping: what differs is the order of float32 sums, and nothing amplifies it.
     plain = ["trainer.max_steps=3", "trainer.optim=sgd", "trainer.learning_rate=1e-4", "trainer.max_grad_norm=0"]
     plain += ["trainer.lr_scheduler_type=constant", "trainer.save_strategy='no'"]
+    plain += [f"layout.max_tokens_per_pack={max_tokens}"]
     one = [
         "trainer.output_dir=runs/one",
         "trainer.gradient_accumulation_steps=2",
@@ -128,8 +131,9 @@ def test_two_processes_give_the_numbers_of_one(recipe):
     subprocess.run([*torchrun, *command(*plain, *two)[3:]], check=True, capture_output=True, env={**os.environ})
     runs = [json.loads(Path(f"runs/{name}/run.json").read_text()) for name in ("one", "two")]
     assert [run["hardware"]["world_size"] for run in runs] == [1, 2]
-    assert losses(Path("runs/two")) == pytest.approx(losses(Path("runs/one")), rel=1e-6)
-    assert runs[1]["evaluation"]["main"]["loss"] == pytest.approx(runs[0]["evaluation"]["main"]["loss"], rel=1e-6)
+    # weights that differ in their last bit move margins by about 1e-6 of the log-probability
+    assert losses(Path("runs/two")) == pytest.approx(losses(Path("runs/one")), rel=1e-5)
+    assert runs[1]["evaluation"]["main"]["loss"] == pytest.approx(runs[0]["evaluation"]["main"]["loss"], rel=1e-5)
     from safetensors.torch import load_file
 
     first, second = (load_file(f"runs/{name}/model.safetensors") for name in ("one", "two"))
@@ -155,7 +159,7 @@ def test_one_process_with_a_bad_loss_stops_both(recipe, main_pairs):
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": "."},
+        env={**os.environ, "PYTHONPATH": f".{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
     )
     assert result.returncode != 0
     assert "the loss is not finite for rows" in result.stderr

@@ -8,6 +8,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bfpo.data.prepare import prepare, write_prepared
+from bfpo.data.table import sampled_rows
 from bfpo.errors import DataError, RecipeError
 from bfpo.files import write_jsonl
 from bfpo.recipe import SftRecipe, TrainRecipe
@@ -93,6 +94,30 @@ def test_an_earlier_run_is_moved_aside_not_deleted(tmp_path):
         run_training(recipe())
     assert (tmp_path / "runs/toy.earlier-1/model.safetensors").exists()
     assert (tmp_path / "runs/toy.earlier-2/model.safetensors").exists()
+
+
+def test_the_run_tells_how_tokens_are_fed(tmp_path, capsys):
+    losses = {}
+    for kind in ("packed", "padded"):
+        run = run_training(recipe(layout={"kind": kind, "max_tokens_per_pack": 100}))
+        losses[kind] = run["train_loss"], run["evaluation"]["main"]["loss"]
+        assert (run["start_check"]["packing_difference"] is None) == (kind == "padded")
+        said = capsys.readouterr().out
+        assert ("layout: packed rows of up to 100 tokens; packed and padded" in said) == (kind == "packed")
+    assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-4)
+
+
+def test_a_large_evaluation_set_is_sampled_the_same_way_each_time(tmp_path, capsys):
+    runs = [run_training(recipe(max_eval=2, trainer={**TRAINER, "seed": seed})) for seed in (1, 2)]
+    assert [run["evaluation"]["main"]["pairs"] for run in runs] == [2, 2]
+    whole = run_training(recipe(max_eval=None))["evaluation"]["main"]["pairs"]
+    assert f"evaluating on a sample of 2 of {whole} main pairs (max_eval)" in capsys.readouterr().out
+    cells = [{cell: numbers["pairs"] for cell, numbers in run["evaluation"]["main"]["cells"].items()} for run in runs]
+    assert cells[0] == cells[1]
+    rows = list(range(0, 100, 5))
+    assert sampled_rows(rows, 7) == sampled_rows(rows, 7) == sorted(set(sampled_rows(rows, 7)) & set(rows))
+    assert len(sampled_rows(rows, 7)) == 7
+    assert sampled_rows(rows, 20) == sampled_rows(rows, None) == rows
 
 
 def test_a_dry_run_shows_the_data_and_writes_nothing(tmp_path, capsys):

@@ -5,13 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from bfpo import BFPOTrainer, SFTTrainer
 from bfpo.data.table import token_table
-from bfpo.errors import DataError, RecipeError, TrainingError
+from bfpo.errors import DataError, ModelError, RecipeError, TrainingError
 from bfpo.losses import BFPO, DPO, MODPO, BFPOSoft, SafeDPO
+from bfpo.model import attention
+from bfpo.model.layout import Span
 from bfpo.pairs import CELLS, PairSignals
+from bfpo.recipe import LayoutSection
 from bfpo.training.trainer import encode_pairs
 
 
@@ -79,6 +83,118 @@ def test_accumulation_does_not_change_training(make_trainer, arguments, per_devi
     torch.testing.assert_close(weights(split), weights(whole), rtol=1e-6, atol=1e-7)
     losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (whole, split)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 60])
+def test_packing_does_not_change_training(make_trainer, arguments, main_pairs, budget):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 3}
+    layouts = LayoutSection(), LayoutSection(max_tokens_per_pack=budget), LayoutSection(kind="padded")
+    trainers = [
+        make_trainer(args=arguments(**evaluated), layout=layout, eval_dataset=main_pairs) for layout in layouts
+    ]
+    packs = [len(next(iter(trainer.get_train_dataloader()))["packs"]) for trainer in trainers]
+    assert (packs[0], packs[2]) == (1, 1)
+    assert packs[1] >= 3
+    start = weights(trainers[0])
+    for trainer in trainers:
+        trainer.train()
+    whole, *others = trainers
+    for other in others:
+        # float32 sums in another order
+        assert relative_difference(weights(whole), weights(other), start) < 1e-4
+        for log, expected in zip(other.state.log_history, whole.state.log_history, strict=True):
+            # margins are differences of log-probabilities of about 100 nats
+            compared = {name for name in expected if not any(word in name for word in ("second", "runtime", "flos"))}
+            assert "step" in compared
+            found, wanted = ({name: logs[name] for name in compared} for logs in (log, expected))
+            assert found == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"train_only": ["down_proj"]},
+        {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")},
+        {"activation_checkpointing": True},
+        {"train_only": ["q_proj", "o_proj"], "activation_checkpointing": True},
+        {"tied": True},
+    ],
+    ids=lambda how: ", ".join(how),
+)
+def test_packed_and_padded_train_alike(make_trainer, make_model, arguments, how):
+    options = dict(how)
+    args = {"activation_checkpointing": options.pop("activation_checkpointing", False)}
+    # an adapter starts at 0 and moves slowly
+    args["learning_rate"] = 1e-2 if "peft_config" in options else 1e-4
+    tied = options.pop("tied", False)
+    trainers = []
+    for kind in ("packed", "padded"):
+        model = make_model()
+        if tied:
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+        layout = LayoutSection(kind=kind, max_tokens_per_pack=150)
+        trainers.append(make_trainer(model=model, args=arguments(**args), layout=layout, **options))
+        assert trainers[-1].layout.kind == kind
+        start = weights(trainers[-1])
+        trainers[-1].train()
+        assert trainers[-1].start_check.largest_margin == 0
+    assert relative_difference(*map(weights, trainers), start) < 1e-4
+
+
+def test_packed_bfloat16_trains_like_padded_bfloat16(make_trainer, arguments):
+    # Large steps against the rounding of activations to 8 bits; the layouts may differ by that rounding only.
+    plain, *rounded = (
+        make_trainer(args=arguments(bf16=bf16), layout=LayoutSection(kind=kind))
+        for kind, bf16 in (("padded", False), ("padded", True), ("packed", True))
+    )
+    start = weights(plain)
+    for trainer in (plain, *rounded):
+        trainer.train()
+    padded, packed = (relative_difference(weights(plain), weights(trainer), start) for trainer in rounded)
+    assert 0 < packed < 2 * padded
+
+
+def test_training_leaves_generation_and_saving_as_they_were(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert trainer.layout.kind == "packed"
+    assert trainer.model.config._attn_implementation == "sdpa"
+    assert "bfpo" not in (tmp_path / "saved/config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7]])
+    texts = [model.eval().generate(ids, max_new_tokens=8, do_sample=False) for model in (trainer.model, loaded)]
+    assert torch.equal(*texts)
+
+
+def test_an_error_in_a_step_leaves_the_model_its_attention(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "example_losses", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert trainer.model.config._attn_implementation == "sdpa"
+
+
+def test_a_run_stops_when_packed_numbers_are_wrong(make_trainer, monkeypatch):
+    sight = attention.sight
+
+    def with_siblings(spans, window, device):
+        return sight([Span(span.prompt, (sum(span.branches),)) for span in spans], window, device)
+
+    monkeypatch.setattr(attention, "sight", with_siblings)
+    with pytest.raises(ModelError, match="Please report it"):
+        make_trainer().train()
+
+
+def test_a_model_that_packed_rows_do_not_fit_is_trained_on_padded_ones(make_trainer, make_model, capsys):
+    model = make_model()
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    trainer = make_trainer(model=model)
+    trainer.train()
+    assert trainer.layout.kind == "padded"
+    assert trainer.start_check.packing_difference is None
+    assert capsys.readouterr().out.count("because packed ones don't fit this model: layers of type chunked") == 1
 
 
 def test_logged_loss_is_mean_of_main_plus_weighted_mean_of_buffer(make_trainer, arguments):
@@ -221,7 +337,9 @@ def test_clipped_steps_are_counted(make_trainer, arguments):
         assert trainer.state.log_history[0]["bfpo/clip_fraction"] == share
 
 
-def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(make_trainer, arguments):
+@pytest.mark.parametrize("max_tokens", [8192, 60])
+def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(make_trainer, arguments, max_tokens):
+    layout = LayoutSection(max_tokens_per_pack=max_tokens)
     options = {
         "max_steps": 8,
         "save_strategy": "steps",
@@ -229,15 +347,26 @@ def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(make_trainer, ar
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
     }
-    unbroken = make_trainer(args=arguments(**options))
+    unbroken = make_trainer(args=arguments(**options), layout=layout)
     unbroken.train()
     # 12 main pairs in steps of 4: epochs end after 3 and 6; 10 buffer pairs wrap inside step 2
     for step in (2, 5):
-        resumed = make_trainer(args=arguments(**options))
+        resumed = make_trainer(args=arguments(**options), layout=layout)
         resumed.train(resume_from_checkpoint=f"{unbroken.args.output_dir}/checkpoint-{step}")
         assert torch.equal(weights(resumed), weights(unbroken))
         losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (unbroken, resumed)]
         assert losses[0] == losses[1]
+
+
+def test_a_run_may_be_resumed_with_another_layout(make_trainer, arguments):
+    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    unbroken = make_trainer(args=arguments(**args))
+    start = weights(unbroken)
+    unbroken.train()
+    for layout in (LayoutSection(kind="padded"), LayoutSection(max_tokens_per_pack=60)):
+        resumed = make_trainer(args=arguments(**args), layout=layout)
+        resumed.train(resume_from_checkpoint=f"{unbroken.args.output_dir}/checkpoint-2")
+        assert relative_difference(weights(unbroken), weights(resumed), start) < 1e-4
 
 
 def test_rows_of_a_data_set_serve_as_pairs(make_trainer, main_pairs, buffer_pairs):

@@ -94,8 +94,9 @@ def prepare(
 
     clean_train = clean([(part.report, part.train) for part in parts], recipe.conflicts)
     for part, kept in zip(parts, clean_train, strict=True):
-        part.train = [pair for pair in kept if not is_held_out(pair.prompt_key, recipe.holdout)]
-        part.eval = [pair for pair in kept if is_held_out(pair.prompt_key, recipe.holdout)]
+        held_out = [is_held_out(pair.prompt_key, recipe.holdout) for pair in kept]
+        part.train = [pair for pair, out in zip(kept, held_out, strict=True) if not out]
+        part.eval = [pair for pair, out in zip(kept, held_out, strict=True) if out]
     clean_eval = clean([(part.report, part.eval) for part in evals], recipe.conflicts)
     for part, kept in zip(evals, clean_eval, strict=True):
         part.eval = kept
@@ -230,7 +231,7 @@ def _handle_leaks(parts: list[Part], evals: list[Part], recipe: DataRecipe) -> N
         named |= {pair.prompt_key: part.report.name for pair in part.eval}
     for path in recipe.benchmarks:
         named |= {prompt_key(prompt): path for prompt in read_prompts(path)}
-    for part in parts:
+    for part in parts if named else []:
         leaks = [pair for pair in part.train if any(key in named for key in _leak_keys(pair))]
         if leaks and recipe.leaks == "error":
             where = next(named[key] for key in _leak_keys(leaks[0]) if key in named)

@@ -58,6 +58,16 @@ class TokenTable(Sequence[Example]):
         return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
 
     @property
+    def longest_span(self) -> int:
+        """Tokens fed of the example that has most: its prompt once, and its completions without their last tokens."""
+        return int(self.lengths.sum(axis=1).max()) - self.completions
+
+    @property
+    def completions(self) -> int:
+        """Completions of each example."""
+        return int(self.bounds.shape[1]) - 2
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of the prompt and of each completion, (N, completions + 1)."""
         return np.diff(self.bounds, axis=1)
@@ -96,6 +106,14 @@ class PairTable(TokenTable):
     def buffer_rows(self) -> NDArray[np.int64]:
         """Indices of the buffer stream's pairs."""
         return np.flatnonzero(self.is_buffer)
+
+
+def sampled_rows(rows: Sequence[int], limit: int | None) -> list[int]:
+    """Return at most so many rows, in order: the same sample each time, so that runs are evaluated on the same."""
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    chosen = np.random.default_rng(42).choice(len(rows), size=limit, replace=False)
+    return [rows[index] for index in np.sort(chosen)]
 
 
 def token_table(examples: Sequence[Example], row_ids: Sequence[str]) -> TokenTable:

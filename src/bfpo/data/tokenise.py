@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
 from bfpo.data.load import SourceReport, Why
 from bfpo.data.table import Example
+from bfpo.data.token_cache import FEWEST, Encoding, cache_file, read_encodings, write_encodings
 from bfpo.errors import ModelError
 from bfpo.pairs import Demonstration, Message, PreferencePair
 from bfpo.recipe import TextSection
@@ -28,14 +29,6 @@ _CHUNK = 512
 Item = TypeVar("Item", PreferencePair, Demonstration)
 
 
-class Encoding(NamedTuple):
-    """Outcome for one item: the example, or why there is none; and what is worth noting."""
-
-    example: Example | None
-    fault: str | None = None
-    notes: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True)
 class Encoder:
     """Turns pairs and demonstrations into token ids.
@@ -43,6 +36,7 @@ class Encoder:
     Args:
         tokenizer: With an end-of-sequence token and a chat template.
         text: Length, truncation and template.
+        cache: Folder where the encodings of many items are kept, and looked for; None for none.
 
     Raises:
         ModelError: If the tokenizer lacks an end-of-sequence token or there is no chat template.
@@ -50,6 +44,7 @@ class Encoder:
 
     tokenizer: "PreTrainedTokenizerBase"
     text: TextSection
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         name = self.tokenizer.name_or_path or "the tokenizer"
@@ -80,18 +75,33 @@ class Encoder:
         """
         kept: list[Item] = []
         examples: list[Example] = []
+        for item, encoding in zip(items, self._encodings(items, watch), strict=True):
+            cell = item.cell if isinstance(item, PreferencePair) else None
+            if encoding.example is None:
+                report.dropped[Why(str(encoding.fault), cell)] += 1
+                continue
+            report.noted.update(Why(note, cell) for note in encoding.notes)
+            kept.append(item)
+            examples.append(encoding.example)
+        return kept, examples
+
+    def _encodings(self, items: Sequence[Item], watch: Callable[[int], None]) -> list[Encoding]:
+        file = None
+        if self.cache is not None and len(items) >= FEWEST:
+            texts = [(item.prompt, _answers(item)) for item in items]
+            template = self._template or self.tokenizer.chat_template
+            file = cache_file(self.cache, self.tokenizer, template, self.text, texts)
+        if file is not None and (found := read_encodings(file)) is not None:
+            watch(len(items))
+            return found
+        encodings: list[Encoding] = []
         for start in range(0, len(items), _CHUNK):
             chunk = items[start : start + _CHUNK]
-            for item, encoding in zip(chunk, self._encode_chunk(chunk), strict=True):
-                cell = item.cell if isinstance(item, PreferencePair) else None
-                if encoding.example is None:
-                    report.dropped[Why(str(encoding.fault), cell)] += 1
-                    continue
-                report.noted.update(Why(note, cell) for note in encoding.notes)
-                kept.append(item)
-                examples.append(encoding.example)
+            encodings += self._encode_chunk(chunk)
             watch(len(chunk))
-        return kept, examples
+        if file is not None and any(encoding.example for encoding in encodings):
+            write_encodings(file, encodings)
+        return encodings
 
     def _encode_chunk(self, items: Sequence[Item]) -> Iterator[Encoding]:
         rendered = [self._render(item) for item in items]
@@ -106,11 +116,10 @@ class Encoder:
 
     def _render(self, item: PreferencePair | Demonstration) -> list[str] | str:
         """Return the prompt as generation sees it, then the conversation with each answer; or why it can't be."""
-        answers = (item.chosen, item.rejected) if isinstance(item, PreferencePair) else (item.completion,)
         try:
             return [
                 self._apply(item.prompt, generate=True),
-                *(self._apply((*item.prompt, Message("assistant", answer)), generate=False) for answer in answers),
+                *(self._apply((*item.prompt, Message("assistant", text)), generate=False) for text in _answers(item)),
             ]
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
@@ -200,6 +209,10 @@ def decoded_sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> di
     texts: dict[str, Any] = {"prompt": tokenizer.decode(example.prompt_ids)}
     texts |= {name: tokenizer.decode(ids) for name, ids in zip(names, example.completions, strict=True)}
     return {name: str(text) for name, text in texts.items()}
+
+
+def _answers(item: PreferencePair | Demonstration) -> tuple[str, ...]:
+    return (item.chosen, item.rejected) if isinstance(item, PreferencePair) else (item.completion,)
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

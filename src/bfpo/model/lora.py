@@ -49,6 +49,13 @@ def add_adapter(model: CausalLM, config: Any, *, seed: int) -> PeftModel:
     return adapted
 
 
+def under_adapter(model: CausalLM) -> PreTrainedModel:
+    """Return the causal language model that an adapter sits on, or the model itself if there is none."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
 def is_adapter(path: str) -> bool:
     """Return whether a folder holds an adapter rather than a model."""
     return (Path(path) / "adapter_config.json").is_file()

@@ -1,4 +1,4 @@
-"""Collating rows of a table into a batch that a trainer can feed."""
+"""Collating rows of a table into batches that a trainer can feed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bfpo.data.table import PairTable, TokenTable
-from bfpo.model.layout import Layout, padded_layout
+from bfpo.model.layout import Layout, packed_layout, packs, padded_layout
+from bfpo.recipe import LayoutSection
 from bfpo.training.streams import Rows, WeightedRow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """A micro-batch of n examples.
+    """n examples that are fed together: a micro-batch, or a pack of one.
 
     Args:
         layout: The completions of all examples, example by example.
@@ -59,20 +60,28 @@ class Collator:
 
     Args:
         table: Pairs or demonstrations.
+        layout: How they are fed.
     """
 
     table: TokenTable
+    layout: LayoutSection
 
-    def __call__(self, items: Sequence[WeightedRow]) -> dict[str, Batch]:
-        """Return `{"batch": Batch}`: transformers wants a mapping, and one without the key `labels`."""
+    def __call__(self, items: Sequence[WeightedRow]) -> dict[str, list[Batch]]:
+        """Return `{"packs": [Batch, ...]}`: transformers wants a mapping, and one without the key `labels`."""
+        examples = [self.table[item.row] for item in items]
+        if self.layout.kind == "padded":
+            return {"packs": [self._batch(items, padded_layout(examples))]}
+        parts = packs(examples, self.layout.max_tokens_per_pack)
+        return {"packs": [self._batch(items[part], packed_layout(examples[part])) for part in parts]}
+
+    def _batch(self, items: Sequence[WeightedRow], layout: Layout) -> Batch:
         rows = np.array([item.row for item in items])
-        batch = Batch(
-            layout=padded_layout([self.table[int(row)] for row in rows]),
+        return Batch(
+            layout=layout,
             weights=torch.tensor([item.weight for item in items], dtype=torch.float64),
             columns=self._columns(rows),
             row_ids=tuple(self.table.row_ids[int(row)] for row in rows),
         )
-        return {"batch": batch}
 
     def _columns(self, rows: Rows) -> dict[str, Tensor]:
         if not isinstance(self.table, PairTable):

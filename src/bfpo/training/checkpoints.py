@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bfpo.errors import RecipeError
+from bfpo.errors import RecipeError, TrainingError
 from bfpo.files import write_json
 from bfpo.terminal import say
 
@@ -53,6 +53,27 @@ class CompletionMark(TrainerCallback):
                 if f"checkpoint-{number}" != best:
                     shutil.rmtree(folder.parent / f"checkpoint-{number}")
         process.wait_for_everyone()
+
+
+def folder_to_resume(out: Path, asked: str | bool | None) -> Path | None:
+    """Return the checkpoint to go on from; None to start at step 0.
+
+    Args:
+        out: The run's folder.
+        asked: A checkpoint's folder, or True for the newest whole one of the run.
+
+    Raises:
+        TrainingError: If the folder isn't a whole checkpoint.
+    """
+    if isinstance(asked, str):
+        folder = Path(asked)
+        if fault := checkpoint_fault(folder):
+            raise TrainingError(f"{folder} can't be resumed from: {fault}")
+        return folder
+    newest = newest_complete(out) if asked else None
+    if asked and newest is None:
+        say(f"no whole checkpoint in {out}: starting at step 0")
+    return newest
 
 
 def newest_complete(out: Path) -> Path | None:

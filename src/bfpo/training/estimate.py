@@ -6,12 +6,13 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from bfpo.data.table import TokenTable
 from bfpo.errors import ModelError
-from bfpo.model.logps import CHUNK
+from bfpo.model.logps import CHUNK, KEPT
 from bfpo.model.lora import CausalLM, add_adapter, is_adapter, lora_config
 from bfpo.model.new import new_model
 from bfpo.model.selective import Selection, select_parameters
-from bfpo.recipe import LoraSection, SftModel
+from bfpo.recipe import LayoutSection, LoraSection, SftModel
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
@@ -58,7 +59,7 @@ def estimate(
         train_only: Patterns of the parameters to train.
         lora: Adapter to train instead.
         has_reference: Whether there is one (not in supervised fine-tuning).
-        micro_batch_tokens: Tokens of the longest micro-batch, padding included.
+        micro_batch_tokens: Tokens fed at a time, at most, padding included.
 
     Raises:
         ModelError: If the configuration can't be loaded, or a pattern matches nothing.
@@ -74,15 +75,28 @@ def estimate(
     per_weight = 0.5 if section.load_in_4bit else _BYTES[section.dtype]
     per_trained = _BYTES[section.dtype]
     # Per token and layer about 34 bytes a hidden unit are kept for the backward pass at 16 bits (Korthikanti et al.,
-    # arXiv 2205.05198), twice that at 32; the head keeps one chunk of float32 logits and its gradient.
+    # arXiv 2205.05198), twice that at 32; the head keeps float32 logits and their gradient, all or a chunk.
     kept = micro_batch_tokens * config.num_hidden_layers * config.hidden_size * 34 * per_trained / 2
     return Estimate(
         selection=selection,
         weights=selection.total * per_weight,
         training=selection.trained * 3 * per_trained,
         reference=selection.trained * per_trained if has_reference and lora is None else 0.0,
-        activations=kept + 2 * 4 * CHUNK * config.vocab_size,
+        activations=kept + 2 * 4 * max(CHUNK * config.vocab_size, KEPT),
     )
+
+
+def most_tokens(table: TokenTable, examples: int, layout: LayoutSection) -> int:
+    """Return how many tokens are fed at a time, at most.
+
+    Args:
+        table: What is trained on.
+        examples: In a micro-batch.
+        layout: How they are fed.
+    """
+    if layout.kind == "padded":
+        return examples * table.completions * table.longest
+    return min(examples * table.longest_span, max(layout.max_tokens_per_pack, table.longest_span))
 
 
 def _empty_model(section: SftModel, tokenizer: PreTrainedTokenizerBase) -> CausalLM:

@@ -1,11 +1,12 @@
-"""Metrics as sums and counts, so that means over micro-batches, steps and ranks are exact."""
+"""Metrics as sums and counts, so that means over packs, micro-batches, steps and ranks are exact; and bad losses."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from bfpo.errors import TrainingError
 from bfpo.losses import PairLogps, PairLoss
 from bfpo.pairs import CELLS
 
@@ -42,6 +43,38 @@ class MetricSums:
             name: None if count == 0 else total / count
             for name, (total, count) in zip(names, totals.tolist(), strict=True)
         }
+
+
+class LossWatch:
+    """Looks for losses that aren't finite, once for all packs of a micro-batch: each look waits for the device."""
+
+    def __init__(self) -> None:
+        self._row_ids: list[str] = []
+        self._losses: list[Tensor] = []
+
+    def add(self, row_ids: Sequence[str], losses: Tensor) -> None:
+        """Remember losses, (n,), with the names of their examples."""
+        self._row_ids += row_ids
+        self._losses.append(losses.detach())
+
+    def stop_unless_finite(self, accelerator: Accelerator, when: str) -> None:
+        """Look at the losses since the last look. Every process must call this equally often.
+
+        Args:
+            accelerator: Of the run.
+            when: For the message.
+
+        Raises:
+            TrainingError: On every process, if a loss of any process isn't finite.
+        """
+        bad = ~torch.isfinite(torch.cat(self._losses))
+        row_ids, self._row_ids, self._losses = self._row_ids, [], []
+        if accelerator.reduce(bad.any().to(torch.float32), reduction="sum") > 0:
+            rows = [row_id for row_id, is_bad in zip(row_ids, bad.tolist(), strict=True) if is_bad]
+            mine = f"rows {', '.join(rows)}" if rows else "rows of another process"
+            raise TrainingError(
+                f"{when}: the loss is not finite for {mine}; lower the learning rate, or look at these rows"
+            )
 
 
 def pair_metrics(

@@ -21,6 +21,7 @@ from bfpo.training.callbacks import LiveLine, MetricsFile
 from bfpo.training.card import model_card
 from bfpo.training.checkpoints import StopOnSignal
 from bfpo.training.manifest import git_revision, hardware, versions
+from bfpo.training.stream_trainer import StreamTrainer
 
 
 def begin_output(out: Path, recipe: Section, *, resuming: bool) -> Path:
@@ -125,6 +126,14 @@ class RunRecord:
             write_text(self._out / "README.md", model_card(self._content, sources, self._out))
             write_json(self._out / "run.json", self._content)
         return self._content
+
+
+def say_layout(trainer: StreamTrainer) -> None:
+    """Tell how tokens are fed, and how that was checked."""
+    # Asked first: it settles the layout, and tells of a fallback itself.
+    check = trainer.packing_check
+    if check is not None:
+        say(f"layout: packed rows of up to {trainer.layout.max_tokens_per_pack:,} tokens; {check}")
 
 
 def save_final(trainer: Trainer, out: Path) -> None:

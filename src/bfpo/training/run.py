@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from bfpo.data.inspect import show_cells, show_samples, show_sources
 from bfpo.data.load import Why
 from bfpo.data.prepare import PreparedData, prepare, require_labels
-from bfpo.data.table import Example, PairTable, pair_table
+from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
 from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import DataError, RecipeError
 from bfpo.files import write_json
@@ -21,8 +21,8 @@ from bfpo.pairs import CELLS, PreferencePair
 from bfpo.recipe import SftModel, TrainRecipe
 from bfpo.terminal import counting, say, show_table
 from bfpo.training.arguments import training_arguments
-from bfpo.training.estimate import estimate
-from bfpo.training.output import RunRecord, begin_output, save_final
+from bfpo.training.estimate import estimate, most_tokens
+from bfpo.training.output import RunRecord, begin_output, save_final, say_layout
 from bfpo.training.run_sft import fine_tuned_on_the_spot
 from bfpo.training.start import start_model, start_tokenizer
 from bfpo.training.trainer import BFPOTrainer, require_signals
@@ -55,12 +55,13 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     prepared = prepare(recipe, limit=limit, watch=say)
     select_for(loss, prepared)
     model_section: SftModel = recipe.model
+    cache = Path(str(args.output_dir)).parent / "cache"
     if recipe.model.sft is not None and dry_run:
         model_section = recipe.model.sft.model
     elif recipe.model.sft is not None:
-        model_section = fine_tuned_on_the_spot(recipe, prepared.eval, Path(str(args.output_dir)).parent / "cache")
+        model_section = fine_tuned_on_the_spot(recipe, prepared.eval, cache)
     tokenizer = start_tokenizer(model_section, lambda: texts_of(prepared.train))
-    tables = tokenise(recipe, prepared, tokenizer, loss)
+    tables = tokenise(recipe, prepared, tokenizer, loss, cache=None if dry_run else cache / "tokens")
     show_data(prepared, tables, loss)
     manifest = prepared.manifest()
     if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables.eval:
@@ -78,7 +79,9 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
         train_only=recipe.train_only,
         lora=recipe.lora,
         has_reference=True,
-        micro_batch_tokens=(4 if n_buffer else 2) * args.per_device_train_batch_size * tables.train.longest,
+        micro_batch_tokens=most_tokens(
+            tables.train, (2 if n_buffer else 1) * args.per_device_train_batch_size, recipe.layout
+        ),
     )
     if needed:
         say(str(needed))
@@ -99,10 +102,12 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
         buffer_weight=recipe.buffer_weight,
         peft_config=lora_config(recipe.lora) if recipe.lora else None,
         train_only=recipe.train_only,
+        layout=recipe.layout,
     )
     record = RunRecord("train", recipe, out, trainer)
     say(f"training {trainer.selection}; the reference copies {trainer.reference.bytes / 2**20:,.1f} MiB")
     trainer.start_check = trainer.check_start()
+    say_layout(trainer)
     say(
         f"start check: largest margin {trainer.start_check.largest_margin:g} nats (expected 0), typical completion "
         f"{trainer.start_check.typical_logp:,.0f} nats"
@@ -155,14 +160,19 @@ def select_for(loss: PairLoss, prepared: PreparedData) -> None:
 
 
 def tokenise(
-    recipe: TrainRecipe, prepared: PreparedData, tokenizer: PreTrainedTokenizerBase, loss: PairLoss
+    recipe: TrainRecipe,
+    prepared: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    loss: PairLoss,
+    *,
+    cache: Path | None,
 ) -> Tables:
-    """Tokenise all pairs; what doesn't fit is dropped and counted, up to the recipe's cap.
+    """Tokenise all pairs, or find them in the cache; what doesn't fit is dropped and counted, up to the recipe's cap.
 
     Returns:
         Tables; evaluation pairs of the two streams apart, named `main` and `buffer`.
     """
-    encoder = Encoder(tokenizer, recipe.text)
+    encoder = Encoder(tokenizer, recipe.text, cache)
     train: tuple[list[PreferencePair], list[Example]] = ([], [])
     held_out: tuple[list[PreferencePair], list[Example]] = ([], [])
     with counting("tokenising", len(prepared.train) + len(prepared.eval)) as watch:
@@ -181,7 +191,10 @@ def tokenise(
     table = pair_table(train[1], train[0], use_scores=use_scores)
     evals = {}
     for stream in ("main", "buffer"):
-        rows = [index for index, pair in enumerate(held_out[0]) if pair.provenance.stream == stream]
+        of_stream = [index for index, pair in enumerate(held_out[0]) if pair.provenance.stream == stream]
+        rows = sampled_rows(of_stream, recipe.max_eval)
+        if len(rows) < len(of_stream):
+            say(f"evaluating on a sample of {len(rows):,} of {len(of_stream):,} {stream} pairs (max_eval)")
         if rows:
             chosen = [held_out[1][row] for row in rows], [held_out[0][row] for row in rows]
             evals[stream] = pair_table(*chosen, use_scores=use_scores)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from bfpo.data.demonstrations import DemonstrationPart, prepare_demonstrations
 from bfpo.data.inspect import show_samples, show_sources
 from bfpo.data.rows import local_files
-from bfpo.data.table import Example, TokenTable, token_table
+from bfpo.data.table import Example, TokenTable, sampled_rows, token_table
 from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
 from bfpo.files import content_hash, file_hash
 from bfpo.model.lora import add_adapter, lora_config
@@ -18,15 +18,20 @@ from bfpo.pairs import PreferencePair
 from bfpo.recipe import SftModel, SftRecipe, Source, TrainRecipe
 from bfpo.terminal import counting, say
 from bfpo.training.arguments import launched_processes, training_arguments
-from bfpo.training.estimate import estimate
+from bfpo.training.estimate import estimate, most_tokens
 from bfpo.training.manifest import versions
-from bfpo.training.output import RunRecord, begin_output, main_process_renames, save_final
+from bfpo.training.output import RunRecord, begin_output, main_process_renames, save_final, say_layout
 from bfpo.training.sft import SFTTrainer
 from bfpo.training.start import demonstration_texts, start_model, start_tokenizer
 
 
 def run_sft(
-    recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = None, evaluated: frozenset[str] = frozenset()
+    recipe: SftRecipe,
+    *,
+    dry_run: bool = False,
+    limit: int | None = None,
+    evaluated: frozenset[str] = frozenset(),
+    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Fine-tune on completions as a recipe says.
 
@@ -35,6 +40,7 @@ def run_sft(
         dry_run: Stop before any model is loaded or trained; everything else is done and shown.
         limit: Take at most so many completions of each source.
         evaluated: Keys of prompts that must not be trained on.
+        cache: Folder for what later runs may use again; default `cache` beside the output folder.
 
     Returns:
         What `run.json` holds; empty for a dry run.
@@ -47,7 +53,8 @@ def run_sft(
     tokenizer = start_tokenizer(
         recipe.model, lambda: demonstration_texts(item for part in parts for item in part.train)
     )
-    train, held_out = _tokenise(recipe, parts, tokenizer)
+    cache = cache or Path(str(args.output_dir)).parent / "cache"
+    train, held_out = _tokenise(recipe, parts, tokenizer, None if dry_run else cache / "tokens")
     show_sources(part.report for part in parts)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
     needed = estimate(
@@ -56,7 +63,7 @@ def run_sft(
         train_only=recipe.train_only,
         lora=recipe.lora,
         has_reference=False,
-        micro_batch_tokens=args.per_device_train_batch_size * train.longest,
+        micro_batch_tokens=most_tokens(train, args.per_device_train_batch_size, recipe.layout),
     )
     if needed:
         say(str(needed))
@@ -73,9 +80,11 @@ def run_sft(
         held_out,
         tokenizer,
         train_only=recipe.train_only,
+        layout=recipe.layout,
     )
     record = RunRecord("sft", recipe, out, trainer)
     say(f"training {trainer.selection} on {len(train)} completions")
+    say_layout(trainer)
     result = record.train(resume)
     evaluation = trainer.evaluate() if held_out else {}
     save_final(trainer, out)
@@ -118,7 +127,7 @@ def fine_tuned_on_the_spot(recipe: TrainRecipe, evaluated: list[PreferencePair],
         say(f"fine-tuning the model to start from; it will be cached as {folder}")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         trainer = {**sft.trainer, "output_dir": str(unfinished), "resume_from_checkpoint": True}
-        run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=keys)
+        run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=keys, cache=cache)
         main_process_renames(unfinished, folder)
     return recipe.model.model_copy(update={"sft": None, "path": str(folder)})
 
@@ -135,9 +144,9 @@ def _bytes_of(source: Source) -> list[str]:
 
 
 def _tokenise(
-    recipe: SftRecipe, parts: list[DemonstrationPart], tokenizer: PreTrainedTokenizerBase
+    recipe: SftRecipe, parts: list[DemonstrationPart], tokenizer: PreTrainedTokenizerBase, cache: Path | None
 ) -> tuple[TokenTable, TokenTable | None]:
-    encoder = Encoder(tokenizer, recipe.text)
+    encoder = Encoder(tokenizer, recipe.text, cache)
     found: tuple[tuple[list[str], list[Example]], tuple[list[str], list[Example]]] = (([], []), ([], []))
     with counting("tokenising", sum(len(part.train) + len(part.eval) for part in parts)) as watch:
         for part in parts:
@@ -148,4 +157,11 @@ def _tokenise(
             part.report.check_cap(recipe.max_dropped)
     (train_ids, train), (eval_ids, held_out) = found
     check_special_tokens(train, tokenizer)
-    return token_table(train, train_ids), token_table(held_out, eval_ids) if held_out else None
+    if not held_out:
+        return token_table(train, train_ids), None
+    rows = sampled_rows(range(len(held_out)), recipe.max_eval)
+    if len(rows) < len(held_out):
+        say(f"evaluating on a sample of {len(rows):,} of {len(held_out):,} completions (max_eval)")
+    return token_table(train, train_ids), token_table(
+        [held_out[row] for row in rows], [eval_ids[row] for row in rows]
+    )

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from bfpo.data.table import TokenTable
 from bfpo.model.lora import CausalLM
+from bfpo.recipe import LayoutSection
 from bfpo.training.batches import Batch
 from bfpo.training.metrics import MetricSums
 from bfpo.training.stream_trainer import StreamTrainer
@@ -25,6 +26,7 @@ class SFTTrainer(StreamTrainer):
         eval_dataset: The same, to evaluate on.
         processing_class: Saved with checkpoints.
         train_only: Patterns of the parameters to train; None trains all.
+        layout: How tokens are fed; None for packed rows.
         callbacks: As in transformers.
         optimizers: As in transformers.
     """
@@ -38,6 +40,7 @@ class SFTTrainer(StreamTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         train_only: list[str] | None = None,
+        layout: LayoutSection | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -50,6 +53,7 @@ class SFTTrainer(StreamTrainer):
             buffer=np.arange(0),
             processing_class=processing_class,
             train_only=train_only,
+            layout=layout,
             callbacks=callbacks,
             optimizers=optimizers,
         )

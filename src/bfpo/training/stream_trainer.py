@@ -4,6 +4,8 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import cached_property
 from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
@@ -18,9 +20,12 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from bfpo.data.table import TokenTable
 from bfpo.errors import RecipeError, TrainingError
+from bfpo.model.attention import span_attention
+from bfpo.model.layout_check import PackingCheck, settle_layout
 from bfpo.model.logps import add_layout_forward
-from bfpo.model.lora import CausalLM
+from bfpo.model.lora import CausalLM, under_adapter
 from bfpo.model.selective import disable_dropout, select_parameters
+from bfpo.recipe import LayoutSection
 from bfpo.terminal import say
 from bfpo.training.arguments import launched_processes
 from bfpo.training.batches import Batch, Collator, RowNumbers
@@ -28,21 +33,23 @@ from bfpo.training.checkpoints import (
     MARK,
     CompletionMark,
     check_same_run,
-    checkpoint_fault,
-    newest_complete,
+    folder_to_resume,
     start_fingerprint,
     unmark_after,
 )
-from bfpo.training.metrics import MetricSums
+from bfpo.training.metrics import LossWatch, MetricSums
 from bfpo.training.streams import MicroBatches, Rows, StepRows, StreamPlan, WeightedRow, Weights
+
+# Examples on which packed and padded rows are compared before anything is trained.
+CHECKED = 4
 
 
 class StreamTrainer(Trainer, ABC):
     """A `transformers.Trainer` that follows a stream plan. Subclasses say what the loss is.
 
-    Overridden public hooks: `get_train_dataloader`, `get_eval_dataloader`, `compute_loss`, `prediction_step`,
-    `evaluation_loop`, `log`, `floating_point_ops`. Soft-private names in use: `_get_grad_norm` (to count clipped
-    steps) and the class attribute `loss_is_scaled_for_ga`; a test holds both to the installed version.
+    Overridden public hooks: `get_train_dataloader`, `get_eval_dataloader`, `training_step`, `compute_loss`,
+    `prediction_step`, `evaluation_loop`, `log`, `floating_point_ops`. Soft-private names in use: `_get_grad_norm` (to
+    count clipped steps) and the class attribute `loss_is_scaled_for_ga`; a test holds both to the installed version.
 
     Args:
         model: A causal language model; changed in place (dropout off, `requires_grad`, a forward for layouts).
@@ -53,6 +60,7 @@ class StreamTrainer(Trainer, ABC):
         buffer: Rows of the buffer.
         processing_class: Saved with the checkpoints.
         train_only: Patterns of the parameters to train; None trains all.
+        layout: How tokens are fed; None for packed rows. A model that can't be fed them gets padded ones.
         callbacks: As in transformers.
         optimizers: As in transformers.
 
@@ -75,6 +83,7 @@ class StreamTrainer(Trainer, ABC):
         buffer: Rows,
         processing_class: PreTrainedTokenizerBase | None = None,
         train_only: list[str] | None = None,
+        layout: LayoutSection | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -98,10 +107,11 @@ class StreamTrainer(Trainer, ABC):
             # It would replace a bad loss by the average of the good ones.
             args.logging_nan_inf_filter = False
         self.table, self.eval_tables = table, dict(eval_tables)
+        self._policy, self._asked_layout = model, layout or LayoutSection()
         super().__init__(
             model=model,
             args=args,
-            data_collator=Collator(table),
+            data_collator=Collator(table, self._asked_layout),
             train_dataset=RowNumbers(len(main)),
             eval_dataset=self._eval_names(),
             processing_class=processing_class,
@@ -114,7 +124,8 @@ class StreamTrainer(Trainer, ABC):
         self.add_callback(CompletionMark(self.shared_with_a_resumed_run(), keep=args.save_total_limit))
         args.save_total_limit = None
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
-        self._clipped_steps = self._steps_since_log = 0
+        self._watch = LossWatch()
+        self._clipped_steps, self._steps_since_log = torch.zeros((), device=args.device), 0
         self._tokens_since_log, self._last_log = 0, time.monotonic()
 
     def shared_with_a_resumed_run(self) -> dict[str, Any]:
@@ -146,15 +157,8 @@ class StreamTrainer(Trainer, ABC):
             RecipeError: If the checkpoint belongs to another plan.
             TrainingError: If the folder isn't a whole checkpoint, or can't be read.
         """
-        out, folder = Path(str(self.args.output_dir)), None
-        if isinstance(resume_from_checkpoint, str):
-            folder = Path(resume_from_checkpoint)
-            if fault := checkpoint_fault(folder):
-                raise TrainingError(f"{folder} can't be resumed from: {fault}")
-        elif resume_from_checkpoint:
-            folder = newest_complete(out)
-            if folder is None:
-                say(f"no whole checkpoint in {out}: starting at step 0")
+        out = Path(str(self.args.output_dir))
+        folder = folder_to_resume(out, resume_from_checkpoint)
         if folder is None:
             unmark_after(out, 0)
             return super().train(None, trial, ignore_keys_for_eval)
@@ -191,6 +195,25 @@ class StreamTrainer(Trainer, ABC):
 
     # Data.
 
+    @property
+    def packing_check(self) -> PackingCheck | None:
+        """How packed and padded rows compare on the first examples; None if rows are padded."""
+        return self._settled[1]
+
+    @property
+    def layout(self) -> LayoutSection:
+        """How tokens are fed: what was asked for, or padded rows if the model can't be fed packed ones.
+
+        Raises:
+            ModelError: If packed and padded numbers differ where they should not.
+        """
+        return self._settled[0]
+
+    @cached_property
+    def _settled(self) -> tuple[LayoutSection, PackingCheck | None]:
+        examples = [self.table[int(row)] for row in self.plan.main[:CHECKED]]
+        return settle_layout(self._policy, self._asked_layout, examples, longest=self.table.longest)
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the micro-batches of this rank, epoch by epoch, from the step that training has reached."""
         args = self.args
@@ -202,7 +225,7 @@ class StreamTrainer(Trainer, ABC):
             world_size=args.world_size,
             steps_done=lambda: self.state.global_step,
         )
-        return self._loader(RowNumbers(len(self.plan.main)), sampler, Collator(self.table))
+        return self._loader(RowNumbers(len(self.plan.main)), sampler, Collator(self.table, self.layout))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return this rank's share of an evaluation table.
@@ -215,7 +238,7 @@ class StreamTrainer(Trainer, ABC):
         start = self.args.process_index * share
         rows = [WeightedRow(min(row, len(table) - 1), float(row < len(table))) for row in range(start, start + share)]
         batches = [rows[first : first + size] for first in range(0, share, size)]
-        return self._loader(RowNumbers(len(table)), batches, Collator(table))
+        return self._loader(RowNumbers(len(table)), batches, Collator(table, self.layout))
 
     def _eval_names(self) -> Any:
         if list(self.eval_tables) == [""]:
@@ -234,6 +257,25 @@ class StreamTrainer(Trainer, ABC):
 
     # The step.
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Return the loss of a micro-batch, with a backward pass for each of its packs.
+
+        Processes may have different numbers of packs: only the last one's backward pass synchronises gradients, and
+        nothing else waits for another process in between.
+        """
+        packs: list[Batch] = inputs["packs"]
+        losses = []
+        # Backward passes included: a checkpointed layer attends once more there.
+        config = under_adapter(self._policy).get_decoder().config
+        with nullcontext() if self.layout.kind == "padded" else span_attention(config):
+            for pack in packs:
+                with nullcontext() if pack is packs[-1] else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, {"pack": pack}, num_items_in_batch))
+        self._watch.stop_unless_finite(self.accelerator, f"step {self.state.global_step}")
+        return torch.stack(losses).sum()
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -241,10 +283,10 @@ class StreamTrainer(Trainer, ABC):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return this micro-batch's part of the step's loss, scaled for the mean that DDP takes over ranks."""
-        batch: Batch = inputs["batch"].to(self.args.device)
+        """Return a pack's part of the step's loss, scaled for the mean that DDP takes over ranks."""
+        batch: Batch = inputs["pack"].to(self.args.device)
         losses = self.example_losses(model, batch, self._train_sums, training=True)
-        self._stop_unless_finite(losses, batch, f"step {self.state.global_step}")
+        self._watch.add(batch.row_ids, losses)
         loss = (losses * batch.weights).sum() * self.args.world_size
         self._tokens_since_log += batch.layout.useful_tokens
         return (loss, losses) if return_outputs else loss
@@ -257,10 +299,12 @@ class StreamTrainer(Trainer, ABC):
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, None, None]:
         """Add a batch's loss and metrics to the running sums; nothing is gathered batch by batch."""
-        batch: Batch = inputs["batch"].to(self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = self.example_losses(model, batch, self._eval_sums, training=False)
-        self._stop_unless_finite(losses, batch, "evaluation")
+            for pack in inputs["packs"]:
+                batch: Batch = pack.to(self.args.device)
+                losses = self.example_losses(model, batch, self._eval_sums, training=False)
+                self._watch.add(batch.row_ids, losses)
+        self._watch.stop_unless_finite(self.accelerator, "evaluation")
         return None, None, None
 
     def evaluation_loop(
@@ -279,16 +323,6 @@ class StreamTrainer(Trainer, ABC):
         }
         return output._replace(metrics={**(output.metrics or {}), **means})
 
-    def _stop_unless_finite(self, losses: Tensor, batch: Batch, when: str) -> None:
-        bad = ~torch.isfinite(losses.detach())
-        anywhere = self.accelerator.reduce(bad.any().to(torch.float32), reduction="sum")
-        if anywhere > 0:
-            rows = [row_id for row_id, is_bad in zip(batch.row_ids, bad.tolist(), strict=True) if is_bad]
-            mine = f"rows {', '.join(rows)}" if rows else "rows of another process"
-            raise TrainingError(
-                f"{when}: the loss is not finite for {mine}; lower the learning rate, or look at these rows"
-            )
-
     # What a run tells.
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
@@ -297,8 +331,8 @@ class StreamTrainer(Trainer, ABC):
             logs |= {
                 name: mean for name, mean in self._train_sums.means(self.accelerator).items() if mean is not None
             }
-            logs["bfpo/clip_fraction"] = self._clipped_steps / max(self._steps_since_log, 1)
-            self._clipped_steps = self._steps_since_log = 0
+            logs["bfpo/clip_fraction"] = float(self._clipped_steps) / max(self._steps_since_log, 1)
+            self._clipped_steps, self._steps_since_log = torch.zeros_like(self._clipped_steps), 0
             tokens = self.accelerator.reduce(torch.tensor(float(self._tokens_since_log), device=self.args.device))
             logs["tokens_per_second"] = float(tokens) / (time.monotonic() - self._last_log)
             self._tokens_since_log, self._last_log = 0, time.monotonic()
@@ -307,10 +341,10 @@ class StreamTrainer(Trainer, ABC):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         if self.args.max_grad_norm > 0 and norm is not None:
-            self._clipped_steps += int(norm > self.args.max_grad_norm)
+            self._clipped_steps += norm > self.args.max_grad_norm
         self._steps_since_log += 1
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the matrix-multiplication work of a step on useful tokens: 6 per trained weight and token."""
-        return 6 * self.selection.total * int(inputs["batch"].layout.useful_tokens)
+        return 6 * self.selection.total * sum(int(pack.layout.useful_tokens) for pack in inputs["packs"])

@@ -24,7 +24,7 @@ from bfpo.model.logps import check_against_plain_forward
 from bfpo.model.lora import CausalLM, add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
 from bfpo.pairs import PreferencePair
-from bfpo.recipe import Source, TextSection
+from bfpo.recipe import LayoutSection, Source, TextSection
 from bfpo.training.batches import Batch, Collator
 from bfpo.training.metrics import MetricSums, pair_metrics
 from bfpo.training.stream_trainer import StreamTrainer
@@ -40,12 +40,15 @@ class StartCheck(NamedTuple):
 
     Args:
         largest_margin: Largest |margin| between policy and reference, nats; 0 on a CPU.
+        packing_difference: Largest difference between packed and padded log-probabilities of the first pairs, nats;
+            None when rows are padded.
         plain_difference: Largest difference from the log-probabilities of the model's own logits, nats.
         typical_logp: Median log-probability of a completion, nats.
         largest_target: Largest |target| of the loss on these pairs, nats; None when the loss has none.
     """
 
     largest_margin: float
+    packing_difference: float | None
     plain_difference: float
     typical_logp: float
     largest_target: float | None
@@ -80,6 +83,7 @@ class BFPOTrainer(StreamTrainer):
         peft_config: Adapter to put on the model and train; the reference is then the model without it. A model that
             comes with an adapter needs none: the adapter is trained on, and the reference is the adapted model.
         train_only: Patterns of the parameters to train; None trains all.
+        layout: How tokens are fed; None for packed rows, which any model falls back from that can't be fed them.
         text: Length, truncation and chat template for pairs.
         callbacks: As in transformers.
         optimizers: As in transformers.
@@ -107,6 +111,7 @@ class BFPOTrainer(StreamTrainer):
         buffer_weight: float = 1.0,
         peft_config: Any = None,
         train_only: list[str] | None = None,
+        layout: LayoutSection | None = None,
         text: TextSection | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -143,6 +148,7 @@ class BFPOTrainer(StreamTrainer):
             buffer=table.buffer_rows,
             processing_class=processing_class,
             train_only=train_only,
+            layout=layout,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -166,38 +172,42 @@ class BFPOTrainer(StreamTrainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def check_start(self) -> StartCheck:
-        """Compare policy and reference on the first pairs of the plan, as the first step will.
+        """Compare packed and padded rows, then policy and reference, on the first pairs, as the first step will.
 
         On a CPU every margin must be exactly 0. On an accelerator kernels may differ with and without gradients;
         the tolerance there is 1e-3 of the log-probability's size (2e-2 below float32).
 
         Raises:
             TrainingError: If a margin is larger.
-            ModelError: If log-probabilities differ from those of the model's own logits.
+            ModelError: If log-probabilities differ from those of the model's own logits, or packed from padded ones.
         """
         model, args = self.model, self.args
         assert model is not None
         rows = [WeightedRow(int(row), 1.0) for row in self.plan.step(0).main[: args.per_device_train_batch_size]]
-        batch = Collator(self.table)(rows)["batch"].to(args.device)
+        packs = [pack.to(args.device) for pack in Collator(self.table, self.layout)(rows)["packs"]]
         low_precision = args.bf16 or args.fp16 or model.dtype in (torch.bfloat16, torch.float16)
         tolerance = 2e-2 if low_precision else 1e-3
         model.train()
         with self.compute_loss_context_manager():
-            logps = self.pair_logps(model, batch)
+            by_pack = [self.pair_logps(model, pack) for pack in packs]
             first = padded_layout([self.table[rows[0].row]]).to(args.device)
             plain = check_against_plain_forward(model, first, tolerance=tolerance)
-        margin, sizes = logps.margin.detach().abs(), logps.ref_chosen_logps.abs()
+        margin = torch.cat([logps.margin.detach().abs() for logps in by_pack])
+        sizes = torch.cat([logps.ref_chosen_logps.abs() for logps in by_pack])
         if bool((margin > (0.0 if args.device.type == "cpu" else tolerance) * sizes).any()):
             raise TrainingError(
                 f"policy and reference differ before the first step: margins up to {margin.max():.3g} nats, "
                 "expected 0; the model isn't deterministic"
             )
-        target = self.loss.target(logps)
+        targets = [target.abs().max() for logps in by_pack if (target := self.loss.target(logps)) is not None]
         return StartCheck(
             largest_margin=float(margin.max()),
+            packing_difference=self.packing_check.difference if self.packing_check else None,
             plain_difference=plain,
-            typical_logp=float(torch.cat([logps.chosen_logps, logps.rejected_logps]).detach().median()),
-            largest_target=None if target is None else float(target.abs().max()),
+            typical_logp=float(
+                torch.cat([logps for p in by_pack for logps in (p.ref_chosen_logps, p.ref_rejected_logps)]).median()
+            ),
+            largest_target=float(max(targets)) if targets else None,
         )
 
     def shared_with_a_resumed_run(self) -> dict[str, Any]:

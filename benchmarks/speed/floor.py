@@ -1,0 +1,65 @@
+"""The least time a step can take: its useful matrix products at the rate that this machine reaches on them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from bfpo.data.table import PairTable
+
+
+def useful_tokens(table: PairTable, rows: list[int]) -> int:
+    """Return the tokens that must be fed: each prompt once, and all of an answer but its last token."""
+    return sum(prompt + chosen + rejected - 2 for prompt, chosen, rejected in table.lengths[rows].tolist())
+
+
+def useful_flops(model: nn.Module, table: PairTable, rows: list[int], *, selective: bool) -> float:
+    """Return the floating-point operations of a step that no layout can save.
+
+    Weights of the body: 2 a token in each forward pass (policy and reference), 2 for the gradient of the input, 2
+    for that of a weight that is trained. The head: the same, at completion tokens only. Attention: products of
+    queries with keys and of weights with values, for causal pairs of positions within a pair's own tokens.
+
+    Args:
+        model: A Llama-type model.
+        table: Pairs.
+        rows: Those of one step.
+        selective: Whether only `down_proj` is trained.
+    """
+    config = model.config
+    weights = {name: weight.numel() for name, weight in model.get_decoder().layers.named_parameters()}
+    body = sum(count for name, count in weights.items() if "norm" not in name)
+    trained = sum(count for name, count in weights.items() if "down_proj" in name) if selective else body
+    head = config.hidden_size * config.vocab_size
+    scored = int(table.lengths[rows][:, 1:].sum())
+    attended = sum(_causal_pairs(*lengths) for lengths in table.lengths[rows].tolist())
+    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return (
+        (6 * body + 2 * trained) * useful_tokens(table, rows)
+        + (6 if selective else 8) * head * scored
+        # Forward twice (4 a pair of positions and unit of width each), backward once (8).
+        + 16 * width * attended
+    )
+
+
+def _causal_pairs(prompt: int, chosen: int, rejected: int) -> int:
+    pairs = prompt * (prompt + 1) // 2
+    for fed in (chosen - 1, rejected - 1):
+        pairs += fed * prompt + fed * (fed + 1) // 2
+    return pairs
+
+
+def matmul_rate(
+    model: nn.Module, dtype: torch.dtype, timed: Callable[[Callable[[], object]], float], *, tokens: int = 1024
+) -> float:
+    """Return the FLOP/s of matrix products in the shapes of the model's body; the best of three runs of each."""
+    hidden, wide = model.config.hidden_size, model.config.intermediate_size
+    device = next(model.parameters()).device
+    flops = seconds = 0.0
+    for n_in, n_out in ((hidden, hidden), (hidden, wide), (wide, hidden)):
+        left = torch.ones(tokens, n_in, dtype=dtype, device=device)
+        right = torch.ones(n_out, n_in, dtype=dtype, device=device)
+        seconds += min(timed(lambda left=left, right=right: linear(left, right)) for _ in range(3))
+        flops += 2 * tokens * n_in * n_out
+    return flops / seconds

@@ -1,0 +1,210 @@
+"""What is compared: TRL's DPOTrainer and our BFPOTrainer in several settings, each as a function doing one step."""
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
+
+import datasets
+import torch
+import transformers
+import trl
+import trl.trainer.utils
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, TrainingArguments
+from trl import DPOConfig, DPOTrainer
+
+from bfpo import BFPOTrainer
+from bfpo.data.table import PairTable
+from bfpo.losses import BFPO
+from bfpo.model.new import new_tokenizer
+from bfpo.recipe import LayoutSection
+from bfpo.training.batches import Collator
+from bfpo.training.streams import WeightedRow
+
+from .data import MAX_LENGTH
+
+Step = Callable[[list[int]], None]
+
+
+class Shape(NamedTuple):
+    """Size of a Llama-type model."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    feed_forward: int
+    vocabulary: int = 8192
+
+
+SHAPES = {
+    "tiny": Shape(64, 1, 2, 2, 128),
+    "9M": Shape(384, 4, 6, 6, 1536),
+    "9M, vocabulary 32k": Shape(384, 4, 6, 6, 1536, 32000),
+    "25M": Shape(512, 6, 8, 8, 2048),
+    "1B": Shape(2048, 22, 32, 4, 5632, 32000),
+    "7B": Shape(4096, 32, 32, 8, 14336, 32000),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do a step.
+
+    Args:
+        trainer: Whose.
+        precision: Arithmetic: float32; float32 weights under bf16 autocast; or bf16 weights.
+        checkpointing: Recompute activations in the backward pass.
+        selective: Train `down_proj` only.
+        padded: Our padded layout instead of the packed one.
+        compact_head: Force the branch of TRL's head that scores completion tokens only.
+        attention: Attention function of transformers; None is the default.
+    """
+
+    trainer: Literal["trl", "bfpo"]
+    precision: Literal["fp32", "autocast", "bf16"] = "fp32"
+    checkpointing: bool = False
+    selective: bool = False
+    padded: bool = False
+    compact_head: bool = False
+    attention: str | None = None
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """Type of the numbers that are multiplied."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
+
+
+VARIANTS = {
+    "TRL": Variant("trl"),
+    "TRL, its defaults": Variant("trl", precision="autocast", checkpointing=True),
+    "TRL, completion-only head": Variant("trl", compact_head=True),
+    "TRL, selective bf16": Variant("trl", precision="autocast", selective=True),
+    "bfpo, padded": Variant("bfpo", padded=True),
+    "bfpo": Variant("bfpo"),
+    "bfpo, bf16": Variant("bfpo", precision="autocast"),
+    "bfpo, selective bf16": Variant("bfpo", precision="autocast", selective=True),
+    # On a GPU TRL's head scores completion tokens only by itself.
+    "TRL, SDPA": Variant("trl", precision="bf16", checkpointing=True),
+    "TRL, FlashAttention": Variant("trl", precision="bf16", checkpointing=True, attention="flash_attention_2"),
+    "bfpo, checkpointed": Variant("bfpo", precision="bf16", checkpointing=True),
+    "bfpo, not checkpointed": Variant("bfpo", precision="bf16"),
+}
+
+
+def new_model(shape: Shape, variant: Variant) -> PreTrainedModel:
+    """Return the model of a shape with random weights, the same for every variant."""
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        intermediate_size=shape.feed_forward,
+        max_position_embeddings=2 * MAX_LENGTH,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    # On the device where it will be: seven billion random numbers take minutes on a CPU.
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.bfloat16 if variant.precision == "bf16" else torch.float32,
+            attn_implementation=variant.attention,
+        )
+
+
+def make_step(variant: Variant, shape: Shape, table: PairTable, *, batch_size: int) -> tuple[Step, PreTrainedModel]:
+    """Return a function that does a whole optimizer step on some rows of a table, and its model.
+
+    A step is what the trainer does with a batch: collate, `training_step` (reference, policy, backward), clip, AdamW.
+    """
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    model = new_model(shape, variant)
+    build = trl_trainer if variant.trainer == "trl" else bfpo_trainer
+    trainer, collate = build(variant, model, table, batch_size)
+    if variant.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    # As `train()` does. It has to come before the next trainer is made: accelerate's state is one for all of them.
+    trainer.create_optimizer()
+    prepared, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step(rows: list[int]) -> None:
+        with patch.object(trl.trainer.utils, "_use_triton", _always if variant.compact_head else ON_TRITON):
+            trainer.training_step(prepared, collate(rows))
+        trainer.accelerator.clip_grad_norm_(prepared.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        prepared.zero_grad()
+
+    return step, model
+
+
+ON_TRITON = trl.trainer.utils._use_triton
+
+
+def _always(device: torch.device) -> bool:
+    return True
+
+
+def _arguments(variant: Variant, batch_size: int) -> dict[str, Any]:
+    return {
+        "output_dir": tempfile.gettempdir(),
+        "per_device_train_batch_size": batch_size,
+        "bf16": variant.precision == "autocast",
+        # Turned on by `make_step`: outside of `train()` no trainer does it.
+        "gradient_checkpointing": False,
+        "learning_rate": 1e-6,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+    }
+
+
+def bfpo_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int) -> tuple[Any, Any]:
+    """Return our trainer, and a function that collates rows for it."""
+    trainer = BFPOTrainer(
+        model,
+        TrainingArguments(**_arguments(variant, batch_size)),
+        table,
+        loss=BFPO(beta=0.5),
+        train_only=["down_proj"] if variant.selective else None,
+        layout=LayoutSection(kind="padded" if variant.padded else "packed"),
+    )
+    if trainer.layout.kind == "padded" and not variant.padded:
+        raise SystemExit("the packed layout fell back to the padded one: there is nothing to measure")
+    collate = Collator(table, trainer.layout)
+    return trainer, lambda rows: collate([WeightedRow(row, 1 / len(rows)) for row in rows])
+
+
+def trl_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int) -> tuple[Any, Any]:
+    """Return TRL's trainer, and a function that collates rows for it."""
+    datasets.disable_progress_bars()
+    reference = copy.deepcopy(model).requires_grad_(False)
+    if variant.selective:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("down_proj" in name)
+    # TRL tokenises in its constructor; its collator is then given the same tokens as ours.
+    text = ["a text to make a tokenizer from"]
+    trainer = DPOTrainer(
+        model,
+        reference,
+        DPOConfig(**_arguments(variant, batch_size), max_length=MAX_LENGTH),
+        train_dataset=datasets.Dataset.from_dict({"prompt": text, "chosen": text, "rejected": text}),
+        processing_class=new_tokenizer(text, vocab_size=300),
+    )
+
+    def collate(rows: list[int]) -> Any:
+        examples = []
+        for row in rows:
+            prompt, (chosen, rejected) = table[row]
+            ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+            examples.append({name: values.tolist() for name, values in ids.items()})
+        return trainer.data_collator(examples)
+
+    return trainer, collate

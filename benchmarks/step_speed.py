@@ -1,0 +1,189 @@
+"""Measure a training step of BFPOTrainer against one of TRL's DPOTrainer: time, memory, errors.
+
+    python benchmarks/step_speed.py            # about 25 minutes; goes on where it was interrupted
+    python benchmarks/step_speed.py --quick    # under a minute; the last line is the ratio on HH-RLHF
+    python benchmarks/step_speed.py --cuda     # on one GPU, models of 1 and 7 B
+    python benchmarks/step_speed.py --docs     # only make the tables and the plot of docs/performance.md anew
+
+What is measured, and how, is told in docs/performance.md. Real data are looked for in ../shared/data (see --data).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "step_speed.json"
+CUDA_RESULTS = RESULTS.with_name("step_speed_cuda.json")
+DOCS = ROOT / "docs" / "performance.md"
+SEED = 42
+
+PLAIN = ("TRL", "bfpo")
+MAIN = ("TRL", "TRL, completion-only head", "bfpo")
+EVERY = (*MAIN, "bfpo, padded", "TRL, its defaults", "bfpo, bf16", "TRL, selective bf16", "bfpo, selective bf16")
+MEMORY = ("TRL", "TRL, its defaults", "TRL, selective bf16", "bfpo, padded", "bfpo", "bfpo, selective bf16")
+MEMORY_ROUNDS = 3
+EXACTNESS_PAIRS = 8
+
+
+def main() -> None:
+    """Read the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group()
+    for name, text in (
+        ("quick", "HH-RLHF only, a few rounds, nothing written"),
+        ("cuda", "measure on one GPU"),
+        ("docs", "measure nothing, write docs/performance.md from the results"),
+    ):
+        what.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the real data")
+    options = parser.parse_args()
+    if options.docs:
+        from speed.report import update_docs
+
+        update_docs(json.loads(RESULTS.read_text()), DOCS)
+        return
+    if not options.data.is_dir():
+        raise SystemExit(f"--data: there is no folder {options.data}")
+    if options.cuda:
+        measure_on_cuda(options.data)
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also read when torch is loaded: these numbers are a CPU's
+    if options.quick:
+        measure_quickly(options.data)
+    else:
+        measure_all(options.data)
+
+
+def measure_quickly(data: Path) -> None:
+    """Print the ratio of TRL's step to ours on HH-RLHF, 4 pairs, the 9 M model."""
+    from speed.data import make_pairs
+    from speed.measure import Group, measure_together
+    from speed.report import ratios, show_interval, speed_table
+
+    group = Group("hh", "9M", 4, PLAIN, rounds=3)
+    result = measure_together(group, make_pairs(group.data, data, count=group.pairs, seed=SEED))
+    print(speed_table(result))
+    print(f"{group.name}: {show_interval(ratios(result, 'TRL', 'bfpo'))} x as fast as TRL")
+
+
+def measure_all(data: Path) -> None:
+    """Measure every group that the results file lacks, and write it after each."""
+    from speed.data import make_pairs
+    from speed.exactness import largest_errors
+    from speed.measure import Group, in_fresh_process, measure_memory, measure_together
+    from speed.variants import SHAPES
+
+    groups = (
+        Group("hh", "9M", 4, EVERY, rounds=7),
+        Group("xstest", "9M", 4, EVERY, rounds=5),
+        Group("hh", "9M", 8, MAIN, rounds=5),
+        Group("hh", "25M", 4, MAIN, rounds=5),
+        Group("hh", "9M, vocabulary 32k", 4, MAIN, rounds=3),
+        Group("alpaca", "9M", 4, MAIN, rounds=4),
+        Group("ultrafeedback", "9M", 4, MAIN, rounds=4),
+        Group("pku", "9M", 4, MAIN, rounds=5),
+        Group("hh", "9M", 4, PLAIN, rounds=7, keeps_memory=False),
+        Group("xstest", "9M", 4, PLAIN, rounds=5, keeps_memory=False),
+        Group("hh", "9M", 8, PLAIN, rounds=3, keeps_memory=False),
+        Group("hh", "25M", 4, PLAIN, rounds=3, keeps_memory=False),
+    )
+    results = begun(RESULTS, "python benchmarks/step_speed.py")
+    for group in groups:
+        if group.name not in results["groups"]:
+            table = make_pairs(group.data, data, count=group.pairs, seed=SEED)
+            write(RESULTS, results, "groups", group.name, in_fresh_process(measure_together, group, table))
+    for group in groups[:2]:
+        if group.name not in results["memory"]:
+            group = replace(group, variants=MEMORY, rounds=MEMORY_ROUNDS)
+            table = make_pairs(group.data, data, count=group.pairs, seed=SEED)
+            write(RESULTS, results, "memory", group.name, measure_memory(group, table))
+        if group.name not in results["exactness"]:
+            table = make_pairs(group.data, data, count=EXACTNESS_PAIRS, seed=SEED)
+            errors = largest_errors(SHAPES[group.shape], table, list(range(EXACTNESS_PAIRS)))
+            write(RESULTS, results, "exactness", group.name, errors)
+
+
+def measure_on_cuda(data: Path) -> None:
+    """Measure the groups that fit on the GPU, and print them."""
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    if not torch.cuda.is_available():
+        raise SystemExit("--cuda: PyTorch sees no GPU here; the CPU numbers need no option")
+    from speed.data import make_pairs
+    from speed.measure import Group, measure_in_turn
+    from speed.report import speed_table, utilisation
+
+    theirs = ("TRL, SDPA", *(["TRL, FlashAttention"] if is_flash_attn_2_available() else []))
+    variants = (*theirs, "bfpo, checkpointed", "bfpo, not checkpointed")
+    groups = [
+        Group(name, shape, 8, variants, rounds=10, selective=selective, needs_gib=needs_gib)
+        for shape, selective, needs_gib in (("1B", False, 40), ("7B", True, 75), ("7B", False, 130))
+        for name in ("hh", "ultrafeedback")
+    ]
+    device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+    results = begun(CUDA_RESULTS, "python benchmarks/step_speed.py --cuda")
+    for group in groups:
+        if group.needs_gib > memory:
+            print(f"{group.name}: left out, it needs {group.needs_gib} GiB and the GPU has {memory:.0f}")
+            continue
+        if group.name not in results["groups"]:
+            table = make_pairs(group.data, data, count=group.pairs, seed=SEED)
+            write(CUDA_RESULTS, results, "groups", group.name, measure_in_turn(group, table))
+        result = results["groups"][group.name]
+        print(f"\n{group.name}\n{speed_table(result)}")
+        for name, peak in result["peak_mib"].items():
+            print(
+                f"{name}: {utilisation(result, name, device)} of the GPU's data sheet, peak {peak:,} MiB above static"
+            )
+
+
+def begun(path: Path, command: str) -> dict[str, Any]:
+    """Return the results that a file holds if they were measured on the same code and machine, else empty ones."""
+    from bfpo.training.manifest import hardware, versions
+
+    head = {
+        "command": command,
+        "seed": SEED,
+        "source": source_revision(),
+        "versions": versions() | {"trl": version("trl")},
+        "hardware": hardware(),
+    }
+    if path.exists():
+        results = json.loads(path.read_text())
+        if {key: results.get(key) for key in head} == head:
+            return results
+        print(f"{path.name} was measured on other code or another machine: starting anew")
+    return head | {"groups": {}, "memory": {}, "exactness": {}}
+
+
+def source_revision() -> str:
+    """Return the last commit that touched `src`, with `+changes` if there are any since."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    return git("log", "-1", "--format=%H", "--", "src") + ("+changes" if git("status", "--porcelain", "src") else "")
+
+
+def write(path: Path, results: dict[str, Any], part: str, name: str, measured: Any) -> None:
+    """Add what was measured to the results and write them."""
+    from bfpo.files import write_json
+
+    results[part][name] = measured
+    write_json(path, results)
+    print(f"{part}: {name}: written to {path.name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The step benchmark: what it counts, what it runs, and that the docs say what its results file holds."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bfpo.files import write_json
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "step_speed.py"
+
+
+@pytest.fixture(autouse=True)
+def beside_the_script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads((ROOT / "benchmarks/results/step_speed.json").read_text())
+
+
+def profile_pairs(count):
+    from speed.data import PROFILES, synthetic_pairs
+
+    return synthetic_pairs(PROFILES["pku"], count, np.random.default_rng(0))
+
+
+def test_docs_are_what_the_results_give(results):
+    from speed.report import with_results
+
+    page = (ROOT / "docs/performance.md").read_text()
+    assert with_results(page, results) == page
+
+
+def test_a_slower_step_misses_its_target(results):
+    from speed.report import HH, targets_table
+
+    slower = copy.deepcopy(results)
+    seconds = slower["groups"][HH]["seconds"]
+    # Half of what is demanded: 3.8 times as fast.
+    seconds["bfpo"] = [theirs / 1.9 for theirs in seconds["TRL"]]
+    line = next(line for line in targets_table(slower).splitlines() if "≥ 3.8" in line)
+    assert "| 1.90 (1.90 to 1.90), n = 7 | missed by 50% |" in line
+
+
+def test_useful_work_by_hand():
+    from speed.floor import useful_flops, useful_tokens
+    from speed.variants import SHAPES, VARIANTS, new_model
+
+    table, shape = profile_pairs(3), SHAPES["tiny"]
+    model = new_model(shape, VARIANTS["bfpo"])
+    tokens = scored = attended = 0
+    for prompt, (chosen, rejected) in (table[0], table[2]):
+        for fed, own in ((len(prompt), 0), (len(chosen) - 1, len(prompt)), (len(rejected) - 1, len(prompt))):
+            tokens += fed
+            attended += sum(own + place + 1 for place in range(fed))
+        scored += len(chosen) + len(rejected)
+    mlp = shape.hidden * shape.feed_forward
+    body, head = 4 * shape.hidden**2 + 3 * mlp, shape.hidden * shape.vocabulary
+    assert useful_tokens(table, [0, 2]) == tokens
+    full = 8 * body * tokens + 8 * head * scored + 16 * shape.hidden * attended
+    assert useful_flops(model, table, [0, 2], selective=False) == full
+    selective = (6 * body + 2 * mlp) * tokens + 6 * head * scored + 16 * shape.hidden * attended
+    assert useful_flops(model, table, [0, 2], selective=True) == selective
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+def test_both_trainers_step_on_the_same_batches(monkeypatch):
+    pytest.importorskip("trl")
+    import trl.trainer.utils
+    from speed.measure import Group, measure_together
+    from speed.variants import SHAPES
+
+    monkeypatch.setitem(SHAPES, "toy", SHAPES["tiny"]._replace(hidden=16, feed_forward=16, vocabulary=8192))
+    asked = trl.trainer.utils._use_triton
+    variants = ("TRL, completion-only head", "bfpo, padded", "bfpo")
+    group = Group("pku", "toy", 2, variants, rounds=2, keeps_memory=False)
+    table = profile_pairs(4)
+    result = measure_together(group, table)
+    assert trl.trainer.utils._use_triton is asked  # the head is forced within a step only
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in result["seconds"].values())
+    fed = [max(prompt + max(answers) for prompt, *answers in table.lengths[[2 * r, 2 * r + 1]]) for r in range(2)]
+    assert result["padded_slots"] == [4 * longest for longest in fed]
+    assert result["useful_flops"]["bfpo"] == result["useful_flops"]["TRL, completion-only head"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["TRL", "TRL, completion-only head"])
+def test_the_forced_head_scores_completion_tokens_only(name, monkeypatch):
+    pytest.importorskip("trl")
+    from speed.variants import SHAPES, VARIANTS, make_step
+
+    table, scored, mm = profile_pairs(2), set(), torch.mm
+
+    def counting(states, weight, **options):
+        scored.add(len(states))
+        return mm(states, weight, **options)
+
+    step, _ = make_step(VARIANTS[name], SHAPES["tiny"], table, batch_size=2)
+    monkeypatch.setattr(torch, "mm", counting)  # the head calls it by name, the body doesn't
+    step([0, 1])
+    slots = 4 * (int((table.lengths[:, :1] + table.lengths[:, 1:]).max()) - 1)
+    completion_tokens = int(table.lengths[:, 1:].sum())
+    assert scored == {completion_tokens if VARIANTS[name].compact_head else slots}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_memory_counts_the_gradients():
+    pytest.importorskip("trl")
+    from speed.measure import Group, measure_memory
+    from speed.variants import SHAPES
+
+    group = Group("pku", "9M", 2, ("bfpo",), rounds=1)
+    memory = measure_memory(group, profile_pairs(2))["bfpo"]
+    shape = SHAPES["9M"]
+    weights = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.feed_forward)
+    weights += 2 * shape.hidden * shape.vocabulary
+    assert memory["peak_mib"] > 4 * weights / 2**20  # one float32 a weight
+    assert memory["static_mib"] > 4 * 4 * weights / 2**20  # policy, reference, two moments
+
+
+def test_interrupted_results_go_on_and_others_do_not(tmp_path, capsys):
+    import step_speed
+
+    path = tmp_path / "results.json"
+    results = step_speed.begun(path, "command")
+    step_speed.write(path, results, "groups", "one", {"seconds": {}})
+    assert step_speed.begun(path, "command")["groups"] == {"one": {"seconds": {}}}
+    write_json(path, results | {"source": "another commit"})
+    assert step_speed.begun(path, "command")["groups"] == {}
+    assert "starting anew" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_is_refused_without_a_gpu(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--cuda", "--data", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "PyTorch sees no GPU here" in run.stderr
