@@ -14,14 +14,16 @@ SOURCE = Path(__file__).parents[1] / "src" / "bfpo"
 
 # A package may import those left of it in this list, and its own modules.
 LAYERS = [
-    ("errors", "files"),
+    ("errors",),
+    ("files",),
     ("pairs",),
     ("protocols",),
     ("labeling", "recipe", "terminal"),
     ("recipe_reading",),
     ("losses", "theory"),
     ("data",),
-    ("stages", "evaluation"),
+    ("stages",),
+    ("evaluation",),
     ("model", "report"),
     ("training", "generation"),
     ("testbed",),
@@ -31,7 +33,19 @@ LAYERS = [
 ]
 # Of the data, a model knows only what a tokenised example is.
 MODEL_KNOWS = "bfpo.data.table"
-WITHOUT_TORCH = ("errors", "files", "pairs", "labeling", "recipe", "protocols", "recipe_reading", "stages", "terminal", "theory", "cli")
+WITHOUT_TORCH = (
+    "errors",
+    "files",
+    "pairs",
+    "protocols",
+    "labeling",
+    "recipe",
+    "recipe_reading",
+    "stages",
+    "terminal",
+    "theory",
+    "cli",
+)
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

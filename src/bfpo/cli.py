@@ -79,6 +79,62 @@ def chat(
     talk(checkpoint, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("runs/quickstart"),
+    method: Annotated[str, typer.Option(help="bfpo, or one to see beside it: a key of testbed METHODS.")] = "bfpo",
+    seed: Annotated[int, typer.Option(min=0, help="Of the world, the base model and the training.")] = 0,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """See in two minutes on a CPU, without any download, what BFPO does."""
+    from bfpo.testbed.quickstart import quickstart as run
+
+    run(out, method=method, seed=seed)
+    if open_page:
+        typer.launch((out / "report.html").resolve().as_uri())
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a model or an adapter.", show_default=False)],
+    prompts: Annotated[str, typer.Argument(help="prompts.jsonl, a table with a prompt column, or a .txt file.")],
+    out: Annotated[Path, typer.Option(help="File of completions; one begun earlier is continued.")] = Path(
+        "completions.jsonl"
+    ),
+    samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Probability mass that is kept.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(help="With a prompt's id and the sample's number it fixes an answer.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Answer prompts with a checkpoint, into a file of completions."""
+    from bfpo.protocols import Sampling
+    from bfpo.stages import generate_completions, read_prompt_file
+    from bfpo.terminal import say
+
+    sampling = Sampling(samples, temperature, top_p, max_new_tokens, seed)
+    asked = read_prompt_file(prompts)
+
+    from bfpo.generation.in_process import load_engine
+
+    found = generate_completions(load_engine(checkpoint, sampling, dtype=dtype), asked, out, samples=samples)
+    cut = sum(completion.finish_reason == "length" for completion in found)
+    say(f"{len(found)} completions of {len(asked)} prompts in {out}; {cut} were cut at {max_new_tokens} tokens")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs, the one before first.")],
+    out: Annotated[Path, typer.Option(help="Folder to write report.html into.")] = Path("."),
+) -> None:
+    """Draw the page of evaluated runs: report.html, pareto.svg and tables."""
+    from bfpo.report.html import write_report
+    from bfpo.terminal import say
+
+    say(str(write_report(out, runs)))
+
+
 @data_app.command("inspect")
 def inspect_data(
     sources: Annotated[

@@ -76,7 +76,7 @@ class DataRecipe(Section):
 class NewModel(Section):
     """A randomly initialised Llama-type model with its own tokenizer, for places without a hub."""
 
-    shape: Literal["tiny", "small", "base"] = "tiny"
+    shape: Literal["nano", "tiny", "small", "base"] = "tiny"
     """Size: `bfpo.model.new.SHAPES` has the numbers."""
     vocab_size: Annotated[int, Field(ge=300)] = 4096
     """Entries of the byte-level BPE tokenizer."""

@@ -6,15 +6,34 @@ Only the first process of a distributed run says anything.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_log: ContextVar[Console | None] = ContextVar("log", default=None)
+
+
+@contextmanager
+def lines_into(path: Path) -> Iterator[None]:
+    """Send lines and tables to the end of a file instead of the terminal; progress bars stay where they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        token = _log.set(Console(file=file, highlight=False, soft_wrap=True))
+        try:
+            yield
+        finally:
+            _log.reset(token)
+
 
 def console(*, stderr: bool = False) -> Console:
     """Return the console of this process; it is silent on all but the first process."""
+    log = _log.get()
+    if log is not None and not stderr:
+        return log
     return Console(stderr=stderr, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False, soft_wrap=True)
 
 

@@ -26,6 +26,7 @@ class Shape(NamedTuple):
 
 
 SHAPES: dict[str, Shape] = {
+    "nano": Shape(hidden=64, layers=2, heads=4, feed_forward=192),
     "tiny": Shape(hidden=128, layers=2, heads=4, feed_forward=384),
     "small": Shape(hidden=256, layers=4, heads=4, feed_forward=768),
     "base": Shape(hidden=512, layers=8, heads=8, feed_forward=1536),
