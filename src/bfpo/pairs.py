@@ -254,9 +254,14 @@ def prompt_key(text: str) -> str:
 
 def conversation_key(prompt: Conversation) -> str:
     """Return the key of a conversation; one with a single turn has the key of its text."""
+    return prompt_key(conversation_text(prompt))
+
+
+def conversation_text(prompt: Conversation) -> str:
+    """Return a conversation as text: what was said, and by whom where there is more than one turn."""
     if len(prompt) == 1:
-        return prompt_key(prompt[0].content)
-    return prompt_key("\n".join(f"{role}: {content}" for role, content in prompt))
+        return prompt[0].content
+    return "\n".join(f"{role}: {content}" for role, content in prompt)
 
 
 _LABEL_WORDS: Mapping[str, bool] = {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from bfpo.errors import DataError
-from bfpo.pairs import parse_label
+from bfpo.pairs import as_messages, conversation_text, parse_label
 from bfpo.recipe import Source
 
 _SUFFIXES = ("json", "jsonl", "csv", "parquet")
@@ -109,7 +109,7 @@ def read_prompts(path: str) -> Iterator[str]:
         if column is None:
             raise DataError(f"{row.where}: no column 'prompt', 'instruction', 'question' or 'goal'")
         try:
-            yield row.text(column)
+            yield conversation_text(as_messages(row.value(column), column))
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None
 
