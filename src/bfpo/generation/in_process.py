@@ -117,17 +117,23 @@ class TransformersEngine:
         padding = self._ends[0] if padding is None else padding
         inputs = torch.tensor([[padding] * (width - len(one)) + one for one in ids], device=device)
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in ids], device=device)
-        output = self.model.generate(
-            inputs,
-            attention_mask=mask,
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=self.sampling.max_new_tokens,
-                eos_token_id=self._ends,
-                pad_token_id=padding,
-            ),
-            logits_processor=self._processors([(prompt.prompt_id, sample) for prompt, sample in wanted]),
+        # transformers fills what a given config leaves open from the model's own (a repetition penalty, top-k):
+        # so the model's own is replaced while it answers.
+        own = self.model.generation_config
+        self.model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=self.sampling.max_new_tokens,
+            eos_token_id=self._ends,
+            pad_token_id=padding,
         )
+        try:
+            output = self.model.generate(
+                inputs,
+                attention_mask=mask,
+                logits_processor=self._processors([(prompt.prompt_id, sample) for prompt, sample in wanted]),
+            )
+        finally:
+            self.model.generation_config = own
         assert isinstance(output, Tensor)
         return [
             self._completion(prompt, sample, one, new)

@@ -6,7 +6,7 @@ from typing import Any
 
 from bfpo.recipe import TrainRecipe
 
-STEPS, PAIRS_PER_STEP = 100, 32
+STEPS, PAIRS_PER_STEP = 200, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Method:
 
     title: str
     loss: dict[str, Any]
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     buffer: bool = True
 
 
@@ -65,9 +65,9 @@ def train_recipe(method: Method, *, world: Path, base: Path, out: Path, seed: in
                 "warmup_steps": 0.1,
                 "per_device_train_batch_size": PAIRS_PER_STEP * (1 if method.buffer else 2),
                 "max_steps": steps,
-                "save_steps": 25,
+                "save_steps": 50,
                 "save_total_limit": 1,
-                "logging_steps": 5,
+                "logging_steps": 10,
                 "seed": seed,
                 "use_cpu": True,
                 "resume_from_checkpoint": True,

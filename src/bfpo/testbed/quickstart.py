@@ -110,7 +110,7 @@ def make_base(out: Path, *, seed: int) -> None:
     }
     new = {"new": {"shape": "nano", "vocab_size": 2048, "seed": seed}}
     stages = (
-        ("pretraining", new, 4e-3, 400),
+        ("pretraining", new, 4e-3, 900),
         ("base", {"path": str(out / "pretraining")}, 1e-3, 100),
     )
     for name, model, learning_rate, steps in stages:

@@ -69,7 +69,7 @@ class WorldOptions(Section):
     """Share of harmful prompts in the helpfulness set; all its answers are assumed safe."""
     base_compliance: Rate = 0.6
     """Share of harmful requests that the base model is taught to answer."""
-    pretraining: Count = 6000
+    pretraining: Count = 12000
     """Clean demonstrations."""
     fine_tuning: Count = 3200
     """Imperfect demonstrations."""
