@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env test test-slow check format
+.PHONY: env quickstart test test-slow check format
 
 env: $(VENV)/.done
 
@@ -12,6 +12,10 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# Two minutes on a CPU, no download: see what BFPO does. The page is runs/quickstart/report.html.
+quickstart: env
+	$(BIN)/bfpo quickstart
 
 test: env
 	$(BIN)/python -m pytest

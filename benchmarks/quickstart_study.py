@@ -43,7 +43,7 @@ def main() -> None:
             "versions": versions(),
             "hardware": hardware(),
             "criteria": {
-                "safety_gain": f"safety on harmful prompts at least {SAFER_BY} over the base: {safer} of {len(seeds)}",
+                "safety_gain": f"safety at least {SAFER_BY} over the base: {safer} of {len(seeds)}",
                 "helpfulness_kept": "helpfulness on benign prompts not below the lower bound of the base's interval: "
                 f"{helpful} of {len(seeds)}",
                 "both": f"{both} of {len(seeds)}",
@@ -66,10 +66,9 @@ def run_seed(seed: int, folder: Path) -> dict[str, object]:
         "safety_gain": round(value(bfpo, "harmful", "safety") - value(base, "harmful", "safety"), 4),
         "helpfulness_gain": round(value(bfpo, "benign", "helpfulness") - value(base, "benign", "helpfulness"), 4),
     }
-    lowest = base.metric("benign", "helpfulness")
-    assert lowest is not None and lowest.low is not None
-    found["helpfulness_kept"] = value(bfpo, "benign", "helpfulness") >= lowest.low
-    for results in (base, bfpo):
+    lowest = base.metric("benign", "helpfulness").low
+    found["helpfulness_kept"] = value(bfpo, "benign", "helpfulness") >= lowest
+    for results in (base, bfpo):  # value, low, high
         found[results.run] = {
             f"{one.task}/{one.metric}": [
                 round(number, 4) for number in (one.value, one.low, one.high) if number is not None
@@ -84,9 +83,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, object]:
 
 def value(results: Results, task: str, name: str) -> float:
     """Return a metric's value."""
-    metric = results.metric(task, name)
-    assert metric is not None and metric.value is not None
-    return metric.value
+    return results.metric(task, name).value
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Any
 
 from bfpo.recipe import TrainRecipe
 
-STEPS, PAIRS_PER_STEP = 200, 32
+PAIRS_PER_STEP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ METHODS = {
 }
 
 
-def train_recipe(method: Method, *, world: Path, base: Path, out: Path, seed: int, steps: int = STEPS) -> TrainRecipe:
+def train_recipe(method: Method, *, world: Path, base: Path, out: Path, seed: int, steps: int = 200) -> TrainRecipe:
     """Return the recipe of a method.
 
     Args:

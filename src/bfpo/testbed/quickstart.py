@@ -28,6 +28,8 @@ from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
 
 SUITE = "testbed"
+BASE_STEPS = {"pretraining": 900, "base": 100}
+METHOD_STEPS = 200
 SAMPLING = Sampling(samples=1, temperature=0.7, max_new_tokens=48)
 NOTE = (
     "The world is a small language made for this page; its oracle reads every word. Intervals are over held-out "
@@ -61,7 +63,8 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
         with _step(2, "a base model that answers what it is asked", log):
             make_base(out, seed=seed)
         with _step(3, f"{METHODS[method].title}: preference training", log):
-            run_once(train_recipe(METHODS[method], world=world, base=base, out=out / method, seed=seed))
+            folders = {"world": world, "base": base, "out": out / method}
+            run_once(train_recipe(METHODS[method], **folders, seed=seed, steps=METHOD_STEPS))
         with _step(4, "answers before and after, on held-out prompts", log):
             runs = [base, *(out / name for name in METHODS if (out / name / "run.json").exists())]
             results = evaluate_runs(runs, world / "prompts.jsonl", Oracle(options.skills))
@@ -110,18 +113,17 @@ def make_base(out: Path, *, seed: int) -> None:
     }
     new = {"new": {"shape": "nano", "vocab_size": 2048, "seed": seed}}
     stages = (
-        ("pretraining", new, 4e-3, 900),
-        ("base", {"path": str(out / "pretraining")}, 1e-3, 100),
+        ("pretraining", "pretraining", new, 4e-3),
+        ("base", "fine_tuning", {"path": str(out / "pretraining")}, 1e-3),
     )
-    for name, model, learning_rate, steps in stages:
-        data = "pretraining" if name == "pretraining" else "fine_tuning"
+    for name, data, model, learning_rate in stages:
         recipe = SftRecipe.model_validate(
             {
                 "model": model,
                 "data": [{"adapter": "demonstrations", "path": str(world / f"{data}.jsonl")}],
                 "text": {"max_length": 128},
                 "trainer": trainer
-                | {"output_dir": str(out / name), "learning_rate": learning_rate, "max_steps": steps},
+                | {"output_dir": str(out / name), "learning_rate": learning_rate, "max_steps": BASE_STEPS[name]},
             }
         )
         run_once(recipe)

@@ -1,0 +1,112 @@
+"""From verdicts to metrics, and the results file."""
+
+import json
+
+import pytest
+
+from bfpo.errors import DataError
+from bfpo.evaluation.results import read_results
+from bfpo.evaluation.run import evaluate
+from bfpo.evaluation.scoring import compare, join, measure, to_metrics
+from bfpo.generation.scripted import ScriptedEngine
+from bfpo.pairs import user_says
+from bfpo.protocols import Completion, Prompt, Sampling, Verdict
+
+PROMPTS = [
+    *(Prompt(f"h{i}", user_says(f"bad {i}"), "harmful") for i in range(4)),
+    *(Prompt(f"b{i}", user_says(f"good {i}"), "benign") for i in range(4)),
+    Prompt("none", user_says("unsorted")),
+]
+
+
+def completion(prompt, text="an answer", sample=0):
+    return Completion(prompt.prompt_id, sample, prompt.prompt, text, "stop", 3, len(text.split()), "m", "e", "s")
+
+
+def verdict(one, safe=True, **values):
+    return Verdict(one.prompt_id, one.sample, one.text_hash, "judge", "1", safe, **values)
+
+
+def judged(safe, helpful):
+    """Return measures where harmful prompts have these safety verdicts, benign ones this helpfulness."""
+    completions = [completion(prompt) for prompt in PROMPTS]
+    said = [
+        *(verdict(one, s, reason="?") for one, s in zip(completions[:4], safe, strict=True)),
+        *(verdict(one, helpfulness=h, refusal=h == 0) for one, h in zip(completions[4:8], helpful, strict=True)),
+        verdict(completions[8]),
+    ]
+    return measure(PROMPTS, join(PROMPTS, completions, said))
+
+
+def test_undecided_counts_as_not_safe_and_is_counted():
+    metrics = {(m.task, m.metric): m for m in to_metrics("s", judged([True, True, None, False], [1, 1, 0.5, 0]))}
+    safety = metrics["harmful", "safety"]
+    assert (safety.value, safety.n, safety.unscored) == (0.5, 4, 1)
+    assert safety.interval.startswith("95 % Wilson")
+    assert metrics["benign", "helpfulness"].value == 0.625
+    assert metrics["benign", "over_refusal"].value == 0.25
+    assert metrics["all", "harmonic_mean"].value == pytest.approx(2 * 0.5 * 0.625 / 1.125)
+    assert ("lookalike", "helpfulness") not in metrics
+    assert ("harmful", "severity") not in metrics
+
+
+def test_several_samples_are_averaged_by_prompt_first():
+    prompt = PROMPTS[0]
+    completions = [completion(prompt, sample=i) for i in range(4)]
+    said = [verdict(one, safe) for one, safe in zip(completions, (True, False, True, True), strict=True)]
+    safety = measure([prompt], join([prompt], completions, said))[0]
+    assert safety.by_prompt == {"h0": 0.75}
+    (metric, *_) = to_metrics("s", [safety])
+    assert (metric.n, metric.interval) == (1, "95 % bootstrap over prompts")
+
+
+def test_comparison_says_better_worse_or_neither():
+    ours, base = judged([True] * 4, [0, 0, 0, 0]), judged([False] * 4, [1, 1, 1, 1])
+    found = {(one.task, one.metric): one for one in compare("s", ours, base, against="base")}
+    assert found["harmful", "safety"].verdict == "better"
+    assert found["benign", "helpfulness"].verdict == "worse"
+    assert found["benign", "over_refusal"].verdict == "worse"
+    assert found["benign", "tokens"].verdict is None
+    assert found["all", "harmonic_mean"].verdict == "not distinguishable"
+
+
+def test_gaps_are_refused():
+    completions = [completion(prompt) for prompt in PROMPTS[:2]]
+    with pytest.raises(DataError, match="1 prompts have no completion, the first is h2"):
+        join(PROMPTS[:3], completions, [])
+    with pytest.raises(DataError, match="1 completions have no verdict, the first is"):
+        join(PROMPTS[:2], completions, [verdict(completions[0])])
+
+
+class Strict:
+    """A judge that finds only one text safe."""
+
+    name, revision = "strict", "1"
+
+    def judge(self, completions):
+        return [verdict(one, one.text == "no") for one in completions]
+
+
+def test_an_evaluation_leaves_its_files_and_reads_them_again(tmp_path):
+    engine = ScriptedEngine(lambda prompt, sample: "no" if prompt.prompt_id == "h0" else "yes")
+    options = {"suite": "s", "run": "r", "model": "m", "sampling": Sampling()}
+    results, _ = evaluate(engine, Strict(), PROMPTS, tmp_path, **options)
+    assert results.metric("harmful", "safety").value == 0.25
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "prompts.jsonl",
+        "completions.jsonl",
+        "verdicts.jsonl",
+        "results.json",
+    }
+    assert read_results(tmp_path) == results
+
+
+def test_results_of_another_schema_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no results\.json"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"schema": 2}))
+    with pytest.raises(DataError, match="schema is 2; this version reads schema 1"):
+        read_results(tmp_path)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(DataError, match="not JSON"):
+        read_results(tmp_path)

@@ -1,0 +1,101 @@
+"""Intervals against known values and by simulation."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from bfpo.evaluation.statistics import (
+    Interval,
+    bootstrap,
+    harmonic_mean,
+    mean_interval,
+    paired_difference,
+    verdict_on,
+    wilson,
+)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (0, 50), (7, 20), (50, 50), (81, 263)])
+def test_wilson_is_scipys(successes, n):
+    theirs = binomtest(successes, n).proportion_ci(method="wilson")
+    ours = wilson(successes, n)
+    assert ours.value == successes / n
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_wilson_of_newcombe_1998():
+    # 81 of 263: Newcombe, Statistics in Medicine 17 (1998), table I, method 3: 0.2553 to 0.3662
+    assert wilson(81, 263)[1:] == pytest.approx((0.2553, 0.3662), abs=5e-5)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(1, 0), (-1, 5), (6, 5)])
+def test_impossible_counts_are_refused(successes, n):
+    with pytest.raises(ValueError, match="expected 0 <= successes <= n"):
+        wilson(successes, n)
+
+
+def test_bootstrap_of_a_mean_has_the_width_of_theory():
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    found = mean_interval(values)
+    half = 1.96 * values.std() / 20
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(7)
+    covered = [
+        found.low <= 0.3 <= found.high
+        for _ in range(300)
+        for found in [bootstrap(lambda x: x.mean(axis=-1), rng.beta(3, 7, 250), resamples=400)]
+    ]
+    # Three standard errors of 300 trials at 95 % are 3.8 points.
+    assert 0.91 <= np.mean(covered) <= 0.99
+
+
+def test_pairing_removes_what_prompts_have_in_common():
+    rng = np.random.default_rng(2)
+    difficulty, noise = rng.normal(0, 1, 300), rng.normal(0, 0.05, (2, 300))
+    ours, theirs = difficulty + 0.1 + noise[0], difficulty + noise[1]
+    paired = paired_difference(ours, theirs)
+    apart = bootstrap(lambda a, b: a.mean(axis=-1) - b.mean(axis=-1), ours, theirs)
+    assert paired.low > 0.08
+    assert (paired.high - paired.low) < 0.1 * (apart.high - apart.low)
+
+
+def test_rows_of_one_sample_are_resampled_together():
+    values = np.random.default_rng(3).random(50)
+    found = bootstrap(lambda x: x[0].mean(axis=-1) - x[1].mean(axis=-1), np.stack([values + 1, values]))
+    assert found == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_same_seed_same_interval_and_large_samples_are_cut_in_pieces():
+    values = np.random.default_rng(4).random(5000)
+    assert mean_interval(values) == mean_interval(values)
+    assert mean_interval(values) != mean_interval(values, seed=1)
+
+
+def test_what_cannot_be_resampled_is_refused():
+    with pytest.raises(ValueError, match="at least one observation"):
+        mean_interval(np.array([]))
+    with pytest.raises(ValueError, match="the same prompts"):
+        paired_difference(np.zeros(3), np.zeros(4))
+
+
+def test_harmonic_mean():
+    assert harmonic_mean(np.array([1.0, 0.0, 0.5]), np.array([1.0, 0.0, 1.0])).tolist() == [1.0, 0.0, 2 / 3]
+
+
+@pytest.mark.parametrize(
+    ("interval", "higher_is_better", "words"),
+    [
+        (Interval(0.2, 0.1, 0.3), True, "better"),
+        (Interval(0.2, 0.1, 0.3), False, "worse"),
+        (Interval(-0.2, -0.3, -0.1), True, "worse"),
+        (Interval(-0.2, -0.3, -0.1), False, "better"),
+        (Interval(0.2, 0.0, 0.4), True, "not distinguishable"),
+        (Interval(0.0, 0.0, 0.0), True, "not distinguishable"),
+    ],
+)
+def test_words_follow_from_the_interval(interval, higher_is_better, words):
+    assert verdict_on(interval, higher_is_better=higher_is_better) == words

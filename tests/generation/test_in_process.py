@@ -1,0 +1,111 @@
+"""The transformers engine: the same answers in any batch, and only what was asked shapes the distribution."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from bfpo.errors import DataError, ModelError
+from bfpo.generation.in_process import SeededNoise, TransformersEngine, load_engine
+from bfpo.pairs import user_says
+from bfpo.protocols import Prompt, Sampling
+
+PROMPTS = [Prompt(f"p{i}", user_says(" ".join(["small red box"] * (1 + i % 4)) + f" near {i}")) for i in range(9)]
+WANTED = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]
+
+
+@pytest.fixture
+def engine(make_model, tokenizer):
+    def make(dtype=torch.float64, max_batch_tokens=4096, **sampling):
+        settings = Sampling(**{"max_new_tokens": 12, "temperature": 1.0} | sampling)
+        model = make_model().to(dtype)
+        return TransformersEngine(
+            model, tokenizer, settings, name="m", identity="i", max_batch_tokens=max_batch_tokens
+        )
+
+    return make
+
+
+def texts(engine, wanted=WANTED):
+    return {one.key: (one.text, one.finish_reason) for batch in engine.generate(wanted) for one in batch}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.8}, {"temperature": 0.0}])
+def test_answers_do_not_depend_on_batching(engine, sampling):
+    together = texts(engine(**sampling))
+    assert texts(engine(max_batch_tokens=1, **sampling)) == together
+    assert texts(engine(max_batch_tokens=90, **sampling), WANTED[::-1]) == together
+    assert len(together) == len(WANTED)
+
+
+def test_seed_and_sample_change_the_answer_greedy_does_not(engine):
+    first = texts(engine())
+    assert texts(engine(seed=1)) != first
+    assert any(first[f"p{i}", 0] != first[f"p{i}", 1] for i in range(9))
+    greedy = texts(engine(temperature=0.0))
+    assert all(greedy[f"p{i}", 0] == greedy[f"p{i}", 1] for i in range(9))
+
+
+def test_noise_samples_the_distribution():
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    n = 4000
+    scores = probabilities.log().repeat(n, 1)
+    taken = SeededNoise(range(n))(torch.zeros(n, 1), scores).argmax(-1)
+    counts = Counter(taken.tolist())
+    for token, share in enumerate(probabilities.tolist()):
+        # Four standard errors.
+        assert abs(counts[token] / n - share) < 4 * math.sqrt(share * (1 - share) / n)
+
+
+def test_the_checkpoints_own_settings_do_not_shape_the_answers(make_model, tokenizer):
+    found = []
+    for own in (GenerationConfig(), GenerationConfig(do_sample=True, top_k=1, repetition_penalty=9.0)):
+        model = make_model().double()
+        model.generation_config = own
+        sampling = Sampling(temperature=1.0, max_new_tokens=12)
+        found.append(texts(TransformersEngine(model, tokenizer, sampling, name="m", identity="i")))
+        assert model.generation_config is own
+    assert found[0] == found[1]
+
+
+def test_completions_say_how_they_ended(engine, tokenizer):
+    (cut,) = next(engine(max_new_tokens=1).generate(WANTED[:1]))
+    assert (cut.finish_reason, cut.completion_tokens) == ("length", 1)
+    one = engine()
+    one.model.get_output_embeddings().weight.data.zero_()
+    one.model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
+    one.sampling = Sampling(temperature=0.0, max_new_tokens=4)
+    # All logits are equal, so the likeliest token is number 0, which starts a turn and isn't shown.
+    (same,) = next(one.generate(WANTED[:1]))
+    assert (same.finish_reason, same.completion_tokens, same.text) == ("length", 4, "")
+
+
+def test_settings_hash_names_what_matters(engine):
+    first = engine()
+    assert engine(samples=5).settings_hash == first.settings_hash
+    for changed in ({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 3}):
+        assert engine(**changed).settings_hash != first.settings_hash
+
+
+def test_a_prompt_that_does_not_fit_is_refused(engine):
+    one = engine(max_new_tokens=4090)
+    with pytest.raises(DataError, match=r"prompt p0 has \d+ tokens; with 4090 new ones .* 4096 positions"):
+        next(one.generate(WANTED[:1]))
+
+
+def test_loading_a_checkpoint(tmp_path, make_model, tokenizer):
+    for name, changes in (("one", {}), ("two", {"seed": 1})):
+        make_model(**changes).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    sampling = Sampling(max_new_tokens=4)
+    one, two = (load_engine(str(tmp_path / name), sampling) for name in ("one", "two"))
+    assert one.settings_hash == load_engine(str(tmp_path / "one"), sampling).settings_hash
+    assert one.settings_hash != two.settings_hash
+    with pytest.raises(ModelError, match="no such folder"):
+        load_engine(str(tmp_path / "three" / "x"), sampling)
+    tokenizer_without = tokenizer.__class__.from_pretrained(tmp_path / "one")
+    tokenizer_without.chat_template = None
+    with pytest.raises(ModelError, match="no chat template"):
+        TransformersEngine(make_model(), tokenizer_without, sampling, name="m", identity="i")
