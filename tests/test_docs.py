@@ -1,5 +1,6 @@
 """README and docs say what is true: their code runs, and their lists are those of the code."""
 
+import json
 import re
 from pathlib import Path
 
@@ -73,3 +74,21 @@ def test_recipe_page_tells_every_key_as_the_code_does(kind):
     for name, field in kind.model_fields.items():
         assert f"| `{name}` |" in page
         assert field.description.replace("|", "/") in page
+
+
+def test_the_numbers_of_the_quickstart_are_those_of_its_study():
+    study = json.loads((ROOT / "benchmarks/results/quickstart.json").read_text())
+    page = (ROOT / "docs/testbed.md").read_text()
+
+    def shown(metric):
+        return "{:.2f} [{:.2f}, {:.2f}]".format(*metric)
+
+    for seed in study["seeds"]:
+        (row,) = re.findall(rf"^\| {seed['seed']} \|.*$", page, flags=re.MULTILINE)
+        for metric in ("harmful/safety", "benign/helpfulness", "harmful/severity", "lookalike/over_refusal"):
+            assert f"{seed['base'][metric][0]:.2f} → {shown(seed['bfpo'][metric])}" in row
+    first = study["seeds"][0]
+    for run in ("base", "bfpo"):
+        for metric in ("harmful/safety", "benign/helpfulness", "lookalike/over_refusal"):
+            assert shown(first[run][metric]) in README
+    assert study["criteria"]["both"] == "8 of 8"

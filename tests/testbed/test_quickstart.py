@@ -10,6 +10,7 @@ import pytest
 
 from bfpo.errors import RecipeError, Stopped
 from bfpo.evaluation.results import read_results
+from bfpo.losses import make_loss
 from bfpo.testbed import quickstart as module
 from bfpo.testbed.methods import METHODS, train_recipe
 from bfpo.testbed.quickstart import quickstart, write_world
@@ -84,10 +85,11 @@ def test_what_cannot_be_is_refused(tmp_path, small):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_a_recipe_that_trains(tmp_path, small, name):
+def test_methods_have_losses_and_see_equally_many_pairs(tmp_path, name):
     recipe = train_recipe(METHODS[name], world=Path("w"), base=Path("b"), out=tmp_path, seed=0)
+    assert make_loss(recipe.loss).beta == 0.3
     pairs = recipe.trainer["per_device_train_batch_size"] * (2 if recipe.buffer else 1)
-    assert pairs == 64, "methods are compared at equal pairs per step"
+    assert pairs == 64
 
 
 def start(out: Path, *options: str) -> None:
