@@ -269,7 +269,7 @@ def test_benchmark_prompts_are_read_from_lines_and_columns(name, content, write)
     [
         ("prompts.txt", "\n \n", " holds no prompts"),
         ("prompts.csv", "id,text\n1,a\n", " row 1: no column 'prompt', 'instruction', 'question' or 'goal'"),
-        ("prompts.jsonl", '{"prompt": ["a"]}\n', " row 1: column 'prompt' is ['a'] (list); expected a string"),
+        ("prompts.jsonl", '{"prompt": ["a"]}\n', " row 1: column 'prompt': turn 'a'; expected"),
     ],
 )
 def test_a_benchmark_without_prompts_is_refused(name, content, message, write):

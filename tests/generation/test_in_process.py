@@ -6,11 +6,14 @@ from collections import Counter
 import pytest
 import torch
 from transformers import GenerationConfig
+from typer.testing import CliRunner
 
+from bfpo.cli import app
 from bfpo.errors import DataError, ModelError
 from bfpo.generation.in_process import SeededNoise, TransformersEngine, load_engine
 from bfpo.pairs import user_says
 from bfpo.protocols import Prompt, Sampling
+from bfpo.stages import read_completions
 
 PROMPTS = [Prompt(f"p{i}", user_says(" ".join(["small red box"] * (1 + i % 4)) + f" near {i}")) for i in range(9)]
 WANTED = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]
@@ -109,3 +112,20 @@ def test_loading_a_checkpoint(tmp_path, make_model, tokenizer):
     tokenizer_without.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
         TransformersEngine(make_model(), tokenizer_without, sampling, name="m", identity="i")
+
+
+def test_the_command_answers_a_file_and_goes_on(tmp_path, make_model, tokenizer):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("small red box\nlarge blue door\n")
+    out = tmp_path / "out.jsonl"
+    arguments = ["generate", str(tmp_path / "model"), str(tmp_path / "prompts.txt"), "--out", str(out)]
+    first = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "3", "--samples", "2"])
+    assert first.exit_code == 0, first.output
+    assert "4 completions of 2 prompts" in first.output
+    before = out.read_bytes()
+    assert len(read_completions(out)) == 4
+    assert CliRunner().invoke(app, [*arguments, "--max-new-tokens", "3", "--samples", "2"]).exit_code == 0
+    assert out.read_bytes() == before
+    changed = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "4"])
+    assert isinstance(changed.exception, DataError)

@@ -255,13 +255,32 @@ def attend_by_spans(
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         output, _ = flex_attention_forward(module, query, key, value, masks, scaling=scaling, softcap=softcap)
         return output, None
+    if value.dtype in (torch.bfloat16, torch.float16) and value.device.type == "cpu":
+        # Half precision is the slower one for spans of this size (docs/performance.md), and the less exact one.
+        with torch.autocast("cpu", enabled=False):
+            output = _attend_run_by_run(
+                query.float(), key.float(), value.float(), spans.runs, masks, scaling, softcap
+            )
+        return output.to(value.dtype), None
+    return _attend_run_by_run(query, key, value, spans.runs, masks, scaling, softcap), None
+
+
+def _attend_run_by_run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Sequence[Run],
+    masks: Sequence[Tensor | None],
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     outputs = []
-    sizes = [run.size for run in spans.runs]
+    sizes = [run.size for run in runs]
     pieces = (states.split(sizes, dim=2) for states in (query, key, value))
-    for run, mask, q, k, v in zip(spans.runs, masks, *pieces, strict=True):
+    for run, mask, q, k, v in zip(runs, masks, *pieces, strict=True):
         if run.borrowed == 0:
             first_k, first_v = k, v
         else:
@@ -272,7 +291,7 @@ def attend_by_spans(
         else:
             output = _capped_attention(q, k, v, mask, scaling, softcap)
         outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 def _capped_attention(

@@ -18,6 +18,7 @@ from bfpo.files import content_hash, write_json, write_jsonl
 from bfpo.pairs import Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels, user_says
 from bfpo.protocols import Kind, Prompt
 from bfpo.recipe import Count, Section
+from bfpo.terminal import counting
 from bfpo.testbed.language import (
     ACTIONS,
     EVASION,
@@ -181,7 +182,8 @@ class World:
         Returns:
             What `world.json` holds.
         """
-        safety, helpful = list(self.safety_set()), list(self.helpfulness_set())
+        with counting("making preference pairs", self.options.safety_pairs + self.options.helpful_pairs) as watch:
+            safety, helpful = list(_watched(self.safety_set(), watch)), list(_watched(self.helpfulness_set(), watch))
         prompts = self.prompts()
         for name, demonstrations in (("pretraining", self.pretraining()), ("fine_tuning", self.fine_tuning())):
             rows = ({"prompt": one.prompt[0].content, "completion": one.completion} for one in demonstrations)
@@ -282,6 +284,12 @@ def bag_of_words(train: list[Request], test: list[Request]) -> dict[str, float]:
         "accuracy": round(float(accuracy_score(truth, predicted)), 3),
         "balanced_accuracy": round(float(balanced_accuracy_score(truth, predicted)), 3),
     }
+
+
+def _watched(pairs: Iterator[PreferencePair], watch: Callable[[int], None]) -> Iterator[PreferencePair]:
+    for pair in pairs:
+        yield pair
+        watch(1)
 
 
 def _shown(prompt: str, completion: str) -> Demonstration:
