@@ -258,6 +258,10 @@ def test_what_the_hub_complains_of_is_one_line(error, monkeypatch):
         ("prompts.csv", "id,goal\n1,how big is a box?\n2,where is the door?\n"),
         ("prompts.json", '[{"question": "how big is a box?"}, {"instruction": "where is the door?"}]'),
         ("prompts.jsonl", '{"prompt": "how big is a box?", "goal": "x"}\n{"prompt": "where is the door?"}\n'),
+        (
+            "prompts.jsonl",
+            '{"prompt": [{"role": "user", "content": "how big is a box?"}]}\n{"prompt": "where is the door?"}\n',
+        ),
     ],
 )
 def test_benchmark_prompts_are_read_from_lines_and_columns(name, content, write):
