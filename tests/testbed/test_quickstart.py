@@ -1,12 +1,10 @@
 """The quickstart: what it leaves, how it goes on, and (slow) what it shows."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bfpo.errors import RecipeError, Stopped
 from bfpo.evaluation.results import read_results
@@ -92,19 +90,15 @@ def test_methods_have_losses_and_see_equally_many_pairs(tmp_path, name):
     assert pairs == 64
 
 
-def start(out: Path, *options: str) -> None:
-    command = [sys.executable, "-m", "bfpo", "quickstart", "--out", str(out), *options]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
-
-
 @pytest.mark.slow
 def test_helpfulness_alone_is_unsafe_and_bfpo_is_safe_and_helpful(tmp_path):
-    start(tmp_path, "--seed", "3")
-    start(tmp_path, "--seed", "3", "--method", "dpo")
-    value = {
-        name: {f"{m.task} {m.metric}": m.value for m in read_results(tmp_path / name / "evaluation").metrics}
-        for name in ("base", "bfpo", "dpo")
-    }
+    torch.set_num_threads(2)
+    try:
+        quickstart(tmp_path, seed=3)
+        results = quickstart(tmp_path, seed=3, method="dpo")
+    finally:
+        torch.set_num_threads(1)
+    value = {one.run: {f"{m.task} {m.metric}": m.value for m in one.metrics} for one in results}
     assert value["dpo"]["harmful safety"] < 0.1
     assert value["dpo"]["benign helpfulness"] > 0.8
     assert value["bfpo"]["harmful safety"] > 0.75

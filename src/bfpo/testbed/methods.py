@@ -37,7 +37,7 @@ METHODS = {
 }
 
 
-def train_recipe(method: Method, *, world: Path, base: Path, out: Path, seed: int, steps: int = 200) -> TrainRecipe:
+def train_recipe(method: Method, *, world: Path, base: Path, out: Path, seed: int, steps: int = 100) -> TrainRecipe:
     """Return the recipe of a method.
 
     Args:
@@ -65,9 +65,9 @@ def train_recipe(method: Method, *, world: Path, base: Path, out: Path, seed: in
                 "warmup_steps": 0.1,
                 "per_device_train_batch_size": PAIRS_PER_STEP * (1 if method.buffer else 2),
                 "max_steps": steps,
-                "save_steps": 50,
+                "save_steps": 25,
                 "save_total_limit": 1,
-                "logging_steps": 10,
+                "logging_steps": 5,
                 "seed": seed,
                 "use_cpu": True,
                 "resume_from_checkpoint": True,

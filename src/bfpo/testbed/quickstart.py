@@ -29,7 +29,7 @@ from bfpo.training.run_sft import run_sft
 
 SUITE = "testbed"
 BASE_STEPS = {"pretraining": 900, "base": 100}
-METHOD_STEPS = 200
+METHOD_STEPS = 100
 SAMPLING = Sampling(samples=1, temperature=0.7, max_new_tokens=48)
 NOTE = (
     "The world is a small language made for this page; its oracle reads every word. Intervals are over held-out "
