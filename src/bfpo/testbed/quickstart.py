@@ -95,10 +95,7 @@ def write_world(options: WorldOptions, folder: Path) -> None:
 
 
 def make_base(out: Path, *, seed: int) -> None:
-    """Make the base model in `out/base`: taught on clean demonstrations, then fine-tuned on imperfect ones.
-
-    Learning from imperfect demonstrations alone takes many times as long.
-    """
+    """Make the base model in `out/base`: taught on clean demonstrations, then fine-tuned on imperfect ones."""
     world = out / "world"
     trainer = {
         "lr_scheduler_type": "cosine",
