@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from bfpo.errors import DataError, RecipeError, did_you_mean
-from bfpo.labeling import LabelingFunction
+from bfpo.labeling import TABLES, LabelingFunction
 from bfpo.pairs import SafetyLabels
 
 
@@ -135,7 +135,7 @@ class BFPO(PairLoss):
         b1: Weight of the chosen answer's safety; above 1. b3 = 1/(b1-1).
         b2: Constant in the bracket of the labeling function.
         alpha: Shift of all labels; 0.5 makes them antisymmetric in safety.
-        table: The four labels themselves, instead of b1, b2 and alpha.
+        table: The four labels themselves, instead of b1, b2 and alpha; a recipe may name one of `bfpo.labeling.TABLES`.
 
     Source:
         Paper, supervised loss; official `src/alignment/trainer/bfpo.py` @a1febab (which has b2 = 0).
@@ -429,9 +429,14 @@ def make_loss(options: Mapping[str, Any]) -> PairLoss:
 
 
 def _table(value: object) -> LabelingFunction:
+    if isinstance(value, str) and value in TABLES:
+        return TABLES[value]
     cells = {field.name for field in fields(LabelingFunction)}
     if not isinstance(value, Mapping) or set(value) != cells:
-        raise RecipeError(f"loss.table is {value!r}; expected four numbers, {{ss: .., su: .., us: .., uu: ..}}")
+        raise RecipeError(
+            f"loss.table is {value!r}; expected four numbers, {{ss: .., su: .., us: .., uu: ..}}, or a name "
+            f"({', '.join(TABLES)})"
+        )
     for cell, number in value.items():
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise RecipeError(f"loss.table.{cell} is {number!r}; expected a number")
