@@ -105,5 +105,6 @@ class LabelingFunction:
 
 
 TABLES = {"helpful_ties": LabelingFunction(ss=0.5, su=1.0, us=-0.5, uu=0.5)}
-"""Tables by name, beside the paper's. `helpful_ties`: of two answers of equal safety the more helpful one is preferred, also
-where both are unsafe, and a helpful unsafe answer is pushed below a safe one half as far. What it is worth: docs/testbed.md."""
+"""Tables by name, beside the paper's. `helpful_ties`: of two answers of equal safety the more helpful one is
+preferred, also where both are unsafe, and a helpful unsafe answer is pushed below a safe one half as far.
+docs/testbed.md tells what it was better at, and what it cost."""

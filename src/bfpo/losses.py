@@ -135,7 +135,8 @@ class BFPO(PairLoss):
         b1: Weight of the chosen answer's safety; above 1. b3 = 1/(b1-1).
         b2: Constant in the bracket of the labeling function.
         alpha: Shift of all labels; 0.5 makes them antisymmetric in safety.
-        table: The four labels themselves, instead of b1, b2 and alpha; a recipe may name one of `bfpo.labeling.TABLES`.
+        table: The four labels themselves, instead of b1, b2 and alpha; a recipe may name one of
+            `bfpo.labeling.TABLES`.
 
     Source:
         Paper, supervised loss; official `src/alignment/trainer/bfpo.py` @a1febab (which has b2 = 0).
