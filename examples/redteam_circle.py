@@ -52,7 +52,7 @@ def circle(folder: Path, seed: int) -> dict[str, Any]:
         for side in ("chosen", "rejected")
     )
     write_jsonl(folder / "labelled.jsonl", labelled)
-    fit_judge(str(folder / "labelled.jsonl"), folder / "judge.npz")
+    fit_judge(str(folder / "labelled.jsonl"), folder / "judge.npz", doubt=0.5)
 
     full = options.safety_pairs + options.helpful_pairs
     found: dict[str, Any] = {"seed": seed, "full_run_pairs": full}

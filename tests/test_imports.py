@@ -28,7 +28,7 @@ LAYERS = [
     ("training", "generation"),
     ("testbed",),
     ("judging",),
-    ("data_commands", "chat", "environment", "migration", "pair_labels", "redteam"),
+    ("data_commands", "chat", "environment", "migration", "pair_labels", "redteam", "benchmark"),
     ("cli",),
     ("__init__", "__main__"),
 ]

@@ -125,6 +125,9 @@ def test_damage_before_the_last_line_is_an_error(tmp_path):
     path.write_text(path.read_text() + '{"a": ')
     assert repaired_jsonl(path) == [{"a": 1}, {"a": 2}]
     assert path.read_text().endswith('{"a": 2}\n')
+    path.write_text('{"a": 1}\n{"a": 2}')
+    assert repaired_jsonl(path) == [{"a": 1}, {"a": 2}], "an editor took the last line's end"
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
     path.write_text('{"a": 1}\n{"a\n{"a": 3}\n')
     with pytest.raises(DataError, match="row 2: not JSON"):
         repaired_jsonl(path)
@@ -151,6 +154,7 @@ def test_prompts_from_any_file(tmp_path):
         ('{"question": "a"}\n', "row 1: no column 'prompt'"),
         ('{"prompt": "a"}\n{"prompt": "a"}\n', "stands twice"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', "expected it to end with a user turn"),
+        ('{"prompt": "a", "prompt_id": {}}\n', "row 1: column 'prompt_id' is {}; expected a string"),
     ],
 )
 def test_prompts_that_are_wrong(tmp_path, content, message):

@@ -47,6 +47,12 @@ class Stopped(BfpoError):
     exit_code = 143
 
 
+class GateViolated(BfpoError):
+    """A number of an evaluation is beyond a bound that was set for it, with confidence."""
+
+    exit_code = 3
+
+
 class Unanswered(BfpoError):
     """An engine left some completions unanswered; those it gave are kept.
 

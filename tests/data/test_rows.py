@@ -152,9 +152,9 @@ def test_a_path_to_nothing_says_so(path, message, tmp_path, monkeypatch):
 
 BAD_FILES = {
     "unknown suffix": (
-        "rows.tsv",
+        "rows.xlsx",
         "a\tb\n",
-        "unknown kind of file; expected .json, .jsonl, .csv, .parquet, or those",
+        "unknown kind of file; expected .json, .jsonl, .csv, .tsv, .parquet, or those",
     ),
     "no suffix": ("rows", "{}", "unknown kind of file"),
     "empty json": ("rows.json", "", " holds no rows"),

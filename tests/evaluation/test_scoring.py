@@ -1,13 +1,14 @@
 """From verdicts to metrics, and the results file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from bfpo.errors import DataError
-from bfpo.evaluation.results import read_results
+from bfpo.evaluation.results import Results, read_results
 from bfpo.evaluation.run import evaluate
-from bfpo.evaluation.scoring import compare, join, measure, to_metrics
+from bfpo.evaluation.scoring import SAFETY, Measured, compare, join, measure, to_metrics
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.pairs import user_says
 from bfpo.protocols import Completion, Prompt, Sampling, Verdict
@@ -62,12 +63,29 @@ def test_several_samples_are_averaged_by_prompt_first():
 
 def test_comparison_says_better_worse_or_neither():
     ours, base = judged([True] * 4, [0, 0, 0, 0]), judged([False] * 4, [1, 1, 1, 1])
-    found = {(one.task, one.metric): one for one in compare("s", ours, base, against="base")}
-    assert found["harmful", "safety"].verdict == "better"
+    against = Results("base", "models/base", "", [], {}, [], answers="abc")
+    found = {(one.task, one.metric): one for one in compare("s", ours, base, against=against)}
     assert found["benign", "helpfulness"].verdict == "worse"
-    assert found["benign", "over_refusal"].verdict == "worse"
+    # Four prompts of four differ: the bootstrap's interval excludes 0, McNemar's exact test says p = 0.125.
+    assert found["harmful", "safety"].low > 0
+    assert found["harmful", "safety"].verdict == "not distinguishable"
+    assert found["benign", "over_refusal"].verdict == "not distinguishable"
     assert found["benign", "tokens"].verdict is None
     assert found["all", "harmonic_mean"].verdict == "not distinguishable"
+    assert all(one.is_against(against) for one in found.values())
+    assert not any(one.is_against(replace(against, answers="another's")) for one in found.values())
+
+
+@pytest.mark.parametrize(("differ", "words"), [(5, "not distinguishable"), (6, "better")])
+def test_a_rate_is_better_only_where_mcnemar_says_so_too(differ, words):
+    against = Results("base", "models/base", "", [], {}, [], answers="abc")
+
+    def safety(safe):
+        return Measured("harmful", SAFETY, {f"h{i}": float(i < safe) for i in range(40)}, 0, 1, "judge")
+
+    (found,) = compare("s", [safety(20 + differ)], [safety(20)], against=against)
+    assert found.low > 0
+    assert found.verdict == words
 
 
 def test_gaps_are_refused():
@@ -81,7 +99,7 @@ def test_gaps_are_refused():
 class Strict:
     """A judge that finds only one text safe."""
 
-    name, revision = "strict", "1"
+    name, revision = "judge", "1"
 
     def judge(self, completions):
         return [verdict(one, one.text == "no") for one in completions]
@@ -101,11 +119,27 @@ def test_an_evaluation_leaves_its_files_and_reads_them_again(tmp_path):
     assert read_results(tmp_path) == results
 
 
+def test_a_folder_of_other_prompts_is_left_alone(tmp_path):
+    engine = ScriptedEngine(lambda prompt, sample: "yes")
+    options = {"suite": "s", "run": "r", "model": "m", "sampling": Sampling()}
+    evaluate(engine, Strict(), PROMPTS[:6], tmp_path, **options)
+    before = (tmp_path / "prompts.jsonl").read_text()
+    for others, said in (
+        ([Prompt("h0", user_says("another"), "harmful")], "'h0' isn't the prompt of that id"),
+        ([*PROMPTS[:2], Prompt("new", user_says("new"), "harmful")], "6 of another choice"),
+    ):
+        with pytest.raises(DataError, match=said):
+            evaluate(engine, Strict(), others, tmp_path, **options)
+        assert (tmp_path / "prompts.jsonl").read_text() == before
+    more, _ = evaluate(engine, Strict(), PROMPTS, tmp_path, **options)
+    assert more.metric("benign", "tokens").n == 4
+
+
 def test_results_of_another_schema_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"no results\.json"):
         read_results(tmp_path)
-    (tmp_path / "results.json").write_text(json.dumps({"schema": 2}))
-    with pytest.raises(DataError, match="schema is 2; this version reads schema 1"):
+    (tmp_path / "results.json").write_text(json.dumps({"schema": 1}))
+    with pytest.raises(DataError, match="schema is 1; this version reads schema 2: evaluate again"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bfpo.data.load import load_pairs
+from bfpo.data.prompts import PromptSource, read_prompt_source
 from bfpo.errors import DataError, RecipeError
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.pairs import user_says
@@ -12,7 +13,7 @@ from bfpo.protocols import Completion, Verdict
 from bfpo.recipe import Source
 from bfpo.redteam import run as module
 from bfpo.redteam.pairs import Judged, make_pairs
-from bfpo.redteam.recipe import PromptSource, RedteamRecipe, read_prompt_source
+from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.redteam.run import run_redteam
 
 

@@ -3,13 +3,14 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from bfpo.evaluation.results import Results
+from bfpo.evaluation.results import Results, answers_hash
 from bfpo.evaluation.scoring import Judged, compare, measure, to_metrics
 from bfpo.files import write_json, write_jsonl, write_text
 from bfpo.pairs import as_messages
@@ -18,6 +19,7 @@ from bfpo.protocols import Completion, Prompt, Verdict
 SCRIPT = "<script>document.title = 'planted'</script>"
 HOSTILE = f'</details></pre>{SCRIPT} {{{{ 7*7 }}}} & "quoted" <img src=x onerror="document.title=\'planted\'">'
 ACTIONS, THINGS = ("break", "watch", "copy", "film"), ("lamp", "diary", "snare", "ledger", "clock")
+JUDGE = "testbed-oracle"
 TARGETS = {"ss": 10.0, "su": 20.0, "us": -20.0, "uu": -10.0}
 
 
@@ -51,7 +53,7 @@ def judged(asked, *, safe: float, helpful: float, refusing: float, seed: int, ho
             "runs/model", "transformers", "abc",
         )  # fmt: skip
         verdict = Verdict(
-            prompt.prompt_id, 0, completion.text_hash, "testbed-oracle", "1a2b3c4d",
+            prompt.prompt_id, 0, completion.text_hash, JUDGE, "1a2b3c4d",
             safe=None if malformed and harmful else (refuses or not harmful),
             refusal=refuses and not malformed,
             helpfulness=0.0 if refuses else quality,
@@ -63,15 +65,23 @@ def judged(asked, *, safe: float, helpful: float, refusing: float, seed: int, ho
     return made
 
 
-def write_evaluation(folder: Path, name: str, asked, found, *, base=None, base_name: str = "base") -> Results:
-    ours = measure(asked, found)
-    comparisons = [] if base is None else compare("testbed", ours, measure(asked, base), against=base_name)
-    results = Results(
+def named(name: str, found) -> Results:
+    """Return results without a number."""
+    return Results(
         name, f"runs/{name}", "chat template of the tokenizer",
-        [{"name": "testbed-oracle", "revision": "1a2b3c4d"}],
-        {"samples": 1, "temperature": 0.7, "top_p": 1.0, "max_new_tokens": 48, "seed": 0},
-        to_metrics("testbed", ours), comparisons, created="2026-11-23T10:00:00+00:00",
+        [{"name": JUDGE, "revision": "1a2b3c4d", "circular": False}],
+        {"samples": 1, "temperature": 0.7, "top_p": 1.0, "max_new_tokens": 48, "seed": 0}, [],
+        answers=answers_hash(one.completion for one in found), created="2026-11-23T10:00:00+00:00",
     )  # fmt: skip
+
+
+def write_evaluation(folder: Path, name: str, asked, found, *, base=None, base_name: str = "base") -> Results:
+    ours = measure(asked, found, judge=JUDGE)
+    comparisons = []
+    if base is not None:
+        other = named(base_name, base)
+        comparisons = compare("testbed", ours, measure(asked, base, judge=JUDGE), against=other)
+    results = replace(named(name, found), metrics=to_metrics("testbed", ours), comparisons=comparisons)
     results.write(folder)
     write_jsonl(folder / "prompts.jsonl", (prompt.to_row() for prompt in asked))
     write_jsonl(folder / "completions.jsonl", (one.completion.to_row() for one in found))

@@ -50,6 +50,8 @@ class PreparedData:
         return {
             "schema": 1,
             "sources": [part.report.to_json() for part in self.parts],
+            # Who labelled what is trained on: a judge among them is no independent judge of the model.
+            "label_sources": dict(Counter(pair.provenance.safety_label_source or "" for pair in self.train)),
             "train": cell_counts(self.train),
             "eval": cell_counts(self.eval),
         }

@@ -18,7 +18,7 @@ from bfpo.errors import DataError
 from bfpo.pairs import as_messages, conversation_text, parse_label
 from bfpo.recipe import Source
 
-_SUFFIXES = ("json", "jsonl", "csv", "parquet")
+_SUFFIXES = ("json", "jsonl", "csv", "tsv", "parquet")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -144,7 +144,7 @@ def _format_of(file: Path) -> str | None:
 
 
 def _file_rows(files: list[Path]) -> Iterator[Row]:
-    readers = {"json": _json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "parquet": _parquet_rows}
+    readers = {"json": _json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
     for file in files:
         kind = _format_of(file)
         if kind is None:
@@ -184,12 +184,13 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            values = json.loads(line)
         except json.JSONDecodeError as error:
             half = (
                 "" if line.endswith("\n") else "; the last line is half written: cut it off or write the file again"
             )
             raise DataError(f"{file} row {number}: not JSON ({error.msg} at column {error.colno}){half}") from None
+        yield number, values
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
@@ -207,9 +208,18 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(content, start=1)
 
 
+def refuse_half_characters(row: Row) -> None:
+    r"""Refuse an escape such as \ud800 that stands alone: JSON may hold it, but no text file can."""
+    try:
+        json.dumps(row.values, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"half a character ({half} without its other half); mend the text") from None
+
+
 def _csv_rows(file: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**30)
-    reader = csv.DictReader(_lines(file), strict=True)
+    reader = csv.DictReader(_lines(file), strict=True, delimiter="\t" if _format_of(file) == "tsv" else ",")
     try:
         names = reader.fieldnames or ()
         if twice := [name for name, count in Counter(names).items() if count > 1]:

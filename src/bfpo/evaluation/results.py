@@ -1,4 +1,4 @@
-"""`results.json`, schema 1: what an evaluation found, and all that a report draws from."""
+"""`results.json`, schema 2: what an evaluation found, and all that a report draws from."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -8,10 +8,11 @@ from typing import Any
 
 from bfpo.errors import DataError
 from bfpo.evaluation.statistics import DifferenceVerdict
-from bfpo.files import write_json
+from bfpo.files import content_hash, write_json
+from bfpo.protocols import Completion
 from bfpo.terminal import show_table
 
-SCHEMA = 1
+SCHEMA = 2
 FILE_NAME = "results.json"
 
 
@@ -21,7 +22,7 @@ class Metric:
 
     Args:
         suite: Family of tasks.
-        task: Which prompts: for the testbed `harmful`, `benign`, `lookalike`, or `all`.
+        task: Which prompts: by kind (`harmful`, `benign`, `lookalike`, or `all`), or a task of the suite.
         metric: What was measured.
         value: The number; None when nothing could be scored.
         low: Lower bound of the 95 % interval.
@@ -31,6 +32,8 @@ class Metric:
             says: an undecided answer is never safe.
         interval: How the interval was made.
         higher_is_better: Which way is good; None when neither is.
+        judge: Name of the judge that it rests on; "" where none was asked.
+        category: Kind of harm, or of request, that it is about; None for all of the task.
     """
 
     suite: str
@@ -43,6 +46,8 @@ class Metric:
     unscored: int
     interval: str
     higher_is_better: bool | None
+    judge: str = ""
+    category: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,7 @@ class Comparison:
     """One metric against another run's, over the same prompts.
 
     Args:
-        against: The other run.
+        against: Name of the other run.
         suite: As in `Metric`.
         task: As in `Metric`.
         metric: As in `Metric`.
@@ -60,6 +65,10 @@ class Comparison:
         n: Prompts both answered.
         interval: How the interval was made.
         verdict: What follows from it; None when neither direction is better.
+        judge: As in `Metric`.
+        category: As in `Metric`.
+        against_model: The other run's model.
+        against_answers: Hash of the other run's answers: names of runs may be the same.
     """
 
     against: str
@@ -72,6 +81,15 @@ class Comparison:
     n: int
     interval: str
     verdict: DifferenceVerdict | None
+    judge: str = ""
+    category: str | None = None
+    against_model: str = ""
+    against_answers: str = ""
+
+    def is_against(self, other: "Results") -> bool:
+        """Whether it compares with that run, and not with another of its name."""
+        named = self.against, self.against_model, self.against_answers
+        return named == (other.run, other.model, other.answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +100,17 @@ class Results:
         run: Short name, as tables and plots show it.
         model: What was evaluated.
         template_policy: How prompts were put to the model; runs under different policies don't compare.
-        judges: Names and revisions.
+        judges: Objects of `name`, `revision` and `circular` (it labelled the data that the model was trained on); the
+            first is the primary one, which `Results.metric` speaks of.
         sampling: The sampling's settings.
         metrics: What was found.
         comparisons: Against other runs.
+        answers: Hash of the completions that all this rests on; see `answers_hash`.
+        warnings: What a reader must know before believing a number.
+        agreement: Objects of `judges` (two names), `question` (`safe` or `refusal`), `kappa` with `low` and `high`
+            (null where there is nothing to agree on by chance), `n` answers that both decided, and the `share` of
+            these on which they say the same.
+        data: Objects of `name`, `licence`, `hash` and `prompts`: the sets that were asked.
         created: Time, ISO 8601.
         schema: Of this file.
     """
@@ -93,20 +118,56 @@ class Results:
     run: str
     model: str
     template_policy: str
-    judges: list[dict[str, str]]
+    judges: list[dict[str, Any]]
     sampling: dict[str, Any]
     metrics: list[Metric]
     comparisons: list[Comparison] = field(default_factory=list)
+    answers: str = ""
+    warnings: list[str] = field(default_factory=list)
+    agreement: list[dict[str, Any]] = field(default_factory=list)
+    data: list[dict[str, Any]] = field(default_factory=list)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
     def metric(self, task: str, metric: str) -> Metric | None:
-        """Return a metric; None when it wasn't measured."""
-        return next((found for found in self.metrics if (found.task, found.metric) == (task, metric)), None)
+        """Return a metric over all of a task, by the primary judge; None when it wasn't measured."""
+        wanted = task, metric, None
+        return next((one for one in self.metrics if (one.task, one.metric, one.category) == wanted), None)
 
     def write(self, folder: Path) -> None:
         """Write `results.json` into a folder."""
         write_json(folder / FILE_NAME, asdict(self))
+
+
+@dataclass
+class _Agreement:
+    """Columns of `agreement` in the file."""
+
+    judges: list[str]
+    question: str
+    kappa: float | None
+    low: float | None
+    high: float | None
+    n: int
+    share: float | None
+
+
+@dataclass
+class _Data:
+    """Columns of `data` in the file."""
+
+    name: str
+    licence: str | None
+    hash: str
+    prompts: int
+
+
+@dataclass
+class _Checked:
+    """What the types of `Results` leave open."""
+
+    agreement: list[_Agreement] = field(default_factory=list)
+    data: list[_Data] = field(default_factory=list)
 
 
 def read_results(folder: Path) -> Results:
@@ -117,24 +178,30 @@ def read_results(folder: Path) -> Results:
     """
     import json
 
+    from pydantic import TypeAdapter, ValidationError
+
     path = folder / FILE_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except FileNotFoundError:
         raise DataError(f"{folder}: no {FILE_NAME}; it is what an evaluation leaves") from None
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         got = content.get("schema") if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"{path}: schema is {got}; this version reads schema {SCHEMA}")
-    try:
-        return Results(
-            **{name: value for name, value in content.items() if name not in ("metrics", "comparisons")},
-            metrics=[Metric(**row) for row in content["metrics"]],
-            comparisons=[Comparison(**row) for row in content["comparisons"]],
+        raise DataError(
+            f"{path}: schema is {got}; this version reads schema {SCHEMA}: evaluate again, answers and verdicts are "
+            "taken from the files beside it"
         )
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{path}: {error}; expected the columns of schema {SCHEMA}") from None
+    try:
+        TypeAdapter(_Checked).validate_json(text, strict=True)
+        return TypeAdapter(Results).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        got = "" if first["type"] == "missing" else f" (it holds {str(first['input'])[:80]!r})"
+        raise DataError(f"{path}: {where}: {first['msg']}{got}; evaluate the run again") from None
 
 
 def show_results(several: Iterable[Results]) -> None:
@@ -157,6 +224,11 @@ def shown(metric: Metric | None) -> str:
     if metric.low is None or metric.high is None:
         return f"{metric.value:.2f}"
     return f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"
+
+
+def answers_hash(completions: Iterable[Completion]) -> str:
+    """Return what names a set of answers: a hash of the prompts' ids, the samples' numbers and the texts."""
+    return content_hash(sorted((*one.key, one.text_hash) for one in completions))[:12]
 
 
 METRIC_COLUMNS = tuple(column.name for column in fields(Metric))

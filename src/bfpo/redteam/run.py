@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.data.prepare import cell_counts
+from bfpo.data.prompts import read_prompt_source
 from bfpo.errors import DataError, RecipeError
 from bfpo.files import content_hash, write_json, write_jsonl, write_text
 from bfpo.judging.open import open_judge
@@ -16,7 +17,7 @@ from bfpo.recipe import TrainRecipe
 from bfpo.recipe_reading import check_recipe, dump_recipe
 from bfpo.redteam.cost import Meter
 from bfpo.redteam.pairs import Judged, fallback_helpfulness, make_pairs
-from bfpo.redteam.recipe import RedteamModel, RedteamRecipe, read_prompt_source
+from bfpo.redteam.recipe import RedteamModel, RedteamRecipe
 from bfpo.stages import generate_most, judge_completions, show_faults, show_unanswered
 from bfpo.terminal import say, show_table
 

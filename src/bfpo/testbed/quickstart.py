@@ -68,8 +68,8 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
 
 def evaluate_against(base: Path, runs: list[Path], prompts_file: Path, oracle: Oracle) -> list[Results]:
     """Evaluate a base and what was made of it, each run against the base."""
-    results, measured = evaluate_run(base, prompts_file, oracle)
-    return [results, *(evaluate_run(run, prompts_file, oracle, (base.name, measured))[0] for run in runs)]
+    before = evaluate_run(base, prompts_file, oracle)
+    return [before[0], *(evaluate_run(run, prompts_file, oracle, before)[0] for run in runs)]
 
 
 def show_differences(several: list[Results]) -> None:

@@ -1,0 +1,217 @@
+"""Suites: which published prompts make which tasks. One YAML file each; a user's own is named by its path."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from bfpo.data.prompts import PromptSource, known_source, read_prompt_source
+from bfpo.errors import DataError, RecipeError, did_you_mean
+from bfpo.files import content_hash
+from bfpo.protocols import KINDS, Kind, Prompt
+from bfpo.recipe import Count, Section
+from bfpo.recipe_reading import check_recipe, read_recipe
+
+Finding = Literal["safe", "refusal", "helpfulness"]
+
+
+class SuiteTask(Section):
+    """One task of a suite: the prompts of one set that are for one thing."""
+
+    source: str
+    """A key of `bfpo.data.prompts.SOURCES`; `file` is one's own."""
+    name: str | None = None
+    """Of the task; default the source's."""
+    only: Kind | None = None
+    """Prompts of this kind alone; needed where a set holds several kinds."""
+    where: dict[str, str] = Field(default={})
+    """Column → value of the rows that are taken; a file without the column is taken whole."""
+    kind: Kind | None = None
+    """What the prompts are for, where neither the set nor its rows say it."""
+    limit: Count | None = None
+    """Prompts to take at most, a sample that is the same in every run."""
+    system: str | None = None
+    """System message before each prompt: a part of the template policy."""
+    path: str | None = None
+    """File to read instead of the hub; `data:` of the recipe goes before it."""
+    licence: str | None = None
+    """Licence of one's own file."""
+
+    @property
+    def called(self) -> str:
+        """Name of the task."""
+        return self.name or self.source
+
+
+class SuiteSampling(Section):
+    """How a suite's published numbers were sampled."""
+
+    temperature: float | None = None
+    """At least 0."""
+    top_p: float | None = None
+    """Probability mass that was kept."""
+
+
+class Suite(Section):
+    """Tasks that belong together."""
+
+    title: str
+    """What the suite measures."""
+    note: str = ""
+    """What a reader must know before believing a number of it."""
+    tasks: Annotated[list[SuiteTask], Field(min_length=1)]
+    """Its tasks."""
+    judges: list[Finding] = Field(default=["safe"])
+    """What at least one judge must be able to say."""
+    judge_kinds: list[str] = Field(default=[])
+    """Kinds of judges of which one is needed for the suite's numbers to mean what its title says."""
+    sampling: SuiteSampling = SuiteSampling()
+    """How the numbers that these are set beside were sampled."""
+
+    @model_validator(mode="after")
+    def _names_apart(self) -> "Suite":
+        names = Counter(task.called for task in self.tasks)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"task '{twice[0]}' stands twice; give one another name:")
+        # Numbers over all of a kind go by the kind's name.
+        if (named := names.keys() & set(KINDS)) and not names.keys() <= set(KINDS):
+            raise ValueError(f"task '{min(named)}' has the name of a kind; so must all tasks of the suite, or none")
+        return self
+
+
+class EvalData(Section):
+    """Where a set of prompts is read from, instead of what the program knows."""
+
+    path: str | None = None
+    """Local file with the columns that the set is published with."""
+    revision: str | None = None
+    """Commit on the hub."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A task with its prompts.
+
+    Args:
+        suite: Name of the suite.
+        name: Of the task.
+        kind: What its prompts are for.
+        prompts: In the order they are asked.
+        facts: Name, licence, hash and size of the set.
+    """
+
+    suite: str
+    name: str
+    kind: Kind
+    prompts: list[Prompt]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def shipped_suites() -> list[str]:
+    """Return the names of the suites that come with the program."""
+    folder = files("bfpo").joinpath("suites")
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_suite(name: str) -> tuple[str, Suite]:
+    """Return a suite by its name or its file, and what it is called.
+
+    Raises:
+        RecipeError: If there is none, or a key of it is wrong.
+    """
+    own = Path(name)
+    if own.suffix in (".yaml", ".yml"):
+        suite = check_recipe(read_recipe(own), Suite, str(own))
+        called = own.stem
+    elif name in shipped_suites():
+        suite = check_recipe(read_recipe(str(files("bfpo").joinpath("suites", f"{name}.yaml"))), Suite, name)
+        called = name
+    else:
+        raise RecipeError(f"suite '{name}'; {did_you_mean(name, shipped_suites())}, or the path of a YAML file")
+    for task in suite.tasks:
+        known_source(task.source)
+    return called, suite
+
+
+def read_tasks(
+    suites: Mapping[str, Suite],
+    *,
+    data: Mapping[str, EvalData],
+    leave_out: Sequence[str] = (),
+    limit: int | None = None,
+) -> list[Task]:
+    """Read the prompts of all tasks.
+
+    Args:
+        suites: By name.
+        data: Source → where it is read from.
+        leave_out: Names of tasks (`alert` or `safety/alert`) that are left out.
+        limit: Prompts of a task at most, a sample that is the same in every run.
+
+    Raises:
+        RecipeError: If a source or a task named here isn't in any suite, or nothing is left.
+        DataError: If a set can't be read.
+    """
+    every = [(name, task) for name, suite in suites.items() for task in suite.tasks]
+    sources = sorted({task.source for _, task in every})
+    for source in data:
+        if source not in sources:
+            raise RecipeError(f"data: no task of these suites reads '{source}'; {did_you_mean(source, sources)}")
+    known = [called for name, task in every for called in (task.called, f"{name}/{task.called}")]
+    for word in leave_out:
+        if word not in known:
+            raise RecipeError(f"leave_out: '{word}'; {did_you_mean(word, known)}")
+    wanted = [(name, task) for name, task in every if not {task.called, f"{name}/{task.called}"} & set(leave_out)]
+    if not wanted:
+        raise RecipeError("leave_out: no task is left")
+    return [_read(name, task, data.get(task.source, EvalData()), limit) for name, task in wanted]
+
+
+def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Task:
+    where = f"{suite}/{task.called}"
+    source = PromptSource(
+        name=task.source,
+        path=place.path or (None if place.revision else task.path),
+        revision=place.revision,
+        kind=task.kind,
+        licence=task.licence,
+    )
+    try:
+        prompts, facts = read_prompt_source(source, where=task.where, system=task.system)
+    except (DataError, RecipeError) as error:
+        raise type(error)(
+            f"{where}: {error}\n  in the recipe: data: {{{task.source}: {{path: FILE}}}}, or leave_out: [{where}]"
+        ) from None
+    if task.only is not None:
+        prompts = [prompt for prompt in prompts if prompt.kind == task.only]
+    kinds = sorted({prompt.kind for prompt in prompts if prompt.kind is not None}, key=KINDS.index)
+    if not kinds:
+        raise DataError(f"{where}: {facts['from']} holds no prompt of kind '{task.only}'")
+    if len(kinds) > 1:
+        raise DataError(f"{where}: prompts of several kinds ({', '.join(kinds)}); say which by only:")
+    most = min(filter(None, (limit, task.limit)), default=None)
+    published = len(prompts)
+    if most is not None and most < len(prompts):
+        # The smaller sample is a part of the larger one, so a higher limit goes on where a lower one ended.
+        order = sorted(range(len(prompts)), key=lambda index: content_hash("sample", prompts[index].prompt_id))
+        prompts = [prompts[index] for index in sorted(order[:most])]
+    told = {
+        "name": where,
+        "source": task.source,
+        "from": facts["from"],
+        "licence": facts["licence"],
+        "hash": facts["prompts_hash"],
+        "prompts": len(prompts),
+        "of": published,
+    }
+    return Task(suite, task.called, kinds[0], prompts, told)
+
+
+def with_prompts_of(tasks: Sequence[Task], wanted: Collection[str]) -> list[Task]:
+    """Return tasks with those of their prompts alone whose ids are wanted; a task without any is gone."""
+    kept = [replace(task, prompts=[one for one in task.prompts if one.prompt_id in wanted]) for task in tasks]
+    return [task for task in kept if task.prompts]

@@ -1,0 +1,55 @@
+"""What an evaluation prints when it is done."""
+
+from bfpo.evaluation.results import Results, shown
+from bfpo.terminal import say, show_table
+
+# What the table on the terminal leaves to results.json and the report.
+_DETAILS = ("tokens", "cut", "malformed")
+
+
+def show_evaluation(results: Results) -> None:
+    """Print the numbers by judge, the judges' agreement, comparisons and warnings."""
+    judges = [judge["name"] for judge in results.judges]
+    found = {
+        (one.suite, one.task, one.metric, one.judge): one
+        for one in results.metrics
+        if one.category is None and one.metric not in _DETAILS
+    }
+    rows = []
+    for suite, task, metric in dict.fromkeys(key[:3] for key in found):
+        of_judges = [found.get((suite, task, metric, judge)) for judge in judges]
+        n = max(one.n for one in of_judges if one is not None)
+        rows.append((f"{suite}/{task} {metric}", n, *map(shown, of_judges)))
+    show_table(f"{results.run}: 95 % intervals over prompts", ("what", "prompts", *judges), rows)
+    if results.agreement:
+        show_table(
+            "Agreement of the judges (Cohen's kappa)",
+            ("judges", "question", "answers", "the same", "kappa"),
+            [
+                (
+                    " and ".join(one["judges"]),
+                    one["question"],
+                    one["n"],
+                    "-" if one["share"] is None else f"{one['share']:.1%}",
+                    "-" if one["kappa"] is None else f"{one['kappa']:.2f} [{one['low']:.2f}, {one['high']:.2f}]",
+                )
+                for one in results.agreement
+            ],
+        )
+    compared = [one for one in results.comparisons if one.category is None and one.metric not in _DETAILS]
+    if compared:
+        show_table(
+            f"Against {compared[0].against}, paired over prompts",
+            ("what", "judge", "difference", "that is"),
+            [
+                (
+                    f"{one.suite}/{one.task} {one.metric}",
+                    one.judge,
+                    f"{one.difference:+.3f} [{one.low:+.3f}, {one.high:+.3f}]",
+                    one.verdict or "-",
+                )
+                for one in compared
+            ],
+        )
+    for warning in results.warnings:
+        say(f"warning: {warning}")
