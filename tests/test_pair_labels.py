@@ -84,9 +84,7 @@ def test_the_file_trains_and_names_its_judges(tmp_path, pairs_file):
     assert facts["assumed_safe"] == {"pairs_with_an_unsafe_answer": 5, "unsafe_answers": 6, "answers": 18}
 
 
-def test_a_killed_run_judges_no_row_twice(tmp_path, pairs_file, monkeypatch):
-    monkeypatch.setattr("bfpo.stages._PIECE", 1)
-    monkeypatch.setattr("bfpo.pair_labels._PROBE", 1)
+def test_a_killed_run_judges_no_row_twice(tmp_path, pairs_file):
     with pytest.raises(KeyboardInterrupt):
         run(pairs_file, tmp_path / "a", "drop", WordJudge("lenient", LENIENT, left=11))
     again = WordJudge("lenient", LENIENT)

@@ -61,7 +61,7 @@ def label_pairs(
     beta: float = 0.01,
     estimate_only: bool = False,
 ) -> Labelled | None:
-    """Label the pairs of a source into `out/pairs.jsonl` and `out/label.json`; resumable to the piece of 64 answers.
+    """Label the pairs of a source into `out/pairs.jsonl` and `out/label.json`; resumable to the answer.
 
     Args:
         source: What to label; labels that it holds are kept for the comparison alone.

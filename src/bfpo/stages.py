@@ -20,7 +20,7 @@ from bfpo.terminal import counting, show_table
 Made = TypeVar("Made", Completion, Verdict)
 Name = TypeVar("Name")
 
-# Completions are judged in pieces of this size: no more is lost when a judge is killed.
+# Completions that a judge gets at a time: those that are models sort them by length and share their batches.
 _PIECE = 64
 # Ids of a kind that are printed.
 _SHOWN = 5
@@ -184,9 +184,13 @@ def without_verdict(completions: Sequence[Completion], path: Path) -> list[Compl
 
 
 def judged_in_pieces(judge: Judge, completions: Sequence[Completion]) -> Iterator[list[Verdict]]:
-    """Judge completions a few at a time, in order: little is lost when it stops, and progress can be shown."""
+    """Judge completions a few at a time, in order; each verdict is handed over as soon as the judge gives it.
+
+    So what is lost when it is killed is the one answer, or the batch, that the judge was at.
+    """
     for start in range(0, len(completions), _PIECE):
-        yield list(judge.judge(completions[start : start + _PIECE]))
+        for verdict in judge.judge(completions[start : start + _PIECE]):
+            yield [verdict]
 
 
 def read_completions(path: Path) -> list[Completion]:

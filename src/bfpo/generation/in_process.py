@@ -119,7 +119,7 @@ class TransformersEngine:
         if batch:
             yield self._answer([wanted[i] for i in batch], [ids[i] for i in batch])
         if failed:
-            raise Unanswered(failed, len(wanted))
+            raise Unanswered(failed, len(wanted), refused=failed)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         messages = [message._asdict() for message in prompt.prompt]

@@ -136,6 +136,7 @@ class ServerEngine:
         key = _key(self.options.key_variable)
         had: set[Key] = set()
         failed: dict[Key, str] = {}
+        refused: set[Key] = set()
         same = _Sameness(self.sampling, wanted)
         self._pace.stopped.clear()
         with (
@@ -164,6 +165,8 @@ class ServerEngine:
                             had.add(name)
                         except (_Retry, _Refused) as error:
                             failed[name] = str(error)
+                            if isinstance(error, _Refused):
+                                refused.add(name)
                     if batch:
                         yield batch
                         same.watch(batch)
@@ -178,7 +181,7 @@ class ServerEngine:
             for prompt, sample in wanted:
                 if (name := (prompt.prompt_id, sample)) not in had:
                     failed.setdefault(name, "not asked for: most had failed")
-            raise Unanswered(failed, len(wanted))
+            raise Unanswered(failed, len(wanted), refused=refused)
 
     def _answer(self, client: httpx.Client, prompt: Prompt, sample: int) -> Completion:
         for number in range(1, self.options.tries + 1):

@@ -67,7 +67,8 @@ class SavedEngine:
         if len(there) < len(wanted):
             had = {(prompt.prompt_id, sample) for prompt, sample in there}
             keys = [(prompt.prompt_id, sample) for prompt, sample in wanted]
-            raise Unanswered({key: f"not in {self._path}" for key in keys if key not in had}, len(wanted))
+            failed = {key: f"not in {self._path}" for key in keys if key not in had}
+            raise Unanswered(failed, len(wanted), refused=failed)
 
     def _completion(self, prompt: Prompt, sample: int) -> Completion:
         row = self._answers[_key(prompt.prompt)][sample]

@@ -2,18 +2,21 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bfpo.files import repaired_jsonl, write_jsonl
 from bfpo.protocols import Completion, Engine, Judge, Prompt, Verdict
 
+# A file that outlives a power cut takes milliseconds to write, a verdict may take less.
+_SECONDS_BETWEEN_WRITES = 1.0
+
 
 class Meter:
     """Counts generations, judge calls, seconds and a server's faults; a killed start's are kept.
 
-    What a kill makes a run do twice was paid twice, and counts twice. Of a killed start at most the seconds since its
-    last batch are missing.
+    What a kill makes a run do twice was paid twice, and counts twice. Of a killed start at most what came in its last
+    second is missing.
 
     Args:
         path: File of the counts; one that is there is added to.
@@ -28,6 +31,8 @@ class Meter:
             self._before = row
         self._counts: Counter[str] = Counter()
         self._engine: Engine | None = None
+        # The first thing that is spent is written down at once.
+        self._written = -_SECONDS_BETWEEN_WRITES
 
     @property
     def seconds(self) -> float:
@@ -53,15 +58,17 @@ class Meter:
         return _CountedJudge(judge, self)
 
     def spent(self, what: str, number: int) -> None:
-        """Count, and write it down."""
+        """Count, and write it down, though not more than once in a second."""
         self._counts[what] += number
-        self.write()
+        if time.monotonic() - self._written >= _SECONDS_BETWEEN_WRITES:
+            self.write()
 
     def write(self) -> None:
         """Write the counts down."""
         names = ("generations", "judge_calls")
         counts = {name: self.count(name) for name in names} | {"seconds": round(self.seconds, 2)}
         write_jsonl(self._path, [counts | {"faults": dict(self.faults)}])
+        self._written = time.monotonic()
 
 
 class _CountedEngine:
@@ -94,7 +101,7 @@ class _CountedJudge:
     def revision(self) -> str:
         return self._inner.revision
 
-    def judge(self, completions: Sequence[Completion]) -> Iterable[Verdict]:
-        found = list(self._inner.judge(completions))
-        self._meter.spent("judge_calls", len(found))
-        return found
+    def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
+        for verdict in self._inner.judge(completions):
+            self._meter.spent("judge_calls", 1)
+            yield verdict
