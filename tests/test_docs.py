@@ -149,6 +149,29 @@ def test_the_words_on_the_comparison_are_those_of_its_results():
     assert sum(primary["shared", variant]["mean"][0] > mean for variant in tuned) > len(tuned) / 2
 
 
+def test_the_numbers_of_the_red_team_circle_are_those_of_its_study():
+    study = json.loads((ROOT / "benchmarks/results/redteam.json").read_text())
+    page = (ROOT / "docs/redteam.md").read_text()
+    metrics = ("harmful/safety", "benign/helpfulness", "lookalike/over_refusal", "all/harmonic_mean")
+    shown = {"base": "base", "oracle": "oracle", "linear": "`linear`", "linear_by_rule": "`linear`, benign by rule"}
+    for seed in study["seeds"]:
+        for name, words in shown.items():
+            numbers = seed["measured-base" if name == "base" else f"measured-trained-{name}"]
+            facts = seed.get(name.removesuffix("_by_rule"))
+            pairs = f"{facts['pairs']} ({facts['share_of_pairs']:.1%})" if facts else ""
+            cells = [
+                str(seed["seed"]),
+                words,
+                pairs,
+                *("{:.2f} [{:.2f}, {:.2f}]".format(*numbers[m]) for m in metrics),
+            ]
+            assert f"| {' | '.join(cells)} |" in page
+        for kind, what in (("benign", "safe called unsafe"), ("harmful", "unsafe called safe")):
+            counts = seed["linear"]["mistakes"][kind]
+            assert f"{counts[what]} of {counts['answers']}" in page
+    assert study["command"] in page
+
+
 def test_the_ablations_on_the_page_are_those_of_their_results():
     page = (ROOT / "docs" / "testbed.md").read_text()
     lines = json.loads((ROOT / "benchmarks/results/testbed/ablations/comparison.json").read_text())["lines"]

@@ -71,6 +71,32 @@ def test_identical_samples_stop_the_run():
         assert list(engine(url, samples=3, temperature=0.0).generate([(p, i) for p in PROMPTS for i in range(3)]))
 
 
+def test_identical_samples_of_few_prompts_are_said_but_go_on(capsys):
+    with faulty_server(text_of=lambda body: "the same") as (url, _):
+        few = [(prompt, i) for prompt in PROMPTS[:3] for i in range(3)]
+        assert len([one for batch in engine(url, samples=3).generate(few) for one in batch]) == 9
+        assert "3 identical samples for each of 3 prompts" in capsys.readouterr().out
+        # Of samples that are added, too, though each prompt had some before.
+        with pytest.raises(ModelError, match="2 identical samples"):
+            list(engine(url, samples=4).generate([(prompt, i) for prompt in PROMPTS for i in (2, 3)]))
+
+
+def test_a_run_that_stops_early_counts_what_it_did_not_ask(tmp_path):
+    prompts = [Prompt(f"p{i}", user_says(f"small red box {i}")) for i in range(60)]
+    with faulty_server(lambda number, body: "400") as (url, counts):
+        with pytest.raises(Unanswered, match=r"60 of 60 .* not asked for: most had failed"):
+            generate_completions(engine(url), prompts, tmp_path / "c.jsonl")
+        assert counts["requests"] < 60
+
+
+def test_a_key_that_cannot_be_one_is_refused_unseen(monkeypatch):
+    for bad in ("a-sécret", "a-sec\nret"):
+        monkeypatch.setenv("MY_KEY", bad)
+        with pytest.raises(ModelError, match="the key in MY_KEY holds a character") as raised:
+            list(engine("http://127.0.0.1:9/v1", key_variable="MY_KEY").generate([(PROMPTS[0], 0)]))
+        assert "ret" not in str(raised.value).replace("character", "")
+
+
 @pytest.mark.parametrize("status", ["401", "404"])
 def test_the_key_comes_from_the_environment_and_is_shown_nowhere(tmp_path, monkeypatch, status):
     monkeypatch.setenv("OPENAI_API_KEY", "a-secret")
@@ -105,6 +131,28 @@ def test_the_command_asks_a_server(tmp_path):
         result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert {one.model for one in read_completions(out)} == {"toy"}
+
+
+def test_the_command_tells_faults_and_what_stays_unanswered(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("small red box\nlarge blue door\n")
+    monkeypatch.setenv("MY_KEY", "a-secret")
+
+    def fault(number, body):
+        return "400" if "blue" in body["messages"][0]["content"] else "500" if number < 2 else None
+
+    with faulty_server(fault) as (url, counts):
+        arguments = ["generate", "toy", str(tmp_path / "prompts.txt"), "--server", url, "--tries", "3"]
+        arguments += ["--timeout", "2", "--key-variable", "MY_KEY", "--out", str(tmp_path / "c.jsonl")]
+        strict = CliRunner().invoke(app, arguments)
+        assert isinstance(strict.exception, Unanswered)
+        assert "HTTP 500" in strict.output
+        lenient = CliRunner().invoke(app, [*arguments, "--max-unanswered", "0.5"])
+        assert counts["with key"] == counts["requests"]
+    assert lenient.exit_code == 0, lenient.output
+    assert "Prompts left unanswered" in lenient.output
+    assert "1 completions of 2 prompts" in lenient.output
+    assert len(read_completions(tmp_path / "c.jsonl")) == 1
+    assert "a-secret" not in strict.output + lenient.output
 
 
 @pytest.mark.slow

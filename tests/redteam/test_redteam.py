@@ -104,6 +104,13 @@ def test_the_whole_way(recipe, tmp_path):
     facts = json.loads((tmp_path / "out" / "redteam.json").read_text())
     assert facts["cost"]["generations"] == 9 + 3
     assert facts["cost"]["judge_calls"] == 9 + 1
+    answered = {(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)}
+    assert facts["cost"]["replaced"] == {
+        "human_promptings": 9,
+        "human_safe_answers": 1,
+        "human_safety_labels": len(answered),
+        "human_orders": len(pairs),
+    }
     assert [source["licence"] for source in facts["sources"]] == [None, "CC0"]
     before = file.read_bytes()
     assert run_redteam(recipe)[0].read_bytes() == before

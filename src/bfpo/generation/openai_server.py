@@ -22,11 +22,12 @@ import httpx2 as httpx
 from bfpo.errors import ModelError, Unanswered
 from bfpo.files import content_hash
 from bfpo.protocols import Completion, Key, Prompt, Sampling, sample_seed
+from bfpo.terminal import say
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # An answer of more bytes isn't one.
 _MOST_BYTES = 8_000_000
-# So many prompts in a row whose samples are all the same aren't chance.
+# So many prompts whose samples are all the same aren't chance; of fewer it is only said.
 _SAME_PROMPTS = 4
 _RETRIED = (408, 409, 425, 429)
 
@@ -132,9 +133,11 @@ class ServerEngine:
             ModelError: If the server can't be reached or refuses the key or the model, or samples are all the same.
             Unanswered: At the end, if some completions could not be had; the others were handed over.
         """
-        key = os.environ.get(self.options.key_variable, "").strip()
+        key = _key(self.options.key_variable)
+        had: set[Key] = set()
         failed: dict[Key, str] = {}
-        same = _Sameness(self.sampling)
+        refused: set[Key] = set()
+        same = _Sameness(self.sampling, wanted)
         self._pace.stopped.clear()
         with (
             httpx.Client(
@@ -159,8 +162,11 @@ class ServerEngine:
                         name = under_way.pop(future)
                         try:
                             batch.append(future.result())
+                            had.add(name)
                         except (_Retry, _Refused) as error:
                             failed[name] = str(error)
+                            if isinstance(error, _Refused):
+                                refused.add(name)
                     if batch:
                         yield batch
                         same.watch(batch)
@@ -170,8 +176,12 @@ class ServerEngine:
                 # Also when the caller stops: nobody waits for a retry that isn't wanted any more.
                 self._pace.stopped.set()
                 pool.shutdown(cancel_futures=True)
+        same.end()
         if failed:
-            raise Unanswered(failed, len(wanted))
+            for prompt, sample in wanted:
+                if (name := (prompt.prompt_id, sample)) not in had:
+                    failed.setdefault(name, "not asked for: most had failed")
+            raise Unanswered(failed, len(wanted), refused=refused)
 
     def _answer(self, client: httpx.Client, prompt: Prompt, sample: int) -> Completion:
         for number in range(1, self.options.tries + 1):
@@ -268,29 +278,55 @@ class ServerEngine:
 
 
 class _Sameness:
-    """Notices a server that doesn't sample."""
+    """Notices a server that doesn't sample.
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._expected = sampling.samples if sampling.temperature > 0 else 1
+    Only prompts that are asked more than once now say anything.
+    """
+
+    def __init__(self, sampling: Sampling, wanted: Sequence[tuple[Prompt, int]]) -> None:
+        times = Counter(prompt.prompt_id for prompt, _ in wanted) if sampling.temperature > 0 else Counter[str]()
+        self._expected = {name: count for name, count in times.items() if count > 1}
         self._texts: dict[str, list[str]] = {}
         self._same = 0
 
     def watch(self, batch: Sequence[Completion]) -> None:
-        if self._expected < 2 or self._same < 0:
-            return
         for one in batch:
+            if one.prompt_id not in self._expected:
+                continue
             texts = self._texts.setdefault(one.prompt_id, [])
             texts.append(one.text)
             if len(set(texts)) > 1:
-                self._same, self._texts = -1, {}
+                # It samples: nothing more to watch for.
+                self._expected, self._texts, self._same = {}, {}, 0
                 return
-            self._same += len(texts) == self._expected
+            self._same += len(texts) == self._expected[one.prompt_id]
         if self._same >= _SAME_PROMPTS:
-            raise ModelError(
-                f"the server gave {self._expected} identical samples for each of {self._same} prompts: it ignores "
-                "the temperature. `transformers serve` samples only if the checkpoint's generation_config.json has "
-                '"do_sample": true; set that, or ask for one sample'
-            )
+            raise ModelError(f"{self._found()}; set that, or ask for one sample")
+
+    def end(self) -> None:
+        """Say of few prompts what of more would have stopped the run."""
+        if self._same:
+            say(f"warning: {self._found()}. Of fewer than {_SAME_PROMPTS} prompts it may be chance: going on")
+
+    def _found(self) -> str:
+        k = max(map(len, self._texts.values()))
+        return (
+            f"the server gave {k} identical samples for each of {self._same} prompts: it ignores the temperature. "
+            "`transformers serve` samples only if the checkpoint's generation_config.json has "
+            '"do_sample": true'
+        )
+
+
+def _key(variable: str) -> str:
+    """Return the key, which no message may show.
+
+    Raises:
+        ModelError: If it holds what can't stand in a header.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ModelError(f"the key in {variable} holds a character that no key has; was it copied whole?")
+    return key
 
 
 def _retry_after(value: str | None) -> float | None:
