@@ -9,7 +9,8 @@ import torch
 
 from bfpo import bfpo_loss, recipe
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
-from bfpo.losses import BFPO, LOSSES, make_loss
+from bfpo.loss_options import make_loss
+from bfpo.losses import BFPO, LOSSES
 from bfpo.pairs import COLUMNS
 from bfpo.recipe import Source, TrainRecipe
 from bfpo.recipe_reading import check_recipe, parse_yaml

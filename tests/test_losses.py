@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfpo.errors import DataError, RecipeError
+from bfpo.loss_options import make_loss
 from bfpo.losses import (
     BFPO,
     DPO,
@@ -21,7 +22,6 @@ from bfpo.losses import (
     PairLogps,
     SafeDPO,
     bfpo_loss,
-    make_loss,
 )
 from bfpo.pairs import SafetyLabels
 

@@ -8,7 +8,7 @@ import torch
 
 from bfpo.errors import RecipeError, Stopped
 from bfpo.evaluation.results import read_results
-from bfpo.losses import make_loss
+from bfpo.loss_options import make_loss
 from bfpo.testbed import quickstart as module
 from bfpo.testbed import runs
 from bfpo.testbed.methods import METHODS, train_recipe
