@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bfpo.data.prepare import prepare, write_prepared
@@ -157,6 +158,18 @@ def test_a_model_made_on_the_spot_is_cached_by_content(capsys):
     section["sft"]["trainer"]["learning_rate"] = 2e-3
     run_training(recipe(model=section))
     assert "it will be cached as" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_make_one_model_at_a_time():
+    wanted = recipe(model={"sft": SFT})
+    run_training(wanted)
+    (cached,) = Path("runs/cache").glob("sft-*")
+    cached.rename("elsewhere")
+    with (
+        FileLock(cached.with_name(f".{cached.name}.lock")),
+        pytest.raises(RecipeError, match="another run is"),
+    ):
+        run_training(wanted)
 
 
 def test_a_model_made_on_the_spot_holds_out_the_same_prompts(capsys):
