@@ -149,7 +149,8 @@ def test_prepared_files_train_as_they_are():
 
 
 def test_a_model_made_on_the_spot_is_cached_by_content(capsys):
-    section = {"sft": {**SFT, "trainer": {k: v for k, v in TRAINER.items() if k != "output_dir"}}}
+    trainer = {k: v for k, v in TRAINER.items() if k != "output_dir"}
+    section = {"sft": {**SFT, "trainer": {**trainer, "max_steps": 1}}}
     first = run_training(recipe(model=section))
     assert "it will be cached as" in capsys.readouterr().out
     second = run_training(recipe(model=section))
