@@ -58,7 +58,18 @@ def test_several_samples_are_averaged_by_prompt_first():
     safety = measure([prompt], join([prompt], completions, said))[0]
     assert safety.by_prompt == {"h0": 0.75}
     (metric, *_) = to_metrics("s", [safety])
-    assert (metric.n, metric.interval) == (1, "95 % bootstrap over prompts")
+    assert (metric.n, metric.interval) == (1, "95 % Wilson at the effective sample size, over prompts")
+    # One prompt tells little, however many samples it has.
+    assert (metric.low, metric.high) == pytest.approx((0.12, 0.99), abs=0.01)
+
+
+def test_what_never_differs_is_not_certain():
+    metrics = {(m.task, m.metric): m for m in to_metrics("s", judged([True] * 4, [1, 1, 1, 1]))}
+    helpfulness = metrics["benign", "helpfulness"]
+    assert (helpfulness.value, helpfulness.high) == (1, 1)
+    assert helpfulness.low == metrics["harmful", "safety"].low < 0.6
+    # A length has no ceiling that it could be held to.
+    assert metrics["benign", "tokens"].interval == "95 % bootstrap over prompts"
 
 
 def test_comparison_says_better_worse_or_neither():

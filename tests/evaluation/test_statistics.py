@@ -12,6 +12,7 @@ from bfpo.evaluation.statistics import (
     mean_interval,
     paired_difference,
     paired_p_value,
+    score_interval,
     t_interval,
     verdict_on,
     wilson,
@@ -35,6 +36,35 @@ def test_wilson_of_newcombe_1998():
 def test_impossible_counts_are_refused(successes, n):
     with pytest.raises(ValueError, match="expected 0 <= successes <= n"):
         wilson(successes, n)
+
+
+def test_score_interval_of_one_sample_each_is_wilsons():
+    values = np.repeat([1.0, 0.0], [7, 13])
+    # A rate's own variance over n - 1 speaks of n - 1 trials; no fewer than n are counted.
+    assert score_interval(values) == pytest.approx(wilson(7, 20))
+    assert score_interval(np.ones(20)) == wilson(20, 20)
+    assert score_interval(np.zeros(20), most=100) == wilson(0, 20)
+
+
+def test_score_interval_counts_the_trials_that_the_variance_speaks_of():
+    # Mean .5, each value .1 from it: s² = n/100/(n - 1), so that .25 n / s² = 25 (n - 1) trials.
+    values = np.repeat([0.4, 0.6], 20)
+    assert score_interval(values)[1:] == pytest.approx(wilson(25 * 39 // 2, 25 * 39)[1:], abs=1e-3)
+    assert score_interval(values, most=200) == pytest.approx(wilson(100, 200))
+    with pytest.raises(ValueError, match=r"each in \[0, 1\]"):
+        score_interval(np.array([0.5, 1.5]))
+    with pytest.raises(ValueError, match="at least one value"):
+        score_interval(np.array([]))
+
+
+def test_score_interval_covers_rates_of_several_samples_where_resampling_does_not():
+    rng = np.random.default_rng(11)
+    # 100 prompts of 5 samples, 2 % unsafe, correlation within a prompt 0.5: beta-binomial.
+    values = rng.binomial(5, rng.beta(0.02, 0.98, (400, 100))) / 5
+    by_score = [score_interval(row, most=500) for row in values]
+    by_bootstrap = [bootstrap(lambda x: x.mean(axis=-1), row, resamples=200) for row in values]
+    covered = [np.mean([one.low <= 0.02 <= one.high for one in found]) for found in (by_score, by_bootstrap)]
+    assert covered[0] > 0.9 > covered[1] + 0.01
 
 
 def test_bootstrap_of_a_mean_has_the_width_of_theory():

@@ -1,5 +1,6 @@
 """From verdicts to metrics: rates and means over prompts, by what the prompts are for."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -8,18 +9,22 @@ import numpy as np
 from bfpo.errors import DataError
 from bfpo.evaluation.results import Comparison, Metric, Results
 from bfpo.evaluation.statistics import (
+    Interval,
     Values,
     bootstrap,
     harmonic_mean,
+    in_unit_interval,
     mcnemar_p_value,
     mean_interval,
     paired_difference,
+    score_interval,
     verdict_on,
     wilson,
 )
 from bfpo.protocols import Completion, Key, Kind, Prompt, Verdict
 
 BY_WILSON = "95 % Wilson, over prompts"
+BY_SCORE = "95 % Wilson at the effective sample size, over prompts"
 BY_BOOTSTRAP = "95 % bootstrap over prompts"
 BY_PAIRED_BOOTSTRAP = "95 % paired bootstrap over prompts"
 
@@ -163,18 +168,16 @@ def to_metrics(suite: str, measured: Sequence[Measured]) -> list[Metric]:
     """Return metrics with intervals, and the harmonic mean of safety and helpfulness where both are known."""
     metrics = []
     for one in measured:
-        values = one.values
-        by_wilson = one.measure.is_rate and one.samples == 1
-        interval = wilson(int(values.sum()), len(values)) if by_wilson else mean_interval(values)
+        interval, how = _interval(one)
         metrics.append(
             Metric(
                 suite,
                 one.task,
                 one.measure.name,
                 *interval,
-                n=len(values),
+                n=len(one.by_prompt),
                 unscored=one.unscored,
-                interval=BY_WILSON if by_wilson else BY_BOOTSTRAP,
+                interval=how,
                 higher_is_better=one.measure.higher_is_better,
                 judge=one.judge,
                 category=one.category,
@@ -256,6 +259,17 @@ def compare(
             )
         )
     return comparisons
+
+
+def _interval(one: Measured) -> tuple[Interval, str]:
+    """Return the interval that covers best for what was measured, and what it is called; see docs/statistics.md."""
+    values = one.values
+    if one.measure.is_rate and one.samples == 1:
+        return wilson(int(values.sum()), len(values)), BY_WILSON
+    if one.measure is not TOKENS and in_unit_interval(values):
+        most = one.samples * len(values) if one.measure.is_rate else math.inf
+        return score_interval(values, most=most), BY_SCORE
+    return mean_interval(values), BY_BOOTSTRAP
 
 
 def _at(measured: Measured, prompts: Sequence[str]) -> Values:

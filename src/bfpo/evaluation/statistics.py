@@ -50,12 +50,54 @@ def wilson(successes: int, n: int, *, level: float = LEVEL) -> Interval:
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n}; expected 0 <= successes <= n and n >= 1")
-    z = NormalDist().inv_cdf(0.5 + level / 2)
     rate = successes / n
+    low, high = _score_bounds(np.array(rate), np.array(float(n)), level)
+    return Interval(rate, float(low), float(high))
+
+
+def score_interval(values: Values, *, most: float = math.inf, level: float = LEVEL) -> Interval:
+    """Return Wilson's interval of a mean over prompts, with the number of trials that its variance speaks of.
+
+    A mean m of n values with variance s² is as sure as a rate of m(1 - m)n / s² independent trials: the sample over
+    its design effect (Korn and Graubard 1998; Franco et al. 2019). Where nothing differs, a resampling or a standard
+    error would call the mean certain; there a prompt counts as one trial, the fewest that values in [0, 1] are worth.
+
+    Args:
+        values: One per prompt, in [0, 1], (n,): the mean over the prompt's samples.
+        most: Trials at most: the samples of all prompts together, where each is 0 or 1.
+        level: Confidence, in (0, 1).
+
+    Raises:
+        ValueError: If there is no value, or one isn't in [0, 1].
+    """
+    if not len(values) or not in_unit_interval(values):
+        raise ValueError("expected at least one value, each in [0, 1]")
+    low, high = score_bounds(values, most=most, level=level)
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def score_bounds(values: Values, *, most: float = math.inf, level: float = LEVEL) -> tuple[Values, Values]:
+    """Return the bounds of `score_interval` for many sets of values at once, (..., n) → (...) and (...)."""
+    n = values.shape[-1]
+    mean = values.mean(axis=-1)
+    squares = ((values - mean[..., None]) ** 2).sum(axis=-1)
+    # Rounding leaves crumbs of a variance where all values are one.
+    differs = squares > 1e-12 * n
+    worth = np.divide(n * (n - 1) * mean * (1 - mean), squares, out=np.full(np.shape(mean), float(n)), where=differs)
+    return _score_bounds(mean, np.clip(worth, n, max(n, most)), level)
+
+
+def in_unit_interval(values: Values) -> bool:
+    """Return whether all values are from 0 to 1."""
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def _score_bounds(rate: Values, n: Values, level: float) -> tuple[Values, Values]:
+    z = NormalDist().inv_cdf(0.5 + level / 2)
     centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    # The bounds at 0 and n successes are 0 and 1 exactly; rounding must not say otherwise.
-    return Interval(rate, max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate)))
+    half = z / (1 + z**2 / n) * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    # The bounds at rates of 0 and 1 are 0 and 1 exactly; rounding must not say otherwise.
+    return np.clip(centre - half, 0, rate), np.clip(centre + half, rate, 1)
 
 
 def bootstrap(
@@ -95,7 +137,7 @@ def bootstrap(
 
 
 def mean_interval(values: Values, *, seed: int = 0) -> Interval:
-    """Return the bootstrap interval of a mean over prompts, values (n,)."""
+    """Return the bootstrap interval of a mean over prompts, values (n,), that no range bounds."""
     return bootstrap(lambda x: x.mean(axis=-1), values, seed=seed)
 
 
