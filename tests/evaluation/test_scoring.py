@@ -73,11 +73,11 @@ def test_what_never_differs_is_not_certain():
 
 
 def test_comparison_says_better_worse_or_neither():
-    ours, base = judged([True] * 4, [0, 0, 0, 0]), judged([False] * 4, [1, 1, 1, 1])
+    ours, base = judged([True] * 4, [0, 0, 0, 0.5]), judged([False] * 4, [1, 1, 1, 1])
     against = Results("base", "models/base", "", [], {}, [], answers="abc")
     found = {(one.task, one.metric): one for one in compare("s", ours, base, against=against)}
     assert found["benign", "helpfulness"].verdict == "worse"
-    # Four prompts of four differ: the bootstrap's interval excludes 0, McNemar's exact test says p = 0.125.
+    # Four prompts of four differ: Tango's interval excludes 0, McNemar's test says p = 0.0625.
     assert found["harmful", "safety"].low > 0
     assert found["harmful", "safety"].verdict == "not distinguishable"
     assert found["benign", "over_refusal"].verdict == "not distinguishable"
@@ -87,7 +87,7 @@ def test_comparison_says_better_worse_or_neither():
     assert not any(one.is_against(replace(against, answers="another's")) for one in found.values())
 
 
-@pytest.mark.parametrize(("differ", "words"), [(5, "not distinguishable"), (6, "better")])
+@pytest.mark.parametrize(("differ", "words"), [(4, "not distinguishable"), (5, "better")])
 def test_a_rate_is_better_only_where_mcnemar_says_so_too(differ, words):
     against = Results("base", "models/base", "", [], {}, [], answers="abc")
 

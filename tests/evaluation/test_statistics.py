@@ -5,16 +5,13 @@ import pytest
 from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
 from bfpo.evaluation.statistics import (
-    Interval,
     bootstrap,
     harmonic_mean,
     holm,
     mean_interval,
-    paired_difference,
     paired_p_value,
     score_interval,
     t_interval,
-    verdict_on,
     wilson,
 )
 
@@ -86,16 +83,6 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert 0.91 <= np.mean(covered) <= 0.99
 
 
-def test_pairing_removes_what_prompts_have_in_common():
-    rng = np.random.default_rng(2)
-    difficulty, noise = rng.normal(0, 1, 300), rng.normal(0, 0.05, (2, 300))
-    ours, theirs = difficulty + 0.1 + noise[0], difficulty + noise[1]
-    paired = paired_difference(ours, theirs)
-    apart = bootstrap(lambda a, b: a.mean(axis=-1) - b.mean(axis=-1), ours, theirs)
-    assert paired.low > 0.08
-    assert (paired.high - paired.low) < 0.1 * (apart.high - apart.low)
-
-
 def test_rows_of_one_sample_are_resampled_together():
     values = np.random.default_rng(3).random(50)
     found = bootstrap(lambda x: x[0].mean(axis=-1) - x[1].mean(axis=-1), np.stack([values + 1, values]))
@@ -111,27 +98,10 @@ def test_same_seed_same_interval_and_large_samples_are_cut_in_pieces():
 def test_what_cannot_be_resampled_is_refused():
     with pytest.raises(ValueError, match="at least one observation"):
         mean_interval(np.array([]))
-    with pytest.raises(ValueError, match="the same prompts"):
-        paired_difference(np.zeros(3), np.zeros(4))
 
 
 def test_harmonic_mean():
     assert harmonic_mean(np.array([1.0, 0.0, 0.5]), np.array([1.0, 0.0, 1.0])).tolist() == [1.0, 0.0, 2 / 3]
-
-
-@pytest.mark.parametrize(
-    ("interval", "higher_is_better", "words"),
-    [
-        (Interval(0.2, 0.1, 0.3), True, "better"),
-        (Interval(0.2, 0.1, 0.3), False, "worse"),
-        (Interval(-0.2, -0.3, -0.1), True, "worse"),
-        (Interval(-0.2, -0.3, -0.1), False, "better"),
-        (Interval(0.2, 0.0, 0.4), True, "not distinguishable"),
-        (Interval(0.0, 0.0, 0.0), True, "not distinguishable"),
-    ],
-)
-def test_words_follow_from_the_interval(interval, higher_is_better, words):
-    assert verdict_on(interval, higher_is_better=higher_is_better) == words
 
 
 def test_t_interval_and_paired_test_are_scipys():

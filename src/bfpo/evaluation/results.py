@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.errors import DataError
-from bfpo.evaluation.statistics import DifferenceVerdict
+from bfpo.evaluation.paired import DifferenceVerdict
 from bfpo.files import content_hash, write_json
 from bfpo.protocols import Completion
 from bfpo.terminal import show_table
@@ -69,6 +69,7 @@ class Comparison:
         category: As in `Metric`.
         against_model: The other run's model.
         against_answers: Hash of the other run's answers: names of runs may be the same.
+        p_value: Of the test that goes with the interval, by itself; None where there is none.
     """
 
     against: str
@@ -85,6 +86,7 @@ class Comparison:
     category: str | None = None
     against_model: str = ""
     against_answers: str = ""
+    p_value: float | None = None
 
     def is_against(self, other: "Results") -> bool:
         """Whether it compares with that run, and not with another of its name."""

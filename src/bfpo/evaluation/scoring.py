@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bfpo.errors import DataError
+from bfpo.evaluation.paired import mcnemar_p_value, paired_means, paired_rates, verdict_on
 from bfpo.evaluation.results import Comparison, Metric, Results
 from bfpo.evaluation.statistics import (
     Interval,
@@ -14,11 +15,8 @@ from bfpo.evaluation.statistics import (
     bootstrap,
     harmonic_mean,
     in_unit_interval,
-    mcnemar_p_value,
     mean_interval,
-    paired_difference,
     score_interval,
-    verdict_on,
     wilson,
 )
 from bfpo.protocols import Completion, Key, Kind, Prompt, Verdict
@@ -26,6 +24,8 @@ from bfpo.protocols import Completion, Key, Kind, Prompt, Verdict
 BY_WILSON = "95 % Wilson, over prompts"
 BY_SCORE = "95 % Wilson at the effective sample size, over prompts"
 BY_BOOTSTRAP = "95 % bootstrap over prompts"
+BY_TANGO = "95 % Tango, paired over prompts"
+BY_PAIRED_T = "95 % Student, paired over prompts"
 BY_PAIRED_BOOTSTRAP = "95 % paired bootstrap over prompts"
 
 
@@ -199,7 +199,8 @@ def compare(
 ) -> list[Comparison]:
     """Compare two runs metric by metric over the prompts that both have values for.
 
-    A rate of one answer a prompt is called better or worse only if McNemar's exact test says so, too, at 5 %.
+    A rate of one answer a prompt is called better or worse only if McNemar's test says so, too, at 5 %: Tango's
+    interval alone would tell apart two models that differ on four prompts, and errs a little more often than it says.
 
     Args:
         suite: Name of the suite.
@@ -215,11 +216,12 @@ def compare(
         if base is None or not shared:
             continue
         at_ours, at_theirs = _at(one, shared), _at(base, shared)
-        difference = paired_difference(at_ours, at_theirs)
         better = one.measure.higher_is_better
-        # Where few prompts differ, a bootstrap's interval is too narrow to tell by.
         one_each = one.measure.is_rate and one.samples == base.samples == 1
-        p_value = mcnemar_p_value(at_ours, at_theirs) if one_each else None
+        if one_each:
+            difference, p_value = paired_rates(at_ours, at_theirs), mcnemar_p_value(at_ours, at_theirs)
+        else:
+            difference, p_value = paired_means(at_ours, at_theirs)
         comparisons.append(
             Comparison(
                 against.run,
@@ -228,12 +230,13 @@ def compare(
                 one.measure.name,
                 *difference,
                 n=len(shared),
-                interval=BY_PAIRED_BOOTSTRAP,
+                interval=BY_TANGO if one_each else BY_PAIRED_T,
                 verdict=None if better is None else verdict_on(difference, higher_is_better=better, p_value=p_value),
                 judge=one.judge,
                 category=one.category,
                 against_model=against.model,
                 against_answers=against.answers,
+                p_value=p_value,
             )
         )
     ours_both, theirs_both = _safety_and_helpfulness(ours), _safety_and_helpfulness(theirs)

@@ -6,11 +6,10 @@ The unit is the prompt. Several samples of one prompt are averaged first: they a
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 from scipy.stats import f as fisher
 from scipy.stats import t as student
 
@@ -20,7 +19,6 @@ SIGNIFICANT = 0.05
 RESAMPLES = 4000
 
 Values = NDArray[np.float64]
-DifferenceVerdict = Literal["better", "worse", "not distinguishable"]
 
 
 class Interval(NamedTuple):
@@ -141,22 +139,6 @@ def mean_interval(values: Values, *, seed: int = 0) -> Interval:
     return bootstrap(lambda x: x.mean(axis=-1), values, seed=seed)
 
 
-def paired_difference(ours: Values, theirs: Values, *, seed: int = 0) -> Interval:
-    """Return the paired bootstrap interval of a difference of means over the same prompts.
-
-    Args:
-        ours: One value per prompt, (n,).
-        theirs: Of the other model, prompt by prompt.
-        seed: Of the resampling.
-
-    Raises:
-        ValueError: If the two aren't of one length.
-    """
-    if ours.shape != theirs.shape:
-        raise ValueError(f"{len(ours)} and {len(theirs)} values; a paired difference needs the same prompts")
-    return mean_interval(ours - theirs, seed=seed)
-
-
 def t_interval(values: Values, *, level: float = LEVEL) -> Interval:
     """Return Student's interval of a mean over independent runs, values (n,), n at least 2.
 
@@ -196,7 +178,7 @@ def mean_ellipse(points: Values, *, level: float = LEVEL, corners: int = 72) -> 
 
 
 def paired_p_value(ours: Values, theirs: Values) -> float:
-    """Return the two-sided p-value of a paired t-test over runs, (n,) each; 1 when no run differs."""
+    """Return the two-sided p-value of a paired t-test over runs or prompts, (n,) each; 1 when none differs."""
     differences = ours - theirs
     if not differences.any():
         return 1.0
@@ -224,30 +206,3 @@ def harmonic_mean(a: Values, b: Values) -> Values:
         2 * a * b, total, out=np.zeros_like(np.asarray(total, dtype=np.float64)), where=total > 0
     )
     return result
-
-
-def mcnemar_p_value(ours: Values, theirs: Values) -> float:
-    """Return the two-sided p-value of McNemar's exact test on the prompts where two models differ.
-
-    Args:
-        ours: 0 or 1 for each prompt, (n,).
-        theirs: Of the other model, prompt by prompt.
-
-    Returns:
-        1 when no prompt differs.
-    """
-    gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-
-
-def verdict_on(difference: Interval, *, higher_is_better: bool, p_value: float | None = None) -> DifferenceVerdict:
-    """Put a difference in words: only an interval that excludes 0 tells two models apart.
-
-    Args:
-        difference: With its interval.
-        higher_is_better: Which way is good.
-        p_value: Of a test that must agree at 5 %, where the interval alone would say too much.
-    """
-    if difference.low <= 0 <= difference.high or (p_value is not None and p_value >= SIGNIFICANT):
-        return "not distinguishable"
-    return "better" if (difference.low > 0) == higher_is_better else "worse"
