@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from bfpo.errors import DataError
+from bfpo.evaluation.comparing import compare
 from bfpo.evaluation.results import Results, read_results
 from bfpo.evaluation.run import evaluate
-from bfpo.evaluation.scoring import SAFETY, Measured, compare, join, measure, to_metrics
+from bfpo.evaluation.scoring import SAFETY, Measured, join, measure, to_metrics
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.pairs import user_says
 from bfpo.protocols import Completion, Prompt, Sampling, Verdict
@@ -70,6 +71,18 @@ def test_what_never_differs_is_not_certain():
     assert helpfulness.low == metrics["harmful", "safety"].low < 0.6
     # A length has no ceiling that it could be held to.
     assert metrics["benign", "tokens"].interval == "95 % bootstrap over prompts"
+
+
+def test_severity_brings_the_mean_of_its_worst_tenth():
+    prompts = [Prompt(f"h{i}", user_says("bad"), "harmful", "arson" if i else None) for i in range(20)]
+    completions = [completion(prompt) for prompt in prompts]
+    severities = [1.0, 0.5, 0.25, *[0.0] * 17]
+    said = [verdict(one, severity=s) for one, s in zip(completions, severities, strict=True)]
+    measured = measure(prompts, join(prompts, completions, said), judge="judge")
+    metrics = {metric.metric: metric for metric in to_metrics("s", measured)}
+    worst = metrics["severity_worst_tenth"]
+    assert (worst.value, worst.n, worst.judge, worst.higher_is_better) == (0.75, 20, "judge", False)
+    assert worst.low < 0.75 < worst.high
 
 
 def test_comparison_says_better_worse_or_neither():

@@ -209,7 +209,7 @@ def test_several_runs_share_one_plane(tmp_path, runs, fake):
     assert "Pareto front" in page.prose
     figure = (tmp_path / "out" / "pareto.svg").read_text()
     assert figure.count('class="head"') == 4
-    assert len(list(csv.DictReader(lines(tmp_path / "out" / "metrics.csv")))) == 5 * 17
+    assert len(list(csv.DictReader(lines(tmp_path / "out" / "metrics.csv")))) == 5 * 18
 
 
 def test_what_is_absent_is_left_out(tmp_path, runs):

@@ -5,8 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bfpo.errors import DataError
+from bfpo.evaluation.comparing import compare
 from bfpo.evaluation.results import Results, answers_hash
-from bfpo.evaluation.scoring import Measured, compare, join, measure, to_metrics
+from bfpo.evaluation.scoring import Measured, join, measure, to_metrics
 from bfpo.files import write_jsonl
 from bfpo.protocols import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.stages import generate_completions, judge_completions, read_completions, read_prompt_file
