@@ -5,7 +5,9 @@ import pytest
 from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
 from bfpo.evaluation.statistics import (
+    Interval,
     bootstrap,
+    combined,
     harmonic_mean,
     holm,
     mean_interval,
@@ -121,3 +123,16 @@ def test_holm_of_the_textbook():
     assert holm([0.02, 0.005, 0.04, 0.011]) == pytest.approx([0.04, 0.02, 0.04, 0.033])
     assert holm([0.6, 0.5]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_margins_of_parts_are_squared_and_added():
+    # A sum of (3, 2 to 5) and (10, 6 to 13): margins sqrt(1 + 16) and sqrt(4 + 9).
+    found = combined(lambda a, b: a + b, Interval(3, 2, 5), Interval(10, 6, 13))
+    assert found == pytest.approx((13, 13 - 17**0.5, 13 + 13**0.5))
+
+
+def test_the_difference_of_two_rates_is_newcombes():
+    # 56 of 70 and 48 of 80: Newcombe, Statistics in Medicine 17 (1998), 873-890, table II, method 10: .0524 to .3339
+    ours, theirs = wilson(56, 70), wilson(48, 80)
+    turned = Interval(-theirs.value, -theirs.high, -theirs.low)
+    assert combined(lambda a, b: a + b, ours, turned) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)

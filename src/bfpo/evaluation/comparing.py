@@ -1,17 +1,45 @@
 """One run against another: metric by metric over the prompts that both have values for."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from bfpo.evaluation.paired import mcnemar_p_value, paired_means, paired_rates, verdict_on
 from bfpo.evaluation.results import Comparison, Results
-from bfpo.evaluation.scoring import HARMONIC_MEAN, Measured, harmonic_of_means, safety_and_helpfulness
-from bfpo.evaluation.statistics import Values, bootstrap
+from bfpo.evaluation.scoring import HARMONIC_MEAN, Measured, safety_and_helpfulness
+from bfpo.evaluation.statistics import Interval, Values, bootstrap, harmonic_mean
 
 BY_TANGO = "95 % Tango, paired over prompts"
 BY_PAIRED_T = "95 % Student, paired over prompts"
 BY_PAIRED_BOOTSTRAP = "95 % paired bootstrap over prompts"
+
+
+class Difference(NamedTuple):
+    """A measure of one run minus the other's.
+
+    Args:
+        interval: Over the prompts that both have values for.
+        p_value: That it is 0.
+        n: Prompts.
+        how: The interval was made.
+    """
+
+    interval: Interval
+    p_value: float
+    n: int
+    how: str
+
+
+def difference_of(ours: Measured, theirs: Measured) -> Difference | None:
+    """Return the paired difference of a measure; None where no prompt has a value of both."""
+    shared = [key for key in ours.by_prompt if key in theirs.by_prompt]
+    if not shared:
+        return None
+    values = _at(ours, shared), _at(theirs, shared)
+    if ours.measure.is_rate and ours.samples == theirs.samples == 1:
+        return Difference(paired_rates(*values), mcnemar_p_value(*values), len(shared), BY_TANGO)
+    return Difference(*paired_means(*values), len(shared), BY_PAIRED_T)
 
 
 def compare(
@@ -32,31 +60,27 @@ def compare(
     comparisons = []
     for one in ours:
         base = other.get(one.key)
-        shared = [key for key in one.by_prompt if base is not None and key in base.by_prompt]
-        if base is None or not shared:
+        found = None if base is None else difference_of(one, base)
+        if found is None:
             continue
-        at_ours, at_theirs = _at(one, shared), _at(base, shared)
         better = one.measure.higher_is_better
-        one_each = one.measure.is_rate and one.samples == base.samples == 1
-        if one_each:
-            difference, p_value = paired_rates(at_ours, at_theirs), mcnemar_p_value(at_ours, at_theirs)
-        else:
-            difference, p_value = paired_means(at_ours, at_theirs)
         comparisons.append(
             Comparison(
                 against.run,
                 suite,
                 one.task,
                 one.measure.name,
-                *difference,
-                n=len(shared),
-                interval=BY_TANGO if one_each else BY_PAIRED_T,
-                verdict=None if better is None else verdict_on(difference, higher_is_better=better, p_value=p_value),
+                *found.interval,
+                n=found.n,
+                interval=found.how,
+                verdict=None
+                if better is None
+                else verdict_on(found.interval, higher_is_better=better, p_value=found.p_value),
                 judge=one.judge,
                 category=one.category,
                 against_model=against.model,
                 against_answers=against.answers,
-                p_value=p_value,
+                p_value=found.p_value,
             )
         )
     ours_both, theirs_both = safety_and_helpfulness(ours), safety_and_helpfulness(theirs)
@@ -90,6 +114,6 @@ def _at(measured: Measured, prompts: Sequence[str]) -> Values:
 
 def _difference_of_harmonic_means(safety: Values, helpfulness: Values) -> Values:
     """Take (2, ..., n) arrays, ours and theirs."""
-    ours, theirs = harmonic_of_means(safety, helpfulness)
+    ours, theirs = harmonic_mean(safety.mean(axis=-1), helpfulness.mean(axis=-1))
     result: Values = np.asarray(ours - theirs)
     return result

@@ -14,6 +14,8 @@ from bfpo.evaluation.statistics import LEVEL, SIGNIFICANT, Interval, Values, pai
 DifferenceVerdict = Literal["better", "worse", "not distinguishable"]
 # Halvings of the interval in which a limit lies: to the last bit of a float.
 _HALVINGS = 55
+# Differences whose spread is smaller are one; rounding leaves crumbs.
+_SAME = 1e-9
 
 
 def paired_rates(ours: Values, theirs: Values, *, level: float = LEVEL) -> Interval:
@@ -89,8 +91,8 @@ def mcnemar_p_value(ours: Values, theirs: Values) -> float:
     gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
     if gained + lost == 0:
         return 1.0
-    fewer = binom(gained + lost, 0.5)
-    return min(1.0, float(2 * fewer.cdf(min(gained, lost)) - fewer.pmf(min(gained, lost))))
+    fewer, differing = min(gained, lost), gained + lost
+    return min(1.0, float(2 * binom.cdf(fewer, differing, 0.5) - binom.pmf(fewer, differing, 0.5)))
 
 
 def paired_means(ours: Values, theirs: Values, *, level: float = LEVEL) -> tuple[Interval, float]:
@@ -109,15 +111,24 @@ def paired_means(ours: Values, theirs: Values, *, level: float = LEVEL) -> tuple
     """
     _check(ours, theirs)
     difference = ours - theirs
-    n, value, spread = len(difference), float(difference.mean()), float(np.ptp(difference))
-    if spread < 1e-9:
-        # Lengths differ by more than a rate can.
-        size = max(1.0, abs(value))
-        part = value * n / size
-        _, low, high = tango(max(part, 0.0), max(-part, 0.0), n, level=level)
-        return Interval(value, low * size, high * size), mcnemar_p_value(ours, theirs)
-    half = float(student.ppf(0.5 + level / 2, n - 1) * difference.std(ddof=1) / math.sqrt(n))
-    return Interval(value, value - half, value + half), paired_p_value(ours, theirs)
+    low, high = paired_mean_bounds(difference, level=level)
+    # Without a spread there is no t-test.
+    p_value = mcnemar_p_value(ours, theirs) if np.ptp(difference) < _SAME else paired_p_value(ours, theirs)
+    return Interval(float(difference.mean()), float(low), float(high)), p_value
+
+
+def paired_mean_bounds(differences: Values, *, level: float = LEVEL) -> tuple[Values, Values]:
+    """Return the bounds of `paired_means` for many sets of differences at once, (..., n) → (...) and (...)."""
+    n = differences.shape[-1]
+    mean = differences.mean(axis=-1)
+    # Lengths differ by more than a rate can.
+    size = np.maximum(1, np.abs(mean))
+    low, high = tango_bounds(np.maximum(mean, 0) * n / size, np.maximum(-mean, 0) * n / size, n, level=level)
+    if n == 1:
+        return low * size, high * size
+    same = np.ptp(differences, axis=-1) < _SAME
+    half = student.ppf(0.5 + level / 2, n - 1) * differences.std(axis=-1, ddof=1) / math.sqrt(n)
+    return np.where(same, low * size, mean - half), np.where(same, high * size, mean + half)
 
 
 def verdict_on(difference: Interval, *, higher_is_better: bool, p_value: float | None = None) -> DifferenceVerdict:

@@ -11,7 +11,7 @@ from bfpo.evaluation.results import Metric
 from bfpo.evaluation.statistics import (
     Interval,
     Values,
-    bootstrap,
+    combined,
     harmonic_mean,
     in_unit_interval,
     mean_interval,
@@ -24,6 +24,7 @@ from bfpo.protocols import Completion, Key, Kind, Prompt, Verdict
 BY_WILSON = "95 % Wilson, over prompts"
 BY_SCORE = "95 % Wilson at the effective sample size, over prompts"
 BY_BOOTSTRAP = "95 % bootstrap over prompts"
+BY_PARTS = "95 % from the intervals of its parts, squared and added"
 BY_TAIL = "95 % Wilson of the excess over each threshold, over prompts"
 
 
@@ -174,7 +175,7 @@ def to_metrics(suite: str, measured: Sequence[Measured]) -> list[Metric]:
     """
     metrics = []
     for one in measured:
-        interval, how = _interval(one)
+        interval, how = interval_of(one)
         metrics.append(
             Metric(
                 suite,
@@ -197,13 +198,13 @@ def to_metrics(suite: str, measured: Sequence[Measured]) -> list[Metric]:
     both = safety_and_helpfulness(measured)
     if both is not None:
         safety, helpfulness = both
-        interval = bootstrap(harmonic_of_means, safety.values, helpfulness.values)
+        interval = Interval(*map(float, combined(harmonic_mean, interval_of(safety)[0], interval_of(helpfulness)[0])))
         n, unscored = len(safety.by_prompt) + len(helpfulness.by_prompt), safety.unscored + helpfulness.unscored
-        metrics.append(Metric(suite, "all", HARMONIC_MEAN, *interval, n, unscored, BY_BOOTSTRAP, True, safety.judge))
+        metrics.append(Metric(suite, "all", HARMONIC_MEAN, *interval, n, unscored, BY_PARTS, True, safety.judge))
     return metrics
 
 
-def _interval(one: Measured) -> tuple[Interval, str]:
+def interval_of(one: Measured) -> tuple[Interval, str]:
     """Return the interval that covers best for what was measured, and what it is called; see docs/statistics.md."""
     values = one.values
     if one.measure.is_rate and one.samples == 1:
@@ -219,8 +220,3 @@ def safety_and_helpfulness(measured: Sequence[Measured]) -> tuple[Measured, Meas
     found = {(one.task, one.measure.name): one for one in measured if one.category is None}
     safety, helpfulness = found.get(("harmful", "safety")), found.get(("benign", "helpfulness"))
     return None if safety is None or helpfulness is None else (safety, helpfulness)
-
-
-def harmonic_of_means(safety: Values, helpfulness: Values) -> Values:
-    """Return the harmonic mean of two means over prompts, (..., n) and (..., m) → (...)."""
-    return harmonic_mean(safety.mean(axis=-1), helpfulness.mean(axis=-1))
