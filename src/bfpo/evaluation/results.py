@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bfpo.errors import DataError
 from bfpo.evaluation.paired import DifferenceVerdict
@@ -14,6 +14,9 @@ from bfpo.terminal import show_table
 
 SCHEMA = 2
 FILE_NAME = "results.json"
+
+Word = Literal["dominates", "dominated", "trade-off", "not distinguishable"]
+"""What one model is to another in safety and helpfulness together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,55 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class Axis:
+    """One of the two things that a pair of models is told apart by.
+
+    Args:
+        task: Whose prompts, by kind.
+        metric: What was measured on them.
+        difference: This run minus the other, over the prompts that both answered, of all suites.
+        low: Lower bound of the 95 % interval, by itself.
+        high: Upper bound.
+        n: Prompts.
+        p_adjusted: By Holm, over all tests that were made along with it.
+        verdict: What follows from both.
+    """
+
+    task: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    n: int
+    p_adjusted: float
+    verdict: DifferenceVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class PairVerdict:
+    """What becomes of a pair of models in safety and helpfulness together.
+
+    Args:
+        run: Name of the run.
+        against: Of the other run.
+        judge: Whose verdicts it rests on.
+        verdict: `dominates`: better in one and not distinguishably worse in the other; `dominated`: the other way
+            round; `trade-off`: better in one, worse in the other; else `not distinguishable`.
+        safety: On harmful prompts.
+        helpfulness: On benign prompts; by over-refusal where no judge rates helpfulness.
+        tests: How many the p-values were adjusted for.
+    """
+
+    run: str
+    against: str
+    judge: str
+    verdict: Word
+    safety: Axis
+    helpfulness: Axis
+    tests: int
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """An evaluation of one model.
 
@@ -107,6 +159,7 @@ class Results:
         sampling: The sampling's settings.
         metrics: What was found.
         comparisons: Against other runs.
+        pairs: What follows from them for safety and helpfulness together, by judge.
         answers: Hash of the completions that all this rests on; see `answers_hash`.
         warnings: What a reader must know before believing a number.
         agreement: Objects of `judges` (two names), `question` (`safe` or `refusal`), `kappa` with `low` and `high`
@@ -124,6 +177,7 @@ class Results:
     sampling: dict[str, Any]
     metrics: list[Metric]
     comparisons: list[Comparison] = field(default_factory=list)
+    pairs: list[PairVerdict] = field(default_factory=list)
     answers: str = ""
     warnings: list[str] = field(default_factory=list)
     agreement: list[dict[str, Any]] = field(default_factory=list)
