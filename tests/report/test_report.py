@@ -468,6 +468,25 @@ def test_further_judges_agreement_categories_and_warnings_are_shown(tmp_path, ru
     assert all(said in section for said in ("CC-BY-4.0", "0.42", "second", "1a2b3c4d", "Known limits", "calibrated"))
 
 
+def test_every_pair_of_runs_is_told_of(tmp_path, runs, fake):
+    asked = fake.prompts(40)
+    third = runs[0].parent / "silent"
+    fake.evaluation(third, "silent", asked, fake.judged(asked, safe=1.0, helpful=0.0, refusing=1.0, seed=3))
+    page = report(tmp_path / "out", [*runs, third])
+    rows = [line for line in lines(tmp_path / "out" / "report.md") if " prompts: " in line]
+    told = [[cell.strip() for cell in row.split("|")[1:4]] for row in rows]
+    assert told == [["bfpo", "dominates", "base"], ["silent", "trade-off", "base"], ["silent", "dominated", "bfpo"]]
+    assert "safety on 40 harmful prompts: +" in rows[0]
+    assert "helpfulness on 40 benign prompts: " in rows[0]
+    assert "by testbed-oracle@1a2b3c4d; p-values of the 6 tests adjusted together" in page.prose
+    # Without its answers nothing can be said of a run.
+    (third / "completions.jsonl").unlink()
+    page = report(tmp_path / "out", [*runs, third])
+    assert "of the 2 tests" in page.prose
+    assert "Nothing is said of silent and base (no answers with verdicts of one judge)" in page.prose
+    assert 'id="pairs"' not in write_report(tmp_path / "alone", runs[:1]).read_text(encoding="utf-8")
+
+
 def test_a_card_keeps_the_text_of_its_owner(tmp_path, runs):
     card = tmp_path / "README.md"
     card.write_bytes(b"# Mine\r\nbefore")
