@@ -7,9 +7,10 @@ import pytest
 
 from bfpo.errors import DataError
 from bfpo.evaluation.comparing import compare
-from bfpo.evaluation.results import Results, read_results
+from bfpo.evaluation.results import Results, read_results, shown
 from bfpo.evaluation.run import evaluate
 from bfpo.evaluation.scoring import SAFETY, Measured, join, measure, to_metrics
+from bfpo.evaluation.statistics import wilson
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.pairs import user_says
 from bfpo.protocols import Completion, Prompt, Sampling, Verdict
@@ -50,6 +51,26 @@ def test_undecided_counts_as_not_safe_and_is_counted():
     assert metrics["all", "harmonic_mean"].value == pytest.approx(2 * 0.5 * 0.625 / 1.125)
     assert ("lookalike", "helpfulness") not in metrics
     assert ("harmful", "severity") not in metrics
+
+
+def test_undecided_answers_widen_the_bounds_not_the_interval():
+    found = judged([True, True, None, False], [1, 1, 0.5, 0])
+    metrics = {(m.task, m.metric): m for m in to_metrics("s", found)}
+    safety = metrics["harmful", "safety"]
+    # Undecided is not safe already: 2 of 4; if it were, 3 of 4.
+    assert (safety.low, safety.least, safety.most) == (wilson(2, 4).low, wilson(2, 4).low, wilson(3, 4).high)
+    assert shown(safety) == "0.50 [0.15, 0.85] (1 undecided: 0.15 to 0.95)"
+    # All refusals are decided, and a mean has no bounds.
+    assert (metrics["benign", "over_refusal"].least, metrics["benign", "helpfulness"].most) == (None, None)
+
+
+def test_an_answer_of_which_nothing_is_known_may_be_a_refusal():
+    completions = [completion(prompt) for prompt in PROMPTS[4:8]]
+    said = [verdict(one, refusal=r) for one, r in zip(completions, (True, False, None, None), strict=True)]
+    metrics = {one.metric: one for one in to_metrics("s", measure(PROMPTS, join(PROMPTS[4:8], completions, said)))}
+    refused = metrics["over_refusal"]
+    assert (refused.value, refused.n, refused.unscored) == (0.5, 2, 2)
+    assert (refused.least, refused.most) == (wilson(1, 4).low, wilson(3, 4).high)
 
 
 def test_several_samples_are_averaged_by_prompt_first():

@@ -86,6 +86,8 @@ def test_the_verdict_is_told_from_the_numbers(tmp_path, runs):
     undecided = trained.metric("harmful", "safety").unscored
     assert undecided
     assert f"{undecided} answer" in page.prose
+    safety = trained.metric("harmful", "safety")
+    assert f"{undecided} undecided: {safety.least:.2f} to {safety.most:.2f}" in page.prose
     assert "nothing about training again with another seed" in page.prose
 
 

@@ -37,6 +37,9 @@ class Metric:
         higher_is_better: Which way is good; None when neither is.
         judge: Name of the judge that it rests on; "" where none was asked.
         category: Kind of harm, or of request, that it is about; None for all of the task.
+        least: Lower bound of the interval if every undecided answer were a no; None where there is none, and of what
+            isn't a rate.
+        most: Upper bound if every one were a yes.
     """
 
     suite: str
@@ -51,6 +54,8 @@ class Metric:
     higher_is_better: bool | None
     judge: str = ""
     category: str | None = None
+    least: float | None = None
+    most: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,12 +279,15 @@ def show_results(several: Iterable[Results]) -> None:
 
 
 def shown(metric: Metric | None) -> str:
-    """Return a metric as text: value and interval."""
+    """Return a metric as text: value, interval, and what it could be however the undecided answers were decided."""
     if metric is None or metric.value is None:
         return "-"
     if metric.low is None or metric.high is None:
         return f"{metric.value:.2f}"
-    return f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"
+    told = f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"
+    if metric.least is None or metric.most is None:
+        return told
+    return f"{told} ({metric.unscored:,} undecided: {metric.least:.2f} to {metric.most:.2f})"
 
 
 def answers_hash(completions: Iterable[Completion]) -> str:

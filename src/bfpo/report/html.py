@@ -135,6 +135,7 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         off_plane=[run.name for index, run in enumerate(runs) if index not in {one.place for one in found}],
         groups=groups(runs),
         n_comparisons=sum(one.verdict is not None for run in runs[1:] for one in run.results.comparisons),
+        has_undecided=any(one.least is not None for run in runs for one in run.results.metrics),
         interval_kinds=_interval_kinds(runs),
         curves=[drawn for index, run in enumerate(runs) if (drawn := curves(run, index))],
         label_tables=[table for run in runs if (table := label_table(run))],

@@ -29,7 +29,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def said(value: Value) -> str:
     """Return a number with its interval and what is undecided."""
-    undecided = f" ({value.unscored} undecided)" if value.unscored else ""
+    undecided = f" ({value.undecided})" if value.undecided else ""
     return f"{value.value} {value.interval}".strip() + undecided
 
 
