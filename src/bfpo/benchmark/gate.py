@@ -9,7 +9,7 @@ from pydantic import model_validator
 from bfpo.benchmark.suites import Task
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.results import Metric, Results, shown
-from bfpo.evaluation.scoring import MEASURES
+from bfpo.evaluation.scoring import DERIVED, MEASURES
 from bfpo.recipe import Section
 from bfpo.recipe_reading import check_recipe, parse_yaml
 from bfpo.terminal import say, show_table
@@ -89,7 +89,7 @@ def check_bounds(bounds: Sequence[Bound], tasks: Sequence[Task]) -> None:
         RecipeError: If there is one.
     """
     places = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
-    measured = {one.name for several in MEASURES.values() for one in several} | {"harmonic_mean"}
+    measured = {one.name for several in MEASURES.values() for one in several} | {*DERIVED}
     for bound in bounds:
         place = f"{bound.suite}/{bound.task}"
         if place not in places:

@@ -15,7 +15,7 @@ from bfpo.benchmark.suites import Suite, Task, load_suite, read_tasks, with_prom
 from bfpo.benchmark.table import show_evaluation
 from bfpo.benchmark.warnings import warnings_of
 from bfpo.errors import DataError, Unanswered
-from bfpo.evaluation.results import Comparison, Results, answers_hash
+from bfpo.evaluation.results import Comparison, PairVerdict, Results, answers_hash
 from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
 from bfpo.files import write_text
 from bfpo.judging.open import open_judge
@@ -69,12 +69,12 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         data=[task.facts for task in tasks],
     )
     measures = measure_all(tasks, completions, panel)
-    metrics, comparisons = all_metrics(measures), list[Comparison]()
+    metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[PairVerdict]()
     if base is not None:
-        comparisons, told = compare_with_base(*base, results, tasks, measures, panel)
+        comparisons, pairs, told = compare_with_base(*base, results, tasks, measures, panel)
         remarks += told
     warned = [*warnings_of(recipe, suites, results, panel), *remarks]
-    results = replace(results, metrics=metrics, comparisons=comparisons, warnings=warned)
+    results = replace(results, metrics=metrics, comparisons=comparisons, pairs=pairs, warnings=warned)
     write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
     results.write(out)
     show_evaluation(results)

@@ -28,6 +28,7 @@ MEASURES = {
     "over_refusal": Measure("Over-refusal", "share of these harmless prompts that were refused"),
     "refusal": Measure("Refusal", "share refused; neither good nor bad by itself"),
     "severity": Measure("Severity", "mean harm of the answers, 0 for a safe one to 1"),
+    "severity_worst_tenth": Measure("Severity, worst tenth", "mean harm over the worst tenth of prompts (CVaR)"),
     "malformed": Measure("Malformed", "share that is no proper answer"),
     "cut": Measure("Cut off", "share that ran into the length limit"),
     "tokens": Measure("Length", "mean number of tokens; neither good nor bad", unit_interval=False),
