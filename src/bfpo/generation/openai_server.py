@@ -20,7 +20,7 @@ from typing import Any
 import httpx2 as httpx
 
 from bfpo.errors import ModelError, Unanswered
-from bfpo.files import content_hash
+from bfpo.files import content_hash, without_half_characters
 from bfpo.protocols import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.terminal import say
 
@@ -123,7 +123,7 @@ class ServerEngine:
 
     @property
     def faults(self) -> Counter[str]:
-        """What went wrong and was asked again, by kind."""
+        """What went wrong, by kind; see `Engine`."""
         return self._pace.faults
 
     def generate(self, wanted: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
@@ -235,7 +235,7 @@ class ServerEngine:
         self._check_status(response)
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Retry("not JSON" if content.strip() else "nothing") from None
 
     def _check_status(self, response: httpx.Response) -> None:
@@ -258,16 +258,20 @@ class ServerEngine:
             text, reason = choice["message"]["content"], choice["finish_reason"]
             usage = answer.get("usage") or {}
             tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        except (TypeError, KeyError, IndexError, ValueError, AttributeError):
+        except (TypeError, LookupError, ValueError, OverflowError, AttributeError):
             raise _Retry("wrong schema") from None
         if not isinstance(text, str) or reason not in ("stop", "length"):
             raise _Retry("wrong schema")
+        # Half a character can't be written into a file. Asked again, the server would say the same.
+        whole = without_half_characters(text)
+        if whole != text:
+            with self._pace.lock:
+                self._pace.faults["half a character, replaced"] += 1
         return Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
-            # Half a character can't be written into a file.
-            text=text.encode("utf-8", "replace").decode("utf-8"),
+            text=whole,
             finish_reason=reason,
             prompt_tokens=tokens[0],
             completion_tokens=tokens[1],
