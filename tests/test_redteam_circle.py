@@ -133,3 +133,28 @@ def test_the_circle_asks_a_real_server(gone_round, tmp_path):
     # The pairs train as they are.
     example.run_once(example.redteam_train(folder, "served", out / "pairs.jsonl", 0))
     assert json.loads((folder / "trained-served" / "run.json").read_text())["recipe"]["trainer"]["max_steps"] == 8
+
+
+def test_two_rounds_ask_and_train(gone_round):
+    folder, _ = gone_round
+    recipe = example.redteam_recipe(
+        folder, "rounds", f"linear:{folder / 'judge.npz'}", {"path": str(folder / "base")}
+    )
+    train = example.redteam_train(folder, "unused", folder / "unused.jsonl", 0).model_dump()
+    train["trainer"] |= {"max_steps": 4}
+    several = recipe.model_copy(update={"rounds": 2, "train": {name: train[name] for name in ("text", "trainer")}})
+    first, second = example.run_redteam(several)
+    out = folder / "redteam-rounds"
+    asked = {
+        file.parent.name: {one.model for one in read_completions(file)} for file in out.rglob("completions.jsonl")
+    }
+    assert asked == {"round-1": {str(folder / "base")}, "round-2": {str(out / "round-1" / "model")}}
+    assert json.loads((out / "round-1" / "model" / "run.json").read_text())["recipe"]["trainer"]["max_steps"] == 4
+    prompts = [{pair.prompt for pair in load_pairs(Source(path=str(file)), "main")[1]} for file in (first, second)]
+    assert len(prompts[0] & prompts[1]) > 0
+    # What was trained answers otherwise.
+    texts = [
+        {(one.key, one.text) for one in read_completions(file.parent / "completions.jsonl")}
+        for file in (first, second)
+    ]
+    assert texts[0] != texts[1]

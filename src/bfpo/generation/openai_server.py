@@ -21,14 +21,12 @@ import httpx2 as httpx
 
 from bfpo.errors import ModelError, Unanswered
 from bfpo.files import content_hash, without_half_characters
+from bfpo.generation.sameness import Sameness
 from bfpo.protocols import Completion, Key, Prompt, Sampling, sample_seed
-from bfpo.terminal import say
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # An answer of more bytes isn't one.
 _MOST_BYTES = 8_000_000
-# So many prompts whose samples are all the same aren't chance; of fewer it is only said.
-_SAME_PROMPTS = 4
 _RETRIED = (408, 409, 425, 429)
 
 
@@ -137,7 +135,7 @@ class ServerEngine:
         had: set[Key] = set()
         failed: dict[Key, str] = {}
         refused: set[Key] = set()
-        same = _Sameness(self.sampling, wanted)
+        same = Sameness(self.sampling, wanted)
         self._pace.stopped.clear()
         with (
             httpx.Client(
@@ -278,46 +276,6 @@ class ServerEngine:
             model=self.options.model,
             engine=self.name,
             settings_hash=self.settings_hash,
-        )
-
-
-class _Sameness:
-    """Notices a server that doesn't sample.
-
-    Only prompts that are asked more than once now say anything.
-    """
-
-    def __init__(self, sampling: Sampling, wanted: Sequence[tuple[Prompt, int]]) -> None:
-        times = Counter(prompt.prompt_id for prompt, _ in wanted) if sampling.temperature > 0 else Counter[str]()
-        self._expected = {name: count for name, count in times.items() if count > 1}
-        self._texts: dict[str, list[str]] = {}
-        self._same = 0
-
-    def watch(self, batch: Sequence[Completion]) -> None:
-        for one in batch:
-            if one.prompt_id not in self._expected:
-                continue
-            texts = self._texts.setdefault(one.prompt_id, [])
-            texts.append(one.text)
-            if len(set(texts)) > 1:
-                # It samples: nothing more to watch for.
-                self._expected, self._texts, self._same = {}, {}, 0
-                return
-            self._same += len(texts) == self._expected[one.prompt_id]
-        if self._same >= _SAME_PROMPTS:
-            raise ModelError(f"{self._found()}; set that, or ask for one sample")
-
-    def end(self) -> None:
-        """Say of few prompts what of more would have stopped the run."""
-        if self._same:
-            say(f"warning: {self._found()}. Of fewer than {_SAME_PROMPTS} prompts it may be chance: going on")
-
-    def _found(self) -> str:
-        k = max(map(len, self._texts.values()))
-        return (
-            f"the server gave {k} identical samples for each of {self._same} prompts: it ignores the temperature. "
-            "`transformers serve` samples only if the checkpoint's generation_config.json has "
-            '"do_sample": true'
         )
 
 
