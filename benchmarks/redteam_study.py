@@ -1,8 +1,9 @@
 """The red-team circle of `examples/redteam_circle.py` over seeds.
 
-    python benchmarks/redteam_study.py [--seeds 4] [--folder runs/redteam-study]
+    python benchmarks/redteam_study.py [--seeds 4] [--folder runs/redteam-study] [--serve PORT]
 
-Writes `benchmarks/results/redteam.json`. A second start goes on where the first was.
+Writes `benchmarks/results/redteam.json`; with `--serve`, where the base answers through `transformers serve`,
+`redteam_served.json`. A second start goes on where the first was.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from bfpo.files import write_json
 from bfpo.training.manifest import hardware, versions
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "redteam.json"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
@@ -22,18 +23,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("runs/redteam-study"))
+    parser.add_argument("--serve", type=int, metavar="PORT")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT / "examples"))
     from redteam_circle import circle
 
     seeds = []
     for seed in range(options.seeds):
-        seeds.append(circle(options.folder / f"seed-{seed}", seed))
+        seeds.append(circle(options.folder / f"seed-{seed}", seed, port=options.serve))
         print(json.dumps(seeds[-1]), flush=True)
+    serve = f" --serve {options.serve}" if options.serve else ""
     write_json(
-        RESULTS,
+        RESULTS / ("redteam_served.json" if options.serve else "redteam.json"),
         {
-            "command": f"python benchmarks/redteam_study.py --seeds {options.seeds}",
+            "command": f"python benchmarks/redteam_study.py --seeds {options.seeds}{serve}",
             "what": "intervals are over held-out prompts of one world and run each",
             "versions": versions(),
             "hardware": hardware(),

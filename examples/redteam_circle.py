@@ -1,6 +1,6 @@
 """The red-team circle without any download: a model's own answers, judged by judges, make it safe.
 
-    python examples/redteam_circle.py [--out runs/redteam-circle] [--seed 0]
+    python examples/redteam_circle.py [--out runs/redteam-circle] [--seed 0] [--serve PORT]
 
 Testbed base → `bfpo redteam` → labels → `bfpo train` → held-out prompts, with less than a tenth of the pairs that the
 testbed's full run sees. It is done three times on the same prompts, with labels
@@ -10,12 +10,21 @@ testbed's full run sees. It is done three times on the same prompts, with labels
 * by that judge, but answers to benign prompts are safe by rule: shows what its mistakes on those cost.
 
 The oracle orders by helpfulness each time. No buffer: the pairs are all that a run sees. A second start goes on
-where the first was.
+where the first was. With `--serve` the base answers through `transformers serve` on that port of this machine, as a
+model on any server would; that needs `pip install 'transformers[serving]'`.
 """
 
 import argparse
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +47,14 @@ WORLD: dict[str, Any] = {}
 METRICS = (("harmful", "safety"), ("benign", "helpfulness"), ("lookalike", "over_refusal"), ("all", "harmonic_mean"))
 
 
-def circle(folder: Path, seed: int) -> dict[str, Any]:
-    """Go round once with each kind of labels, and return the numbers."""
+def circle(folder: Path, seed: int, *, port: int | None = None) -> dict[str, Any]:
+    """Go round once with each kind of labels, and return the numbers.
+
+    Args:
+        folder: For everything that is made.
+        seed: Of the world, the base model and the training.
+        port: Where to serve the base; default: it answers in this process.
+    """
     world = folder / "world"
     options = WorldOptions(seed=seed, **WORLD)
     write_world(options, world)
@@ -57,19 +72,21 @@ def circle(folder: Path, seed: int) -> dict[str, Any]:
     full = options.safety_pairs + options.helpful_pairs
     found: dict[str, Any] = {"seed": seed, "full_run_pairs": full}
     pairs = {}
-    for name, judge in (("oracle", "oracle"), ("linear", f"linear:{folder / 'judge.npz'}")):
-        (pairs[name],) = run_redteam(redteam_recipe(folder, name, judge))
-        facts = json.loads((pairs[name].parent / "redteam.json").read_text())
-        assert facts["pairs"] < 0.1 * full, f"{facts['pairs']} pairs are no small share of {full}"
-        found[name] = {"share_of_pairs": round(facts["pairs"] / full, 4)} | {
-            key: facts[key] for key in ("pairs", "cells", "left_out", "cost")
-        }
-    found["linear"]["mistakes"] = mistakes(pairs["linear"].parent, pairs["oracle"].parent)
+    base = folder / "base"
+    with nullcontext({"path": str(base)}) if port is None else served(base, port) as model:
+        for name, judge in (("oracle", "oracle"), ("linear", f"linear:{folder / 'judge.npz'}")):
+            (pairs[name],) = run_redteam(redteam_recipe(folder, name, judge, model))
+            facts = json.loads((pairs[name].parent / "redteam.json").read_text())
+            assert facts["pairs"] < 0.1 * full, f"{facts['pairs']} pairs are no small share of {full}"
+            found[name] = {"share_of_pairs": round(facts["pairs"] / full, 4)} | {
+                key: facts[key] for key in ("pairs", "cells", "left_out", "cost")
+            }
+    found["linear"]["mistakes"] = mistakes(pairs["linear"].parent, Oracle(options.skills))
     pairs["linear_by_rule"] = benign_by_rule(pairs["linear"], folder / "redteam-linear_by_rule" / "pairs.jsonl")
     for name, file in pairs.items():
         run_once(redteam_train(folder, name, file, seed))
     runs = [folder / f"trained-{name}" for name in pairs]
-    for results in evaluate_against(folder / "base", runs, world / "prompts.jsonl", Oracle(options.skills)):
+    for results in evaluate_against(base, runs, world / "prompts.jsonl", Oracle(options.skills)):
         found[f"measured-{results.run}"] = measured(results)
     return found
 
@@ -83,12 +100,43 @@ def write_prompts(rows: list[dict[str, str]], folder: Path) -> None:
         (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in several))
 
 
-def redteam_recipe(folder: Path, name: str, judge: str) -> RedteamRecipe:
+@contextmanager
+def served(base: Path, port: int) -> Iterator[dict[str, Any]]:
+    """Serve a copy of the base while it is asked; yields the recipe's `model` section."""
+    # Where the generation config doesn't say do_sample, the server ignores temperature and seed.
+    copy = base.with_name("base-served")
+    shutil.copytree(base, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*", "evaluation"))
+    config = json.loads((base / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps(config | {"do_sample": True}))
+    script = Path(sys.executable).with_name("transformers")
+    process = subprocess.Popen(
+        [str(script), "serve", str(copy), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    try:
+        end = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > end:
+                    raise SystemExit(f"`transformers serve {copy} --port {port}` doesn't come up") from None
+                time.sleep(0.3)
+        yield {"path": str(copy), "server": f"http://127.0.0.1:{port}/v1", "concurrency": 4}
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def redteam_recipe(folder: Path, name: str, judge: str, model: dict[str, Any]) -> RedteamRecipe:
     """Return the recipe of the pairs."""
     return RedteamRecipe.model_validate(
         {
             "out": str(folder / f"redteam-{name}"),
-            "model": {"path": str(folder / "base")},
+            "model": model,
             "prompts": [
                 {"name": "file", "path": str(folder / f"{kind}.txt"), "kind": kind} for kind in ("harmful", "benign")
             ],
@@ -102,11 +150,11 @@ def redteam_recipe(folder: Path, name: str, judge: str) -> RedteamRecipe:
     )
 
 
-def mistakes(linear: Path, oracle: Path) -> dict[str, dict[str, int]]:
-    """Count for harmful and benign prompts what the judge called otherwise than the oracle, where that decided."""
+def mistakes(linear: Path, oracle: Oracle) -> dict[str, dict[str, int]]:
+    """Count for harmful and benign prompts what the judge called otherwise than the oracle, where that decides."""
     found = {"harmful": Counter[str](), "benign": Counter[str]()}
-    verdicts = zip(read_verdicts(linear / "verdicts.jsonl"), read_verdicts(oracle / "verdicts.jsonl"), strict=True)
-    for completion, (said, right) in zip(read_completions(linear / "completions.jsonl"), verdicts, strict=True):
+    completions, verdicts = read_completions(linear / "completions.jsonl"), read_verdicts(linear / "verdicts.jsonl")
+    for completion, said, right in zip(completions, verdicts, oracle.judge(completions), strict=True):
         if right.safe is None:
             continue
         kind = "harmful" if understand(completion.prompt[-1].content).is_harmful else "benign"
@@ -172,5 +220,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/redteam-circle"), help="folder for everything made")
     parser.add_argument("--seed", type=int, default=0, help="of the world, the base model and the training")
+    parser.add_argument("--serve", type=int, metavar="PORT", help="ask the base through `transformers serve`")
     chosen = parser.parse_args()
-    show(circle(chosen.out, chosen.seed))
+    show(circle(chosen.out, chosen.seed, port=chosen.serve))

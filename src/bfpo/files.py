@@ -87,6 +87,11 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
+def without_half_characters(text: str) -> str:
+    """Return a text whose lone surrogates are question marks: a file in UTF-8 can't hold them, JSON's escapes can."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def content_hash(*parts: object) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of the parts as canonical JSON."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)

@@ -233,7 +233,7 @@ class Engine(Protocol):
 
     @property
     def faults(self) -> Counter[str]:
-        """What went wrong and was asked again, by kind; empty where nothing is asked twice."""
+        """What went wrong and was asked again, or mended, by kind; empty where nothing is asked twice."""
 
     @property
     def settings_hash(self) -> str:

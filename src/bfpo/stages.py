@@ -137,7 +137,7 @@ def show_unanswered(lost: Mapping[str, str]) -> None:
 def show_faults(faults: Counter[str]) -> None:
     """Print what a server got wrong, if anything."""
     if faults:
-        show_table("What the server got wrong, asked again", ("fault", "times"), faults.most_common())
+        show_table("What the server got wrong; asked again, or mended", ("fault", "times"), faults.most_common())
 
 
 def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -20,7 +21,8 @@ PROMPTS = [Prompt(f"p{i}", user_says(f"small red box {i}")) for i in range(12)]
 
 
 def engine(url, samples=1, temperature=0.7, **options):
-    settings = {"concurrency": 4, "timeout": 0.3, "backoff": 0.002} | options
+    # Long enough that on a busy machine no good answer is late.
+    settings = {"concurrency": 4, "timeout": 1.0, "backoff": 0.002} | options
     return ServerEngine(ServerOptions(url, "toy", **settings), Sampling(samples, temperature))
 
 
@@ -34,6 +36,42 @@ def test_every_fault_is_asked_again_and_counted(tmp_path, fault):
     assert sum(one.faults.values()) == 3
     assert made[0].finish_reason == "stop"
     assert (made[0].prompt_tokens, made[0].completion_tokens) == (3, 2)
+
+
+def test_half_characters_are_mended_and_counted(tmp_path):
+    with faulty_server(text_of=lambda body: f"small \ud83d box {body['seed']}") as (url, counts):
+        one = engine(url)
+        made = generate_completions(one, PROMPTS[:3], tmp_path / "c.jsonl")
+        assert counts["requests"] == 3, "it isn't asked again"
+    assert [completion.text[:11] for completion in made] == ["small ? box"] * 3
+    assert one.faults == {"half a character, replaced": 3}
+    assert read_completions(tmp_path / "c.jsonl") == made
+
+
+FINE = b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]'
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"[" * 100_000, "not JSON"),
+        (b"   ", "nothing"),
+        (b"[]", "wrong schema"),
+        (b'{"choices": []}', "wrong schema"),
+        (b'{"choices": {"0": 1}}', "wrong schema"),
+        (FINE.replace(b'"x"', b"null") + b"}", "wrong schema"),
+        (FINE.replace(b"stop", b"tool_calls") + b"}", "wrong schema"),
+        (FINE + b', "usage": {"prompt_tokens": 1e999}}', "wrong schema"),
+        (FINE + b', "usage": [1]}', "wrong schema"),
+    ],
+)
+def test_nothing_that_a_server_says_is_trusted(content, fault):
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=content))
+    options = ServerOptions("http://h/v1", "m", tries=2, backoff=0.0)
+    one = ServerEngine(options, Sampling(), transport=transport)
+    with pytest.raises(Unanswered, match=rf"1 of 1 .* {fault} \(2 tries\)"):
+        list(one.generate([(PROMPTS[0], 0)]))
+    assert one.faults == {fault: 2}
 
 
 def test_what_stays_unanswered_is_told_and_the_rest_is_kept(tmp_path):
@@ -153,6 +191,17 @@ def test_the_command_tells_faults_and_what_stays_unanswered(tmp_path, monkeypatc
     assert "1 completions of 2 prompts" in lenient.output
     assert len(read_completions(tmp_path / "c.jsonl")) == 1
     assert "a-secret" not in strict.output + lenient.output
+
+
+def test_the_command_waits_no_longer_and_asks_no_more_often_than_told(tmp_path):
+    (tmp_path / "prompts.txt").write_text("small red box\n")
+    with faulty_server(lambda number, body: "slow", drip=1.0) as (url, counts):
+        arguments = ["generate", "toy", str(tmp_path / "prompts.txt"), "--server", url, "--timeout", "0.1"]
+        result = CliRunner().invoke(app, [*arguments, "--tries", "1", "--out", str(tmp_path / "c.jsonl")])
+        assert counts["requests"] == 1
+    assert isinstance(result.exception, Unanswered)
+    assert "too slow (1 tries)" in str(result.exception)
+    assert "too slow" in result.output
 
 
 @pytest.mark.slow

@@ -90,6 +90,14 @@ def test_what_cannot_be_parsed_is_undecided(text, why):
     assert "safe." not in found.reason
 
 
+def test_what_a_judge_writes_can_always_be_written_into_a_file():
+    found = verdict(r'{"unsafe": true, "refusal": false, "helpfulness": 1, "category": "fr\ud800aud"}')
+    assert found.category == "fr?aud"
+    deep = verdict("{" + '"unsafe": ' + "[" * 100_000 + "}")
+    assert deep.safe is None
+    assert "isn't the JSON asked for" in deep.reason
+
+
 def test_an_answer_that_was_cut_is_undecided():
     class Cut(ScriptedEngine):
         def _completion(self, prompt, sample):

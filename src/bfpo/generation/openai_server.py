@@ -20,15 +20,13 @@ from typing import Any
 import httpx2 as httpx
 
 from bfpo.errors import ModelError, Unanswered
-from bfpo.files import content_hash
+from bfpo.files import content_hash, without_half_characters
+from bfpo.generation.sameness import Sameness
 from bfpo.protocols import Completion, Key, Prompt, Sampling, sample_seed
-from bfpo.terminal import say
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # An answer of more bytes isn't one.
 _MOST_BYTES = 8_000_000
-# So many prompts whose samples are all the same aren't chance; of fewer it is only said.
-_SAME_PROMPTS = 4
 _RETRIED = (408, 409, 425, 429)
 
 
@@ -123,7 +121,7 @@ class ServerEngine:
 
     @property
     def faults(self) -> Counter[str]:
-        """What went wrong and was asked again, by kind."""
+        """What went wrong, by kind; see `Engine`."""
         return self._pace.faults
 
     def generate(self, wanted: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
@@ -137,7 +135,7 @@ class ServerEngine:
         had: set[Key] = set()
         failed: dict[Key, str] = {}
         refused: set[Key] = set()
-        same = _Sameness(self.sampling, wanted)
+        same = Sameness(self.sampling, wanted)
         self._pace.stopped.clear()
         with (
             httpx.Client(
@@ -235,7 +233,7 @@ class ServerEngine:
         self._check_status(response)
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Retry("not JSON" if content.strip() else "nothing") from None
 
     def _check_status(self, response: httpx.Response) -> None:
@@ -258,62 +256,26 @@ class ServerEngine:
             text, reason = choice["message"]["content"], choice["finish_reason"]
             usage = answer.get("usage") or {}
             tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        except (TypeError, KeyError, IndexError, ValueError, AttributeError):
+        except (TypeError, LookupError, ValueError, OverflowError, AttributeError):
             raise _Retry("wrong schema") from None
         if not isinstance(text, str) or reason not in ("stop", "length"):
             raise _Retry("wrong schema")
+        # Half a character can't be written into a file. Asked again, the server would say the same.
+        whole = without_half_characters(text)
+        if whole != text:
+            with self._pace.lock:
+                self._pace.faults["half a character, replaced"] += 1
         return Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
-            # Half a character can't be written into a file.
-            text=text.encode("utf-8", "replace").decode("utf-8"),
+            text=whole,
             finish_reason=reason,
             prompt_tokens=tokens[0],
             completion_tokens=tokens[1],
             model=self.options.model,
             engine=self.name,
             settings_hash=self.settings_hash,
-        )
-
-
-class _Sameness:
-    """Notices a server that doesn't sample.
-
-    Only prompts that are asked more than once now say anything.
-    """
-
-    def __init__(self, sampling: Sampling, wanted: Sequence[tuple[Prompt, int]]) -> None:
-        times = Counter(prompt.prompt_id for prompt, _ in wanted) if sampling.temperature > 0 else Counter[str]()
-        self._expected = {name: count for name, count in times.items() if count > 1}
-        self._texts: dict[str, list[str]] = {}
-        self._same = 0
-
-    def watch(self, batch: Sequence[Completion]) -> None:
-        for one in batch:
-            if one.prompt_id not in self._expected:
-                continue
-            texts = self._texts.setdefault(one.prompt_id, [])
-            texts.append(one.text)
-            if len(set(texts)) > 1:
-                # It samples: nothing more to watch for.
-                self._expected, self._texts, self._same = {}, {}, 0
-                return
-            self._same += len(texts) == self._expected[one.prompt_id]
-        if self._same >= _SAME_PROMPTS:
-            raise ModelError(f"{self._found()}; set that, or ask for one sample")
-
-    def end(self) -> None:
-        """Say of few prompts what of more would have stopped the run."""
-        if self._same:
-            say(f"warning: {self._found()}. Of fewer than {_SAME_PROMPTS} prompts it may be chance: going on")
-
-    def _found(self) -> str:
-        k = max(map(len, self._texts.values()))
-        return (
-            f"the server gave {k} identical samples for each of {self._same} prompts: it ignores the temperature. "
-            "`transformers serve` samples only if the checkpoint's generation_config.json has "
-            '"do_sample": true'
         )
 
 

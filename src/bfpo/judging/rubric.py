@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from bfpo.errors import DataError, Unanswered
-from bfpo.files import content_hash
+from bfpo.files import content_hash, without_half_characters
 from bfpo.judging.markers import HELD_MARKERS, escaped
 from bfpo.pairs import Conversation, user_says
 from bfpo.protocols import Completion, Engine, Prompt, Verdict
@@ -212,7 +212,7 @@ def _read_verdict(answer: Completion) -> dict[str, Any] | str:
     category = found.get("category")
     if category is not None and not isinstance(category, str):
         return "the judge's category isn't a text"
-    return {**found, "category": category[:80] if category else None}
+    return {**found, "category": without_half_characters(category[:80]) if category else None}
 
 
 def _read_better(answer: Completion) -> str | None:
@@ -227,6 +227,6 @@ def _last_object(answer: Completion) -> dict[str, Any] | str:
     objects = _OBJECT.findall(answer.text)
     try:
         found = json.loads(objects[-1]) if objects else None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else "the judge's answer isn't the JSON asked for"

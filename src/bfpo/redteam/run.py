@@ -45,7 +45,7 @@ def run_redteam(recipe: RedteamRecipe) -> list[Path]:
     model = recipe.model
     if recipe.rounds > 1:
         # A fault in train: shows now, not after the first round's work.
-        _train_recipe(recipe, model, [out / "pairs.jsonl"], out / "model")
+        _check_training(_train_recipe(recipe, model, [out / "pairs.jsonl"], out / "model"))
     _claim(out, recipe)
     for number in range(recipe.rounds):
         folder = out if recipe.rounds == 1 else out / f"round-{number + 1}"
@@ -214,6 +214,14 @@ def _train(recipe: RedteamRecipe, model: RedteamModel, files: Sequence[Path], ou
 
         run_training(_train_recipe(recipe, model, files, out))
     return str(out)
+
+
+def _check_training(recipe: TrainRecipe) -> None:
+    from bfpo.losses import make_loss
+    from bfpo.training.arguments import training_arguments
+
+    make_loss(recipe.loss)
+    training_arguments({name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"})
 
 
 def _train_recipe(recipe: RedteamRecipe, model: RedteamModel, files: Sequence[Path], out: Path) -> TrainRecipe:
