@@ -1,0 +1,102 @@
+"""Rates corrected for a judge's errors, which a calibration set of answers that people labelled tells.
+
+A judge that misses yeses and sees yeses that aren't there finds a rate that is off by an amount that no number of
+prompts makes smaller. Knowing how often it does both, the rate that people would find can be had back.
+"""
+
+import math
+from collections.abc import Iterable
+from statistics import NormalDist
+from typing import NamedTuple
+
+from bfpo.evaluation.statistics import LEVEL, Interval
+
+UNKNOWN = Interval(math.nan, 0.0, 1.0)
+"""What is left when a judge's word tells nothing: the rate may be anything."""
+
+
+class JudgeErrors(NamedTuple):
+    """How often a judge is right about people's yes and about their no.
+
+    Args:
+        sensitivity: Share of people's yes that the judge calls yes, in [0, 1]; 0 where there is none.
+        yes: Independent answers that it rests on, at least 0.
+        specificity: Share of people's no that the judge calls no, in [0, 1]; 0 where there is none.
+        no: Independent answers that it rests on, at least 0.
+    """
+
+    sensitivity: float
+    yes: int
+    specificity: float
+    no: int
+
+
+def judge_errors(pairs: Iterable[tuple[str, bool, bool]]) -> JudgeErrors:
+    """Return a judge's errors from a calibration set.
+
+    Args:
+        pairs: Of each answer: what it answers, what people say, what the judge says. Answers to one prompt count as
+            one together, because they are no independent observations: that is cautious.
+    """
+    right: dict[bool, list[bool]] = {True: [], False: []}
+    prompts: dict[bool, set[str]] = {True: set(), False: set()}
+    for prompt, people, judge in pairs:
+        right[people].append(people == judge)
+        prompts[people].add(prompt)
+    sensitivity, specificity = (
+        sum(right[label]) / len(right[label]) if right[label] else 0.0 for label in (True, False)
+    )
+    return JudgeErrors(sensitivity, len(prompts[True]), specificity, len(prompts[False]))
+
+
+def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = LEVEL) -> Interval:
+    """Return the rate that people would find, with an interval that holds the uncertainty of all three rates.
+
+    The estimate is (rate + specificity - 1) / (sensitivity + specificity - 1), cut to [0, 1] (Rogan & Gladen 1978, doi
+    10.1093/oxfordjournals.aje.a112510); the interval is that of Lang & Reiczigel (2014, doi
+    10.1016/j.prevetmed.2013.09.015), widened to hold the estimate where cutting put it outside.
+
+    It holds only if the judge errs on the evaluated answers as on those of the calibration set.
+
+    Args:
+        rate: Share of yes by the judge, in [0, 1].
+        n: Independent prompts that it rests on, at least 1.
+        errors: Of the judge.
+        level: Confidence, in (0, 1).
+
+    Returns:
+        `UNKNOWN` unless the judge's yes is clearly likelier where people say yes than where they say no: where
+        sensitivity + specificity - 1 isn't above 0 by its own interval.
+
+    Raises:
+        ValueError: If a rate or a count isn't possible.
+    """
+    for name, share in (("rate", rate), ("sensitivity", errors.sensitivity), ("specificity", errors.specificity)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}; expected a share in [0, 1]")
+    if n < 1 or errors.yes < 0 or errors.no < 0:
+        raise ValueError(f"n is {n}, yes {errors.yes}, no {errors.no}; expected n >= 1, the others >= 0")
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    # One more right and one more wrong answer each, and Wilson's for the rate: none is 0 or 1 for sure.
+    right_yes, var_yes = _shrunk(errors.sensitivity, errors.yes, 2.0)
+    right_no, var_no = _shrunk(errors.specificity, errors.no, 2.0)
+    found, var_found = _shrunk(rate, n, z**2)
+    youden = right_yes + right_no - 1
+    if youden - z * math.sqrt(var_yes + var_no) <= 0 or errors.sensitivity + errors.specificity <= 1:
+        return UNKNOWN
+    centre = (found + right_no - 1) / youden
+    half = z * math.sqrt(var_found + centre**2 * var_yes + (1 - centre) ** 2 * var_no) / youden
+    shift = 2 * z**2 * (centre * var_yes - (1 - centre) * var_no)
+    value = _cut((rate + errors.specificity - 1) / (errors.sensitivity + errors.specificity - 1))
+    low, high = _cut(centre + shift - half), _cut(centre + shift + half)
+    return Interval(value, min(low, value), max(high, value))
+
+
+def _shrunk(share: float, n: int, more: float) -> tuple[float, float]:
+    """Return a share drawn to one half by so many more trials, and its variance."""
+    drawn = (share * n + more / 2) / (n + more)
+    return drawn, drawn * (1 - drawn) / (n + more)
+
+
+def _cut(share: float) -> float:
+    return min(1.0, max(0.0, share))
