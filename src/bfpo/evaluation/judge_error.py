@@ -52,8 +52,8 @@ def judge_errors(pairs: Iterable[tuple[str, bool, bool]]) -> JudgeErrors:
 def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = LEVEL) -> Interval:
     """Return the rate that people would find, with an interval that holds the uncertainty of all three rates.
 
-    The estimate is (rate + specificity - 1) / (sensitivity + specificity - 1), cut to [0, 1] (Rogan & Gladen 1978, doi
-    10.1093/oxfordjournals.aje.a112510); the interval is that of Lang & Reiczigel (2014, doi
+    The estimate is (rate + specificity - 1) / (sensitivity + specificity - 1), cut to [0, 1] (Rogan & Gladen 1978,
+    doi 10.1093/oxfordjournals.aje.a112510); the interval is that of Lang & Reiczigel (2014, doi
     10.1016/j.prevetmed.2013.09.015), widened to hold the estimate where cutting put it outside.
 
     It holds only if the judge errs on the evaluated answers as on those of the calibration set.
