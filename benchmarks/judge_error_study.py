@@ -3,8 +3,8 @@
     python benchmarks/judge_error_study.py FOLDER-OF-XSTEST
 
 Writes `benchmarks/results/judge_error.json`. XSTest's prompts are split in thirds, by kind of prompt: `linear` is
-fitted on one, calibrated against people on one, and the answers to one are evaluated: over-refusal of the safe prompts
-and compliance with the unsafe ones, of five models. Then a simulation of the interval beside two others.
+fitted on one, calibrated against people on one, and the answers to one are evaluated: over-refusal of the safe
+prompts and compliance with the unsafe ones, of five models. Then a simulation of the interval beside two others.
 """
 
 import argparse

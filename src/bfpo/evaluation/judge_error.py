@@ -49,6 +49,16 @@ def judge_errors(pairs: Iterable[tuple[str, bool, bool]]) -> JudgeErrors:
     return JudgeErrors(sensitivity, len(prompts[True]), specificity, len(prompts[False]))
 
 
+def tells_apart(errors: JudgeErrors, *, level: float = LEVEL) -> bool:
+    """Whether the judge's yes is clearly likelier where people say yes than where they say no.
+
+    That is where sensitivity + specificity - 1 is above 0 by its own interval; else its word tells nothing.
+    """
+    (right_yes, var_yes), (right_no, var_no) = _of_errors(errors)
+    half = NormalDist().inv_cdf(0.5 + level / 2) * math.sqrt(var_yes + var_no)
+    return right_yes + right_no - 1 > half and errors.sensitivity + errors.specificity > 1
+
+
 def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = LEVEL) -> Interval:
     """Return the rate that people would find, with an interval that holds the uncertainty of all three rates.
 
@@ -65,8 +75,7 @@ def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = L
         level: Confidence, in (0, 1).
 
     Returns:
-        `UNKNOWN` unless the judge's yes is clearly likelier where people say yes than where they say no: where
-        sensitivity + specificity - 1 isn't above 0 by its own interval.
+        The rate; `UNKNOWN` where the judge doesn't tell yes and no apart.
 
     Raises:
         ValueError: If a rate or a count isn't possible.
@@ -76,20 +85,23 @@ def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = L
             raise ValueError(f"{name} is {share}; expected a share in [0, 1]")
     if n < 1 or errors.yes < 0 or errors.no < 0:
         raise ValueError(f"n is {n}, yes {errors.yes}, no {errors.no}; expected n >= 1, the others >= 0")
+    if not tells_apart(errors, level=level):
+        return UNKNOWN
     z = NormalDist().inv_cdf(0.5 + level / 2)
-    # One more right and one more wrong answer each, and Wilson's for the rate: none is 0 or 1 for sure.
-    right_yes, var_yes = _shrunk(errors.sensitivity, errors.yes, 2.0)
-    right_no, var_no = _shrunk(errors.specificity, errors.no, 2.0)
+    (right_yes, var_yes), (right_no, var_no) = _of_errors(errors)
     found, var_found = _shrunk(rate, n, z**2)
     youden = right_yes + right_no - 1
-    if youden - z * math.sqrt(var_yes + var_no) <= 0 or errors.sensitivity + errors.specificity <= 1:
-        return UNKNOWN
     centre = (found + right_no - 1) / youden
     half = z * math.sqrt(var_found + centre**2 * var_yes + (1 - centre) ** 2 * var_no) / youden
     shift = 2 * z**2 * (centre * var_yes - (1 - centre) * var_no)
     value = _cut((rate + errors.specificity - 1) / (errors.sensitivity + errors.specificity - 1))
     low, high = _cut(centre + shift - half), _cut(centre + shift + half)
     return Interval(value, min(low, value), max(high, value))
+
+
+def _of_errors(errors: JudgeErrors) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return sensitivity and specificity with their variances; one more right and one more wrong answer each."""
+    return _shrunk(errors.sensitivity, errors.yes, 2.0), _shrunk(errors.specificity, errors.no, 2.0)
 
 
 def _shrunk(share: float, n: int, more: float) -> tuple[float, float]:

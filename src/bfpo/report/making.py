@@ -159,6 +159,15 @@ def _loss(run: Run) -> str:
     return _pairs(run.section("recipe", "loss"))
 
 
+def _calibration(run: Run) -> str:
+    return "; ".join(
+        f"{one['judge']} on '{one['question']}': right on {one['sensitivity']:.1%} of people's yes ({one['yes']:,} "
+        f"prompts) and {one['specificity']:.1%} of their no ({one['no']:,}), {one['answers']:,} answers of "
+        f"{', '.join(one['models'])} in {one['labelled']}"
+        for one in run.results.calibration
+    )
+
+
 _FACTS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("Model", lambda run: _text(run.results.model)),
     ("Made by", _command),
@@ -175,4 +184,5 @@ _FACTS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("Sampling", _sampling),
     ("Prompt template", lambda run: _text(run.results.template_policy)),
     ("Judges", _judges),
+    ("Corrected by", _calibration),
 )
