@@ -140,12 +140,12 @@ def test_a_judge_fitted_on_its_calibration_answers_is_warned_of(toy):
 def test_what_cannot_be_calibrated_on_is_told_before_anything_is_asked(toy):
     rows = labelled()
     write_jsonl(Path("people.jsonl"), [rows[0] | {"kind": "odd"}])
-    with pytest.raises(DataError, match=r"calibration: people\.jsonl row 1: column 'kind' is 'odd'; expected harmful"):
+    with pytest.raises(DataError, match=r"calibration: people\.jsonl row 1: column 'kind' is 'odd'; expected"):
         evaluate(toy.recipe(calibration="people.jsonl"))
     with pytest.raises((DataError, RecipeError), match="calibration: "):
         evaluate(toy.recipe(calibration="missing.jsonl"))
     bound = {"suite": "toy", "task": "bad", "metric": "safety_corrected", "min": 0.9}
-    with pytest.raises(RecipeError, match="metric 'safety_corrected'; did you mean 'safety'"):
+    with pytest.raises(RecipeError, match="'safety_corrected' needs answers that people labelled"):
         evaluate(toy.recipe(gate=[bound]))
     assert toy.engines["careful"].asked == 0
 

@@ -96,12 +96,16 @@ def check_bounds(bounds: Sequence[Bound], tasks: Sequence[Task], *, corrected: b
     """
     places = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
     measured = {one.name for several in MEASURES.values() for one in several} | {"harmonic_mean"}
-    if corrected:
-        measured |= {name + CORRECTED for name in QUESTIONS}
+    calibrated = {name + CORRECTED for name in QUESTIONS}
+    measured |= calibrated if corrected else set()
     for bound in bounds:
         place = f"{bound.suite}/{bound.task}"
         if place not in places:
             raise RecipeError(f"gate: nothing is asked of {place}; {did_you_mean(place, sorted(places))}")
+        if bound.metric in calibrated - measured:
+            raise RecipeError(
+                f"gate: metric '{bound.metric}' needs answers that people labelled; name `calibration:`"
+            )
         if bound.metric not in measured:
             raise RecipeError(f"gate: metric '{bound.metric}'; {did_you_mean(bound.metric, sorted(measured))}")
 
