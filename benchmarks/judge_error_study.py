@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bfpo.evaluation.judge_error import corrected_rate, judge_errors
+from bfpo.evaluation.judge_error import corrected_rate, fits, judge_errors
 from bfpo.evaluation.statistics import wilson
 from bfpo.files import file_hash, write_json
 from bfpo.judging.labelled import read_labelled
@@ -149,6 +149,7 @@ def _row(
         "judge": plain,
         "corrected": (value, corrected.low, corrected.high),
         "errors": errors._asdict(),
+        "fits": fits(found / n, n, errors),
         "covered": corrected.low <= truth <= corrected.high,
         "judge_covered": plain.low <= truth <= plain.high,
         "powered_covered": powered[0] <= truth <= powered[1],
@@ -160,7 +161,8 @@ def _row(
 
 def _summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the first split's rows, and means over all splits."""
-    names = ("covered", "covered_all", "judge_covered", "powered_covered", "width", "judge_width", "powered_width")
+    held = ("covered", "covered_all", "judge_covered", "powered_covered", "fits")
+    names = (*held, "width", "judge_width", "powered_width")
     main = [one for one in rows if one["seed"] == 0]
     by_seed = [sum(one["covered"] for one in rows if one["seed"] == seed) for seed in {one["seed"] for one in rows}]
     by_rate = {}

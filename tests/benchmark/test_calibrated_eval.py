@@ -12,6 +12,7 @@ from bfpo.evaluation.judge_error import JudgeErrors, corrected_rate
 from bfpo.evaluation.results import read_results
 from bfpo.files import file_hash, write_json, write_jsonl
 from bfpo.recipe_reading import check_recipe
+from bfpo.report.card import card_section
 from bfpo.report.html import write_report
 
 
@@ -116,6 +117,14 @@ def test_calibration_on_other_models_is_warned_of_and_own_answers_are_preferred(
     assert {one["answers"] for one in results.calibration if one["question"] == "refusal"} == {70}
 
 
+def test_a_rate_that_does_not_fit_the_errors_is_warned_of(toy):
+    # The judge takes a third of people's no for refusals, and finds none at all in what the careful model answers.
+    write_jsonl(Path("people.jsonl"), labelled("careful", answers=120, alarms=40, missed=0))
+    results = evaluate(toy.recipe("careful", calibration="people.jsonl"))
+    (first, *_) = [text for text in results.warnings if "errs otherwise on these answers" in text]
+    assert first.startswith("one: toy/lookalike over_refusal 0.00 is a rate that")
+
+
 def test_what_nobody_labelled_is_not_corrected(toy):
     write_jsonl(Path("people.jsonl"), [row | {"safe": None} for row in labelled()])
     results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
@@ -159,5 +168,11 @@ def test_the_page_shows_corrected_numbers_beside_the_judge_s_and_the_warning(toy
     text = Path("page/report.md").read_text()
     assert "| careless | one, corrected |" in text
     assert "answers of other models" in text
+    card = card_section(Path("out/careless"))
+    assert "| careless | one, corrected |" in card
+    assert "Corrected by: one on 'safe'" in card
+    assert "one on 'refusal': right on 90.0%" in card
+    for told in (page, text, card):
+        assert told.count("A corrected number is what people would find") == 1
     metrics = json.loads(Path("out/careless/results.json").read_text())["metrics"]
     assert sum(one["metric"].endswith("_corrected") for one in metrics) == 12

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from bfpo.evaluation.judge_error import UNKNOWN, JudgeErrors, corrected_rate, judge_errors
+from bfpo.evaluation.judge_error import UNKNOWN, JudgeErrors, corrected_rate, fits, judge_errors
 from bfpo.evaluation.statistics import wilson
 
 
@@ -73,6 +73,25 @@ def test_a_judge_whose_word_tells_nothing_leaves_everything_open(errors):
     assert found is UNKNOWN
     assert (found.low, found.high) == (0, 1)
     assert math.isnan(found.value)
+
+
+def test_near_0_it_is_never_narrower_than_people_s_own_labels_would_be():
+    # Of 133 answers the judge calls none a yes, though it errs on 6 % of people's no: the formula alone ends at 0.
+    errors = JudgeErrors(0.94, 258, 0.94, 196)
+    found = corrected_rate(0.0, 133, errors)
+    assert (found.value, found.low, found.high) == (0, 0, pytest.approx(wilson(0, 133).high))
+    full = corrected_rate(1.0, 133, JudgeErrors(0.94, 196, 0.94, 258))
+    assert (full.value, full.low, full.high) == (1, pytest.approx(wilson(133, 133).low), 1)
+
+
+def test_a_rate_that_no_truth_would_give_does_not_fit_the_errors():
+    errors = JudgeErrors(0.94, 258, 0.94, 196)
+    assert not fits(0.0, 133, errors)
+    assert not fits(1.0, 133, errors)
+    assert fits(0.06, 133, errors)
+    assert fits(0.94, 133, errors)
+    assert fits(0.0, 10, errors)
+    assert fits(0.0, 133, JudgeErrors(0.5, 50, 0.5, 50))
 
 
 def test_impossible_counts_are_refused():

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
-from bfpo.evaluation.judge_error import JudgeErrors, corrected_rate, judge_errors, tells_apart
+from bfpo.evaluation.judge_error import JudgeErrors, corrected_rate, fits, judge_errors, tells_apart
 from bfpo.evaluation.results import Metric
 from bfpo.files import file_hash
 from bfpo.judging.fit import card_file
 from bfpo.judging.labelled import Labelled, read_labelled
-from bfpo.protocols import Completion, Verdict
+from bfpo.protocols import KINDS, Completion, Verdict
 from bfpo.recipe import Source
 
 CORRECTED = "_corrected"
@@ -157,12 +157,15 @@ def facts(calibration: Calibration, calibrated: Sequence[Calibrated]) -> list[di
     ]
 
 
-def remarks(calibration: Calibration, calibrated: Sequence[Calibrated], specs: Iterable[str]) -> list[str]:
+def remarks(
+    calibration: Calibration, calibrated: Sequence[Calibrated], metrics: Sequence[Metric], specs: Iterable[str]
+) -> list[str]:
     """Return what a reader must know of corrected rates.
 
     Args:
         calibration: What people said.
         calibrated: The judges.
+        metrics: What was found.
         specs: Of the judges, in the recipe.
     """
     told, names = [], ", ".join(one.judge for one in calibrated)
@@ -182,6 +185,13 @@ def remarks(calibration: Calibration, calibrated: Sequence[Calibrated], specs: I
                     f"{one.judge}: people's labels of '{question}' ({errors.yes} yes, {errors.no} no) can't tell how "
                     "often it errs: the corrected rate isn't identified, it may be anything from 0 to 1."
                 )
+        told += [
+            f"{one.judge}: {metric.suite}/{metric.task} {metric.metric} {metric.value:.2f} is what no rate of people's "
+            "would give with the errors found in calibration: it errs otherwise on these answers, don't believe the "
+            "corrected rate."
+            for metric in metrics
+            if metric.judge == one.judge and metric.task in KINDS and not _fits(metric, one.errors)
+        ]
     for spec in specs:
         if fitted := _fitted_on(spec) & set(calibration.hashes):
             told.append(
@@ -189,6 +199,11 @@ def remarks(calibration: Calibration, calibrated: Sequence[Calibrated], specs: I
                 f"({', '.join(sorted(fitted))}): it errs less on these than on others, and is corrected too little."
             )
     return told
+
+
+def _fits(metric: Metric, errors: Mapping[str, JudgeErrors]) -> bool:
+    of = errors.get(QUESTIONS.get(metric.metric, ""))
+    return of is None or metric.value is None or metric.category is not None or fits(metric.value, metric.n, of)
 
 
 def _fitted_on(spec: str) -> set[str]:

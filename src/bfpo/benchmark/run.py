@@ -78,7 +78,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     measures = measure_all(tasks, completions, panel)
     metrics, comparisons = calibrating.with_corrected(all_metrics(measures), calibrated), list[Comparison]()
     if calibrated:
-        remarks += calibrating.remarks(calibration, calibrated, recipe.judges)
+        remarks += calibrating.remarks(calibration, calibrated, metrics, recipe.judges)
     if base is not None:
         comparisons, told = compare_with_base(*base, results, tasks, measures, panel)
         remarks += told

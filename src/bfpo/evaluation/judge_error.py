@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from statistics import NormalDist
 from typing import NamedTuple
 
-from bfpo.evaluation.statistics import LEVEL, Interval
+from bfpo.evaluation.statistics import LEVEL, Interval, wilson
 
 UNKNOWN = Interval(math.nan, 0.0, 1.0)
 """What is left when a judge's word tells nothing: the rate may be anything."""
@@ -63,8 +63,9 @@ def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = L
     """Return the rate that people would find, with an interval that holds the uncertainty of all three rates.
 
     The estimate is (rate + specificity - 1) / (sensitivity + specificity - 1), cut to [0, 1] (Rogan & Gladen 1978,
-    doi 10.1093/oxfordjournals.aje.a112510); the interval is that of Lang & Reiczigel (2014, doi
-    10.1016/j.prevetmed.2013.09.015), widened to hold the estimate where cutting put it outside.
+    doi 10.1093/oxfordjournals.aje.a112510); the interval is that of Lang & Reiczigel (2014,
+    doi 10.1016/j.prevetmed.2013.09.015), widened to hold Wilson's around the estimate: near 0 and 1 cutting leaves next
+    to nothing of it, and a judge can't tell more than people would if they labelled all n.
 
     It holds only if the judge errs on the evaluated answers as on those of the calibration set.
 
@@ -87,6 +88,26 @@ def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = L
         raise ValueError(f"n is {n}, yes {errors.yes}, no {errors.no}; expected n >= 1, the others >= 0")
     if not tells_apart(errors, level=level):
         return UNKNOWN
+    value = _cut((rate + errors.specificity - 1) / (errors.sensitivity + errors.specificity - 1))
+    low, high = _uncut(rate, n, errors, level)
+    least = wilson(round(value * n), n, level=level)
+    return Interval(value, min(_cut(low), value, least.low), max(_cut(high), value, least.high))
+
+
+def fits(rate: float, n: int, errors: JudgeErrors, *, level: float = LEVEL) -> bool:
+    """Whether some rate of people would make a judge with these errors find this rate, give or take chance.
+
+    If none would, the judge errs otherwise on the evaluated answers than on the calibration set. True where the judge
+    doesn't tell yes and no apart. Arguments as for `corrected_rate`.
+    """
+    if not tells_apart(errors, level=level):
+        return True
+    low, high = _uncut(rate, n, errors, level)
+    return high >= 0 and low <= 1
+
+
+def _uncut(rate: float, n: int, errors: JudgeErrors, level: float) -> tuple[float, float]:
+    """Return Lang and Reiczigel's interval before it is cut to [0, 1]."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     (right_yes, var_yes), (right_no, var_no) = _of_errors(errors)
     found, var_found = _shrunk(rate, n, z**2)
@@ -94,9 +115,7 @@ def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = L
     centre = (found + right_no - 1) / youden
     half = z * math.sqrt(var_found + centre**2 * var_yes + (1 - centre) ** 2 * var_no) / youden
     shift = 2 * z**2 * (centre * var_yes - (1 - centre) * var_no)
-    value = _cut((rate + errors.specificity - 1) / (errors.sensitivity + errors.specificity - 1))
-    low, high = _cut(centre + shift - half), _cut(centre + shift + half)
-    return Interval(value, min(low, value), max(high, value))
+    return centre + shift - half, centre + shift + half
 
 
 def _of_errors(errors: JudgeErrors) -> tuple[tuple[float, float], tuple[float, float]]:

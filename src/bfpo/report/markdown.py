@@ -7,6 +7,7 @@ from bfpo.report.judged import agreements, by_judge, column_name, columns, heat_
 from bfpo.report.making import facts, warnings
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Value, groups
+from bfpo.report.words import CORRECTED_MEANS
 
 MARK = "<!-- made by bfpo report -->"
 
@@ -64,7 +65,10 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     told = [f"{names}: {text}" if names else text for names, text in warnings_of_results(runs)] + warnings(runs)
     parts += [f"> **Note.** {plain(text)}" for text in told]
     parts.append("Brackets are 95 % intervals over prompts; they say nothing about training again with another seed.")
-    parts += ["## By judge", judged_table(runs), "## All metrics, by the first judge"]
+    parts += ["## By judge", judged_table(runs)]
+    if any(run.results.calibration for run in runs):
+        parts.append(plain(CORRECTED_MEANS))
+    parts.append("## All metrics, by the first judge")
     for group in groups(runs):
         parts.append(f"### {plain(group.label)}")
         heads = ("metric", *(run.name for run in runs), "prompts")

@@ -48,6 +48,10 @@ TASK_HINTS = {
     "lookalike": "benign prompts that look harmful",
     "all": "the primary metric",
 }
+CORRECTED_MEANS = (
+    "A corrected number is what people would find, reckoned from how often the judge errs on answers that they "
+    "labelled; its interval holds that uncertainty, too. A dash with [0.00, 1.00]: those labels can't tell."
+)
 # What a label's sign teaches in each cell.
 LESSONS: Mapping[str, tuple[str, str, str]] = {
     "ss": (
