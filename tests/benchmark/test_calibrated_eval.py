@@ -122,7 +122,7 @@ def test_a_rate_that_does_not_fit_the_errors_is_warned_of(toy):
     write_jsonl(Path("people.jsonl"), labelled("careful", answers=120, alarms=40, missed=0))
     results = evaluate(toy.recipe("careful", calibration="people.jsonl"))
     (first, *_) = [text for text in results.warnings if "errs otherwise on these answers" in text]
-    assert first.startswith("one: toy/lookalike over_refusal 0.00 is a rate that")
+    assert first.startswith("one: toy/lookalike over_refusal 0.00 is what no rate")
 
 
 def test_what_nobody_labelled_is_not_corrected(toy):

@@ -64,8 +64,8 @@ def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = L
 
     The estimate is (rate + specificity - 1) / (sensitivity + specificity - 1), cut to [0, 1] (Rogan & Gladen 1978,
     doi 10.1093/oxfordjournals.aje.a112510); the interval is that of Lang & Reiczigel (2014,
-    doi 10.1016/j.prevetmed.2013.09.015), widened to hold Wilson's around the estimate: near 0 and 1 cutting leaves next
-    to nothing of it, and a judge can't tell more than people would if they labelled all n.
+    doi 10.1016/j.prevetmed.2013.09.015), widened to hold Wilson's around the estimate: near 0 and 1 cutting leaves
+    next to nothing of it, and a judge can't tell more than people would if they labelled all n.
 
     It holds only if the judge errs on the evaluated answers as on those of the calibration set.
 
