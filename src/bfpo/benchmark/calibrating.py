@@ -186,8 +186,8 @@ def remarks(
                     "often it errs: the corrected rate isn't identified, it may be anything from 0 to 1."
                 )
         told += [
-            f"{one.judge}: {metric.suite}/{metric.task} {metric.metric} {metric.value:.2f} is what no rate of people's"
-            " would give with the errors found in calibration: it errs otherwise on these answers, don't believe the "
+            f"{one.judge}: {metric.suite}/{metric.task} {metric.metric} {metric.value:.2f} is what no rate of people "
+            "would give with the errors found in calibration: it errs otherwise on these answers, don't believe the "
             "corrected rate."
             for metric in metrics
             if metric.judge == one.judge and metric.task in KINDS and not _fits(metric, one.errors)
