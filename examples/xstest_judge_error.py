@@ -7,7 +7,7 @@ FOLDER holds prompts.csv and completions_MODEL.csv of paul-rottger/exaggerated-s
 * OUT/people: all 450 answers of each model as their annotators labelled them;
 * OUT/same: the prompts in thirds; `linear` is fitted on one, calibrated on the model's own answers to another, and
   judges the answers to the last, beside people;
-* OUT/other: it is fitted and calibrated on answers of the four other models alone: watch mistralinstruct.
+* OUT/other: the same judge calibrated on the four other models' answers to both thirds: watch mistralinstruct.
 
 Everything that is done is a command: the recipes and label files that are made stay in OUT, and `bfpo judge fit`,
 `bfpo eval` and `bfpo report` can be repeated on them.
@@ -61,7 +61,7 @@ def main() -> None:
     _bfpo("report", *people, "--out", out / "people" / "page")
 
     held_out = [row for row in prompts if third_of[row["prompt"].strip()] == EVALUATE]
-    judge = _fit(out / "same" / "judge.npz", of(everyone, FIT))
+    judge = _fit(out / "judge.npz", of(everyone, FIT))
     same = [
         _evaluate(out, "same", model, held_out, of([model], EVALUATE), {"judge": judge, "on": of([model], CALIBRATE)})
         for model in everyone
@@ -72,7 +72,6 @@ def main() -> None:
     other = []
     for model in everyone:
         others = [one for one in everyone if one != model]
-        judge = _fit(out / "other" / f"judge-{model}.npz", of(others, FIT))
         on = {"judge": judge, "on": of(others, CALIBRATE, EVALUATE)}
         other.append(_evaluate(out, "other", model, not_fitted, of([model], CALIBRATE, EVALUATE), on))
     _bfpo("report", *other, "--out", out / "other" / "page")

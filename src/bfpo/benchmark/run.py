@@ -146,7 +146,7 @@ def _answers(recipe: EvalRecipe, prompts: Sequence[Prompt], out: Path) -> tuple[
         found = generate_completions(engine, answered, path, samples=samples)
         remarks.append(f"{len(lost):,} of {len(prompts):,} prompts have no answer and take no part.")
     if getattr(engine, "counts_tokens", True) is False:
-        remarks.append(f"Lengths are in words: {recipe.completions} doesn't say how many tokens its answers have.")
+        remarks.append("Lengths are in words: the saved answers don't say how many tokens they have.")
     del engine
     release()
     return found, remarks
