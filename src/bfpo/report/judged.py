@@ -16,6 +16,7 @@ MAIN = (
     ("benign", "over_refusal"),
     ("lookalike", "over_refusal"),
 )
+CORRECTED = "_corrected"
 # Most of the colour that a cell of the heat map takes on: the number on it stays readable.
 DEEPEST = 40
 
@@ -25,7 +26,7 @@ class ByJudge(NamedTuple):
 
     Args:
         place: Of the run on the page.
-        judge: Its name.
+        judge: Its name, or its name and that they are corrected for what it gets wrong.
         circular: Whether it labelled what the model was trained on.
         values: One per column.
     """
@@ -85,9 +86,10 @@ def by_judge(runs: Sequence[Run]) -> list[ByJudge]:
         for judge in run.results.judges:
             name = str(judge.get("name", ""))
             of = {(one.suite, one.task, one.metric): one for one in run.results.metrics if _is(one, name)}
-            values = [value(of.get(key)) for key in columns(runs)]
-            if any(one.value != MISSING for one in values):
-                found.append(ByJudge(place, name, bool(judge.get("circular")), values))
+            for called, ending in ((name, ""), (f"{name}, corrected", CORRECTED)):
+                metrics = [of.get((suite, task, metric + ending)) for suite, task, metric in columns(runs)]
+                if any(one is not None for one in metrics):
+                    found.append(ByJudge(place, called, bool(judge.get("circular")), [value(one) for one in metrics]))
     return found
 
 
