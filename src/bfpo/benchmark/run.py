@@ -18,7 +18,7 @@ from bfpo.benchmark.warnings import warnings_of
 from bfpo.errors import DataError, Unanswered
 from bfpo.evaluation.results import Comparison, PairVerdict, Results, answers_hash
 from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
-from bfpo.files import write_text
+from bfpo.files import file_name, write_text
 from bfpo.judging.open import open_judge
 from bfpo.judging.people import PeopleJudge
 from bfpo.protocols import Completion, Engine, Judge, Prompt
@@ -179,7 +179,7 @@ def judge_all(
         verdicts = judge_completions(judge, completions, out / verdicts_file(label, first=not panel))
         asked_too = labelled if name != PeopleJudge.name else ()
         on_labelled = (
-            judge_completions(judge, asked_too, out / f"calibration-{_file_name(label)}.jsonl") if asked_too else []
+            judge_completions(judge, asked_too, out / f"calibration-{file_name(label)}.jsonl") if asked_too else []
         )
         panel.append(Panelist(label, name, revision, verdicts, on_labelled))
         del judge
@@ -189,11 +189,7 @@ def judge_all(
 
 def verdicts_file(label: str, *, first: bool) -> str:
     """Return the name of the file with a judge's verdicts."""
-    return "verdicts.jsonl" if first else f"verdicts-{_file_name(label)}.jsonl"
-
-
-def _file_name(label: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in label)
+    return "verdicts.jsonl" if first else f"verdicts-{file_name(label)}.jsonl"
 
 
 def release() -> None:
