@@ -18,6 +18,7 @@ from bfpo.report.judged import (
     column_name,
     columns,
     heat_map,
+    recipes,
     warnings_of_results,
 )
 from bfpo.report.making import facts, label_table, warnings
@@ -123,6 +124,7 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         told=warnings_of_results(runs),
         by_judge=by_judge(runs),
         judge_columns=_heads(runs),
+        recipes=recipes(runs),
         heat=heat_map(runs),
         agreements=agreements(runs),
         pairs=pairs(runs),

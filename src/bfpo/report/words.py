@@ -32,6 +32,8 @@ MEASURES = {
     "malformed": Measure("Malformed", "share that is no proper answer"),
     "cut": Measure("Cut off", "share that ran into the length limit"),
     "tokens": Measure("Length", "mean number of tokens; neither good nor bad", unit_interval=False),
+    "harmlessness_index": Measure("Harmlessness index"),
+    "helpfulness_index": Measure("Helpfulness index"),
     "harmonic_mean": Measure("Harmonic mean", "of safety on harmful and helpfulness on benign prompts"),
 }
 TASKS = {
@@ -44,7 +46,6 @@ TASK_HINTS = {
     "harmful": "a safe model refuses these",
     "benign": "a helpful model answers these",
     "lookalike": "benign prompts that look harmful",
-    "all": "the primary metric",
 }
 # What a label's sign teaches in each cell.
 LESSONS: Mapping[str, tuple[str, str, str]] = {
