@@ -43,9 +43,9 @@ def main() -> None:
         RESULTS,
         {
             "command": "python benchmarks/win_rate_study.py FOLDER-OF-ANNOTATIONS",
-            "what": "value, low, high in percent over 805 instructions; length-controlled by a model term and tanh of "
-            "the length difference, without AlpacaEval's instruction difficulty: not AlpacaEval's numbers; those of its "
-            "leaderboard, raw and length-controlled, stand beside them",
+            "what": "value, low, high in percent; length-controlled by a model term and tanh of the length difference, "
+            "without AlpacaEval's instruction difficulty: not AlpacaEval's numbers; its leaderboard's, raw and "
+            "length-controlled, stand beside them",
             "versions": versions(),
             "hardware": hardware(),
             "seconds": round(time.monotonic() - began, 1),
