@@ -43,8 +43,8 @@ def main() -> None:
         RESULTS,
         {
             "command": "python benchmarks/win_rate_study.py FOLDER-OF-ANNOTATIONS",
-            "what": "value, low, high in percent; length-controlled by a model term and tanh of the length difference, "
-            "without AlpacaEval's instruction difficulty: not AlpacaEval's numbers; its leaderboard's, raw and "
+            "what": "value, low, high, in %; length-controlled by a model term and tanh of the difference in length "
+            "alone, without an instruction's difficulty: not AlpacaEval's numbers; its leaderboard's, raw and "
             "length-controlled, stand beside them",
             "versions": versions(),
             "hardware": hardware(),
