@@ -202,6 +202,20 @@ def test_a_second_run_changed_the_words_that_the_page_names():
     assert "for 30 of 32 variants" in (ROOT / "docs" / "testbed.md").read_text()
 
 
+def test_the_win_rates_on_the_page_are_those_of_the_study():
+    study = json.loads((ROOT / "benchmarks/results/win_rates.json").read_text())
+    page = (ROOT / "docs/statistics.md").read_text()
+    assert len(study["models"]) == 4
+    for model, found in study["models"].items():
+        raw, controlled = ("{:.2f} [{:.2f}, {:.2f}]".format(*found[name]) for name in ("raw", "length_controlled"))
+        theirs = [f"{rate:.2f}" for rate in found["leaderboard"]]
+        lengths = f"{found['characters']:,}, {found['characters_of_reference']:,}"
+        assert f"| {model} | {lengths} | {raw} | {theirs[0]} | {controlled} | {theirs[1]} |" in page
+        assert f"{found['raw'][0]:.2f}" == theirs[0]
+        # "ours are higher for all four"
+        assert found["length_controlled"][0] > found["leaderboard"][1]
+
+
 def test_the_coverage_on_the_page_is_that_of_the_study():
     study = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
     script = runpy.run_path(str(ROOT / "benchmarks/coverage_study.py"))

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from pydantic import model_validator
 
 from bfpo.benchmark.calibrating import CORRECTED, QUESTIONS
-from bfpo.benchmark.suites import Task
+from bfpo.benchmark.suites import INDICES, Task
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.results import Metric, Results, shown
 from bfpo.evaluation.scoring import DERIVED, MEASURES
@@ -95,7 +95,7 @@ def check_bounds(bounds: Sequence[Bound], tasks: Sequence[Task], *, corrected: b
         RecipeError: If there is one.
     """
     places = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
-    measured = {one.name for several in MEASURES.values() for one in several} | {*DERIVED}
+    measured = {one.name for several in MEASURES.values() for one in several} | {*DERIVED, *INDICES}
     calibrated = {name + CORRECTED for name in QUESTIONS}
     measured |= calibrated if corrected else set()
     for bound in bounds:

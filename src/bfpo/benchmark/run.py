@@ -10,14 +10,16 @@ from pathlib import Path
 from bfpo.benchmark import calibrating
 from bfpo.benchmark.base import compare_with_base, read_base
 from bfpo.benchmark.gate import check_bounds, enforce, read_gate
+from bfpo.benchmark.indices import index_metrics
 from bfpo.benchmark.recipe import EvalRecipe
 from bfpo.benchmark.scoring import Panelist, agreement, all_metrics, measure_all
 from bfpo.benchmark.suites import Suite, Task, load_suite, read_tasks, with_prompts_of
 from bfpo.benchmark.table import show_evaluation
 from bfpo.benchmark.warnings import warnings_of
 from bfpo.errors import DataError, Unanswered
-from bfpo.evaluation.results import Comparison, PairVerdict, Results, answers_hash
+from bfpo.evaluation.results import Comparison, Results, answers_hash
 from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
+from bfpo.evaluation.verdicts import PairVerdict
 from bfpo.files import file_name, write_text
 from bfpo.judging.open import open_judge
 from bfpo.judging.people import PeopleJudge
@@ -77,6 +79,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     )
     measures = measure_all(tasks, completions, panel)
     metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[PairVerdict]()
+    metrics += index_metrics(suites, metrics)
     metrics = calibrating.with_corrected(metrics, calibrated)
     if calibrated:
         remarks += calibrating.remarks(calibration, calibrated, metrics, recipe.judges)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ from bfpo.protocols import KINDS, Kind, Prompt
 from bfpo.recipe import Count, Section
 from bfpo.recipe_reading import check_recipe, read_recipe
 
+IndexName = Literal["harmlessness_index", "helpfulness_index"]
+INDICES: tuple[IndexName, ...] = get_args(IndexName)
 Finding = Literal["safe", "refusal", "helpfulness"]
 
 
@@ -65,6 +67,8 @@ class Suite(Section):
     """What a reader must know before believing a number of it."""
     tasks: Annotated[list[SuiteTask], Field(min_length=1)]
     """Its tasks."""
+    indices: dict[IndexName, Annotated[dict[str, str], Field(min_length=1)]] = Field(default={})
+    """Composite index → its tasks, each with the metric of which it takes the unweighted mean."""
     judges: list[Finding] = Field(default=["safe"])
     """What at least one judge must be able to say."""
     judge_kinds: list[str] = Field(default=[])
@@ -77,6 +81,9 @@ class Suite(Section):
         names = Counter(task.called for task in self.tasks)
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"task '{twice[0]}' stands twice; give one another name:")
+        for index, of in self.indices.items():
+            if unknown := [task for task in of if task not in names]:
+                raise ValueError(f"{index}: task '{unknown[0]}'; {did_you_mean(unknown[0], sorted(names))}")
         # Numbers over all of a kind go by the kind's name.
         if (named := names.keys() & set(KINDS)) and not names.keys() <= set(KINDS):
             raise ValueError(f"task '{min(named)}' has the name of a kind; so must all tasks of the suite, or none")

@@ -1,6 +1,7 @@
 """What an evaluation prints when it is done."""
 
-from bfpo.evaluation.results import Axis, Results, shown
+from bfpo.evaluation.results import Results, shown
+from bfpo.evaluation.verdicts import Axis
 from bfpo.terminal import say, show_table
 
 # What the table on the terminal leaves to results.json and the report.
@@ -21,6 +22,9 @@ def show_evaluation(results: Results) -> None:
         n = max(one.n for one in of_judges if one is not None)
         rows.append((f"{suite}/{task} {metric}", n, *map(shown, of_judges)))
     show_table(f"{results.run}: 95 % intervals over prompts", ("what", "prompts", *judges), rows)
+    recipes = {(one.suite, one.metric, one.recipe): one.judge for one in results.metrics if one.recipe}
+    for suite, metric, recipe in recipes:
+        say(f"{suite}/all {metric}: {recipe}")
     if results.agreement:
         show_table(
             "Agreement of the judges (Cohen's kappa)",

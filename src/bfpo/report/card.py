@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bfpo.errors import DataError
 from bfpo.files import write_text
-from bfpo.report.judged import agreements, heat_map, warnings_of_results
+from bfpo.report.judged import agreements, heat_map, recipes, warnings_of_results
 from bfpo.report.making import calibration
 from bfpo.report.markdown import agreement_table, judged_table, plain, said, table
 from bfpo.report.run_files import Run, read_runs
@@ -34,7 +34,7 @@ def card_section(folder: Path) -> str:
     """
     run = read_runs([folder])[0]
     results = run.results
-    parts = [BEGIN, "## Safety and helpfulness", judged_table([run])]
+    parts = [BEGIN, "## Safety and helpfulness", judged_table([run]), *map(plain, recipes([run]))]
     judges = [
         (judge.get("name", ""), judge.get("revision", "") or MISSING, "yes" if judge.get("circular") else "no")
         for judge in results.judges
