@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bfpo.evaluation.results import Metric
+from bfpo.evaluation.results import CORRECTED, Metric
 from bfpo.protocols import KINDS
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Key, Value
@@ -16,7 +16,6 @@ MAIN = (
     ("benign", "over_refusal"),
     ("lookalike", "over_refusal"),
 )
-CORRECTED = "_corrected"
 # Most of the colour that a cell of the heat map takes on: the number on it stays readable.
 DEEPEST = 40
 
