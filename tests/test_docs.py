@@ -224,4 +224,5 @@ def test_the_numbers_of_the_correction_are_those_of_its_study():
     # On its own answers nine of ten at least; across models it fails.
     assert own["covered_of_10_main"] >= 9
     assert other["mean"]["covered"] < 0.9 < own["mean"]["covered"]
-    assert min(cell["corrected"]["coverage"] for cell in cells) > 0.92
+    assert {cell["truth"] for cell in cells if cell["corrected"]["coverage"] < 0.94} == {0.02}
+    assert "below 94 % only at a rate\nof 2 %" in page
