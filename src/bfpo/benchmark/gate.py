@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 
 from pydantic import model_validator
 
-from bfpo.benchmark.calibrating import CORRECTED, QUESTIONS
+from bfpo.benchmark.calibrating import QUESTIONS
 from bfpo.benchmark.suites import INDICES, Task
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
-from bfpo.evaluation.results import Metric, Results, shown
+from bfpo.evaluation.results import CORRECTED, Metric, Results, shown
 from bfpo.evaluation.scoring import DERIVED, MEASURES
 from bfpo.recipe import Section
 from bfpo.recipe_reading import check_recipe, parse_yaml

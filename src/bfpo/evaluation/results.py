@@ -14,6 +14,8 @@ from bfpo.terminal import show_table
 
 SCHEMA = 2
 FILE_NAME = "results.json"
+# How the name of a rate ends that is corrected for its judge's errors.
+CORRECTED = "_corrected"
 
 
 @dataclass(frozen=True, slots=True)

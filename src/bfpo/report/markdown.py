@@ -40,7 +40,13 @@ def judged_table(runs: Sequence[Run]) -> str:
     with_suite = len({key[0] for key in keys}) > 1
     heads = ["run", "judge", *(column_name(key, with_suite=with_suite) for key in keys)]
     rows = [
-        (runs[one.place].name, one.judge + (" (circular)" if one.circular else ""), *map(said, one.values))
+        (
+            runs[one.place].name,
+            one.judge
+            + (" on other models' answers" if one.borrowed else "")
+            + (" (circular)" if one.circular else ""),
+            *map(said, one.values),
+        )
         for one in by_judge(runs)
     ]
     return table(heads, rows)
