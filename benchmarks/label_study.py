@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("runs/label-study"))
     options = parser.parse_args()
-    fit_judge(str(options.data / "xstest" / "completions_*.csv"), options.folder / "judge.npz")
+    fit_judge(str(options.data / "xstest" / "completions_*.csv"), options.folder / "judge.npz", doubt=0.5)
     judge = open_judge(f"linear:{options.folder / 'judge.npz'}")
     found = {}
     for name, (adapter, path) in SETS.items():

@@ -63,7 +63,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, object]:
             for side in ("chosen", "rejected")
         ),
     )
-    fit_judge(str(folder / "labelled.jsonl"), folder / "judge.npz")
+    fit_judge(str(folder / "labelled.jsonl"), folder / "judge.npz", doubt=0.5)
     full = options.safety_pairs + options.helpful_pairs
     found: dict[str, object] = {"seed": seed, "full_run_pairs": full}
     runs = []

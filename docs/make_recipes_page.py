@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from bfpo.benchmark.recipe import EvalRecipe
 from bfpo.losses import LOSSES, PairLoss
 from bfpo.recipe import Section, SftRecipe, TrainRecipe
 from bfpo.recipe_reading import RENAMED
@@ -25,7 +26,7 @@ from bfpo.training.arguments import DECIDED, DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
-KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, RedteamRecipe, CompareRecipe)
+KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, RedteamRecipe, EvalRecipe, CompareRecipe)
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false", Any: "anything"}
 # Where a section stands that several keys of several recipes hold.
@@ -34,6 +35,9 @@ PLACES = {
     "NewModel": "`model.new:`",
     "RedteamModel": "`model:` of `bfpo redteam`",
     "PromptSource": "an entry of `prompts:`",
+    "EvalModel": "`model:` of `bfpo eval`",
+    "EvalData": "an entry of `data:` of `bfpo eval`",
+    "Bound": "an entry of `gate:`, and of a file of bounds",
     "Variant": "an entry of `variants:`",
     "WorldOptions": "an entry of `worlds:`",
 }

@@ -224,6 +224,53 @@ def test_adapters_and_recipes_of_others_end_with_one_message(command, message, r
     assert not (folder / "recipe.yaml").exists()
 
 
+BAD_PROMPTS = {
+    "half a character": ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b \\udc00"}\n', "p.jsonl row 2: half a character"),
+    "half a character in a list": ("p.json", b'[{"prompt": "b \\uDC00"}]', "p.json row 1: half a character"),
+    "an id that is none": (
+        "p.jsonl",
+        b'{"prompt": "a", "prompt_id": {}}\n',
+        "p.jsonl row 1: column 'prompt_id' is {}; expected a string",
+    ),
+    "another encoding": ("p.txt", "caf\u00e9\n".encode("latin-1"), "p.txt: not UTF-8 text"),
+    "an unknown type of weights": ("p.txt", b"fine\n", "--dtype 'float'; did you mean 'float32'?"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+def test_bad_prompts_end_with_one_message(name, content, message, run, folder):
+    (folder / name).write_bytes(content)
+    assert_refused(*run("generate", "model", name, "--dtype", "float"), message)
+    assert not (folder / "completions.jsonl").exists()
+
+
+def test_whole_characters_written_as_escapes_are_read(run, folder):
+    (folder / "good.jsonl").write_text(lines(*(row | {"prompt": f"{row['prompt']} \U0001f35e"} for row in GOOD)))
+    assert "\\ud83c" in (folder / "good.jsonl").read_text()
+    assert run("data", "inspect", "good.jsonl")[0] == 0
+
+
+COMPARE = {
+    "out": "runs",
+    "worlds": {"shared": {}},
+    "seeds": [0, 1],
+    "against": "bfpo",
+    "variants": {"bfpo": {"method": "bfpo", "changes": {"learning_rate.x": 1}}},
+}
+
+
+def test_a_bad_comparison_ends_with_one_message(run, folder):
+    (folder / "compare.yaml").write_text(yaml.safe_dump(COMPARE))
+    assert_refused(*run("compare", "compare.yaml"), "change 'learning_rate.x': 'learning_rate' is 0.0")
+    tuned = COMPARE | {"variants": {"bfpo": {"method": "bfpo", "tuned": "bfpo"}}, "tuning": "tuning.json"}
+    (folder / "compare.yaml").write_text(yaml.safe_dump(tuned))
+    chosen = [{"world": "shared", "variant": "bfpo", "values": 3}]
+    (folder / "tuning.json").write_text(json.dumps({"chosen": chosen}))
+    assert_refused(
+        *run("compare", "compare.yaml"), "tuning.json isn't the comparison.json of a comparison with 'vary'"
+    )
+
+
 def test_usage_errors_exit_with_two_as_well(run):
     code, _, errors = run("data", "inspect", "good.jsonl", "--limit", "0")
     assert code == 2

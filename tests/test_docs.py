@@ -147,3 +147,31 @@ def test_the_words_on_the_comparison_are_those_of_its_results():
     tuned = ["bfpo_soft", "additive", "ipo_mix", "modpo", "dpo_s", "dpo_mix", "safe_dpo"]
     mean = primary["shared", "bfpo"]["mean"][0]
     assert sum(primary["shared", variant]["mean"][0] > mean for variant in tuned) > len(tuned) / 2
+
+
+def test_the_ablations_on_the_page_are_those_of_their_results():
+    page = (ROOT / "docs" / "testbed.md").read_text()
+    lines = json.loads((ROOT / "benchmarks/results/testbed/ablations/comparison.json").read_text())["lines"]
+    by = {(one["variant"], one["metric"]): one for one in lines}
+    for variant in {one["variant"] for one in lines} - {"base", "beta 0.1"}:
+        metrics = [by[variant, name] for name in ("harmful/safety", "benign/helpfulness", "all/harmonic_mean")]
+        shown = ["{:.2f} [{:.2f}, {:.2f}]".format(*metric["mean"]) for metric in metrics]
+        assert f"| {variant} | {' | '.join(shown)} | {metrics[-1]['verdict'] or ''} |" in page
+
+
+def test_a_second_run_changed_the_words_that_the_page_names():
+    words = []
+    for name in ("main", "again"):
+        lines = json.loads((ROOT / f"benchmarks/results/testbed/{name}/comparison.json").read_text())["lines"]
+        words.append(
+            {
+                (one["world"], one["variant"]): one["verdict"]
+                for one in lines
+                if one["metric"] == "all/harmonic_mean" and one["verdict"]
+            }
+        )
+    first, second = words
+    other = {key for key in first if first[key] != second[key]}
+    assert other == {("separate", "ipo_mix"), ("separate", "bfpo one stream, equal main")}
+    assert len(first) == 32
+    assert "for 30 of 32 variants" in (ROOT / "docs" / "testbed.md").read_text()

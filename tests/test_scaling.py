@@ -23,6 +23,9 @@ def test_the_formulas_give_what_was_measured():
     assert MEASURED["traffic"][0]["bytes"] == MEASURED["traffic"][0]["expected_bytes"]
     for measured in MEASURED["cache"]:
         assert measured["bytes_a_pair"] == pytest.approx(measured["expected_bytes_a_pair"], rel=1e-3)
+    for measured in MEASURED["mapped"]:
+        assert measured["bytes_a_step"] == measured["expected_bytes_a_step"]
+        assert measured["file_bytes_a_pair"] == pytest.approx(4 * 300, rel=1e-3)
     for measured in MEASURED["tokens_and_plan"]:
         assert measured["table_bytes_a_pair"] == pytest.approx(measured["expected_table_bytes_a_pair"], rel=0.05)
         assert measured["plan_bytes_a_pair"] == pytest.approx(measured["expected_plan_bytes_a_pair"], rel=0.05)
@@ -49,6 +52,11 @@ def test_the_page_has_the_measured_numbers():
     for start, name in (("memory, pairs only", "read_bytes_a_pair"), ("memory, at the peak", "peak_bytes_a_pair")):
         each = [f"{one[name]:,.0f} bytes a pair" for one in (first, last)]
         assert row(start) == [*each, f"{last[name] / 10:.0f} GB"]
+    near, far = MEASURED["mapped"]
+    assert row("mapped file")[1:3] == [f"{one['file_bytes_a_pair']:,.0f} bytes a pair" for one in (near, far)]
+    assert row("mapped, read in a step")[1:3] == [f"{one['bytes_a_step'] / 1000:.1f} kB" for one in (near, far)]
+    assert row("mapped, time of a step")[1:3] == [f"{one['milliseconds_a_step']:.1f} ms" for one in (near, far)]
+    assert f"({far['held_bytes_a_pair_read'] / 1000:.0f} kB around each pair)" in PAGE
     for of_state in MEASURED["state"][0].values():
         assert f"{of_state['bytes']:,}" in PAGE
     assert f"{MEASURED['traffic'][0]['bytes']:,}" in PAGE

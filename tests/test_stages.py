@@ -151,6 +151,7 @@ def test_prompts_from_any_file(tmp_path):
         ('{"question": "a"}\n', "row 1: no column 'prompt'"),
         ('{"prompt": "a"}\n{"prompt": "a"}\n', "stands twice"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', "expected it to end with a user turn"),
+        ('{"prompt": "a", "prompt_id": {}}\n', "row 1: column 'prompt_id' is {}; expected a string"),
     ],
 )
 def test_prompts_that_are_wrong(tmp_path, content, message):

@@ -9,7 +9,15 @@ from transformers.utils.logging import disable_progress_bar
 from bfpo.errors import ModelError
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.recipe import SftModel
-from bfpo.terminal import console, say
+from bfpo.terminal import console, say, visible
+
+
+class PlainStreamer(TextStreamer):
+    """Prints an answer as it comes, with its control characters written out."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece of the answer."""
+        super().on_finalized_text(visible(text), stream_end=stream_end)
 
 
 def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: float, seed: int) -> None:
@@ -33,7 +41,7 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(section).eval()
     torch.nn.Module.to(model, device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     history = [{"role": "system", "content": system}] if system else []
     set_seed(seed)

@@ -213,13 +213,32 @@ def evaluate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs, the one before first.")],
-    out: Annotated[Path, typer.Option(help="Folder to write report.html into.")] = Path("."),
+    out: Annotated[Path, typer.Option(help="Folder to write report.html into.")] = Path("report"),
 ) -> None:
-    """Draw the page of evaluated runs: report.html, pareto.svg and tables."""
+    """Draw the page of evaluated runs: report.html, report.md, pareto.svg and tables."""
     from bfpo.report.html import write_report
     from bfpo.terminal import say
 
     say(str(write_report(out, runs)))
+
+
+@app.command()
+def card(
+    run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.", show_default=False)],
+    into: Annotated[
+        Path | None, typer.Option(help="Model card to put the section into; default: print it.", show_default=False)
+    ] = None,
+) -> None:
+    """Tell an evaluation as a section of a model card: judges, rates with intervals, licences, limits."""
+    from bfpo.report.card import card_section, insert_card
+    from bfpo.terminal import say
+
+    section = card_section(run)
+    if into is None:
+        say(section)
+        return
+    insert_card(section, into)
+    say(str(into))
 
 
 @app.command()
@@ -267,7 +286,7 @@ def compare(recipe: Recipe, overrides: Overrides = None) -> None:
     checked = load_recipe(recipe, CompareRecipe, overrides)
     units = units_of(checked)
     began = time.monotonic()
-    count = run_units(units, jobs=checked.jobs)
+    count = run_units(units, Path(checked.out), jobs=checked.jobs)
     took = {"runs": count, "of": len(units), "seconds": round(time.monotonic() - began), "jobs": checked.jobs}
 
     from bfpo.testbed.comparison import collect, show_comparison, write_comparison
@@ -284,7 +303,10 @@ Labelled = Annotated[
     str,
     typer.Argument(help="Answers that people labelled: columns prompt, text, refusal, safe; or XSTest's files."),
 ]
-Threshold = Annotated[float, typer.Option(min=0, help="An answer is safe from this probability on.")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(min=0, help="An answer is safe from this probability on.", show_default="0.5, or linear's own band"),
+]
 
 
 @judge_app.command("run")
@@ -294,7 +316,7 @@ def run_judge(
     out: Annotated[Path, typer.Option(help="File of verdicts; one begun earlier is continued.")] = Path(
         "verdicts.jsonl"
     ),
-    threshold: Threshold = 0.5,
+    threshold: Threshold = None,
 ) -> None:
     """Judge completions, into a file of verdicts."""
     from bfpo.judging.commands import run_judge as run
@@ -305,24 +327,28 @@ def run_judge(
 @judge_app.command("fit")
 def fit_judge(
     labelled: Labelled,
-    out: Annotated[Path, typer.Option(help="File of the judge.")] = Path("judge.npz"),
+    out: Annotated[Path, typer.Option(help="File of the judge; its card is written beside it.")] = Path("judge.npz"),
+    doubt: Annotated[
+        float,
+        typer.Option(help="Undecided on safety where the chance of being wrong is more than this."),
+    ] = 0.3,
 ) -> None:
-    """Train the linear judge on labelled answers, in a minute."""
+    """Train the linear judge on labelled answers, in a minute, and measure it on held-out prompts."""
     from bfpo.judging.commands import fit_judge as fit
 
-    fit(labelled, out)
+    fit(labelled, out, doubt=doubt)
 
 
 @judge_app.command("eval")
 def evaluate_judges(
     labelled: Labelled,
     judge: Annotated[list[str], typer.Option(help="KIND:PATH; may stand several times.")],
-    threshold: Threshold = 0.5,
+    threshold: Threshold = None,
     false_safe: Annotated[float, typer.Option(min=0, max=1, help="Wanted share of unsafe answers that pass.")] = 0.05,
     out: Annotated[Path, typer.Option(help="File of the results.")] = Path("judge-eval.json"),
 ) -> None:
     """Hold judges to human labels: confusion, calibration, agreement, thresholds."""
-    from bfpo.judging.commands import evaluate_judges as evaluate
+    from bfpo.judging.against_people import evaluate_judges as evaluate
 
     evaluate(labelled, judge, threshold=threshold, false_safe=false_safe, out=out)
 
@@ -399,4 +425,6 @@ def _tell(message: str) -> None:
                 first = False
         if not first:
             return
-    typer.echo(f"error: {message}", err=True)
+    from bfpo.terminal import visible
+
+    typer.echo(f"error: {visible(message)}", err=True)

@@ -21,6 +21,10 @@ Key = tuple[str, int]
 """`prompt_id` and `sample`: what names one completion of one model."""
 
 
+# Columns that name a row or are compared with another file's.
+_NAMES = {"prompt_id": str, "sample": int, "text": str, "text_hash": str}
+
+
 class FileRow:
     """A value that is one line of a file; the fields are the columns, None is null."""
 
@@ -42,6 +46,11 @@ class FileRow:
         """
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         values = {name: value for name, value in row.items() if name in known}
+        for name, kind in _NAMES.items():
+            # bool is an int to isinstance.
+            if name in values and type(values[name]) is not kind:
+                word = "a string" if kind is str else "a whole number"
+                raise DataError(f"column '{name}' is {values[name]!r}; expected {word}")
         if "prompt" in values:
             values["prompt"] = as_messages(values["prompt"])
         try:
@@ -133,6 +142,7 @@ class Verdict(FileRow):
         safe: Whether the answer is safe; None when **undecided**, which never counts as safe.
         p_safe: Probability in [0, 1] that it is safe.
         refusal: Whether it refuses.
+        p_refusal: Probability in [0, 1] that it does.
         helpfulness: From 0 to 1.
         severity: How harmful it is, from 0 (safe) to 1.
         malformed: Whether it isn't a proper answer at all.
@@ -151,6 +161,7 @@ class Verdict(FileRow):
     safe: bool | None
     p_safe: float | None = None
     refusal: bool | None = None
+    p_refusal: float | None = None
     helpfulness: float | None = None
     severity: float | None = None
     malformed: bool | None = None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from bfpo.data.rows import read_rows
+from bfpo.data.rows import read_prompts, read_rows, refuse_half_characters
 from bfpo.errors import DataError
 from bfpo.files import append_jsonl, repaired_jsonl, write_jsonl
 from bfpo.pairs import as_messages
@@ -32,13 +32,13 @@ def read_prompt_file(path: str) -> list[Prompt]:
     """
     prompts = []
     if Path(path).suffix == ".txt":
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                messages = as_messages(line.strip())
-                prompts.append(Prompt(prompt_id(messages), messages, source=path))
+        for line in read_prompts(path):
+            messages = as_messages(line)
+            prompts.append(Prompt(prompt_id(messages), messages, source=path))
     else:
         for row in read_rows(Source(path=path)):
             try:
+                refuse_half_characters(row)
                 own = prompt_id(as_messages(row.value("prompt")))
                 prompts.append(Prompt.from_row({"prompt_id": own, "source": path, **row.values}))
             except DataError as error:
@@ -153,6 +153,7 @@ def _read(path: Path, kind: type[Made]) -> list[Made]:
     made = []
     for row in read_rows(Source(path=str(path))):
         try:
+            refuse_half_characters(row)
             made.append(kind.from_row(row.values))
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None

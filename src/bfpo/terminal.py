@@ -1,10 +1,12 @@
 """What a person sees: rich tables and progress on a terminal, plain lines elsewhere.
 
-Only the first process of a distributed run says anything.
+Only the first process of a distributed run says anything. What a model or a file wrote can't command the terminal:
+control characters are shown, not sent.
 """
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,9 @@ from rich.text import Text
 
 # Where nobody watches a bar, in a file or a job's log.
 SECONDS_BETWEEN_LINES = 60.0
+
+# Control characters but tab and new line, marks that turn the direction of writing, and halves of characters.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 _log: ContextVar[Console | None] = ContextVar("log", default=None)
 _bars: ContextVar[bool] = ContextVar("bars", default=True)
@@ -49,9 +54,14 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, quiet=int(os.environ.get("RANK", "0")) != 0, highlight=False, soft_wrap=True)
 
 
+def visible(text: str) -> str:
+    """Return a text whose control characters are written out: an escape sequence would rewrite the screen."""
+    return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def say(text: str = "") -> None:
     """Print a line as it is, without reading markup in it."""
-    console().print(text, markup=False, emoji=False)
+    console().print(visible(text), markup=False, emoji=False)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -63,7 +73,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
         rows: As many cells as there are columns.
     """
     out = console()
-    cells = [[str(cell) for cell in row] for row in rows]
+    title, columns = visible(title), [visible(column) for column in columns]
+    cells = [[visible(str(cell)) for cell in row] for row in rows]
     if out.is_terminal:
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):

@@ -84,7 +84,7 @@ def toy(tmp_path, monkeypatch) -> SimpleNamespace:
         "same": Scripted("one", "gun", revision="22222222"),
     }
     monkeypatch.setattr(module, "open_engine", lambda recipe: engines[recipe.model.path])
-    monkeypatch.setattr(module, "open_judge", lambda spec, threshold: judges[spec])
+    monkeypatch.setattr(module, "open_judge", lambda spec: judges[spec])
 
     def recipe(model: str = "careful", **changes) -> dict:
         plain = {"out": f"out/{model}", "model": {"path": model}, "suites": ["toy.yaml"], "judges": ["one", "two"]}

@@ -94,8 +94,10 @@ def test_a_larger_limit_goes_on_where_a_smaller_one_ended(toy):
     assert any("At most 5 prompts" in warning for warning in few.warnings)
     evaluate(toy.recipe(limit=9))
     assert toy.engines["careful"].asked == 18
+    before = Path("out/careful/prompts.jsonl").read_text()
     with pytest.raises(DataError, match="holds other prompts"):
-        evaluate(toy.recipe(limit=9, sampling={"seed": 1}))
+        evaluate(toy.recipe(limit=20, leave_out=["bad"]))
+    assert Path("out/careful/prompts.jsonl").read_text() == before
 
 
 def test_a_comparison_is_over_shared_prompts_and_the_same_judges(toy):
@@ -175,10 +177,18 @@ def test_a_gate_passes_is_violated_or_stays_open(toy, capsys):
         evaluate(toy.recipe("careless", gate=bounds))
     assert GateViolated.exit_code == 3
     assert read_results(Path("out/careless")).metrics, "the results are there all the same"
+    asked = toy.engines["careful"].asked
     Path("gates.yaml").write_text("- {suite: toy, task: bad, metric: safty, min: 0.8}\n")
-    with pytest.raises(RecipeError, match="no toy/bad safty; did you mean 'toy/bad safety'"):
-        evaluate(toy.recipe(), gate="gates.yaml")
-    for change, message in (({"category": "lock"}, "did you mean 'locks'"), ({"judge": "tow"}, "known: one, two")):
+    with pytest.raises(RecipeError, match="metric 'safty'; did you mean 'safety'"):
+        evaluate(toy.recipe(out="out/early"), gate="gates.yaml")
+    with pytest.raises(RecipeError, match="nothing is asked of toy/bed; did you mean 'toy/bad'"):
+        evaluate(toy.recipe(out="out/early", gate=[bounds[0] | {"task": "bed"}]))
+    assert toy.engines["careful"].asked == asked, "told before anything is asked"
+    for change, message in (
+        ({"category": "lock"}, "did you mean 'locks'"),
+        ({"judge": "tow"}, "known: one, two"),
+        ({"metric": "severity"}, "no toy/bad severity; did you mean"),
+    ):
         with pytest.raises(RecipeError, match=message):
             evaluate(toy.recipe(gate=[bounds[0] | change]))
     with pytest.raises(RecipeError, match="expected min or max"):
@@ -215,7 +225,7 @@ def test_answers_of_several_models_in_one_file_are_refused(toy, real_engine):
 def test_what_cannot_be_asked_is_an_error(toy):
     for changes, message in (
         ({"suites": ["safty"]}, "did you mean 'safety'"),
-        ({"suites": ["safety"]}, r"safety/advbench: .*published as a file.*data: {advbench: {path: FILE}}"),
+        ({"suites": ["safety"]}, r"(?s)safety/advbench: .*published as a file.*data: {advbench: {path: FILE}}"),
         ({"suites": ["over_refusal"], "data": {"alert": {"path": "x"}}}, "no task of these suites reads 'alert'"),
         ({"leave_out": ["fime"]}, "leave_out: 'fime'; did you mean 'fine'"),
         ({"leave_out": ["fine", "toy/bad"]}, "no task is left"),

@@ -8,7 +8,7 @@ import pytest
 from bfpo.errors import DataError
 from bfpo.evaluation.results import Results, read_results
 from bfpo.evaluation.run import evaluate
-from bfpo.evaluation.scoring import compare, join, measure, to_metrics
+from bfpo.evaluation.scoring import SAFETY, Measured, compare, join, measure, to_metrics
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.pairs import user_says
 from bfpo.protocols import Completion, Prompt, Sampling, Verdict
@@ -65,13 +65,27 @@ def test_comparison_says_better_worse_or_neither():
     ours, base = judged([True] * 4, [0, 0, 0, 0]), judged([False] * 4, [1, 1, 1, 1])
     against = Results("base", "models/base", "", [], {}, [], answers="abc")
     found = {(one.task, one.metric): one for one in compare("s", ours, base, against=against)}
-    assert found["harmful", "safety"].verdict == "better"
     assert found["benign", "helpfulness"].verdict == "worse"
-    assert found["benign", "over_refusal"].verdict == "worse"
+    # Four prompts of four differ: the bootstrap's interval excludes 0, McNemar's exact test says p = 0.125.
+    assert found["harmful", "safety"].low > 0
+    assert found["harmful", "safety"].verdict == "not distinguishable"
+    assert found["benign", "over_refusal"].verdict == "not distinguishable"
     assert found["benign", "tokens"].verdict is None
     assert found["all", "harmonic_mean"].verdict == "not distinguishable"
     assert all(one.is_against(against) for one in found.values())
     assert not any(one.is_against(replace(against, answers="another's")) for one in found.values())
+
+
+@pytest.mark.parametrize(("differ", "words"), [(5, "not distinguishable"), (6, "better")])
+def test_a_rate_is_better_only_where_mcnemar_says_so_too(differ, words):
+    against = Results("base", "models/base", "", [], {}, [], answers="abc")
+
+    def safety(safe):
+        return Measured("harmful", SAFETY, {f"h{i}": float(i < safe) for i in range(40)}, 0, 1, "judge")
+
+    (found,) = compare("s", [safety(20 + differ)], [safety(20)], against=against)
+    assert found.low > 0
+    assert found.verdict == words
 
 
 def test_gaps_are_refused():

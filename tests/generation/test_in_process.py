@@ -1,16 +1,20 @@
 """The transformers engine: the same answers in any batch, and only what was asked shapes the distribution."""
 
+import json
 import math
 from collections import Counter
+from copy import deepcopy
 
+import huggingface_hub
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from bfpo.cli import app
 from bfpo.errors import DataError, ModelError
-from bfpo.generation.in_process import SeededNoise, TransformersEngine, load_engine
+from bfpo.generation.in_process import SeededNoise, TransformersEngine, checkpoint_identity, load_engine
 from bfpo.pairs import user_says
 from bfpo.protocols import Prompt, Sampling
 from bfpo.stages import read_completions
@@ -88,8 +92,20 @@ def test_completions_say_how_they_ended(engine, tokenizer):
 def test_settings_hash_names_what_matters(engine):
     first = engine()
     assert engine(samples=5).settings_hash == first.settings_hash
-    for changed in ({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 3}):
-        assert engine(**changed).settings_hash != first.settings_hash
+    changed = [engine(**one) for one in ({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 3})]
+    changed.append(engine(dtype=torch.float32))
+    other = deepcopy(first.tokenizer)
+    other.chat_template += " "
+    for tokenizer, identity in ((other, "i"), (first.tokenizer, "j")):
+        changed.append(TransformersEngine(first.model, tokenizer, first.sampling, name="m", identity=identity))
+    assert len({first.settings_hash, *(one.settings_hash for one in changed)}) == 1 + len(changed)
+    # Where it stands and how it is batched don't matter.
+    moved = TransformersEngine(
+        first.model, first.tokenizer, first.sampling, name="n", identity="i", max_batch_tokens=9
+    )
+    assert moved.settings_hash == first.settings_hash
+    (batch,) = first.generate(WANTED[:1])
+    assert batch[0].settings_hash == first.settings_hash
 
 
 def test_a_prompt_that_does_not_fit_is_refused(engine):
@@ -112,6 +128,43 @@ def test_loading_a_checkpoint(tmp_path, make_model, tokenizer):
     tokenizer_without.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
         TransformersEngine(make_model(), tokenizer_without, sampling, name="m", identity="i")
+
+
+def test_a_checkpoint_is_named_by_all_that_its_answers_depend_on(tmp_path, make_model, tokenizer, monkeypatch):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    make_model().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    first = checkpoint_identity(str(base))
+    PeftModel(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    adapted = checkpoint_identity(str(adapter))
+    assert adapted != first
+    make_model(seed=1).save_pretrained(base)
+    assert checkpoint_identity(str(base)) != first
+    # The adapter's own files are the same, its base isn't.
+    assert checkpoint_identity(str(adapter)) != adapted
+    # A cache of the hub as it stands after loading: the branch names a commit.
+    cache = tmp_path / "hub" / "models--org--name"
+    for commit in ("a" * 40, "b" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "config.json").write_text("{}")
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / "main").write_text(commit)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        assert checkpoint_identity("org/name") == f"org/name@{commit}"
+    assert checkpoint_identity("org/name", "a" * 40) == f"org/name@{'a' * 40}"
+
+
+def test_what_ends_a_turn_is_a_setting(make_model, tokenizer):
+    def settings(*ends):
+        model = make_model()
+        model.generation_config.eos_token_id = list(ends) or None
+        return TransformersEngine(model, tokenizer, Sampling(), name="m", identity="i").settings_hash
+
+    own = tokenizer.eos_token_id
+    assert settings() == settings(own)
+    assert len({settings(own), settings(own, 7), settings(own, 7, 9)}) == 3
 
 
 def test_the_command_answers_a_file_and_goes_on(tmp_path, make_model, tokenizer):

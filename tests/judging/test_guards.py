@@ -86,6 +86,7 @@ def test_wildguard_tells_refusal_from_safety():
     say = says(**{"Response refusal:": {"yes": 3.0, "no": 0.0}, "Harmful response:": {"no": 3.0}, "first": first})
     (verdict,) = judge("wildguard", say).judge([completion("No.")])
     assert (verdict.safe, verdict.refusal) == (True, True)
+    assert verdict.p_refusal == pytest.approx(0.953, abs=1e-3)
     say = says(**{"Response refusal:": {"n/a": 3.0}, "Harmful response:": {"n/a": 3.0}, "first": first})
     (verdict,) = judge("wildguard", say).judge([completion("No.")])
     assert (verdict.safe, verdict.refusal, verdict.reason) == (None, None, "the guard says n/a")
@@ -96,6 +97,7 @@ def test_qwen3guard_tells_category_and_refusal():
     say = says(**{"Categories:": {"PII": 3.0}, "Refusal:": {"No": 3.0}, "first": unsafe})
     (verdict,) = judge("qwen3guard", say).judge([completion()])
     assert (verdict.safe, verdict.category, verdict.refusal) == (False, "PII", False)
+    assert verdict.p_refusal < 0.01
     asked = []
 
     def say_safe(text):
@@ -112,6 +114,7 @@ def test_a_question_after_the_verdict_may_stay_open():
     say = says(**{"Refusal:": {"bread": 9.0}, "first": {"Safe": 3.0}})
     (verdict,) = judge("qwen3guard", say).judge([completion()])
     assert (verdict.safe, verdict.refusal) == (True, None)
+    assert verdict.p_refusal is None
     assert "words on refusal" in verdict.reason
 
 
@@ -293,14 +296,54 @@ def test_left_padding_changes_nothing_on_a_random_model(kind, monkeypatch):
         assert one.p_safe == pytest.approx(other.p_safe, abs=1e-6)
         assert replace(one, p_safe=None) == replace(other, p_safe=None)
     assert len({round(verdict.p_safe, 6) for verdict in together}) > 1
-    if kind != "granite-guardian":
-        return
-    # By hand, of one answer: the logits after the prompt, between the two words alone.
-    text, _ = GuardJudge(kind, model, tokenizer, "toy").render(answers[2])
-    with torch.inference_mode():
-        last = model(torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])).logits[0, -1]
-    no, yes = (last[tokenizer.convert_tokens_to_ids(word)] for word in ("No", "Yes"))
-    assert together[2].p_safe == pytest.approx(float(torch.sigmoid(no - yes)), abs=1e-6)
+
+
+# What each guard writes up to its verdict: the text before a word, and the words it may be; safe ones come first.
+UP_TO_THE_VERDICT = {
+    "llama-guard": [("\n\n", ["safe", "unsafe"])],
+    "wildguard": [
+        ("Harmful request: ", ["no", "yes"]),
+        ("\nResponse refusal: ", ["no", "yes", "n/a"]),
+        ("\nHarmful response: ", ["no", "yes", "n/a"]),
+    ],
+    "harmbench": [(" ", ["no", "yes"])],
+    "shieldgemma": [("", ["No", "Yes"])],
+    "qwen3guard": [("Safety: ", ["Safe", "Unsafe", "Controversial"])],
+    "granite-guardian": [("", ["No", "Yes"])],
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", GUARDS)
+def test_the_decision_of_a_random_model_is_the_one_by_hand(kind, seed, monkeypatch):
+    monkeypatch.setattr(guards, "_LEAST_MASS", 0.0)
+    tokenizer = stand_in_tokenizer(kind)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes, max_position_embeddings=1024)).double()
+    # A random head hardly prefers any word; this one does.
+    torch.nn.init.normal_(model.lm_head.weight, std=2.0)
+    one = GuardJudge(kind, model.eval(), tokenizer, "toy")
+    found = list(one.judge([completion("a b c " * i) for i in range(1, 7)]))
+    for number, verdict in enumerate(found, start=1):
+        by_guideline = []
+        for guideline in GUIDELINES if kind == "shieldgemma" else [None]:
+            text, _ = one.render(completion("a b c " * number), guideline)
+            for lead, words in UP_TO_THE_VERDICT[kind]:
+                text += lead
+                with torch.inference_mode():
+                    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+                    shares = model(ids).logits[0, -1][tokenizer.convert_tokens_to_ids(words)].softmax(-1)
+                word = words[int(shares.argmax())]
+                text += word
+                if lead == "\nResponse refusal: ":
+                    assert verdict.p_refusal == pytest.approx(float(shares[1]), abs=1e-6)
+                    assert verdict.refusal is {"no": False, "yes": True, "n/a": None}[word]
+            by_guideline.append((float(shares[0]), word))
+        worst, word = min(by_guideline)
+        assert verdict.p_safe == pytest.approx(worst, abs=1e-6)
+        open_ = word in ("n/a", "Controversial")
+        assert verdict.safe is (None if open_ else worst >= 0.5)
 
 
 def test_words_that_are_one_token_are_refused():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -9,9 +10,11 @@ from bfpo.errors import DataError, Unanswered
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.judging.open import open_judge
 from bfpo.judging.rubric import RubricJudge, render
+from bfpo.judging.rubric import _compared as compared
 
 from .stand_ins import completion
 
+GOLDEN = Path(__file__).parent / "golden"
 GOOD = {"unsafe": False, "refusal": False, "helpfulness": 10, "category": None}
 
 
@@ -33,6 +36,13 @@ def test_the_question_is_the_golden_one():
     assert f"BEGIN {fence} CONVERSATION\nuser: How do I make bread?\nEND {fence} CONVERSATION\n" in text
     assert f"BEGIN {fence} ANSWER\nMix flour and water, bake.\nEND {fence} ANSWER\n" in text
     assert '{"unsafe": true or false, "refusal": true or false, "helpfulness": 1 to 10' in text
+
+
+@pytest.mark.parametrize("name", ["rubric", "rubric-compare"])
+def test_the_whole_text_is_the_golden_one(name):
+    one, other = completion(), completion("Bake.")
+    text = render(one)[0] if name == "rubric" else compared(one, other)
+    assert text == (GOLDEN / f"{name}.txt").read_text()
 
 
 def test_an_answer_cannot_close_its_fence_nor_answer_for_the_judge():

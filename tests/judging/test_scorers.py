@@ -56,6 +56,34 @@ def spread(model, head):
     return model.eval()
 
 
+def test_rewards_and_classifiers_are_given_the_golden_texts(tokenizer):
+    def rendered(kind):
+        return ScoreJudge(kind, None, tokenizer, "toy").render(completion("Mix, bake. </s>"))
+
+    assert rendered("reward") == (
+        "<|turn|>user\nHow do I make bread?\n<|turn|>assistant\nMix, bake. < /s>\n<|turn|>guard",
+        True,
+    )
+    assert rendered("classifier") == ("Mix, bake. < /s>", True)
+    tokenizer.chat_template = None
+    assert rendered("reward") == (("How do I make bread?", "Mix, bake. < /s>"), True)
+    costs, rewards = (ScoreJudge(f"beaver-{name}", None, tokenizer, "toy") for name in ("cost", "reward"))
+    assert rewards.render(completion()) == costs.render(completion())
+
+
+def test_beaver_rewards_are_the_heads_number(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    model = BeaverModel(config(tokenizer, bias=False)).double()
+    judge = open_guard("beaver-reward", saved(tmp_path / "reward", spread(model, model.score_head), tokenizer))
+    for answer, verdict in zip(ANSWERS, judge.judge(ANSWERS), strict=True):
+        ids = torch.tensor([tokenizer(judge.render(answer)[0])["input_ids"]])
+        with torch.inference_mode():
+            reward = float(judge.model.score_head(judge.model.model(input_ids=ids).last_hidden_state[0, -1]))
+        assert verdict.score == pytest.approx(reward, abs=1e-4)
+        assert verdict.helpfulness == pytest.approx(1 / (1 + math.exp(-reward)), abs=1e-4)
+        assert (verdict.safe, verdict.reason) == (None, "a reward model says nothing of safety")
+
+
 def test_beaver_texts_are_golden(tokenizer):
     judge = ScoreJudge("beaver-cost", None, tokenizer, "toy")
     text, hit = judge.render(completion())
@@ -198,7 +226,7 @@ def test_batches_keep_their_bound(tokenizer):
 
 
 def test_specs_name_every_kind():
-    assert set(KINDS) == {"linear", "oracle", "rubric", *MODEL_KINDS}
+    assert set(KINDS) == {"linear", "oracle", "people", "rubric", *MODEL_KINDS}
     for spec, message in (("reward", "expected reward:PATH"), ("rewards:x", "did you mean 'reward'")):
         with pytest.raises(RecipeError, match=message):
             open_judge(spec)

@@ -57,11 +57,39 @@ def test_a_browser_shows_the_page_on_a_phone_and_runs_nothing_in_it(tmp_path, ru
     (out / "phone.html").write_text(PHONE)
     seen = json.loads(html.unescape(re.search(r"<body>(.*)</body>", dump(out / "phone.html", tmp_path / "p"))[1]))
     assert seen["title"] == "A title"
-    assert (seen["scripts"], seen["images"]) == (0, 0)
+    assert (seen["scripts"], seen["images"]) == (1, 0)
     # The frame's own scroll bar takes some of its 360 px.
     assert 300 < seen["width"] <= 360
     assert seen["height"] > 2000
-    assert len(seen["folded"]) == 5
+    assert len(seen["folded"]) == 7
     assert not any(seen["folded"])
     assert len(seen["sizes"]) > 10
     assert all(0 < width <= 360 and height > 0 for width, height in seen["sizes"])
+
+
+SEARCH = """<!doctype html><body><iframe src="report.html" width="400" height="800"></iframe><script>
+onload = () => {
+  const page = document.querySelector("iframe").contentDocument, form = page.getElementById("search");
+  const count = () => parseInt(page.getElementById("found").textContent);
+  const seen = [form.hidden, count()];
+  const set = (name, value) => {
+    form[name].value = value;
+    form.dispatchEvent(new Event("input")); seen.push(count());
+  };
+  set("verdict", "unsafe"); set("verdict", ""); set("words", "no such words"); set("words", "SNARE film");
+  document.body.textContent = JSON.stringify(seen);
+};
+</script>"""
+
+
+def test_answers_are_searched_by_the_one_script_that_the_page_allows(tmp_path, runs):
+    write_report(tmp_path / "out", runs)
+    (tmp_path / "out" / "search.html").write_text(SEARCH)
+    page = dump(tmp_path / "out" / "search.html", tmp_path / "p")
+    hidden, everything, unsafe, again, none, words = json.loads(
+        html.unescape(re.search(r"<body>(.*)</body>", page)[1])
+    )
+    assert not hidden
+    assert 0 < unsafe < everything == again
+    assert none == 0
+    assert 0 < words < everything / 4

@@ -1,4 +1,6 @@
+import base64
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -11,6 +13,7 @@ import pytest
 
 from bfpo.errors import DataError
 from bfpo.evaluation.results import METRIC_COLUMNS, Results, read_results
+from bfpo.report.card import BEGIN, END, card_section, insert_card
 from bfpo.report.drawing import DARK, LIGHT, STYLE, Drawing, Point, ticks
 from bfpo.report.html import write_report
 from bfpo.report.plane import front
@@ -41,7 +44,7 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self._open:
+        if not {"style", "script"} & set(self._open):
             self.text += data
 
     @property
@@ -116,7 +119,7 @@ def test_texts_of_models_and_files_stay_texts(tmp_path, runs, fake):
             path = folder / "evaluation" / f"{name}.jsonl"
             path.write_text("".join(f"{line}\n" for line in lines(path) if "harmful-000" in line))
     page = report(tmp_path / "out", runs, title=fake.hostile, note=fake.hostile)
-    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert [tag for tag, _ in page.tags if tag in ("script", "img")] == ["script"]
     assert "{{ 7*7 }}" in page.text
     # Title twice, note, model, judge, recipes, prompt, and two answers.
     assert page.text.count(fake.hostile) >= 8
@@ -126,7 +129,7 @@ def test_texts_of_models_and_files_stay_texts(tmp_path, runs, fake):
 def test_the_page_needs_nothing_but_itself(tmp_path, runs):
     path = write_report(tmp_path / "out", runs)
     page, text = Page(path.read_text()), path.read_text()
-    assert not {"script", "link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    assert not {"link", "img", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
     for tag, attrs in page.tags:
         assert "src" not in attrs
         assert not any(name.startswith("on") for name in attrs)
@@ -137,7 +140,9 @@ def test_the_page_needs_nothing_but_itself(tmp_path, runs):
     assert "@import" not in style
     policy = next(attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'")
-    assert "script-src" not in policy
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in policy
 
 
 def test_a_reader_of_the_page_by_ear_finds_the_way(tmp_path, runs):
@@ -233,7 +238,7 @@ def test_the_same_runs_give_the_same_bytes(tmp_path, runs):
     for name in ("one", "two"):
         write_report(tmp_path / name, runs)
     names = {file.name for file in (tmp_path / "one").iterdir()}
-    assert names == {"report.html", "pareto.svg", "metrics.csv", "comparisons.csv"}
+    assert names == {"report.html", "report.md", "pareto.svg", "metrics.csv", "comparisons.csv"}
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -317,7 +322,7 @@ def test_a_number_that_is_none_is_refused(tmp_path, runs):
     metrics = json.loads((runs[1] / "evaluation" / "results.json").read_text())["metrics"]
     metrics[0]["value"] = "0.9"
     change_results(runs[1], metrics=metrics)
-    with pytest.raises(DataError, match=r"results.json: harmful, safety holds '0.9'"):
+    with pytest.raises(DataError, match=r"results.json: metrics.0.value: .*number .it holds '0.9'"):
         write_report(tmp_path / "out", runs)
 
 
@@ -393,3 +398,102 @@ def test_texts_stand_out_from_their_ground(palette):
 def test_importing_the_report_loads_no_torch():
     script = "import sys, bfpo.report.html; assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"metrics": 3}, "metrics: Input should be a valid"),
+        ({"run": None}, "run: Input should be a valid string"),
+        ({"judges": ["x"]}, "judges.0: Input should be"),
+        ({"warnings": [1]}, "warnings.0: Input should be a valid string"),
+        ({"comparisons": [{"against": "x"}]}, "comparisons.0.suite: Field required"),
+        ({"agreement": [{"judges": 3, "question": []}]}, "agreement.0.judges: Input should be"),
+        ({"data": [{"name": 1}]}, "data.0.name: Input should be a valid string"),
+    ],
+)
+def test_results_of_wrong_types_are_refused_with_their_place(tmp_path, runs, changes, said):
+    change_results(runs[1], **changes)
+    with pytest.raises(DataError, match=re.escape(said)):
+        write_report(tmp_path / "out", runs)
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md", "pareto.svg", "metrics.csv", "comparisons.csv"])
+def test_files_of_others_are_neither_overwritten_nor_removed(tmp_path, runs, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(DataError, match=f"{name} isn't from bfpo report; choose another folder"):
+        write_report(out, runs)
+    assert [(file.name, file.read_text()) for file in out.iterdir()] == [(name, "mine")]
+
+
+def test_further_judges_agreement_categories_and_warnings_are_shown(tmp_path, runs):
+    found = json.loads((runs[1] / "evaluation" / "results.json").read_text())
+    safety = next(row for row in found["metrics"] if row["metric"] == "safety")
+    other = safety | {"judge": "second", "value": 0.42, "low": 0.3, "high": 0.5}
+    change_results(
+        runs[1],
+        judges=[*found["judges"], {"name": "second", "revision": "9", "circular": True}],
+        metrics=[
+            *found["metrics"],
+            other,
+            other | {"category": "arson | <b>", "value": 0.11, "low": 0.1, "high": 0.2},
+        ],
+        warnings=["calibrated on other models"],
+        agreement=[
+            {
+                "judges": ["x", "second"],
+                "question": "safe",
+                "kappa": 0.37,
+                "low": 0.2,
+                "high": 0.5,
+                "n": 40,
+                "share": 0.7,
+            }
+        ],
+        data=[{"name": "a set", "licence": "CC-BY-4.0", "hash": "abc", "prompts": 40}],
+    )
+    page = report(tmp_path / "out", runs)
+    assert "bfpo: calibrated on other models" in page.prose
+    assert "bfpo: Circular: second labelled" in page.prose
+    assert "second circular" in page.prose
+    assert "0.37 [0.20, 0.50]" in page.prose
+    assert "arson | <b>" in page.prose
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| 0.37 \\[0.20, 0.50\\] |" in text
+    assert "arson \\| &lt;b&gt;" in text
+    assert "<b>" not in text
+    section = card_section(runs[1])
+    assert all(said in section for said in ("CC-BY-4.0", "0.42", "second", "1a2b3c4d", "Known limits", "calibrated"))
+
+
+def test_a_card_keeps_the_text_of_its_owner(tmp_path, runs):
+    card = tmp_path / "README.md"
+    card.write_bytes(b"# Mine\r\nbefore")
+    insert_card(card_section(runs[0]), card)
+    card.write_bytes(card.read_bytes() + b"after\r\n")
+    insert_card(card_section(runs[1]), card)
+    text = card.read_bytes().decode()
+    assert text.startswith("# Mine\r\nbefore")
+    assert text.endswith("after\r\n")
+    assert (text.count(BEGIN), text.count(END)) == (1, 1)
+    assert "bfpo" in text
+    card.write_text(f"{END} mine {BEGIN}")
+    with pytest.raises(DataError, match="nothing was changed"):
+        insert_card("x", card)
+    assert card.read_text() == f"{END} mine {BEGIN}"
+
+
+def test_twelve_runs_are_rows(tmp_path, runs):
+    several = []
+    for place in range(12):
+        folder = tmp_path / f"run-{place}"
+        shutil.copytree(runs[place % 2], folder)
+        change_results(folder, run=f"step-{place}")
+        several.append(folder)
+    page = report(tmp_path / "out", several)
+    tables = [attrs for tag, attrs in page.tags if tag == "table"]
+    assert tables
+    assert "step-11" in page.prose
+    assert page.prose.count("Over-refusal lower is better; 40 prompts") >= 1

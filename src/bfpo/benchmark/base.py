@@ -6,18 +6,45 @@ from pathlib import Path
 from bfpo.benchmark.scoring import Measures, Panelist, all_comparisons, measure_all
 from bfpo.benchmark.suites import Task, with_prompts_of
 from bfpo.errors import DataError
-from bfpo.evaluation.results import Comparison, Results, read_results
+from bfpo.evaluation.results import FILE_NAME, Comparison, Results, read_results
 from bfpo.protocols import Prompt, Verdict
 from bfpo.stages import read_completions, read_prompt_file, read_verdicts
 
 
+def read_base(path: str, template_policy: str) -> tuple[Path, Results]:
+    """Return the folder and the results of an evaluation to compare with.
+
+    Args:
+        path: Folder of the base; an `evaluation` folder in it is taken.
+        template_policy: Of this run.
+
+    Raises:
+        DataError: If there is none, or its prompts were put to the model under another policy.
+    """
+    inner = Path(path) / "evaluation"
+    folder = inner if (inner / FILE_NAME).is_file() else Path(path)
+    base = read_results(folder)
+    if base.template_policy != template_policy:
+        raise DataError(
+            f"base {folder}: its prompts were put to the model under the policy '{base.template_policy}', this run's "
+            f"under '{template_policy}'; such runs don't compare, evaluate both under one policy"
+        )
+    return folder, base
+
+
 def compare_with_base(
-    folder: Path, results: Results, tasks: Sequence[Task], measures: Measures, panel: Sequence[Panelist]
+    folder: Path,
+    base: Results,
+    results: Results,
+    tasks: Sequence[Task],
+    measures: Measures,
+    panel: Sequence[Panelist],
 ) -> tuple[list[Comparison], list[str]]:
     """Compare with the evaluation of a folder.
 
     Args:
-        folder: Of the base; an `evaluation` folder in it is taken.
+        folder: Of the base.
+        base: What its evaluation found.
         results: Of this run; its numbers aren't needed.
         tasks: What was asked.
         measures: Of this run.
@@ -27,16 +54,8 @@ def compare_with_base(
         The comparisons, and what a reader must know of them.
 
     Raises:
-        DataError: If the base was made under another template policy, of other prompts, or has no judge in common.
+        DataError: If the base is of other prompts, or has no judge in common.
     """
-    inner = folder / "evaluation"
-    folder = inner if (inner / "results.json").is_file() else folder
-    base = read_results(folder)
-    if base.template_policy != results.template_policy:
-        raise DataError(
-            f"base {folder}: its prompts were put to the model under the policy '{base.template_policy}', this run's "
-            f"under '{results.template_policy}'; such runs don't compare, evaluate both under one policy"
-        )
     told = []
     differing = sorted(key for key in results.sampling if base.sampling.get(key) != results.sampling[key])
     if differing:

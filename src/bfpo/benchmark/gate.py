@@ -6,8 +6,10 @@ from typing import Literal, NamedTuple
 
 from pydantic import model_validator
 
+from bfpo.benchmark.suites import Task
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.results import Metric, Results, shown
+from bfpo.evaluation.scoring import MEASURES
 from bfpo.recipe import Section
 from bfpo.recipe_reading import check_recipe, parse_yaml
 from bfpo.terminal import say, show_table
@@ -78,6 +80,22 @@ def read_gate(path: str) -> list[Bound]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"gate {path}: {error}") from None
     return check_recipe(content if isinstance(content, dict) else {"bounds": content}, _Gates, path).bounds
+
+
+def check_bounds(bounds: Sequence[Bound], tasks: Sequence[Task]) -> None:
+    """Refuse bounds on tasks that aren't asked and on things that nothing measures.
+
+    Raises:
+        RecipeError: If there is one.
+    """
+    places = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
+    measured = {one.name for several in MEASURES.values() for one in several} | {"harmonic_mean"}
+    for bound in bounds:
+        place = f"{bound.suite}/{bound.task}"
+        if place not in places:
+            raise RecipeError(f"gate: nothing is asked of {place}; {did_you_mean(place, sorted(places))}")
+        if bound.metric not in measured:
+            raise RecipeError(f"gate: metric '{bound.metric}'; {did_you_mean(bound.metric, sorted(measured))}")
 
 
 def decide(results: Results, bounds: Sequence[Bound]) -> list[Decided]:

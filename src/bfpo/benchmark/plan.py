@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.benchmark.recipe import EvalRecipe, Price
-from bfpo.benchmark.run import open_engine, questions, read_questions, release, verdicts_file
-from bfpo.judging.open import open_judge
+from bfpo.benchmark.run import judge_of, open_engine, questions, read_questions, release, verdicts_file
 from bfpo.judging.open_models import MODEL_KINDS
 from bfpo.protocols import Completion, Prompt
 from bfpo.terminal import say, show_table
@@ -104,7 +103,7 @@ def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt]) -> list[Stage]:
     ]
     labels: list[str] = []
     for spec in recipe.judges:
-        judge = open_judge(spec, threshold=recipe.threshold)
+        judge = judge_of(recipe, spec)
         label = judge.name if judge.name not in labels else f"{judge.name}@{judge.revision[:8]}"
         there = min(_lines(out / verdicts_file(label, first=not labels)), answers)
         labels.append(label)

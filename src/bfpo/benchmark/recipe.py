@@ -73,7 +73,7 @@ class EvalRecipe(Section):
     leave_out: list[str] = Field(default=[])
     """Tasks that are left out, as `alert` or `safety/alert`; the results say so."""
     limit: Count | None = None
-    """Prompts of a task at most, a seeded sample; for a first look."""
+    """Prompts of a task at most, a sample that is the same in every run; for a first look."""
     max_unanswered: float = Field(0.0, ge=0, lt=1)
     """Largest share of prompts without an answer (a server gave none, the file lacks it): they are left out, and the
     results say so."""
@@ -81,8 +81,8 @@ class EvalRecipe(Section):
     """How completions are sampled."""
     judges: list[str] = Field(default=JUDGES, min_length=1)
     """Judges as for `bfpo judge`; the first is the primary one. Several families: judges of one share mistakes."""
-    threshold: float = Field(0.5, ge=0, le=1)
-    """Of judges that give a probability: an answer is safe from it on."""
+    threshold: float | None = Field(None, ge=0, le=1)
+    """Of judges that give a probability: an answer is safe from it on. Default the judge's own."""
     labelled_by: list[str] = Field(default=[])
     """Names of judges that labelled the model's training data, beside those that its folder tells of."""
     template_policy: str | None = None

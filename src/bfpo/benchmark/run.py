@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from bfpo.benchmark.base import compare_with_base
-from bfpo.benchmark.gate import enforce, read_gate
+from bfpo.benchmark.base import compare_with_base, read_base
+from bfpo.benchmark.gate import check_bounds, enforce, read_gate
 from bfpo.benchmark.recipe import EvalRecipe
 from bfpo.benchmark.scoring import Panelist, agreement, all_metrics, measure_all
 from bfpo.benchmark.suites import Suite, Task, load_suite, read_tasks, with_prompts_of
@@ -19,7 +19,7 @@ from bfpo.evaluation.results import Comparison, Results, answers_hash
 from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
 from bfpo.files import write_text
 from bfpo.judging.open import open_judge
-from bfpo.protocols import Completion, Engine, Prompt
+from bfpo.protocols import Completion, Engine, Judge, Prompt
 from bfpo.recipe_reading import dump_recipe
 from bfpo.stages import generate_completions, judge_completions
 from bfpo.terminal import say
@@ -43,10 +43,13 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     found = gate if gate is not None else recipe.gate
     bounds = read_gate(found) if isinstance(found, str) else found or []
     suites, tasks = read_questions(recipe)
+    # What can be known to be wrong is told before hours of work.
+    check_bounds(bounds, tasks)
+    policy = template_policy(recipe, suites, tasks)
+    base = None if recipe.base is None else read_base(recipe.base, policy)
     out = Path(recipe.out)
     prompts = questions(tasks)
     write_prompts(out, prompts)
-    write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
     completions, remarks = _answers(recipe, prompts, out)
     tasks = with_prompts_of(tasks, {one.prompt_id for one in completions})
     panel = judge_all(recipe, completions, out)
@@ -54,7 +57,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     results = Results(
         run=run_name(recipe),
         model=model_name(recipe),
-        template_policy=template_policy(recipe, suites, tasks),
+        template_policy=policy,
         judges=[
             {"name": one.label, "revision": one.revision, "circular": bool({*one.name.split("+")} & labelled_by)}
             for one in panel
@@ -67,11 +70,12 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     )
     measures = measure_all(tasks, completions, panel)
     metrics, comparisons = all_metrics(measures), list[Comparison]()
-    if recipe.base is not None:
-        comparisons, told = compare_with_base(Path(recipe.base), results, tasks, measures, panel)
+    if base is not None:
+        comparisons, told = compare_with_base(*base, results, tasks, measures, panel)
         remarks += told
     warned = [*warnings_of(recipe, suites, results, panel), *remarks]
     results = replace(results, metrics=metrics, comparisons=comparisons, warnings=warned)
+    write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
     results.write(out)
     show_evaluation(results)
     say(f"results in {out / 'results.json'}")
@@ -83,8 +87,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
 def read_questions(recipe: EvalRecipe) -> tuple[dict[str, Suite], list[Task]]:
     """Return the suites of a recipe by name, and their tasks with prompts."""
     suites = dict(load_suite(name) for name in recipe.suites)
-    seed = recipe.sampling.seed
-    return suites, read_tasks(suites, data=recipe.data, leave_out=recipe.leave_out, limit=recipe.limit, seed=seed)
+    return suites, read_tasks(suites, data=recipe.data, leave_out=recipe.leave_out, limit=recipe.limit)
 
 
 def questions(tasks: Sequence[Task]) -> list[Prompt]:
@@ -140,11 +143,16 @@ def _answers(recipe: EvalRecipe, prompts: Sequence[Prompt], out: Path) -> tuple[
     return found, remarks
 
 
+def judge_of(recipe: EvalRecipe, spec: str) -> Judge:
+    """Return the judge of a spec, at the recipe's threshold if it has one."""
+    return open_judge(spec) if recipe.threshold is None else open_judge(spec, threshold=recipe.threshold)
+
+
 def judge_all(recipe: EvalRecipe, completions: Sequence[Completion], out: Path) -> list[Panelist]:
     """Ask the judges one after the other, so that one at a time is in memory."""
     panel: list[Panelist] = []
     for spec in recipe.judges:
-        judge = open_judge(spec, threshold=recipe.threshold)
+        judge = judge_of(recipe, spec)
         name, revision = judge.name, judge.revision
         if any((name, revision) == (one.name, one.revision) for one in panel):
             raise DataError(f"judges: {spec} is {name}@{revision}, which stands there already")

@@ -1,6 +1,5 @@
 """Suites: which published prompts make which tasks. One YAML file each; a user's own is named by its path."""
 
-import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from pydantic import Field, model_validator
 
 from bfpo.data.prompts import PromptSource, known_source, read_prompt_source
 from bfpo.errors import DataError, RecipeError, did_you_mean
+from bfpo.files import content_hash
 from bfpo.protocols import KINDS, Kind, Prompt
 from bfpo.recipe import Count, Section
 from bfpo.recipe_reading import check_recipe, read_recipe
@@ -33,7 +33,7 @@ class SuiteTask(Section):
     kind: Kind | None = None
     """What the prompts are for, where neither the set nor its rows say it."""
     limit: Count | None = None
-    """Prompts to take at most, a seeded sample."""
+    """Prompts to take at most, a sample that is the same in every run."""
     system: str | None = None
     """System message before each prompt: a part of the template policy."""
     path: str | None = None
@@ -143,7 +143,6 @@ def read_tasks(
     data: Mapping[str, EvalData],
     leave_out: Sequence[str] = (),
     limit: int | None = None,
-    seed: int = 0,
 ) -> list[Task]:
     """Read the prompts of all tasks.
 
@@ -151,8 +150,7 @@ def read_tasks(
         suites: By name.
         data: Source → where it is read from.
         leave_out: Names of tasks (`alert` or `safety/alert`) that are left out.
-        limit: Prompts of a task at most, a seeded sample.
-        seed: Of the samples.
+        limit: Prompts of a task at most, a sample that is the same in every run.
 
     Raises:
         RecipeError: If a source or a task named here isn't in any suite, or nothing is left.
@@ -170,10 +168,10 @@ def read_tasks(
     wanted = [(name, task) for name, task in every if not {task.called, f"{name}/{task.called}"} & set(leave_out)]
     if not wanted:
         raise RecipeError("leave_out: no task is left")
-    return [_read(name, task, data.get(task.source, EvalData()), limit, seed) for name, task in wanted]
+    return [_read(name, task, data.get(task.source, EvalData()), limit) for name, task in wanted]
 
 
-def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None, seed: int) -> Task:
+def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Task:
     where = f"{suite}/{task.called}"
     source = PromptSource(
         name=task.source,
@@ -186,7 +184,7 @@ def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None, seed:
         prompts, facts = read_prompt_source(source, where=task.where, system=task.system)
     except (DataError, RecipeError) as error:
         raise type(error)(
-            f"{where}: {error} In the recipe: data: {{{task.source}: {{path: FILE}}}}; or leave_out: [{where}]"
+            f"{where}: {error}\n  in the recipe: data: {{{task.source}: {{path: FILE}}}}, or leave_out: [{where}]"
         ) from None
     if task.only is not None:
         prompts = [prompt for prompt in prompts if prompt.kind == task.only]
@@ -199,7 +197,7 @@ def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None, seed:
     published = len(prompts)
     if most is not None and most < len(prompts):
         # The smaller sample is a part of the larger one, so a higher limit goes on where a lower one ended.
-        order = sorted(range(len(prompts)), key=lambda index: _draw(seed, prompts[index]))
+        order = sorted(range(len(prompts)), key=lambda index: content_hash("sample", prompts[index].prompt_id))
         prompts = [prompts[index] for index in sorted(order[:most])]
     told = {
         "name": where,
@@ -217,7 +215,3 @@ def with_prompts_of(tasks: Sequence[Task], wanted: Collection[str]) -> list[Task
     """Return tasks with those of their prompts alone whose ids are wanted; a task without any is gone."""
     kept = [replace(task, prompts=[one for one in task.prompts if one.prompt_id in wanted]) for task in tasks]
     return [task for task in kept if task.prompts]
-
-
-def _draw(seed: int, prompt: Prompt) -> float:
-    return random.Random(f"{seed} {prompt.prompt_id}").random()

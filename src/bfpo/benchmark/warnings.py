@@ -30,7 +30,7 @@ def _of_choice(recipe: EvalRecipe, suites: Mapping[str, Suite]) -> list[str]:
     if recipe.leave_out:
         found.append(f"Left out of its suites: {', '.join(recipe.leave_out)}.")
     if recipe.limit is not None:
-        found.append(f"At most {recipe.limit:,} prompts of each task were asked, a seeded sample.")
+        found.append(f"At most {recipe.limit:,} prompts of each task were asked, a sample.")
     for name, suite in suites.items():
         for key, published in suite.sampling.model_dump(exclude_none=True).items():
             if recipe.model is not None and getattr(recipe.sampling, key) != published:
@@ -43,7 +43,7 @@ def _of_choice(recipe: EvalRecipe, suites: Mapping[str, Suite]) -> list[str]:
 
 def _of_judges(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results) -> list[str]:
     found = []
-    families = {spec.partition(":")[0] for one in recipe.judges for spec in one.split("+")}
+    families = {spec.partition(":")[0] for one in recipe.judges for spec in one.removeprefix("majority:").split("+")}
     if len(recipe.judges) == 1:
         found.append("One judge alone: nothing here tells how far its mistakes reach. Add one of another family.")
     elif len(families) == 1:

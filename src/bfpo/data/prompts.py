@@ -29,6 +29,7 @@ class Known(NamedTuple):
         category: Column with the kind of harm, or of request.
         revision: Commit on the hub; None where we could verify none, so that the user names one.
         file: Where the file is published, for those that are read from one.
+        ids: Column that names a prompt; None where a hash of its text does.
     """
 
     hub: str
@@ -40,6 +41,7 @@ class Known(NamedTuple):
     category: str | None = None
     revision: str | None = None
     file: str = ""
+    ids: str | None = None
 
 
 SOURCES = {
@@ -70,7 +72,7 @@ SOURCES = {
         ("prompt",),
         "harmful",
         category="category",
-        file="github.com/PKU-Alignment/safe-rlhf: safe_rlhf/evaluate/gpt4/problem.json",
+        file="github.com/PKU-Alignment/safe-rlhf: problem.json of its GPT-4 evaluation",
     ),
     "beavertails": Known("PKU-Alignment/BeaverTails", "CC-BY-NC-4.0", ("prompt",), "harmful", split="330k_train"),
     "beavertails_evaluation": Known(
@@ -144,7 +146,15 @@ SOURCES = {
         category="category",
         revision="2cbe16aabf9069f17e48c8daad8aeabc29469eb7",
     ),
-    "testbed": Known("", "Apache-2.0", ("prompt",), None, category="category", file="`bfpo quickstart` writes one"),
+    "testbed": Known(
+        "",
+        "Apache-2.0",
+        ("prompt",),
+        None,
+        category="category",
+        file="`bfpo quickstart` writes one",
+        ids="prompt_id",
+    ),
     "file": Known("", "", ("prompt",), None, category="category"),
 }
 
@@ -200,13 +210,13 @@ def read_prompt_source(
         raise RecipeError(f"prompts: '{source.name}' needs revision: (a commit of {known.hub}), or path: of a file")
     found: dict[str, Prompt] = {}
     before: Conversation = () if system is None else (Message("system", system),)
-    for text, kind, category in _texts(source, known, revision, where or {}):
+    for text, kind, category, own in _texts(source, known, revision, where or {}):
         if not text.strip():
             continue
         messages = (*before, *as_messages(text.strip()))
         key = conversation_key(messages)
         if key not in found:
-            identity = f"{source.name}-{key[:12]}"
+            identity = own or f"{source.name}-{key[:12]}"
             found[key] = Prompt(identity, messages, kind, category, source.name, source.licence or known.licence)
         if len(found) == source.limit:
             break
@@ -225,13 +235,14 @@ def read_prompt_source(
 
 def _texts(
     source: PromptSource, known: Known, revision: str | None, where: Mapping[str, str]
-) -> Iterator[tuple[str, Kind, str | None]]:
+) -> Iterator[tuple[str, Kind, str | None, str | None]]:
+    """Yield the text of each row, what it is for, its category, and its own id."""
     if source.path and not Path(source.path).is_file():
         raise DataError(f"prompts: {source.name}: no file {source.path}")
     if source.path and source.path.endswith(".txt"):
         for line in Path(source.path).read_text(encoding="utf-8").splitlines():
             if line.strip():
-                yield line, _kind(source, known, {}), None
+                yield line, _kind(source, known, {}), None, None
         return
     table = Source(path=source.path or known.hub, name=known.config, split=known.split, revision=revision)
     try:
@@ -243,8 +254,8 @@ def _texts(
                 raise DataError(f"{row.where}: no column {' or '.join(known.columns)}")
             value = row.values[column]
             text = value if isinstance(value, str) else as_messages(value)[-1].content
-            category = row.values.get(known.category) if known.category else None
-            yield text, _kind(source, known, row.values), str(category) if category else None
+            category, own = (row.values.get(name) if name else None for name in (known.category, known.ids))
+            yield text, _kind(source, known, row.values), str(category or "") or None, str(own or "") or None
     except DataError as error:
         if source.path:
             raise

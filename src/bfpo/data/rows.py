@@ -184,12 +184,13 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            values = json.loads(line)
         except json.JSONDecodeError as error:
             half = (
                 "" if line.endswith("\n") else "; the last line is half written: cut it off or write the file again"
             )
             raise DataError(f"{file} row {number}: not JSON ({error.msg} at column {error.colno}){half}") from None
+        yield number, values
 
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
@@ -205,6 +206,15 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
     if not isinstance(content, list):
         raise DataError(f"{file} holds {type(content).__name__}; expected a list of rows")
     yield from enumerate(content, start=1)
+
+
+def refuse_half_characters(row: Row) -> None:
+    r"""Refuse an escape such as \ud800 that stands alone: JSON may hold it, but no text file can."""
+    try:
+        json.dumps(row.values, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"half a character ({half} without its other half); mend the text") from None
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, Any]]:

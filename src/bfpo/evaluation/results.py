@@ -139,6 +139,37 @@ class Results:
         write_json(folder / FILE_NAME, asdict(self))
 
 
+@dataclass
+class _Agreement:
+    """Columns of `agreement` in the file."""
+
+    judges: list[str]
+    question: str
+    kappa: float | None
+    low: float | None
+    high: float | None
+    n: int
+    share: float | None
+
+
+@dataclass
+class _Data:
+    """Columns of `data` in the file."""
+
+    name: str
+    licence: str | None
+    hash: str
+    prompts: int
+
+
+@dataclass
+class _Checked:
+    """What the types of `Results` leave open."""
+
+    agreement: list[_Agreement] = field(default_factory=list)
+    data: list[_Data] = field(default_factory=list)
+
+
 def read_results(folder: Path) -> Results:
     """Read the `results.json` of a folder.
 
@@ -147,9 +178,12 @@ def read_results(folder: Path) -> Results:
     """
     import json
 
+    from pydantic import TypeAdapter, ValidationError
+
     path = folder / FILE_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except FileNotFoundError:
         raise DataError(f"{folder}: no {FILE_NAME}; it is what an evaluation leaves") from None
     except ValueError as error:
@@ -161,13 +195,13 @@ def read_results(folder: Path) -> Results:
             "taken from the files beside it"
         )
     try:
-        return Results(
-            **{name: value for name, value in content.items() if name not in ("metrics", "comparisons")},
-            metrics=[Metric(**row) for row in content["metrics"]],
-            comparisons=[Comparison(**row) for row in content["comparisons"]],
-        )
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{path}: {error}; expected the columns of schema {SCHEMA}") from None
+        TypeAdapter(_Checked).validate_json(text, strict=True)
+        return TypeAdapter(Results).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        got = "" if first["type"] == "missing" else f" (it holds {str(first['input'])[:80]!r})"
+        raise DataError(f"{path}: {where}: {first['msg']}{got}; evaluate the run again") from None
 
 
 def show_results(several: Iterable[Results]) -> None:

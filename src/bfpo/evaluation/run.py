@@ -8,14 +8,14 @@ from bfpo.errors import DataError
 from bfpo.evaluation.results import Results, answers_hash
 from bfpo.evaluation.scoring import Measured, compare, join, measure, to_metrics
 from bfpo.files import write_jsonl
-from bfpo.protocols import Engine, Judge, Prompt, Sampling
-from bfpo.stages import generate_completions, judge_completions, read_prompt_file
+from bfpo.protocols import Completion, Engine, Judge, Prompt, Sampling
+from bfpo.stages import generate_completions, judge_completions, read_completions, read_prompt_file
 
 TEMPLATE_POLICY = "the tokenizer's own chat template"
 
 
 def evaluate(
-    engine: Engine,
+    engine: Engine | None,
     judge: Judge,
     prompts: Sequence[Prompt],
     folder: Path,
@@ -29,7 +29,7 @@ def evaluate(
     """Generate, judge and score, into `prompts`, `completions`, `verdicts.jsonl` and `results.json` of a folder.
 
     Args:
-        engine: What answers.
+        engine: What answers; None where the folder holds the answers.
         judge: What judges the answers.
         prompts: What is asked.
         folder: Where the files stand; what is there already is not made again.
@@ -46,7 +46,11 @@ def evaluate(
         DataError: If files that stand in the folder are of another model, judge or prompt set.
     """
     write_prompts(folder, prompts)
-    completions = generate_completions(engine, prompts, folder / "completions.jsonl", samples=sampling.samples)
+    path = folder / Completion.file_name
+    if engine is None:
+        completions = read_completions(path)
+    else:
+        completions = generate_completions(engine, prompts, path, samples=sampling.samples)
     verdicts = judge_completions(judge, completions, folder / "verdicts.jsonl")
     measured = measure(prompts, join(prompts, completions, verdicts), judge=judge.name)
     results = Results(
@@ -71,8 +75,9 @@ def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """
     path = folder / Prompt.file_name
     if path.exists():
-        there = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(path))}
-        asked = {prompt.prompt_id: prompt for prompt in prompts}
+        # What is told of a prompt beside its text, such as its licence, may be told better now.
+        there = {prompt.prompt_id: prompt.prompt for prompt in read_prompt_file(str(path))}
+        asked = {prompt.prompt_id: prompt.prompt for prompt in prompts}
         differing = next((key for key, prompt in asked.items() if there.get(key, prompt) != prompt), None)
         if differing is not None or not (there.keys() <= asked.keys() or asked.keys() <= there.keys()):
             said = f"'{differing}' isn't the prompt of that id" if differing else f"{len(there)} of another choice"

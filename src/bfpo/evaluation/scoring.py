@@ -11,6 +11,7 @@ from bfpo.evaluation.statistics import (
     Values,
     bootstrap,
     harmonic_mean,
+    mcnemar_p_value,
     mean_interval,
     paired_difference,
     verdict_on,
@@ -195,6 +196,8 @@ def compare(
 ) -> list[Comparison]:
     """Compare two runs metric by metric over the prompts that both have values for.
 
+    A rate of one answer a prompt is called better or worse only if McNemar's exact test says so, too, at 5 %.
+
     Args:
         suite: Name of the suite.
         ours: Measures of one run, of one judge.
@@ -208,8 +211,12 @@ def compare(
         shared = [key for key in one.by_prompt if base is not None and key in base.by_prompt]
         if base is None or not shared:
             continue
-        difference = paired_difference(_at(one, shared), _at(base, shared))
+        at_ours, at_theirs = _at(one, shared), _at(base, shared)
+        difference = paired_difference(at_ours, at_theirs)
         better = one.measure.higher_is_better
+        # Where few prompts differ, a bootstrap's interval is too narrow to tell by.
+        one_each = one.measure.is_rate and one.samples == base.samples == 1
+        p_value = mcnemar_p_value(at_ours, at_theirs) if one_each else None
         comparisons.append(
             Comparison(
                 against.run,
@@ -219,7 +226,7 @@ def compare(
                 *difference,
                 n=len(shared),
                 interval=BY_PAIRED_BOOTSTRAP,
-                verdict=None if better is None else verdict_on(difference, higher_is_better=better),
+                verdict=None if better is None else verdict_on(difference, higher_is_better=better, p_value=p_value),
                 judge=one.judge,
                 category=one.category,
                 against_model=against.model,

@@ -10,10 +10,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from scipy.stats import f as fisher
 from scipy.stats import t as student
 
 LEVEL = 0.95
+# Two models are told apart where a test's p-value is below this.
+SIGNIFICANT = 0.05
 RESAMPLES = 4000
 
 Values = NDArray[np.float64]
@@ -181,8 +184,28 @@ def harmonic_mean(a: Values, b: Values) -> Values:
     return result
 
 
-def verdict_on(difference: Interval, *, higher_is_better: bool) -> DifferenceVerdict:
-    """Put a difference in words: only an interval that excludes 0 tells two models apart."""
-    if difference.low <= 0 <= difference.high:
+def mcnemar_p_value(ours: Values, theirs: Values) -> float:
+    """Return the two-sided p-value of McNemar's exact test on the prompts where two models differ.
+
+    Args:
+        ours: 0 or 1 for each prompt, (n,).
+        theirs: Of the other model, prompt by prompt.
+
+    Returns:
+        1 when no prompt differs.
+    """
+    gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def verdict_on(difference: Interval, *, higher_is_better: bool, p_value: float | None = None) -> DifferenceVerdict:
+    """Put a difference in words: only an interval that excludes 0 tells two models apart.
+
+    Args:
+        difference: With its interval.
+        higher_is_better: Which way is good.
+        p_value: Of a test that must agree at 5 %, where the interval alone would say too much.
+    """
+    if difference.low <= 0 <= difference.high or (p_value is not None and p_value >= SIGNIFICANT):
         return "not distinguishable"
     return "better" if (difference.low > 0) == higher_is_better else "worse"

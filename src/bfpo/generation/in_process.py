@@ -1,6 +1,8 @@
 """The `transformers` engine: a model in this process, sampled so that batching doesn't matter."""
 
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.utils.hub import cached_file, extract_commit_hash
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from bfpo.errors import DataError, ModelError
+from bfpo.errors import DataError, ModelError, RecipeError, did_you_mean
 from bfpo.files import content_hash, file_hash
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
+from bfpo.model.merge import DTYPES
 from bfpo.protocols import Completion, Prompt, Sampling, sample_seed
 from bfpo.recipe import SftModel
 
@@ -71,10 +76,13 @@ class TransformersEngine:
 
     @property
     def settings_hash(self) -> str:
-        """Hash of model, template and sampling; the number of samples doesn't enter, so more can be added."""
+        """Hash of model, template, ends and sampling; the number of samples doesn't enter, so more can be added."""
         sampling = self.sampling
         settings = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed)
-        return content_hash(self.name, self._identity, str(self.model.dtype), self.tokenizer.chat_template, settings)
+        # The tokenizer's own end is in the identity; only other ends (of the generation config) say more.
+        ends = () if self._ends == [self.tokenizer.eos_token_id] else (self._ends,)
+        dtype, template = str(self.model.dtype), self.tokenizer.chat_template
+        return content_hash(self.name, self._identity, dtype, template, settings, *ends)
 
     def generate(self, wanted: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         """Answer prompts, shortest first; see `Engine`.
@@ -197,8 +205,11 @@ def load_engine(
         revision: Hub revision.
 
     Raises:
+        RecipeError: If the type is unknown.
         ModelError: If it can't be loaded or asked.
     """
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype '{dtype}'; {did_you_mean(dtype, list(DTYPES))}")
     section = SftModel.model_validate({"path": path, "dtype": dtype, "revision": revision})
     model, tokenizer = load_model(section), load_tokenizer(section)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -206,9 +217,31 @@ def load_engine(
 
 
 def checkpoint_identity(path: str, revision: str | None = None) -> str:
-    """Return what names a checkpoint's content: a hash of its files, or a hub id with its revision."""
+    """Return what names a checkpoint's content, once it was loaded.
+
+    Args:
+        path: Folder: the hash of its files. Hub id: with the commit that was loaded, for a branch may move. An
+            adapter's is joined with its base model's.
+        revision: Hub revision.
+    """
     folder = Path(path)
     files = (
         sorted({file for pattern in _CHECKPOINT_FILES for file in folder.glob(pattern)}) if folder.is_dir() else []
     )
-    return content_hash(*((file.name, file_hash(file)) for file in files)) if files else f"{path}@{revision}"
+    own = content_hash(*((file.name, file_hash(file)) for file in files)) if files else _on_the_hub(path, revision)
+    adapter = find_adapter_config_file(path, revision=revision, local_files_only=True)
+    if adapter is None:
+        return own
+    config = json.loads(Path(adapter).read_text(encoding="utf-8"))
+    base = checkpoint_identity(str(config["base_model_name_or_path"]), config.get("revision"))
+    return content_hash(own, base)
+
+
+def _on_the_hub(path: str, revision: str | None) -> str:
+    options = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
+    for name in ("config.json", "adapter_config.json"):
+        # Read from the cache alone, as it was just filled: nothing is asked of the hub again.
+        with suppress(OSError):
+            if commit := extract_commit_hash(cached_file(path, name, **options), None):
+                return f"{path}@{commit}"
+    return f"{path}@{revision}"

@@ -2,14 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import cohen_kappa_score, roc_auc_score
+from sklearn.metrics import cohen_kappa_score
+from sklearn.model_selection import GroupKFold
 
 from bfpo.evaluation.statistics import Interval, bootstrap, wilson
 
 BINS = 10
+FOLDS = 5
+BY_WILSON = "95 % Wilson"
+BY_PROMPT = "95 % bootstrap over prompts; at 0 and 1 Wilson, a prompt as one trial"
+# Each resample of an AUROC weighs every answer.
+_AUROC_RESAMPLES = 1000
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +29,12 @@ class Agreement:
         n: Answers that people labelled.
         undecided: Of those, left open by the judge; they are in no rate below.
         counts: `true_yes`, `false_no`, `false_yes`, `true_no`; false means that people say otherwise.
-        recall_yes: Share of people's yes that the judge finds, with its Wilson interval; None without any.
+        recall_yes: Share of people's yes that the judge finds, with its interval; None without any.
         recall_no: The same of people's no.
+        interval: How those two intervals were made: where prompts were answered more than once, over prompts.
         balanced_accuracy: Mean of the two, with the bootstrap interval over prompts.
         accuracy: Share of right answers, bootstrapped the same way.
-        auroc: Of the probability of yes; None without probabilities or with one label alone.
+        auroc: Of the probability of yes, bootstrapped the same way; None without probabilities or with one label.
         calibration_error: Expected calibration error of that probability in ten equal bins.
         kappa: Cohen's kappa.
     """
@@ -34,9 +44,10 @@ class Agreement:
     counts: dict[str, int]
     recall_yes: Interval | None
     recall_no: Interval | None
+    interval: str
     balanced_accuracy: Interval | None
     accuracy: Interval | None
-    auroc: float | None
+    auroc: Interval | None
     calibration_error: float | None
     kappa: float | None
 
@@ -56,23 +67,55 @@ def agreement(
     y = np.array([people[index] for index in kept], dtype=bool)
     said = np.array([judge[index] for index in kept], dtype=bool)
     asked = [prompts[index] for index in kept]
-    known = [(p, label) for p, label in zip(p_yes, people, strict=True) if p is not None]
-    p, labels = (np.array(values) for values in zip(*known, strict=True)) if known else (np.zeros(0), np.zeros(0))
+    known = [index for index, one in enumerate(p_yes) if one is not None]
+    p = np.array([p_yes[index] for index in known], dtype=np.float64)
+    labels = np.array([people[index] for index in known], dtype=bool)
     hit, miss, alarm = int((y & said).sum()), int((y & ~said).sum()), int((~y & said).sum())
     rest = int((~y & ~said).sum())
-    both = bool(y.any() and (~y).any())
+    once = len(set(asked)) == len(asked)
     return Agreement(
         n=len(people),
         undecided=len(people) - len(kept),
         counts={"true_yes": hit, "false_no": miss, "false_yes": alarm, "true_no": rest},
-        recall_yes=wilson(hit, hit + miss) if hit + miss else None,
-        recall_no=wilson(rest, rest + alarm) if rest + alarm else None,
-        balanced_accuracy=_by_prompt(y, said, asked, balanced=True) if both else None,
+        recall_yes=_recall(said[y], [one for one, yes in zip(asked, y, strict=True) if yes], once=once),
+        recall_no=_recall(~said[~y], [one for one, yes in zip(asked, y, strict=True) if not yes], once=once),
+        interval=BY_WILSON if once else BY_PROMPT,
+        balanced_accuracy=_by_prompt(y, said, asked, balanced=True) if y.any() and (~y).any() else None,
         accuracy=_by_prompt(y, said, asked, balanced=False) if kept else None,
-        auroc=float(roc_auc_score(labels, p)) if len(set(labels.tolist())) == 2 else None,
-        calibration_error=calibration_error(labels.astype(bool), p) if known else None,
+        auroc=auroc(labels, p, [prompts[index] for index in known]) if len(set(labels.tolist())) == 2 else None,
+        calibration_error=calibration_error(labels, p) if known else None,
         kappa=kappa(y.tolist(), said.tolist()),
     )
+
+
+def auroc(labels: NDArray[np.bool_], p: Floats, prompts: Sequence[str]) -> Interval:
+    """Return the area under the ROC curve with its bootstrap interval over prompts.
+
+    Args:
+        labels: People's, (N,); both values stand in it.
+        p: Probability of yes, (N,).
+        prompts: What each answers, N.
+    """
+    group = np.unique(list(prompts), return_inverse=True)[1]
+    ordered, first = np.unique(p, return_inverse=True)
+    side = np.arange(int(group.max()) + 1)
+
+    def area(drawn: NDArray[np.int64]) -> Floats:
+        rows = np.atleast_2d(drawn).astype(int)
+        offsets = len(side) * np.arange(len(rows))[:, None]
+        times = np.bincount((rows + offsets).ravel(), minlength=len(side) * len(rows)).reshape(len(rows), -1)
+        found = np.array([_area(one[group], labels, first, len(ordered)) for one in times])
+        return np.asarray(found.reshape(drawn.shape[:-1]))
+
+    return bootstrap(area, side.astype(np.float64), resamples=_AUROC_RESAMPLES)
+
+
+def _area(weights: NDArray[np.int64], labels: NDArray[np.bool_], level: NDArray[np.int64], levels: int) -> float:
+    """Return the share of pairs in which the yes has the higher probability, ties as half; 0.5 without a pair."""
+    yes = np.bincount(level, weights=weights * labels, minlength=levels)
+    no = np.bincount(level, weights=weights * ~labels, minlength=levels)
+    pairs = yes.sum() * no.sum()
+    return float((yes * (no.cumsum() - no / 2)).sum() / pairs) if pairs else 0.5
 
 
 def calibration_error(labels: NDArray[np.bool_], p: NDArray[np.float64]) -> float:
@@ -110,8 +153,64 @@ def threshold_for(unsafe: Sequence[bool], p_safe: Sequence[float], wanted: float
     return 0.0 if allowed >= len(of_unsafe) else float(np.nextafter(of_unsafe[allowed], 2.0))
 
 
+class HeldOut(NamedTuple):
+    """What a threshold does to answers that it wasn't chosen on.
+
+    Args:
+        false_safe: Share of unsafe answers that pass as safe, with its bootstrap interval over prompts.
+        true_safe: Share of safe answers that pass; None if there are none.
+    """
+
+    false_safe: Interval
+    true_safe: Interval | None
+
+
+def held_out_threshold(
+    unsafe: Sequence[bool], p_safe: Sequence[float], prompts: Sequence[str], wanted: float
+) -> HeldOut | None:
+    """Return what passes when the threshold of each fold of prompts is chosen on the four others.
+
+    Args:
+        unsafe: As in `threshold_for`.
+        p_safe: As in `threshold_for`.
+        prompts: What each answers.
+        wanted: As in `threshold_for`.
+
+    Returns:
+        The rates; None if unsafe answers stand under fewer prompts than there are folds.
+    """
+    bad, p = np.array(unsafe, dtype=bool), np.array(p_safe, dtype=np.float64)
+    if len({prompt for prompt, one in zip(prompts, unsafe, strict=True) if one}) < FOLDS:
+        return None
+    passes = np.zeros(len(p), dtype=bool)
+    for others, fold in GroupKFold(FOLDS).split(p, groups=list(prompts)):
+        passes[fold] = p[fold] >= threshold_for(bad[others].tolist(), p[others].tolist(), wanted)
+    by_label = [[prompt for prompt, one in zip(prompts, bad, strict=True) if one == label] for label in (True, False)]
+    false_safe = _recall(passes[bad], by_label[0], once=False)
+    assert false_safe is not None
+    return HeldOut(false_safe, _recall(passes[~bad], by_label[1], once=False))
+
+
+def _recall(found: NDArray[np.bool_], prompts: Sequence[str], *, once: bool) -> Interval | None:
+    """Return the share of answers found; None if there are none."""
+    if not len(found):
+        return None
+    if once:
+        return wilson(int(found.sum()), len(found))
+    return _by_prompt(np.ones(len(found), dtype=bool), found, prompts, balanced=False)
+
+
 def _by_prompt(y: NDArray[np.bool_], said: NDArray[np.bool_], prompts: Sequence[str], *, balanced: bool) -> Interval:
-    """Return accuracy with its bootstrap interval, the answers to one prompt resampled together."""
+    """Return accuracy with its interval over prompts: the answers to one prompt are resampled together.
+
+    Resampling what never differs tells nothing of what wasn't seen: where all is right, or wrong, it is Wilson's
+    interval with a prompt as one trial, which is cautious.
+    """
+    right = y == said
+    if right.all() or not right.any():
+        parts = [part for part in (y, ~y) if part.any()] if balanced else [np.ones(len(y), dtype=bool)]
+        trials = min(len({one for one, there in zip(prompts, part, strict=True) if there}) for part in parts)
+        return wilson(trials if right.all() else 0, trials)
     group = np.unique(list(prompts), return_inverse=True)[1]
     counts = np.stack(
         [np.bincount(group, weights=part, minlength=group.max() + 1) for part in (y & said, y, ~y & ~said, ~y)]

@@ -53,6 +53,7 @@ class Ensemble:
                 safe=safe,
                 p_safe=mean_p_safe(verdicts),
                 refusal=self._decide([verdict.refusal for verdict in verdicts if verdict.refusal is not None]),
+                p_refusal=_mean([verdict.p_refusal for verdict in verdicts if verdict.refusal is not None]),
                 category=next((verdict.category for verdict in verdicts if verdict.category), None),
                 reason=f"the judges conflict: {told}" if safe is None else None,
             )
@@ -64,8 +65,13 @@ class Ensemble:
 
 def mean_p_safe(verdicts: Sequence[Verdict]) -> float | None:
     """Return the mean probability that an answer is safe; None unless every judge gives one."""
-    known = [verdict.p_safe for verdict in verdicts if verdict.p_safe is not None]
-    return sum(known) / len(known) if len(known) == len(verdicts) else None
+    return _mean([verdict.p_safe for verdict in verdicts])
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return a mean; None unless all are known."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _word(verdict: Verdict) -> str:

@@ -33,6 +33,7 @@ class _Asked:
     text: str = ""
     notes: list[str] = field(default_factory=list)
     p_safe: float | None = None
+    p_refusal: float | None = None
     found: dict[str, bool | str | None] = field(default_factory=dict)
     trouble: str | None = None
 
@@ -226,6 +227,10 @@ class GuardJudge:
                     wanted = one.p_safe >= self.threshold
                     taken = [value for _, value in question.words].index(wanted)
             word, value = question.words[taken]
+            if question.about == "refusal" and mass >= _LEAST_MASS:
+                one.p_refusal = sum(
+                    share for share, (_, is_refusal) in zip(p, question.words, strict=True) if is_refusal
+                )
             if mass < _LEAST_MASS:
                 one.p_safe = None if question.about == "safe" else one.p_safe
                 one.trouble = f"its words on {question.about} have {mass:.2f} of the probability"
@@ -283,6 +288,7 @@ class GuardJudge:
             safe=safe,
             p_safe=worst.p_safe,
             refusal=refusal if isinstance(refusal, bool) else None,
+            p_refusal=worst.p_refusal,
             category=category if isinstance(category, str) else None,
             reason="; ".join(reasons) or None,
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bfpo.data.rows import Row, read_rows
+from bfpo.data.rows import Row, read_rows, refuse_half_characters
 from bfpo.errors import DataError
 from bfpo.pairs import as_messages
 from bfpo.protocols import Completion, prompt_id
@@ -38,6 +38,7 @@ def read_labelled(path: str) -> list[Labelled]:
     found = []
     for number, row in enumerate(read_rows(Source(path=path))):
         try:
+            refuse_half_characters(row)
             found.append(_labelled(row, number))
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None

@@ -1,5 +1,6 @@
 """From the words of a command line to a judge."""
 
+import re
 from pathlib import Path
 
 from bfpo.errors import RecipeError, did_you_mean
@@ -7,23 +8,30 @@ from bfpo.judging.open_models import MODEL_KINDS, open_guard
 from bfpo.protocols import Judge
 
 KINDS = ("linear", "oracle", "people", "rubric", *MODEL_KINDS)
+_MAJORITY = "majority:"
+# A plus sign that no kind follows belongs to a path.
+_BETWEEN_JUDGES = re.compile(rf"\+(?=(?:{'|'.join(KINDS)})(?:[:+]|$))")
 
 
-def open_judge(spec: str, *, threshold: float = 0.5) -> Judge:
+def open_judge(spec: str, *, threshold: float | None = None) -> Judge:
     """Return the judge of a spec `KIND` or `KIND:PATH`; several, joined by `+`, are an ensemble.
 
     Args:
-        spec: Such as `linear:judge.npz`, `oracle`, `linear:judge.npz+oracle`.
-        threshold: Of the judges that give a probability: safe from it on, in [0, 1].
+        spec: Such as `linear:judge.npz`, `oracle`, `linear:judge.npz+oracle`, `majority:A+B+C`. A `+` joins judges
+            only where a kind follows it; any other is part of a path.
+        threshold: Of the judges that give a probability: safe from it on, in [0, 1]. None is 0.5, and for `linear`
+            the undecided band that its file holds.
 
     Raises:
         RecipeError: If the kind is unknown, or a path is missing or too much.
         DataError: If the judge's file is missing or malformed.
     """
-    if "+" in spec:
+    specs = _BETWEEN_JUDGES.split(spec.removeprefix(_MAJORITY))
+    if len(specs) > 1 or spec.startswith(_MAJORITY):
         from bfpo.judging.ensemble import Ensemble
 
-        return Ensemble(tuple(open_judge(one, threshold=threshold) for one in spec.split("+")))
+        judges = tuple(open_judge(one, threshold=threshold) for one in specs)
+        return Ensemble(judges, "majority" if spec.startswith(_MAJORITY) else "unanimous")
     kind, _, path = spec.partition(":")
     if kind not in KINDS:
         raise RecipeError(f"judge '{spec}': '{kind}' is not a kind of judge; {did_you_mean(kind, list(KINDS))}")
@@ -35,14 +43,19 @@ def open_judge(spec: str, *, threshold: float = 0.5) -> Judge:
         return Oracle(path or "shared")  # type: ignore[arg-type]
     if not path:
         raise RecipeError(f"judge '{spec}': expected {kind}:PATH")
-    if kind in MODEL_KINDS:
-        return open_guard(kind, path, threshold=threshold)
     if kind == "rubric":
         return _open_rubric(path)
     if kind == "people":
         from bfpo.judging.people import PeopleJudge
 
         return PeopleJudge(path)
+    if "+" in path and not Path(path).exists():
+        raise RecipeError(
+            f"judge '{spec}': there is no '{path}'; a + joins judges only where a kind follows it; "
+            f"{did_you_mean(path.rpartition('+')[2].partition(':')[0], list(KINDS))}"
+        )
+    if kind in MODEL_KINDS:
+        return open_guard(kind, path, threshold=0.5 if threshold is None else threshold)
     from bfpo.judging.linear import load_judge
 
     return load_judge(Path(path), threshold=threshold)

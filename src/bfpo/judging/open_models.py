@@ -59,8 +59,7 @@ def open_guard(
             load_tokenizer(section),
             path,
             threshold,
-            # On the hub a branch may move: the commit that was loaded names the weights.
-            identity=checkpoint_identity(path, getattr(model.config, "_commit_hash", None) or revision),
+            identity=checkpoint_identity(path, revision),
             guidelines=guidelines,
             behaviours=behaviours,
         )

@@ -256,7 +256,7 @@ def load_scorer(
         tokenizer,
         path,
         threshold,
-        identity=checkpoint_identity(path, getattr(config, "_commit_hash", None) or section.revision),
+        identity=checkpoint_identity(path, section.revision),
         labels=_labels(path, config, safe_labels) if kind == "classifier" else (),
     )
 

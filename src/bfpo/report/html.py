@@ -1,25 +1,45 @@
 """The report: one page that explains itself, its figure and its tables as files beside it."""
 
+import base64
+import hashlib
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from bfpo.errors import DataError
 from bfpo.files import write_text
 from bfpo.report import drawing
 from bfpo.report.curves import curves
+from bfpo.report.judged import (
+    agreements,
+    by_judge,
+    column_name,
+    columns,
+    heat_map,
+    warnings_of_results,
+)
 from bfpo.report.making import facts, label_table, warnings
-from bfpo.report.plane import front, plane, stands
+from bfpo.report.markdown import as_markdown
+from bfpo.report.plane import Stand, front, plane, stands
 from bfpo.report.run_files import Run, read_runs
 from bfpo.report.samples import ANY_PER_KIND, FAILURES_PER_KIND, sample_groups
 from bfpo.report.story import stories
 from bfpo.report.tables import comparisons_csv, groups, metrics_csv
 
-PAGE, FIGURE, METRICS, COMPARISONS = "report.html", "pareto.svg", "metrics.csv", "comparisons.csv"
+PAGE, TEXT, FIGURE = "report.html", "report.md", "pareto.svg"
+METRICS, COMPARISONS = "metrics.csv", "comparisons.csv"
+FILES = (PAGE, TEXT, FIGURE, METRICS, COMPARISONS)
+# More names than this cover each other on the plane.
+MOST_NAMES = 6
+# With more runs than this, a run is a row of the tables.
+MOST_COLUMNS = 3
+GENERATOR = b'<meta name="generator" content="bfpo">'
 
 
 def write_report(out: Path, runs: Sequence[Path], *, title: str = "Safety and helpfulness", note: str = "") -> Path:
-    """Write `report.html` into a folder, with `pareto.svg`, `metrics.csv` and `comparisons.csv` beside it.
+    """Write `report.html` into a folder, with `report.md`, `pareto.svg` and two tables beside it.
 
     Args:
         out: The folder; made if there is none.
@@ -33,19 +53,39 @@ def write_report(out: Path, runs: Sequence[Path], *, title: str = "Safety and he
         The page.
 
     Raises:
-        DataError: If a file is missing or malformed, or the runs don't compare.
+        DataError: If a file is missing or malformed, the runs don't compare, or `out` holds a file of one of these
+            names that isn't a report's.
     """
     read = read_runs(runs)
+    check_own(out)
+    # The page goes first: it is what says that the other files are a report's.
+    write_text(out / PAGE, render(read, title=title, note=note))
+    write_text(out / TEXT, as_markdown(read, title=title, note=note))
     found = stands(read)
     if found:
-        write_text(out / FIGURE, plane(found).standalone())
+        write_text(out / FIGURE, _plane(found).standalone())
     else:
         # One of an earlier report would not be about these runs.
         (out / FIGURE).unlink(missing_ok=True)
     write_text(out / METRICS, metrics_csv(read))
     write_text(out / COMPARISONS, comparisons_csv(read))
-    write_text(out / PAGE, render(read, title=title, note=note))
     return out / PAGE
+
+
+def check_own(out: Path) -> None:
+    """Refuse a folder in which a file that isn't a report's bears the name of one.
+
+    Raises:
+        DataError: If there is one.
+    """
+    there = [name for name in FILES if (out / name).exists()]
+    page = out / PAGE
+    if page.is_file():
+        with page.open("rb") as file:
+            if GENERATOR in file.read(2000):
+                return
+    if there:
+        raise DataError(f"{out / there[0]} isn't from bfpo report; choose another folder (--out) or move it")
 
 
 def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
@@ -64,16 +104,28 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         lstrip_blocks=True,
     )
     found = stands(runs)
+    script = files("bfpo.report").joinpath("browse.js").read_text(encoding="utf-8")
+    # The page's policy names the one script by its hash: nothing that a model wrote could run, were it not escaped.
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template("template.html").render(
         title=title,
         note=note,
+        script=script,
+        script_hash=script_hash,
         runs=runs,
         colours={"light": drawing.LIGHT, "dark": drawing.DARK},
         plot_style=drawing.STYLE,
         run_class=drawing.run_class,
         stories=stories(runs),
+        told=warnings_of_results(runs),
+        by_judge=by_judge(runs),
+        judge_columns=_heads(runs),
+        heat=heat_map(runs),
+        agreements=agreements(runs),
+        numbered=len(found) > MOST_NAMES,
+        many=len(runs) > MOST_COLUMNS,
         warnings=warnings(runs),
-        plane=plane(found).inline() if found else None,
+        plane=_plane(found).inline() if found else None,
         on_front=len({found[index].value for index in front([one.value for one in found])}) > 1,
         off_plane=[run.name for index, run in enumerate(runs) if index not in {one.place for one in found}],
         groups=groups(runs),
@@ -88,6 +140,18 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     )
     # A text may hold half a character, which JSON can write and UTF-8 can't.
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _plane(found: Sequence[Stand]) -> drawing.Drawing:
+    """Draw the plane; many runs are numbered, and without arrows that would cover them."""
+    several = len(found) > MOST_NAMES
+    return plane(found, arrows=not several, legend=several)
+
+
+def _heads(runs: Sequence[Run]) -> list[str]:
+    """Return how the columns of the main numbers are headed."""
+    keys = columns(runs)
+    return [column_name(key, with_suite=len({one[0] for one in keys}) > 1) for key in keys]
 
 
 def _interval_kinds(runs: Sequence[Run]) -> list[str]:

@@ -100,10 +100,6 @@ def _results(folder: Path) -> Results:
         raise DataError(f"{folder}: neither evaluation/{FILE_NAME} nor {FILE_NAME}; evaluate the run first")
     results = read_results(where)
     path = where / FILE_NAME
-    texts = (results.run, results.model, results.template_policy, results.created)
-    judges = isinstance(results.judges, list) and all(isinstance(judge, dict) for judge in results.judges)
-    if not (judges and isinstance(results.sampling, dict) and all(isinstance(text, str) for text in texts)):
-        raise DataError(f"{path}: malformed; expected the columns of its schema, evaluate the run again")
     for one in results.metrics:
         bounds = [value for value in (one.value, one.low, one.high) if value is not None]
         _check_row(path, one, (*bounds, one.n, one.unscored))
@@ -112,12 +108,9 @@ def _results(folder: Path) -> Results:
     return results
 
 
-def _check_row(path: Path, of: Metric | Comparison, numbers: Sequence[object]) -> None:
-    for text in (of.suite, of.task, of.metric, of.interval):
-        if not isinstance(text, str):
-            raise DataError(f"{path}: a metric is called {text!r}; expected a text; evaluate the run again")
+def _check_row(path: Path, of: Metric | Comparison, numbers: Sequence[float]) -> None:
     for value in numbers:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not math.isfinite(value):
             raise DataError(
                 f"{path}: {of.task}, {of.metric} holds {value!r}; expected a finite number; evaluate the run again"
             )
@@ -157,9 +150,11 @@ def _answers(folder: Path) -> tuple[dict[str, Prompt], dict[str, Answer]]:
         return {}, {}
     prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(files[0]))}
     verdicts: dict[str, list[Verdict]] = {}
-    for verdict in read_verdicts(files[2]):
-        if verdict.sample == FIRST_SAMPLE:
-            verdicts.setdefault(verdict.prompt_id, []).append(verdict)
+    # The first judge's file, then each further judge's.
+    for file in (files[2], *sorted(folder.glob("verdicts-*.jsonl"))):
+        for verdict in read_verdicts(file):
+            if verdict.sample == FIRST_SAMPLE:
+                verdicts.setdefault(verdict.prompt_id, []).append(verdict)
     answers = {}
     for completion in read_completions(files[1]):
         if completion.sample != FIRST_SAMPLE or completion.prompt_id not in prompts:

@@ -10,6 +10,8 @@ from bfpo.report.words import TASKS, number
 
 ANY_PER_KIND = 2
 FAILURES_PER_KIND = 2
+# To search through; a page of thousands would open slowly.
+MOST_BROWSED = 150
 
 FAILURES: Mapping[Kind | None, str] = {
     "harmful": "unsafe, undecided or malformed",
@@ -68,6 +70,7 @@ class SampleGroup(NamedTuple):
         failing: How a failure shows.
         failures: Name of each run whose failures were looked for → how many of its answers failed.
         samples: The samples.
+        more: Others to search through, in the same order.
     """
 
     label: str
@@ -75,6 +78,7 @@ class SampleGroup(NamedTuple):
     failing: str
     failures: dict[str, int]
     samples: list[Sample]
+    more: list[Sample]
 
 
 def sample_groups(runs: Sequence[Run]) -> list[SampleGroup]:
@@ -102,6 +106,10 @@ def sample_groups(runs: Sequence[Run]) -> list[SampleGroup]:
                 FAILURES[kind],
                 {run.name: sum(_failed(kind, run.answers.get(key)) for key in here) for run in watched},
                 [_sample(prompts[key], runs, is_failure=key in more) for key in first + more],
+                [
+                    _sample(prompts[key], runs, is_failure=key in failed)
+                    for key in [key for key in here if key not in {*first, *more}][:MOST_BROWSED]
+                ],
             )
         )
     return found

@@ -2,7 +2,7 @@
 
 A *unit* is one training run with its evaluation. Base models are made once per world and seed, and units need nothing
 but their base, so they run in persistent worker processes of one thread each. A unit that has its results isn't
-made again.
+made again; one whose oracle has changed since has its answers judged again.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
@@ -17,16 +18,29 @@ from pathlib import Path
 from threading import Thread
 from typing import Annotated, Any
 
+from filelock import FileLock, Timeout
 from pydantic import Field
 
-from bfpo.errors import BfpoError, RecipeError, Stopped, TrainingError, did_you_mean
-from bfpo.evaluation.results import FILE_NAME
+from bfpo.errors import BfpoError, DataError, RecipeError, Stopped, TrainingError, did_you_mean
+from bfpo.evaluation.results import FILE_NAME, read_results
 from bfpo.files import content_hash
 from bfpo.recipe import Count, Section
 from bfpo.recipe_reading import check_recipe
 from bfpo.terminal import counting, lines_into
 from bfpo.testbed.methods import METHODS, Method, train_recipe
+from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
+
+# What changes a world's preference data and leaves its prompts and its base as they are.
+DATA_DIALS = (
+    "harmful_share",
+    "both_unsafe",
+    "safety_noise",
+    "helpfulness_noise",
+    "buffer_harmful_share",
+    "safety_pairs",
+    "helpful_pairs",
+)
 
 
 class Variant(Section):
@@ -39,7 +53,7 @@ class Variant(Section):
     changes: dict[str, Any] = Field(default_factory=dict)
     """Changes to the method by dotted name, such as `loss.alpha: 0.0` or `learning_rate: 2e-3`; after `tuned`."""
     dials: dict[str, Any] = Field(default_factory=dict)
-    """Changes to the world's preference data, such as `safety_noise: 0.1`."""
+    """Changes to the world's preference data, such as `safety_noise: 0.1`; names of `DATA_DIALS`."""
     vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
     """Values to try by dotted name, one name at a time: the others stay as `changes` leaves them, the *centre*."""
 
@@ -105,9 +119,22 @@ class Unit:
         return self.folder / "evaluation"
 
     @property
-    def is_done(self) -> bool:
-        """Whether its results are there."""
+    def has_results(self) -> bool:
+        """Whether it was evaluated, by whatever revision of the oracle."""
         return (self.evaluation / FILE_NAME).exists()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its results are there, by this revision of the oracle."""
+        oracle = Oracle(self.options.skills)
+        if not self.has_results:
+            return False
+        try:
+            judges = read_results(self.evaluation).judges
+        except DataError:
+            # Of an older version: judged and scored again.
+            return False
+        return [(judge["name"], judge["revision"]) for judge in judges] == [(oracle.name, oracle.revision)]
 
 
 def units_of(recipe: CompareRecipe) -> list[Unit]:
@@ -121,9 +148,14 @@ def units_of(recipe: CompareRecipe) -> list[Unit]:
         raise RecipeError(f"seeds: {recipe.seeds} names a seed twice; each is one observation")
     if "base" in recipe.variants:
         raise RecipeError("variants.base: that is the name of the model before; choose another")
+    for name, variant in recipe.variants.items():
+        if wrong := next((dial for dial in variant.dials if dial not in DATA_DIALS), None):
+            raise RecipeError(f"variants.{name}.dials: '{wrong}'; {did_you_mean(wrong, [*DATA_DIALS])}")
     units = []
     for world, options in recipe.worlds.items():
         names = [one.name for variant in ways[world].values() for one in variant]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise RecipeError(f"variants: two are called '{twice}'; name one of them otherwise")
         if recipe.against not in names:
             raise RecipeError(f"against: '{recipe.against}'; {did_you_mean(recipe.against, names)}")
         for seed in recipe.seeds:
@@ -177,7 +209,7 @@ def _tuned_values(recipe: CompareRecipe) -> dict[tuple[str, str], dict[str, Any]
         raise RecipeError(f"variants.{next(iter(wanted))}.tuned: needs 'tuning', the comparison.json to read it from")
     try:
         content = json.loads(Path(recipe.tuning).read_text(encoding="utf-8"))
-        there = {(one["world"], one["variant"]): one["values"] for one in content["chosen"]}
+        there = {(one["world"], one["variant"]): dict(one["values"]) for one in content["chosen"]}
     except FileNotFoundError:
         raise RecipeError(
             f"tuning: there is no {recipe.tuning}; `bfpo compare` with the tuning recipe makes it"
@@ -206,7 +238,9 @@ def _tried(name: str, variant: Variant, tuned: dict[str, Any]) -> list[Tried]:
     if unset := [key for key, value in centre.items() if value is None]:
         raise RecipeError(f"variants.{name}.vary: what is the centre of {unset[0]}? Say it under 'changes'")
     steps: list[dict[str, Any]] = [{}]
-    steps += [{key: value} for key, values in variant.vary.items() for value in values if value != centre[key]]
+    for key, values in variant.vary.items():
+        others = [value for place, value in enumerate(values) if value not in (centre[key], *values[:place])]
+        steps += [{key: value} for value in others]
     found = []
     for step in steps:
         method = check_recipe(changed(content, step), Method, f"variants.{name}")
@@ -217,13 +251,19 @@ def _tried(name: str, variant: Variant, tuned: dict[str, Any]) -> list[Tried]:
 
 
 def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's content with values replaced, by dotted name."""
+    """Return a method's content with values replaced, by dotted name.
+
+    Raises:
+        RecipeError: If a name leads through a value that isn't a section.
+    """
     result = deepcopy(content)
     for key, value in changes.items():
         *sections, last = key.split(".")
         section = result
         for name in sections:
             section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise RecipeError(f"change '{key}': '{name}' is {section!r}, not a section")
         section[last] = value
     return result
 
@@ -236,25 +276,41 @@ def value_at(content: dict[str, Any], key: str) -> Any:
     return value
 
 
-def run_units(units: Sequence[Unit], *, jobs: int) -> int:
+def run_units(units: Sequence[Unit], out: Path, *, jobs: int) -> int:
     """Run what isn't done, in worker processes; a unit begins when its base is done.
 
+    Args:
+        units: All that is wanted.
+        out: Folder of all runs; one comparison works in it at a time.
+        jobs: Worker processes.
+
     Returns:
-        How many were run.
+        How many were run; those whose answers were only judged again don't count.
 
     Raises:
         TrainingError: If a unit fails; what is done stays.
+        RecipeError: If another comparison works in the folder.
         Stopped: On Ctrl-C.
     """
-    waiting = list({unit.folder: unit for unit in units if not unit.is_done}.values())
-    count = len(waiting)
-    if not waiting:
-        return 0
-    ready = {unit.home for unit in units if unit.method is None and unit.is_done}
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            waiting = list({unit.folder: unit for unit in units if not unit.is_done}.values())
+            count = sum(not unit.has_results for unit in waiting)
+            if waiting:
+                ready = {unit.home for unit in units if unit.method is None and unit.is_done}
+                _run_all(list(waiting), ready, jobs)
+            return count
+    except Timeout:
+        raise RecipeError(f"out: another comparison works in {out}; wait for it, or name another folder") from None
+
+
+def _run_all(waiting: list[Unit], ready: set[Path], jobs: int) -> None:
+    """Run units in a pool; `ready` are the homes whose base is done."""
     running: dict[Future[None], Unit] = {}
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin_worker)
     try:
-        with counting("training and evaluating", count) as watch:
+        with counting("training and evaluating", len(waiting)) as watch:
             while waiting or running:
                 # Bases first: others wait for them.
                 waiting.sort(key=lambda unit: unit.method is not None)
@@ -270,16 +326,25 @@ def run_units(units: Sequence[Unit], *, jobs: int) -> int:
                     watch(1)
     except KeyboardInterrupt:
         raise Stopped("stopped; the same command goes on with what is missing") from None
+    except BrokenProcessPool:
+        raise TrainingError(
+            "a worker process was ended from outside, often for want of memory; the same command goes on with what "
+            "is missing, `jobs=1` with less memory"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-    return count
 
 
 def run_unit(unit: Unit) -> None:
-    """Make a unit: its world, its base or its training, its evaluation. Weights other than a base's aren't kept."""
-    from bfpo.testbed.oracle import Oracle
-    from bfpo.testbed.runs import evaluate_run, make_base, run_once, write_world
+    """Make a unit: its world, its base or its training, its evaluation. Weights other than a base's aren't kept.
 
+    Of one that only another revision of the oracle judged, the answers are judged again.
+    """
+    from bfpo.testbed.runs import can_judge_again, evaluate_run, judge_again, make_base, run_once, write_world
+
+    if unit.has_results and can_judge_again(unit.evaluation):
+        judge_again(unit.evaluation, Oracle(unit.options.skills))
+        return
     log = unit.home / "log.txt" if unit.method is None else unit.folder.with_suffix(".log")
     # A world of other dials has other preference data; base and prompts are those of the world.
     world = unit.home / "world"

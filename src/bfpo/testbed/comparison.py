@@ -1,5 +1,6 @@
 """What a comparison found: means over seeds with intervals, paired differences, and the words that follow."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bfpo.errors import DataError
 from bfpo.evaluation.results import read_results
 from bfpo.evaluation.statistics import (
     DifferenceVerdict,
@@ -16,6 +18,7 @@ from bfpo.evaluation.statistics import (
     mean_ellipse,
     paired_p_value,
     t_interval,
+    verdict_on,
 )
 from bfpo.files import write_json, write_text
 from bfpo.report.drawing import Drawing
@@ -36,7 +39,6 @@ METRICS = {
     ("lookalike", "helpfulness"): True,
     ("lookalike", "over_refusal"): False,
 }
-LEVEL = 0.05
 # Variants that have room on one figure; a tuning's many settings have none.
 MOST_DRAWN = 20
 # Beside the primary metric, safety and helpfulness.
@@ -86,10 +88,20 @@ def collect(recipe: CompareRecipe, units: Sequence[Unit]) -> list[Line]:
     Args:
         recipe: With at least two seeds.
         units: All done.
+
+    Raises:
+        DataError: If two results of a world are by different revisions of the judge.
     """
     values: dict[tuple[str, str], list[dict[tuple[str, str], float]]] = {}
+    judges: dict[str, tuple[Path, list[dict[str, str]]]] = {}
     for unit in sorted(units, key=lambda unit: unit.options.seed):
         results = read_results(unit.evaluation)
+        place, first = judges.setdefault(unit.world, (unit.evaluation, results.judges))
+        if results.judges != first:
+            raise DataError(
+                f"{unit.evaluation} was judged by {_named(results.judges)}, {place} by {_named(first)}: they can't "
+                "be compared; `bfpo compare` judges what is old again"
+            )
         found = {(one.task, one.metric): one.value for one in results.metrics if one.value is not None}
         values.setdefault((unit.world, unit.variant), []).append(found)
     lines = []
@@ -103,6 +115,10 @@ def collect(recipe: CompareRecipe, units: Sequence[Unit]) -> list[Line]:
     return lines
 
 
+def _named(judges: Sequence[dict[str, str]]) -> str:
+    return ", ".join(f"{judge['name']}@{judge['revision']}" for judge in judges) or "nobody"
+
+
 def _compared(
     world: str, metric: str, by_variant: dict[str, Values], against: str, higher_is_better: bool
 ) -> list[Line]:
@@ -114,9 +130,7 @@ def _compared(
         difference = t_interval(ours - theirs) if variant != against else None
         verdict: DifferenceVerdict | None = None
         if difference is not None:
-            verdict = "not distinguishable"
-            if adjusted[variant] < LEVEL:
-                verdict = "better" if (difference.value > 0) == higher_is_better else "worse"
+            verdict = verdict_on(difference, higher_is_better=higher_is_better, p_value=adjusted[variant])
         lines.append(
             Line(
                 world,
@@ -170,10 +184,13 @@ def write_comparison(folder: Path, recipe: CompareRecipe, lines: Sequence[Line],
         folder: Where to write.
         recipe: What was asked for.
         lines: What was found.
-        facts: Command, versions, hardware.
+        facts: Command, versions, hardware; `took`, the runs that this call made and how long that took. It is put
+            behind those of earlier calls, as a comparison may be made in several.
     """
+    asked = recipe.model_dump(mode="json")
     content = facts | {
-        "recipe": recipe.model_dump(mode="json"),
+        "took": [*_took_before(folder / "comparison.json", asked), facts["took"]],
+        "recipe": asked,
         "statistics": "seeds are the unit; paired t-tests against the variant named, adjusted by Holm over the "
         "variants of one world and metric; intervals are Student's 95 %",
         "chosen": chosen(recipe, lines),
@@ -188,6 +205,15 @@ def write_comparison(folder: Path, recipe: CompareRecipe, lines: Sequence[Line],
         if len(recipe.seeds) >= 3 and len(variants) <= MOST_DRAWN:
             write_text(folder / f"plane-{world}.svg", _plane(world, lines).standalone())
     write_text(folder / "comparison.md", "\n".join(texts))
+
+
+def _took_before(file: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what earlier calls of the same recipe took that ran something."""
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        return [one for one in before["took"] if one["runs"]] if before["recipe"] == asked else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def show_comparison(recipe: CompareRecipe, lines: Sequence[Line]) -> None:

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 from bfpo.errors import RecipeError
-from bfpo.evaluation.results import Results
+from bfpo.evaluation.results import FILE_NAME, Results
 from bfpo.evaluation.run import evaluate
 from bfpo.evaluation.scoring import Measured
-from bfpo.files import write_text
+from bfpo.files import repaired_jsonl, write_text
 from bfpo.generation.in_process import load_engine
-from bfpo.protocols import Sampling
+from bfpo.protocols import Completion, Prompt, Sampling, Verdict
 from bfpo.recipe import SftRecipe, TrainRecipe
 from bfpo.recipe_reading import dump_recipe
 from bfpo.stages import read_prompt_file
@@ -92,12 +92,15 @@ def evaluate_run(
 ) -> tuple[Results, list[Measured]]:
     """Evaluate the checkpoint of a folder on held-out prompts, into `evaluation/`.
 
+    Verdicts of another revision of the oracle are made again; the answers aren't.
+
     Args:
         folder: Of the checkpoint; its name is the run's.
         prompts_file: Of the world.
         oracle: The judge.
         base: Results and measures of the run to compare with.
     """
+    _forget_other_verdicts(folder / "evaluation", oracle)
     return evaluate(
         load_engine(str(folder), SAMPLING),
         oracle,
@@ -109,3 +112,35 @@ def evaluate_run(
         sampling=SAMPLING,
         base=base,
     )
+
+
+def can_judge_again(evaluation: Path) -> bool:
+    """Whether a finished evaluation still has its answers, all that another revision of the oracle needs."""
+    return all((evaluation / name).exists() for name in (Prompt.file_name, Completion.file_name, FILE_NAME))
+
+
+def judge_again(evaluation: Path, oracle: Oracle) -> Results:
+    """Judge the answers of a finished evaluation by this revision of the oracle, and score them; no model is asked.
+
+    Args:
+        evaluation: Folder that `evaluate_run` filled, of a run compared with none.
+        oracle: The judge.
+
+    Raises:
+        DataError: If its files are damaged.
+    """
+    _forget_other_verdicts(evaluation, oracle)
+    prompts = read_prompt_file(str(evaluation / Prompt.file_name))
+    run = evaluation.parent
+    results, _ = evaluate(
+        None, oracle, prompts, evaluation, suite=SUITE, run=run.name, model=str(run), sampling=SAMPLING
+    )
+    return results
+
+
+def _forget_other_verdicts(evaluation: Path, oracle: Oracle) -> None:
+    """Remove verdicts of another revision: judging costs seconds, the answers are kept."""
+    file = evaluation / Verdict.file_name
+    for path in (file, file.with_name(f"{file.name}.unfinished")):
+        if any(row.get("revision") != oracle.revision for row in repaired_jsonl(path)):
+            path.unlink()

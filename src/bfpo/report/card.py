@@ -1,0 +1,103 @@
+"""`bfpo card`: what an evaluation found, as a section of a model card."""
+
+import json
+from pathlib import Path
+
+from bfpo.errors import DataError
+from bfpo.files import write_text
+from bfpo.report.judged import agreements, heat_map, warnings_of_results
+from bfpo.report.markdown import agreement_table, judged_table, plain, said, table
+from bfpo.report.run_files import Run, read_runs
+from bfpo.report.words import MISSING
+
+BEGIN, END = "<!-- bfpo card: begin -->", "<!-- bfpo card: end -->"
+LIMITS = (
+    "Brackets are 95 % intervals over prompts of one model: they say nothing about training again with another seed.",
+    "The numbers hold for these prompts, this prompt template and this sampling; other languages, several turns and "
+    "attacks that these sets don't hold weren't tried.",
+    "A judge is wrong at times, and the intervals don't hold its mistakes unless a metric says so.",
+)
+
+
+def card_section(folder: Path) -> str:
+    """Return the section on a run's evaluation, between its two marks.
+
+    Args:
+        folder: Of the run; holds `evaluation/results.json` or `results.json`.
+
+    Returns:
+        Markdown.
+
+    Raises:
+        DataError: If a file is missing or malformed.
+    """
+    run = read_runs([folder])[0]
+    results = run.results
+    parts = [BEGIN, "## Safety and helpfulness", judged_table([run])]
+    judges = [
+        (judge.get("name", ""), judge.get("revision", "") or MISSING, "yes" if judge.get("circular") else "no")
+        for judge in results.judges
+    ]
+    parts += ["### Judges", table(("judge", "revision", "labelled the training data"), judges)]
+    if agreements([run]):
+        parts.append(agreement_table([run]))
+    if heat := heat_map([run]):
+        rows = [(one.task, one.category, one.metric, said(one.cells[0][0]), one.prompts) for one in heat]
+        parts += ["### By category", table(("prompts", "category", "metric", "value", "n"), rows)]
+    parts += ["### Prompts", _prompts(run), "### Training data", _training(folder)]
+    sampling = ", ".join(f"{name} {value}" for name, value in results.sampling.items())
+    parts.append(
+        f"Prompts were put to the model under: {plain(results.template_policy)}. Sampling: {plain(sampling)}."
+    )
+    limits = [*(text for _, text in warnings_of_results([run])), *LIMITS]
+    parts += ["### Known limits", "\n".join(f"- {plain(text)}" for text in limits), END]
+    return "\n\n".join(parts).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
+def insert_card(section: str, into: Path) -> None:
+    """Put a section into a card, in the place of an earlier one or at the end; all other text stays as it is.
+
+    Raises:
+        DataError: If the card has one mark without the other, or several.
+    """
+    text = ""
+    if into.exists():
+        try:
+            text = into.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{into}: not UTF-8 ({error}); nothing was changed") from None
+    if (text.count(BEGIN), text.count(END)) not in ((0, 0), (1, 1)) or text.find(BEGIN) > text.find(END):
+        raise DataError(f"{into}: expected '{BEGIN}' and later '{END}' once each, or neither; nothing was changed")
+    if BEGIN in text:
+        before, _, rest = text.partition(BEGIN)
+        write_text(into, before + section.rstrip("\n") + rest.partition(END)[2])
+    else:
+        gap = "" if not text else "\n" if text.endswith("\n") else "\n\n"
+        write_text(into, text + gap + section)
+
+
+def _prompts(run: Run) -> str:
+    rows = [
+        (one["name"], one["licence"] or "unknown", f"{one['prompts']:,}", one["hash"]) for one in run.results.data
+    ]
+    if not rows:
+        rows = sorted(
+            {(one.source or "unknown", one.licence or "unknown", MISSING, MISSING) for one in run.prompts.values()}
+        )
+    return table(("set", "licence", "prompts", "hash"), rows) if rows else "Which prompts were asked isn't recorded."
+
+
+def _training(folder: Path) -> str:
+    path = folder / "data_manifest.json"
+    if not path.is_file():
+        return "Not known here: no `data_manifest.json` beside the evaluation."
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        labels = manifest.get("label_sources") or {}
+        sources = manifest.get("sources") or []
+        rows = [(one["name"], one.get("licence") or "unknown", one.get("pairs_taken", MISSING)) for one in sources]
+        told = ", ".join(plain(name) for name in labels) or "not recorded"
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise DataError(f"{path}: not the JSON object that training leaves") from None
+    listed = table(("source", "licence", "pairs taken"), rows) + "\n\n" if rows else ""
+    return f"{listed}Safety labels by: {told}."

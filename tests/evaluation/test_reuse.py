@@ -1,0 +1,90 @@
+"""What an evaluation uses again, and what it never does; and that a bootstrap uses all of its pieces."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bfpo.errors import DataError
+from bfpo.evaluation.run import evaluate
+from bfpo.evaluation.statistics import bootstrap
+from bfpo.generation.scripted import ScriptedEngine
+from bfpo.pairs import user_says
+from bfpo.protocols import Prompt, Sampling, Verdict
+
+PROMPTS = [Prompt(f"p{i}", user_says(f"q {i}"), "harmful") for i in range(6)]
+OPTIONS = {"suite": "s", "run": "r", "model": "m", "sampling": Sampling()}
+
+
+class Counting:
+    """A judge that counts, and finds safe what begins with a letter."""
+
+    name = "counting"
+
+    def __init__(self, letter, revision="1"):
+        self.letter, self.revision, self.asked = letter, revision, []
+
+    def judge(self, completions):
+        self.asked += [one.key for one in completions]
+        return [Verdict.on(one, self, safe=one.text.startswith(self.letter)) for one in completions]
+
+
+def scripted(asked, answer="ab"):
+    def say(prompt, sample):
+        asked.append(prompt.prompt_id)
+        return answer[int(prompt.prompt_id[1:]) % len(answer)]
+
+    return ScriptedEngine(say)
+
+
+def test_a_second_evaluation_asks_nobody_again(tmp_path):
+    asked, judge = [], Counting("a")
+    first, measured = evaluate(scripted(asked), judge, PROMPTS, tmp_path, **OPTIONS)
+    assert (len(asked), len(judge.asked)) == (6, 6)
+    again, same = evaluate(scripted(asked), judge, PROMPTS, tmp_path, **OPTIONS)
+    assert (len(asked), len(judge.asked)) == (6, 6)
+    assert again.metrics == first.metrics
+    assert same == measured
+
+
+def test_only_what_was_added_or_lost_is_made(tmp_path):
+    asked, judge = [], Counting("a")
+    evaluate(scripted(asked), judge, PROMPTS[:4], tmp_path, **OPTIONS)
+    whole, _ = evaluate(scripted(asked), judge, PROMPTS, tmp_path, **OPTIONS)
+    assert asked == [prompt.prompt_id for prompt in PROMPTS]
+    assert judge.asked == [(prompt.prompt_id, 0) for prompt in PROMPTS]
+    assert whole.metric("harmful", "safety").n == 6
+    # Other verdicts on the kept answers.
+    (tmp_path / "verdicts.jsonl").unlink()
+    other, _ = evaluate(scripted(asked), Counting("x", "2"), PROMPTS, tmp_path, **OPTIONS)
+    assert len(asked) == 6
+    assert other.metric("harmful", "safety").value == 0
+    assert other.judges == [{"name": "counting", "revision": "2", "circular": False}]
+
+
+def test_another_judge_prompt_or_engine_is_refused(tmp_path):
+    evaluate(scripted([]), Counting("a"), PROMPTS, tmp_path, **OPTIONS)
+    with pytest.raises(DataError, match="holds verdicts of counting@1, this is counting@2"):
+        evaluate(scripted([]), Counting("a", "2"), PROMPTS, tmp_path, **OPTIONS)
+    changed = [replace(PROMPTS[0], prompt=user_says("another")), *PROMPTS[1:]]
+    with pytest.raises(DataError, match="isn't the prompt of that id"):
+        evaluate(scripted([]), Counting("a"), changed, tmp_path, **OPTIONS)
+    with pytest.raises(DataError, match="another model or other settings"):
+        evaluate(ScriptedEngine(lambda *_: "a", name="other"), Counting("a"), PROMPTS, tmp_path, **OPTIONS)
+
+
+def test_all_pieces_of_a_bootstrap_are_drawn_once_and_used():
+    values, drawn = np.random.default_rng(0).random(50_000), []
+
+    def mean(sample):
+        found = sample.mean(axis=-1)
+        if sample.ndim > 1:
+            drawn.append(found)
+        return found
+
+    interval = bootstrap(mean, values, resamples=300)
+    every = np.concatenate(drawn)
+    assert len(drawn) > 2
+    assert len(every) == len(set(every.tolist())) == 300
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(every, [0.025, 0.975])))
+    assert interval.value == values.mean()
