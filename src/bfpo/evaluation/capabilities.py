@@ -1,170 +1,311 @@
-"""What a model knows and can, by lm-evaluation-harness's public API: the paper's likelihood tasks and the alignment tax.
+"""One task of lm-evaluation-harness run on a model in this process, through lm-eval's public API.
 
-Names and groups are those of lm-eval 0.4.13. No task with remote code is run.
+Everything that knows lm-eval (names held to 0.4.13) is here. No task with remote code is run.
 """
 
-import tempfile
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from bfpo.errors import DataError, MissingExtra, RecipeError, did_you_mean
-from bfpo.evaluation.results import Metric
-from bfpo.evaluation.scoring import BY_BOOTSTRAP, BY_WILSON
-from bfpo.evaluation.statistics import mean_interval, wilson
+from bfpo.errors import DataError, MissingExtra, RecipeError
+from bfpo.files import content_hash, file_hash
 
-ETHICS = tuple(f"ethics_{kind}" for kind in ("cm", "deontology", "justice", "utilitarianism", "virtue"))
-BIGBENCH = tuple(
-    f"bigbench_{task}_multiple_choice"
-    for task in (
-        "hhh_alignment",
-        "fact_checker",
-        "moral_permissibility",
-        "bbq_lite_json",
-        "known_unknowns",
-        "simple_ethical_questions",
-    )
-)
-# The official repository's README lists these; how the paper averages them isn't known.
-PAPER = ("truthfulqa_mc2", "truthfulqa_gen", "crows_pairs_english", *ETHICS, "toxigen", "winogrande", *BIGBENCH)
-WITHOUT_COUNTERPART = ("hhh_alignment", "realtoxicityprompts_challenge", "advbench", "alert", "alert_adversarial")
-ALIGNMENT_TAX = ("ifeval", "gsm8k", "mmlu", "arc_challenge", "hellaswag")
-
-BY_STDERR = "95 %, 1.96 of lm-eval's standard errors"
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_YAML = (".yaml", ".yml")
 
 
-def run_capabilities(
-    model: str,
-    tasks: Sequence[str],
-    *,
-    data: Mapping[str, str] | None = None,
-    include_path: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    chat_template: bool = True,
-    suite: str = "capabilities",
-) -> tuple[list[Metric], dict[str, Any]]:
-    """Run tasks of lm-eval on a model.
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number that lm-eval found.
 
     Args:
-        model: Folder or hub id.
-        tasks: Names, or paths of YAML tasks.
-        data: Task → local JSON-lines file with its schema, read instead of the hub.
-        include_path: Folder of further tasks.
-        limit: Samples of each task at most.
-        batch_size: Sequences at a time.
-        chat_template: Whether prompts are put in the tokenizer's chat template.
-        suite: Of the metrics.
+        metric: As lm-eval calls it, with its filter in brackets where it has one.
+        category: Member of a group; None for the task itself.
+        value: The number.
+        higher_is_better: Which way is good; None when neither is.
+        n: Rows it rests on.
+        values: Row → value, where the number is their mean; else empty.
+    """
 
-    Returns:
-        The metrics, and facts: versions of the tasks, of lm-eval, and the template policy.
+    metric: str
+    category: str | None
+    value: float
+    higher_is_better: bool | None
+    n: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a task of lm-eval found.
+
+    Args:
+        numbers: Its numbers.
+        facts: What they rest on: data, versions, examples in the prompt, template policy.
+    """
+
+    numbers: list[Number]
+    facts: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object; `from_json` reads it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Found":
+        """Return what `to_json` wrote."""
+        return cls([Number(**one) for one in content["numbers"]], dict(content["facts"]))
+
+
+def need_lm_eval() -> None:
+    """Refuse to go on without lm-eval.
 
     Raises:
-        MissingExtra: If lm-eval isn't installed.
-        RecipeError: If a task is unknown, or has no counterpart in lm-eval.
-        DataError: If a task's data can't be reached.
+        MissingExtra: If it isn't installed.
     """
+    if find_spec("lm_eval") is None:
+        raise MissingExtra("a suite with lm_eval:", "lm-eval", "lm-eval")
+
+
+def lm_eval_version() -> str:
+    """Return the installed version."""
+    return version("lm_eval")
+
+
+@cache
+def task_manager() -> Any:
+    """Return lm-eval's index of its tasks, read once: some 14,000 files, many seconds."""
+    need_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def known_task(name: str, *, with_data: bool) -> None:
+    """Refuse a task that can't be run.
+
+    Args:
+        name: Of a task or a group, or the path of a YAML task.
+        with_data: Whether its rows are to be read from elsewhere.
+
+    Raises:
+        RecipeError: If lm-eval has no such task, or the rows of this one can't be read from elsewhere.
+    """
+    if name.endswith(_YAML):
+        if not Path(name).is_file():
+            raise RecipeError(f"lm_eval: no file {name}")
+        if with_data:
+            raise RecipeError(f"data: {name} says itself where its rows are (dataset_path)")
+        return
+    index = task_manager().task_index
+    if name not in index:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, list(index), n=1, cutoff=0.6)
+        guess = f"did you mean '{near[0]}'? " if near else ""
+        raise RecipeError(f"lm-eval {lm_eval_version()} has no task '{name}'; {guess}`lm-eval ls tasks` lists them")
+    kind = index[name].kind.name
+    if kind == "TAG":
+        members = ", ".join(sorted(index[name].tags))
+        raise RecipeError(f"lm_eval: '{name}' is a tag, not a task; name its tasks: {members}")
+    if with_data and kind != "TASK":
+        raise RecipeError(f"data: '{name}' of lm-eval is a group or a program; name its subtasks one by one")
+
+
+def load_task(name: str, folder: Path, *, path: str | None = None, revision: str | None = None) -> Any:
+    """Load a task or a group with its rows.
+
+    Args:
+        name: As for `known_task`.
+        folder: Where a YAML file of the changed task may be written.
+        path: Local file with rows as the task's set has them, taken for the rows that are asked; examples in the
+            prompt are other rows of it.
+        revision: Commit of the set on the hub.
+
+    Returns:
+        What `run_task` takes.
+
+    Raises:
+        DataError: If the rows can't be had.
+    """
+    spec = name if path is None and revision is None else _changed(name, folder, path, revision)
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise MissingExtra("the suite capabilities", "lm-eval", "lm-eval") from None
-    manager = TaskManager(include_path=include_path)
-    known = list(manager.all_tasks)
-    for task in (*tasks, *(data or {})):
-        if task in WITHOUT_COUNTERPART and task not in known:
-            raise RecipeError(f"task '{task}' of the paper has no counterpart in lm-eval")
-        if task not in known and not Path(task).is_file():
-            near = did_you_mean(task, known).partition("known: ")[0]
-            raise RecipeError(f"lm-eval has no task '{task}'; {near}`lm-eval ls tasks` lists them")
-    if unused := set(data or {}) - set(tasks):
-        raise RecipeError(f"data: {min(unused)} isn't among the tasks {', '.join(tasks)}")
-    import torch
-
-    # lm-eval takes a GPU for granted where none is named.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        wanted = [
-            _on_local_data(manager, task, data[task], Path(folder)) if data and task in data else task
-            for task in tasks
-        ]
-        try:
-            found = simple_evaluate(
-                model="hf",
-                model_args={"pretrained": model, "trust_remote_code": False},
-                tasks=wanted,
-                task_manager=manager,
-                limit=limit,
-                batch_size=batch_size,
-                device=device,
-                apply_chat_template=chat_template,
-                log_samples=True,
-                bootstrap_iters=0,
-            )
-        except (OSError, ConnectionError) as error:
-            raise DataError(
-                f"lm-eval couldn't reach the model or the data of {', '.join(tasks)} ({error}). Give a local file of "
-                "the task's schema by data: {TASK: FILE}, or a folder of tasks with a local dataset_path as include_path"
-            ) from None
-    facts = {
-        "lm_eval": found.get("lm_eval_version"),
-        "versions": dict(found["versions"]),
-        "template_policy": "the tokenizer's own chat template" if chat_template else "no chat template",
-        "limit": limit,
-    }
-    return _metrics(found, suite), facts
+        return task_manager().load([spec])
+    # What `datasets` raises for a set that can't be reached or read is of many kinds.
+    except Exception as error:
+        if isinstance(error, KeyError):
+            raise DataError(f"lm-eval: the rows of '{name}' lack what the task reads: {error}") from None
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"lm-eval couldn't read the rows of '{name}': {told[0][:300]}") from None
 
 
-def _on_local_data(manager: Any, task: str, path: str, folder: Path) -> str:
-    """Write a task like the named one that reads a local file for all its splits; return its path."""
+def _changed(name: str, folder: Path, path: str | None, revision: str | None) -> str:
+    entry = task_manager().task_index[name]
+    if path is None:
+        kept = {key: value for key, value in (entry.cfg.get("dataset_kwargs") or {}).items() if value is not None}
+        changes: dict[str, Any] = {"dataset_kwargs": {**kept, "revision": revision}}
+    else:
+        key = "test_split" if entry.cfg.get("test_split") else "validation_split"
+        split = entry.cfg.get(key) or "test"
+        changes = {
+            "dataset_path": builder_of(path),
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(Path(path).resolve())}},
+            "custom_dataset": None,
+            "training_split": None,
+            "validation_split": None,
+            key: split,
+        }
+        if path.endswith(".tsv"):
+            changes["dataset_kwargs"]["sep"] = "\t"
+        if not (entry.cfg.get("fewshot_config") or {}).get("samples"):
+            changes["fewshot_split"] = split
+    changed = folder / f"{name}.yaml"
+    text = yaml.safe_dump({"include": str(entry.yaml_path), "task": name, **changes}, sort_keys=False)
+    changed.write_text(text, encoding="utf-8")
+    return str(changed)
+
+
+def builder_of(path: str) -> str:
+    """Return which builder of `datasets` reads a file.
+
+    Raises:
+        DataError: If there is no such file, or none reads it.
+    """
     if not Path(path).is_file():
-        raise DataError(f"data: {task}: {path} isn't a file")
-    entry = manager.task_index[task]
-    if entry.yaml_path is None:
-        raise RecipeError(f"data: {task} is a group or a task in Python; name its subtasks one by one")
-    splits = dict.fromkeys(("train", "validation", "test"), str(Path(path).resolve()))
-    own = folder / f"{task}.yaml"
-    own.write_text(
-        yaml.safe_dump(
-            {
-                "include": str(entry.yaml_path),
-                "task": task,
-                "dataset_path": "json",
-                "dataset_name": None,
-                "dataset_kwargs": {"data_files": splits},
-            }
-        ),
-        encoding="utf-8",
-    )
-    return str(own)
+        raise DataError(f"no file {path}")
+    suffix = Path(path.removesuffix(".gz").removesuffix(".xz")).suffix
+    if suffix not in _BUILDERS:
+        raise DataError(f"{path}: expected a file that ends in {', '.join(_BUILDERS)}")
+    return _BUILDERS[suffix]
 
 
-def _metrics(found: Mapping[str, Any], suite: str) -> list[Metric]:
-    metrics = []
-    for task, values in found["results"].items():
-        samples = found["samples"].get(task, [])
+def open_lm(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
+    """Return a model as lm-eval takes it."""
+    from lm_eval.models.huggingface import HFLM
+
+    # It warns that options for loading are ignored; none is given.
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    finally:
+        logger.setLevel(level)
+
+
+def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path: str | None = None) -> Found:
+    """Run a task or a group.
+
+    Prompts of tasks that ask for an answer are put in the tokenizer's chat template where it has one; likelihoods
+    are of plain text, as lm-eval's published numbers are.
+
+    Args:
+        lm: From `open_lm`.
+        loaded: From `load_task`.
+        name: Of the task.
+        limit: Rows of a task at most (of each task of a group), a sample that is the same in every run.
+        path: Where the rows were read from, for the facts.
+
+    Raises:
+        DataError: If a row lacks what the task reads.
+    """
+    from jinja2 import UndefinedError
+    from lm_eval import evaluate
+
+    tasks = loaded["tasks"]
+    for task in tasks.values():
+        # As lm-eval's own command does for tasks that don't say it.
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
+    answers = all(task.get_config("output_type") == "generate_until" for task in tasks.values())
+    templated = answers and getattr(lm.tokenizer, "chat_template", None) is not None
+    sizes = {key: len(task.eval_docs) for key, task in tasks.items()}
+    chosen = {key: _sample(size, limit) for key, size in sizes.items()}
+    try:
+        found = evaluate(
+            lm=lm,
+            task_dict=loaded,
+            samples=chosen,
+            bootstrap_iters=0,
+            apply_chat_template=templated,
+            fewshot_as_multiturn=templated,
+        )
+    except (KeyError, UndefinedError, IndexError) as error:
+        raise DataError(f"lm-eval: a row of '{name}' lacks what the task reads: {error}") from None
+    configs = [task.config for task in tasks.values()]
+    own = _root(loaded, name)
+    places = sorted({_place(config) for config in configs})
+    facts = {
+        "source": "lm-eval",
+        "from": path or (places[0] if len(places) == 1 else f"{len(places)} sets"),
+        "licence": None,
+        "hash": content_hash(sorted(one["doc_hash"] for rows in found["samples"].values() for one in rows)),
+        "file_sha256": file_hash(Path(path)) if path else None,
+        "prompts": sum(map(len, chosen.values())),
+        "of": sum(sizes.values()),
+        "lm_eval": lm_eval_version(),
+        "version": found["versions"].get(own),
+        "few_shot": max(found["n-shot"].get(key, 0) for key in tasks),
+        "template_policy": "the tokenizer's own chat template" if templated else "plain text",
+    }
+    return Found(list(_numbers(found, own)), facts)
+
+
+def _sample(size: int, limit: int | None) -> list[int]:
+    """Return rows, the same in every run; a smaller sample is a part of a larger one."""
+    if limit is None or limit >= size:
+        return list(range(size))
+    return sorted(sorted(range(size), key=lambda row: content_hash("sample", row))[:limit])
+
+
+def _root(loaded: Any, name: str) -> str:
+    if name in loaded["tasks"] or name in loaded["groups"]:
+        return name
+    # A YAML file is named by its path, its task by what the file says.
+    children = {child for members in loaded.get("group_map", {}).values() for child in members}
+    return str(next(key for key in (*loaded["groups"], *loaded["tasks"]) if key not in children))
+
+
+def _place(config: Any) -> str:
+    revision = (config.dataset_kwargs or {}).get("revision")
+    named = " ".join(filter(None, (config.dataset_path, config.dataset_name)))
+    return (named or "the task's own program") + (f"@{revision}" if revision else "")
+
+
+def _numbers(found: Mapping[str, Any], own: str) -> Iterator[Number]:
+    children: Mapping[str, Sequence[str]] = found.get("group_subtasks", {})
+
+    def leaves(name: str) -> list[str]:
+        return [leaf for child in children[name] for leaf in leaves(child)] if name in children else [name]
+
+    for name, values in found["results"].items():
+        rows = [(leaf, row) for leaf in leaves(name) for row in found["samples"].get(leaf, ())]
         for key, value in values.items():
-            name, _, kept = key.partition(",")
-            if not kept or name.endswith("_stderr") or not isinstance(value, int | float):
+            metric, _, kept = key.partition(",")
+            if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            own = [one[name] for one in samples if one.get("filter", kept) == kept and name in one]
-            numbers = [float(one) for one in own if isinstance(one, int | float)]
-            higher = found["higher_is_better"].get(task, {}).get(name)
-            # Our interval is over the samples; only a mean of them may take it.
-            if numbers and len(numbers) == len(own) and np.isclose(np.mean(numbers), value):
-                binary = set(numbers) <= {0.0, 1.0}
-                interval = (
-                    wilson(int(sum(numbers)), len(numbers)) if binary else mean_interval(np.asarray(numbers))
-                )
-                by, low, high = BY_WILSON if binary else BY_BOOTSTRAP, interval.low, interval.high
-            else:
-                error = values.get(f"{name}_stderr,{kept}")
-                known = isinstance(error, int | float)
-                low, high = (value - 1.96 * error, value + 1.96 * error) if known else (None, None)
-                by = BY_STDERR if known else "none: lm-eval gives no samples and no error"
-            called = name if kept == "none" else f"{name} ({kept})"
-            metrics.append(Metric(suite, task, called, float(value), low, high, len(own), 0, by, higher))
-    return metrics
+            of = {
+                f"{leaf}/{row['doc_id']}-{row['doc_hash'][:8]}": row[metric]
+                for leaf, row in rows
+                if row.get("filter", kept) == kept and metric in row
+            }
+            plain = {row: float(one) for row, one in of.items() if isinstance(one, int | float | np.number)}
+            is_mean = plain and len(plain) == len(of) and np.isclose(np.mean(list(plain.values())), value)
+            yield Number(
+                metric=metric if kept == "none" else f"{metric} ({kept})",
+                category=None if name == own else name,
+                value=float(value),
+                higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
+                n=len(of),
+                values=plain if is_mean else {},
+            )
