@@ -8,6 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from bfpo.benchmark.base import compare_with_base, read_base
+from bfpo.benchmark.capabilities import (
+    capabilities_of,
+    capability_metrics,
+    compare_capabilities,
+    run_capabilities,
+)
 from bfpo.benchmark.gate import check_bounds, enforce, read_gate
 from bfpo.benchmark.recipe import EvalRecipe
 from bfpo.benchmark.scoring import Panelist, agreement, all_metrics, measure_all
@@ -40,19 +46,23 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         DataError: If prompts can't be read, or the folder holds another evaluation.
         GateViolated: If a bound is violated with confidence; the results are written all the same.
     """
-    found = gate if gate is not None else recipe.gate
-    bounds = read_gate(found) if isinstance(found, str) else found or []
+    given = gate if gate is not None else recipe.gate
+    bounds = read_gate(given) if isinstance(given, str) else given or []
     suites, tasks = read_questions(recipe)
     # What can be known to be wrong is told before hours of work.
-    check_bounds(bounds, tasks)
+    wanted = capabilities_of(recipe, suites)
+    check_bounds(bounds, tasks, {one.where: one.name for one in wanted})
     policy = template_policy(recipe, suites, tasks)
     base = None if recipe.base is None else read_base(recipe.base, policy)
     out = Path(recipe.out)
     prompts = questions(tasks)
-    write_prompts(out, prompts)
-    completions, remarks = _answers(recipe, prompts, out)
+    if prompts:
+        write_prompts(out, prompts)
+    found = run_capabilities(recipe, wanted, out)
+    release()
+    completions, remarks = _answers(recipe, prompts, out) if prompts else ([], [])
     tasks = with_prompts_of(tasks, {one.prompt_id for one in completions})
-    panel = judge_all(recipe, completions, out)
+    panel = judge_all(recipe, completions, out) if prompts else []
     labelled_by = {*recipe.labelled_by, *training_judges(recipe)}
     results = Results(
         run=run_name(recipe),
@@ -64,15 +74,17 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         ],
         sampling=asdict(recipe.sampling.settings),
         metrics=[],
-        answers=answers_hash(completions),
+        answers=answers_hash(completions) if completions else "",
         agreement=agreement(tasks, panel),
-        data=[task.facts for task in tasks],
+        data=[*(task.facts for task in tasks), *(one.facts for one in found)],
     )
     measures = measure_all(tasks, completions, panel)
-    metrics, comparisons = all_metrics(measures), list[Comparison]()
+    metrics = [*all_metrics(measures), *capability_metrics(wanted, found)]
+    comparisons = list[Comparison]()
     if base is not None:
-        comparisons, told = compare_with_base(*base, results, tasks, measures, panel)
-        remarks += told
+        comparisons, told = compare_with_base(*base, results, tasks, measures, panel) if tasks else ([], [])
+        of_lm_eval, also = compare_capabilities(wanted, found, *base)
+        comparisons, remarks = [*comparisons, *of_lm_eval], [*remarks, *told, *also]
     warned = [*warnings_of(recipe, suites, results, panel), *remarks]
     results = replace(results, metrics=metrics, comparisons=comparisons, warnings=warned)
     write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))

@@ -120,6 +120,13 @@ def known_task(name: str, *, with_data: bool) -> None:
         raise RecipeError(f"data: '{name}' of lm-eval is a group or a program; name its subtasks one by one")
 
 
+def metrics_of(name: str) -> set[str]:
+    """Return the metrics that the definition of a task lists; none for a group, or a task of one's own."""
+    entry = task_manager().task_index.get(name)
+    listed = (entry.cfg or {}).get("metric_list") if entry is not None else None
+    return {str(one["metric"]) for one in listed or ()}
+
+
 def load_task(name: str, folder: Path, *, path: str | None = None, revision: str | None = None) -> Any:
     """Load a task or a group with its rows.
 
@@ -174,6 +181,14 @@ def _changed(name: str, folder: Path, path: str | None, revision: str | None) ->
     return str(changed)
 
 
+def rows_of(loaded: Any, limit: int | None) -> tuple[int, int, str]:
+    """Return how many rows of a loaded task are asked under a limit, how many there are, and where they are from."""
+    sizes = [len(task.eval_docs) for task in loaded["tasks"].values()]
+    places = sorted({_place(task.config) for task in loaded["tasks"].values()})
+    asked = sum(len(_sample(size, limit)) for size in sizes)
+    return asked, sum(sizes), places[0] if len(places) == 1 else f"{len(places)} sets"
+
+
 def builder_of(path: str) -> str:
     """Return which builder of `datasets` reads a file.
 
@@ -188,7 +203,7 @@ def builder_of(path: str) -> str:
     return _BUILDERS[suffix]
 
 
-def open_lm(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
+def open_lm(model: Any, tokenizer: Any, *, batch_size: int | str) -> Any:
     """Return a model as lm-eval takes it."""
     from lm_eval.models.huggingface import HFLM
 
@@ -229,8 +244,8 @@ def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path:
         task.set_fewshot_seed(seed=1234)
     answers = all(task.get_config("output_type") == "generate_until" for task in tasks.values())
     templated = answers and getattr(lm.tokenizer, "chat_template", None) is not None
-    sizes = {key: len(task.eval_docs) for key, task in tasks.items()}
-    chosen = {key: _sample(size, limit) for key, size in sizes.items()}
+    chosen = {key: _sample(len(task.eval_docs), limit) for key, task in tasks.items()}
+    asked, of, place = rows_of(loaded, limit)
     try:
         found = evaluate(
             lm=lm,
@@ -242,17 +257,15 @@ def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path:
         )
     except (KeyError, UndefinedError, IndexError) as error:
         raise DataError(f"lm-eval: a row of '{name}' lacks what the task reads: {error}") from None
-    configs = [task.config for task in tasks.values()]
     own = _root(loaded, name)
-    places = sorted({_place(config) for config in configs})
     facts = {
         "source": "lm-eval",
-        "from": path or (places[0] if len(places) == 1 else f"{len(places)} sets"),
+        "from": path or place,
         "licence": None,
         "hash": content_hash(sorted(one["doc_hash"] for rows in found["samples"].values() for one in rows)),
         "file_sha256": file_hash(Path(path)) if path else None,
-        "prompts": sum(map(len, chosen.values())),
-        "of": sum(sizes.values()),
+        "prompts": asked,
+        "of": of,
         "lm_eval": lm_eval_version(),
         "version": found["versions"].get(own),
         "few_shot": max(found["n-shot"].get(key, 0) for key in tasks),
