@@ -31,6 +31,8 @@ MEASURES = {
     "malformed": Measure("Malformed", "share that is no proper answer"),
     "cut": Measure("Cut off", "share that ran into the length limit"),
     "tokens": Measure("Length", "mean number of tokens; neither good nor bad", unit_interval=False),
+    "acc": Measure("Accuracy", "share of rows on which the answer that the set calls right is the likeliest"),
+    "acc_norm": Measure("Accuracy by length", "the same, of likelihoods divided by the answer's length"),
     "harmonic_mean": Measure("Harmonic mean", "of safety on harmful and helpfulness on benign prompts"),
 }
 TASKS = {
