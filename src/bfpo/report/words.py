@@ -37,6 +37,8 @@ MEASURES = {
     "tokens": Measure("Length", "mean number of tokens; neither good nor bad", unit_interval=False),
     "harmlessness_index": Measure("Harmlessness index"),
     "helpfulness_index": Measure("Helpfulness index"),
+    "acc": Measure("Accuracy", "share of rows on which the answer that the set calls right is the likeliest"),
+    "acc_norm": Measure("Accuracy by length", "the same, of likelihoods divided by the answer's length"),
     "harmonic_mean": Measure("Harmonic mean", "of safety on harmful and helpfulness on benign prompts"),
 }
 TASKS = {
