@@ -29,7 +29,7 @@ LAYERS = [
     ("testbed",),
     ("judging",),
     ("data_commands", "chat", "environment", "migration", "pair_labels", "redteam", "benchmark"),
-    ("cli",),
+    ("cli", "lm_eval_tasks"),
     ("__init__", "__main__"),
 ]
 # Of the data, a model knows only what a tokenised example is.
