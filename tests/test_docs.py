@@ -9,7 +9,9 @@ import torch
 
 from bfpo import bfpo_loss, recipe
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
-from bfpo.losses import BFPO, LOSSES, make_loss
+from bfpo.evaluation import comparing, scoring
+from bfpo.loss_options import make_loss
+from bfpo.losses import BFPO, LOSSES
 from bfpo.pairs import COLUMNS
 from bfpo.recipe import Source, TrainRecipe
 from bfpo.recipe_reading import check_recipe, parse_yaml
@@ -149,6 +151,29 @@ def test_the_words_on_the_comparison_are_those_of_its_results():
     assert sum(primary["shared", variant]["mean"][0] > mean for variant in tuned) > len(tuned) / 2
 
 
+def test_the_numbers_of_the_red_team_circle_are_those_of_its_study():
+    study = json.loads((ROOT / "benchmarks/results/redteam.json").read_text())
+    page = (ROOT / "docs/redteam.md").read_text()
+    metrics = ("harmful/safety", "benign/helpfulness", "lookalike/over_refusal", "all/harmonic_mean")
+    shown = {"base": "base", "oracle": "oracle", "linear": "`linear`", "linear_by_rule": "`linear`, benign by rule"}
+    for seed in study["seeds"]:
+        for name, words in shown.items():
+            numbers = seed["measured-base" if name == "base" else f"measured-trained-{name}"]
+            facts = seed.get(name.removesuffix("_by_rule"))
+            pairs = f"{facts['pairs']} ({facts['share_of_pairs']:.1%})" if facts else ""
+            cells = [
+                str(seed["seed"]),
+                words,
+                pairs,
+                *("{:.2f} [{:.2f}, {:.2f}]".format(*numbers[m]) for m in metrics),
+            ]
+            assert f"| {' | '.join(cells)} |" in page
+        for kind, what in (("benign", "safe called unsafe"), ("harmful", "unsafe called safe")):
+            counts = seed["linear"]["mistakes"][kind]
+            assert f"{counts[what]} of {counts['answers']}" in page
+    assert study["command"] in page
+
+
 def test_the_ablations_on_the_page_are_those_of_their_results():
     page = (ROOT / "docs" / "testbed.md").read_text()
     lines = json.loads((ROOT / "benchmarks/results/testbed/ablations/comparison.json").read_text())["lines"]
@@ -226,3 +251,20 @@ def test_the_numbers_of_the_correction_are_those_of_its_study():
     assert other["mean"]["covered"] < 0.9 < own["mean"]["covered"]
     assert {cell["truth"] for cell in cells if cell["corrected"]["coverage"] < 0.94} == {0.02}
     assert "below 94 % only at a rate\nof 2 %" in page
+
+
+def test_the_coverage_on_the_page_is_that_of_the_study():
+    study = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
+    script = runpy.run_path(str(ROOT / "benchmarks/coverage_study.py"))
+    page = (ROOT / "docs/statistics.md").read_text()
+    assert script["with_table"](page, study) == page, "run python benchmarks/coverage_study.py"
+    assert study["repetitions"] == 5000
+    large = [one for one in study["cells"] if one["n"] >= 250]
+    assert len(large) > 100
+    assert [one for one in large if not 0.93 <= one["coverage"] <= 0.97] == []
+    # Every kind of interval that results name is told of.
+    kinds = [
+        kind for names in (scoring, comparing) for name, kind in vars(names).items() if re.match(r"BY_[A-Z_]+$", name)
+    ]
+    assert len(kinds) > 6
+    assert [kind for kind in kinds if f"`{kind}`" not in page] == []

@@ -5,6 +5,7 @@ one JSON object per line), so completions generated once can be judged again and
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, Self, get_args
@@ -231,6 +232,10 @@ class Engine(Protocol):
     """Runs a model on prompts."""
 
     @property
+    def faults(self) -> Counter[str]:
+        """What went wrong and was asked again, or mended, by kind; empty where nothing is asked twice."""
+
+    @property
     def settings_hash(self) -> str:
         """Hash of everything that a completion's text depends on beside the prompt and the sample's number."""
 
@@ -239,6 +244,9 @@ class Engine(Protocol):
 
         Args:
             wanted: Prompts with the numbers of the samples wanted.
+
+        Raises:
+            Unanswered: At the end, if some could not be answered; the others were handed over.
         """
 
 

@@ -10,7 +10,7 @@ from bfpo.benchmark.calibrating import QUESTIONS
 from bfpo.benchmark.suites import Task
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.results import CORRECTED, Metric, Results, shown
-from bfpo.evaluation.scoring import MEASURES
+from bfpo.evaluation.scoring import DERIVED, MEASURES
 from bfpo.recipe import Section
 from bfpo.recipe_reading import check_recipe, parse_yaml
 from bfpo.terminal import say, show_table
@@ -95,7 +95,7 @@ def check_bounds(bounds: Sequence[Bound], tasks: Sequence[Task], *, corrected: b
         RecipeError: If there is one.
     """
     places = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
-    measured = {one.name for several in MEASURES.values() for one in several} | {"harmonic_mean"}
+    measured = {one.name for several in MEASURES.values() for one in several} | {*DERIVED}
     calibrated = {name + CORRECTED for name in QUESTIONS}
     measured |= calibrated if corrected else set()
     for bound in bounds:

@@ -16,9 +16,9 @@ from bfpo.benchmark.suites import Suite, Task, load_suite, read_tasks, with_prom
 from bfpo.benchmark.table import show_evaluation
 from bfpo.benchmark.warnings import warnings_of
 from bfpo.errors import DataError, Unanswered
-from bfpo.evaluation.results import Comparison, Results, answers_hash
+from bfpo.evaluation.results import Comparison, PairVerdict, Results, answers_hash
 from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
-from bfpo.files import write_text
+from bfpo.files import file_name, write_text
 from bfpo.judging.open import open_judge
 from bfpo.judging.people import PeopleJudge
 from bfpo.protocols import Completion, Engine, Judge, Prompt
@@ -76,14 +76,15 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         calibration=calibrating.facts(calibration, calibrated),
     )
     measures = measure_all(tasks, completions, panel)
-    metrics, comparisons = calibrating.with_corrected(all_metrics(measures), calibrated), list[Comparison]()
+    metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[PairVerdict]()
+    metrics = calibrating.with_corrected(metrics, calibrated)
     if calibrated:
         remarks += calibrating.remarks(calibration, calibrated, metrics, recipe.judges)
     if base is not None:
-        comparisons, told = compare_with_base(*base, results, tasks, measures, panel)
+        comparisons, pairs, told = compare_with_base(*base, results, tasks, measures, panel)
         remarks += told
     warned = [*warnings_of(recipe, suites, results, panel), *remarks]
-    results = replace(results, metrics=metrics, comparisons=comparisons, warnings=warned)
+    results = replace(results, metrics=metrics, comparisons=comparisons, pairs=pairs, warnings=warned)
     write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
     results.write(out)
     show_evaluation(results)
@@ -178,7 +179,7 @@ def judge_all(
         verdicts = judge_completions(judge, completions, out / verdicts_file(label, first=not panel))
         asked_too = labelled if name != PeopleJudge.name else ()
         on_labelled = (
-            judge_completions(judge, asked_too, out / f"calibration-{_file_name(label)}.jsonl") if asked_too else []
+            judge_completions(judge, asked_too, out / f"calibration-{file_name(label)}.jsonl") if asked_too else []
         )
         panel.append(Panelist(label, name, revision, verdicts, on_labelled))
         del judge
@@ -188,11 +189,7 @@ def judge_all(
 
 def verdicts_file(label: str, *, first: bool) -> str:
     """Return the name of the file with a judge's verdicts."""
-    return "verdicts.jsonl" if first else f"verdicts-{_file_name(label)}.jsonl"
-
-
-def _file_name(label: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in label)
+    return "verdicts.jsonl" if first else f"verdicts-{file_name(label)}.jsonl"
 
 
 def release() -> None:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bfpo.benchmark.suites import Task
+from bfpo.evaluation.comparing import compare
 from bfpo.evaluation.results import Comparison, Metric, Results
-from bfpo.evaluation.scoring import Judged, Measured, compare, join, measure, to_metrics
+from bfpo.evaluation.scoring import Judged, Measured, join, measure, to_metrics
 from bfpo.evaluation.statistics import Values, bootstrap
 from bfpo.judging.calibration import kappa
 from bfpo.protocols import KINDS, Completion, Key, Prompt, Verdict

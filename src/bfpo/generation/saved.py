@@ -1,5 +1,6 @@
 """An engine that hands over answers which another program saved."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -45,6 +46,11 @@ class SavedEngine:
             raise DataError(f"{path}: answers of several models ({several}); make a file of each")
 
     @property
+    def faults(self) -> Counter[str]:
+        """Nothing is asked twice."""
+        return Counter()
+
+    @property
     def counts_tokens(self) -> bool:
         """Whether the file says how long its answers are; else their words are counted."""
         return all("completion_tokens" in row.values for rows in self._answers.values() for row in rows)
@@ -61,7 +67,8 @@ class SavedEngine:
         if len(there) < len(wanted):
             had = {(prompt.prompt_id, sample) for prompt, sample in there}
             keys = [(prompt.prompt_id, sample) for prompt, sample in wanted]
-            raise Unanswered({key: f"not in {self._path}" for key in keys if key not in had}, len(wanted))
+            failed = {key: f"not in {self._path}" for key in keys if key not in had}
+            raise Unanswered(failed, len(wanted), refused=failed)
 
     def _completion(self, prompt: Prompt, sample: int) -> Completion:
         row = self._answers[_key(prompt.prompt)][sample]

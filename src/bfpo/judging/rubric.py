@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from bfpo.errors import DataError, Unanswered
-from bfpo.files import content_hash
+from bfpo.files import content_hash, without_half_characters
 from bfpo.judging.markers import HELD_MARKERS, escaped
 from bfpo.pairs import Conversation, user_says
 from bfpo.protocols import Completion, Engine, Prompt, Verdict
@@ -93,11 +93,11 @@ class RubricJudge:
         return content_hash(self.engine.settings_hash, RUBRIC, COMPARISON)[:12]
 
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
-        """Return one verdict for each completion; see `Judge`.
+        """Return one verdict for each completion, as the answers come; see `Judge`.
 
         Raises:
             ModelError: If the engine can't be reached.
-            Unanswered: If it answered nothing at all.
+            Unanswered: If it answered nothing at all, and might answer later.
         """
         rendered = [render(one) for one in completions]
         answers = self._ask([text for text, _ in rendered])
@@ -123,7 +123,7 @@ class RubricJudge:
         Raises:
             DataError: If two answers are to different prompts.
             ModelError: If the engine can't be reached.
-            Unanswered: If it answered nothing at all.
+            Unanswered: If it answered nothing at all, and might answer later.
         """
         orders = [text for one, other in pairs for text in (_compared(one, other), _compared(other, one))]
         said = [
@@ -146,40 +146,27 @@ class RubricJudge:
                 found.append(Comparison(0 if first == "A" else 1))
         return found
 
-    def _ask(self, texts: Sequence[str]) -> list[Completion | str]:
-        """Return the engine's answer to each text, or why there is none."""
+    def _ask(self, texts: Sequence[str]) -> Iterator[Completion | str]:
+        """Return the engine's answer to each text, or why there is none; in order, each as soon as it is had."""
         # The same question is asked once: an id names its text.
         ids = [content_hash(text) for text in texts]
         wanted = [(Prompt(name, user_says(text)), 0) for name, text in dict(zip(ids, texts, strict=True)).items()]
         answers: dict[str, Completion] = {}
         failed: dict[str, str] = {}
-        try:
-            self._answered(wanted, answers, failed)
-        except DataError:
-            # The engine refuses all when one doesn't fit into its context: which one shows when asked alone.
-            for one in wanted:
-                if one[0].prompt_id in answers:
-                    continue
-                try:
-                    self._answered([one], answers, failed)
-                except DataError as error:
-                    failed[one[0].prompt_id] = str(error)
-        return [
-            answers[name] if name in answers else f"the judge didn't answer: {failed.get(name, 'nothing')}"
-            for name in ids
-        ]
-
-    def _answered(
-        self, wanted: Sequence[tuple[Prompt, int]], answers: dict[str, Completion], failed: dict[str, str]
-    ) -> None:
+        told = 0
         try:
             for batch in self.engine.generate(wanted):
                 answers |= {one.prompt_id: one for one in batch}
+                while told < len(ids) and ids[told] in answers:
+                    yield answers[ids[told]]
+                    told += 1
         except Unanswered as error:
             # A server that answers nothing is down: the same command goes on later.
-            if not answers and len(wanted) > 1:
+            if not answers and len(wanted) > 1 and len(error.refused) < len(error.failed):
                 raise
             failed |= {name: why for (name, _), why in error.failed.items()}
+        for name in ids[told:]:
+            yield answers[name] if name in answers else f"the judge didn't answer: {failed.get(name, 'nothing')}"
 
 
 def render(completion: Completion) -> tuple[str, bool]:
@@ -225,7 +212,7 @@ def _read_verdict(answer: Completion) -> dict[str, Any] | str:
     category = found.get("category")
     if category is not None and not isinstance(category, str):
         return "the judge's category isn't a text"
-    return {**found, "category": category[:80] if category else None}
+    return {**found, "category": without_half_characters(category[:80]) if category else None}
 
 
 def _read_better(answer: Completion) -> str | None:
@@ -240,6 +227,6 @@ def _last_object(answer: Completion) -> dict[str, Any] | str:
     objects = _OBJECT.findall(answer.text)
     try:
         found = json.loads(objects[-1]) if objects else None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else "the judge's answer isn't the JSON asked for"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from bfpo.evaluation.results import CORRECTED, Metric
 from bfpo.protocols import KINDS
 from bfpo.report.run_files import Run
-from bfpo.report.tables import Key, Value
+from bfpo.report.tables import Key, Value, value
 from bfpo.report.words import MISSING, TASKS, interval, measure, number
 
 MAIN = (
@@ -99,13 +99,6 @@ def by_judge(runs: Sequence[Run]) -> list[ByJudge]:
 
 def _is(one: Metric, judge: str) -> bool:
     return one.judge == judge and one.category is None
-
-
-def value(metric: Metric | None) -> Value:
-    """Return a metric as texts; dashes where there is none."""
-    if metric is None:
-        return Value(MISSING, "", 0)
-    return Value(number(metric.value), interval(metric.low, metric.high), metric.unscored)
 
 
 def heat_map(runs: Sequence[Run]) -> list[Heat]:

@@ -57,7 +57,7 @@ def label_table(run: Run) -> LabelTable | None:
     if ":" in name:
         # Its class may not be here, and a page doesn't run code that a record names.
         return LabelTable(run.name, name, MISSING, {}, "it is a loss of its own, and its record has no label table")
-    from bfpo.losses import make_loss
+    from bfpo.loss_options import make_loss
 
     try:
         loss = make_loss(options)

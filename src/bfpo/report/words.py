@@ -31,6 +31,7 @@ MEASURES = {
     "over_refusal_corrected": Measure("Over-refusal, corrected", "for what the judge gets wrong"),
     "refusal_corrected": Measure("Refusal, corrected", "for what the judge gets wrong"),
     "severity": Measure("Severity", "mean harm of the answers, 0 for a safe one to 1"),
+    "severity_worst_tenth": Measure("Severity, worst tenth", "mean harm over the worst tenth of prompts (CVaR)"),
     "malformed": Measure("Malformed", "share that is no proper answer"),
     "cut": Measure("Cut off", "share that ran into the length limit"),
     "tokens": Measure("Length", "mean number of tokens; neither good nor bad", unit_interval=False),
