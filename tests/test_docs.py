@@ -202,6 +202,37 @@ def test_a_second_run_changed_the_words_that_the_page_names():
     assert "for 30 of 32 variants" in (ROOT / "docs" / "testbed.md").read_text()
 
 
+def test_the_win_rates_on_the_page_are_those_of_the_study():
+    study = json.loads((ROOT / "benchmarks/results/win_rates.json").read_text())
+    page = (ROOT / "docs/statistics.md").read_text()
+    assert len(study["models"]) == 4
+    for model, found in study["models"].items():
+        raw, controlled = ("{:.2f} [{:.2f}, {:.2f}]".format(*found[name]) for name in ("raw", "length_controlled"))
+        theirs = [f"{rate:.2f}" for rate in found["leaderboard"]]
+        lengths = f"{found['characters']:,}, {found['characters_of_reference']:,}"
+        assert f"| {model} | {lengths} | {raw} | {theirs[0]} | {controlled} | {theirs[1]} |" in page
+        assert f"{found['raw'][0]:.2f}" == theirs[0]
+        # "ours are higher for all four"
+        assert found["length_controlled"][0] > found["leaderboard"][1]
+
+
+def test_the_coverage_on_the_page_is_that_of_the_study():
+    study = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
+    script = runpy.run_path(str(ROOT / "benchmarks/coverage_study.py"))
+    page = (ROOT / "docs/statistics.md").read_text()
+    assert script["with_table"](page, study) == page, "run python benchmarks/coverage_study.py"
+    assert study["repetitions"] == 5000
+    large = [one for one in study["cells"] if one["n"] >= 250]
+    assert len(large) > 100
+    assert [one for one in large if not 0.93 <= one["coverage"] <= 0.97] == []
+    # Every kind of interval that results name is told of.
+    kinds = [
+        kind for names in (scoring, comparing) for name, kind in vars(names).items() if re.match(r"BY_[A-Z_]+$", name)
+    ]
+    assert len(kinds) > 6
+    assert [kind for kind in kinds if f"`{kind}`" not in page] == []
+
+
 def test_the_numbers_of_the_correction_are_those_of_its_study():
     study = json.loads((ROOT / "benchmarks/results/judge_error.json").read_text())
     page = (ROOT / "docs/judging.md").read_text()
@@ -251,20 +282,3 @@ def test_the_numbers_of_the_correction_are_those_of_its_study():
     assert other["mean"]["covered"] < 0.9 < own["mean"]["covered"]
     assert {cell["truth"] for cell in cells if cell["corrected"]["coverage"] < 0.94} == {0.02}
     assert "below 94 % only at a rate\nof 2 %" in page
-
-
-def test_the_coverage_on_the_page_is_that_of_the_study():
-    study = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
-    script = runpy.run_path(str(ROOT / "benchmarks/coverage_study.py"))
-    page = (ROOT / "docs/statistics.md").read_text()
-    assert script["with_table"](page, study) == page, "run python benchmarks/coverage_study.py"
-    assert study["repetitions"] == 5000
-    large = [one for one in study["cells"] if one["n"] >= 250]
-    assert len(large) > 100
-    assert [one for one in large if not 0.93 <= one["coverage"] <= 0.97] == []
-    # Every kind of interval that results name is told of.
-    kinds = [
-        kind for names in (scoring, comparing) for name, kind in vars(names).items() if re.match(r"BY_[A-Z_]+$", name)
-    ]
-    assert len(kinds) > 6
-    assert [kind for kind in kinds if f"`{kind}`" not in page] == []

@@ -15,6 +15,8 @@ MAIN = (
     ("benign", "helpfulness"),
     ("benign", "over_refusal"),
     ("lookalike", "over_refusal"),
+    ("all", "harmlessness_index"),
+    ("all", "helpfulness_index"),
 )
 # Most of the colour that a cell of the heat map takes on: the number on it stays readable.
 DEEPEST = 40
@@ -76,7 +78,7 @@ def columns(runs: Sequence[Run]) -> list[Key]:
 def column_name(key: Key, *, with_suite: bool) -> str:
     """Return how a column is headed."""
     suite, task, metric = key
-    name = f"{measure(metric).label}, {TASKS.get(task, task)}"
+    name = measure(metric).label if task == "all" else f"{measure(metric).label}, {TASKS.get(task, task)}"
     return f"{suite}: {name}" if with_suite else name
 
 
@@ -95,6 +97,17 @@ def by_judge(runs: Sequence[Run]) -> list[ByJudge]:
                     values = [value(one) for one in metrics]
                     found.append(ByJudge(place, called, circular, borrowed and ending != "", values))
     return found
+
+
+def recipes(runs: Sequence[Run]) -> list[str]:
+    """Return what each composite number is the mean of, or what it lacks; with names where the runs differ."""
+    told: dict[str, list[str]] = {}
+    for run in runs:
+        for one in run.results.metrics:
+            if one.recipe:
+                names = told.setdefault(f"{measure(one.metric).label} of {one.suite}: {one.recipe}.", [])
+                names += [run.name] if run.name not in names else []
+    return [text if len(names) == len(runs) else f"{', '.join(names)}: {text}" for text, names in told.items()]
 
 
 def _is(one: Metric, judge: str) -> bool:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from bfpo.report.judged import agreements, by_judge, column_name, columns, heat_map, warnings_of_results
+from bfpo.report.judged import agreements, by_judge, column_name, columns, heat_map, recipes, warnings_of_results
 from bfpo.report.making import facts, warnings
 from bfpo.report.pairs import pairs
 from bfpo.report.run_files import Run
@@ -92,7 +92,7 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     parts += [f"> **Note.** {plain(text)}" for text in told]
     parts.append("Brackets are 95 % intervals over prompts; they say nothing about training again with another seed.")
     parts += pair_parts(runs)
-    parts += ["## By judge", judged_table(runs)]
+    parts += ["## By judge", judged_table(runs), *map(plain, recipes(runs))]
     if any(run.results.calibration for run in runs):
         parts.append(plain(CORRECTED_MEANS))
     parts.append("## All metrics, by the first judge")

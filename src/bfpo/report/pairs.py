@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from bfpo.evaluation.pairs import Measurements, pair_verdicts
-from bfpo.evaluation.results import Axis
+from bfpo.evaluation.verdicts import Axis
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Difference
 from bfpo.report.words import TASKS, interval, measure, signed
