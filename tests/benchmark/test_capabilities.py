@@ -165,7 +165,11 @@ def test_what_cannot_be_run_is_told_before_any_work(stand_in, monkeypatch):
     for changes, message in (
         (answers, r"saved completions can't tell; .*leave_out: \[able/one_task, able/two_task\]"),
         ({"model": {"path": "m", "server": "http://localhost/v1"}}, "which a server can't tell"),
-        ({"data": {}}, r"able/one_task: .*no network\s+in the recipe: data: {one_task: {path: FILE}}"),
+        (
+            {"data": {}},
+            r"(?s)able/one_task: .*no network\nable/two_task: .*"
+            r"data: {one_task: {path: FILE}, two_task: {path: FILE}} .*leave_out: \[able/one_task, able/two_task\]",
+        ),
         ({"data": {"one_task": {"path": "gone.jsonl"}}}, r"able/one_task: no file gone\.jsonl"),
         ({"data": {"one_taks": {"path": "x"}}}, "did you mean 'one_task'"),
         ({"leave_out": ["one_task", "two_taks"]}, "leave_out: 'two_taks'; did you mean"),

@@ -97,15 +97,19 @@ def load_all(wanted: Sequence[Capability], folder: str) -> list[Any]:
     Raises:
         DataError: If rows can't be had; it names the local alternative.
     """
-    loaded = []
+    loaded, lost = [], {}
     for one in wanted:
         try:
             loaded.append(load_task(one.name, Path(folder), path=one.place.path, revision=one.place.revision))
         except DataError as error:
-            raise DataError(
-                f"{one.where}: {error}\n  in the recipe: data: {{{one.called}: {{path: FILE}}}} with a local file of "
-                f"the set's columns, or leave_out: [{one.where}]"
-            ) from None
+            lost[one] = error
+    if lost:
+        told = "\n".join(f"{one.where}: {error}" for one, error in lost.items())
+        files = ", ".join(f"{one.called}: {{path: FILE}}" for one in lost)
+        named = ", ".join(one.where for one in lost)
+        raise DataError(
+            f"{told}\n  in the recipe: data: {{{files}}}, local files with the sets' columns, or leave_out: [{named}]"
+        )
     return loaded
 
 
