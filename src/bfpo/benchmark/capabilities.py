@@ -28,6 +28,7 @@ from bfpo.terminal import say
 
 FOLDER = "lm_eval"
 NO_INTERVAL = "none: lm-eval has no number per row"
+NO_NUMBER = "none: lm-eval found no number on some rows"
 
 
 class Capability(NamedTuple):
@@ -219,8 +220,8 @@ def capability_metrics(wanted: Sequence[Capability], found: Sequence[Found]) -> 
                         None,
                         None,
                         number.n,
-                        0,
-                        NO_INTERVAL,
+                        number.unscored,
+                        NO_INTERVAL if number.value is not None else NO_NUMBER,
                         number.higher_is_better,
                         category=number.category,
                     )
