@@ -29,7 +29,8 @@ LAYERS = [
     ("testbed",),
     ("judging",),
     ("data_commands", "chat", "environment", "migration", "pair_labels", "redteam", "benchmark"),
-    ("cli", "lm_eval_tasks"),
+    ("lm_eval_tasks",),
+    ("cli",),
     ("__init__", "__main__"),
 ]
 # Of the data, a model knows only what a tokenised example is.
