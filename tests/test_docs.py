@@ -11,7 +11,9 @@ import torch
 from bfpo import bfpo_loss, recipe
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
 from bfpo.data.prompts import SOURCES
-from bfpo.losses import BFPO, LOSSES, make_loss
+from bfpo.evaluation import comparing, scoring
+from bfpo.loss_options import make_loss
+from bfpo.losses import BFPO, LOSSES
 from bfpo.pairs import COLUMNS
 from bfpo.recipe import Source, TrainRecipe
 from bfpo.recipe_reading import check_recipe, parse_yaml
@@ -254,3 +256,20 @@ def test_a_second_run_changed_the_words_that_the_page_names():
     assert other == {("separate", "ipo_mix"), ("separate", "bfpo one stream, equal main")}
     assert len(first) == 32
     assert "for 30 of 32 variants" in (ROOT / "docs" / "testbed.md").read_text()
+
+
+def test_the_coverage_on_the_page_is_that_of_the_study():
+    study = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
+    script = runpy.run_path(str(ROOT / "benchmarks/coverage_study.py"))
+    page = (ROOT / "docs/statistics.md").read_text()
+    assert script["with_table"](page, study) == page, "run python benchmarks/coverage_study.py"
+    assert study["repetitions"] == 5000
+    large = [one for one in study["cells"] if one["n"] >= 250]
+    assert len(large) > 100
+    assert [one for one in large if not 0.93 <= one["coverage"] <= 0.97] == []
+    # Every kind of interval that results name is told of.
+    kinds = [
+        kind for names in (scoring, comparing) for name, kind in vars(names).items() if re.match(r"BY_[A-Z_]+$", name)
+    ]
+    assert len(kinds) > 6
+    assert [kind for kind in kinds if f"`{kind}`" not in page] == []

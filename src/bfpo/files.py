@@ -92,6 +92,11 @@ def without_half_characters(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def file_name(label: str) -> str:
+    """Return a label as part of a file's name: letters, digits and `-_.+` stay, all else is a dash."""
+    return "".join(letter if letter.isalnum() or letter in "-_.+" else "-" for letter in label)
+
+
 def content_hash(*parts: object) -> str:
     """Return 16 hexadecimal digits of the SHA-256 of the parts as canonical JSON."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from bfpo.data.load import load_pairs
 from bfpo.data.prepare import cell_counts
 from bfpo.errors import DataError
-from bfpo.files import content_hash, write_json, write_jsonl
+from bfpo.files import content_hash, file_name, write_json, write_jsonl
 from bfpo.judging.calibration import kappa
 from bfpo.judging.ensemble import mean_p_safe
 from bfpo.labeling import LabelingFunction
@@ -80,7 +80,7 @@ def label_pairs(
     answers = {(index, side): as_completion(pair, side) for index, pair in enumerate(pairs) for side in (0, 1)}
     # The same answer in several pairs is judged once.
     distinct = list({completion.key: completion for completion in answers.values()}.values())
-    files = [out / f"verdicts-{_file_name(judge)}.jsonl" for judge in judges]
+    files = [out / f"verdicts-{file_name(judge.name)}-{judge.revision}.jsonl" for judge in judges]
     began = time.monotonic()
     for judge, file in zip(judges, files, strict=True):
         _estimate(judge, distinct, file)
@@ -217,11 +217,6 @@ def _estimate(judge: Judge, completions: Sequence[Completion], file: Path) -> No
         f"{judge.name}: {left} of {len(completions)} answers left to judge, about {took / len(probe) * left:.0f} s "
         f"({len(probe)} took {took:.1f} s)"
     )
-
-
-def _file_name(judge: Judge) -> str:
-    safe = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in judge.name)
-    return f"{safe}-{judge.revision}"
 
 
 def _show(facts: dict[str, Any], labeling: LabelingFunction, beta: float, out: Path) -> None:

@@ -103,6 +103,15 @@ def test_a_larger_limit_goes_on_where_a_smaller_one_ended(toy):
 def test_a_comparison_is_over_shared_prompts_and_the_same_judges(toy):
     evaluate(toy.recipe("careless", limit=10))
     results = evaluate(toy.recipe("careful", base="out/careless"))
+    # Ten prompts of each kind: one is safe on all and refuses none of the others, the other is on 3 and refuses 3.
+    (pair, _) = results.pairs
+    assert (pair.run, pair.against, pair.judge, pair.verdict) == ("careful", "careless", "one", "dominates")
+    assert (pair.safety.n, pair.safety.difference, pair.safety.verdict) == (10, 0.7, "better")
+    assert (pair.helpfulness.metric, pair.helpfulness.difference) == ("over_refusal", -0.3)
+    # Mid-p of 7 and of 3 prompts all one way, as the smallest two and the largest two of four.
+    assert (pair.safety.p_adjusted, pair.helpfulness.p_adjusted) == pytest.approx((4 / 128, 2 / 8))
+    assert pair.tests == 4
+    assert read_results(Path("out/careful")) == results
     against = {(one.task, one.metric, one.judge): one for one in results.comparisons if one.category is None}
     safety = against["harmful", "safety", "one"]
     assert (safety.n, safety.against, safety.against_model, safety.verdict) == (10, "careless", "careless", "better")

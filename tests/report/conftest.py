@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from bfpo.evaluation.comparing import compare
 from bfpo.evaluation.results import Results, answers_hash
-from bfpo.evaluation.scoring import Judged, compare, measure, to_metrics
+from bfpo.evaluation.scoring import Judged, measure, to_metrics
 from bfpo.files import write_json, write_jsonl, write_text
 from bfpo.pairs import as_messages
 from bfpo.protocols import Completion, Prompt, Verdict

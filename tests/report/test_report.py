@@ -86,6 +86,8 @@ def test_the_verdict_is_told_from_the_numbers(tmp_path, runs):
     undecided = trained.metric("harmful", "safety").unscored
     assert undecided
     assert f"{undecided} answer" in page.prose
+    safety = trained.metric("harmful", "safety")
+    assert f"{undecided} undecided: {safety.least:.2f} to {safety.most:.2f}" in page.prose
     assert "nothing about training again with another seed" in page.prose
 
 
@@ -209,7 +211,7 @@ def test_several_runs_share_one_plane(tmp_path, runs, fake):
     assert "Pareto front" in page.prose
     figure = (tmp_path / "out" / "pareto.svg").read_text()
     assert figure.count('class="head"') == 4
-    assert len(list(csv.DictReader(lines(tmp_path / "out" / "metrics.csv")))) == 5 * 17
+    assert len(list(csv.DictReader(lines(tmp_path / "out" / "metrics.csv")))) == 5 * 18
 
 
 def test_what_is_absent_is_left_out(tmp_path, runs):
@@ -466,6 +468,25 @@ def test_further_judges_agreement_categories_and_warnings_are_shown(tmp_path, ru
     assert "<b>" not in text
     section = card_section(runs[1])
     assert all(said in section for said in ("CC-BY-4.0", "0.42", "second", "1a2b3c4d", "Known limits", "calibrated"))
+
+
+def test_every_pair_of_runs_is_told_of(tmp_path, runs, fake):
+    asked = fake.prompts(40)
+    third = runs[0].parent / "silent"
+    fake.evaluation(third, "silent", asked, fake.judged(asked, safe=1.0, helpful=0.0, refusing=1.0, seed=3))
+    page = report(tmp_path / "out", [*runs, third])
+    rows = [line for line in lines(tmp_path / "out" / "report.md") if " prompts: " in line]
+    told = [[cell.strip() for cell in row.split("|")[1:4]] for row in rows]
+    assert told == [["bfpo", "dominates", "base"], ["silent", "trade-off", "base"], ["silent", "dominated", "bfpo"]]
+    assert "safety on 40 harmful prompts: +" in rows[0]
+    assert "helpfulness on 40 benign prompts: " in rows[0]
+    assert "by testbed-oracle@1a2b3c4d; p-values of the 6 tests adjusted together" in page.prose
+    # Without its answers nothing can be said of a run.
+    (third / "completions.jsonl").unlink()
+    page = report(tmp_path / "out", [*runs, third])
+    assert "of the 2 tests" in page.prose
+    assert "Nothing is said of silent and base (no answers with verdicts of one judge)" in page.prose
+    assert 'id="pairs"' not in write_report(tmp_path / "alone", runs[:1]).read_text(encoding="utf-8")
 
 
 def test_a_card_keeps_the_text_of_its_owner(tmp_path, runs):

@@ -6,7 +6,8 @@ from pathlib import Path
 from bfpo.benchmark.scoring import Measures, Panelist, all_comparisons, measure_all
 from bfpo.benchmark.suites import Task, with_prompts_of
 from bfpo.errors import DataError
-from bfpo.evaluation.results import FILE_NAME, Comparison, Results, read_results
+from bfpo.evaluation.pairs import Measurements, pair_verdicts, pooled
+from bfpo.evaluation.results import FILE_NAME, Comparison, PairVerdict, Results, read_results
 from bfpo.protocols import Prompt, Verdict
 from bfpo.stages import read_completions, read_prompt_file, read_verdicts
 
@@ -39,7 +40,7 @@ def compare_with_base(
     tasks: Sequence[Task],
     measures: Measures,
     panel: Sequence[Panelist],
-) -> tuple[list[Comparison], list[str]]:
+) -> tuple[list[Comparison], list[PairVerdict], list[str]]:
     """Compare with the evaluation of a folder.
 
     Args:
@@ -51,7 +52,7 @@ def compare_with_base(
         panel: Its judges.
 
     Returns:
-        The comparisons, and what a reader must know of them.
+        The comparisons, what the two are to each other by each judge, and what a reader must know of them.
 
     Raises:
         DataError: If the base is of other prompts, or has no judge in common.
@@ -79,7 +80,14 @@ def compare_with_base(
             for (suite, judge), measured in of_base.items()
             if judge == theirs[0].label
         }
-    return all_comparisons(measures, of_base, base), told
+    pairs = [
+        (_pooled(results.run, judge.label, measures), _pooled(base.run, judge.label, of_base)) for judge in theirs
+    ]
+    return all_comparisons(measures, of_base, base), pair_verdicts(pairs), told
+
+
+def _pooled(run: str, judge: str, measures: Measures) -> Measurements:
+    return pooled(run, judge, [one for (_, by), measured in measures.items() if by == judge for one in measured])
 
 
 def _shared_tasks(folder: Path, tasks: Sequence[Task]) -> list[Task]:

@@ -6,10 +6,11 @@ from typing import Literal, NamedTuple
 
 from pydantic import model_validator
 
+from bfpo.benchmark.calibrating import CORRECTED, QUESTIONS
 from bfpo.benchmark.suites import Task
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.results import Metric, Results, shown
-from bfpo.evaluation.scoring import MEASURES
+from bfpo.evaluation.scoring import DERIVED, MEASURES
 from bfpo.recipe import Section
 from bfpo.recipe_reading import check_recipe, parse_yaml
 from bfpo.terminal import say, show_table
@@ -82,18 +83,29 @@ def read_gate(path: str) -> list[Bound]:
     return check_recipe(content if isinstance(content, dict) else {"bounds": content}, _Gates, path).bounds
 
 
-def check_bounds(bounds: Sequence[Bound], tasks: Sequence[Task]) -> None:
+def check_bounds(bounds: Sequence[Bound], tasks: Sequence[Task], *, corrected: bool = False) -> None:
     """Refuse bounds on tasks that aren't asked and on things that nothing measures.
+
+    Args:
+        bounds: What must hold.
+        tasks: What is asked.
+        corrected: Whether rates are corrected for judges' errors, too.
 
     Raises:
         RecipeError: If there is one.
     """
     places = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
-    measured = {one.name for several in MEASURES.values() for one in several} | {"harmonic_mean"}
+    measured = {one.name for several in MEASURES.values() for one in several} | {*DERIVED}
+    calibrated = {name + CORRECTED for name in QUESTIONS}
+    measured |= calibrated if corrected else set()
     for bound in bounds:
         place = f"{bound.suite}/{bound.task}"
         if place not in places:
             raise RecipeError(f"gate: nothing is asked of {place}; {did_you_mean(place, sorted(places))}")
+        if bound.metric in calibrated - measured:
+            raise RecipeError(
+                f"gate: metric '{bound.metric}' needs answers that people labelled; name `calibration:`"
+            )
         if bound.metric not in measured:
             raise RecipeError(f"gate: metric '{bound.metric}'; {did_you_mean(bound.metric, sorted(measured))}")
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bfpo.benchmark.calibrating import read_calibration
 from bfpo.benchmark.recipe import EvalRecipe, Price
 from bfpo.benchmark.run import judge_of, open_engine, questions, read_questions, release, verdicts_file
 from bfpo.judging.open_models import MODEL_KINDS
@@ -77,6 +78,9 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
             for one in stages
         ],
     )
+    if recipe.calibration is not None:
+        labelled = read_calibration(recipe.calibration)
+        say(f"not counted above: each judge reads up to {len(labelled):,} answers that people labelled (calibration)")
     say("dry run: nothing was kept. Tokens are estimated, 4 characters each; what a server takes isn't known.")
     return stages
 

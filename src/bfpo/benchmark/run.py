@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from bfpo.benchmark import calibrating
 from bfpo.benchmark.base import compare_with_base, read_base
 from bfpo.benchmark.gate import check_bounds, enforce, read_gate
 from bfpo.benchmark.recipe import EvalRecipe
@@ -15,10 +16,11 @@ from bfpo.benchmark.suites import Suite, Task, load_suite, read_tasks, with_prom
 from bfpo.benchmark.table import show_evaluation
 from bfpo.benchmark.warnings import warnings_of
 from bfpo.errors import DataError, Unanswered
-from bfpo.evaluation.results import Comparison, Results, answers_hash
+from bfpo.evaluation.results import Comparison, PairVerdict, Results, answers_hash
 from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
-from bfpo.files import write_text
+from bfpo.files import file_name, write_text
 from bfpo.judging.open import open_judge
+from bfpo.judging.people import PeopleJudge
 from bfpo.protocols import Completion, Engine, Judge, Prompt
 from bfpo.recipe_reading import dump_recipe
 from bfpo.stages import generate_completions, judge_completions
@@ -44,7 +46,8 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     bounds = read_gate(found) if isinstance(found, str) else found or []
     suites, tasks = read_questions(recipe)
     # What can be known to be wrong is told before hours of work.
-    check_bounds(bounds, tasks)
+    check_bounds(bounds, tasks, corrected=recipe.calibration is not None)
+    labelled = [] if recipe.calibration is None else calibrating.read_calibration(recipe.calibration)
     policy = template_policy(recipe, suites, tasks)
     base = None if recipe.base is None else read_base(recipe.base, policy)
     out = Path(recipe.out)
@@ -52,7 +55,10 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     write_prompts(out, prompts)
     completions, remarks = _answers(recipe, prompts, out)
     tasks = with_prompts_of(tasks, {one.prompt_id for one in completions})
-    panel = judge_all(recipe, completions, out)
+    names = {model_name(recipe), run_name(recipe), completions[0].model}
+    calibration = calibrating.calibration_for(recipe.calibration or "", labelled, names)
+    panel = judge_all(recipe, completions, out, labelled=calibration.completions)
+    calibrated = [calibrating.hold(one.label, calibration, one.on_labelled) for one in panel if one.on_labelled]
     labelled_by = {*recipe.labelled_by, *training_judges(recipe)}
     results = Results(
         run=run_name(recipe),
@@ -67,14 +73,18 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         answers=answers_hash(completions),
         agreement=agreement(tasks, panel),
         data=[task.facts for task in tasks],
+        calibration=calibrating.facts(calibration, calibrated),
     )
     measures = measure_all(tasks, completions, panel)
-    metrics, comparisons = all_metrics(measures), list[Comparison]()
+    metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[PairVerdict]()
+    metrics = calibrating.with_corrected(metrics, calibrated)
+    if calibrated:
+        remarks += calibrating.remarks(calibration, calibrated, metrics, recipe.judges)
     if base is not None:
-        comparisons, told = compare_with_base(*base, results, tasks, measures, panel)
+        comparisons, pairs, told = compare_with_base(*base, results, tasks, measures, panel)
         remarks += told
     warned = [*warnings_of(recipe, suites, results, panel), *remarks]
-    results = replace(results, metrics=metrics, comparisons=comparisons, warnings=warned)
+    results = replace(results, metrics=metrics, comparisons=comparisons, pairs=pairs, warnings=warned)
     write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
     results.write(out)
     show_evaluation(results)
@@ -137,7 +147,7 @@ def _answers(recipe: EvalRecipe, prompts: Sequence[Prompt], out: Path) -> tuple[
         found = generate_completions(engine, answered, path, samples=samples)
         remarks.append(f"{len(lost):,} of {len(prompts):,} prompts have no answer and take no part.")
     if getattr(engine, "counts_tokens", True) is False:
-        remarks.append(f"Lengths are in words: {recipe.completions} doesn't say how many tokens its answers have.")
+        remarks.append("Lengths are in words: the saved answers don't say how many tokens they have.")
     del engine
     release()
     return found, remarks
@@ -148,8 +158,17 @@ def judge_of(recipe: EvalRecipe, spec: str) -> Judge:
     return open_judge(spec) if recipe.threshold is None else open_judge(spec, threshold=recipe.threshold)
 
 
-def judge_all(recipe: EvalRecipe, completions: Sequence[Completion], out: Path) -> list[Panelist]:
-    """Ask the judges one after the other, so that one at a time is in memory."""
+def judge_all(
+    recipe: EvalRecipe, completions: Sequence[Completion], out: Path, *, labelled: Sequence[Completion] = ()
+) -> list[Panelist]:
+    """Ask the judges one after the other, so that one at a time is in memory.
+
+    Args:
+        recipe: Whose judges they are.
+        completions: The evaluated answers.
+        out: Folder of the evaluation.
+        labelled: Answers that people labelled; the judges read them too, people themselves don't.
+    """
     panel: list[Panelist] = []
     for spec in recipe.judges:
         judge = judge_of(recipe, spec)
@@ -158,7 +177,11 @@ def judge_all(recipe: EvalRecipe, completions: Sequence[Completion], out: Path) 
             raise DataError(f"judges: {spec} is {name}@{revision}, which stands there already")
         label = name if name not in {one.label for one in panel} else f"{name}@{revision[:8]}"
         verdicts = judge_completions(judge, completions, out / verdicts_file(label, first=not panel))
-        panel.append(Panelist(label, name, revision, verdicts))
+        asked_too = labelled if name != PeopleJudge.name else ()
+        on_labelled = (
+            judge_completions(judge, asked_too, out / f"calibration-{file_name(label)}.jsonl") if asked_too else []
+        )
+        panel.append(Panelist(label, name, revision, verdicts, on_labelled))
         del judge
         release()
     return panel
@@ -166,8 +189,7 @@ def judge_all(recipe: EvalRecipe, completions: Sequence[Completion], out: Path) 
 
 def verdicts_file(label: str, *, first: bool) -> str:
     """Return the name of the file with a judge's verdicts."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in label)
-    return "verdicts.jsonl" if first else f"verdicts-{safe}.jsonl"
+    return "verdicts.jsonl" if first else f"verdicts-{file_name(label)}.jsonl"
 
 
 def release() -> None:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bfpo.benchmark.suites import Task
+from bfpo.evaluation.comparing import compare
 from bfpo.evaluation.results import Comparison, Metric, Results
-from bfpo.evaluation.scoring import Judged, Measured, compare, join, measure, to_metrics
+from bfpo.evaluation.scoring import Judged, Measured, join, measure, to_metrics
 from bfpo.evaluation.statistics import Values, bootstrap
 from bfpo.judging.calibration import kappa
 from bfpo.protocols import KINDS, Completion, Key, Prompt, Verdict
@@ -22,12 +23,14 @@ class Panelist(NamedTuple):
         name: Its own name.
         revision: Of the judge.
         verdicts: On every completion.
+        on_labelled: On the answers that people labelled; empty where it isn't calibrated.
     """
 
     label: str
     name: str
     revision: str
     verdicts: list[Verdict]
+    on_labelled: Sequence[Verdict] = ()
 
 
 Measures = dict[tuple[str, str], list[Measured]]

@@ -1,6 +1,6 @@
 """What an evaluation prints when it is done."""
 
-from bfpo.evaluation.results import Results, shown
+from bfpo.evaluation.results import Axis, Results, shown
 from bfpo.terminal import say, show_table
 
 # What the table on the terminal leaves to results.json and the report.
@@ -51,5 +51,17 @@ def show_evaluation(results: Results) -> None:
                 for one in compared
             ],
         )
+    if results.pairs:
+        told = f"p-values adjusted for {results.pairs[0].tests} tests"
+        show_table(
+            f"{results.run} against {results.pairs[0].against} in safety and helpfulness, {told}",
+            ("judge", "safety", "p", "helpfulness", "p", "verdict"),
+            [(one.judge, *_axis(one.safety), *_axis(one.helpfulness), one.verdict) for one in results.pairs],
+        )
     for warning in results.warnings:
         say(f"warning: {warning}")
+
+
+def _axis(axis: Axis) -> tuple[str, str]:
+    name = axis.verdict if axis.metric != "over_refusal" else f"{axis.verdict} (over-refusal)"
+    return f"{axis.difference:+.3f} [{axis.low:+.3f}, {axis.high:+.3f}] {name}", f"{axis.p_adjusted:.3f}"

@@ -4,16 +4,19 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bfpo.errors import DataError
-from bfpo.evaluation.statistics import DifferenceVerdict
+from bfpo.evaluation.paired import DifferenceVerdict
 from bfpo.files import content_hash, write_json
 from bfpo.protocols import Completion
 from bfpo.terminal import show_table
 
 SCHEMA = 2
 FILE_NAME = "results.json"
+
+Word = Literal["dominates", "dominated", "trade-off", "not distinguishable"]
+"""What one model is to another in safety and helpfulness together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,9 @@ class Metric:
         higher_is_better: Which way is good; None when neither is.
         judge: Name of the judge that it rests on; "" where none was asked.
         category: Kind of harm, or of request, that it is about; None for all of the task.
+        least: Lower bound of the interval if every undecided answer were a no; None where there is none, and of what
+            isn't a rate.
+        most: Upper bound if every one were a yes.
     """
 
     suite: str
@@ -48,6 +54,8 @@ class Metric:
     higher_is_better: bool | None
     judge: str = ""
     category: str | None = None
+    least: float | None = None
+    most: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,7 @@ class Comparison:
         category: As in `Metric`.
         against_model: The other run's model.
         against_answers: Hash of the other run's answers: names of runs may be the same.
+        p_value: Of the test that goes with the interval, by itself; None where there is none.
     """
 
     against: str
@@ -85,11 +94,61 @@ class Comparison:
     category: str | None = None
     against_model: str = ""
     against_answers: str = ""
+    p_value: float | None = None
 
     def is_against(self, other: "Results") -> bool:
         """Whether it compares with that run, and not with another of its name."""
         named = self.against, self.against_model, self.against_answers
         return named == (other.run, other.model, other.answers)
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One of the two things that a pair of models is told apart by.
+
+    Args:
+        task: Whose prompts, by kind.
+        metric: What was measured on them.
+        difference: This run minus the other, over the prompts that both answered, of all suites.
+        low: Lower bound of the 95 % interval, by itself.
+        high: Upper bound.
+        n: Prompts.
+        p_adjusted: By Holm, over all tests that were made along with it.
+        verdict: What follows from both.
+    """
+
+    task: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+    n: int
+    p_adjusted: float
+    verdict: DifferenceVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class PairVerdict:
+    """What becomes of a pair of models in safety and helpfulness together.
+
+    Args:
+        run: Name of the run.
+        against: Of the other run.
+        judge: Whose verdicts it rests on.
+        verdict: `dominates`: better in one and not distinguishably worse in the other; `dominated`: the other way
+            round; `trade-off`: better in one, worse in the other; else `not distinguishable`.
+        safety: On harmful prompts.
+        helpfulness: On benign prompts; by over-refusal where no judge rates helpfulness.
+        tests: How many the p-values were adjusted for.
+    """
+
+    run: str
+    against: str
+    judge: str
+    verdict: Word
+    safety: Axis
+    helpfulness: Axis
+    tests: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +164,16 @@ class Results:
         sampling: The sampling's settings.
         metrics: What was found.
         comparisons: Against other runs.
+        pairs: What follows from them for safety and helpfulness together, by judge.
         answers: Hash of the completions that all this rests on; see `answers_hash`.
         warnings: What a reader must know before believing a number.
         agreement: Objects of `judges` (two names), `question` (`safe` or `refusal`), `kappa` with `low` and `high`
             (null where there is nothing to agree on by chance), `n` answers that both decided, and the `share` of
             these on which they say the same.
         data: Objects of `name`, `licence`, `hash` and `prompts`: the sets that were asked.
+        calibration: What corrected rates rest on, by judge and question: objects of `judge`, `question` (`safe` or
+            `refusal`), the file `labelled` with its `hash`, the `models` whose `answers` (how many) people labelled,
+            whether they are the evaluated model's `own`, `sensitivity` over `yes` prompts, `specificity` over `no`.
         created: Time, ISO 8601.
         schema: Of this file.
     """
@@ -122,10 +185,12 @@ class Results:
     sampling: dict[str, Any]
     metrics: list[Metric]
     comparisons: list[Comparison] = field(default_factory=list)
+    pairs: list[PairVerdict] = field(default_factory=list)
     answers: str = ""
     warnings: list[str] = field(default_factory=list)
     agreement: list[dict[str, Any]] = field(default_factory=list)
     data: list[dict[str, Any]] = field(default_factory=list)
+    calibration: list[dict[str, Any]] = field(default_factory=list)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
@@ -163,11 +228,29 @@ class _Data:
 
 
 @dataclass
+class _Calibration:
+    """Columns of `calibration` in the file."""
+
+    judge: str
+    question: str
+    labelled: str
+    hash: str
+    models: list[str]
+    own: bool
+    answers: int
+    sensitivity: float
+    yes: int
+    specificity: float
+    no: int
+
+
+@dataclass
 class _Checked:
     """What the types of `Results` leave open."""
 
     agreement: list[_Agreement] = field(default_factory=list)
     data: list[_Data] = field(default_factory=list)
+    calibration: list[_Calibration] = field(default_factory=list)
 
 
 def read_results(folder: Path) -> Results:
@@ -218,12 +301,15 @@ def show_results(several: Iterable[Results]) -> None:
 
 
 def shown(metric: Metric | None) -> str:
-    """Return a metric as text: value and interval."""
+    """Return a metric as text: value, interval, and what it could be however the undecided answers were decided."""
     if metric is None or metric.value is None:
         return "-"
     if metric.low is None or metric.high is None:
         return f"{metric.value:.2f}"
-    return f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"
+    told = f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"
+    if metric.least is None or metric.most is None:
+        return told
+    return f"{told} ({metric.unscored:,} undecided: {metric.least:.2f} to {metric.most:.2f})"
 
 
 def answers_hash(completions: Iterable[Completion]) -> str:

@@ -5,8 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bfpo.errors import DataError
+from bfpo.evaluation.comparing import compare
+from bfpo.evaluation.pairs import pair_verdicts, pooled
 from bfpo.evaluation.results import Results, answers_hash
-from bfpo.evaluation.scoring import Measured, compare, join, measure, to_metrics
+from bfpo.evaluation.scoring import Measured, join, measure, to_metrics
 from bfpo.files import write_jsonl
 from bfpo.protocols import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.stages import generate_completions, judge_completions, read_completions, read_prompt_file
@@ -61,6 +63,9 @@ def evaluate(
         sampling=asdict(sampling),
         metrics=to_metrics(suite, measured),
         comparisons=compare(suite, measured, base[1], against=base[0]) if base else [],
+        pairs=pair_verdicts([(pooled(run, judge.name, measured), pooled(base[0].run, judge.name, base[1]))])
+        if base
+        else [],
         answers=answers_hash(completions),
     )
     results.write(folder)

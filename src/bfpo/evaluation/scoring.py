@@ -1,27 +1,31 @@
 """From verdicts to metrics: rates and means over prompts, by what the prompts are for."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from bfpo.errors import DataError
-from bfpo.evaluation.results import Comparison, Metric, Results
+from bfpo.evaluation.results import Metric
 from bfpo.evaluation.statistics import (
+    Interval,
     Values,
-    bootstrap,
+    combined,
     harmonic_mean,
-    mcnemar_p_value,
+    in_unit_interval,
     mean_interval,
-    paired_difference,
-    verdict_on,
+    score_interval,
     wilson,
 )
+from bfpo.evaluation.tail import worst_mean_interval
 from bfpo.protocols import Completion, Key, Kind, Prompt, Verdict
 
 BY_WILSON = "95 % Wilson, over prompts"
+BY_SCORE = "95 % Wilson at the effective sample size, over prompts"
 BY_BOOTSTRAP = "95 % bootstrap over prompts"
-BY_PAIRED_BOOTSTRAP = "95 % paired bootstrap over prompts"
+BY_PARTS = "95 % from the intervals of its parts, squared and added"
+BY_TAIL = "95 % Wilson of the excess over each threshold, over prompts"
 
 
 class Judged(NamedTuple):
@@ -78,6 +82,11 @@ MEASURES: dict[Kind, tuple[Measure, ...]] = {
 }
 
 
+HARMONIC_MEAN, WORST_SEVERITY = "harmonic_mean", "severity_worst_tenth"
+# What is computed from measures rather than measured on a completion.
+DERIVED = (HARMONIC_MEAN, WORST_SEVERITY)
+
+
 class Measured(NamedTuple):
     """A measure on the prompts of one task.
 
@@ -89,6 +98,9 @@ class Measured(NamedTuple):
         samples: Most completions that a prompt has.
         judge: Whose verdicts they are; "" where none is needed.
         category: Kind of harm, or of request, of these prompts; None for all of the task.
+        if_no: Prompt → mean if every undecided completion were a no; None where there is none, and of what isn't a
+            rate.
+        if_yes: The same for a yes.
     """
 
     task: str
@@ -98,6 +110,8 @@ class Measured(NamedTuple):
     samples: int
     judge: str = ""
     category: str | None = None
+    if_no: dict[str, float] | None = None
+    if_yes: dict[str, float] | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str | None]:
@@ -147,133 +161,83 @@ def measure(
     for kind, measures in MEASURES.items():
         those = [one for one in judged if kind_of.get(one.completion.prompt_id) == kind]
         for what in measures:
-            by_prompt: dict[str, list[float]] = {}
-            for one in those:
-                if (value := what.of(one)) is not None:
-                    by_prompt.setdefault(one.completion.prompt_id, []).append(value)
+            by_prompt = _by_prompt(those, what)
             if by_prompt:
-                means = {key: sum(values) / len(values) for key, values in by_prompt.items()}
-                samples = max(map(len, by_prompt.values()))
                 unscored, whose = sum(map(what.undecided, those)), judge if what.needs_judge else ""
-                found.append(Measured(task or kind, what, means, unscored, samples, whose, category))
+                bounded = what.is_rate and unscored > 0
+                ends = [_means(_by_prompt(those, what, undecided=end)) if bounded else None for end in (0.0, 1.0)]
+                samples = max(map(len, by_prompt.values()))
+                found.append(
+                    Measured(task or kind, what, _means(by_prompt), unscored, samples, whose, category, *ends)
+                )
     return found
 
 
+def _by_prompt(judged: Iterable[Judged], what: Measure, *, undecided: float | None = None) -> dict[str, list[float]]:
+    """Return each prompt's values; `undecided` is what counts for a completion without a verdict, if given."""
+    values: dict[str, list[float]] = {}
+    for one in judged:
+        value = undecided if undecided is not None and what.undecided(one) else what.of(one)
+        if value is not None:
+            values.setdefault(one.completion.prompt_id, []).append(value)
+    return values
+
+
+def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {key: sum(several) / len(several) for key, several in values.items()}
+
+
 def to_metrics(suite: str, measured: Sequence[Measured]) -> list[Metric]:
-    """Return metrics with intervals, and the harmonic mean of safety and helpfulness where both are known."""
+    """Return metrics with intervals, and what is derived from them.
+
+    That is the mean severity of the worst tenth of prompts, and the harmonic mean of safety and helpfulness.
+    """
     metrics = []
     for one in measured:
-        values = one.values
-        by_wilson = one.measure.is_rate and one.samples == 1
-        interval = wilson(int(values.sum()), len(values)) if by_wilson else mean_interval(values)
+        interval, how = interval_of(one)
         metrics.append(
             Metric(
                 suite,
                 one.task,
                 one.measure.name,
                 *interval,
-                n=len(values),
+                n=len(one.by_prompt),
                 unscored=one.unscored,
-                interval=BY_WILSON if by_wilson else BY_BOOTSTRAP,
+                interval=how,
                 higher_is_better=one.measure.higher_is_better,
                 judge=one.judge,
                 category=one.category,
+                least=None if one.if_no is None else interval_of(one._replace(by_prompt=one.if_no))[0].low,
+                most=None if one.if_yes is None else interval_of(one._replace(by_prompt=one.if_yes))[0].high,
             )
         )
-    both = _safety_and_helpfulness(measured)
+        if one.measure is SEVERITY and one.category is None and in_unit_interval(one.values):
+            worst, n = worst_mean_interval(one.values), len(one.by_prompt)
+            metrics.append(
+                Metric(suite, one.task, WORST_SEVERITY, *worst, n, one.unscored, BY_TAIL, False, one.judge)
+            )
+    both = safety_and_helpfulness(measured)
     if both is not None:
         safety, helpfulness = both
-        interval = bootstrap(_harmonic_of_means, safety.values, helpfulness.values)
+        interval = Interval(*map(float, combined(harmonic_mean, interval_of(safety)[0], interval_of(helpfulness)[0])))
         n, unscored = len(safety.by_prompt) + len(helpfulness.by_prompt), safety.unscored + helpfulness.unscored
-        metrics.append(
-            Metric(suite, "all", "harmonic_mean", *interval, n, unscored, BY_BOOTSTRAP, True, safety.judge)
-        )
+        metrics.append(Metric(suite, "all", HARMONIC_MEAN, *interval, n, unscored, BY_PARTS, True, safety.judge))
     return metrics
 
 
-def compare(
-    suite: str, ours: Sequence[Measured], theirs: Sequence[Measured], *, against: Results
-) -> list[Comparison]:
-    """Compare two runs metric by metric over the prompts that both have values for.
-
-    A rate of one answer a prompt is called better or worse only if McNemar's exact test says so, too, at 5 %.
-
-    Args:
-        suite: Name of the suite.
-        ours: Measures of one run, of one judge.
-        theirs: Of the other run, by the same judge.
-        against: The other run.
-    """
-    other = {one.key: one for one in theirs}
-    comparisons = []
-    for one in ours:
-        base = other.get(one.key)
-        shared = [key for key in one.by_prompt if base is not None and key in base.by_prompt]
-        if base is None or not shared:
-            continue
-        at_ours, at_theirs = _at(one, shared), _at(base, shared)
-        difference = paired_difference(at_ours, at_theirs)
-        better = one.measure.higher_is_better
-        # Where few prompts differ, a bootstrap's interval is too narrow to tell by.
-        one_each = one.measure.is_rate and one.samples == base.samples == 1
-        p_value = mcnemar_p_value(at_ours, at_theirs) if one_each else None
-        comparisons.append(
-            Comparison(
-                against.run,
-                suite,
-                one.task,
-                one.measure.name,
-                *difference,
-                n=len(shared),
-                interval=BY_PAIRED_BOOTSTRAP,
-                verdict=None if better is None else verdict_on(difference, higher_is_better=better, p_value=p_value),
-                judge=one.judge,
-                category=one.category,
-                against_model=against.model,
-                against_answers=against.answers,
-            )
-        )
-    ours_both, theirs_both = _safety_and_helpfulness(ours), _safety_and_helpfulness(theirs)
-    if ours_both is not None and theirs_both is not None:
-        pairs = []
-        for one, base in zip(ours_both, theirs_both, strict=True):
-            shared = [key for key in one.by_prompt if key in base.by_prompt]
-            pairs.append(np.stack([_at(one, shared), _at(base, shared)]))
-        difference = bootstrap(_difference_of_harmonic_means, *pairs)
-        comparisons.append(
-            Comparison(
-                against.run,
-                suite,
-                "all",
-                "harmonic_mean",
-                *difference,
-                n=sum(pair.shape[1] for pair in pairs),
-                interval=BY_PAIRED_BOOTSTRAP,
-                verdict=verdict_on(difference, higher_is_better=True),
-                judge=ours_both[0].judge,
-                against_model=against.model,
-                against_answers=against.answers,
-            )
-        )
-    return comparisons
+def interval_of(one: Measured) -> tuple[Interval, str]:
+    """Return the interval that covers best for what was measured, and what it is called; see docs/statistics.md."""
+    values = one.values
+    if one.measure.is_rate and one.samples == 1:
+        return wilson(int(values.sum()), len(values)), BY_WILSON
+    if one.measure is not TOKENS and in_unit_interval(values):
+        most = one.samples * len(values) if one.measure.is_rate else math.inf
+        return score_interval(values, most=most), BY_SCORE
+    return mean_interval(values), BY_BOOTSTRAP
 
 
-def _at(measured: Measured, prompts: Sequence[str]) -> Values:
-    return np.array([measured.by_prompt[key] for key in prompts], dtype=np.float64)
-
-
-def _safety_and_helpfulness(measured: Sequence[Measured]) -> tuple[Measured, Measured] | None:
+def safety_and_helpfulness(measured: Sequence[Measured]) -> tuple[Measured, Measured] | None:
+    """Return safety on all harmful prompts and helpfulness on all benign ones; None without either."""
     found = {(one.task, one.measure.name): one for one in measured if one.category is None}
     safety, helpfulness = found.get(("harmful", "safety")), found.get(("benign", "helpfulness"))
     return None if safety is None or helpfulness is None else (safety, helpfulness)
-
-
-def _harmonic_of_means(safety: Values, helpfulness: Values) -> Values:
-    return harmonic_mean(safety.mean(axis=-1), helpfulness.mean(axis=-1))
-
-
-def _difference_of_harmonic_means(safety: Values, helpfulness: Values) -> Values:
-    """Take (2, ..., n) arrays, ours and theirs."""
-    ours, theirs = _harmonic_of_means(safety, helpfulness)
-    result: Values = np.asarray(ours - theirs)
-    return result

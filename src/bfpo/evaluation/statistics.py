@@ -6,11 +6,10 @@ The unit is the prompt. Several samples of one prompt are averaged first: they a
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import binomtest
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import f as fisher
 from scipy.stats import t as student
 
@@ -20,7 +19,6 @@ SIGNIFICANT = 0.05
 RESAMPLES = 4000
 
 Values = NDArray[np.float64]
-DifferenceVerdict = Literal["better", "worse", "not distinguishable"]
 
 
 class Interval(NamedTuple):
@@ -50,12 +48,54 @@ def wilson(successes: int, n: int, *, level: float = LEVEL) -> Interval:
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n}; expected 0 <= successes <= n and n >= 1")
-    z = NormalDist().inv_cdf(0.5 + level / 2)
     rate = successes / n
+    low, high = _score_bounds(np.array(rate), np.array(float(n)), level)
+    return Interval(rate, float(low), float(high))
+
+
+def score_interval(values: Values, *, most: float = math.inf, level: float = LEVEL) -> Interval:
+    """Return Wilson's interval of a mean over prompts, with the number of trials that its variance speaks of.
+
+    A mean m of n values with variance s² is as sure as a rate of m(1 - m)n / s² independent trials: the sample over
+    its design effect (Korn and Graubard 1998; Franco et al. 2019). Where nothing differs, a resampling or a standard
+    error would call the mean certain; there a prompt counts as one trial, the fewest that values in [0, 1] are worth.
+
+    Args:
+        values: One per prompt, in [0, 1], (n,): the mean over the prompt's samples.
+        most: Trials at most: the samples of all prompts together, where each is 0 or 1.
+        level: Confidence, in (0, 1).
+
+    Raises:
+        ValueError: If there is no value, or one isn't in [0, 1].
+    """
+    if not len(values) or not in_unit_interval(values):
+        raise ValueError("expected at least one value, each in [0, 1]")
+    low, high = score_bounds(values, most=most, level=level)
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def score_bounds(values: Values, *, most: float = math.inf, level: float = LEVEL) -> tuple[Values, Values]:
+    """Return the bounds of `score_interval` for many sets of values at once, (..., n) → (...) and (...)."""
+    n = values.shape[-1]
+    mean = values.mean(axis=-1)
+    squares = ((values - mean[..., None]) ** 2).sum(axis=-1)
+    # Rounding leaves crumbs of a variance where all values are one.
+    differs = squares > 1e-12 * n
+    worth = np.divide(n * (n - 1) * mean * (1 - mean), squares, out=np.full(np.shape(mean), float(n)), where=differs)
+    return _score_bounds(mean, np.clip(worth, n, max(n, most)), level)
+
+
+def in_unit_interval(values: Values) -> bool:
+    """Return whether all values are from 0 to 1."""
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def _score_bounds(rate: Values, n: Values, level: float) -> tuple[Values, Values]:
+    z = NormalDist().inv_cdf(0.5 + level / 2)
     centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    # The bounds at 0 and n successes are 0 and 1 exactly; rounding must not say otherwise.
-    return Interval(rate, max(0.0, min(centre - half, rate)), min(1.0, max(centre + half, rate)))
+    half = z / (1 + z**2 / n) * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    # The bounds at rates of 0 and 1 are 0 and 1 exactly; rounding must not say otherwise.
+    return np.clip(centre - half, 0, rate), np.clip(centre + half, rate, 1)
 
 
 def bootstrap(
@@ -95,24 +135,8 @@ def bootstrap(
 
 
 def mean_interval(values: Values, *, seed: int = 0) -> Interval:
-    """Return the bootstrap interval of a mean over prompts, values (n,)."""
+    """Return the bootstrap interval of a mean over prompts, values (n,), that no range bounds."""
     return bootstrap(lambda x: x.mean(axis=-1), values, seed=seed)
-
-
-def paired_difference(ours: Values, theirs: Values, *, seed: int = 0) -> Interval:
-    """Return the paired bootstrap interval of a difference of means over the same prompts.
-
-    Args:
-        ours: One value per prompt, (n,).
-        theirs: Of the other model, prompt by prompt.
-        seed: Of the resampling.
-
-    Raises:
-        ValueError: If the two aren't of one length.
-    """
-    if ours.shape != theirs.shape:
-        raise ValueError(f"{len(ours)} and {len(theirs)} values; a paired difference needs the same prompts")
-    return mean_interval(ours - theirs, seed=seed)
 
 
 def t_interval(values: Values, *, level: float = LEVEL) -> Interval:
@@ -154,7 +178,7 @@ def mean_ellipse(points: Values, *, level: float = LEVEL, corners: int = 72) -> 
 
 
 def paired_p_value(ours: Values, theirs: Values) -> float:
-    """Return the two-sided p-value of a paired t-test over runs, (n,) each; 1 when no run differs."""
+    """Return the two-sided p-value of a paired t-test over runs or prompts, (n,) each; 1 when none differs."""
     differences = ours - theirs
     if not differences.any():
         return 1.0
@@ -184,28 +208,24 @@ def harmonic_mean(a: Values, b: Values) -> Values:
     return result
 
 
-def mcnemar_p_value(ours: Values, theirs: Values) -> float:
-    """Return the two-sided p-value of McNemar's exact test on the prompts where two models differ.
+def combined(
+    of: Callable[..., Values], *parts: tuple[ArrayLike, ArrayLike, ArrayLike]
+) -> tuple[Values, Values, Values]:
+    """Return a function of independent estimates with its bounds, by squaring and adding their margins.
+
+    A bound's distance from the value is the root of the sum of squares of how far the function goes when one estimate
+    after the other is put at its bound (Zou and Donner 2008; Newcombe's interval of a difference is one). So it has
+    their good bounds, where a resampling would call what never differed certain.
 
     Args:
-        ours: 0 or 1 for each prompt, (n,).
-        theirs: Of the other model, prompt by prompt.
-
-    Returns:
-        1 when no prompt differs.
+        of: Increasing in each argument.
+        parts: Independent estimates, each with its lower and upper bound, (...); one for each argument.
     """
-    gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    low, value, high = (np.array([part[side] for part in parts], dtype=np.float64) for side in (1, 0, 2))
+    found = of(*value)
 
+    def margin(bounds: Values) -> Values:
+        moved = np.array([of(*value[:i], bounds[i], *value[i + 1 :]) for i in range(len(parts))])
+        return np.asarray(np.sqrt(((moved - found) ** 2).sum(axis=0)))
 
-def verdict_on(difference: Interval, *, higher_is_better: bool, p_value: float | None = None) -> DifferenceVerdict:
-    """Put a difference in words: only an interval that excludes 0 tells two models apart.
-
-    Args:
-        difference: With its interval.
-        higher_is_better: Which way is good.
-        p_value: Of a test that must agree at 5 %, where the interval alone would say too much.
-    """
-    if difference.low <= 0 <= difference.high or (p_value is not None and p_value >= SIGNIFICANT):
-        return "not distinguishable"
-    return "better" if (difference.low > 0) == higher_is_better else "worse"
+    return found, found - margin(low), found + margin(high)

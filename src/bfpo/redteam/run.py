@@ -217,7 +217,7 @@ def _train(recipe: RedteamRecipe, model: RedteamModel, files: Sequence[Path], ou
 
 
 def _check_training(recipe: TrainRecipe) -> None:
-    from bfpo.losses import make_loss
+    from bfpo.loss_options import make_loss
     from bfpo.training.arguments import training_arguments
 
     make_loss(recipe.loss)

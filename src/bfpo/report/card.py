@@ -6,9 +6,10 @@ from pathlib import Path
 from bfpo.errors import DataError
 from bfpo.files import write_text
 from bfpo.report.judged import agreements, heat_map, warnings_of_results
+from bfpo.report.making import calibration
 from bfpo.report.markdown import agreement_table, judged_table, plain, said, table
 from bfpo.report.run_files import Run, read_runs
-from bfpo.report.words import MISSING
+from bfpo.report.words import CORRECTED_MEANS, MISSING
 
 BEGIN, END = "<!-- bfpo card: begin -->", "<!-- bfpo card: end -->"
 LIMITS = (
@@ -39,6 +40,8 @@ def card_section(folder: Path) -> str:
         for judge in results.judges
     ]
     parts += ["### Judges", table(("judge", "revision", "labelled the training data"), judges)]
+    if corrected := calibration(run):
+        parts += [plain(CORRECTED_MEANS), f"Corrected by: {plain(corrected)}."]
     if agreements([run]):
         parts.append(agreement_table([run]))
     if heat := heat_map([run]):

@@ -22,11 +22,13 @@ from bfpo.report.judged import (
 )
 from bfpo.report.making import facts, label_table, warnings
 from bfpo.report.markdown import as_markdown
+from bfpo.report.pairs import pairs
 from bfpo.report.plane import Stand, front, plane, stands
 from bfpo.report.run_files import Run, read_runs
 from bfpo.report.samples import ANY_PER_KIND, FAILURES_PER_KIND, sample_groups
 from bfpo.report.story import stories
 from bfpo.report.tables import comparisons_csv, groups, metrics_csv
+from bfpo.report.words import CORRECTED_MEANS
 
 PAGE, TEXT, FIGURE = "report.html", "report.md", "pareto.svg"
 METRICS, COMPARISONS = "metrics.csv", "comparisons.csv"
@@ -35,6 +37,8 @@ FILES = (PAGE, TEXT, FIGURE, METRICS, COMPARISONS)
 MOST_NAMES = 6
 # With more runs than this, a run is a row of the tables.
 MOST_COLUMNS = 3
+# More pairs than this are folded.
+MOST_PAIRS = 10
 GENERATOR = b'<meta name="generator" content="bfpo">'
 
 
@@ -120,8 +124,11 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         told=warnings_of_results(runs),
         by_judge=by_judge(runs),
         judge_columns=_heads(runs),
+        corrected_means=CORRECTED_MEANS if any(run.results.calibration for run in runs) else "",
         heat=heat_map(runs),
         agreements=agreements(runs),
+        pairs=pairs(runs),
+        most_pairs=MOST_PAIRS,
         numbered=len(found) > MOST_NAMES,
         many=len(runs) > MOST_COLUMNS,
         warnings=warnings(runs),
@@ -130,6 +137,7 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         off_plane=[run.name for index, run in enumerate(runs) if index not in {one.place for one in found}],
         groups=groups(runs),
         n_comparisons=sum(one.verdict is not None for run in runs[1:] for one in run.results.comparisons),
+        has_undecided=any(one.least is not None for run in runs for one in run.results.metrics),
         interval_kinds=_interval_kinds(runs),
         curves=[drawn for index, run in enumerate(runs) if (drawn := curves(run, index))],
         label_tables=[table for run in runs if (table := label_table(run))],

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from bfpo.evaluation.results import Metric
 from bfpo.protocols import KINDS
 from bfpo.report.run_files import Run
-from bfpo.report.tables import Key, Value
+from bfpo.report.tables import Key, Value, value
 from bfpo.report.words import MISSING, TASKS, interval, measure, number
 
 MAIN = (
@@ -16,6 +16,7 @@ MAIN = (
     ("benign", "over_refusal"),
     ("lookalike", "over_refusal"),
 )
+CORRECTED = "_corrected"
 # Most of the colour that a cell of the heat map takes on: the number on it stays readable.
 DEEPEST = 40
 
@@ -25,7 +26,7 @@ class ByJudge(NamedTuple):
 
     Args:
         place: Of the run on the page.
-        judge: Its name.
+        judge: Its name, or its name and that they are corrected for what it gets wrong.
         circular: Whether it labelled what the model was trained on.
         values: One per column.
     """
@@ -85,21 +86,15 @@ def by_judge(runs: Sequence[Run]) -> list[ByJudge]:
         for judge in run.results.judges:
             name = str(judge.get("name", ""))
             of = {(one.suite, one.task, one.metric): one for one in run.results.metrics if _is(one, name)}
-            values = [value(of.get(key)) for key in columns(runs)]
-            if any(one.value != MISSING for one in values):
-                found.append(ByJudge(place, name, bool(judge.get("circular")), values))
+            for called, ending in ((name, ""), (f"{name}, corrected", CORRECTED)):
+                metrics = [of.get((suite, task, metric + ending)) for suite, task, metric in columns(runs)]
+                if any(one is not None for one in metrics):
+                    found.append(ByJudge(place, called, bool(judge.get("circular")), [value(one) for one in metrics]))
     return found
 
 
 def _is(one: Metric, judge: str) -> bool:
     return one.judge == judge and one.category is None
-
-
-def value(metric: Metric | None) -> Value:
-    """Return a metric as texts; dashes where there is none."""
-    if metric is None:
-        return Value(MISSING, "", 0)
-    return Value(number(metric.value), interval(metric.low, metric.high), metric.unscored)
 
 
 def heat_map(runs: Sequence[Run]) -> list[Heat]:

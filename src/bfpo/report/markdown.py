@@ -5,8 +5,10 @@ from collections.abc import Iterable, Sequence
 
 from bfpo.report.judged import agreements, by_judge, column_name, columns, heat_map, warnings_of_results
 from bfpo.report.making import facts, warnings
+from bfpo.report.pairs import pairs
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Value, groups
+from bfpo.report.words import CORRECTED_MEANS
 
 MARK = "<!-- made by bfpo report -->"
 
@@ -28,7 +30,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def said(value: Value) -> str:
     """Return a number with its interval and what is undecided."""
-    undecided = f" ({value.unscored} undecided)" if value.unscored else ""
+    undecided = f" ({value.undecided})" if value.undecided else ""
     return f"{value.value} {value.interval}".strip() + undecided
 
 
@@ -50,6 +52,25 @@ def agreement_table(runs: Sequence[Run]) -> str:
     return table(heads, agreements(runs))
 
 
+def pair_parts(runs: Sequence[Run]) -> list[str]:
+    """Return what each run is to each earlier one; nothing for one run."""
+    every = pairs(runs)
+    if not every.rows:
+        return []
+    rows = []
+    for row in every.rows:
+        axes = [
+            f"{what}: {found.value} {found.interval} {found.verdict}, p {p_value}"
+            for what, found, p_value in (row.safety, row.helpfulness)
+        ]
+        rows.append((row.run, row.verdict, row.against, *axes))
+    told = f"p-values of {every.tests} tests, adjusted together (Holm)."
+    if every.left_out:
+        told += f" Nothing is said of {'; '.join(every.left_out)}."
+    heads = ("run", "is", "against", "safety", "helpfulness")
+    return ["## Pairs of runs", table(heads, rows), plain(told)]
+
+
 def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     """Return the report as Markdown.
 
@@ -64,7 +85,11 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     told = [f"{names}: {text}" if names else text for names, text in warnings_of_results(runs)] + warnings(runs)
     parts += [f"> **Note.** {plain(text)}" for text in told]
     parts.append("Brackets are 95 % intervals over prompts; they say nothing about training again with another seed.")
-    parts += ["## By judge", judged_table(runs), "## All metrics, by the first judge"]
+    parts += pair_parts(runs)
+    parts += ["## By judge", judged_table(runs)]
+    if any(run.results.calibration for run in runs):
+        parts.append(plain(CORRECTED_MEANS))
+    parts.append("## All metrics, by the first judge")
     for group in groups(runs):
         parts.append(f"### {plain(group.label)}")
         heads = ("metric", *(run.name for run in runs), "prompts")

@@ -9,8 +9,10 @@ from typing import Any
 
 from bfpo.data.rows import read_rows
 from bfpo.errors import DataError
+from bfpo.evaluation.pairs import Measurements, pooled
 from bfpo.evaluation.results import FILE_NAME, Comparison, Metric, Results, read_results
-from bfpo.protocols import Completion, Prompt, Verdict
+from bfpo.evaluation.scoring import Judged, measure
+from bfpo.protocols import Completion, Key, Prompt, Verdict
 from bfpo.recipe import Source
 from bfpo.stages import read_completions, read_prompt_file, read_verdicts
 
@@ -39,6 +41,7 @@ class Run:
         results: What its evaluation found.
         prompts: Prompt id → prompt.
         answers: Prompt id → first answer; empty unless prompts, completions and verdicts are all there.
+        measurements: What each judge that read all answers measured on them, the first judge before the others.
         record: `run.json`.
         log: Lines of `metrics.jsonl`, in order.
         recipe: `recipe.resolved.yaml`.
@@ -48,6 +51,7 @@ class Run:
     results: Results
     prompts: Mapping[str, Prompt]
     answers: Mapping[str, Answer]
+    measurements: Sequence[Measurements]
     record: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
     recipe: str
@@ -131,33 +135,37 @@ def _names(given: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
 def _read_run(folder: Path, results: Results, name: str) -> Run:
     where = _evaluation_folder(folder)
-    prompts, answers = _answers(where)
+    prompts, answers, measurements = _answers(where, name)
     log, recipe = folder / "metrics.jsonl", folder / "recipe.resolved.yaml"
     return Run(
         name=name,
         results=results,
         prompts=prompts,
         answers=answers,
+        measurements=measurements,
         record=_record(folder / "run.json"),
         log=[_log_line(row.values, row.where) for row in read_rows(Source(path=str(log)))] if log.is_file() else [],
         recipe=_text(recipe) if recipe.is_file() else "",
     )
 
 
-def _answers(folder: Path) -> tuple[dict[str, Prompt], dict[str, Answer]]:
+def _answers(folder: Path, run: str) -> tuple[dict[str, Prompt], dict[str, Answer], list[Measurements]]:
     files = [folder / kind.file_name for kind in (Prompt, Completion, Verdict)]
     if not all(file.is_file() for file in files):
-        return {}, {}
+        return {}, {}, []
     prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(files[0]))}
     verdicts: dict[str, list[Verdict]] = {}
+    by_judge: dict[str, dict[Key, Verdict]] = {}
     # The first judge's file, then each further judge's.
     for file in (files[2], *sorted(folder.glob("verdicts-*.jsonl"))):
         for verdict in read_verdicts(file):
+            by_judge.setdefault(f"{verdict.judge}@{verdict.revision}", {})[verdict.key] = verdict
             if verdict.sample == FIRST_SAMPLE:
                 verdicts.setdefault(verdict.prompt_id, []).append(verdict)
     answers = {}
-    for completion in read_completions(files[1]):
-        if completion.sample != FIRST_SAMPLE or completion.prompt_id not in prompts:
+    completions = [one for one in read_completions(files[1]) if one.prompt_id in prompts]
+    for completion in completions:
+        if completion.sample != FIRST_SAMPLE:
             continue
         about = tuple(verdicts.get(completion.prompt_id, ()))
         if not about or any(verdict.text_hash != completion.text_hash for verdict in about):
@@ -166,7 +174,16 @@ def _answers(folder: Path) -> tuple[dict[str, Prompt], dict[str, Answer]]:
                 f"{files[2]}: the verdict on '{completion.prompt_id}' is {found}; judge the answers again"
             )
         answers[completion.prompt_id] = Answer(completion, about)
-    return prompts, answers
+    measurements = []
+    for judge, said in by_judge.items():
+        judged = [Judged(one, said[one.key]) for one in completions if one.key in said]
+        if len(judged) == len(completions) and all(_is_about(one) for one in judged):
+            measurements.append(pooled(run, judge, measure(prompts.values(), judged)))
+    return prompts, answers, measurements
+
+
+def _is_about(judged: Judged) -> bool:
+    return judged.verdict.text_hash == judged.completion.text_hash
 
 
 def _log_line(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:

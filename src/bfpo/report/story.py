@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bfpo.evaluation.results import Comparison, Metric
+from bfpo.evaluation.results import Comparison
 from bfpo.report.run_files import Run
-from bfpo.report.tables import Key, Value, keys
-from bfpo.report.words import TASKS, interval, measure, number
+from bfpo.report.tables import Key, Value, keys, value
+from bfpo.report.words import TASKS, measure, number
 
 MAIN = (
     ("harmful", "safety", "Safety on {n} harmful {held_out}prompts"),
@@ -97,17 +97,13 @@ def _sentence(run: Run, base: Run | None, key: Key) -> Sentence | None:
     template = next(text for kind, metric, text in MAIN if (kind, metric) == (task, name))
     subject = template.format(n=f"{after.n:,}", held_out="held-out " if suite in HELD_OUT_SUITES else "")
     if base is None or before is None or before.value is None:
-        return Sentence(subject, "is", None, _value(after), "")
+        return Sentence(subject, "is", None, value(after), "")
     found = run.versus(base, key)
     verdict = (found.verdict if found else None) or ""
     verb = "was"
     if found and verdict in ("better", "worse"):
         verb = "rose" if found.difference > 0 else "fell"
-    return Sentence(subject, verb, _value(before), _value(after), verdict)
-
-
-def _value(metric: Metric) -> Value:
-    return Value(number(metric.value), interval(metric.low, metric.high), metric.unscored)
+    return Sentence(subject, verb, value(before), value(after), verdict)
 
 
 def _phrase(run: Run, base: Run, found: Comparison) -> str:

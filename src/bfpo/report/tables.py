@@ -22,12 +22,12 @@ class Value(NamedTuple):
     Args:
         value: As text.
         interval: As text; "" when there is none.
-        unscored: Answers without a verdict on it.
+        undecided: How many answers have no verdict on it, and how far that reaches, as text; "" for none.
     """
 
     value: str
     interval: str
-    unscored: int
+    undecided: str
 
 
 class Difference(NamedTuple):
@@ -114,17 +114,21 @@ def _row(runs: Sequence[Run], key: Key, name: str) -> Row:
         called.label,
         called.hint,
         better,
-        [_value(one) for one in metrics],
+        [value(one) for one in metrics],
         strip(name, metrics) if called.unit_interval else None,
         [_difference(run.versus(runs[0], key)) for run in runs[1:]],
         DASH.join(f"{count:,}" for count in (counts[0], counts[-1])[: len(counts)]),
     )
 
 
-def _value(metric: Metric | None) -> Value:
+def value(metric: Metric | None) -> Value:
+    """Return a metric as texts; a dash where there is none."""
     if metric is None:
-        return Value(number(None), "", 0)
-    return Value(number(metric.value), interval(metric.low, metric.high), metric.unscored)
+        return Value(number(None), "", "")
+    undecided = f"{metric.unscored:,} undecided" if metric.unscored else ""
+    if metric.least is not None and metric.most is not None:
+        undecided += f": {number(metric.least)} to {number(metric.most)}"
+    return Value(number(metric.value), interval(metric.low, metric.high), undecided)
 
 
 def _difference(found: Comparison | None) -> Difference:

@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 
 from bfpo.errors import DataError
+from bfpo.evaluation.paired import DifferenceVerdict, verdict_on
 from bfpo.evaluation.results import read_results
 from bfpo.evaluation.statistics import (
-    DifferenceVerdict,
     Interval,
     Values,
     holm,
     mean_ellipse,
     paired_p_value,
     t_interval,
-    verdict_on,
 )
 from bfpo.files import write_json, write_text
 from bfpo.report.drawing import Drawing
