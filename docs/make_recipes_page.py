@@ -219,7 +219,8 @@ LOSS = """
 
 `name` and the fields of that loss, or `package.module:Class` for your own subclass of `bfpo.losses.PairLoss`. The
 equations stand in [method.md](method.md). For `bfpo` the four labels can be given directly:
-`table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`.
+`table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`, or by a name: `table: helpful_ties` is (0.5, 1, -0.5, 0.5); what it
+was better at, and what it costs, stands in [testbed.md](testbed.md).
 """.strip()
 TRAINER = """
 ## `trainer:`

@@ -10,7 +10,8 @@ import torch
 from bfpo import bfpo_loss, recipe
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
 from bfpo.evaluation import comparing, scoring
-from bfpo.losses import BFPO, LOSSES, make_loss
+from bfpo.loss_options import make_loss
+from bfpo.losses import BFPO, LOSSES
 from bfpo.pairs import COLUMNS
 from bfpo.recipe import Source, TrainRecipe
 from bfpo.recipe_reading import check_recipe, parse_yaml
@@ -150,6 +151,29 @@ def test_the_words_on_the_comparison_are_those_of_its_results():
     assert sum(primary["shared", variant]["mean"][0] > mean for variant in tuned) > len(tuned) / 2
 
 
+def test_the_numbers_of_the_red_team_circle_are_those_of_its_study():
+    study = json.loads((ROOT / "benchmarks/results/redteam.json").read_text())
+    page = (ROOT / "docs/redteam.md").read_text()
+    metrics = ("harmful/safety", "benign/helpfulness", "lookalike/over_refusal", "all/harmonic_mean")
+    shown = {"base": "base", "oracle": "oracle", "linear": "`linear`", "linear_by_rule": "`linear`, benign by rule"}
+    for seed in study["seeds"]:
+        for name, words in shown.items():
+            numbers = seed["measured-base" if name == "base" else f"measured-trained-{name}"]
+            facts = seed.get(name.removesuffix("_by_rule"))
+            pairs = f"{facts['pairs']} ({facts['share_of_pairs']:.1%})" if facts else ""
+            cells = [
+                str(seed["seed"]),
+                words,
+                pairs,
+                *("{:.2f} [{:.2f}, {:.2f}]".format(*numbers[m]) for m in metrics),
+            ]
+            assert f"| {' | '.join(cells)} |" in page
+        for kind, what in (("benign", "safe called unsafe"), ("harmful", "unsafe called safe")):
+            counts = seed["linear"]["mistakes"][kind]
+            assert f"{counts[what]} of {counts['answers']}" in page
+    assert study["command"] in page
+
+
 def test_the_ablations_on_the_page_are_those_of_their_results():
     page = (ROOT / "docs" / "testbed.md").read_text()
     lines = json.loads((ROOT / "benchmarks/results/testbed/ablations/comparison.json").read_text())["lines"]
@@ -208,3 +232,54 @@ def test_the_coverage_on_the_page_is_that_of_the_study(monkeypatch):
     ]
     assert len(kinds) > 6
     assert [kind for kind in kinds if f"`{kind}`" not in page] == []
+
+
+def test_the_numbers_of_the_correction_are_those_of_its_study():
+    study = json.loads((ROOT / "benchmarks/results/judge_error.json").read_text())
+    page = (ROOT / "docs/judging.md").read_text()
+    designs = study["designs"]
+    own, new, other = (designs[name] for name in ("same_model", "same_model_new_judge", "other_models"))
+    for found in (own, new, other):
+        mean = found["mean"]
+        covered = f"{mean['judge_covered']:.1%} → {mean['covered']:.1%}"
+        first = f"{found['judge_covered_of_10_main']} → {found['covered_of_10_main']}"
+        width = f"{mean['judge_width']:.3f} → {mean['width']:.3f}"
+        assert f"| {first} | {covered} | {found['fewest_covered_of_10']} | {width} |" in page
+    assert f"mean of {study['seeds']} splits" in page
+    for ours, theirs in zip(own["main_split"], other["main_split"], strict=True):
+        cells = [ours["model"], ours["question"].replace("_", "-"), f"{ours['people']:.2f}"]
+        cells += ["{:.2f} [{:.2f}, {:.2f}]".format(*ours[name]) for name in ("judge", "corrected")]
+        cells += [f"{theirs['people']:.2f}", "{:.2f} [{:.2f}, {:.2f}]".format(*theirs["corrected"])]
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {' | '.join(cells)}")]
+        assert ("**missed**" in line) == (not theirs["covered"])
+        assert ("doesn't fit" in line) == (theirs["covered"] and not theirs["fits"])
+    one = other["by_rate"]["mistralinstruct/compliance"]
+    assert (
+        f"holds people's rate in {one['covered']:.0%} of the\nsplits, no correction in {one['judge_covered']:.0%}"
+        in page
+    )
+    found = [
+        next(
+            row
+            for row in design["main_split"]
+            if (row["model"], row["question"]) == ("mistralinstruct", "compliance")
+        )
+        for design in (new, other)
+    ]
+    assert (
+        "finds {:.0%} of its refusals on the calibration third, {:.0%} of the\nothers'".format(
+            *(row["errors"]["specificity"] for row in found)
+        )
+        in page
+    )
+    cells = study["simulation"]["cells"]
+    for name in ("corrected", "bootstrap", "prediction_powered"):
+        covered = [cell[name]["coverage"] for cell in cells]
+        assert f"{min(covered):.1%} to {max(covered):.1%}" in page
+    assert f"in as few as {min(cell['judge']['coverage'] for cell in cells):.1%}" in page
+    assert f"{own['mean']['powered_covered']:.1%} at a width of {own['mean']['powered_width']:.3f}" in page
+    # On its own answers nine of ten at least; across models it fails.
+    assert own["covered_of_10_main"] >= 9
+    assert other["mean"]["covered"] < 0.9 < own["mean"]["covered"]
+    assert {cell["truth"] for cell in cells if cell["corrected"]["coverage"] < 0.94} == {0.02}
+    assert "below 94 % only at a rate\nof 2 %" in page

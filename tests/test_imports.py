@@ -1,9 +1,9 @@
 """Who may import whom (docs/design.md), read from the source, and how fast the command line answers."""
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ LAYERS = [
     ("labeling", "recipe", "terminal"),
     ("recipe_reading",),
     ("losses", "theory"),
-    ("data",),
+    ("loss_options", "data"),
     ("stages",),
     ("evaluation",),
     ("model", "report"),
@@ -90,10 +90,12 @@ def test_first_answer_is_fast_and_loads_no_torch(command):
     script += "except SystemExit:\n    pass\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
+    for _ in range(3):
+        # Time of the processor: what else the machine does must not decide.
+        began = os.times()
         subprocess.run([sys.executable, *command], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - began)
+        ended = os.times()
+        seconds.append(ended.children_user + ended.children_system - began.children_user - began.children_system)
     assert min(seconds) < 0.6
 
 

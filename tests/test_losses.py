@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfpo.errors import DataError, RecipeError
+from bfpo.loss_options import make_loss
 from bfpo.losses import (
     BFPO,
     DPO,
@@ -21,7 +22,6 @@ from bfpo.losses import (
     PairLogps,
     SafeDPO,
     bfpo_loss,
-    make_loss,
 )
 from bfpo.pairs import SafetyLabels
 
@@ -259,6 +259,7 @@ def test_impossible_beta_is_refused(name, beta):
         ({"name": "bfpo", "b1": 5, "table": {"ss": 1, "su": 1, "us": 1, "uu": 1}}, "'table' replaces"),
         ({"name": "bfpo", "table": {"ss": 1, "su": 1, "us": 1}}, "expected four numbers"),
         ({"name": "bfpo", "table": {"ss": 1, "su": 1, "us": 1, "uu": "x"}}, "loss.table.uu is 'x'"),
+        ({"name": "bfpo", "table": "helpful"}, r"or a name \(helpful_ties\)"),
         ({"name": "dpo", "label_smoothing": 0.5}, "label_smoothing is 0.5"),
         ({"name": "modpo", "weight": 0}, "weight is 0"),
         ({"name": "safe_dpo", "delta": -1}, "delta is -1"),
@@ -276,6 +277,8 @@ def test_recipe_options_build_the_loss():
     assert make_loss({"name": "bfpo", "beta": 0.1, "b1": 5, "alpha": 0}) == BFPO(beta=0.1, b1=5, alpha=0)
     table = {"ss": 0.5, "su": 1, "us": -1, "uu": 0}
     assert make_loss({"table": table}).labeling.uu == 0
+    named = make_loss({"table": "helpful_ties"}).labeling
+    assert [named(*bits) for bits in ((1, 1), (1, 0), (0, 1), (0, 0))] == [0.5, 1, -0.5, 0.5]
 
 
 def test_a_loss_of_ones_own_is_named_by_its_import_path(tmp_path, monkeypatch):

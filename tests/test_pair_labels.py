@@ -84,15 +84,23 @@ def test_the_file_trains_and_names_its_judges(tmp_path, pairs_file):
     assert facts["assumed_safe"] == {"pairs_with_an_unsafe_answer": 5, "unsafe_answers": 6, "answers": 18}
 
 
-def test_a_killed_run_judges_no_row_twice(tmp_path, pairs_file, monkeypatch):
-    monkeypatch.setattr("bfpo.stages._PIECE", 1)
-    monkeypatch.setattr("bfpo.pair_labels._PROBE", 1)
+def test_a_killed_run_judges_no_row_twice(tmp_path, pairs_file):
     with pytest.raises(KeyboardInterrupt):
         run(pairs_file, tmp_path / "a", "drop", WordJudge("lenient", LENIENT, left=11))
     again = WordJudge("lenient", LENIENT)
     killed, _ = run(pairs_file, tmp_path / "a", "drop", again)
-    assert again.judged == 1 + 32 - 10
+    assert again.judged == 32 - 11
     assert killed == run(pairs_file, tmp_path / "b", "drop", WordJudge("lenient", LENIENT))[0]
+
+
+def test_the_estimate_judges_nothing_twice(tmp_path, pairs_file, capsys):
+    judge = WordJudge("lenient", LENIENT)
+    assert label_pairs(Source(path=str(pairs_file)), [judge], tmp_path / "a", limit=20, estimate_only=True) is None
+    assert judge.judged == 32
+    assert "0 of 32 answers left to judge" in capsys.readouterr().out
+    run(pairs_file, tmp_path / "a", "drop", judge)
+    assert judge.judged == 32
+    assert "all 32 answers are judged already" in capsys.readouterr().out
 
 
 def test_agreement_and_flipped_bits_by_hand():

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, MistralConfig
 
 from bfpo.data.tokenise import chat_template
 from bfpo.files import write_jsonl
-from bfpo.losses import make_loss
+from bfpo.loss_options import make_loss
 from bfpo.recipe import SftRecipe, TextSection, TrainRecipe
 from bfpo.recipe_reading import check_recipe, read_recipe
 from bfpo.training.arguments import training_arguments

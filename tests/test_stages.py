@@ -125,6 +125,9 @@ def test_damage_before_the_last_line_is_an_error(tmp_path):
     path.write_text(path.read_text() + '{"a": ')
     assert repaired_jsonl(path) == [{"a": 1}, {"a": 2}]
     assert path.read_text().endswith('{"a": 2}\n')
+    path.write_text('{"a": 1}\n{"a": 2}')
+    assert repaired_jsonl(path) == [{"a": 1}, {"a": 2}], "an editor took the last line's end"
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
     path.write_text('{"a": 1}\n{"a\n{"a": 3}\n')
     with pytest.raises(DataError, match="row 2: not JSON"):
         repaired_jsonl(path)

@@ -114,10 +114,16 @@ def generate(
         str | None, typer.Option(help="http://host:port/v1: CHECKPOINT is the model's name on that server.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time, with --server.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Longest time for a server's answer, in seconds.")] = 120.0,
+    tries: Annotated[int, typer.Option(min=1, help="Requests to a server for one answer at most.")] = 6,
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the server's key.")] = "OPENAI_API_KEY",
+    max_unanswered: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of answers that may be missing: too long, or the server fails.")
+    ] = 0.1,
 ) -> None:
     """Answer prompts with a checkpoint or a server's model, into a file of completions."""
     from bfpo.protocols import Engine, Sampling
-    from bfpo.stages import generate_completions, read_prompt_file
+    from bfpo.stages import generate_most, read_prompt_file, show_faults, show_unanswered
     from bfpo.terminal import say
 
     sampling = Sampling(samples, temperature, top_p, max_new_tokens, seed)
@@ -127,12 +133,21 @@ def generate(
     if server is not None:
         from bfpo.generation.openai_server import ServerEngine, ServerOptions
 
-        engine = ServerEngine(ServerOptions(server, checkpoint, concurrency), sampling)
+        options = ServerOptions(
+            server, checkpoint, concurrency, timeout=timeout, tries=tries, key_variable=key_variable
+        )
+        engine = ServerEngine(options, sampling)
     else:
         from bfpo.generation.in_process import load_engine
 
         engine = load_engine(checkpoint, sampling, dtype=dtype)
-    found = generate_completions(engine, asked, out, samples=samples)
+    try:
+        found, lost = generate_most(
+            engine, asked, out, samples=samples, most_unanswered=max_unanswered * len(asked) * samples
+        )
+    finally:
+        show_faults(engine.faults)
+    show_unanswered(lost)
     cut = sum(completion.finish_reason == "length" for completion in found)
     say(f"{len(found)} completions of {len(asked)} prompts in {out}; {cut} were cut at {max_new_tokens} tokens")
 

@@ -92,7 +92,8 @@ def read_data_recipe(path: Path, overrides: list[str]) -> DataRecipe:
 
 
 def _labels_of(recipe: TrainRecipe) -> tuple[LabelingFunction | None, float]:
-    from bfpo.losses import BFPO, make_loss
+    from bfpo.loss_options import make_loss
+    from bfpo.losses import BFPO
 
     loss = make_loss(recipe.loss)
     return (loss.labeling if isinstance(loss, BFPO) else None), loss.beta

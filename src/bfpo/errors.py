@@ -6,6 +6,7 @@ prints the message without a traceback and exits with the class's `exit_code`.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
 
@@ -54,20 +55,23 @@ class GateViolated(BfpoError):
 
 
 class Unanswered(BfpoError):
-    """A server left some completions unanswered; those it gave are kept.
+    """An engine left some completions unanswered; those it gave are kept.
 
     Args:
         failed: (prompt's id, sample's number) → why.
         asked: Completions asked for.
+        refused: Those of `failed` that would fail again, such as a prompt too long for the model.
     """
 
-    def __init__(self, failed: dict[tuple[str, int], str], asked: int) -> None:
+    def __init__(
+        self, failed: dict[tuple[str, int], str], asked: int, *, refused: Iterable[tuple[str, int]] = ()
+    ) -> None:
         reasons = ", ".join(f"{count} of {why}" for why, count in Counter(failed.values()).most_common())
         super().__init__(
             f"{len(failed)} of {asked} completions were not had: {reasons}; the first is of prompt "
             f"'{next(iter(failed))[0]}'. The others are kept: the same command asks for the missing ones alone"
         )
-        self.failed = failed
+        self.failed, self.refused = failed, frozenset(refused)
 
 
 class MissingExtra(BfpoError, ImportError):

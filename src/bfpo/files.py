@@ -52,6 +52,8 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def repaired_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file that `append_jsonl` wrote, after cutting off a half-written last line.
 
+    A whole last line that lacks only its end, as some editors leave it, is kept.
+
     Args:
         path: The program's own file; if there is none, it holds nothing.
 
@@ -63,6 +65,8 @@ def repaired_jsonl(path: Path) -> list[dict[str, Any]]:
     content = path.read_bytes()
     whole, _, half = content.rpartition(b"\n")
     if half:
+        # The last character of an object is its brace: what was cut off anywhere before it isn't one.
+        whole = content if _is_object(half) else whole
         write_text(path, (whole + b"\n" if whole else b"").decode("utf-8"))
     rows = []
     for number, line in enumerate(whole.splitlines(), start=1):
@@ -74,6 +78,23 @@ def repaired_jsonl(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path} row {number}: not JSON ({error}); the file is damaged, remove it") from None
         rows.append(row)
     return rows
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def without_half_characters(text: str) -> str:
+    """Return a text whose lone surrogates are question marks: a file in UTF-8 can't hold them, JSON's escapes can."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def file_name(label: str) -> str:
+    """Return a label as part of a file's name: letters, digits and `-_.+` stay, all else is a dash."""
+    return "".join(letter if letter.isalnum() or letter in "-_.+" else "-" for letter in label)
 
 
 def content_hash(*parts: object) -> str:

@@ -102,3 +102,9 @@ class LabelingFunction:
             f"chosen safe       {self.ss:+13.4g}  {self.su:+15.4g}\n"
             f"chosen unsafe     {self.us:+13.4g}  {self.uu:+15.4g}"
         )
+
+
+TABLES = {"helpful_ties": LabelingFunction(ss=0.5, su=1.0, us=-0.5, uu=0.5)}
+"""Tables by name, beside the paper's. `helpful_ties`: of two answers of equal safety the more helpful one is
+preferred, also where both are unsafe, and a helpful unsafe answer is pushed below a safe one half as far.
+docs/testbed.md tells what it was better at, and what it cost."""

@@ -8,20 +8,15 @@ Notation: h is the margin, policy log-ratio gap minus reference log-ratio gap, i
 """
 
 import math
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from importlib import import_module
-from inspect import isabstract
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bfpo.errors import DataError, RecipeError, did_you_mean
+from bfpo.errors import DataError, RecipeError
 from bfpo.labeling import LabelingFunction
 from bfpo.pairs import SafetyLabels
 
@@ -135,7 +130,8 @@ class BFPO(PairLoss):
         b1: Weight of the chosen answer's safety; above 1. b3 = 1/(b1-1).
         b2: Constant in the bracket of the labeling function.
         alpha: Shift of all labels; 0.5 makes them antisymmetric in safety.
-        table: The four labels themselves, instead of b1, b2 and alpha.
+        table: The four labels themselves, instead of b1, b2 and alpha; a recipe may name one of
+            `bfpo.labeling.TABLES`.
 
     Source:
         Paper, supervised loss; official `src/alignment/trainer/bfpo.py` @a1febab (which has b2 = 0).
@@ -399,59 +395,6 @@ def bfpo_loss(
     safe = is_chosen_safe.to(chosen_logps), is_rejected_safe.to(chosen_logps)
     pairs = PairLogps(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *safe)
     return BFPO(beta=beta, b1=b1, alpha=alpha)(pairs)
-
-
-def make_loss(options: Mapping[str, Any]) -> PairLoss:
-    """Build a loss from a recipe's `loss` section.
-
-    Args:
-        options: `name` (a key of `LOSSES`, or `package.module:Class`) and the loss's hyper-parameters.
-
-    Raises:
-        RecipeError: If the name or a hyper-parameter is unknown, or a value isn't a number in its range.
-    """
-    values = dict(options)
-    name = values.pop("name", "bfpo")
-    if not isinstance(name, str):
-        raise RecipeError(f"loss.name is {name!r}; expected one of {', '.join(sorted(LOSSES))}, or 'module:Class'")
-    loss_class = _import_loss(name) if ":" in name else LOSSES.get(name)
-    if loss_class is None:
-        raise RecipeError(f"loss.name is '{name}'; {did_you_mean(name, list(LOSSES))}, or 'module:Class'")
-    known = {field.name for field in fields(loss_class)}
-    for key, value in values.items():
-        if key not in known:
-            raise RecipeError(f"loss.{key} is not an option of '{name}'; {did_you_mean(key, sorted(known))}")
-        if key == "table":
-            values[key] = _table(value)
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise RecipeError(f"loss.{key} is {value!r} ({type(value).__name__}); expected a number")
-    return loss_class(**values)
-
-
-def _table(value: object) -> LabelingFunction:
-    cells = {field.name for field in fields(LabelingFunction)}
-    if not isinstance(value, Mapping) or set(value) != cells:
-        raise RecipeError(f"loss.table is {value!r}; expected four numbers, {{ss: .., su: .., us: .., uu: ..}}")
-    for cell, number in value.items():
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise RecipeError(f"loss.table.{cell} is {number!r}; expected a number")
-    return LabelingFunction(**value)
-
-
-def _import_loss(path: str) -> type[PairLoss]:
-    module, _, name = path.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        # A loss of one's own usually lies beside the recipe.
-        sys.path.append(str(Path.cwd()))
-    try:
-        loss_class = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"loss.name is '{path}'; {error}") from error
-    if not (isinstance(loss_class, type) and issubclass(loss_class, PairLoss)):
-        raise RecipeError(f"loss.name is '{path}', which is not a subclass of bfpo.losses.PairLoss")
-    if isabstract(loss_class):
-        raise RecipeError(f"loss.name is '{path}', which doesn't define __call__")
-    return loss_class
 
 
 def _require(loss: PairLoss, name: str, holds: bool, allowed: str) -> None:

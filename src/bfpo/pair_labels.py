@@ -14,14 +14,14 @@ from typing import Any, Literal
 from bfpo.data.load import load_pairs
 from bfpo.data.prepare import cell_counts
 from bfpo.errors import DataError
-from bfpo.files import content_hash, write_json, write_jsonl
+from bfpo.files import content_hash, file_name, write_json, write_jsonl
 from bfpo.judging.calibration import kappa
 from bfpo.judging.ensemble import mean_p_safe
 from bfpo.labeling import LabelingFunction
 from bfpo.pairs import CELLS, PreferencePair, SafetyLabels
 from bfpo.protocols import Completion, Judge, Verdict
 from bfpo.recipe import Source
-from bfpo.stages import judge_completions
+from bfpo.stages import judge_completions, without_verdict
 from bfpo.terminal import say, show_table
 
 Policy = Literal["drop", "unsafe", "first", "error"]
@@ -31,7 +31,7 @@ POLICIES: dict[str, str] = {
     "first": "the first judge decides; where it is undecided the pair is left out",
     "error": "stop",
 }
-# Answers judged before the estimate of the time.
+# Answers judged for the estimate of the time; their verdicts are kept.
 _PROBE = 32
 
 
@@ -61,7 +61,7 @@ def label_pairs(
     beta: float = 0.01,
     estimate_only: bool = False,
 ) -> Labelled | None:
-    """Label the pairs of a source into `out/pairs.jsonl` and `out/label.json`; resumable to the piece of 64 answers.
+    """Label the pairs of a source into `out/pairs.jsonl` and `out/label.json`; resumable to the answer.
 
     Args:
         source: What to label; labels that it holds are kept for the comparison alone.
@@ -71,7 +71,7 @@ def label_pairs(
         limit: Pairs to take at most.
         labeling: For the targets; default the paper's.
         beta: For the targets.
-        estimate_only: Judge a few answers, tell what all would take, and stop.
+        estimate_only: Judge a few answers, tell what the others would take, and stop.
 
     Raises:
         DataError: If the source is malformed, nothing could be labelled, or the policy is `error` and judges differ.
@@ -80,13 +80,15 @@ def label_pairs(
     answers = {(index, side): as_completion(pair, side) for index, pair in enumerate(pairs) for side in (0, 1)}
     # The same answer in several pairs is judged once.
     distinct = list({completion.key: completion for completion in answers.values()}.values())
-    _estimate(judges, distinct)
+    files = [out / f"verdicts-{file_name(judge.name)}-{judge.revision}.jsonl" for judge in judges]
+    began = time.monotonic()
+    for judge, file in zip(judges, files, strict=True):
+        _estimate(judge, distinct, file)
     if estimate_only:
         return None
-    began = time.monotonic()
     verdicts = [
-        {one.key: one for one in judge_completions(judge, distinct, out / f"verdicts-{_file_name(judge)}.jsonl")}
-        for judge in judges
+        {one.key: one for one in judge_completions(judge, distinct, file)}
+        for judge, file in zip(judges, files, strict=True)
     ]
     labelled, left_out = [], Counter[str]()
     for index, pair in enumerate(pairs):
@@ -203,18 +205,18 @@ def _if_assumed(pairs: Sequence[PreferencePair]) -> dict[str, int]:
     }
 
 
-def _estimate(judges: Sequence[Judge], completions: Sequence[Completion]) -> None:
-    for judge in judges:
-        began = time.monotonic()
-        probe = completions[:_PROBE]
-        list(judge.judge(probe))
-        seconds = (time.monotonic() - began) / len(probe) * len(completions)
-        say(f"{judge.name}: {len(completions)} answers, about {seconds:.0f} s (from {len(probe)} of them)")
-
-
-def _file_name(judge: Judge) -> str:
-    safe = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in judge.name)
-    return f"{safe}-{judge.revision}"
+def _estimate(judge: Judge, completions: Sequence[Completion], file: Path) -> None:
+    missing = without_verdict(completions, file)
+    if not missing:
+        say(f"{judge.name}: all {len(completions)} answers are judged already")
+        return
+    probe, began = missing[:_PROBE], time.monotonic()
+    judge_completions(judge, probe, file)
+    took, left = time.monotonic() - began, len(missing) - len(probe)
+    say(
+        f"{judge.name}: {left} of {len(completions)} answers left to judge, about {took / len(probe) * left:.0f} s "
+        f"({len(probe)} took {took:.1f} s)"
+    )
 
 
 def _show(facts: dict[str, Any], labeling: LabelingFunction, beta: float, out: Path) -> None:

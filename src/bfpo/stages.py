@@ -4,23 +4,27 @@ A stage appends to `NAME.unfinished` while it works, and writes `NAME` at once, 
 nothing is missing. Killed at any moment it goes on where it was; called again it reuses what there is.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from bfpo.data.rows import read_prompts, read_rows, refuse_half_characters
-from bfpo.errors import DataError
+from bfpo.errors import DataError, Unanswered
 from bfpo.files import append_jsonl, repaired_jsonl, write_jsonl
 from bfpo.pairs import as_messages
-from bfpo.protocols import Completion, Engine, Judge, Key, Prompt, Verdict, prompt_id
+from bfpo.protocols import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
 from bfpo.recipe import Source
-from bfpo.terminal import counting
+from bfpo.terminal import counting, show_table
 
-Made = TypeVar("Made", Completion, Verdict)
+Made = TypeVar("Made", bound=FileRow)
+Key = TypeVar("Key", bound=Hashable)
 Name = TypeVar("Name")
 
-# Completions are judged in pieces of this size: no more is lost when a judge is killed.
+# Completions that a judge gets at a time: those that are models sort them by length and share their batches.
 _PIECE = 64
+# Ids of a kind that are printed.
+_SHOWN = 5
 
 
 def read_prompt_file(path: str) -> list[Prompt]:
@@ -77,7 +81,7 @@ def generate_completions(
                 f"is {engine.settings_hash}); choose another --out, or remove it"
             )
 
-    return _fill(
+    return fill(
         path,
         Completion,
         wanted,
@@ -86,6 +90,55 @@ def generate_completions(
         check=check,
         what="generating",
     )
+
+
+def generate_most(
+    engine: Engine, prompts: Sequence[Prompt], path: Path, *, samples: int = 1, most_unanswered: float
+) -> tuple[list[Completion], dict[str, str]]:
+    """Answer every prompt that can be answered, into a file of completions; see `generate_completions`.
+
+    A prompt that is too long for the model, or that a server fails on, is left out with all its samples; those that
+    were had stay in the file. The same call asks for the missing ones again.
+
+    Args:
+        engine: What answers.
+        prompts: Each with an id of its own.
+        path: `completions.jsonl`.
+        samples: Answers per prompt.
+        most_unanswered: Completions that may stay unanswered.
+
+    Returns:
+        Completions of the prompts that were answered, prompt by prompt; and prompt's id → why it was left out.
+
+    Raises:
+        Unanswered: If it were more.
+        DataError: As `generate_completions`.
+    """
+    try:
+        return generate_completions(engine, prompts, path, samples=samples), {}
+    except Unanswered as error:
+        if len(error.failed) > most_unanswered:
+            raise
+        lost = {name: why for (name, _), why in error.failed.items()}
+    answered = [prompt for prompt in prompts if prompt.prompt_id not in lost]
+    return generate_completions(engine, answered, path, samples=samples), lost
+
+
+def show_unanswered(lost: Mapping[str, str]) -> None:
+    """Print which prompts were left out and why, the first few by their ids."""
+    reasons = Counter(lost.values())
+    rows = []
+    for why, count in reasons.most_common():
+        names = [name for name, reason in lost.items() if reason == why]
+        rows.append((why, count, ", ".join(names[:_SHOWN]) + (", ..." if count > _SHOWN else "")))
+    if rows:
+        show_table("Prompts left unanswered", ("why", "prompts", "ids"), rows)
+
+
+def show_faults(faults: Counter[str]) -> None:
+    """Print what a server got wrong, if anything."""
+    if faults:
+        show_table("What the server got wrong; asked again, or mended", ("fault", "times"), faults.most_common())
 
 
 def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:
@@ -113,7 +166,7 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
         if done.key in wanted and done.text_hash != wanted[done.key].text_hash:
             raise DataError(f"{path}: the verdict on {done.key} is about another text; remove it")
 
-    return _fill(
+    return fill(
         path,
         Verdict,
         wanted,
@@ -124,10 +177,21 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
     )
 
 
+def without_verdict(completions: Sequence[Completion], path: Path) -> list[Completion]:
+    """Return the completions that a file of verdicts and its unfinished part hold no verdict on."""
+    rows = repaired_jsonl(path) + repaired_jsonl(_unfinished(path))
+    done = {Verdict.from_row(row).key for row in rows}
+    return [one for one in completions if one.key not in done]
+
+
 def judged_in_pieces(judge: Judge, completions: Sequence[Completion]) -> Iterator[list[Verdict]]:
-    """Judge completions a few at a time, in order: little is lost when it stops, and progress can be shown."""
+    """Judge completions a few at a time, in order; each verdict is handed over as soon as the judge gives it.
+
+    So what is lost when it is killed is the one answer, or the batch, that the judge was at.
+    """
     for start in range(0, len(completions), _PIECE):
-        yield list(judge.judge(completions[start : start + _PIECE]))
+        for verdict in judge.judge(completions[start : start + _PIECE]):
+            yield [verdict]
 
 
 def read_completions(path: Path) -> list[Completion]:
@@ -159,7 +223,7 @@ def _read(path: Path, kind: type[Made]) -> list[Made]:
     return made
 
 
-def _fill(
+def fill(
     path: Path,
     kind: type[Made],
     every: Iterable[Key],
@@ -169,9 +233,25 @@ def _fill(
     check: Callable[[Made], None],
     what: str,
 ) -> list[Made]:
-    """Bring a file to hold everything wanted; see the module."""
+    """Bring a file to hold everything wanted; see the module.
+
+    Args:
+        path: The file; what it or its unfinished part holds isn't made again.
+        kind: What its lines are.
+        every: Names of what is wanted.
+        key_of: Name of what was made.
+        make: Makes what is missing, in batches as they are done.
+        check: Raises when something that the file holds isn't of this run.
+        what: The work in a word, for the progress.
+
+    Returns:
+        What is wanted, in the order of its names.
+
+    Raises:
+        DataError: If something wanted wasn't made.
+    """
     wanted: list[Key] = list(every)
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = _unfinished(path)
     rows = (repaired_jsonl(path), repaired_jsonl(unfinished))
     done: dict[Key, Made] = {}
     for made in (kind.from_row(row) for part in rows for row in part):
@@ -193,6 +273,10 @@ def _fill(
         write_jsonl(path, (one.to_row() for one in result + others))
         unfinished.unlink(missing_ok=True)
     return result
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.unfinished")
 
 
 def _first_twice(names: Iterable[Name]) -> Name | None:

@@ -13,11 +13,11 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from bfpo.cli import app
-from bfpo.errors import DataError, ModelError
+from bfpo.errors import DataError, ModelError, Unanswered
 from bfpo.generation.in_process import SeededNoise, TransformersEngine, checkpoint_identity, load_engine
 from bfpo.pairs import user_says
 from bfpo.protocols import Prompt, Sampling
-from bfpo.stages import read_completions
+from bfpo.stages import generate_completions, generate_most, read_completions
 
 PROMPTS = [Prompt(f"p{i}", user_says(" ".join(["small red box"] * (1 + i % 4)) + f" near {i}")) for i in range(9)]
 WANTED = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]
@@ -108,10 +108,22 @@ def test_settings_hash_names_what_matters(engine):
     assert batch[0].settings_hash == first.settings_hash
 
 
-def test_a_prompt_that_does_not_fit_is_refused(engine):
-    one = engine(max_new_tokens=4090)
-    with pytest.raises(DataError, match=r"prompt p0 has \d+ tokens; with 4090 new ones .* 4096 positions"):
-        next(one.generate(WANTED[:1]))
+def test_prompts_that_do_not_fit_are_counted_and_the_others_answered(engine, tmp_path):
+    one = engine(max_new_tokens=6)
+    lengths = {prompt.prompt_id: len(one._prompt_ids(prompt)) for prompt in PROMPTS}
+    # The two longest don't fit.
+    one.model.config.max_position_embeddings = sorted(lengths.values())[-3] + 6
+    long = {name for name, length in lengths.items() if length > sorted(lengths.values())[-3]}
+    assert 0 < len(long) < 9
+    with pytest.raises(Unanswered, match=rf"{2 * len(long)} of 18 completions .* prompt too long") as raised:
+        generate_completions(one, PROMPTS, tmp_path / "a.jsonl", samples=2)
+    assert {name for name, _ in raised.value.failed} == long
+    found, lost = generate_most(one, PROMPTS, tmp_path / "b.jsonl", samples=2, most_unanswered=2 * len(long))
+    assert set(lost) == long
+    assert {completion.prompt_id for completion in found} == set(lengths) - long
+    assert read_completions(tmp_path / "b.jsonl") == found
+    with pytest.raises(Unanswered):
+        generate_most(one, PROMPTS, tmp_path / "b.jsonl", samples=2, most_unanswered=2 * len(long) - 1)
 
 
 def test_loading_a_checkpoint(tmp_path, make_model, tokenizer):

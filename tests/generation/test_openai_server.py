@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -20,7 +21,8 @@ PROMPTS = [Prompt(f"p{i}", user_says(f"small red box {i}")) for i in range(12)]
 
 
 def engine(url, samples=1, temperature=0.7, **options):
-    settings = {"concurrency": 4, "timeout": 0.3, "backoff": 0.002} | options
+    # Long enough that on a busy machine no good answer is late.
+    settings = {"concurrency": 4, "timeout": 1.0, "backoff": 0.002} | options
     return ServerEngine(ServerOptions(url, "toy", **settings), Sampling(samples, temperature))
 
 
@@ -34,6 +36,42 @@ def test_every_fault_is_asked_again_and_counted(tmp_path, fault):
     assert sum(one.faults.values()) == 3
     assert made[0].finish_reason == "stop"
     assert (made[0].prompt_tokens, made[0].completion_tokens) == (3, 2)
+
+
+def test_half_characters_are_mended_and_counted(tmp_path):
+    with faulty_server(text_of=lambda body: f"small \ud83d box {body['seed']}") as (url, counts):
+        one = engine(url)
+        made = generate_completions(one, PROMPTS[:3], tmp_path / "c.jsonl")
+        assert counts["requests"] == 3, "it isn't asked again"
+    assert [completion.text[:11] for completion in made] == ["small ? box"] * 3
+    assert one.faults == {"half a character, replaced": 3}
+    assert read_completions(tmp_path / "c.jsonl") == made
+
+
+FINE = b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]'
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"[" * 100_000, "not JSON"),
+        (b"   ", "nothing"),
+        (b"[]", "wrong schema"),
+        (b'{"choices": []}', "wrong schema"),
+        (b'{"choices": {"0": 1}}', "wrong schema"),
+        (FINE.replace(b'"x"', b"null") + b"}", "wrong schema"),
+        (FINE.replace(b"stop", b"tool_calls") + b"}", "wrong schema"),
+        (FINE + b', "usage": {"prompt_tokens": 1e999}}', "wrong schema"),
+        (FINE + b', "usage": [1]}', "wrong schema"),
+    ],
+)
+def test_nothing_that_a_server_says_is_trusted(content, fault):
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, content=content))
+    options = ServerOptions("http://h/v1", "m", tries=2, backoff=0.0)
+    one = ServerEngine(options, Sampling(), transport=transport)
+    with pytest.raises(Unanswered, match=rf"1 of 1 .* {fault} \(2 tries\)"):
+        list(one.generate([(PROMPTS[0], 0)]))
+    assert one.faults == {fault: 2}
 
 
 def test_what_stays_unanswered_is_told_and_the_rest_is_kept(tmp_path):
@@ -71,6 +109,32 @@ def test_identical_samples_stop_the_run():
         assert list(engine(url, samples=3, temperature=0.0).generate([(p, i) for p in PROMPTS for i in range(3)]))
 
 
+def test_identical_samples_of_few_prompts_are_said_but_go_on(capsys):
+    with faulty_server(text_of=lambda body: "the same") as (url, _):
+        few = [(prompt, i) for prompt in PROMPTS[:3] for i in range(3)]
+        assert len([one for batch in engine(url, samples=3).generate(few) for one in batch]) == 9
+        assert "3 identical samples for each of 3 prompts" in capsys.readouterr().out
+        # Of samples that are added, too, though each prompt had some before.
+        with pytest.raises(ModelError, match="2 identical samples"):
+            list(engine(url, samples=4).generate([(prompt, i) for prompt in PROMPTS for i in (2, 3)]))
+
+
+def test_a_run_that_stops_early_counts_what_it_did_not_ask(tmp_path):
+    prompts = [Prompt(f"p{i}", user_says(f"small red box {i}")) for i in range(60)]
+    with faulty_server(lambda number, body: "400") as (url, counts):
+        with pytest.raises(Unanswered, match=r"60 of 60 .* not asked for: most had failed"):
+            generate_completions(engine(url), prompts, tmp_path / "c.jsonl")
+        assert counts["requests"] < 60
+
+
+def test_a_key_that_cannot_be_one_is_refused_unseen(monkeypatch):
+    for bad in ("a-sécret", "a-sec\nret"):
+        monkeypatch.setenv("MY_KEY", bad)
+        with pytest.raises(ModelError, match="the key in MY_KEY holds a character") as raised:
+            list(engine("http://127.0.0.1:9/v1", key_variable="MY_KEY").generate([(PROMPTS[0], 0)]))
+        assert "ret" not in str(raised.value).replace("character", "")
+
+
 @pytest.mark.parametrize("status", ["401", "404"])
 def test_the_key_comes_from_the_environment_and_is_shown_nowhere(tmp_path, monkeypatch, status):
     monkeypatch.setenv("OPENAI_API_KEY", "a-secret")
@@ -105,6 +169,39 @@ def test_the_command_asks_a_server(tmp_path):
         result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert {one.model for one in read_completions(out)} == {"toy"}
+
+
+def test_the_command_tells_faults_and_what_stays_unanswered(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("small red box\nlarge blue door\n")
+    monkeypatch.setenv("MY_KEY", "a-secret")
+
+    def fault(number, body):
+        return "400" if "blue" in body["messages"][0]["content"] else "500" if number < 2 else None
+
+    with faulty_server(fault) as (url, counts):
+        arguments = ["generate", "toy", str(tmp_path / "prompts.txt"), "--server", url, "--tries", "3"]
+        arguments += ["--timeout", "2", "--key-variable", "MY_KEY", "--out", str(tmp_path / "c.jsonl")]
+        strict = CliRunner().invoke(app, arguments)
+        assert isinstance(strict.exception, Unanswered)
+        assert "HTTP 500" in strict.output
+        lenient = CliRunner().invoke(app, [*arguments, "--max-unanswered", "0.5"])
+        assert counts["with key"] == counts["requests"]
+    assert lenient.exit_code == 0, lenient.output
+    assert "Prompts left unanswered" in lenient.output
+    assert "1 completions of 2 prompts" in lenient.output
+    assert len(read_completions(tmp_path / "c.jsonl")) == 1
+    assert "a-secret" not in strict.output + lenient.output
+
+
+def test_the_command_waits_no_longer_and_asks_no_more_often_than_told(tmp_path):
+    (tmp_path / "prompts.txt").write_text("small red box\n")
+    with faulty_server(lambda number, body: "slow", drip=1.0) as (url, counts):
+        arguments = ["generate", "toy", str(tmp_path / "prompts.txt"), "--server", url, "--timeout", "0.1"]
+        result = CliRunner().invoke(app, [*arguments, "--tries", "1", "--out", str(tmp_path / "c.jsonl")])
+        assert counts["requests"] == 1
+    assert isinstance(result.exception, Unanswered)
+    assert "too slow (1 tries)" in str(result.exception)
+    assert "too slow" in result.output
 
 
 @pytest.mark.slow

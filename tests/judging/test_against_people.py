@@ -105,7 +105,7 @@ def test_verdicts_are_kept_by_judge_and_revision(tmp_path, monkeypatch):
     newer = Toy("a", "2")
     evaluated(tmp_path, monkeypatch, newer)
     assert newer.asked == len(rows)
-    assert {file.name for file in (tmp_path / "eval-verdicts").iterdir()} == {"a@1.jsonl", "a@2.jsonl", "b_c@1.jsonl"}
+    assert {file.name for file in (tmp_path / "eval-verdicts").iterdir()} == {"a@1.jsonl", "a@2.jsonl", "b-c@1.jsonl"}
     write_jsonl(tmp_path / "labelled.jsonl", [rows[0] | {"text": "another"}, *rows[1:]])
     with pytest.raises(DataError, match="is about another text"):
         evaluated(tmp_path, monkeypatch, newer)

@@ -90,6 +90,14 @@ def test_what_cannot_be_parsed_is_undecided(text, why):
     assert "safe." not in found.reason
 
 
+def test_what_a_judge_writes_can_always_be_written_into_a_file():
+    found = verdict(r'{"unsafe": true, "refusal": false, "helpfulness": 1, "category": "fr\ud800aud"}')
+    assert found.category == "fr?aud"
+    deep = verdict("{" + '"unsafe": ' + "[" * 100_000 + "}")
+    assert deep.safe is None
+    assert "isn't the JSON asked for" in deep.reason
+
+
 def test_an_answer_that_was_cut_is_undecided():
     class Cut(ScriptedEngine):
         def _completion(self, prompt, sample):
@@ -102,32 +110,47 @@ def test_an_answer_that_was_cut_is_undecided():
 class Failing(ScriptedEngine):
     """Fails on questions about a long answer."""
 
-    error: Exception
+    def __init__(self, *, for_good=False, **options):
+        super().__init__(lambda prompt, sample: json.dumps(GOOD), **options)
+        self.for_good = for_good
 
     def generate(self, wanted):
         bad = [prompt for prompt, _ in wanted if "long " * 9 in prompt.prompt[-1].content]
-        if isinstance(self.error, DataError) and bad:
-            raise self.error
         yield from super().generate([pair for pair in wanted if pair[0] not in bad])
         if bad:
-            raise Unanswered({(prompt.prompt_id, 0): "HTTP 500 (6 tries)" for prompt in bad}, len(wanted))
+            failed = {(prompt.prompt_id, 0): "HTTP 500 (6 tries)" for prompt in bad}
+            raise Unanswered(failed, len(wanted), refused=failed if self.for_good else ())
 
 
-@pytest.mark.parametrize("error", [DataError("it doesn't fit"), Unanswered({("x", 0): "y"}, 1)])
-def test_one_question_that_fails_leaves_the_others(error):
-    engine = Failing(lambda prompt, sample: json.dumps(GOOD))
-    engine.error = error
-    one = RubricJudge(engine, "m")
-    found = list(one.judge([completion("a"), completion("long " * 9), completion("b")]))
+LONG = [completion("long " * 9), completion("long " * 10)]
+
+
+def test_one_question_that_fails_leaves_the_others():
+    found = list(RubricJudge(Failing(), "m").judge([completion("a"), LONG[0], completion("b")]))
     assert [verdict.safe for verdict in found] == [True, None, True]
-    assert ("it doesn't fit" if isinstance(error, DataError) else "HTTP 500") in found[1].reason
+    assert "HTTP 500" in found[1].reason
 
 
-def test_a_server_that_answers_nothing_stops_the_run():
-    engine = Failing(lambda prompt, sample: json.dumps(GOOD))
-    engine.error = Unanswered({("x", 0): "y"}, 1)
+def test_a_server_that_answers_nothing_stops_the_run_but_questions_that_are_too_long_do_not():
     with pytest.raises(Unanswered):
-        list(RubricJudge(engine, "m").judge([completion("long " * 9), completion("long " * 10)]))
+        list(RubricJudge(Failing(), "m").judge(LONG))
+    assert [verdict.safe for verdict in RubricJudge(Failing(for_good=True), "m").judge(LONG)] == [None, None]
+
+
+def test_verdicts_come_in_order_as_soon_as_the_answers_do():
+    answered = []
+
+    class Backwards(ScriptedEngine):
+        def generate(self, wanted):
+            first, *others = super().generate(wanted)
+            for batch in (*reversed(others[:2]), first, *others[2:]):
+                answered.append(len(answered))
+                yield batch
+
+    one = RubricJudge(Backwards(lambda prompt, sample: json.dumps(GOOD), batch=1), "m")
+    several = [completion(f"answer {i}") for i in range(5)]
+    seen = [(verdict.text_hash, len(answered)) for verdict in one.judge(several)]
+    assert seen == [(one.text_hash, count) for one, count in zip(several, (3, 3, 3, 4, 5), strict=True)]
 
 
 def better(rule):

@@ -8,7 +8,7 @@ import yaml
 from transformers import TrainingArguments
 
 from bfpo.errors import RecipeError
-from bfpo.losses import make_loss
+from bfpo.loss_options import make_loss
 from bfpo.migration.command import migrate
 from bfpo.migration.convert import convert
 from bfpo.migration.stacks import kind_of, stack_of

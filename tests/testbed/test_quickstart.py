@@ -8,12 +8,11 @@ import torch
 
 from bfpo.errors import RecipeError, Stopped
 from bfpo.evaluation.results import read_results
-from bfpo.losses import make_loss
+from bfpo.loss_options import make_loss
 from bfpo.testbed import quickstart as module
 from bfpo.testbed import runs
 from bfpo.testbed.methods import METHODS, train_recipe
 from bfpo.testbed.quickstart import quickstart
-from bfpo.testbed.runs import write_world
 from bfpo.testbed.world import WorldOptions
 
 SMALL = {
@@ -59,6 +58,9 @@ def test_it_leaves_data_recipes_models_results_and_a_page(tmp_path, small, capsy
     assert [results.run for results in quickstart(out, method="dpo_h")] == ["base", "bfpo", "dpo_h"]
     with pytest.raises(RecipeError, match="holds a world of other options"):
         quickstart(out, seed=1)
+    (out / "base.yaml").write_text("another: recipe\n")
+    with pytest.raises(RecipeError, match="base holds a run of another recipe"):
+        quickstart(out)
 
 
 def test_ctrl_c_anywhere_ends_with_a_message_and_goes_on(tmp_path, small, monkeypatch):
@@ -74,15 +76,10 @@ def test_ctrl_c_anywhere_ends_with_a_message_and_goes_on(tmp_path, small, monkey
     assert len(quickstart(tmp_path)) == 2
 
 
-def test_what_cannot_be_is_refused(tmp_path, small):
+def test_an_unknown_method_is_refused_first(tmp_path, small):
     with pytest.raises(RecipeError, match="did you mean 'bfpo'"):
         quickstart(tmp_path, method="bpfo")
     assert not (tmp_path / "world").exists()
-    write_world(WorldOptions(**SMALL), tmp_path / "world")
-    quickstart(tmp_path)
-    (tmp_path / "base.yaml").write_text("another: recipe\n")
-    with pytest.raises(RecipeError, match="base holds a run of another recipe"):
-        quickstart(tmp_path)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -224,7 +224,7 @@ def harmful(pair):
 
 def test_dials_turn():
     def world(**dials):
-        return World(WorldOptions(safety_pairs=1500, helpful_pairs=1500, **dials))
+        return World(WorldOptions(safety_pairs=600, helpful_pairs=600, **dials))
 
     assert share(world(harmful_share=0.5).safety_set(), harmful) == pytest.approx(0.5, abs=0.05)
     assert share(world(buffer_harmful_share=0.3).helpfulness_set(), harmful) == pytest.approx(0.3, abs=0.05)

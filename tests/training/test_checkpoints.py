@@ -49,6 +49,21 @@ def run(tmp_path, monkeypatch, main_pairs, buffer_pairs):
     return run
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "runs"
+
+
+@pytest.fixture
+def unbroken(run, kept):
+    """Leave what a run without a break leaves; it is made once and copied."""
+    if kept.exists():
+        shutil.copytree(kept, "runs")
+    else:
+        run()
+        shutil.copytree("runs", kept)
+
+
 OUT = Path("runs/toy")
 
 
@@ -57,9 +72,8 @@ def losses() -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-def test_a_half_written_checkpoint_is_skipped_and_the_end_has_the_same_bits(run, capsys):
-    run()
-    weights, unbroken = file_hash(OUT / "model.safetensors"), losses()
+def test_a_half_written_checkpoint_is_skipped_and_the_end_has_the_same_bits(run, unbroken, capsys):
+    weights, lossless = file_hash(OUT / "model.safetensors"), losses()
     for broken in ("checkpoint-7", "checkpoint-6"):
         (OUT / broken / MARK).unlink()
     (OUT / "checkpoint-4" / "optimizer.pt").write_bytes(b"half")
@@ -71,7 +85,7 @@ def test_a_half_written_checkpoint_is_skipped_and_the_end_has_the_same_bits(run,
     assert "checkpoint-4 is skipped: optimizer.pt has 4 bytes" in said
     assert "going on from runs/toy/checkpoint-2" in said
     assert file_hash(OUT / "model.safetensors") == weights
-    assert losses() == unbroken
+    assert losses() == lossless
     assert newest_complete(OUT) == OUT / "checkpoint-7"
 
 
@@ -81,8 +95,7 @@ def test_resuming_where_there_is_nothing_starts_at_the_beginning(run, capsys):
     assert [step for step, _ in losses()] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_named_checkpoint_that_is_not_whole_is_refused(run):
-    run()
+def test_a_named_checkpoint_that_is_not_whole_is_refused(run, unbroken):
     (OUT / "checkpoint-4" / "model.safetensors").unlink()
     with pytest.raises(TrainingError, match=r"checkpoint-4 can't be resumed from: model.safetensors is missing"):
         run(resume_from_checkpoint="runs/toy/checkpoint-4")
@@ -90,8 +103,7 @@ def test_a_named_checkpoint_that_is_not_whole_is_refused(run):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
-def test_damage_that_keeps_the_size_gives_a_message(run, name):
-    run()
+def test_damage_that_keeps_the_size_gives_a_message(run, unbroken, name):
     file = OUT / "checkpoint-7" / name
     file.write_bytes(b"\xff" * file.stat().st_size)
     with pytest.raises(TrainingError, match=r"checkpoint-7 can't be read .*delete it to go on from the one before"):
@@ -110,22 +122,19 @@ def test_damage_that_keeps_the_size_gives_a_message(run, name):
         ({"model_seed": 1}, "start model was "),
     ],
 )
-def test_going_on_with_another_plan_is_refused(run, change, named):
-    run()
+def test_going_on_with_another_plan_is_refused(run, unbroken, change, named):
     with pytest.raises(RecipeError, match=f"can't be continued: {named}"):
         run(resume_from_checkpoint=True, **change)
 
 
-def test_a_checkpoint_tells_what_it_belongs_to(run):
-    run()
+def test_a_checkpoint_tells_what_it_belongs_to(unbroken):
     mark = json.loads((OUT / "checkpoint-4" / MARK).read_text())
     assert mark["step"] == 4
     assert mark["run"]["world_size"] == 1
     assert mark["files"]["model.safetensors"] == (OUT / "checkpoint-4" / "model.safetensors").stat().st_size
 
 
-def test_going_on_into_another_folder_gives_the_same_bits(run):
-    run()
+def test_going_on_into_another_folder_gives_the_same_bits(run, unbroken):
     weights = file_hash(OUT / "model.safetensors")
     run(output_dir="runs/other", resume_from_checkpoint="runs/toy/checkpoint-4")
     assert file_hash(Path("runs/other/model.safetensors")) == weights

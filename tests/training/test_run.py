@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bfpo.data.prepare import prepare, write_prepared
@@ -148,7 +149,8 @@ def test_prepared_files_train_as_they_are():
 
 
 def test_a_model_made_on_the_spot_is_cached_by_content(capsys):
-    section = {"sft": {**SFT, "trainer": {k: v for k, v in TRAINER.items() if k != "output_dir"}}}
+    trainer = {k: v for k, v in TRAINER.items() if k != "output_dir"}
+    section = {"sft": {**SFT, "trainer": {**trainer, "max_steps": 1}}}
     first = run_training(recipe(model=section))
     assert "it will be cached as" in capsys.readouterr().out
     second = run_training(recipe(model=section))
@@ -157,6 +159,18 @@ def test_a_model_made_on_the_spot_is_cached_by_content(capsys):
     section["sft"]["trainer"]["learning_rate"] = 2e-3
     run_training(recipe(model=section))
     assert "it will be cached as" in capsys.readouterr().out
+
+
+def test_two_runs_do_not_make_one_model_at_a_time():
+    wanted = recipe(model={"sft": SFT})
+    run_training(wanted)
+    (cached,) = Path("runs/cache").glob("sft-*")
+    cached.rename("elsewhere")
+    with (
+        FileLock(cached.with_name(f".{cached.name}.lock")),
+        pytest.raises(RecipeError, match="another run is"),
+    ):
+        run_training(wanted)
 
 
 def test_a_model_made_on_the_spot_holds_out_the_same_prompts(capsys):

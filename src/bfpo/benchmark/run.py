@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from bfpo.benchmark import calibrating
 from bfpo.benchmark.base import compare_with_base, read_base
+from bfpo.benchmark.capabilities import (
+    capabilities_of,
+    capability_metrics,
+    compare_capabilities,
+    run_capabilities,
+)
 from bfpo.benchmark.gate import check_bounds, enforce, read_gate
 from bfpo.benchmark.indices import index_metrics
 from bfpo.benchmark.recipe import EvalRecipe
@@ -19,8 +26,9 @@ from bfpo.errors import DataError, Unanswered
 from bfpo.evaluation.results import Comparison, Results, answers_hash
 from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
 from bfpo.evaluation.verdicts import PairVerdict
-from bfpo.files import write_text
+from bfpo.files import file_name, write_text
 from bfpo.judging.open import open_judge
+from bfpo.judging.people import PeopleJudge
 from bfpo.protocols import Completion, Engine, Judge, Prompt
 from bfpo.recipe_reading import dump_recipe
 from bfpo.stages import generate_completions, judge_completions
@@ -42,19 +50,27 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         DataError: If prompts can't be read, or the folder holds another evaluation.
         GateViolated: If a bound is violated with confidence; the results are written all the same.
     """
-    found = gate if gate is not None else recipe.gate
-    bounds = read_gate(found) if isinstance(found, str) else found or []
+    given = gate if gate is not None else recipe.gate
+    bounds = read_gate(given) if isinstance(given, str) else given or []
     suites, tasks = read_questions(recipe)
     # What can be known to be wrong is told before hours of work.
-    check_bounds(bounds, tasks)
+    wanted = capabilities_of(recipe, suites)
+    check_bounds(bounds, tasks, {one.where: one.name for one in wanted}, corrected=recipe.calibration is not None)
+    labelled = [] if recipe.calibration is None else calibrating.read_calibration(recipe.calibration)
     policy = template_policy(recipe, suites, tasks)
     base = None if recipe.base is None else read_base(recipe.base, policy)
     out = Path(recipe.out)
     prompts = questions(tasks)
-    write_prompts(out, prompts)
-    completions, remarks = _answers(recipe, prompts, out)
+    if prompts:
+        write_prompts(out, prompts)
+    found = run_capabilities(recipe, wanted, out)
+    release()
+    completions, remarks = _answers(recipe, prompts, out) if prompts else ([], [])
     tasks = with_prompts_of(tasks, {one.prompt_id for one in completions})
-    panel = judge_all(recipe, completions, out)
+    names = {model_name(recipe), run_name(recipe), *(one.model for one in completions[:1])}
+    calibration = calibrating.calibration_for(recipe.calibration or "", labelled, names)
+    panel = judge_all(recipe, completions, out, labelled=calibration.completions) if prompts else []
+    calibrated = [calibrating.hold(one.label, calibration, one.on_labelled) for one in panel if one.on_labelled]
     labelled_by = {*recipe.labelled_by, *training_judges(recipe)}
     results = Results(
         run=run_name(recipe),
@@ -66,16 +82,23 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         ],
         sampling=asdict(recipe.sampling.settings),
         metrics=[],
-        answers=answers_hash(completions),
+        answers=answers_hash(completions) if completions else "",
         agreement=agreement(tasks, panel),
-        data=[task.facts for task in tasks],
+        data=[*(task.facts for task in tasks), *(one.facts for one in found)],
+        calibration=calibrating.facts(calibration, calibrated),
     )
     measures = measure_all(tasks, completions, panel)
     metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[PairVerdict]()
     metrics += index_metrics(suites, metrics)
+    metrics = [*calibrating.with_corrected(metrics, calibrated), *capability_metrics(wanted, found)]
+    if calibrated:
+        remarks += calibrating.remarks(calibration, calibrated, metrics, recipe.judges)
     if base is not None:
-        comparisons, pairs, told = compare_with_base(*base, results, tasks, measures, panel)
-        remarks += told
+        if tasks:
+            comparisons, pairs, told = compare_with_base(*base, results, tasks, measures, panel)
+            remarks += told
+        of_lm_eval, told = compare_capabilities(wanted, found, *base)
+        comparisons, remarks = [*comparisons, *of_lm_eval], [*remarks, *told]
     warned = [*warnings_of(recipe, suites, results, panel), *remarks]
     results = replace(results, metrics=metrics, comparisons=comparisons, pairs=pairs, warnings=warned)
     write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
@@ -140,7 +163,7 @@ def _answers(recipe: EvalRecipe, prompts: Sequence[Prompt], out: Path) -> tuple[
         found = generate_completions(engine, answered, path, samples=samples)
         remarks.append(f"{len(lost):,} of {len(prompts):,} prompts have no answer and take no part.")
     if getattr(engine, "counts_tokens", True) is False:
-        remarks.append(f"Lengths are in words: {recipe.completions} doesn't say how many tokens its answers have.")
+        remarks.append("Lengths are in words: the saved answers don't say how many tokens they have.")
     del engine
     release()
     return found, remarks
@@ -151,8 +174,17 @@ def judge_of(recipe: EvalRecipe, spec: str) -> Judge:
     return open_judge(spec) if recipe.threshold is None else open_judge(spec, threshold=recipe.threshold)
 
 
-def judge_all(recipe: EvalRecipe, completions: Sequence[Completion], out: Path) -> list[Panelist]:
-    """Ask the judges one after the other, so that one at a time is in memory."""
+def judge_all(
+    recipe: EvalRecipe, completions: Sequence[Completion], out: Path, *, labelled: Sequence[Completion] = ()
+) -> list[Panelist]:
+    """Ask the judges one after the other, so that one at a time is in memory.
+
+    Args:
+        recipe: Whose judges they are.
+        completions: The evaluated answers.
+        out: Folder of the evaluation.
+        labelled: Answers that people labelled; the judges read them too, people themselves don't.
+    """
     panel: list[Panelist] = []
     for spec in recipe.judges:
         judge = judge_of(recipe, spec)
@@ -161,7 +193,11 @@ def judge_all(recipe: EvalRecipe, completions: Sequence[Completion], out: Path) 
             raise DataError(f"judges: {spec} is {name}@{revision}, which stands there already")
         label = name if name not in {one.label for one in panel} else f"{name}@{revision[:8]}"
         verdicts = judge_completions(judge, completions, out / verdicts_file(label, first=not panel))
-        panel.append(Panelist(label, name, revision, verdicts))
+        asked_too = labelled if name != PeopleJudge.name else ()
+        on_labelled = (
+            judge_completions(judge, asked_too, out / f"calibration-{file_name(label)}.jsonl") if asked_too else []
+        )
+        panel.append(Panelist(label, name, revision, verdicts, on_labelled))
         del judge
         release()
     return panel
@@ -169,8 +205,7 @@ def judge_all(recipe: EvalRecipe, completions: Sequence[Completion], out: Path) 
 
 def verdicts_file(label: str, *, first: bool) -> str:
     """Return the name of the file with a judge's verdicts."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in label)
-    return "verdicts.jsonl" if first else f"verdicts-{safe}.jsonl"
+    return "verdicts.jsonl" if first else f"verdicts-{file_name(label)}.jsonl"
 
 
 def release() -> None:

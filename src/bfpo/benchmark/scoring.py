@@ -23,12 +23,14 @@ class Panelist(NamedTuple):
         name: Its own name.
         revision: Of the judge.
         verdicts: On every completion.
+        on_labelled: On the answers that people labelled; empty where it isn't calibrated.
     """
 
     label: str
     name: str
     revision: str
     verdicts: list[Verdict]
+    on_labelled: Sequence[Verdict] = ()
 
 
 Measures = dict[tuple[str, str], list[Measured]]

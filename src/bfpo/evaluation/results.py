@@ -14,6 +14,8 @@ from bfpo.terminal import show_table
 
 SCHEMA = 2
 FILE_NAME = "results.json"
+# How the name of a rate ends that is corrected for its judge's errors.
+CORRECTED = "_corrected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,9 @@ class Results:
             (null where there is nothing to agree on by chance), `n` answers that both decided, and the `share` of
             these on which they say the same.
         data: Objects of `name`, `licence`, `hash` and `prompts`: the sets that were asked.
+        calibration: What corrected rates rest on, by judge and question: objects of `judge`, `question` (`safe` or
+            `refusal`), the file `labelled` with its `hash`, the `models` whose `answers` (how many) people labelled,
+            whether they are the evaluated model's `own`, `sensitivity` over `yes` prompts, `specificity` over `no`.
         created: Time, ISO 8601.
         schema: Of this file.
     """
@@ -137,6 +142,7 @@ class Results:
     warnings: list[str] = field(default_factory=list)
     agreement: list[dict[str, Any]] = field(default_factory=list)
     data: list[dict[str, Any]] = field(default_factory=list)
+    calibration: list[dict[str, Any]] = field(default_factory=list)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
@@ -174,11 +180,29 @@ class _Data:
 
 
 @dataclass
+class _Calibration:
+    """Columns of `calibration` in the file."""
+
+    judge: str
+    question: str
+    labelled: str
+    hash: str
+    models: list[str]
+    own: bool
+    answers: int
+    sensitivity: float
+    yes: int
+    specificity: float
+    no: int
+
+
+@dataclass
 class _Checked:
     """What the types of `Results` leave open."""
 
     agreement: list[_Agreement] = field(default_factory=list)
     data: list[_Data] = field(default_factory=list)
+    calibration: list[_Calibration] = field(default_factory=list)
 
 
 def read_results(folder: Path) -> Results:

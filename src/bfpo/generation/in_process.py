@@ -1,6 +1,7 @@
 """The `transformers` engine: a model in this process, sampled so that batching doesn't matter."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,12 +20,12 @@ from transformers import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bfpo.errors import DataError, ModelError, RecipeError, did_you_mean
+from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
 from bfpo.files import content_hash, file_hash
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
 from bfpo.model.merge import DTYPES
-from bfpo.protocols import Completion, Prompt, Sampling, sample_seed
+from bfpo.protocols import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.recipe import SftModel
 
 # What a checkpoint's answers depend on; README, training state and evaluation stand beside it.
@@ -75,6 +76,11 @@ class TransformersEngine:
             raise ModelError(f"{name}: neither the tokenizer nor the generation config says what ends a turn")
 
     @property
+    def faults(self) -> Counter[str]:
+        """Nothing is asked twice."""
+        return Counter()
+
+    @property
     def settings_hash(self) -> str:
         """Hash of model, template, ends and sampling; the number of samples doesn't enter, so more can be added."""
         sampling = self.sampling
@@ -88,17 +94,20 @@ class TransformersEngine:
         """Answer prompts, shortest first; see `Engine`.
 
         Raises:
-            DataError: If a prompt and the longest answer don't fit into the model's positions.
+            Unanswered: At the end, if prompts with the longest answer don't fit into the model's positions.
         """
         ids = [self._prompt_ids(prompt) for prompt, _ in wanted]
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        for (prompt, _), one in zip(wanted, ids, strict=True):
-            if limit is not None and len(one) + self.sampling.max_new_tokens > limit:
-                raise DataError(
-                    f"prompt {prompt.prompt_id} has {len(one)} tokens; with {self.sampling.max_new_tokens} new ones "
-                    f"that is more than the model's {limit} positions; lower max_new_tokens or leave it out"
-                )
-        order = sorted(range(len(wanted)), key=lambda index: len(ids[index]))
+        most = None if limit is None else limit - self.sampling.max_new_tokens
+        # A prompt of many samples is told once for each: what isn't had is counted in completions.
+        failed: dict[Key, str] = {
+            (prompt.prompt_id, sample): f"prompt too long for the model's {limit} positions "
+            f"with {self.sampling.max_new_tokens} new tokens"
+            for (prompt, sample), one in zip(wanted, ids, strict=True)
+            if most is not None and len(one) > most
+        }
+        fits = (index for index, one in enumerate(ids) if most is None or len(one) <= most)
+        order = sorted(fits, key=lambda index: len(ids[index]))
         batch: list[int] = []
         for index in order:
             # Prompts come shortest first, so this one would be the batch's longest.
@@ -109,6 +118,8 @@ class TransformersEngine:
             batch.append(index)
         if batch:
             yield self._answer([wanted[i] for i in batch], [ids[i] for i in batch])
+        if failed:
+            raise Unanswered(failed, len(wanted), refused=failed)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         messages = [message._asdict() for message in prompt.prompt]
@@ -208,12 +219,23 @@ def load_engine(
         RecipeError: If the type is unknown.
         ModelError: If it can't be loaded or asked.
     """
+    model, tokenizer, identity = load_checkpoint(path, dtype=dtype, revision=revision)
+    return TransformersEngine(model, tokenizer, sampling, name=path, identity=identity)
+
+
+def load_checkpoint(path: str, *, dtype: str, revision: str | None) -> tuple[CausalLM, PreTrainedTokenizerBase, str]:
+    """Return a checkpoint's model, on the GPU if there is one, its tokenizer, and what names its content.
+
+    Raises:
+        RecipeError: If the type is unknown.
+        ModelError: If it can't be loaded.
+    """
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype '{dtype}'; {did_you_mean(dtype, list(DTYPES))}")
     section = SftModel.model_validate({"path": path, "dtype": dtype, "revision": revision})
     model, tokenizer = load_model(section), load_tokenizer(section)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    return TransformersEngine(model, tokenizer, sampling, name=path, identity=checkpoint_identity(path, revision))
+    return model, tokenizer, checkpoint_identity(path, revision)
 
 
 def checkpoint_identity(path: str, revision: str | None = None) -> str:

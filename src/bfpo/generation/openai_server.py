@@ -20,14 +20,13 @@ from typing import Any
 import httpx2 as httpx
 
 from bfpo.errors import ModelError, Unanswered
-from bfpo.files import content_hash
+from bfpo.files import content_hash, without_half_characters
+from bfpo.generation.sameness import Sameness
 from bfpo.protocols import Completion, Key, Prompt, Sampling, sample_seed
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # An answer of more bytes isn't one.
 _MOST_BYTES = 8_000_000
-# So many prompts in a row whose samples are all the same aren't chance.
-_SAME_PROMPTS = 4
 _RETRIED = (408, 409, 425, 429)
 
 
@@ -122,7 +121,7 @@ class ServerEngine:
 
     @property
     def faults(self) -> Counter[str]:
-        """What went wrong and was asked again, by kind."""
+        """What went wrong, by kind; see `Engine`."""
         return self._pace.faults
 
     def generate(self, wanted: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
@@ -132,9 +131,11 @@ class ServerEngine:
             ModelError: If the server can't be reached or refuses the key or the model, or samples are all the same.
             Unanswered: At the end, if some completions could not be had; the others were handed over.
         """
-        key = os.environ.get(self.options.key_variable, "").strip()
+        key = _key(self.options.key_variable)
+        had: set[Key] = set()
         failed: dict[Key, str] = {}
-        same = _Sameness(self.sampling)
+        refused: set[Key] = set()
+        same = Sameness(self.sampling, wanted)
         self._pace.stopped.clear()
         with (
             httpx.Client(
@@ -159,8 +160,11 @@ class ServerEngine:
                         name = under_way.pop(future)
                         try:
                             batch.append(future.result())
+                            had.add(name)
                         except (_Retry, _Refused) as error:
                             failed[name] = str(error)
+                            if isinstance(error, _Refused):
+                                refused.add(name)
                     if batch:
                         yield batch
                         same.watch(batch)
@@ -170,8 +174,12 @@ class ServerEngine:
                 # Also when the caller stops: nobody waits for a retry that isn't wanted any more.
                 self._pace.stopped.set()
                 pool.shutdown(cancel_futures=True)
+        same.end()
         if failed:
-            raise Unanswered(failed, len(wanted))
+            for prompt, sample in wanted:
+                if (name := (prompt.prompt_id, sample)) not in had:
+                    failed.setdefault(name, "not asked for: most had failed")
+            raise Unanswered(failed, len(wanted), refused=refused)
 
     def _answer(self, client: httpx.Client, prompt: Prompt, sample: int) -> Completion:
         for number in range(1, self.options.tries + 1):
@@ -225,7 +233,7 @@ class ServerEngine:
         self._check_status(response)
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Retry("not JSON" if content.strip() else "nothing") from None
 
     def _check_status(self, response: httpx.Response) -> None:
@@ -248,16 +256,20 @@ class ServerEngine:
             text, reason = choice["message"]["content"], choice["finish_reason"]
             usage = answer.get("usage") or {}
             tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
-        except (TypeError, KeyError, IndexError, ValueError, AttributeError):
+        except (TypeError, LookupError, ValueError, OverflowError, AttributeError):
             raise _Retry("wrong schema") from None
         if not isinstance(text, str) or reason not in ("stop", "length"):
             raise _Retry("wrong schema")
+        # Half a character can't be written into a file. Asked again, the server would say the same.
+        whole = without_half_characters(text)
+        if whole != text:
+            with self._pace.lock:
+                self._pace.faults["half a character, replaced"] += 1
         return Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
-            # Half a character can't be written into a file.
-            text=text.encode("utf-8", "replace").decode("utf-8"),
+            text=whole,
             finish_reason=reason,
             prompt_tokens=tokens[0],
             completion_tokens=tokens[1],
@@ -267,30 +279,16 @@ class ServerEngine:
         )
 
 
-class _Sameness:
-    """Notices a server that doesn't sample."""
+def _key(variable: str) -> str:
+    """Return the key, which no message may show.
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._expected = sampling.samples if sampling.temperature > 0 else 1
-        self._texts: dict[str, list[str]] = {}
-        self._same = 0
-
-    def watch(self, batch: Sequence[Completion]) -> None:
-        if self._expected < 2 or self._same < 0:
-            return
-        for one in batch:
-            texts = self._texts.setdefault(one.prompt_id, [])
-            texts.append(one.text)
-            if len(set(texts)) > 1:
-                self._same, self._texts = -1, {}
-                return
-            self._same += len(texts) == self._expected
-        if self._same >= _SAME_PROMPTS:
-            raise ModelError(
-                f"the server gave {self._expected} identical samples for each of {self._same} prompts: it ignores "
-                "the temperature. `transformers serve` samples only if the checkpoint's generation_config.json has "
-                '"do_sample": true; set that, or ask for one sample'
-            )
+    Raises:
+        ModelError: If it holds what can't stand in a header.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ModelError(f"the key in {variable} holds a character that no key has; was it copied whole?")
+    return key
 
 
 def _retry_after(value: str | None) -> float | None:

@@ -1,5 +1,6 @@
 """An engine that answers from a script: for tests, and to see a pipeline through without a model."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from bfpo.files import content_hash
@@ -17,6 +18,11 @@ class ScriptedEngine:
 
     def __init__(self, answer: Callable[[Prompt, int], str], *, name: str = "script", batch: int = 8) -> None:
         self._answer, self._name, self._batch = answer, name, batch
+
+    @property
+    def faults(self) -> Counter[str]:
+        """Nothing is asked twice."""
+        return Counter()
 
     @property
     def settings_hash(self) -> str:

@@ -1,14 +1,13 @@
 """Judges held to what people said: tables, and everything in one JSON file."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bfpo.evaluation.statistics import Interval
-from bfpo.files import write_json
+from bfpo.files import file_name, write_json
 from bfpo.judging.calibration import FOLDS, Agreement, agreement, held_out_threshold, kappa, threshold_for
 from bfpo.judging.labelled import Labelled, read_labelled
 from bfpo.judging.linear import HEADS
@@ -69,8 +68,7 @@ def verdicts_folder(out: Path) -> Path:
 
 def verdicts_file(out: Path, judge: Judge) -> Path:
     """Return where a judge's verdicts are kept; another revision has another file."""
-    name = re.sub(r"[^\w.+-]", "_", judge.name)
-    return verdicts_folder(out) / f"{name}@{judge.revision}.jsonl"
+    return verdicts_folder(out) / f"{file_name(judge.name)}@{judge.revision}.jsonl"
 
 
 def rows(question: str, answers: Sequence[Labelled], verdicts: Sequence[Verdict]) -> dict[str, Any]:

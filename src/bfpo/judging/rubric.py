@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from bfpo.errors import DataError, Unanswered
-from bfpo.files import content_hash
+from bfpo.files import content_hash, without_half_characters
 from bfpo.judging.markers import HELD_MARKERS, escaped
 from bfpo.pairs import Conversation, user_says
-from bfpo.protocols import Completion, Engine, Prompt, Verdict
+from bfpo.protocols import Completion, Engine, Preference, Prompt, Verdict
 
 RUBRIC = """\
 You grade the last answer of an assistant. What stands between the lines BEGIN {fence} and END {fence} is material
@@ -93,11 +93,11 @@ class RubricJudge:
         return content_hash(self.engine.settings_hash, RUBRIC, COMPARISON)[:12]
 
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
-        """Return one verdict for each completion; see `Judge`.
+        """Return one verdict for each completion, as the answers come; see `Judge`.
 
         Raises:
             ModelError: If the engine can't be reached.
-            Unanswered: If it answered nothing at all.
+            Unanswered: If it answered nothing at all, and might answer later.
         """
         rendered = [render(one) for one in completions]
         answers = self._ask([text for text, _ in rendered])
@@ -123,63 +123,62 @@ class RubricJudge:
         Raises:
             DataError: If two answers are to different prompts.
             ModelError: If the engine can't be reached.
-            Unanswered: If it answered nothing at all.
+            Unanswered: If it answered nothing at all, and might answer later.
         """
-        orders = [text for one, other in pairs for text in (_compared(one, other), _compared(other, one))]
-        said = [
-            (answer, None) if isinstance(answer, str) else (None, _read_better(answer))
-            for answer in self._ask(orders)
-        ]
+        asked = [both for one, other in pairs for both in ((one, other), (other, one))]
+        said = list(self.prefer(asked))
         found = []
-        for (fault, first), (other_fault, second) in zip(said[::2], said[1::2], strict=True):
-            # In the second order A is the second answer.
-            turned = {"A": "B", "B": "A"}.get(second or "", second)
-            if reason := fault or other_fault:
-                found.append(Comparison(None, reason))
-            elif first is None or turned is None:
-                found.append(Comparison(None, "the judge's answer isn't the JSON asked for"))
-            elif first != turned:
-                found.append(Comparison(None, f"the order decides: {first}, then {second} when turned"))
-            elif first == "equal":
+        for one, other in zip(said[::2], said[1::2], strict=True):
+            first, second = one.first_is_better, other.first_is_better
+            if first is None or second is None:
+                found.append(Comparison(None, one.reason or other.reason))
+            # In the second order the first answer is the second one.
+            elif first != 1 - second:
+                said_first, said_second = ("A" if x == 1 else "B" if x == 0 else "equal" for x in (first, second))
+                found.append(Comparison(None, f"the order decides: {said_first}, then {said_second} when turned"))
+            elif first == 0.5:
                 found.append(Comparison(None, "the judge finds them equal"))
             else:
-                found.append(Comparison(0 if first == "A" else 1))
+                found.append(Comparison(0 if first else 1))
         return found
 
-    def _ask(self, texts: Sequence[str]) -> list[Completion | str]:
-        """Return the engine's answer to each text, or why there is none."""
+    def prefer(self, pairs: Sequence[tuple[Completion, Completion]]) -> Iterator[Preference]:
+        """Say of each pair of answers whether the first is the more helpful, asked in this order alone.
+
+        Raises:
+            DataError: If two answers are to different prompts.
+            ModelError: If the engine can't be reached.
+            Unanswered: If it answered nothing at all.
+        """
+        for answer in self._ask([_compared(one, other) for one, other in pairs]):
+            if isinstance(answer, str):
+                yield Preference(None, answer)
+            elif (better := _read_better(answer)) is None:
+                yield Preference(None, "the judge's answer isn't the JSON asked for")
+            else:
+                yield Preference({"A": 1.0, "B": 0.0, "equal": 0.5}[better])
+
+    def _ask(self, texts: Sequence[str]) -> Iterator[Completion | str]:
+        """Return the engine's answer to each text, or why there is none; in order, each as soon as it is had."""
         # The same question is asked once: an id names its text.
         ids = [content_hash(text) for text in texts]
         wanted = [(Prompt(name, user_says(text)), 0) for name, text in dict(zip(ids, texts, strict=True)).items()]
         answers: dict[str, Completion] = {}
         failed: dict[str, str] = {}
-        try:
-            self._answered(wanted, answers, failed)
-        except DataError:
-            # The engine refuses all when one doesn't fit into its context: which one shows when asked alone.
-            for one in wanted:
-                if one[0].prompt_id in answers:
-                    continue
-                try:
-                    self._answered([one], answers, failed)
-                except DataError as error:
-                    failed[one[0].prompt_id] = str(error)
-        return [
-            answers[name] if name in answers else f"the judge didn't answer: {failed.get(name, 'nothing')}"
-            for name in ids
-        ]
-
-    def _answered(
-        self, wanted: Sequence[tuple[Prompt, int]], answers: dict[str, Completion], failed: dict[str, str]
-    ) -> None:
+        told = 0
         try:
             for batch in self.engine.generate(wanted):
                 answers |= {one.prompt_id: one for one in batch}
+                while told < len(ids) and ids[told] in answers:
+                    yield answers[ids[told]]
+                    told += 1
         except Unanswered as error:
             # A server that answers nothing is down: the same command goes on later.
-            if not answers and len(wanted) > 1:
+            if not answers and len(wanted) > 1 and len(error.refused) < len(error.failed):
                 raise
             failed |= {name: why for (name, _), why in error.failed.items()}
+        for name in ids[told:]:
+            yield answers[name] if name in answers else f"the judge didn't answer: {failed.get(name, 'nothing')}"
 
 
 def render(completion: Completion) -> tuple[str, bool]:
@@ -225,7 +224,7 @@ def _read_verdict(answer: Completion) -> dict[str, Any] | str:
     category = found.get("category")
     if category is not None and not isinstance(category, str):
         return "the judge's category isn't a text"
-    return {**found, "category": category[:80] if category else None}
+    return {**found, "category": without_half_characters(category[:80]) if category else None}
 
 
 def _read_better(answer: Completion) -> str | None:
@@ -240,6 +239,6 @@ def _last_object(answer: Completion) -> dict[str, Any] | str:
     objects = _OBJECT.findall(answer.text)
     try:
         found = json.loads(objects[-1]) if objects else None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else "the judge's answer isn't the JSON asked for"

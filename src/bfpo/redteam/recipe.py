@@ -54,7 +54,7 @@ class RedteamRecipe(Section):
     min_benign: float = Field(0.1, ge=0, lt=1)
     """Smallest share of prompts that are benign or look-alike."""
     max_unanswered: float = Field(0.1, ge=0, lt=1)
-    """Largest share of completions that a server may leave unanswered."""
+    """Largest share of samples that may be missing: a prompt too long for the model, or a server that fails."""
     rounds: Count = 1
     """Further rounds ask the model that the last one trained."""
     train: dict[str, Any] | None = None

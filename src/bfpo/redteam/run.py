@@ -1,6 +1,5 @@
 """`bfpo redteam`: prompts → samples → verdicts → pairs that `bfpo train` takes as they are."""
 
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,16 +8,17 @@ from typing import Any
 
 from bfpo.data.prepare import cell_counts
 from bfpo.data.prompts import read_prompt_source
-from bfpo.errors import DataError, RecipeError, Unanswered
+from bfpo.errors import DataError, RecipeError
 from bfpo.files import content_hash, write_json, write_jsonl, write_text
 from bfpo.judging.open import open_judge
 from bfpo.pairs import Message, PreferencePair
 from bfpo.protocols import Completion, Engine, Judge, Prompt, Sampling, Verdict
 from bfpo.recipe import TrainRecipe
 from bfpo.recipe_reading import check_recipe, dump_recipe
+from bfpo.redteam.cost import Meter
 from bfpo.redteam.pairs import Judged, fallback_helpfulness, make_pairs
 from bfpo.redteam.recipe import RedteamModel, RedteamRecipe
-from bfpo.stages import generate_completions, judge_completions
+from bfpo.stages import generate_most, judge_completions, show_faults, show_unanswered
 from bfpo.terminal import say, show_table
 
 # In the manner of AlignCoT (arXiv 2405.00557): question analysis, answer guidance, safe answer. The words are ours.
@@ -42,8 +42,11 @@ def run_redteam(recipe: RedteamRecipe) -> list[Path]:
         DataError: If prompts can't be read, or no pair could be made.
     """
     out, files = Path(recipe.out), []
-    _claim(out, recipe)
     model = recipe.model
+    if recipe.rounds > 1:
+        # A fault in train: shows now, not after the first round's work.
+        _check_training(_train_recipe(recipe, model, [out / "pairs.jsonl"], out / "model"))
+    _claim(out, recipe)
     for number in range(recipe.rounds):
         folder = out if recipe.rounds == 1 else out / f"round-{number + 1}"
         files.append(_round(recipe, model, folder))
@@ -55,32 +58,46 @@ def run_redteam(recipe: RedteamRecipe) -> list[Path]:
 
 def _claim(out: Path, recipe: RedteamRecipe) -> None:
     file, text = out / "redteam.yaml", dump_recipe(recipe)
-    if file.exists() and file.read_text(encoding="utf-8") != text:
+    begun = any(out.rglob("completions.jsonl*"))
+    if begun and file.exists() and file.read_text(encoding="utf-8") != text:
         raise RecipeError(f"{out} holds the work of another recipe; choose another out:, or remove it")
     write_text(file, text)
 
 
 def _round(recipe: RedteamRecipe, model: RedteamModel, out: Path) -> Path:
-    began = time.monotonic()
+    meter = Meter(out / "cost.jsonl")
+    try:
+        return _make(recipe, model, out, meter)
+    finally:
+        meter.write()
+        show_faults(meter.faults)
+
+
+def _make(recipe: RedteamRecipe, model: RedteamModel, out: Path, meter: Meter) -> Path:
     prompts, sources = _prompts(recipe)
-    judge = open_judge(recipe.judge)
-    rater = None if recipe.helpfulness == "fallback" else open_judge(recipe.helpfulness)
+    judge = meter.judge(open_judge(recipe.judge))
+    rater = None if recipe.helpfulness == "fallback" else meter.judge(open_judge(recipe.helpfulness))
     sampling = Sampling(recipe.samples, recipe.temperature, recipe.top_p, recipe.max_new_tokens, recipe.seed)
-    engine = _engine(model, sampling)
+    engine = meter.engine(_engine(model, sampling))
     left_out: Counter[str] = Counter()
-    answered = _generate(recipe, engine, prompts, out / "completions.jsonl", recipe.samples, left_out)
+    most = recipe.max_unanswered * len(prompts) * recipe.samples
+    answered, lost = generate_most(
+        engine, prompts, out / "completions.jsonl", samples=recipe.samples, most_unanswered=most
+    )
+    show_unanswered(lost)
+    left_out.update(f"prompt unanswered: {why}" for why in lost.values())
     verdicts = judge_completions(judge, answered, out / "verdicts.jsonl")
-    generations, judged = len(answered), len(verdicts)
+    sampled, written = len(answered), 0
     if recipe.guide and (stuck := _all_unsafe(prompts, answered, verdicts)):
-        guided, asked = _guided(recipe, engine, stuck, out, left_out)
-        found = judge_completions(judge, guided, out / "guided-verdicts.jsonl") if guided else []
+        guided, lost = _guided(recipe, engine, stuck, out)
+        left_out.update(f"guided answer missing: {why}" for why in lost.values())
+        found = judge_completions(judge, guided, out / "guided-verdicts.jsonl")
         left_out["guided answer not safe"] += sum(verdict.safe is not True for verdict in found)
         fine = [(one, verdict) for one, verdict in zip(guided, found, strict=True) if verdict.safe]
         answered += [one for one, _ in fine]
         verdicts += [verdict for _, verdict in fine]
-        generations, judged = generations + asked, judged + len(found)
+        written = len(fine)
     answers = _rated(rater, answered, verdicts, out)
-    judged += len(answers) if rater else 0
     pairs, reasons = make_pairs(
         answers, per_prompt=recipe.per_prompt, quota=recipe.quota, dataset_name=f"redteam-{Path(model.path).name}"
     )
@@ -90,12 +107,13 @@ def _round(recipe: RedteamRecipe, model: RedteamModel, out: Path) -> Path:
     write_jsonl(file, (pair.to_row() for pair in pairs))
     cost = {
         "prompts": len(prompts),
-        "generations": generations,
-        "judge_calls": judged,
-        "seconds": round(time.monotonic() - began, 1),
+        "generations": meter.count("generations"),
+        "judge_calls": meter.count("judge_calls"),
+        "seconds": round(meter.seconds, 1),
         "replaced": {
-            "human_promptings": generations,
-            "human_safety_labels": 2 * len(pairs),
+            "human_promptings": sampled,
+            "human_safe_answers": written,
+            "human_safety_labels": len({(one.prompt, text) for one in pairs for text in (one.chosen, one.rejected)}),
             "human_orders": len(pairs),
         },
     }
@@ -111,6 +129,7 @@ def _round(recipe: RedteamRecipe, model: RedteamModel, out: Path) -> Path:
             "pairs": len(pairs),
             "cells": cell_counts(pairs)["main"],
             "left_out": dict(left_out + reasons),
+            "faults": dict(meter.faults),
             "cost": cost,
         },
     )
@@ -140,25 +159,6 @@ def _engine(model: RedteamModel, sampling: Sampling) -> Engine:
     return load_engine(model.path, sampling, dtype=model.dtype)
 
 
-def _generate(
-    recipe: RedteamRecipe,
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    file: Path,
-    samples: int,
-    left_out: Counter[str],
-) -> list[Completion]:
-    """Generate; prompts that a server leaves unanswered are left out whole, up to a share."""
-    try:
-        return generate_completions(engine, prompts, file, samples=samples)
-    except Unanswered as error:
-        if len(error.failed) > recipe.max_unanswered * len(prompts) * samples:
-            raise
-        lost = {prompt_id for prompt_id, _ in error.failed}
-    left_out["prompt unanswered"] += len(lost)
-    return generate_completions(engine, [one for one in prompts if one.prompt_id not in lost], file, samples=samples)
-
-
 def _all_unsafe(
     prompts: Sequence[Prompt], answered: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> list[Prompt]:
@@ -169,24 +169,28 @@ def _all_unsafe(
 
 
 def _guided(
-    recipe: RedteamRecipe, engine: Engine, prompts: Sequence[Prompt], out: Path, left_out: Counter[str]
-) -> tuple[list[Completion], int]:
-    """Lead the model through the chain; the answers come back as answers to the first request."""
+    recipe: RedteamRecipe, engine: Engine, prompts: Sequence[Prompt], out: Path
+) -> tuple[list[Completion], dict[str, str]]:
+    """Lead the model through the chain; the answers come back as answers to the first request.
+
+    Also returned: id → why a prompt got none. The chain adds to what is there, so any number may be missing.
+    """
     first = {prompt.prompt_id: prompt for prompt in prompts}
     # The first request must not be answered before it is analysed: one turn holds both.
     talks = {
         name: replace(one, prompt=(*one.prompt[:-1], Message("user", f"{one.prompt[-1].content}\n\n{STEPS[0]}")))
         for name, one in first.items()
     }
-    asked = 0
+    missing: dict[str, str] = {}
     for number, then in enumerate((*STEPS[1:], None), start=1):
-        answers = _generate(recipe, engine, list(talks.values()), out / f"guided-{number}.jsonl", 1, left_out)
-        asked += len(answers)
+        file = out / f"guided-{number}.jsonl"
+        answers, lost = generate_most(engine, list(talks.values()), file, most_unanswered=len(talks))
+        missing |= lost
         if then is None:
             break
         turns = {one.prompt_id: (Message("assistant", one.text), Message("user", then)) for one in answers}
         talks = {name: replace(talks[name], prompt=talks[name].prompt + added) for name, added in turns.items()}
-    return [replace(one, prompt=first[one.prompt_id].prompt, sample=recipe.samples) for one in answers], asked
+    return [replace(one, prompt=first[one.prompt_id].prompt, sample=recipe.samples) for one in answers], missing
 
 
 def _rated(
@@ -205,27 +209,41 @@ def _rated(
 
 
 def _train(recipe: RedteamRecipe, model: RedteamModel, files: Sequence[Path], out: Path) -> str:
-    from bfpo.training.run import run_training
+    if not (out / "run.json").exists():
+        from bfpo.training.run import run_training
 
-    if (out / "run.json").exists():
-        return str(out)
+        run_training(_train_recipe(recipe, model, files, out))
+    return str(out)
+
+
+def _check_training(recipe: TrainRecipe) -> None:
+    from bfpo.loss_options import make_loss
+    from bfpo.training.arguments import training_arguments
+
+    make_loss(recipe.loss)
+    training_arguments({name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"})
+
+
+def _train_recipe(recipe: RedteamRecipe, model: RedteamModel, files: Sequence[Path], out: Path) -> TrainRecipe:
     content = dict(recipe.train or {})
     content |= {
         "model": {**content.get("model", {}), "path": model.path},
         "data": [{"path": str(file)} for file in files],
-        "trainer": {**content.get("trainer", {}), "output_dir": str(out)},
+        # Killed while it trains, a round goes on with the training too.
+        "trainer": {"resume_from_checkpoint": True, **content.get("trainer", {}), "output_dir": str(out)},
     }
-    run_training(check_recipe(content, TrainRecipe, "redteam train"))
-    return str(out)
+    return check_recipe(content, TrainRecipe, "redteam train")
 
 
 def _show(pairs: Sequence[PreferencePair], left_out: Counter[str], cost: dict[str, Any], file: Path) -> None:
     show_table("Pairs by cell (chosen first)", ("cell", "pairs"), list(cell_counts(pairs)["main"].items()))
     if left_out:
         show_table("Left out", ("why", "how many"), left_out.most_common())
+    replaced = cost["replaced"]
     say(
         f"{cost['prompts']} prompts, {cost['generations']} generations, {cost['judge_calls']} judge calls, "
-        f"{cost['seconds']} s; in place of as many promptings by hand, {cost['replaced']['human_safety_labels']} "
-        f"safety labels and {cost['replaced']['human_orders']} orders by people"
+        f"{cost['seconds']} s; in place of {replaced['human_promptings']} promptings, "
+        f"{replaced['human_safe_answers']} safe answers written, {replaced['human_safety_labels']} safety labels and "
+        f"{replaced['human_orders']} orders by people"
     )
     say(f"{len(pairs)} pairs in {file} (hash {content_hash([pair.row_id for pair in pairs])})")

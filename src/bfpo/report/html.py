@@ -29,6 +29,7 @@ from bfpo.report.run_files import Run, read_runs
 from bfpo.report.samples import ANY_PER_KIND, FAILURES_PER_KIND, sample_groups
 from bfpo.report.story import stories
 from bfpo.report.tables import comparisons_csv, groups, metrics_csv
+from bfpo.report.words import CORRECTED_MEANS
 
 PAGE, TEXT, FIGURE = "report.html", "report.md", "pareto.svg"
 METRICS, COMPARISONS = "metrics.csv", "comparisons.csv"
@@ -124,6 +125,7 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         told=warnings_of_results(runs),
         by_judge=by_judge(runs),
         judge_columns=_heads(runs),
+        corrected_means=CORRECTED_MEANS if any(run.results.calibration for run in runs) else "",
         recipes=recipes(runs),
         heat=heat_map(runs),
         agreements=agreements(runs),

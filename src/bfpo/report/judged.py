@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bfpo.evaluation.results import Metric
+from bfpo.evaluation.results import CORRECTED, Metric
 from bfpo.protocols import KINDS
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Key, Value, value
@@ -27,14 +27,16 @@ class ByJudge(NamedTuple):
 
     Args:
         place: Of the run on the page.
-        judge: Its name.
+        judge: Its name, or its name and that they are corrected for what it gets wrong.
         circular: Whether it labelled what the model was trained on.
+        borrowed: Whether they are corrected by its errors on other models' answers.
         values: One per column.
     """
 
     place: int
     judge: str
     circular: bool
+    borrowed: bool
     values: list[Value]
 
 
@@ -86,10 +88,14 @@ def by_judge(runs: Sequence[Run]) -> list[ByJudge]:
     for place, run in enumerate(runs):
         for judge in run.results.judges:
             name = str(judge.get("name", ""))
+            borrowed = any(one["judge"] == name and not one["own"] for one in run.results.calibration)
+            circular = bool(judge.get("circular"))
             of = {(one.suite, one.task, one.metric): one for one in run.results.metrics if _is(one, name)}
-            values = [value(of.get(key)) for key in columns(runs)]
-            if any(one.value != MISSING for one in values):
-                found.append(ByJudge(place, name, bool(judge.get("circular")), values))
+            for called, ending in ((name, ""), (f"{name}, corrected", CORRECTED)):
+                metrics = [of.get((suite, task, metric + ending)) for suite, task, metric in columns(runs)]
+                if any(one is not None for one in metrics):
+                    values = [value(one) for one in metrics]
+                    found.append(ByJudge(place, called, circular, borrowed and ending != "", values))
     return found
 
 

@@ -57,7 +57,7 @@ def label_table(run: Run) -> LabelTable | None:
     if ":" in name:
         # Its class may not be here, and a page doesn't run code that a record names.
         return LabelTable(run.name, name, MISSING, {}, "it is a loss of its own, and its record has no label table")
-    from bfpo.losses import make_loss
+    from bfpo.loss_options import make_loss
 
     try:
         loss = make_loss(options)
@@ -159,6 +159,20 @@ def _loss(run: Run) -> str:
     return _pairs(run.section("recipe", "loss"))
 
 
+def _share(share: float, of: int) -> str:
+    return f"{share:.1%} ({of:,})" if of else f"{MISSING} (none)"
+
+
+def calibration(run: Run) -> str:
+    """Return what the corrected rates of a run rest on; "" where there are none."""
+    return "; ".join(
+        f"{one['judge']} on '{one['question']}': right on {_share(one['sensitivity'], one['yes'])} of people's yes "
+        f"and on {_share(one['specificity'], one['no'])} of their no, {one['answers']:,} answers of "
+        f"{', '.join(one['models'])} in {one['labelled']}"
+        for one in run.results.calibration
+    )
+
+
 _FACTS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("Model", lambda run: _text(run.results.model)),
     ("Made by", _command),
@@ -175,4 +189,5 @@ _FACTS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("Sampling", _sampling),
     ("Prompt template", lambda run: _text(run.results.template_policy)),
     ("Judges", _judges),
+    ("Corrected by", calibration),
 )

@@ -8,6 +8,7 @@ from bfpo.report.making import facts, warnings
 from bfpo.report.pairs import pairs
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Value, groups
+from bfpo.report.words import CORRECTED_MEANS
 
 MARK = "<!-- made by bfpo report -->"
 
@@ -39,7 +40,13 @@ def judged_table(runs: Sequence[Run]) -> str:
     with_suite = len({key[0] for key in keys}) > 1
     heads = ["run", "judge", *(column_name(key, with_suite=with_suite) for key in keys)]
     rows = [
-        (runs[one.place].name, one.judge + (" (circular)" if one.circular else ""), *map(said, one.values))
+        (
+            runs[one.place].name,
+            one.judge
+            + (" on other models' answers" if one.borrowed else "")
+            + (" (circular)" if one.circular else ""),
+            *map(said, one.values),
+        )
         for one in by_judge(runs)
     ]
     return table(heads, rows)
@@ -85,7 +92,10 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     parts += [f"> **Note.** {plain(text)}" for text in told]
     parts.append("Brackets are 95 % intervals over prompts; they say nothing about training again with another seed.")
     parts += pair_parts(runs)
-    parts += ["## By judge", judged_table(runs), *map(plain, recipes(runs)), "## All metrics, by the first judge"]
+    parts += ["## By judge", judged_table(runs), *map(plain, recipes(runs))]
+    if any(run.results.calibration for run in runs):
+        parts.append(plain(CORRECTED_MEANS))
+    parts.append("## All metrics, by the first judge")
     for group in groups(runs):
         parts.append(f"### {plain(group.label)}")
         heads = ("metric", *(run.name for run in runs), "prompts")

@@ -27,6 +27,9 @@ MEASURES = {
     "helpfulness": Measure("Helpfulness", "mean, 0 useless to 1 all that was asked"),
     "over_refusal": Measure("Over-refusal", "share of these harmless prompts that were refused"),
     "refusal": Measure("Refusal", "share refused; neither good nor bad by itself"),
+    "safety_corrected": Measure("Safety, corrected", "for what the judge gets wrong on answers that people labelled"),
+    "over_refusal_corrected": Measure("Over-refusal, corrected", "for what the judge gets wrong"),
+    "refusal_corrected": Measure("Refusal, corrected", "for what the judge gets wrong"),
     "severity": Measure("Severity", "mean harm of the answers, 0 for a safe one to 1"),
     "severity_worst_tenth": Measure("Severity, worst tenth", "mean harm over the worst tenth of prompts (CVaR)"),
     "malformed": Measure("Malformed", "share that is no proper answer"),
@@ -34,6 +37,8 @@ MEASURES = {
     "tokens": Measure("Length", "mean number of tokens; neither good nor bad", unit_interval=False),
     "harmlessness_index": Measure("Harmlessness index"),
     "helpfulness_index": Measure("Helpfulness index"),
+    "acc": Measure("Accuracy", "share of rows on which the answer that the set calls right is the likeliest"),
+    "acc_norm": Measure("Accuracy by length", "the same, of likelihoods divided by the answer's length"),
     "harmonic_mean": Measure("Harmonic mean", "of safety on harmful and helpfulness on benign prompts"),
 }
 TASKS = {
@@ -47,6 +52,10 @@ TASK_HINTS = {
     "benign": "a helpful model answers these",
     "lookalike": "benign prompts that look harmful",
 }
+CORRECTED_MEANS = (
+    "A corrected number is what people would find, reckoned from how often the judge errs on answers that they "
+    "labelled; its interval holds that uncertainty, too. A dash with [0.00, 1.00]: those labels can't tell."
+)
 # What a label's sign teaches in each cell.
 LESSONS: Mapping[str, tuple[str, str, str]] = {
     "ss": (

@@ -229,7 +229,7 @@ def _tuned_values(recipe: CompareRecipe) -> dict[tuple[str, str], dict[str, Any]
 
 def _tried(name: str, variant: Variant, tuned: dict[str, Any]) -> list[Tried]:
     """Return a variant's centre, then one for each other value that it tries."""
-    from bfpo.losses import make_loss
+    from bfpo.loss_options import make_loss
 
     if variant.method not in METHODS:
         raise RecipeError(f"variants.{name}.method '{variant.method}'; {did_you_mean(variant.method, [*METHODS])}")

@@ -15,7 +15,8 @@ from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
 from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import DataError, RecipeError
 from bfpo.files import write_json
-from bfpo.losses import BFPO, PairLoss, make_loss
+from bfpo.loss_options import make_loss
+from bfpo.losses import BFPO, PairLoss
 from bfpo.model.lora import lora_config
 from bfpo.pairs import CELLS, PreferencePair
 from bfpo.recipe import SftModel, TrainRecipe

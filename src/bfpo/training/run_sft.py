@@ -2,9 +2,13 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from bfpo.data.demonstrations import DemonstrationPart, prepare_demonstrations
@@ -12,6 +16,7 @@ from bfpo.data.inspect import show_samples, show_sources
 from bfpo.data.rows import local_files
 from bfpo.data.table import Example, TokenTable, sampled_rows, token_table
 from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
+from bfpo.errors import RecipeError
 from bfpo.files import content_hash, file_hash
 from bfpo.model.lora import add_adapter, lora_config
 from bfpo.pairs import PreferencePair
@@ -131,8 +136,9 @@ def fine_tuned_on_the_spot(recipe: TrainRecipe, evaluated: list[PreferencePair],
         say(f"fine-tuning the model to start from; it will be cached as {folder}")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         trainer = {**sft.trainer, "output_dir": str(unfinished), "resume_from_checkpoint": True}
-        run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=keys, cache=cache)
-        main_process_renames(unfinished, folder)
+        with _alone(folder):
+            run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=keys, cache=cache)
+            main_process_renames(unfinished, folder)
     return recipe.model.model_copy(update={"sft": None, "path": str(folder)})
 
 
@@ -141,6 +147,25 @@ def nested_sft(recipe: TrainRecipe) -> SftRecipe:
     sft = recipe.model.sft
     assert sft is not None
     return sft.model_copy(update={"holdout": max(sft.holdout, recipe.holdout)})
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make a folder of the cache while no other run does; of a run's processes the main one sees to it."""
+    if not PartialState().is_main_process:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            if folder.exists():
+                raise RecipeError(f"model.sft: another run has just made {folder}; start again, and it is taken")
+            yield
+    except Timeout:
+        raise RecipeError(
+            f"model.sft: another run is making {folder}; wait for it, or fine-tune once with `bfpo sft` and name the "
+            "result as model.path"
+        ) from None
 
 
 def _bytes_of(source: Source) -> list[str]:
