@@ -66,7 +66,7 @@ def pair_parts(runs: Sequence[Run]) -> list[str]:
     rows = []
     for row in every.rows:
         axes = [
-            f"{what}: {found.value} {found.interval} {found.verdict}, p {p_value}"
+            f"{what}: {found.value} {found.interval} {found.verdict}, {p_value}"
             for what, found, p_value in (row.safety, row.helpfulness)
         ]
         rows.append((row.run, row.verdict, row.against, *axes))
