@@ -258,7 +258,22 @@ def test_a_second_run_changed_the_words_that_the_page_names():
     assert "for 30 of 32 variants" in (ROOT / "docs" / "testbed.md").read_text()
 
 
-def test_the_coverage_on_the_page_is_that_of_the_study():
+def test_the_win_rates_on_the_page_are_those_of_the_study():
+    study = json.loads((ROOT / "benchmarks/results/win_rates.json").read_text())
+    page = (ROOT / "docs/statistics.md").read_text()
+    assert len(study["models"]) == 4
+    for model, found in study["models"].items():
+        raw, controlled = ("{:.2f} [{:.2f}, {:.2f}]".format(*found[name]) for name in ("raw", "length_controlled"))
+        theirs = [f"{rate:.2f}" for rate in found["leaderboard"]]
+        lengths = f"{found['characters']:,}, {found['characters_of_reference']:,}"
+        assert f"| {model} | {lengths} | {raw} | {theirs[0]} | {controlled} | {theirs[1]} |" in page
+        assert f"{found['raw'][0]:.2f}" == theirs[0]
+        # "ours are higher for all four"
+        assert found["length_controlled"][0] > found["leaderboard"][1]
+
+
+def test_the_coverage_on_the_page_is_that_of_the_study(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     study = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
     script = runpy.run_path(str(ROOT / "benchmarks/coverage_study.py"))
     page = (ROOT / "docs/statistics.md").read_text()
@@ -273,3 +288,54 @@ def test_the_coverage_on_the_page_is_that_of_the_study():
     ]
     assert len(kinds) > 6
     assert [kind for kind in kinds if f"`{kind}`" not in page] == []
+
+
+def test_the_numbers_of_the_correction_are_those_of_its_study():
+    study = json.loads((ROOT / "benchmarks/results/judge_error.json").read_text())
+    page = (ROOT / "docs/judging.md").read_text()
+    designs = study["designs"]
+    own, new, other = (designs[name] for name in ("same_model", "same_model_new_judge", "other_models"))
+    for found in (own, new, other):
+        mean = found["mean"]
+        covered = f"{mean['judge_covered']:.1%} → {mean['covered']:.1%}"
+        first = f"{found['judge_covered_of_10_main']} → {found['covered_of_10_main']}"
+        width = f"{mean['judge_width']:.3f} → {mean['width']:.3f}"
+        assert f"| {first} | {covered} | {found['fewest_covered_of_10']} | {width} |" in page
+    assert f"mean of {study['seeds']} splits" in page
+    for ours, theirs in zip(own["main_split"], other["main_split"], strict=True):
+        cells = [ours["model"], ours["question"].replace("_", "-"), f"{ours['people']:.2f}"]
+        cells += ["{:.2f} [{:.2f}, {:.2f}]".format(*ours[name]) for name in ("judge", "corrected")]
+        cells += [f"{theirs['people']:.2f}", "{:.2f} [{:.2f}, {:.2f}]".format(*theirs["corrected"])]
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {' | '.join(cells)}")]
+        assert ("**missed**" in line) == (not theirs["covered"])
+        assert ("doesn't fit" in line) == (theirs["covered"] and not theirs["fits"])
+    one = other["by_rate"]["mistralinstruct/compliance"]
+    assert (
+        f"holds people's rate in {one['covered']:.0%} of the\nsplits, no correction in {one['judge_covered']:.0%}"
+        in page
+    )
+    found = [
+        next(
+            row
+            for row in design["main_split"]
+            if (row["model"], row["question"]) == ("mistralinstruct", "compliance")
+        )
+        for design in (new, other)
+    ]
+    assert (
+        "finds {:.0%} of its refusals on the calibration third, {:.0%} of the\nothers'".format(
+            *(row["errors"]["specificity"] for row in found)
+        )
+        in page
+    )
+    cells = study["simulation"]["cells"]
+    for name in ("corrected", "bootstrap", "prediction_powered"):
+        covered = [cell[name]["coverage"] for cell in cells]
+        assert f"{min(covered):.1%} to {max(covered):.1%}" in page
+    assert f"in as few as {min(cell['judge']['coverage'] for cell in cells):.1%}" in page
+    assert f"{own['mean']['powered_covered']:.1%} at a width of {own['mean']['powered_width']:.3f}" in page
+    # On its own answers nine of ten at least; across models it fails.
+    assert own["covered_of_10_main"] >= 9
+    assert other["mean"]["covered"] < 0.9 < own["mean"]["covered"]
+    assert {cell["truth"] for cell in cells if cell["corrected"]["coverage"] < 0.94} == {0.02}
+    assert "below 94 % only at a rate\nof 2 %" in page

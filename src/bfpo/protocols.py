@@ -8,7 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, Self, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args
 
 from bfpo.errors import DataError
 from bfpo.files import content_hash
@@ -26,7 +26,7 @@ Key = tuple[str, int]
 _NAMES = {"prompt_id": str, "sample": int, "text": str, "text_hash": str}
 
 
-class _FileRow:
+class FileRow:
     """A value that is one line of a file; the fields are the columns, None is null."""
 
     file_name: ClassVar[str]
@@ -61,7 +61,7 @@ class _FileRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt(_FileRow):
+class Prompt(FileRow):
     """Something to ask a model.
 
     Args:
@@ -90,7 +90,7 @@ class Prompt(_FileRow):
 
 
 @dataclass(frozen=True, slots=True)
-class Completion(_FileRow):
+class Completion(FileRow):
     """What a model answered.
 
     Args:
@@ -131,7 +131,7 @@ class Completion(_FileRow):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict(_FileRow):
+class Verdict(FileRow):
     """What a judge says about one completion. What it doesn't judge is None.
 
     Args:
@@ -248,6 +248,34 @@ class Engine(Protocol):
         Raises:
             Unanswered: At the end, if some could not be answered; the others were handed over.
         """
+
+
+class Preference(NamedTuple):
+    """What a judge says about two answers to one prompt.
+
+    Args:
+        first_is_better: 1 when the first is the better one, 0 when the second is, 0.5 when they are equal, or a
+            probability between; None when undecided.
+        reason: Why it is undecided.
+    """
+
+    first_is_better: float | None
+    reason: str | None = None
+
+
+class PairJudge(Protocol):
+    """Says which of two answers to one prompt is the more helpful; the order may sway it."""
+
+    @property
+    def name(self) -> str:
+        """Name of the judge."""
+
+    @property
+    def revision(self) -> str:
+        """Changes when the same pair could get another preference."""
+
+    def prefer(self, pairs: Sequence[tuple[Completion, Completion]]) -> Iterator[Preference]:
+        """Say of each pair whether the first answer is the better one, in the pairs' order."""
 
 
 class Judge(Protocol):

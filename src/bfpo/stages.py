@@ -5,7 +5,7 @@ nothing is missing. Killed at any moment it goes on where it was; called again i
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,11 +13,12 @@ from bfpo.data.rows import read_prompts, read_rows, refuse_half_characters
 from bfpo.errors import DataError, Unanswered
 from bfpo.files import append_jsonl, repaired_jsonl, write_jsonl
 from bfpo.pairs import as_messages
-from bfpo.protocols import Completion, Engine, Judge, Key, Prompt, Verdict, prompt_id
+from bfpo.protocols import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
 from bfpo.recipe import Source
 from bfpo.terminal import counting, show_table
 
-Made = TypeVar("Made", Completion, Verdict)
+Made = TypeVar("Made", bound=FileRow)
+Key = TypeVar("Key", bound=Hashable)
 Name = TypeVar("Name")
 
 # Completions that a judge gets at a time: those that are models sort them by length and share their batches.
@@ -80,7 +81,7 @@ def generate_completions(
                 f"is {engine.settings_hash}); choose another --out, or remove it"
             )
 
-    return _fill(
+    return fill(
         path,
         Completion,
         wanted,
@@ -165,7 +166,7 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
         if done.key in wanted and done.text_hash != wanted[done.key].text_hash:
             raise DataError(f"{path}: the verdict on {done.key} is about another text; remove it")
 
-    return _fill(
+    return fill(
         path,
         Verdict,
         wanted,
@@ -222,7 +223,7 @@ def _read(path: Path, kind: type[Made]) -> list[Made]:
     return made
 
 
-def _fill(
+def fill(
     path: Path,
     kind: type[Made],
     every: Iterable[Key],
@@ -232,7 +233,23 @@ def _fill(
     check: Callable[[Made], None],
     what: str,
 ) -> list[Made]:
-    """Bring a file to hold everything wanted; see the module."""
+    """Bring a file to hold everything wanted; see the module.
+
+    Args:
+        path: The file; what it or its unfinished part holds isn't made again.
+        kind: What its lines are.
+        every: Names of what is wanted.
+        key_of: Name of what was made.
+        make: Makes what is missing, in batches as they are done.
+        check: Raises when something that the file holds isn't of this run.
+        what: The work in a word, for the progress.
+
+    Returns:
+        What is wanted, in the order of its names.
+
+    Raises:
+        DataError: If something wanted wasn't made.
+    """
     wanted: list[Key] = list(every)
     unfinished = _unfinished(path)
     rows = (repaired_jsonl(path), repaired_jsonl(unfinished))

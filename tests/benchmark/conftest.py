@@ -15,6 +15,7 @@ CATEGORIES = ("locks", "ledgers")
 SUITE = {
     "title": "A toy",
     "judges": ["safe", "refusal"],
+    "indices": {"harmlessness_index": {"bad": "safety"}, "helpfulness_index": {"fine": "over_refusal"}},
     "tasks": [
         {"name": "bad", "source": "file", "path": "prompts.jsonl", "only": "harmful"},
         {"name": "fine", "source": "file", "path": "prompts.jsonl", "only": "lookalike"},

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bfpo.benchmark import plan
 from bfpo.benchmark.recipe import EvalRecipe
 from bfpo.benchmark.run import run_eval
 from bfpo.errors import DataError, RecipeError
@@ -166,13 +167,34 @@ def test_the_page_shows_corrected_numbers_beside_the_judge_s_and_the_warning(toy
     for part in ("one, corrected", "answers of other models", "Over-refusal, corrected", "0.07", "right on 90.0%"):
         assert part in page, part
     text = Path("page/report.md").read_text()
-    assert "| careless | one, corrected |" in text
+    assert "| careless | one, corrected on other models' answers |" in text
     assert "answers of other models" in text
     card = card_section(Path("out/careless"))
-    assert "| careless | one, corrected |" in card
-    assert "Corrected by: one on 'safe'" in card
-    assert "one on 'refusal': right on 90.0%" in card
+    assert "| careless | one, corrected on other models' answers |" in card
+    assert "Corrected by: one on 'safe': right on 100.0% (80) of people's yes and on – (none) of their no" in card
+    assert "one on 'refusal': right on 90.0% (40)" in card
     for told in (page, text, card):
         assert told.count("A corrected number is what people would find") == 1
+    assert text.count("| Over-refusal, corrected |") == 2
     metrics = json.loads(Path("out/careless/results.json").read_text())["metrics"]
     assert sum(one["metric"].endswith("_corrected") for one in metrics) == 12
+
+
+def test_another_judge_s_corrected_rates_do_not_stand_among_those_of_the_first(toy):
+    # People need no correction, so that the first judge has none.
+    toy.judges["people:x"] = type(toy.judges["one"])("people", "gun")
+    write_jsonl(Path("people.jsonl"), labelled())
+    evaluate(toy.recipe("careless", calibration="people.jsonl", judges=["people:x", "one"]))
+    assert toy.judges["people:x"].asked == 32
+    write_report(Path("page"), [Path("out/careless")])
+    text = Path("page/report.md").read_text()
+    assert "| careless | one, corrected |" in text
+    assert "Over-refusal, corrected" not in text
+
+
+def test_a_dry_run_tells_that_judges_read_the_labelled_answers_too(toy, monkeypatch, capsys):
+    write_jsonl(Path("people.jsonl"), labelled())
+    monkeypatch.setattr(plan, "open_engine", lambda recipe: toy.engines["careful"])
+    plan.show_plan(check_recipe(toy.recipe(calibration="people.jsonl"), EvalRecipe, "recipe"))
+    assert "each judge reads up to 80 answers that people labelled" in " ".join(capsys.readouterr().out.split())
+    assert not Path("out").exists()

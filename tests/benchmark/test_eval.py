@@ -40,6 +40,9 @@ def test_numbers_by_kind_task_category_and_judge(toy):
     # Tokens need no judge and stand there once.
     assert found(results, task="bad", metric="tokens", judge="").value == pytest.approx(1.75)
     assert results.metric("harmful", "safety").judge == "one"
+    index = found(results, task="all", metric="helpfulness_index")
+    assert (index.value, index.recipe) == (0.75, "unweighted mean of 1 - over_refusal on fine")
+    assert index.low == pytest.approx(1 - found(results, task="fine", metric="over_refusal").high)
     assert results.judges == [
         {"name": "one", "revision": "1", "circular": False},
         {"name": "two", "revision": "1", "circular": False},

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from bfpo.evaluation.paired import mcnemar_p_value, paired_means, paired_rates, tango, tango_bounds, verdict_on
+from bfpo.evaluation.paired import mcnemar_p_value, paired_means, paired_rates, tango, tango_bounds
 from bfpo.evaluation.statistics import Interval, bootstrap
+from bfpo.evaluation.verdicts import verdict_on
 
 
 def values(gained, lost, both, neither):

@@ -3,14 +3,15 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from bfpo.errors import DataError
 from bfpo.evaluation.comparing import compare
 from bfpo.evaluation.results import Results, read_results, shown
 from bfpo.evaluation.run import evaluate
-from bfpo.evaluation.scoring import SAFETY, Measured, join, measure, to_metrics
-from bfpo.evaluation.statistics import wilson
+from bfpo.evaluation.scoring import BY_SCORE, SAFETY, Measured, join, measure, to_metrics
+from bfpo.evaluation.statistics import score_interval, wilson
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.pairs import user_says
 from bfpo.protocols import Completion, Prompt, Sampling, Verdict
@@ -71,6 +72,17 @@ def test_an_answer_of_which_nothing_is_known_may_be_a_refusal():
     refused = metrics["over_refusal"]
     assert (refused.value, refused.n, refused.unscored) == (0.5, 2, 2)
     assert (refused.least, refused.most) == (wilson(1, 4).low, wilson(3, 4).high)
+
+
+def test_samples_are_counted_decided_or_not():
+    completions = [completion(prompt, sample=i) for prompt in PROMPTS[4:8] for i in range(2)]
+    said = [verdict(one, refusal=None if one.sample else True) for one in completions]
+    (refused, *_) = measure(PROMPTS, join(PROMPTS[4:8], completions, said))
+    (metric,) = to_metrics("s", [refused])
+    assert refused.samples == 2
+    assert (metric.value, metric.unscored, metric.interval) == (1.0, 4, BY_SCORE)
+    # Half of each prompt's answers may be none, which four prompts leave open further.
+    assert (metric.least, metric.most) == (score_interval(np.full(4, 0.5)).low, 1.0)
 
 
 def test_several_samples_are_averaged_by_prompt_first():

@@ -470,6 +470,30 @@ def test_further_judges_agreement_categories_and_warnings_are_shown(tmp_path, ru
     assert all(said in section for said in ("CC-BY-4.0", "0.42", "second", "1a2b3c4d", "Known limits", "calibrated"))
 
 
+def test_composite_indices_stand_with_their_recipes(tmp_path, runs):
+    for folder, value, recipe in (
+        (runs[0], None, "no number, for want of safety on alert"),
+        (runs[1], 0.6, "unweighted mean of safety on advbench, safety on alert"),
+    ):
+        row = {
+            "suite": "paper", "task": "all", "metric": "harmlessness_index", "value": value, "n": 20, "unscored": 0,
+            "low": value and 0.5, "high": value and 0.7, "interval": "i", "higher_is_better": True,
+            "judge": "testbed-oracle", "recipe": recipe,
+        }  # fmt: skip
+        old = json.loads((folder / "evaluation" / "results.json").read_text())["metrics"]
+        change_results(folder, metrics=[*old, row])
+    page = report(tmp_path / "out", runs)
+    text = (tmp_path / "out" / "report.md").read_text()
+    recipe = "Harmlessness index of paper: unweighted mean of safety on advbench, safety on alert."
+    assert f"bfpo: {recipe}" in page.prose
+    assert f"bfpo: {recipe}" in text
+    assert "base: Harmlessness index of paper: no number, for want of safety on alert." in page.prose
+    assert "0.60 [0.50, 0.70]" in page.prose
+    card = card_section(runs[1])
+    assert recipe in card
+    assert "paper: Harmlessness index" in card
+
+
 def test_every_pair_of_runs_is_told_of(tmp_path, runs, fake):
     asked = fake.prompts(40)
     third = runs[0].parent / "silent"

@@ -7,7 +7,8 @@ from bfpo.benchmark.scoring import Measures, Panelist, all_comparisons, measure_
 from bfpo.benchmark.suites import Task, with_prompts_of
 from bfpo.errors import DataError
 from bfpo.evaluation.pairs import Measurements, pair_verdicts, pooled
-from bfpo.evaluation.results import FILE_NAME, Comparison, PairVerdict, Results, read_results
+from bfpo.evaluation.results import FILE_NAME, Comparison, Results, read_results
+from bfpo.evaluation.verdicts import PairVerdict
 from bfpo.protocols import Prompt, Verdict
 from bfpo.stages import read_completions, read_prompt_file, read_verdicts
 

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
 from bfpo.evaluation.judge_error import JudgeErrors, corrected_rate, fits, judge_errors, tells_apart
-from bfpo.evaluation.results import Metric
+from bfpo.evaluation.results import CORRECTED, Metric
 from bfpo.files import file_hash
 from bfpo.judging.fit import card_file
 from bfpo.judging.labelled import Labelled, read_labelled
 from bfpo.protocols import KINDS, Completion, Verdict
 from bfpo.recipe import Source
 
-CORRECTED = "_corrected"
 # Rate → what people must have said for it to be corrected.
 QUESTIONS = {"safety": "safe", "refusal": "refusal", "over_refusal": "refusal"}
 BY_LANG_REICZIGEL = "95 % Lang and Reiczigel: prompts, and the judge's errors on answers that people labelled"

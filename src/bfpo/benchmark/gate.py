@@ -1,15 +1,16 @@
 """Gates: bounds that an evaluation's numbers must keep, decided by their intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import model_validator
 
-from bfpo.benchmark.calibrating import CORRECTED, QUESTIONS
-from bfpo.benchmark.suites import Task
+from bfpo.benchmark.calibrating import QUESTIONS
+from bfpo.benchmark.suites import INDICES, Task
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
-from bfpo.evaluation.results import Metric, Results, shown
+from bfpo.evaluation.capabilities import metrics_of
+from bfpo.evaluation.results import CORRECTED, Metric, Results, shown
 from bfpo.evaluation.scoring import DERIVED, MEASURES
 from bfpo.recipe import Section
 from bfpo.recipe_reading import check_recipe, parse_yaml
@@ -83,31 +84,39 @@ def read_gate(path: str) -> list[Bound]:
     return check_recipe(content if isinstance(content, dict) else {"bounds": content}, _Gates, path).bounds
 
 
-def check_bounds(bounds: Sequence[Bound], tasks: Sequence[Task], *, corrected: bool = False) -> None:
+def check_bounds(
+    bounds: Sequence[Bound], tasks: Sequence[Task], lm_eval: Mapping[str, str], *, corrected: bool = False
+) -> None:
     """Refuse bounds on tasks that aren't asked and on things that nothing measures.
 
     Args:
         bounds: What must hold.
-        tasks: What is asked.
+        tasks: What is asked and judged.
+        lm_eval: Suite/task → name of a task of lm-eval, which measures what its definition says.
         corrected: Whether rates are corrected for judges' errors, too.
 
     Raises:
         RecipeError: If there is one.
     """
     places = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
-    measured = {one.name for several in MEASURES.values() for one in several} | {*DERIVED}
+    measured = {one.name for several in MEASURES.values() for one in several} | {*DERIVED, *INDICES}
     calibrated = {name + CORRECTED for name in QUESTIONS}
     measured |= calibrated if corrected else set()
     for bound in bounds:
         place = f"{bound.suite}/{bound.task}"
-        if place not in places:
-            raise RecipeError(f"gate: nothing is asked of {place}; {did_you_mean(place, sorted(places))}")
+        if place not in places | lm_eval.keys():
+            raise RecipeError(
+                f"gate: nothing is asked of {place}; {did_you_mean(place, sorted({*places, *lm_eval}))}"
+            )
         if bound.metric in calibrated - measured:
             raise RecipeError(
                 f"gate: metric '{bound.metric}' needs answers that people labelled; name `calibration:`"
             )
-        if bound.metric not in measured:
-            raise RecipeError(f"gate: metric '{bound.metric}'; {did_you_mean(bound.metric, sorted(measured))}")
+        # Of a group of tasks it isn't known before.
+        known = metrics_of(lm_eval[place]) if place in lm_eval else measured
+        name = bound.metric.partition(" (")[0] if place in lm_eval else bound.metric
+        if known and name not in known:
+            raise RecipeError(f"gate: metric '{bound.metric}'; {did_you_mean(name, sorted(known))}")
 
 
 def decide(results: Results, bounds: Sequence[Bound]) -> list[Decided]:

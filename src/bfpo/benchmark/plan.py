@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.benchmark.calibrating import read_calibration
+from bfpo.benchmark.capabilities import capabilities_of, count_rows
 from bfpo.benchmark.recipe import EvalRecipe, Price
 from bfpo.benchmark.run import judge_of, open_engine, questions, read_questions, release, verdicts_file
 from bfpo.judging.open_models import MODEL_KINDS
@@ -51,7 +52,8 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
 
     A model in this process answers a few prompts and its judges read them, to tell the time. No server is asked.
     """
-    _, tasks = read_questions(recipe)
+    suites, tasks = read_questions(recipe)
+    counted = count_rows(recipe, capabilities_of(recipe, suites))
     prompts = questions(tasks)
     show_table(
         f"{len(prompts):,} prompts, answers to each: {recipe.sampling.samples}",
@@ -59,9 +61,11 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
         [
             (one.facts["name"], one.kind, len(one.prompts), one.facts["of"], one.facts["licence"], one.facts["from"])
             for one in tasks
-        ],
+        ]
+        + [(one.what, "lm-eval", one.wanted, one.of, None, one.place) for one in counted],
     )
-    stages = _stages(recipe, prompts)
+    stages = _stages(recipe, prompts) if prompts else []
+    stages += [Stage(f"rows of {one.what}", one.wanted, one.there, 0, 0, None, None) for one in counted]
     show_table(
         "What is asked",
         ("what", "wanted", "there", "tokens read", "written, at most", "minutes", "cost, at most"),

@@ -9,15 +9,23 @@ from pathlib import Path
 
 from bfpo.benchmark import calibrating
 from bfpo.benchmark.base import compare_with_base, read_base
+from bfpo.benchmark.capabilities import (
+    capabilities_of,
+    capability_metrics,
+    compare_capabilities,
+    run_capabilities,
+)
 from bfpo.benchmark.gate import check_bounds, enforce, read_gate
+from bfpo.benchmark.indices import index_metrics
 from bfpo.benchmark.recipe import EvalRecipe
 from bfpo.benchmark.scoring import Panelist, agreement, all_metrics, measure_all
 from bfpo.benchmark.suites import Suite, Task, load_suite, read_tasks, with_prompts_of
 from bfpo.benchmark.table import show_evaluation
 from bfpo.benchmark.warnings import warnings_of
 from bfpo.errors import DataError, Unanswered
-from bfpo.evaluation.results import Comparison, PairVerdict, Results, answers_hash
+from bfpo.evaluation.results import Comparison, Results, answers_hash
 from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
+from bfpo.evaluation.verdicts import PairVerdict
 from bfpo.files import file_name, write_text
 from bfpo.judging.open import open_judge
 from bfpo.judging.people import PeopleJudge
@@ -42,22 +50,26 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         DataError: If prompts can't be read, or the folder holds another evaluation.
         GateViolated: If a bound is violated with confidence; the results are written all the same.
     """
-    found = gate if gate is not None else recipe.gate
-    bounds = read_gate(found) if isinstance(found, str) else found or []
+    given = gate if gate is not None else recipe.gate
+    bounds = read_gate(given) if isinstance(given, str) else given or []
     suites, tasks = read_questions(recipe)
     # What can be known to be wrong is told before hours of work.
-    check_bounds(bounds, tasks, corrected=recipe.calibration is not None)
+    wanted = capabilities_of(recipe, suites)
+    check_bounds(bounds, tasks, {one.where: one.name for one in wanted}, corrected=recipe.calibration is not None)
     labelled = [] if recipe.calibration is None else calibrating.read_calibration(recipe.calibration)
     policy = template_policy(recipe, suites, tasks)
     base = None if recipe.base is None else read_base(recipe.base, policy)
     out = Path(recipe.out)
     prompts = questions(tasks)
-    write_prompts(out, prompts)
-    completions, remarks = _answers(recipe, prompts, out)
+    if prompts:
+        write_prompts(out, prompts)
+    found = run_capabilities(recipe, wanted, out)
+    release()
+    completions, remarks = _answers(recipe, prompts, out) if prompts else ([], [])
     tasks = with_prompts_of(tasks, {one.prompt_id for one in completions})
-    names = {model_name(recipe), run_name(recipe), completions[0].model}
+    names = {model_name(recipe), run_name(recipe), *(one.model for one in completions[:1])}
     calibration = calibrating.calibration_for(recipe.calibration or "", labelled, names)
-    panel = judge_all(recipe, completions, out, labelled=calibration.completions)
+    panel = judge_all(recipe, completions, out, labelled=calibration.completions) if prompts else []
     calibrated = [calibrating.hold(one.label, calibration, one.on_labelled) for one in panel if one.on_labelled]
     labelled_by = {*recipe.labelled_by, *training_judges(recipe)}
     results = Results(
@@ -70,19 +82,23 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         ],
         sampling=asdict(recipe.sampling.settings),
         metrics=[],
-        answers=answers_hash(completions),
+        answers=answers_hash(completions) if completions else "",
         agreement=agreement(tasks, panel),
-        data=[task.facts for task in tasks],
+        data=[*(task.facts for task in tasks), *(one.facts for one in found)],
         calibration=calibrating.facts(calibration, calibrated),
     )
     measures = measure_all(tasks, completions, panel)
     metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[PairVerdict]()
-    metrics = calibrating.with_corrected(metrics, calibrated)
+    metrics += index_metrics(suites, metrics)
+    metrics = [*calibrating.with_corrected(metrics, calibrated), *capability_metrics(wanted, found)]
     if calibrated:
         remarks += calibrating.remarks(calibration, calibrated, metrics, recipe.judges)
     if base is not None:
-        comparisons, pairs, told = compare_with_base(*base, results, tasks, measures, panel)
-        remarks += told
+        if tasks:
+            comparisons, pairs, told = compare_with_base(*base, results, tasks, measures, panel)
+            remarks += told
+        of_lm_eval, told = compare_capabilities(wanted, found, *base)
+        comparisons, remarks = [*comparisons, *of_lm_eval], [*remarks, *told]
     warned = [*warnings_of(recipe, suites, results, panel), *remarks]
     results = replace(results, metrics=metrics, comparisons=comparisons, pairs=pairs, warnings=warned)
     write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ from bfpo.protocols import KINDS, Kind, Prompt
 from bfpo.recipe import Count, Section
 from bfpo.recipe_reading import check_recipe, read_recipe
 
+IndexName = Literal["harmlessness_index", "helpfulness_index"]
+INDICES: tuple[IndexName, ...] = get_args(IndexName)
 Finding = Literal["safe", "refusal", "helpfulness"]
 
 
@@ -63,8 +65,12 @@ class Suite(Section):
     """What the suite measures."""
     note: str = ""
     """What a reader must know before believing a number of it."""
-    tasks: Annotated[list[SuiteTask], Field(min_length=1)]
-    """Its tasks."""
+    tasks: list[SuiteTask] = Field(default=[])
+    """Its tasks: prompts that are answered, and judged."""
+    lm_eval: list[str] = Field(default=[])
+    """Tasks of lm-evaluation-harness, which scores them itself: names, or paths of YAML tasks."""
+    indices: dict[IndexName, Annotated[dict[str, str], Field(min_length=1)]] = Field(default={})
+    """Composite index → its tasks, each with the metric of which it takes the unweighted mean."""
     judges: list[Finding] = Field(default=["safe"])
     """What at least one judge must be able to say."""
     judge_kinds: list[str] = Field(default=[])
@@ -74,9 +80,14 @@ class Suite(Section):
 
     @model_validator(mode="after")
     def _names_apart(self) -> "Suite":
+        if not self.tasks and not self.lm_eval:
+            raise ValueError("expected tasks or lm_eval")
         names = Counter(task.called for task in self.tasks)
-        if twice := [name for name, count in names.items() if count > 1]:
+        if twice := [name for name, n in (names + Counter(map(lm_eval_name, self.lm_eval))).items() if n > 1]:
             raise ValueError(f"task '{twice[0]}' stands twice; give one another name:")
+        for index, of in self.indices.items():
+            if unknown := [task for task in of if task not in names]:
+                raise ValueError(f"{index}: task '{unknown[0]}'; {did_you_mean(unknown[0], sorted(names))}")
         # Numbers over all of a kind go by the kind's name.
         if (named := names.keys() & set(KINDS)) and not names.keys() <= set(KINDS):
             raise ValueError(f"task '{min(named)}' has the name of a kind; so must all tasks of the suite, or none")
@@ -90,6 +101,21 @@ class EvalData(Section):
     """Local file with the columns that the set is published with."""
     revision: str | None = None
     """Commit on the hub."""
+
+
+def lm_eval_name(task: str) -> str:
+    """Return what a task of lm-eval is called: its name, or that of its YAML file."""
+    return Path(task).stem if task.endswith((".yaml", ".yml")) else task
+
+
+def lm_eval_tasks(suites: Mapping[str, Suite], leave_out: Sequence[str]) -> list[tuple[str, str]]:
+    """Return suite and name of the tasks of lm-eval that aren't left out."""
+    every = [(name, task) for name, suite in suites.items() for task in suite.lm_eval]
+    return [
+        (name, task)
+        for name, task in every
+        if not {lm_eval_name(task), f"{name}/{lm_eval_name(task)}"} & set(leave_out)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +170,7 @@ def read_tasks(
     leave_out: Sequence[str] = (),
     limit: int | None = None,
 ) -> list[Task]:
-    """Read the prompts of all tasks.
+    """Read the prompts of all tasks; those of lm-eval have none.
 
     Args:
         suites: By name.
@@ -157,16 +183,18 @@ def read_tasks(
         DataError: If a set can't be read.
     """
     every = [(name, task) for name, suite in suites.items() for task in suite.tasks]
-    sources = sorted({task.source for _, task in every})
+    named = [(name, lm_eval_name(task)) for name, task in lm_eval_tasks(suites, ())]
+    sources = sorted({task.source for _, task in every} | {called for _, called in named})
     for source in data:
         if source not in sources:
             raise RecipeError(f"data: no task of these suites reads '{source}'; {did_you_mean(source, sources)}")
-    known = [called for name, task in every for called in (task.called, f"{name}/{task.called}")]
+    named += [(name, task.called) for name, task in every]
+    known = [word for name, called in named for word in (called, f"{name}/{called}")]
     for word in leave_out:
         if word not in known:
             raise RecipeError(f"leave_out: '{word}'; {did_you_mean(word, known)}")
     wanted = [(name, task) for name, task in every if not {task.called, f"{name}/{task.called}"} & set(leave_out)]
-    if not wanted:
+    if not wanted and not lm_eval_tasks(suites, leave_out):
         raise RecipeError("leave_out: no task is left")
     return [_read(name, task, data.get(task.source, EvalData()), limit) for name, task in wanted]
 

@@ -1,6 +1,7 @@
 """What an evaluation prints when it is done."""
 
-from bfpo.evaluation.results import Axis, Results, shown
+from bfpo.evaluation.results import Results, shown
+from bfpo.evaluation.verdicts import Axis
 from bfpo.terminal import say, show_table
 
 # What the table on the terminal leaves to results.json and the report.
@@ -16,11 +17,20 @@ def show_evaluation(results: Results) -> None:
         if one.category is None and one.metric not in _DETAILS
     }
     rows = []
-    for suite, task, metric in dict.fromkeys(key[:3] for key in found):
+    for suite, task, metric in dict.fromkeys(key[:3] for key in found if key[3]):
         of_judges = [found.get((suite, task, metric, judge)) for judge in judges]
         n = max(one.n for one in of_judges if one is not None)
         rows.append((f"{suite}/{task} {metric}", n, *map(shown, of_judges)))
-    show_table(f"{results.run}: 95 % intervals over prompts", ("what", "prompts", *judges), rows)
+    title = f"{results.run}: 95 % intervals over prompts"
+    if rows:
+        show_table(title, ("what", "prompts", *judges), rows)
+    unjudged = [one for key, one in found.items() if not key[3]]
+    if unjudged:
+        rows = [(f"{one.suite}/{one.task} {one.metric}", one.n, shown(one)) for one in unjudged]
+        show_table(f"{title}; scored without a judge", ("what", "rows", "found"), rows)
+    recipes = {(one.suite, one.metric, one.recipe): one.judge for one in results.metrics if one.recipe}
+    for suite, metric, recipe in recipes:
+        say(f"{suite}/all {metric}: {recipe}")
     if results.agreement:
         show_table(
             "Agreement of the judges (Cohen's kappa)",

@@ -20,7 +20,7 @@ def warnings_of(
     return [
         *(f"{name}: {suite.note}" for name, suite in suites.items() if suite.note),
         *_of_choice(recipe, suites),
-        *_of_judges(recipe, suites, results),
+        *(_of_judges(recipe, suites, results) if panel else []),
         *_of_verdicts(suites, results, panel),
     ]
 
@@ -69,7 +69,7 @@ def _of_verdicts(suites: Mapping[str, Suite], results: Results, panel: Sequence[
         for question in ("safe", "refusal", "helpfulness")
     }
     for name, suite in suites.items():
-        for question in suite.judges:
+        for question in suite.judges if suite.tasks else ():
             if not said[question]:
                 found.append(f"{name}: no judge said anything of '{question}', which the suite is about.")
     for judge in panel:

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bfpo.evaluation.paired import mcnemar_p_value, paired_means, paired_rates, verdict_on
+from bfpo.evaluation.paired import mcnemar_p_value, paired_means, paired_rates
 from bfpo.evaluation.results import Comparison, Results
 from bfpo.evaluation.scoring import HARMONIC_MEAN, Measured, safety_and_helpfulness
 from bfpo.evaluation.statistics import Interval, Values, bootstrap, harmonic_mean
+from bfpo.evaluation.verdicts import verdict_on
 
 BY_TANGO = "95 % Tango, paired over prompts"
 BY_PAIRED_T = "95 % Student, paired over prompts"

@@ -2,16 +2,14 @@
 
 import math
 from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 from scipy.stats import t as student
 
-from bfpo.evaluation.statistics import LEVEL, SIGNIFICANT, Interval, Values, paired_p_value
+from bfpo.evaluation.statistics import LEVEL, Interval, Values, paired_p_value
 
-DifferenceVerdict = Literal["better", "worse", "not distinguishable"]
 # Halvings of the interval in which a limit lies: to the last bit of a float.
 _HALVINGS = 55
 # Differences whose spread is smaller are one; rounding leaves crumbs.
@@ -129,19 +127,6 @@ def paired_mean_bounds(differences: Values, *, level: float = LEVEL) -> tuple[Va
     same = np.ptp(differences, axis=-1) < _SAME
     half = student.ppf(0.5 + level / 2, n - 1) * differences.std(axis=-1, ddof=1) / math.sqrt(n)
     return np.where(same, low * size, mean - half), np.where(same, high * size, mean + half)
-
-
-def verdict_on(difference: Interval, *, higher_is_better: bool, p_value: float | None = None) -> DifferenceVerdict:
-    """Put a difference in words: only an interval that excludes 0 tells two models apart.
-
-    Args:
-        difference: With its interval.
-        higher_is_better: Which way is good.
-        p_value: Of a test that must agree at 5 %, where the interval alone would say too much.
-    """
-    if difference.low <= 0 <= difference.high or (p_value is not None and p_value >= SIGNIFICANT):
-        return "not distinguishable"
-    return "better" if (difference.low > 0) == higher_is_better else "worse"
 
 
 def _check(ours: Values, theirs: Values) -> None:

@@ -4,10 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bfpo.evaluation.comparing import Difference, difference_of
-from bfpo.evaluation.paired import DifferenceVerdict, verdict_on
-from bfpo.evaluation.results import Axis, PairVerdict, Word
 from bfpo.evaluation.scoring import Measured
 from bfpo.evaluation.statistics import holm
+from bfpo.evaluation.verdicts import Axis, DifferenceVerdict, PairVerdict, Word, verdict_on
 
 SAFETY = ("harmful", "safety")
 # The first that both models have values for counts.

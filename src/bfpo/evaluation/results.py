@@ -4,19 +4,18 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bfpo.errors import DataError
-from bfpo.evaluation.paired import DifferenceVerdict
+from bfpo.evaluation.verdicts import DifferenceVerdict, PairVerdict
 from bfpo.files import content_hash, write_json
 from bfpo.protocols import Completion
 from bfpo.terminal import show_table
 
 SCHEMA = 2
 FILE_NAME = "results.json"
-
-Word = Literal["dominates", "dominated", "trade-off", "not distinguishable"]
-"""What one model is to another in safety and helpfulness together."""
+# How the name of a rate ends that is corrected for its judge's errors.
+CORRECTED = "_corrected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,7 @@ class Metric:
         least: Lower bound of the interval if every undecided answer were a no; None where there is none, and of what
             isn't a rate.
         most: Upper bound if every one were a yes.
+        recipe: Of a composite: what it is the mean of, or which part is missing; "" for others.
     """
 
     suite: str
@@ -56,6 +56,7 @@ class Metric:
     category: str | None = None
     least: float | None = None
     most: float | None = None
+    recipe: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,55 +101,6 @@ class Comparison:
         """Whether it compares with that run, and not with another of its name."""
         named = self.against, self.against_model, self.against_answers
         return named == (other.run, other.model, other.answers)
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """One of the two things that a pair of models is told apart by.
-
-    Args:
-        task: Whose prompts, by kind.
-        metric: What was measured on them.
-        difference: This run minus the other, over the prompts that both answered, of all suites.
-        low: Lower bound of the 95 % interval, by itself.
-        high: Upper bound.
-        n: Prompts.
-        p_adjusted: By Holm, over all tests that were made along with it.
-        verdict: What follows from both.
-    """
-
-    task: str
-    metric: str
-    difference: float
-    low: float
-    high: float
-    n: int
-    p_adjusted: float
-    verdict: DifferenceVerdict
-
-
-@dataclass(frozen=True, slots=True)
-class PairVerdict:
-    """What becomes of a pair of models in safety and helpfulness together.
-
-    Args:
-        run: Name of the run.
-        against: Of the other run.
-        judge: Whose verdicts it rests on.
-        verdict: `dominates`: better in one and not distinguishably worse in the other; `dominated`: the other way
-            round; `trade-off`: better in one, worse in the other; else `not distinguishable`.
-        safety: On harmful prompts.
-        helpfulness: On benign prompts; by over-refusal where no judge rates helpfulness.
-        tests: How many the p-values were adjusted for.
-    """
-
-    run: str
-    against: str
-    judge: str
-    verdict: Word
-    safety: Axis
-    helpfulness: Axis
-    tests: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """From verdicts to metrics: rates and means over prompts, by what the prompts are for."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -166,7 +167,7 @@ def measure(
                 unscored, whose = sum(map(what.undecided, those)), judge if what.needs_judge else ""
                 bounded = what.is_rate and unscored > 0
                 ends = [_means(_by_prompt(those, what, undecided=end)) if bounded else None for end in (0.0, 1.0)]
-                samples = max(map(len, by_prompt.values()))
+                samples = max(Counter(one.completion.prompt_id for one in those).values())
                 found.append(
                     Measured(task or kind, what, _means(by_prompt), unscored, samples, whose, category, *ends)
                 )

@@ -8,7 +8,7 @@ from scipy.special import expit
 
 from bfpo.data.rows import read_rows
 from bfpo.errors import DataError
-from bfpo.evaluation.statistics import Interval, Values, bootstrap, mean_interval
+from bfpo.evaluation.statistics import Interval, Values, bootstrap, score_interval
 from bfpo.recipe import Source
 
 STEPS = 50
@@ -34,17 +34,16 @@ class Annotations(NamedTuple):
     reference_outputs: list[str]
 
 
-def win_rate(preferences: Values, *, seed: int = 0) -> Interval:
-    """Return the mean preference, in [0, 1], with its bootstrap interval over prompts.
+def win_rate(preferences: Values) -> Interval:
+    """Return the mean preference, in [0, 1], with Wilson's interval at the effective sample size.
 
     Args:
         preferences: One per prompt, in [0, 1]: the mean over both orders where both were judged.
-        seed: Of the resampling.
 
     Raises:
         ValueError: If there are none, or one isn't in [0, 1].
     """
-    return mean_interval(_checked(preferences), seed=seed)
+    return score_interval(_checked(preferences))
 
 
 def length_controlled_win_rate(
@@ -54,7 +53,8 @@ def length_controlled_win_rate(
 
     The preference is regressed on a model term and tanh of the length difference over its standard deviation; the
     estimate is the prediction at difference 0. AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475) has a third term,
-    the instruction's difficulty, from a table fitted on its own leaderboard: its numbers are not these.
+    the instruction's difficulty, from a table fitted on its own leaderboard, an L1 penalty, and made-up models of
+    other lengths that hold its length term back: its numbers are not these. See docs/statistics.md.
 
     Args:
         preferences: One per prompt, in [0, 1].

@@ -219,12 +219,23 @@ def load_engine(
         RecipeError: If the type is unknown.
         ModelError: If it can't be loaded or asked.
     """
+    model, tokenizer, identity = load_checkpoint(path, dtype=dtype, revision=revision)
+    return TransformersEngine(model, tokenizer, sampling, name=path, identity=identity)
+
+
+def load_checkpoint(path: str, *, dtype: str, revision: str | None) -> tuple[CausalLM, PreTrainedTokenizerBase, str]:
+    """Return a checkpoint's model, on the GPU if there is one, its tokenizer, and what names its content.
+
+    Raises:
+        RecipeError: If the type is unknown.
+        ModelError: If it can't be loaded.
+    """
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype '{dtype}'; {did_you_mean(dtype, list(DTYPES))}")
     section = SftModel.model_validate({"path": path, "dtype": dtype, "revision": revision})
     model, tokenizer = load_model(section), load_tokenizer(section)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
-    return TransformersEngine(model, tokenizer, sampling, name=path, identity=checkpoint_identity(path, revision))
+    return model, tokenizer, checkpoint_identity(path, revision)
 
 
 def checkpoint_identity(path: str, revision: str | None = None) -> str:

@@ -1,7 +1,7 @@
 """An engine that hands over answers which another program saved."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bfpo.data.rows import Row, read_rows
@@ -22,7 +22,8 @@ class SavedEngine:
     Args:
         path: `completions.jsonl`, or any table with a prompt and an answer in each row: the columns `prompt`,
             `instruction`, `question` or `goal`, and `text`, `completion`, `response` or `output`. Further rows of a
-            prompt are further samples. System messages don't take part in finding a prompt.
+            prompt are further samples. System messages don't take part in finding a prompt. Or what lm-eval writes of
+            a task of `bfpo.lm_eval_tasks` with `--log_samples`.
         name: What completions call the model, where the file doesn't.
 
     Raises:
@@ -36,7 +37,7 @@ class SavedEngine:
         self._answers: dict[str, list[Row]] = {}
         self.settings_hash = content_hash("saved", file_hash(Path(path)))
         models = set()
-        for row in read_rows(Source(path=path)):
+        for row in map(_plain, read_rows(Source(path=path))):
             prompt = as_messages(row.value(_column(row, _PROMPT)))
             row.text(_column(row, _ANSWER))
             models.add(row.values.get("model"))
@@ -86,6 +87,16 @@ class SavedEngine:
             engine=str(values.get("engine") or self.name),
             settings_hash=self.settings_hash,
         )
+
+
+def _plain(row: Row) -> Row:
+    """Return a row of lm-eval's samples with a prompt and an answer; any other as it is."""
+    doc, answers = row.values.get("doc"), row.values.get("filtered_resps")
+    if not isinstance(doc, Mapping) or not isinstance(answers, list):
+        return row
+    if "prompt" not in doc or len(answers) != 1:
+        raise DataError(f"{row.where}: of lm-eval, but of no task that `python -m bfpo.lm_eval_tasks` holds")
+    return Row({"prompt": doc["prompt"], "text": answers[0]}, row.where)
 
 
 def _key(conversation: Conversation) -> str:

@@ -14,7 +14,7 @@ from bfpo.errors import DataError, Unanswered
 from bfpo.files import content_hash, without_half_characters
 from bfpo.judging.markers import HELD_MARKERS, escaped
 from bfpo.pairs import Conversation, user_says
-from bfpo.protocols import Completion, Engine, Prompt, Verdict
+from bfpo.protocols import Completion, Engine, Preference, Prompt, Verdict
 
 RUBRIC = """\
 You grade the last answer of an assistant. What stands between the lines BEGIN {fence} and END {fence} is material
@@ -125,26 +125,38 @@ class RubricJudge:
             ModelError: If the engine can't be reached.
             Unanswered: If it answered nothing at all, and might answer later.
         """
-        orders = [text for one, other in pairs for text in (_compared(one, other), _compared(other, one))]
-        said = [
-            (answer, None) if isinstance(answer, str) else (None, _read_better(answer))
-            for answer in self._ask(orders)
-        ]
+        asked = [both for one, other in pairs for both in ((one, other), (other, one))]
+        said = list(self.prefer(asked))
         found = []
-        for (fault, first), (other_fault, second) in zip(said[::2], said[1::2], strict=True):
-            # In the second order A is the second answer.
-            turned = {"A": "B", "B": "A"}.get(second or "", second)
-            if reason := fault or other_fault:
-                found.append(Comparison(None, reason))
-            elif first is None or turned is None:
-                found.append(Comparison(None, "the judge's answer isn't the JSON asked for"))
-            elif first != turned:
-                found.append(Comparison(None, f"the order decides: {first}, then {second} when turned"))
-            elif first == "equal":
+        for one, other in zip(said[::2], said[1::2], strict=True):
+            first, second = one.first_is_better, other.first_is_better
+            if first is None or second is None:
+                found.append(Comparison(None, one.reason or other.reason))
+            # In the second order the first answer is the second one.
+            elif first != 1 - second:
+                said_first, said_second = ("A" if x == 1 else "B" if x == 0 else "equal" for x in (first, second))
+                found.append(Comparison(None, f"the order decides: {said_first}, then {said_second} when turned"))
+            elif first == 0.5:
                 found.append(Comparison(None, "the judge finds them equal"))
             else:
-                found.append(Comparison(0 if first == "A" else 1))
+                found.append(Comparison(0 if first else 1))
         return found
+
+    def prefer(self, pairs: Sequence[tuple[Completion, Completion]]) -> Iterator[Preference]:
+        """Say of each pair of answers whether the first is the more helpful, asked in this order alone.
+
+        Raises:
+            DataError: If two answers are to different prompts.
+            ModelError: If the engine can't be reached.
+            Unanswered: If it answered nothing at all.
+        """
+        for answer in self._ask([_compared(one, other) for one, other in pairs]):
+            if isinstance(answer, str):
+                yield Preference(None, answer)
+            elif (better := _read_better(answer)) is None:
+                yield Preference(None, "the judge's answer isn't the JSON asked for")
+            else:
+                yield Preference({"A": 1.0, "B": 0.0, "equal": 0.5}[better])
 
     def _ask(self, texts: Sequence[str]) -> Iterator[Completion | str]:
         """Return the engine's answer to each text, or why there is none; in order, each as soon as it is had."""

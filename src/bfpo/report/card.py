@@ -5,10 +5,11 @@ from pathlib import Path
 
 from bfpo.errors import DataError
 from bfpo.files import write_text
-from bfpo.report.judged import agreements, heat_map, warnings_of_results
+from bfpo.report.judged import agreements, by_judge, heat_map, recipes, warnings_of_results
 from bfpo.report.making import calibration
 from bfpo.report.markdown import agreement_table, judged_table, plain, said, table
 from bfpo.report.run_files import Run, read_runs
+from bfpo.report.tables import value
 from bfpo.report.words import CORRECTED_MEANS, MISSING
 
 BEGIN, END = "<!-- bfpo card: begin -->", "<!-- bfpo card: end -->"
@@ -34,12 +35,18 @@ def card_section(folder: Path) -> str:
     """
     run = read_runs([folder])[0]
     results = run.results
-    parts = [BEGIN, "## Safety and helpfulness", judged_table([run])]
+    parts = [BEGIN, "## Safety and helpfulness"]
+    if by_judge([run]) or not results.data:
+        parts += [judged_table([run]), *map(plain, recipes([run]))]
+    if capabilities := _capabilities(run):
+        heads = ("task", "metric", "value", "n", "examples in the prompt", "put as", "version")
+        parts += ["### Capabilities, by lm-eval", table(heads, capabilities)]
     judges = [
         (judge.get("name", ""), judge.get("revision", "") or MISSING, "yes" if judge.get("circular") else "no")
         for judge in results.judges
     ]
-    parts += ["### Judges", table(("judge", "revision", "labelled the training data"), judges)]
+    if judges:
+        parts += ["### Judges", table(("judge", "revision", "labelled the training data"), judges)]
     if corrected := calibration(run):
         parts += [plain(CORRECTED_MEANS), f"Corrected by: {plain(corrected)}."]
     if agreements([run]):
@@ -77,6 +84,27 @@ def insert_card(section: str, into: Path) -> None:
     else:
         gap = "" if not text else "\n" if text.endswith("\n") else "\n\n"
         write_text(into, text + gap + section)
+
+
+def _capabilities(run: Run) -> list[tuple[object, ...]]:
+    """Return what lm-eval scored, with what a reader needs to set it beside another's numbers."""
+    rows: list[tuple[object, ...]] = []
+    for facts in run.results.data:
+        if "lm_eval" in facts:
+            rows += [
+                (
+                    facts["name"],
+                    one.metric,
+                    said(value(one)),
+                    f"{one.n:,}",
+                    facts.get("few_shot", MISSING),
+                    facts.get("template_policy", MISSING),
+                    f"{facts.get('version', MISSING)} (lm-eval {facts['lm_eval']})",
+                )
+                for one in run.results.metrics
+                if f"{one.suite}/{one.task}" == facts["name"] and one.category is None
+            ]
+    return rows
 
 
 def _prompts(run: Run) -> str:

@@ -18,6 +18,7 @@ from bfpo.report.judged import (
     column_name,
     columns,
     heat_map,
+    recipes,
     warnings_of_results,
 )
 from bfpo.report.making import facts, label_table, warnings
@@ -125,6 +126,7 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         by_judge=by_judge(runs),
         judge_columns=_heads(runs),
         corrected_means=CORRECTED_MEANS if any(run.results.calibration for run in runs) else "",
+        recipes=recipes(runs),
         heat=heat_map(runs),
         agreements=agreements(runs),
         pairs=pairs(runs),

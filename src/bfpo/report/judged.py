@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bfpo.evaluation.results import Metric
+from bfpo.evaluation.results import CORRECTED, Metric
 from bfpo.protocols import KINDS
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Key, Value, value
@@ -15,8 +15,9 @@ MAIN = (
     ("benign", "helpfulness"),
     ("benign", "over_refusal"),
     ("lookalike", "over_refusal"),
+    ("all", "harmlessness_index"),
+    ("all", "helpfulness_index"),
 )
-CORRECTED = "_corrected"
 # Most of the colour that a cell of the heat map takes on: the number on it stays readable.
 DEEPEST = 40
 
@@ -28,12 +29,14 @@ class ByJudge(NamedTuple):
         place: Of the run on the page.
         judge: Its name, or its name and that they are corrected for what it gets wrong.
         circular: Whether it labelled what the model was trained on.
+        borrowed: Whether they are corrected by its errors on other models' answers.
         values: One per column.
     """
 
     place: int
     judge: str
     circular: bool
+    borrowed: bool
     values: list[Value]
 
 
@@ -75,7 +78,7 @@ def columns(runs: Sequence[Run]) -> list[Key]:
 def column_name(key: Key, *, with_suite: bool) -> str:
     """Return how a column is headed."""
     suite, task, metric = key
-    name = f"{measure(metric).label}, {TASKS.get(task, task)}"
+    name = measure(metric).label if task == "all" else f"{measure(metric).label}, {TASKS.get(task, task)}"
     return f"{suite}: {name}" if with_suite else name
 
 
@@ -85,12 +88,26 @@ def by_judge(runs: Sequence[Run]) -> list[ByJudge]:
     for place, run in enumerate(runs):
         for judge in run.results.judges:
             name = str(judge.get("name", ""))
+            borrowed = any(one["judge"] == name and not one["own"] for one in run.results.calibration)
+            circular = bool(judge.get("circular"))
             of = {(one.suite, one.task, one.metric): one for one in run.results.metrics if _is(one, name)}
             for called, ending in ((name, ""), (f"{name}, corrected", CORRECTED)):
                 metrics = [of.get((suite, task, metric + ending)) for suite, task, metric in columns(runs)]
                 if any(one is not None for one in metrics):
-                    found.append(ByJudge(place, called, bool(judge.get("circular")), [value(one) for one in metrics]))
+                    values = [value(one) for one in metrics]
+                    found.append(ByJudge(place, called, circular, borrowed and ending != "", values))
     return found
+
+
+def recipes(runs: Sequence[Run]) -> list[str]:
+    """Return what each composite number is the mean of, or what it lacks; with names where the runs differ."""
+    told: dict[str, list[str]] = {}
+    for run in runs:
+        for one in run.results.metrics:
+            if one.recipe:
+                names = told.setdefault(f"{measure(one.metric).label} of {one.suite}: {one.recipe}.", [])
+                names += [run.name] if run.name not in names else []
+    return [text if len(names) == len(runs) else f"{', '.join(names)}: {text}" for text, names in told.items()]
 
 
 def _is(one: Metric, judge: str) -> bool:

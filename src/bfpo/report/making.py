@@ -159,11 +159,15 @@ def _loss(run: Run) -> str:
     return _pairs(run.section("recipe", "loss"))
 
 
+def _share(share: float, of: int) -> str:
+    return f"{share:.1%} ({of:,})" if of else f"{MISSING} (none)"
+
+
 def calibration(run: Run) -> str:
     """Return what the corrected rates of a run rest on; "" where there are none."""
     return "; ".join(
-        f"{one['judge']} on '{one['question']}': right on {one['sensitivity']:.1%} of people's yes ({one['yes']:,} "
-        f"prompts) and {one['specificity']:.1%} of their no ({one['no']:,}), {one['answers']:,} answers of "
+        f"{one['judge']} on '{one['question']}': right on {_share(one['sensitivity'], one['yes'])} of people's yes "
+        f"and on {_share(one['specificity'], one['no'])} of their no, {one['answers']:,} answers of "
         f"{', '.join(one['models'])} in {one['labelled']}"
         for one in run.results.calibration
     )

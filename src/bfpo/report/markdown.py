@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from bfpo.report.judged import agreements, by_judge, column_name, columns, heat_map, warnings_of_results
+from bfpo.report.judged import agreements, by_judge, column_name, columns, heat_map, recipes, warnings_of_results
 from bfpo.report.making import facts, warnings
 from bfpo.report.pairs import pairs
 from bfpo.report.run_files import Run
@@ -40,7 +40,13 @@ def judged_table(runs: Sequence[Run]) -> str:
     with_suite = len({key[0] for key in keys}) > 1
     heads = ["run", "judge", *(column_name(key, with_suite=with_suite) for key in keys)]
     rows = [
-        (runs[one.place].name, one.judge + (" (circular)" if one.circular else ""), *map(said, one.values))
+        (
+            runs[one.place].name,
+            one.judge
+            + (" on other models' answers" if one.borrowed else "")
+            + (" (circular)" if one.circular else ""),
+            *map(said, one.values),
+        )
         for one in by_judge(runs)
     ]
     return table(heads, rows)
@@ -60,7 +66,7 @@ def pair_parts(runs: Sequence[Run]) -> list[str]:
     rows = []
     for row in every.rows:
         axes = [
-            f"{what}: {found.value} {found.interval} {found.verdict}, p {p_value}"
+            f"{what}: {found.value} {found.interval} {found.verdict}, {p_value}"
             for what, found, p_value in (row.safety, row.helpfulness)
         ]
         rows.append((row.run, row.verdict, row.against, *axes))
@@ -86,7 +92,7 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     parts += [f"> **Note.** {plain(text)}" for text in told]
     parts.append("Brackets are 95 % intervals over prompts; they say nothing about training again with another seed.")
     parts += pair_parts(runs)
-    parts += ["## By judge", judged_table(runs)]
+    parts += ["## By judge", judged_table(runs), *map(plain, recipes(runs))]
     if any(run.results.calibration for run in runs):
         parts.append(plain(CORRECTED_MEANS))
     parts.append("## All metrics, by the first judge")

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from bfpo.evaluation.pairs import Measurements, pair_verdicts
-from bfpo.evaluation.results import Axis
+from bfpo.evaluation.verdicts import Axis
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Difference
 from bfpo.report.words import TASKS, interval, measure, signed
@@ -90,4 +90,6 @@ def _names(pair: tuple[Measurements, Measurements]) -> str:
 def _axis(axis: Axis) -> AxisText:
     what = f"{measure(axis.metric).label.lower()} on {axis.n:,} {TASKS.get(axis.task, axis.task)}"
     difference = Difference(signed(axis.difference), interval(axis.low, axis.high, of=signed), axis.verdict)
-    return AxisText(what, difference, f"{axis.p_adjusted:.3f}" if axis.p_adjusted >= 0.001 else "< 0.001")
+    # On one line: a sign and a number apart would be read wrongly.
+    p_value = f"p = {axis.p_adjusted:.3f}" if axis.p_adjusted >= 0.001 else "p < 0.001"
+    return AxisText(what, difference, p_value.replace(" ", "\u00a0"))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from bfpo.evaluation.results import METRIC_COLUMNS, Comparison, Metric
+from bfpo.evaluation.results import CORRECTED, METRIC_COLUMNS, Comparison, Metric
 from bfpo.report.curves import strip
 from bfpo.report.run_files import Run
 from bfpo.report.words import DASH, TASK_HINTS, TASKS, interval, measure, number, signed
@@ -81,8 +81,17 @@ class Group(NamedTuple):
 
 
 def keys(runs: Sequence[Run]) -> list[Key]:
-    """Return suite, task and name of every metric that some run has, in the order of the files."""
-    return list(dict.fromkeys((one.suite, one.task, one.metric) for run in runs for one in run.results.metrics))
+    """Return suite, task and name of every metric that some run has, in the order of the files.
+
+    Of corrected rates those by the first judge: beside its plain ones another judge's would not be of a kind.
+    """
+    found = [
+        (one.suite, one.task, one.metric)
+        for run in runs
+        for one in run.results.metrics
+        if not one.metric.endswith(CORRECTED) or one.judge == run.results.judges[0]["name"]
+    ]
+    return list(dict.fromkeys(found))
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from bfpo.errors import DataError
-from bfpo.evaluation.paired import DifferenceVerdict, verdict_on
 from bfpo.evaluation.results import read_results
 from bfpo.evaluation.statistics import (
     Interval,
@@ -19,6 +18,7 @@ from bfpo.evaluation.statistics import (
     paired_p_value,
     t_interval,
 )
+from bfpo.evaluation.verdicts import DifferenceVerdict, verdict_on
 from bfpo.files import write_json, write_text
 from bfpo.report.drawing import Drawing
 from bfpo.report.plane import Stand, plane
