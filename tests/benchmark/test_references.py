@@ -15,6 +15,9 @@ from bfpo.evaluation.win_rate import read_alpaca_annotations, win_rate
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.protocols import Preference, Verdict
 from bfpo.recipe_reading import check_recipe
+from bfpo.report.html import render
+from bfpo.report.lengths import lengths
+from bfpo.report.run_files import read_runs
 
 SUITE = {
     "title": "Beside given outputs",
@@ -154,6 +157,17 @@ def test_two_runs_compare_prompt_by_prompt_only_beside_the_same_outputs(toy, mon
     results = run_eval(recipe(out="out/c", base="out/a"))
     assert "win_rate" not in {one.metric for one in results.comparisons}
     assert any("beside other outputs" in told for told in results.warnings)
+
+
+def test_the_page_draws_length_against_win_rate(toy):
+    run_eval(recipe())
+    (one, other) = lengths(read_runs([Path("out/a")]))
+    assert (one.label, other.label) == ("beside/asked by rates", "beside/asked by sees")
+    assert other.runs[0].startswith("a: 1 tokens, win rate 0.86 [")
+    assert "at equal lengths" in other.runs[0]
+    drawn = other.drawing.standalone()
+    assert drawn.count('class="dot') + drawn.count('class="ring') == 2
+    assert "Length against win rate" in render(read_runs([Path("out/a")]), title="t")
 
 
 def test_gates_and_the_dry_run_know_of_it(toy, capsys):

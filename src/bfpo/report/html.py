@@ -21,6 +21,7 @@ from bfpo.report.judged import (
     recipes,
     warnings_of_results,
 )
+from bfpo.report.lengths import lengths
 from bfpo.report.making import facts, label_table, warnings
 from bfpo.report.markdown import as_markdown
 from bfpo.report.pairs import pairs
@@ -129,6 +130,7 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         recipes=recipes(runs),
         heat=heat_map(runs),
         agreements=agreements(runs),
+        lengths=lengths(runs),
         pairs=pairs(runs),
         most_pairs=MOST_PAIRS,
         numbered=len(found) > MOST_NAMES,
