@@ -5,6 +5,7 @@ Everything that knows lm-eval (names held to 0.4.13) is here. No task with remot
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -107,6 +108,10 @@ def known_task(name: str, *, with_data: bool) -> None:
             raise RecipeError(f"lm_eval: no file {name}")
         if with_data:
             raise RecipeError(f"data: {name} says itself where its rows are (dataset_path)")
+        if re.search(r"^group:", Path(name).read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE):
+            raise RecipeError(
+                f"lm_eval: {name} is a group, which lm-eval takes by its name alone; name its tasks' files"
+            )
         return
     index = task_manager().task_index
     if name not in index:
@@ -293,6 +298,9 @@ def _root(loaded: Any, name: str) -> str:
 
 
 def _place(config: Any) -> str:
+    files = (config.dataset_kwargs or {}).get("data_files")
+    if isinstance(files, Mapping) and all(isinstance(file, str) for file in files.values()):
+        return ", ".join(sorted(set(files.values())))
     revision = (config.dataset_kwargs or {}).get("revision")
     named = " ".join(filter(None, (config.dataset_path, config.dataset_name)))
     return (named or "the task's own program") + (f"@{revision}" if revision else "")
