@@ -11,7 +11,7 @@ from bfpo.benchmark.plan import show_plan
 from bfpo.benchmark.recipe import EvalRecipe
 from bfpo.benchmark.run import run_eval
 from bfpo.errors import DataError, GateViolated, MissingExtra, RecipeError
-from bfpo.evaluation import capabilities as lm_eval
+from bfpo.evaluation import capability_tasks as lm_eval
 from bfpo.evaluation.capabilities import Found, Number
 from bfpo.evaluation.results import read_results
 from bfpo.files import write_jsonl

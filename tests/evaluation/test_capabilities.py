@@ -10,8 +10,9 @@ from bfpo.errors import DataError, RecipeError
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
 
-from bfpo.evaluation import capabilities as module
-from bfpo.evaluation.capabilities import Found, known_task, load_task, open_lm, run_task, task_manager
+from bfpo.evaluation import capability_tasks as module
+from bfpo.evaluation.capabilities import Found, open_lm, run_task
+from bfpo.evaluation.capability_tasks import known_task, load_task, task_manager
 
 # Warnings of lm-eval's own imports are no errors of ours.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]

@@ -10,17 +10,14 @@ from typing import Any, NamedTuple
 from bfpo.benchmark.recipe import EvalModel, EvalRecipe
 from bfpo.benchmark.suites import EvalData, Suite, lm_eval_name, lm_eval_tasks
 from bfpo.errors import DataError, RecipeError
-from bfpo.evaluation.capabilities import (
-    Found,
-    Number,
+from bfpo.evaluation.capabilities import Found, Number, open_lm, run_task
+from bfpo.evaluation.capability_tasks import (
     builder_of,
     known_task,
     lm_eval_version,
     load_task,
     need_lm_eval,
-    open_lm,
     rows_of,
-    run_task,
 )
 from bfpo.evaluation.results import Comparison, Metric, Results
 from bfpo.evaluation.scoring import Measure, Measured, compare, to_metrics

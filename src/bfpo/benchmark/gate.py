@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from bfpo.benchmark.suites import Task
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
-from bfpo.evaluation.capabilities import metrics_of
+from bfpo.evaluation.capability_tasks import metrics_of
 from bfpo.evaluation.results import Metric, Results, shown
 from bfpo.evaluation.scoring import MEASURES
 from bfpo.recipe import Section
