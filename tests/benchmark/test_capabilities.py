@@ -11,7 +11,7 @@ from bfpo.benchmark.plan import show_plan
 from bfpo.benchmark.recipe import EvalRecipe
 from bfpo.benchmark.run import run_eval
 from bfpo.errors import DataError, GateViolated, MissingExtra, RecipeError
-from bfpo.evaluation import capabilities as lm_eval
+from bfpo.evaluation import capability_tasks as lm_eval
 from bfpo.evaluation.capabilities import Found, Number
 from bfpo.evaluation.results import read_results
 from bfpo.files import write_jsonl
@@ -89,6 +89,7 @@ def test_a_suite_of_lm_eval_alone_needs_no_judge_and_is_run_once(stand_in, capsy
     assert stand_in.asked == ["one_task", "two_task"]
     assert not Path("out/careful/completions.jsonl").exists()
     assert (results.judges, results.answers) == ([], "")
+    assert results.template_policy == "as data says of each task"
     accuracy, f1, part = [one for one in results.metrics if one.task == "one_task"]
     assert (accuracy.value, accuracy.n, accuracy.judge, accuracy.category) == (0.5, 40, "", None)
     assert accuracy.low < 0.5 < accuracy.high
@@ -108,6 +109,17 @@ def test_a_suite_of_lm_eval_alone_needs_no_judge_and_is_run_once(stand_in, capsy
     evaluate(stand_in.recipe())
     assert len(stand_in.asked) == 6, "and so is another file"
     assert len(stand_in.loaded) == 6
+
+
+def test_a_task_of_one_s_own_is_run_again_when_its_file_or_its_rows_change(stand_in, monkeypatch):
+    monkeypatch.setattr(module, "load_task", lambda name, folder, *, path=None, revision=None: name)
+    Path("own.yaml").write_text("task: own\ndataset_kwargs: {data_files: {test: rows.jsonl}}\n")
+    Path("able.yaml").write_text("title: t\nlm_eval: [own.yaml]\n")
+    for changed, times in ((None, 1), (None, 1), ("rows.jsonl", 2), ("own.yaml", 3), (None, 3)):
+        if changed:
+            Path(changed).write_text(Path(changed).read_text() + "\n")
+        assert {one.task for one in evaluate(stand_in.recipe(data={})).metrics} == {"own"}
+        assert stand_in.asked == ["own.yaml"] * times
 
 
 def test_a_killed_run_goes_on_and_a_damaged_file_is_told(stand_in):

@@ -10,7 +10,9 @@ from bfpo.errors import DataError, RecipeError
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
 
-from bfpo.evaluation.capabilities import Found, known_task, load_task, open_lm, run_task, task_manager
+from bfpo.evaluation import capability_tasks as module
+from bfpo.evaluation.capabilities import Found, open_lm, run_task
+from bfpo.evaluation.capability_tasks import known_task, load_task, task_manager
 
 # Warnings of lm-eval's own imports are no errors of ours.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -139,11 +141,11 @@ def test_a_limit_is_a_sample_and_a_part_of_a_larger_one(lm, files, tmp_path):
     assert two < four < whole
 
 
-def test_a_task_of_one_s_own(lm, files, tmp_path):
-    own = {
-        "task": "fed",
+def own_task(name, path):
+    return {
+        "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(files / "ethics_cm.jsonl")}},
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{input}}",
@@ -152,19 +154,45 @@ def test_a_task_of_one_s_own(lm, files, tmp_path):
         "metric_list": [{"metric": "acc"}],
         "metadata": {"version": 3},
     }
+
+
+def test_a_task_of_one_s_own(lm, files, tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump(own))
+    path.write_text(yaml.safe_dump(own_task("fed", files / "ethics_cm.jsonl")))
     known_task(str(path), with_data=False)
     found = run_task(lm, load_task(str(path), tmp_path), str(path))
     assert ({one.category for one in found.numbers}, found.facts["version"]) == ({None}, 3)
 
 
+def test_a_group_is_one_task_with_its_members_as_categories(lm, files, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    row = ROWS["ethics_cm"]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(numbered(row, n) | {"label": 1}) + "\n" for n in range(2)))
+    pack = tmp_path / "pack"
+    pack.mkdir()
+    for name, path in (("many", files / "ethics_cm.jsonl"), ("few", tmp_path / "few.jsonl")):
+        (pack / f"{name}.yaml").write_text(yaml.safe_dump(own_task(name, path)))
+    group = {"group": "all_of_it", "task": ["many", "few"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (pack / "group.yaml").write_text(yaml.safe_dump(group | {"metadata": {"version": 2}}))
+    manager = TaskManager(include_path=str(pack), include_defaults=False)
+    monkeypatch.setattr(module, "task_manager", lambda: manager)
+    found = run_task(lm, load_task("all_of_it", tmp_path), "all_of_it", limit=5)
+    numbers = {one.category: one for one in found.numbers}
+    assert {category: one.n for category, one in numbers.items()} == {None: 7, "many": 5, "few": 2}
+    assert numbers[None].values == numbers["many"].values | numbers["few"].values
+    assert (found.facts["version"], found.facts["prompts"], found.facts["of"]) == ("2", 7, 10)
+
+
 def test_what_cannot_be_run_is_told(files, tmp_path, monkeypatch):
+    group = tmp_path / "group.yaml"
+    group.write_text("group: several\ntask: [winogrande]\n")
     for name, with_data, message in (
         ("winogrand", False, "did you mean 'winogrande'"),
         ("hendrycks_ethics", False, "is a tag, not a task; name its tasks: ethics_cm"),
         ("mmlu", True, "is a group or a program"),
         ("none.yaml", False, r"no file none\.yaml"),
+        (str(group), False, "is a group, which lm-eval takes by its name alone"),
     ):
         with pytest.raises(RecipeError, match=message):
             known_task(name, with_data=with_data)

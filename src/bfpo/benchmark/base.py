@@ -15,12 +15,12 @@ from bfpo.protocols import Prompt, Verdict
 from bfpo.stages import read_completions, read_prompt_file, read_verdicts
 
 
-def read_base(path: str, template_policy: str) -> tuple[Path, Results]:
+def read_base(path: str, template_policy: str | None) -> tuple[Path, Results]:
     """Return the folder and the results of an evaluation to compare with.
 
     Args:
         path: Folder of the base; an `evaluation` folder in it is taken.
-        template_policy: Of this run.
+        template_policy: Of this run; None where its tasks are lm-eval's alone, each with its own.
 
     Raises:
         DataError: If there is none, or its prompts were put to the model under another policy.
@@ -28,7 +28,7 @@ def read_base(path: str, template_policy: str) -> tuple[Path, Results]:
     inner = Path(path) / "evaluation"
     folder = inner if (inner / FILE_NAME).is_file() else Path(path)
     base = read_results(folder)
-    if base.template_policy != template_policy:
+    if template_policy is not None and base.template_policy != template_policy:
         raise DataError(
             f"base {folder}: its prompts were put to the model under the policy '{base.template_policy}', this run's "
             f"under '{template_policy}'; such runs don't compare, evaluate both under one policy"

@@ -1,6 +1,7 @@
 """Tasks of lm-evaluation-harness in a suite: checked before any work, run once, kept, turned into numbers."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,17 +10,14 @@ from typing import Any, NamedTuple
 from bfpo.benchmark.recipe import EvalModel, EvalRecipe
 from bfpo.benchmark.suites import EvalData, Suite, lm_eval_name, lm_eval_tasks
 from bfpo.errors import DataError, RecipeError
-from bfpo.evaluation.capabilities import (
-    Found,
-    Number,
+from bfpo.evaluation.capabilities import Found, Number, open_lm, run_task
+from bfpo.evaluation.capability_tasks import (
     builder_of,
     known_task,
     lm_eval_version,
     load_task,
     need_lm_eval,
-    open_lm,
     rows_of,
-    run_task,
 )
 from bfpo.evaluation.comparing import compare
 from bfpo.evaluation.results import Comparison, Metric, Results
@@ -107,11 +105,9 @@ def load_all(wanted: Sequence[Capability], folder: str) -> list[Any]:
             lost[one] = error
     if lost:
         told = "\n".join(f"{one.where}: {error}" for one, error in lost.items())
-        files = ", ".join(f"{one.called}: {{path: FILE}}" for one in lost)
-        named = ", ".join(one.where for one in lost)
-        raise DataError(
-            f"{told}\n  in the recipe: data: {{{files}}}, local files with the sets' columns, or leave_out: [{named}]"
-        )
+        files = ", ".join(f"{one.called}: {{path: FILE}}" for one in lost if one.called == one.name)
+        local = f"data: {{{files}}}, local files with the sets' columns, or " if files else ""
+        raise DataError(f"{told}\n  in the recipe: {local}leave_out: [{', '.join(one.where for one in lost)}]")
     return loaded
 
 
@@ -191,9 +187,19 @@ def run_capabilities(recipe: EvalRecipe, wanted: Sequence[Capability], out: Path
 def kept_in(out: Path, one: Capability, recipe: EvalRecipe, identity: str) -> Path:
     """Return the file of a task's result; its name tells all that the result depends on."""
     assert isinstance(recipe.model, EvalModel)
-    rows = [file_hash(Path(file)) for file in (one.place.path, one.name) if file and Path(file).is_file()]
+    files = [one.place.path or "", *_files_of(one.name)]
+    rows = [file_hash(Path(file)) for file in files if file and Path(file).is_file()]
     what = (identity, recipe.model.dtype, one.name, rows, one.place.revision, recipe.limit, lm_eval_version())
     return out / FOLDER / f"{one.called}-{content_hash(*what)}.json"
+
+
+def _files_of(name: str) -> list[str]:
+    """Return the YAML file of a task of one's own, and the files of rows that it names."""
+    path = Path(name)
+    if not path.is_file():
+        return []
+    words = re.findall(r"[^\s\"'{}\[\],]+", path.read_text(encoding="utf-8", errors="replace"))
+    return [name, *words]
 
 
 def _read(path: Path, one: Capability) -> Found:

@@ -10,7 +10,7 @@ from bfpo.benchmark.calibrating import QUESTIONS
 from bfpo.benchmark.scoring import LENGTH_CONTROLLED, ORDER_DECIDES, WIN_RATE
 from bfpo.benchmark.suites import INDICES, Task
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
-from bfpo.evaluation.capabilities import metrics_of
+from bfpo.evaluation.capability_tasks import metrics_of
 from bfpo.evaluation.results import CORRECTED, Metric, Results, shown
 from bfpo.evaluation.scoring import DERIVED, MEASURES
 from bfpo.recipe import Section

@@ -36,6 +36,7 @@ from bfpo.stages import generate_completions, judge_completions
 from bfpo.terminal import say
 
 SERVER_POLICY = "the server's own chat template"
+LM_EVAL_POLICY = "as data says of each task"
 SAVED_POLICY = "as the program that saved the answers put them"
 
 
@@ -60,7 +61,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     check_bounds(bounds, tasks, {one.where: one.name for one in wanted}, corrected=recipe.calibration is not None)
     labelled = [] if recipe.calibration is None else calibrating.read_calibration(recipe.calibration)
     policy = template_policy(recipe, suites, tasks)
-    base = None if recipe.base is None else read_base(recipe.base, policy)
+    base = None if recipe.base is None else read_base(recipe.base, policy if tasks else None)
     out = Path(recipe.out)
     prompts = questions(tasks)
     if prompts:
@@ -247,6 +248,8 @@ def training_judges(recipe: EvalRecipe) -> set[str]:
 
 def template_policy(recipe: EvalRecipe, suites: dict[str, Suite], tasks: Sequence[Task]) -> str:
     """Return in words how prompts were put to the model; system messages of tasks are a part of it."""
+    if not tasks:
+        return LM_EVAL_POLICY
     if recipe.template_policy is not None:
         policy = recipe.template_policy
     elif recipe.model is None:
