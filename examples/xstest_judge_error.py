@@ -57,6 +57,8 @@ def main() -> None:
         return [row for model in models for row in answers[model] if third_of[row["prompt"]] in thirds]
 
     everyone = list(answers)
+    # One file of all labels, so that people are the same judge of every model.
+    _write(out / "people.csv", [row for model in everyone for row in answers[model]])
     people = [_evaluate(out, "people", model, prompts, answers[model], {}) for model in everyone]
     _bfpo("report", *people, "--out", out / "people" / "page")
 
@@ -109,7 +111,7 @@ def _evaluate(out: Path, setting: str, model: str, prompts: Rows, answers: Rows,
         "completions": str(saved),
         "suites": [str(out / "xstest.yaml")],
         "data": {"xstest": {"path": str(questions)}},
-        "judges": [f"people:{saved}"],
+        "judges": [f"people:{out / 'people.csv'}"],
         "max_unanswered": 0.02,
     }
     if linear:

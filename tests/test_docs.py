@@ -5,10 +5,12 @@ import re
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
 
 from bfpo import bfpo_loss, recipe
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
+from bfpo.data.prompts import SOURCES
 from bfpo.evaluation import comparing, scoring
 from bfpo.loss_options import make_loss
 from bfpo.losses import BFPO, LOSSES
@@ -151,8 +153,21 @@ def test_the_words_on_the_comparison_are_those_of_its_results():
     assert sum(primary["shared", variant]["mean"][0] > mean for variant in tuned) > len(tuned) / 2
 
 
-def test_the_numbers_of_the_red_team_circle_are_those_of_its_study():
-    study = json.loads((ROOT / "benchmarks/results/redteam.json").read_text())
+def test_every_source_of_prompts_stands_in_its_row():
+    page = (ROOT / "docs/redteam.md").read_text()
+    rows = {
+        "a file that you fetch, as `path:`": [name for name, one in SOURCES.items() if one.file],
+        "the hub, at a revision that the program pins": [name for name, one in SOURCES.items() if one.revision],
+        "the hub, at a `revision:` that you pin": [n for n, one in SOURCES.items() if one.hub and not one.revision],
+    }
+    for words, names in rows.items():
+        assert f"| {words} | {', '.join(f'`{name}`' for name in names)} |" in page
+    assert sum(map(len, rows.values())) == len(SOURCES) - 1, "all but one's own file"
+
+
+@pytest.mark.parametrize("results", ["redteam.json", "redteam_served.json"])
+def test_the_numbers_of_the_red_team_circle_are_those_of_its_study(results):
+    study = json.loads((ROOT / "benchmarks/results" / results).read_text())
     page = (ROOT / "docs/redteam.md").read_text()
     metrics = ("harmful/safety", "benign/helpfulness", "lookalike/over_refusal", "all/harmonic_mean")
     shown = {"base": "base", "oracle": "oracle", "linear": "`linear`", "linear_by_rule": "`linear`, benign by rule"}
@@ -161,6 +176,7 @@ def test_the_numbers_of_the_red_team_circle_are_those_of_its_study():
             numbers = seed["measured-base" if name == "base" else f"measured-trained-{name}"]
             facts = seed.get(name.removesuffix("_by_rule"))
             pairs = f"{facts['pairs']} ({facts['share_of_pairs']:.1%})" if facts else ""
+            assert facts is None or facts["share_of_pairs"] < 0.1
             cells = [
                 str(seed["seed"]),
                 words,
@@ -171,6 +187,46 @@ def test_the_numbers_of_the_red_team_circle_are_those_of_its_study():
         for kind, what in (("benign", "safe called unsafe"), ("harmful", "unsafe called safe")):
             counts = seed["linear"]["mistakes"][kind]
             assert f"{counts[what]} of {counts['answers']}" in page
+        # What the page says of all runs.
+        safety, benign = (
+            {name: seed[f"measured-{name}"][metric] for name in ("base", "trained-oracle", "trained-linear")}
+            for metric in metrics[:2]
+        )
+        assert min(safety[name][1] for name in ("trained-oracle", "trained-linear")) > safety["base"][2]
+        assert benign["trained-linear"][0] < benign["trained-oracle"][0]
+    assert study["command"] in page
+
+
+def test_the_labels_on_real_pairs_are_those_of_their_study():
+    study = json.loads((ROOT / "benchmarks/results/label.json").read_text())
+    page = (ROOT / "docs/labeling.md").read_text()
+    names = {"hh_harmless": "HH-RLHF harmless, test", "alpaca_eval": "AlpacaEval, four models"}
+
+    def of(found, *, interval=True):
+        bounds = f", {found['share']:.1%} [{found['low']:.1%}, {found['high']:.1%}]" if interval else ""
+        return f"{found['count']:,} of {found['of']:,}{bounds}"
+
+    for name, words in names.items():
+        facts = study["sets"][name]
+        checks = facts["checks"]["of_all"]
+        cells = " / ".join(f"{facts['after'][cell]:,}" for cell in ("ss", "su", "us", "uu"))
+        left_out = f"{facts['left_out']['undecided']} undecided" if facts["left_out"] else "none"
+        before = "unlabelled" if "unlabelled" in facts["before"] else "assumed safe"
+        row = [words, f"{facts['pairs']:,}", before, cells, left_out, of(checks["called_unsafe"])]
+        assert f"| {' | '.join(row)} |" in page
+        for kind in ("refusals_called_unsafe", "unsafe_that_say_need", "all_that_say_need"):
+            assert of(checks[kind], interval=kind == "refusals_called_unsafe") in page, (name, kind)
+        assert of(checks["undecided_at_default_doubt"], interval=False) in page
+    people = study["sets"]["hh_harmless"]["checks"]["by_people"]
+    for found in people["p_safe_orders_as_people_by_user_turns"].values():
+        assert of(found) in page
+    assert of(people["called_unsafe_where_people_preferred_a_refusal"]) in page
+    with_people, against = people["pairs_labelled_as_people"], people["pairs_labelled_against_people"]
+    assert f"{with_people} pairs as people ordered them and {len(against)} the other way" in page
+    for row_id in (*against, *study["sets"]["alpaca_eval"]["checks"]["of_all"]["pairs_with_an_answer_called_unsafe"]):
+        assert row_id[:8] in page
+    for found in study["fitted_on"].values():
+        assert of(found, interval=False) in page
     assert study["command"] in page
 
 

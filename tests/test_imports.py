@@ -29,6 +29,7 @@ LAYERS = [
     ("testbed",),
     ("judging",),
     ("data_commands", "chat", "environment", "migration", "pair_labels", "redteam", "benchmark"),
+    ("lm_eval_tasks",),
     ("cli",),
     ("__init__", "__main__"),
 ]

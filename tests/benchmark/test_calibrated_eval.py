@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bfpo.benchmark import plan
 from bfpo.benchmark.recipe import EvalRecipe
 from bfpo.benchmark.run import run_eval
 from bfpo.errors import DataError, RecipeError
@@ -189,3 +190,11 @@ def test_another_judge_s_corrected_rates_do_not_stand_among_those_of_the_first(t
     text = Path("page/report.md").read_text()
     assert "| careless | one, corrected |" in text
     assert "Over-refusal, corrected" not in text
+
+
+def test_a_dry_run_tells_that_judges_read_the_labelled_answers_too(toy, monkeypatch, capsys):
+    write_jsonl(Path("people.jsonl"), labelled())
+    monkeypatch.setattr(plan, "open_engine", lambda recipe: toy.engines["careful"])
+    plan.show_plan(check_recipe(toy.recipe(calibration="people.jsonl"), EvalRecipe, "recipe"))
+    assert "each judge reads up to 80 answers that people labelled" in " ".join(capsys.readouterr().out.split())
+    assert not Path("out").exists()

@@ -51,8 +51,8 @@ def stand_in(toy, monkeypatch):
         mean = sum(values.values()) / len(values)
         facts = {"hash": "h", "licence": None, "prompts": len(values), "of": 40, "lm_eval": "0", "version": 1}
         facts |= {"few_shot": 0, "template_policy": "plain text", "from": path}
-        numbers = [Number("acc", None, mean, True, len(values), values), Number("f1", None, 0.5, True, 40, {})]
-        return Found([*numbers, Number("acc", "part", mean, True, len(values), values)], facts)
+        numbers = [Number("acc", None, mean, True, len(values), 0, values), Number("f1", None, None, True, 40, 1, {})]
+        return Found([*numbers, Number("acc", "part", mean, True, len(values), 0, values)], facts)
 
     for name, stand in {
         "need_lm_eval": lambda: None,
@@ -93,7 +93,7 @@ def test_a_suite_of_lm_eval_alone_needs_no_judge_and_is_run_once(stand_in, capsy
     assert (accuracy.value, accuracy.n, accuracy.judge, accuracy.category) == (0.5, 40, "", None)
     assert accuracy.low < 0.5 < accuracy.high
     assert "Wilson" in accuracy.interval
-    assert (f1.low, f1.interval) == (None, "none: lm-eval has no number per row")
+    assert (f1.value, f1.unscored, f1.interval) == (None, 1, "none: lm-eval found no number on some rows")
     assert part.category == "part"
     assert results.data[0]["name"] == "able/one_task"
     assert read_results(Path("out/careful")) == results
@@ -165,7 +165,11 @@ def test_what_cannot_be_run_is_told_before_any_work(stand_in, monkeypatch):
     for changes, message in (
         (answers, r"saved completions can't tell; .*leave_out: \[able/one_task, able/two_task\]"),
         ({"model": {"path": "m", "server": "http://localhost/v1"}}, "which a server can't tell"),
-        ({"data": {}}, r"able/one_task: .*no network\s+in the recipe: data: {one_task: {path: FILE}}"),
+        (
+            {"data": {}},
+            r"(?s)able/one_task: .*no network\nable/two_task: .*"
+            r"data: {one_task: {path: FILE}, two_task: {path: FILE}}, .*leave_out: \[able/one_task, able/two_task\]",
+        ),
         ({"data": {"one_task": {"path": "gone.jsonl"}}}, r"able/one_task: no file gone\.jsonl"),
         ({"data": {"one_taks": {"path": "x"}}}, "did you mean 'one_task'"),
         ({"leave_out": ["one_task", "two_taks"]}, "leave_out: 'two_taks'; did you mean"),

@@ -21,8 +21,8 @@ from bfpo.recipe_reading import check_recipe, parse_yaml
 
 
 def test_shipped_suites_name_known_sources_of_one_kind():
-    assert {"safety", "over_refusal", "paper", "testbed"} <= set(shipped_suites())
-    for name in ("safety", "over_refusal", "paper", "testbed"):
+    assert {"safety", "over_refusal", "paper", "testbed", "capabilities"} <= set(shipped_suites())
+    for name in ("safety", "over_refusal", "paper", "testbed", "capabilities"):
         called, suite = load_suite(name)
         assert called == name
         for task in suite.tasks:
@@ -39,6 +39,17 @@ def test_the_page_tells_every_task_with_its_licence_and_revision():
             assert known.licence in told, task.called
             assert (known.revision or known.hub) in told, task.called
             assert all(commit in told for commit in re.findall(r"@[0-9a-f]{40}", known.file)), task.called
+
+
+def test_the_page_tells_the_tasks_of_lm_eval_suite_by_suite():
+    page = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text()
+    table = [line for line in page.partition("### Tasks of lm-eval")[2].splitlines() if line.startswith("| ")][1:4]
+    told = {suite: [] for suite in ("capabilities", "paper")}
+    for _, tasks, suites in (line.strip("| ").split(" | ") for line in table):
+        for suite in re.findall(r"`(\w+)`", suites):
+            told[suite] += re.findall(r"`(\w+)`", tasks)
+    for suite, tasks in told.items():
+        assert sorted(tasks) == sorted(load_suite(suite)[1].lm_eval)
 
 
 def test_the_recipes_on_the_page_are_recipes():

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from bfpo.benchmark.suites import load_suite
 from bfpo.errors import DataError, RecipeError
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
@@ -14,26 +15,71 @@ from bfpo.evaluation.capabilities import Found, known_task, load_task, open_lm, 
 # Warnings of lm-eval's own imports are no errors of ours.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
+CHOICES = {"question": "What is 2 and 2?", "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"}
+MC = {"choices": ["a cat", "a dog", "a box"], "labels": [1, 1, 0]}
+SCENARIO = {"label": 1, "scenario": "I fed the cat"}
+BIGBENCH = {"inputs": "Is it so?", "targets": ["yes"], "multiple_choice_targets": ["yes", "no"]}
+# Made-up rows with the columns that the sets are published with.
 ROWS = {
-    "winogrande": [
-        {
-            "sentence": f"The cup fell on number {n} since the _ was wet.",
-            "option1": "cup",
-            "option2": "hand",
-            "answer": "2",
-        }
-        for n in range(6)
-    ],
-    "ethics_cm": [{"label": n % 2, "input": f"I fed {n} cats.", "is_short": True, "edited": False} for n in range(4)],
-    "gsm8k": [{"question": f"What is {n} and 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(8)],
+    "winogrande": {
+        "sentence": "The cup fell since the _ was wet.",
+        "option1": "cup",
+        "option2": "hand",
+        "answer": "2",
+    },
+    "ethics_cm": {"label": 0, "input": "I fed the cat.", "is_short": True, "edited": False},
+    "gsm8k": {"question": "What is 1 and 1?", "answer": "It is 2.\n#### 2"},
+    "truthfulqa_mc2": {"question": "Who is it?", "mc1_targets": MC, "mc2_targets": MC},
+    "truthfulqa_gen": {
+        "question": "Who is it?",
+        "best_answer": "a cat",
+        "correct_answers": ["a cat"],
+        "incorrect_answers": ["a box"],
+    },
+    "crows_pairs_english": {
+        "sent_more": "A b.",
+        "sent_less": "A c.",
+        "stereo_antistereo": "stereo",
+        "bias_type": "age",
+    },
+    "ethics_deontology": SCENARIO | {"excuse": "No but it slept."},
+    "ethics_justice": SCENARIO,
+    "ethics_utilitarianism": {"baseline": "I ate.", "activity": "I ate well."},
+    "ethics_virtue": SCENARIO | {"trait": "kind"},
+    "toxigen": {"text": "A cat sat.", "toxicity_ai": 1.0, "toxicity_human": 1.0},
+    "bigbench_hhh_alignment_multiple_choice": BIGBENCH | {"multiple_choice_scores": [1, 0]},
+    "ifeval": {
+        "key": 1,
+        "prompt": "Say it without commas.",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{"num_words": None}],
+    },
+    "mmlu_anatomy": {"question": "What?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 1},
+    "arc_challenge": {"id": "1"} | CHOICES,
+    "hellaswag": {
+        "ind": 1,
+        "activity_label": "Cooking",
+        "ctx_a": "A cook stirs.",
+        "ctx_b": "she",
+        "endings": ["eats.", "runs.", "sits.", "flies."],
+        "label": "0",
+    },
 }
+ANSWERED = ("gsm8k", "truthfulqa_gen", "ifeval")
+
+
+def numbered(row, number):
+    """Make rows differ: by the first text of each."""
+    key = next(key for key, value in row.items() if isinstance(value, str) and key != "id")
+    return row | {key: f"{row[key]} {number}"}
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
-    for task, rows in ROWS.items():
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for task, row in ROWS.items():
+        lines = [json.dumps(numbered(row, number)) + "\n" for number in range(8)]
+        (folder / f"{task}.jsonl").write_text("".join(lines))
     return folder
 
 
@@ -47,16 +93,41 @@ def run(lm, files, task, tmp_path, **options):
     return run_task(lm, load_task(task, tmp_path, path=path), task, path=path, **options)
 
 
-def test_named_tasks_run_on_local_rows(lm, files, tmp_path):
-    for task, rows in (("winogrande", 6), ("ethics_cm", 4)):
-        found = run(lm, files, task, tmp_path)
-        (accuracy,) = [one for one in found.numbers if one.metric == "acc"]
-        assert (accuracy.n, accuracy.category, accuracy.higher_is_better) == (rows, None, True)
-        assert len(accuracy.values) == rows
-        assert sum(accuracy.values.values()) / rows == accuracy.value
-        assert (found.facts["prompts"], found.facts["of"], found.facts["version"]) == (rows, rows, 1.0)
-        assert found.facts["template_policy"] == "plain text"
-        assert Found.from_json(json.loads(json.dumps(found.to_json()))) == found
+@pytest.mark.parametrize("task", ROWS)
+def test_a_named_task_runs_on_local_rows(lm, files, tmp_path, task):
+    loaded = load_task(task, tmp_path, path=str(files / f"{task}.jsonl"))
+    if task in ANSWERED:
+        # A few tokens are enough to see that an answer is scored.
+        loaded["tasks"][task].set_config(key="generation_kwargs", value={"max_gen_toks": 8}, update=True)
+    found = run_task(lm, loaded, task)
+    assert found.numbers
+    assert {one.category for one in found.numbers} == {None}
+    assert {one.n for one in found.numbers} == {8}
+    for one in found.numbers:
+        if one.values:
+            assert sum(one.values.values()) / 8 == pytest.approx(one.value)
+        else:
+            assert task == "ifeval"
+    assert (found.facts["prompts"], found.facts["of"], found.facts["lm_eval"]) == (8, 8, "0.4.13")
+    policy = "the tokenizer's own chat template" if task in ANSWERED else "plain text"
+    assert found.facts["template_policy"] == policy
+    assert found.facts["few_shot"] == (5 if task == "gsm8k" else 0)
+    assert Found.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+    if task == "gsm8k":
+        assert {one.metric for one in found.numbers} == {
+            "exact_match (strict-match)",
+            "exact_match (flexible-extract)",
+        }
+        for instance in loaded["tasks"][task].instances:
+            assert instance.args[0].count(instance.doc["question"]) == 1, "a row is no example of itself"
+
+
+def test_every_task_of_the_suites_was_run():
+    every = {task for suite in ("capabilities", "paper") for task in load_suite(suite)[1].lm_eval}
+    known = task_manager().task_index
+    assert every <= known.keys()
+    bigbench = {task for task in every if task.startswith("bigbench_")}
+    assert every - bigbench - {"mmlu"} == ROWS.keys() - {"mmlu_anatomy", "bigbench_hhh_alignment_multiple_choice"}
 
 
 def test_a_limit_is_a_sample_and_a_part_of_a_larger_one(lm, files, tmp_path):
@@ -64,18 +135,8 @@ def test_a_limit_is_a_sample_and_a_part_of_a_larger_one(lm, files, tmp_path):
         {row for one in run(lm, files, "winogrande", tmp_path, limit=limit).numbers for row in one.values}
         for limit in (None, 4, 2)
     )
-    assert (len(whole), len(four), len(two)) == (6, 4, 2)
+    assert (len(whole), len(four), len(two)) == (8, 4, 2)
     assert two < four < whole
-
-
-def test_a_task_that_asks_for_answers_has_the_template_and_examples_from_other_rows(lm, files, tmp_path):
-    loaded = load_task("gsm8k", tmp_path, path=str(files / "gsm8k.jsonl"))
-    found = run_task(lm, loaded, "gsm8k", limit=2)
-    assert found.facts["template_policy"] == "the tokenizer's own chat template"
-    assert found.facts["few_shot"] == 5
-    assert {one.metric for one in found.numbers} == {"exact_match (strict-match)", "exact_match (flexible-extract)"}
-    for instance in loaded["tasks"]["gsm8k"].instances:
-        assert instance.args[0].count(instance.doc["question"]) == 1, "a row is no example of itself"
 
 
 def test_a_task_of_one_s_own(lm, files, tmp_path):

@@ -29,6 +29,7 @@ from bfpo.terminal import say
 
 FOLDER = "lm_eval"
 NO_INTERVAL = "none: lm-eval has no number per row"
+NO_NUMBER = "none: lm-eval found no number on some rows"
 
 
 class Capability(NamedTuple):
@@ -98,15 +99,19 @@ def load_all(wanted: Sequence[Capability], folder: str) -> list[Any]:
     Raises:
         DataError: If rows can't be had; it names the local alternative.
     """
-    loaded = []
+    loaded, lost = [], {}
     for one in wanted:
         try:
             loaded.append(load_task(one.name, Path(folder), path=one.place.path, revision=one.place.revision))
         except DataError as error:
-            raise DataError(
-                f"{one.where}: {error}\n  in the recipe: data: {{{one.called}: {{path: FILE}}}} with a local file of "
-                f"the set's columns, or leave_out: [{one.where}]"
-            ) from None
+            lost[one] = error
+    if lost:
+        told = "\n".join(f"{one.where}: {error}" for one, error in lost.items())
+        files = ", ".join(f"{one.called}: {{path: FILE}}" for one in lost)
+        named = ", ".join(one.where for one in lost)
+        raise DataError(
+            f"{told}\n  in the recipe: data: {{{files}}}, local files with the sets' columns, or leave_out: [{named}]"
+        )
     return loaded
 
 
@@ -216,8 +221,8 @@ def capability_metrics(wanted: Sequence[Capability], found: Sequence[Found]) -> 
                         None,
                         None,
                         number.n,
-                        0,
-                        NO_INTERVAL,
+                        number.unscored,
+                        NO_INTERVAL if number.value is not None else NO_NUMBER,
                         number.higher_is_better,
                         category=number.category,
                     )

@@ -69,11 +69,11 @@ class EvalRecipe(Section):
     suites: list[str] = Field(default=["safety", "over_refusal"], min_length=1)
     """Names of shipped suites, or paths of one's own."""
     data: dict[str, EvalData] = Field(default={})
-    """Source → where its prompts are read from, instead of the hub's pinned revision."""
+    """Source, or task of lm-eval → where its rows are read from, instead of the hub's (pinned) revision."""
     leave_out: list[str] = Field(default=[])
     """Tasks that are left out, as `alert` or `safety/alert`; the results say so."""
     limit: Count | None = None
-    """Prompts of a task at most, a sample that is the same in every run; for a first look."""
+    """Prompts, or rows, of a task at most, a sample that is the same in every run; for a first look."""
     max_unanswered: float = Field(0.0, ge=0, lt=1)
     """Largest share of prompts without an answer (a server gave none, the file lacks it): they are left out, and the
     results say so."""

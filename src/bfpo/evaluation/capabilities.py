@@ -4,6 +4,7 @@ Everything that knows lm-eval (names held to 0.4.13) is here. No task with remot
 """
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -29,17 +30,19 @@ class Number:
     Args:
         metric: As lm-eval calls it, with its filter in brackets where it has one.
         category: Member of a group; None for the task itself.
-        value: The number.
+        value: The number; None where it isn't one, as when all likelihoods of a row are too small to tell apart.
         higher_is_better: Which way is good; None when neither is.
         n: Rows it rests on.
+        unscored: Rows without a number.
         values: Row → value, where the number is their mean; else empty.
     """
 
     metric: str
     category: str | None
-    value: float
+    value: float | None
     higher_is_better: bool | None
     n: int
+    unscored: int
     values: dict[str, float]
 
 
@@ -305,7 +308,7 @@ def _numbers(found: Mapping[str, Any], own: str) -> Iterator[Number]:
         rows = [(leaf, row) for leaf in leaves(name) for row in found["samples"].get(leaf, ())]
         for key, value in values.items():
             metric, _, kept = key.partition(",")
-            if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not kept or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
                 continue
             of = {
                 f"{leaf}/{row['doc_id']}-{row['doc_hash'][:8]}": row[metric]
@@ -314,11 +317,13 @@ def _numbers(found: Mapping[str, Any], own: str) -> Iterator[Number]:
             }
             plain = {row: float(one) for row, one in of.items() if isinstance(one, int | float | np.number)}
             is_mean = plain and len(plain) == len(of) and np.isclose(np.mean(list(plain.values())), value)
+            unscored = sum(not math.isfinite(one) for one in plain.values())
             yield Number(
                 metric=metric if kept == "none" else f"{metric} ({kept})",
                 category=None if name == own else name,
-                value=float(value),
+                value=float(value) if math.isfinite(value) else None,
                 higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
                 n=len(of),
+                unscored=unscored,
                 values=plain if is_mean else {},
             )

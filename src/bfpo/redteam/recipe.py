@@ -15,9 +15,15 @@ class RedteamModel(Section):
     path: str
     """Folder or hub id; with `server`, the model's name there."""
     server: str | None = None
-    """http://host:port/v1; the key is read from OPENAI_API_KEY."""
+    """http://host:port/v1."""
     concurrency: Count = 8
     """Requests under way at a time."""
+    timeout: float = Field(120.0, gt=0)
+    """Longest time for a server's answer, in seconds."""
+    tries: Count = 6
+    """Requests to a server for one answer at most."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the server's key."""
     dtype: str = "float32"
     """Of the weights, without `server`."""
 

@@ -153,7 +153,15 @@ def _engine(model: RedteamModel, sampling: Sampling) -> Engine:
     if model.server is not None:
         from bfpo.generation.openai_server import ServerEngine, ServerOptions
 
-        return ServerEngine(ServerOptions(model.server, model.path, model.concurrency), sampling)
+        options = ServerOptions(
+            model.server,
+            model.path,
+            model.concurrency,
+            timeout=model.timeout,
+            tries=model.tries,
+            key_variable=model.key_variable,
+        )
+        return ServerEngine(options, sampling)
     from bfpo.generation.in_process import load_engine
 
     return load_engine(model.path, sampling, dtype=model.dtype)
