@@ -119,6 +119,23 @@ def test_verdicts_are_made_once_and_never_on_another_text(tmp_path):
         judge_completions(judge, next(iter(other)), path)
 
 
+def test_a_file_that_was_filled_in_parts_ends_in_the_order_of_its_input(tmp_path):
+    completions = generate_completions(Counting(), PROMPTS, tmp_path / "completions.jsonl")
+    path = tmp_path / "verdicts.jsonl"
+    judge_completions(Length(), completions[6:], path)
+    judge_completions(Length(), completions[:2], path)
+    judge_completions(Length(), completions[2:6], path)
+    assert [one.prompt_id for one in read_verdicts(path)] != [prompt.prompt_id for prompt in PROMPTS]
+    judge = Length()
+    judge_completions(judge, completions, path)
+    assert judge.judged == 0
+    assert [one.prompt_id for one in read_verdicts(path)] == [prompt.prompt_id for prompt in PROMPTS]
+    before = path.stat().st_mtime_ns
+    judge_completions(judge, completions, path)
+    judge_completions(judge, completions[6:], path)
+    assert path.stat().st_mtime_ns == before, "nothing to write"
+
+
 def test_damage_before_the_last_line_is_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, [{"a": 1}, {"a": 2}])

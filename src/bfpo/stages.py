@@ -269,7 +269,8 @@ def fill(
     wanted_now = set(wanted)
     result: list[Made] = [done[key] for key in wanted]
     others: list[Made] = [one for key, one in done.items() if key not in wanted_now]
-    if missing or unfinished.exists() or not path.exists():
+    # A start that wanted a part alone may have left that part first.
+    if missing or unfinished.exists() or not path.exists() or (not others and list(done) != wanted):
         write_jsonl(path, (one.to_row() for one in result + others))
         unfinished.unlink(missing_ok=True)
     return result

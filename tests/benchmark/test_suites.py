@@ -54,13 +54,14 @@ def test_the_page_tells_the_tasks_of_lm_eval_suite_by_suite():
 
 def test_the_recipes_on_the_page_are_recipes():
     page = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text()
-    recipe, suite, gates = (
+    recipe, part, suite, gates = (
         parse_yaml(block, "docs") for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     )
     checked = check_recipe(recipe, EvalRecipe, "docs")
     read = {task.source for name in checked.suites for task in load_suite(name)[1].tasks}
     assert set(checked.data) <= read
     assert set(checked.leave_out) <= read
+    assert check_recipe({"out": "runs/x", "model": {"path": "x"}} | part, EvalRecipe, "docs").suites == ["helpfulness"]
     assert check_recipe(suite, Suite, "docs").tasks
     assert [check_recipe(bound, Bound, "docs") for bound in gates]
 

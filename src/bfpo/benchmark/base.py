@@ -7,8 +7,10 @@ from bfpo.benchmark.scoring import Measures, Panelist, all_comparisons, measure_
 from bfpo.benchmark.suites import Task, with_prompts_of
 from bfpo.errors import DataError
 from bfpo.evaluation.pairs import Measurements, pair_verdicts, pooled
+from bfpo.evaluation.pairwise import Compared
 from bfpo.evaluation.results import FILE_NAME, Comparison, Results, read_results
 from bfpo.evaluation.verdicts import PairVerdict
+from bfpo.files import repaired_jsonl
 from bfpo.protocols import Prompt, Verdict
 from bfpo.stages import read_completions, read_prompt_file, read_verdicts
 
@@ -68,6 +70,9 @@ def compare_with_base(
         told.append(f"The comparison with {base.run} is over the {both:,} of {asked:,} prompts that both answered.")
     completions = read_completions(folder / "completions.jsonl")
     theirs, missing = _panel_of(folder, panel)
+    if any(one.compared for one in panel) and (other := _other_references(base, tasks)):
+        told.append(f"No comparison of win rates with {base.run}: {other} was set beside other outputs there.")
+        theirs = [one._replace(compared=()) for one in theirs]
     told += [f"No comparison with {base.run} by {one}: it wasn't judged by that revision." for one in missing]
     if not theirs:
         names = ", ".join(f"{one.name}@{one.revision}" for one in panel)
@@ -85,6 +90,13 @@ def compare_with_base(
         (_pooled(results.run, judge.label, measures), _pooled(base.run, judge.label, of_base)) for judge in theirs
     ]
     return all_comparisons(measures, of_base, base), pair_verdicts(pairs), told
+
+
+def _other_references(base: Results, tasks: Sequence[Task]) -> str | None:
+    """Return a task whose answers were set beside the outputs of another generator in the base."""
+    theirs = {facts["name"]: facts.get("compared_with") for facts in base.data}
+    own = [task.facts for task in tasks if task.references]
+    return next((one["name"] for one in own if theirs.get(one["name"]) != one["compared_with"]), None)
 
 
 def _pooled(run: str, judge: str, measures: Measures) -> Measurements:
@@ -110,7 +122,13 @@ def _panel_of(folder: Path, panel: Sequence[Panelist]) -> tuple[list[Panelist], 
     for file in sorted(folder.glob("verdicts*.jsonl")):
         for verdict in read_verdicts(file):
             there.setdefault((verdict.judge, verdict.revision), []).append(verdict)
+    beside: dict[tuple[str, str], list[Compared]] = {}
+    for file in sorted(folder.glob("comparisons*.jsonl")):
+        for compared in map(Compared.from_row, repaired_jsonl(file)):
+            beside.setdefault((compared.judge, compared.revision), []).append(compared)
     found = [
-        one._replace(verdicts=there[one.name, one.revision]) for one in panel if (one.name, one.revision) in there
+        one._replace(verdicts=there[name], compared=beside.get(name, []))
+        for one in panel
+        if (name := (one.name, one.revision)) in there
     ]
     return found, [one.label for one in panel if (one.name, one.revision) not in there]

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 from pydantic import model_validator
 
 from bfpo.benchmark.calibrating import QUESTIONS
+from bfpo.benchmark.scoring import LENGTH_CONTROLLED, ORDER_DECIDES, WIN_RATE
 from bfpo.benchmark.suites import INDICES, Task
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.capabilities import metrics_of
@@ -100,6 +101,8 @@ def check_bounds(
     """
     places = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
     measured = {one.name for several in MEASURES.values() for one in several} | {*DERIVED, *INDICES}
+    if any(one.references for one in tasks):
+        measured |= {WIN_RATE.name, ORDER_DECIDES.name, LENGTH_CONTROLLED}
     calibrated = {name + CORRECTED for name in QUESTIONS}
     measured |= calibrated if corrected else set()
     for bound in bounds:

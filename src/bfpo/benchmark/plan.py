@@ -1,14 +1,16 @@
 """`bfpo eval --dry-run`: what an evaluation would ask, how long it would take, what it would cost."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.benchmark.calibrating import read_calibration
 from bfpo.benchmark.capabilities import capabilities_of, count_rows
 from bfpo.benchmark.recipe import EvalRecipe, Price
+from bfpo.benchmark.references import COMPARING, check_judges, references_of
 from bfpo.benchmark.run import judge_of, open_engine, questions, read_questions, release, verdicts_file
+from bfpo.files import file_name
 from bfpo.judging.open_models import MODEL_KINDS
 from bfpo.protocols import Completion, Prompt
 from bfpo.terminal import say, show_table
@@ -64,7 +66,8 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
         ]
         + [(one.what, "lm-eval", one.wanted, one.of, None, one.place) for one in counted],
     )
-    stages = _stages(recipe, prompts) if prompts else []
+    check_judges(recipe, tasks)
+    stages = _stages(recipe, prompts, references_of(tasks)) if prompts else []
     stages += [Stage(f"rows of {one.what}", one.wanted, one.there, 0, 0, None, None) for one in counted]
     show_table(
         "What is asked",
@@ -89,7 +92,7 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
     return stages
 
 
-def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt]) -> list[Stage]:
+def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt], references: Mapping[str, Completion]) -> list[Stage]:
     samples, longest, out = recipe.sampling.samples, recipe.sampling.max_new_tokens, Path(recipe.out)
     answers = len(prompts) * samples
     asked = samples * sum(_tokens(prompt) for prompt in prompts)
@@ -126,9 +129,34 @@ def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt]) -> list[Stage]:
         written = (answers - there) * _VERDICT if spec.startswith("rubric") else 0
         price = recipe.judge_price if remote else None
         stages.append(Stage(f"verdicts of {spec}", answers, there, read, written, seconds, price))
+        if references and (spec.partition(":")[0] in COMPARING or hasattr(judge, "prefer")):
+            stages.append(_comparing(recipe, spec, label, references, sees_both=hasattr(judge, "prefer")))
         del judge
         release()
     return stages
+
+
+def _comparing(
+    recipe: EvalRecipe, spec: str, label: str, references: Mapping[str, Completion], *, sees_both: bool
+) -> Stage:
+    """Return the stage of a judge that sees both answers, in two orders, or that rates the given outputs."""
+    name, times = ("comparisons", 2) if sees_both else ("references", 1)
+    wanted = times * len(references)
+    there = min(_lines(Path(recipe.out) / f"{name}-{file_name(label)}.jsonl"), wanted)
+    texts = (text for one in references.values() for text in (one.text, *(said.content for said in one.prompt)))
+    given = times * sum(len(text) // _CHARACTERS for text in texts)
+    answers = wanted * recipe.sampling.max_new_tokens if sees_both else 0
+    left = (wanted - there) / wanted
+    reads = spec.partition(":")[0] in ("rubric", *MODEL_KINDS)
+    return Stage(
+        f"comparisons by {spec}, both orders" if sees_both else f"ratings of given outputs by {spec}",
+        wanted,
+        there,
+        round(left * (given + answers + wanted * _INSTRUCTIONS)) if reads else 0,
+        (wanted - there) * _VERDICT if spec.startswith("rubric") else 0,
+        None,
+        recipe.judge_price if "@http" in spec else None,
+    )
 
 
 def _answering(recipe: EvalRecipe, probe: Sequence[Prompt]) -> tuple[float | None, list[Completion]]:

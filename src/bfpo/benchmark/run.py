@@ -3,7 +3,7 @@
 import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from bfpo.benchmark.capabilities import (
 from bfpo.benchmark.gate import check_bounds, enforce, read_gate
 from bfpo.benchmark.indices import index_metrics
 from bfpo.benchmark.recipe import EvalRecipe
+from bfpo.benchmark.references import check_judges, compare, export, length_controlled, references_of
 from bfpo.benchmark.scoring import Panelist, agreement, all_metrics, measure_all
 from bfpo.benchmark.suites import Suite, Task, load_suite, read_tasks, with_prompts_of
 from bfpo.benchmark.table import show_evaluation
@@ -55,6 +56,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     suites, tasks = read_questions(recipe)
     # What can be known to be wrong is told before hours of work.
     wanted = capabilities_of(recipe, suites)
+    check_judges(recipe, tasks)
     check_bounds(bounds, tasks, {one.where: one.name for one in wanted}, corrected=recipe.calibration is not None)
     labelled = [] if recipe.calibration is None else calibrating.read_calibration(recipe.calibration)
     policy = template_policy(recipe, suites, tasks)
@@ -69,7 +71,12 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     tasks = with_prompts_of(tasks, {one.prompt_id for one in completions})
     names = {model_name(recipe), run_name(recipe), *(one.model for one in completions[:1])}
     calibration = calibrating.calibration_for(recipe.calibration or "", labelled, names)
-    panel = judge_all(recipe, completions, out, labelled=calibration.completions) if prompts else []
+    references = references_of(tasks)
+    panel = (
+        judge_all(recipe, completions, out, labelled=calibration.completions, references=references)
+        if prompts
+        else []
+    )
     calibrated = [calibrating.hold(one.label, calibration, one.on_labelled) for one in panel if one.on_labelled]
     labelled_by = {*recipe.labelled_by, *training_judges(recipe)}
     results = Results(
@@ -89,7 +96,8 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     )
     measures = measure_all(tasks, completions, panel)
     metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[PairVerdict]()
-    metrics = [*calibrating.with_corrected(metrics, calibrated), *capability_metrics(wanted, found)]
+    metrics = calibrating.with_corrected(metrics, calibrated)
+    metrics += [*length_controlled(tasks, completions, panel), *capability_metrics(wanted, found)]
     metrics += index_metrics(suites, metrics)
     if calibrated:
         remarks += calibrating.remarks(calibration, calibrated, metrics, recipe.judges)
@@ -103,6 +111,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     results = replace(results, metrics=metrics, comparisons=comparisons, pairs=pairs, warnings=warned)
     write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
     results.write(out)
+    export(tasks, completions, panel, results.run, out)
     show_evaluation(results)
     say(f"results in {out / 'results.json'}")
     if bounds:
@@ -175,7 +184,12 @@ def judge_of(recipe: EvalRecipe, spec: str) -> Judge:
 
 
 def judge_all(
-    recipe: EvalRecipe, completions: Sequence[Completion], out: Path, *, labelled: Sequence[Completion] = ()
+    recipe: EvalRecipe,
+    completions: Sequence[Completion],
+    out: Path,
+    *,
+    labelled: Sequence[Completion] = (),
+    references: Mapping[str, Completion] | None = None,
 ) -> list[Panelist]:
     """Ask the judges one after the other, so that one at a time is in memory.
 
@@ -184,6 +198,7 @@ def judge_all(
         completions: The evaluated answers.
         out: Folder of the evaluation.
         labelled: Answers that people labelled; the judges read them too, people themselves don't.
+        references: Prompt → the output that its answer is compared with.
     """
     panel: list[Panelist] = []
     for spec in recipe.judges:
@@ -197,7 +212,8 @@ def judge_all(
         on_labelled = (
             judge_completions(judge, asked_too, out / f"calibration-{file_name(label)}.jsonl") if asked_too else []
         )
-        panel.append(Panelist(label, name, revision, verdicts, on_labelled))
+        one = Panelist(label, name, revision, verdicts, on_labelled)
+        panel.append(compare(judge, one, completions, references, out) if references else one)
         del judge
         release()
     return panel

@@ -8,8 +8,9 @@ import numpy as np
 
 from bfpo.benchmark.suites import Task
 from bfpo.evaluation.comparing import compare
+from bfpo.evaluation.pairwise import Compared, order_decides, preferences
 from bfpo.evaluation.results import Comparison, Metric, Results
-from bfpo.evaluation.scoring import Judged, Measured, join, measure, to_metrics
+from bfpo.evaluation.scoring import Judged, Measure, Measured, join, measure, to_metrics
 from bfpo.evaluation.statistics import Values, bootstrap
 from bfpo.judging.calibration import kappa
 from bfpo.protocols import KINDS, Completion, Key, Prompt, Verdict
@@ -24,6 +25,8 @@ class Panelist(NamedTuple):
         revision: Of the judge.
         verdicts: On every completion.
         on_labelled: On the answers that people labelled; empty where it isn't calibrated.
+        compared: What it prefers beside given outputs; empty where it compares none.
+        sees_both: Whether it sees both answers at once, so that their order may sway it.
     """
 
     label: str
@@ -31,7 +34,13 @@ class Panelist(NamedTuple):
     revision: str
     verdicts: list[Verdict]
     on_labelled: Sequence[Verdict] = ()
+    compared: Sequence[Compared] = ()
+    sees_both: bool = False
 
+
+LENGTH_CONTROLLED = "win_rate_length_controlled"
+WIN_RATE = Measure("win_rate", lambda judged: None, lambda judged: False, True, False)
+ORDER_DECIDES = Measure("order_decides", lambda judged: None, lambda judged: False, False, True)
 
 Measures = dict[tuple[str, str], list[Measured]]
 """Suite and judge → what was measured."""
@@ -53,6 +62,7 @@ def measure_all(tasks: Sequence[Task], completions: Sequence[Completion], panel:
             measured = _measure({prompt.prompt_id: prompt for task in own for prompt in task.prompts}, judged, judge)
             for task in own:
                 measured += _of_task(task, judged, judge)
+                measured += wins(task, judge)
             found[suite, judge.label] = [one for one in measured if number == 0 or one.measure.needs_judge]
     return found
 
@@ -65,6 +75,28 @@ def _of_task(task: Task, judged: Mapping[str, list[Judged]], judge: Panelist) ->
         those = {prompt.prompt_id: prompt for prompt in task.prompts if prompt.category == category}
         measured = _measure(those, judged, judge, task=task.name, category=category)
         found += [one for one in measured if one.measure.needs_judge]
+    return found
+
+
+def wins(task: Task, judge: Panelist) -> list[Measured]:
+    """Return the preferences of a judge on the prompts of a task, and on which of them the order decides.
+
+    A prompt that is undecided in one of the orders is left out, and counted; `if_no` takes it for lost, `if_yes` for
+    won.
+    """
+    asked = {prompt.prompt_id for prompt in task.prompts} & task.references.keys()
+    own = [one for one in judge.compared if one.prompt_id in asked]
+    said = preferences(own)
+    decided = {name: one for name, one in said.items() if one is not None}
+    if not decided:
+        return []
+    if_no, if_yes = ({name: other if one is None else one for name, one in said.items()} for other in (0.0, 1.0))
+    unscored = len(said) - len(decided)
+    bounds = (if_no, if_yes) if unscored else (None, None)
+    found = [Measured(task.name, WIN_RATE, decided, unscored, 1, judge.label, None, *bounds)]
+    if judge.sees_both:
+        swayed = {name: float(one) for name, one in order_decides(own).items()}
+        found.append(Measured(task.name, ORDER_DECIDES, swayed, unscored, 1, judge.label))
     return found
 
 

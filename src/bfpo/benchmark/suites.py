@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from bfpo.data.prompts import PromptSource, known_source, read_prompt_source
+from bfpo.data.prompts import PromptSource, known_source, read_given_outputs, read_prompt_source
 from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.files import content_hash
-from bfpo.protocols import KINDS, Kind, Prompt
+from bfpo.pairs import conversation_key
+from bfpo.protocols import KINDS, Completion, Kind, Prompt
 from bfpo.recipe import Count, Section
 from bfpo.recipe_reading import check_recipe, read_recipe
 
@@ -42,6 +43,8 @@ class SuiteTask(Section):
     """File to read instead of the hub; `data:` of the recipe goes before it."""
     licence: str | None = None
     """Licence of one's own file."""
+    compare: str | None = None
+    """Column with an output of each prompt: the model's answer is set beside it, and its win rate measured."""
 
     @property
     def called(self) -> str:
@@ -129,6 +132,7 @@ class Task:
         kind: What its prompts are for.
         prompts: In the order they are asked.
         facts: Name, licence, hash and size of the set.
+        references: Prompt → the output that its answer is compared with; empty where nothing is compared.
     """
 
     suite: str
@@ -136,6 +140,7 @@ class Task:
     kind: Kind
     prompts: list[Prompt]
     facts: dict[str, Any] = field(default_factory=dict)
+    references: dict[str, Completion] = field(default_factory=dict)
 
 
 def shipped_suites() -> list[str]:
@@ -237,7 +242,26 @@ def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Ta
         "prompts": len(prompts),
         "of": published,
     }
-    return Task(suite, task.called, kinds[0], prompts, told)
+    if task.compare is None:
+        return Task(suite, task.called, kinds[0], prompts, told)
+    references = _references(source, task, prompts)
+    told["compared_with"] = sorted({one.model for one in references.values()})
+    told["references_hash"] = content_hash([references[prompt.prompt_id].text for prompt in prompts])
+    return Task(suite, task.called, kinds[0], prompts, told, references)
+
+
+def _references(source: PromptSource, task: SuiteTask, prompts: Sequence[Prompt]) -> dict[str, Completion]:
+    assert task.compare is not None
+    given = read_given_outputs(source, task.compare, where=task.where, system=task.system)
+    found = {}
+    for prompt in prompts:
+        text, generator = given[conversation_key(prompt.prompt)]
+        told = generator or task.called
+        # Whose tokens it would have isn't known, so its length is in words; only characters are compared.
+        found[prompt.prompt_id] = Completion(
+            prompt.prompt_id, 0, prompt.prompt, text, "stop", 0, len(text.split()), told, "given", content_hash(told)
+        )
+    return found
 
 
 def with_prompts_of(tasks: Sequence[Task], wanted: Collection[str]) -> list[Task]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from bfpo.data.rows import read_rows
+from bfpo.data.rows import Row, read_rows
 from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.files import content_hash, file_hash
 from bfpo.pairs import Conversation, Message, as_messages, conversation_key
@@ -146,6 +146,15 @@ SOURCES = {
         category="category",
         revision="2cbe16aabf9069f17e48c8daad8aeabc29469eb7",
     ),
+    "alpaca_eval": Known(
+        "",
+        "CC-BY-NC-4.0",
+        ("instruction", "prompt"),
+        "benign",
+        category="dataset",
+        file="huggingface.co/datasets/tatsu-lab/alpaca_eval: alpaca_eval_gpt4_baseline.json, or any model's "
+        "model_outputs.json on its 805 instructions",
+    ),
     "testbed": Known(
         "",
         "Apache-2.0",
@@ -233,6 +242,45 @@ def read_prompt_source(
     }
 
 
+class GivenOutput(NamedTuple):
+    """An answer that a set of prompts brings with it.
+
+    Args:
+        text: The answer.
+        generator: Who gave it, as the row's column `generator` says; "" where it says nothing.
+    """
+
+    text: str
+    generator: str
+
+
+def read_given_outputs(
+    source: PromptSource, column: str, *, where: Mapping[str, str] | None = None, system: str | None = None
+) -> dict[str, GivenOutput]:
+    """Return the outputs that a source gives, by the key of the conversation that asks for them.
+
+    Args:
+        source: Which set; not a .txt.
+        column: That holds the outputs.
+        where: As for `read_prompt_source`.
+        system: As for `read_prompt_source`.
+
+    Raises:
+        DataError: If the set can't be read, a row has no text in the column, or one prompt has two outputs.
+    """
+    known = known_source(source.name)
+    before: Conversation = () if system is None else (Message("system", system),)
+    found: dict[str, GivenOutput] = {}
+    for text, row in _rows(source, known, source.revision or known.revision, where or {}):
+        if not isinstance(output := row.values.get(column), str):
+            raise DataError(f"{row.where}: no text in column '{column}', which holds the outputs to compare with")
+        key = conversation_key((*before, *as_messages(text.strip())))
+        given = GivenOutput(output, str(row.values.get("generator") or ""))
+        if found.setdefault(key, given) != given:
+            raise DataError(f"{row.where}: another output to a prompt that has one; expected one of each")
+    return found
+
+
 def _texts(
     source: PromptSource, known: Known, revision: str | None, where: Mapping[str, str]
 ) -> Iterator[tuple[str, Kind, str | None, str | None]]:
@@ -244,6 +292,15 @@ def _texts(
             if line.strip():
                 yield line, _kind(source, known, {}), None, None
         return
+    for text, row in _rows(source, known, revision, where):
+        category, own = (row.values.get(name) if name else None for name in (known.category, known.ids))
+        yield text, _kind(source, known, row.values), str(category or "") or None, str(own or "") or None
+
+
+def _rows(
+    source: PromptSource, known: Known, revision: str | None, where: Mapping[str, str]
+) -> Iterator[tuple[str, Row]]:
+    """Yield the text of each row, and the row."""
     table = Source(path=source.path or known.hub, name=known.config, split=known.split, revision=revision)
     try:
         for row in read_rows(table):
@@ -253,9 +310,7 @@ def _texts(
             if column is None:
                 raise DataError(f"{row.where}: no column {' or '.join(known.columns)}")
             value = row.values[column]
-            text = value if isinstance(value, str) else as_messages(value)[-1].content
-            category, own = (row.values.get(name) if name else None for name in (known.category, known.ids))
-            yield text, _kind(source, known, row.values), str(category or "") or None, str(own or "") or None
+            yield (value if isinstance(value, str) else as_messages(value)[-1].content), row
     except DataError as error:
         if source.path:
             raise
