@@ -61,7 +61,8 @@ def test_the_recipes_on_the_page_are_recipes():
     read = {task.source for name in checked.suites for task in load_suite(name)[1].tasks}
     assert set(checked.data) <= read
     assert set(checked.leave_out) <= read
-    assert check_recipe({"out": "runs/x", "model": {"path": "x"}} | part, EvalRecipe, "docs").suites == ["helpfulness"]
+    whole = {"out": "runs/x", "model": {"path": "x"}} | part
+    assert check_recipe(whole, EvalRecipe, "docs").suites == ["helpfulness"]
     assert check_recipe(suite, Suite, "docs").tasks
     assert [check_recipe(bound, Bound, "docs") for bound in gates]
 
