@@ -45,6 +45,7 @@ def main() -> None:
             "versions": versions(),
             "hardware": hardware(),
             "seconds": round(time.monotonic() - began, 1),
+            "cpu_seconds": round(time.process_time(), 1),
             "repetitions": repetitions,
             "cells": cells,
         },

@@ -3,6 +3,7 @@
 import pytest
 
 from bfpo.benchmark.indices import index_metrics
+from bfpo.benchmark.scoring import WIN_RATE
 from bfpo.benchmark.suites import Suite, load_suite, shipped_suites
 from bfpo.errors import RecipeError
 from bfpo.evaluation.results import Metric
@@ -56,6 +57,17 @@ def test_an_index_without_a_part_has_no_number():
     assert "over_refusal on b" in indices([PARTS[0], empty])[0].recipe
 
 
+def test_a_part_without_an_interval_leaves_none_to_the_mean():
+    (found,) = indices([*PARTS[:2], metric("c", "accuracy", 0.5, None, None, judge="")])
+    assert found.value == pytest.approx((0.6 + 0.9 + 0.5) / 3)
+    assert (found.low, found.high) == (None, None)
+
+
+def test_tasks_of_lm_eval_have_their_place():
+    (found,) = indices(PARTS, tasks=SUITE["tasks"][:2], lm_eval=["tasks/c.yaml"])
+    assert found.recipe.endswith("accuracy on c")
+
+
 def test_every_judge_has_its_own():
     theirs = [one if not one.judge else metric(one.task, one.metric, 0.3, 0.2, 0.4, judge="other") for one in PARTS]
     assert [one.judge for one in indices([*PARTS, *theirs[:2]])] == ["judge", "other"]
@@ -73,4 +85,4 @@ def test_indices_of_shipped_suites_name_what_is_measured():
     suites = [load_suite(name)[1] for name in shipped_suites()]
     of = [index for suite in suites for index in suite.indices.values()]
     assert len(of) >= 4
-    assert {metric for index in of for metric in index.values()} <= known
+    assert {metric for index in of for metric in index.values()} <= known | {WIN_RATE.name}

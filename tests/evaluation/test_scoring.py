@@ -192,6 +192,24 @@ def test_a_folder_of_other_prompts_is_left_alone(tmp_path):
     assert more.metric("benign", "tokens").n == 4
 
 
+def test_results_without_the_newer_columns_are_read(tmp_path):
+    found = to_metrics("s", judged([True, True, None, False], [1, 1, 0.5, 0]))
+    against = Results("base", "models/base", "", [], {}, [], answers="abc")
+    comparisons = compare("s", judged([True] * 4, [1] * 4), judged([False] * 4, [0] * 4), against=against)
+    Results("r", "m", "p", [], {}, found, comparisons).write(tmp_path)
+    content = json.loads((tmp_path / "results.json").read_text())
+    del content["pairs"]
+    for row in content["metrics"]:
+        del row["least"], row["most"], row["recipe"]
+    for row in content["comparisons"]:
+        del row["p_value"]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    old = read_results(tmp_path)
+    assert old.pairs == []
+    assert old.metric("harmful", "safety").low == found[0].low
+    assert {one.p_value for one in old.comparisons} == {None}
+
+
 def test_results_of_another_schema_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"no results\.json"):
         read_results(tmp_path)

@@ -46,8 +46,11 @@ def _index(suite: str, name: str, judge: str, parts: Mapping[tuple[str, str], Me
         recipe = f"no number, for want of {', '.join(missing)}"
         return Metric(suite, "all", name, None, None, None, n, unscored, BY_PARTS, True, judge, recipe=recipe)
     value, low, high = map(float, combined(_mean, *map(_upwards, known)))
+    # A part without an interval isn't certain: then the mean has none either.
+    sure = all(one.low is not None and one.high is not None for one in known)
+    ends = (low, high) if sure else (None, None)
     recipe = f"unweighted mean of {', '.join(map(_told, known))}"
-    return Metric(suite, "all", name, value, low, high, n, unscored, BY_PARTS, True, judge, recipe=recipe)
+    return Metric(suite, "all", name, value, ends[0], ends[1], n, unscored, BY_PARTS, True, judge, recipe=recipe)
 
 
 def _mean(*values: Values) -> Values:

@@ -97,9 +97,9 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     )
     measures = measure_all(tasks, completions, panel)
     metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[PairVerdict]()
-    metrics += index_metrics(suites, metrics)
     metrics = calibrating.with_corrected(metrics, calibrated)
     metrics += [*length_controlled(tasks, completions, panel), *capability_metrics(wanted, found)]
+    metrics += index_metrics(suites, metrics)
     if calibrated:
         remarks += calibrating.remarks(calibration, calibrated, metrics, recipe.judges)
     if base is not None:

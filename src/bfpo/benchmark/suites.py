@@ -88,9 +88,10 @@ class Suite(Section):
         names = Counter(task.called for task in self.tasks)
         if twice := [name for name, n in (names + Counter(map(lm_eval_name, self.lm_eval))).items() if n > 1]:
             raise ValueError(f"task '{twice[0]}' stands twice; give one another name:")
+        known = [*names, *map(lm_eval_name, self.lm_eval)]
         for index, of in self.indices.items():
-            if unknown := [task for task in of if task not in names]:
-                raise ValueError(f"{index}: task '{unknown[0]}'; {did_you_mean(unknown[0], sorted(names))}")
+            if unknown := [task for task in of if task not in known]:
+                raise ValueError(f"{index}: task '{unknown[0]}'; {did_you_mean(unknown[0], sorted(known))}")
         # Numbers over all of a kind go by the kind's name.
         if (named := names.keys() & set(KINDS)) and not names.keys() <= set(KINDS):
             raise ValueError(f"task '{min(named)}' has the name of a kind; so must all tasks of the suite, or none")
