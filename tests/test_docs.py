@@ -12,6 +12,7 @@ from bfpo import bfpo_loss, recipe
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
 from bfpo.data.prompts import SOURCES
 from bfpo.evaluation import comparing, scoring
+from bfpo.labeling import TABLES
 from bfpo.loss_options import make_loss
 from bfpo.losses import BFPO, LOSSES
 from bfpo.pairs import COLUMNS
@@ -230,11 +231,12 @@ def test_the_labels_on_real_pairs_are_those_of_their_study():
     assert study["command"] in page
 
 
-def test_the_ablations_on_the_page_are_those_of_their_results():
+@pytest.mark.parametrize(("name", "centre"), [("ablations", "beta 0.1"), ("ablations-shipped", "beta 0.3")])
+def test_the_ablations_on_the_page_are_those_of_their_results(name, centre):
     page = (ROOT / "docs" / "testbed.md").read_text()
-    lines = json.loads((ROOT / "benchmarks/results/testbed/ablations/comparison.json").read_text())["lines"]
+    lines = json.loads((ROOT / f"benchmarks/results/testbed/{name}/comparison.json").read_text())["lines"]
     by = {(one["variant"], one["metric"]): one for one in lines}
-    for variant in {one["variant"] for one in lines} - {"base", "beta 0.1"}:
+    for variant in {one["variant"] for one in lines} - {"base", centre}:
         metrics = [by[variant, name] for name in ("harmful/safety", "benign/helpfulness", "all/harmonic_mean")]
         shown = ["{:.2f} [{:.2f}, {:.2f}]".format(*metric["mean"]) for metric in metrics]
         assert f"| {variant} | {' | '.join(shown)} | {metrics[-1]['verdict'] or ''} |" in page
@@ -242,20 +244,47 @@ def test_the_ablations_on_the_page_are_those_of_their_results():
 
 def test_a_second_run_changed_the_words_that_the_page_names():
     words = []
-    for name in ("main", "again"):
+    for name in ("main", "again", "sixteen"):
         lines = json.loads((ROOT / f"benchmarks/results/testbed/{name}/comparison.json").read_text())["lines"]
-        words.append(
-            {
-                (one["world"], one["variant"]): one["verdict"]
-                for one in lines
-                if one["metric"] == "all/harmonic_mean" and one["verdict"]
-            }
-        )
-    first, second = words
+        primary = {(one["world"], one["variant"]): one for one in lines if one["metric"] == "all/harmonic_mean"}
+        words.append({key: one["verdict"] for key, one in primary.items() if one["verdict"]})
+    first, second, together = words
+    page = (ROOT / "docs" / "testbed.md").read_text()
     other = {key for key in first if first[key] != second[key]}
     assert other == {("separate", "ipo_mix"), ("separate", "bfpo one stream, equal main")}
     assert len(first) == 32
-    assert "for 30 of 32 variants" in (ROOT / "docs" / "testbed.md").read_text()
+    assert "for 30 of 32 variants" in page
+    assert all(together[key] == word for key, word in first.items() if second[key] == word != "not distinguishable")
+    settled = {key: word for key, word in together.items() if {first[key], second[key]} != {word}}
+    assert {key for key, word in settled.items() if word != "not distinguishable"} == {
+        ("separate", "ipo_mix"),
+        ("separate", "dpo_mix"),
+        ("separate", "safe_dpo as dpo_mix"),
+        ("shared", "additive as bfpo"),
+    }
+    assert settled["shared", "additive as bfpo"] == "better"
+    found = primary["shared", "additive as bfpo"]["difference"]
+    assert "by {:.2f} [{:.2f}, {:.2f}]".format(*found) in page
+
+
+@pytest.mark.parametrize("name", ["table", "table-shipped"])
+def test_the_tables_of_labels_on_the_page_are_those_that_were_tested(name):
+    page = (ROOT / "docs" / "testbed.md").read_text()
+    lines = json.loads((ROOT / f"benchmarks/results/testbed/{name}/comparison.json").read_text())["lines"]
+    by = {(one["world"], one["variant"], one["metric"]): one for one in lines}
+    metrics = ("harmful/safety", "benign/helpfulness", "harmful/severity", "all/harmonic_mean")
+    for world, variant in {(one["world"], one["variant"]) for one in lines if one["variant"] != "base"}:
+        found = [by[world, variant, metric] for metric in metrics]
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*one["mean"]) for one in found]
+        against = ""
+        if variant != "bfpo":
+            against = "{:+.2f} [{:+.2f}, {:+.2f}], {}".format(*found[-1]["difference"], found[-1]["verdict"])
+        assert f"| {world} | {variant} | {' | '.join(cells)} | {against} |" in page
+    named = "us={us:g}, uu={uu:g}".format(**{cell: getattr(TABLES["helpful_ties"], cell) for cell in ("us", "uu")})
+    words = {by[world, named, "all/harmonic_mean"]["verdict"] for world in ("shared", "separate")}
+    assert words == ({"better", "not distinguishable"} if name == "table" else {"worse"})
+    # "the unsafe answers that remain are more severe"
+    assert by["separate", named, "harmful/severity"]["verdict"] == "worse"
 
 
 def test_the_win_rates_on_the_page_are_those_of_the_study():
