@@ -2,9 +2,11 @@
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -93,3 +95,79 @@ def test_answers_are_searched_by_the_one_script_that_the_page_allows(tmp_path, r
     assert 0 < unsafe < everything == again
     assert none == 0
     assert 0 < words < everything / 4
+
+
+class Chromium:
+    """A headless browser that is asked by the DevTools protocol over two pipes."""
+
+    def __init__(self, page, profile):
+        (reads, self._to), (answers, writes) = os.pipe(), os.pipe()
+        options = f"--headless --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir={profile}"
+        # The browser reads from descriptor 3 and writes to 4.
+        command = f"exec {CHROMIUM} {options} 3<&{reads} 4>&{writes}"
+        quiet = subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            ["bash", "-c", command], pass_fds=(reads, writes), stdout=quiet, stderr=quiet
+        )
+        os.close(reads)
+        os.close(writes)
+        self._from, self._rest, self._asked, self._session = answers, b"", 0, {}
+        target = self.ask("Target.createTarget", url=page.as_uri())["targetId"]
+        session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = {"sessionId": session}
+
+    def ask(self, method, **params):
+        self._asked += 1
+        message = {"id": self._asked, "method": method, "params": params, **self._session}
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._rest:
+                self._rest += os.read(self._from, 65536)
+            answer, _, self._rest = self._rest.partition(b"\0")
+            if (found := json.loads(answer)).get("id") == self._asked:
+                return found["result"]
+
+    def press(self, key, code, text=""):
+        for kind in ("keyDown", "keyUp"):
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
+
+    def value(self, expression):
+        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def close(self):
+        self._process.kill()
+        self._process.wait()
+        os.close(self._to)
+        os.close(self._from)
+
+
+FOCUSED = """(() => {
+  const all = [...document.querySelectorAll("a, summary, input, select, [tabindex='0']")]
+    .filter(one => one.checkVisibility());
+  const here = document.activeElement, style = getComputedStyle(here);
+  return [all.indexOf(here), all.length, style.outlineStyle !== "none" || style.boxShadow !== "none"];
+})()"""
+
+
+def test_the_keyboard_reaches_every_control_in_order_and_shows_where_it_is(tmp_path, runs):
+    write_report(tmp_path / "out", runs)
+    browser = Chromium(tmp_path / "out" / "report.html", tmp_path / "p")
+    try:
+        until = time.monotonic() + 20
+        while browser.value("document.readyState") != "complete" and time.monotonic() < until:
+            time.sleep(0.05)
+        _, controls, _ = browser.value(FOCUSED)
+        assert controls > 10
+        walked = []
+        for _ in range(controls):
+            browser.press("Tab", 9)
+            place, _, shown = browser.value(FOCUSED)
+            assert shown
+            walked.append(place)
+        assert walked == list(range(controls))
+        # A fold opens by the keyboard.
+        browser.value("document.querySelector('summary').focus()")
+        browser.press("Enter", 13, "\r")
+        assert browser.value("document.activeElement.parentElement.open") is True
+    finally:
+        browser.close()
