@@ -9,14 +9,16 @@ import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from bfpo.errors import DataError
-from bfpo.evaluation.results import METRIC_COLUMNS, Results, read_results
+from bfpo.evaluation.results import METRIC_COLUMNS, Metric, Results, read_results
+from bfpo.evaluation.statistics import wilson
 from bfpo.report.card import BEGIN, END, card_section, insert_card
 from bfpo.report.drawing import DARK, LIGHT, STYLE, Drawing, Point, ticks
 from bfpo.report.html import write_report
-from bfpo.report.plane import front
+from bfpo.report.plane import front, region
 from bfpo.report.words import MISSING, number, short, signed
 
 VOID = {"meta", "img", "br", "link", "hr", "input", "source"}
@@ -542,3 +544,18 @@ def test_twelve_runs_are_rows(tmp_path, runs):
     assert tables
     assert "step-11" in page.prose
     assert page.prose.count("Over-refusal lower is better; 40 prompts") >= 1
+
+
+def test_the_region_on_the_plane_holds_both_numbers_95_times_of_100():
+    rng, n, truth, inside = np.random.default_rng(0), 250, (0.75, 0.9), 0
+    for yes in rng.binomial(n, truth, (1500, 2)):
+        numbers = []
+        for metric, count in zip(("helpfulness", "safety"), yes, strict=True):
+            interval = wilson(int(count), n)
+            numbers.append(Metric("s", "t", metric, *interval, n, 0, "Wilson", True))
+        outline = region(*numbers)
+        right, top, left, bottom = (outline[len(outline) * quarter // 4] for quarter in range(4))
+        x, y = truth[0] - numbers[0].value, truth[1] - numbers[1].value
+        across, up = right[0] if x > 0 else left[0], top[1] if y > 0 else bottom[1]
+        inside += (x / (across - numbers[0].value)) ** 2 + (y / (up - numbers[1].value)) ** 2 <= 1
+    assert 0.935 < inside / 1500 < 0.965

@@ -1,7 +1,11 @@
 """The safety-helpfulness plane: where each run or method stands, how surely, and the Pareto front."""
 
 from collections.abc import Sequence
+from math import cos, pi, sin, sqrt
+from statistics import NormalDist
 from typing import NamedTuple
+
+from scipy.stats import chi2
 
 from bfpo.evaluation.results import Metric
 from bfpo.evaluation.statistics import Interval
@@ -17,6 +21,9 @@ CAP = 4.0
 LETTER, LINE = 9.5, 20.0
 LONGEST_NAME = 22
 LEGEND = 270.0
+CORNERS = 72
+# A circle that holds 95 % of two independent normal numbers, over the interval that holds 95 % of one.
+WIDENED = sqrt(float(chi2.ppf(0.95, 2))) / NormalDist().inv_cdf(0.975)
 
 
 class Stand(NamedTuple):
@@ -64,8 +71,29 @@ def stands(runs: Sequence[Run]) -> list[Stand]:
     for index, run in enumerate(runs):
         helpfulness, safety = run.results.metric("benign", "helpfulness"), run.results.metric("harmful", "safety")
         if helpfulness and safety and helpfulness.value is not None and safety.value is not None:
-            found.append(Stand(index, run.name, helpfulness, safety))
+            found.append(Stand(index, run.name, helpfulness, safety, region(helpfulness, safety)))
     return found
+
+
+def region(helpfulness: Metric, safety: Metric) -> list[tuple[float, float]]:
+    """Return the outline of where both numbers may be together, 95 times of 100; empty without intervals.
+
+    They rest on different prompts, so they are independent. Each quarter is one of an ellipse whose half axes are the
+    two sides of the intervals there, widened from what holds one number to what holds two.
+    """
+    ends = helpfulness.low, helpfulness.high, safety.low, safety.high
+    if None in ends or helpfulness.value is None or safety.value is None:
+        return []
+    left, right, below, above = (
+        WIDENED * abs(end - of)
+        for end, of in zip(ends, (helpfulness.value,) * 2 + (safety.value,) * 2, strict=True)
+        if end is not None
+    )
+    turns = [(cos(angle), sin(angle)) for angle in (2 * pi * corner / CORNERS for corner in range(CORNERS))]
+    return [
+        (helpfulness.value + x * (right if x > 0 else left), safety.value + y * (above if y > 0 else below))
+        for x, y in turns
+    ]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
