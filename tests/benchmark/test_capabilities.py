@@ -252,7 +252,7 @@ def test_lm_eval_really_runs_in_an_evaluation(tmp_path, make_model, tokenizer, m
     assert [one.n for one in found.values()] == [30, 30, 9]
     assert {one.task for one in results.comparisons} == {*data}
     assert "Wilson" in found["winogrande"].interval
-    assert "bootstrap" in found["truthfulqa_mc2"].interval
+    assert "effective sample size" in found["truthfulqa_mc2"].interval
     with pytest.raises(RecipeError, match="metric 'accc'; did you mean 'acc'"):
         evaluate(content(2, gate=[{"suite": "suite", "task": "winogrande", "metric": "accc", "max": 1}]))
     monkeypatch.setattr(module, "run_task", None)
