@@ -128,20 +128,33 @@ def test_the_numbers_of_the_linear_judge_are_those_of_its_study():
     assert study["grouped_by_prompt"]["without_partial"]["balanced_accuracy"] >= 0.96
 
 
-def test_the_words_on_the_comparison_are_those_of_its_results():
+def test_the_words_on_the_comparison_are_those_of_both_its_runs():
     page = (ROOT / "docs" / "testbed.md").read_text()
-    lines = json.loads((ROOT / "benchmarks/results/testbed/main/comparison.json").read_text())["lines"]
-    primary = {(one["world"], one["variant"]): one for one in lines if one["metric"] == "all/harmonic_mean"}
+    both = [
+        json.loads((ROOT / f"benchmarks/results/testbed/{name}/comparison.json").read_text())
+        for name in ("main", "again")
+    ]
+    lines = both[0]["lines"]
+    primary, again = (
+        {(one["world"], one["variant"]): one for one in found["lines"] if one["metric"] == "all/harmonic_mean"}
+        for found in both
+    )
     said = {
         "shared": {"base", "dpo_h", "bfpo one stream, equal total", "bfpo one stream, equal main"},
-        "separate": {"base", "dpo_h", "modpo", "ipo_mix", "bfpo one stream, equal main"},
+        "separate": {"base", "dpo_h", "modpo"},
     }
-    assert "| shared skills | base, dpo_h, both one-stream BFPOs | all others | none |" in page
-    assert "| base, dpo_h, modpo, ipo_mix, one stream at equal main pairs | all others | none |" in page
+    differ = {"shared": set(), "separate": {"ipo_mix", "bfpo one stream, equal main"}}
+    assert "| shared skills | base, dpo_h, both one-stream BFPOs | all others | none | none |" in page
+    assert "| base, dpo_h, modpo | all others | none | ipo_mix, one stream at equal main pairs |" in page
     for world, worse in said.items():
-        words = {variant: one["verdict"] for (place, variant), one in primary.items() if place == world}
-        assert {variant for variant, word in words.items() if word == "worse"} == worse
-        assert "better" not in words.values()
+        words = {
+            variant: {one["verdict"], again[place, variant]["verdict"]}
+            for (place, variant), one in primary.items()
+            if place == world
+        }
+        assert {variant for variant, word in words.items() if word == {"worse"}} == worse
+        assert {variant for variant, word in words.items() if len(word) > 1} == differ[world]
+        assert not any("better" in word for word in words.values())
         assert primary[world, "additive as bfpo"]["mean"][0] > primary[world, "bfpo"]["mean"][0]
         (unsafe,) = (
             one
@@ -149,6 +162,10 @@ def test_the_words_on_the_comparison_are_those_of_its_results():
             if (one["world"], one["variant"], one["metric"]) == (world, "dpo_h", "harmful/safety")
         )
         assert unsafe["mean"][0] < 0.1
+    (took,) = both[0]["took"]
+    each = took["seconds"] / took["runs"]
+    assert f"{took['runs']} runs took {took['seconds'] / 60:.0f} minutes on 2 cores, {each:.1f} s a run" in page
+    assert f"are {each * 88 / 60:.0f} minutes" in page
     tuned = ["bfpo_soft", "additive", "ipo_mix", "modpo", "dpo_s", "dpo_mix", "safe_dpo"]
     mean = primary["shared", "bfpo"]["mean"][0]
     assert sum(primary["shared", variant]["mean"][0] > mean for variant in tuned) > len(tuned) / 2
