@@ -191,10 +191,10 @@ def _draw_bars(drawing: Drawing, one: Stand) -> list[Box]:
 
 
 def _draw_outline(drawing: Drawing, one: Stand) -> list[Box]:
-    """Draw the region in which a mean may stand, as far as the plane reaches; return what the mark takes up."""
+    """Draw the region in which a run may stand, as far as the plane reaches; return what mark and line take up."""
     inside = [_place(min(1.0, max(0.0, x)), min(1.0, max(0.0, y))) for x, y in one.outline]
     drawing.path(inside, f"bar {run_class(one.place)}", closed=True)
-    return [_mark(one)]
+    return [_mark(one), *(Box(x - 4, y - 4, x + 4, y + 4) for x, y in inside[::4])]
 
 
 def _mark(one: Stand) -> Box:
