@@ -184,11 +184,12 @@ def write_comparison(folder: Path, recipe: CompareRecipe, lines: Sequence[Line],
         recipe: What was asked for.
         lines: What was found.
         facts: Command, versions, hardware; `took`, the runs that this call made and how long that took. It is put
-            behind those of earlier calls, as a comparison may be made in several.
+            behind those of earlier calls, as a comparison may be made in several; one that ran nothing isn't told.
     """
     asked = recipe.model_dump(mode="json")
+    took = [one for one in (*_took_before(folder / "comparison.json", asked), facts["took"]) if one["runs"]]
     content = facts | {
-        "took": [*_took_before(folder / "comparison.json", asked), facts["took"]],
+        "took": took,
         "recipe": asked,
         "statistics": "seeds are the unit; paired t-tests against the variant named, adjusted by Holm over the "
         "variants of one world and metric; intervals are Student's 95 %",
@@ -207,10 +208,10 @@ def write_comparison(folder: Path, recipe: CompareRecipe, lines: Sequence[Line],
 
 
 def _took_before(file: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what earlier calls of the same recipe took that ran something."""
+    """Return what earlier calls of the same recipe took."""
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-        return [one for one in before["took"] if one["runs"]] if before["recipe"] == asked else []
+        return list(before["took"]) if before["recipe"] == asked else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
