@@ -128,7 +128,9 @@ def plane(found: Sequence[Stand], *, arrows: bool = True, legend: bool = False) 
             ends = arrow(drawing, _place(*found[0].value), _place(*other.value), gap=MARK + 5)
             taken += _along(ends)
     for one in found:
-        taken += _draw_outline(drawing, one) if one.outline else _draw_bars(drawing, one)
+        boxes = _draw_outline(drawing, one) if one.outline else _draw_bars(drawing, one)
+        # Among many runs a number that keeps off every line would stand far from its mark.
+        taken += boxes[:1] if legend and one.outline else boxes
     for one in found:
         # The base is a ring: it stands out from the others without its colour, too.
         drawing.circle(_place(*one.value), MARK, f"{'ring' if one.place == 0 else 'dot'} {run_class(one.place)}")
