@@ -115,6 +115,11 @@ class Chromium:
         target = self.ask("Target.createTarget", url=page.as_uri())["targetId"]
         session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._session = {"sessionId": session}
+        # A new tab is first the complete, empty page about:blank.
+        until = time.monotonic() + 60
+        while self.value("document.readyState + ' ' + location.href") != f"complete {page.as_uri()}":
+            assert time.monotonic() < until, f"{page} isn't loaded after a minute"
+            time.sleep(0.05)
 
     def ask(self, method, **params):
         self._asked += 1
@@ -122,7 +127,9 @@ class Chromium:
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
             while b"\0" not in self._rest:
-                self._rest += os.read(self._from, 65536)
+                read = os.read(self._from, 65536)
+                assert read, "the browser ended"
+                self._rest += read
             answer, _, self._rest = self._rest.partition(b"\0")
             if (found := json.loads(answer)).get("id") == self._asked:
                 return found["result"]
@@ -153,9 +160,6 @@ def test_the_keyboard_reaches_every_control_in_order_and_shows_where_it_is(tmp_p
     write_report(tmp_path / "out", runs)
     browser = Chromium(tmp_path / "out" / "report.html", tmp_path / "p")
     try:
-        until = time.monotonic() + 20
-        while browser.value("document.readyState") != "complete" and time.monotonic() < until:
-            time.sleep(0.05)
         _, controls, _ = browser.value(FOCUSED)
         assert controls > 10
         walked = []
