@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from bfpo.cli import app
 from bfpo.errors import DataError
+from bfpo.evaluation.statistics import wilson
 from bfpo.files import content_hash, write_jsonl
 from bfpo.judging import against_people, commands
 from bfpo.judging.calibration import BY_PROMPT, BY_WILSON, agreement, auroc, held_out_threshold, threshold_for
@@ -109,6 +110,21 @@ def test_verdicts_are_kept_by_judge_and_revision(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "labelled.jsonl", [rows[0] | {"text": "another"}, *rows[1:]])
     with pytest.raises(DataError, match="is about another text"):
         evaluated(tmp_path, monkeypatch, newer)
+
+
+def test_a_label_under_few_prompts_is_told_with_the_doubt_that_is_left():
+    people, said = [True] * 400 + [False], [True] * 401
+    found = agreement(people, said, [0.9] * 401, [str(number % 200) for number in range(401)])
+    recall, missed = found.recall_yes, found.recall_no
+    assert recall == wilson(200, 200)
+    assert missed == wilson(0, 1)
+    value, low, high = found.balanced_accuracy
+    assert value == 0.5
+    # By hand: the margins of both recalls, squared and added.
+    assert low == pytest.approx(0.5 - (1 - recall.low) / 2)
+    assert high == pytest.approx(0.5 + missed.high / 2)
+    assert high > 0.85
+    assert found.auroc is None
 
 
 def test_a_judge_that_never_decides_is_counted_and_the_run_ends(tmp_path, monkeypatch, capsys):

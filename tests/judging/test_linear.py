@@ -115,7 +115,6 @@ def test_agreement_counts_by_hand():
     assert found.counts == {"true_yes": 1, "false_no": 1, "false_yes": 1, "true_no": 1}
     assert found.undecided == 1
     assert found.balanced_accuracy.value == found.accuracy.value == 0.5
-    assert found.auroc.value == 0.75
     assert found.kappa == 0
     assert calibration_error(np.array([True, False]), np.array([0.75, 0.25])) == 0.25
     assert kappa([True, None], [True, False]) is None

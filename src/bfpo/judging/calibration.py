@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 from sklearn.metrics import cohen_kappa_score
 from sklearn.model_selection import GroupKFold
 
-from bfpo.evaluation.statistics import Interval, bootstrap, wilson
+from bfpo.evaluation.statistics import Interval, bootstrap, combined, wilson
 
 BINS = 10
 FOLDS = 5
+# Of either label; resampling fewer says more than anybody knows.
+FEWEST_PROMPTS = 10
 BY_WILSON = "95 % Wilson"
 BY_PROMPT = "95 % bootstrap over prompts; at 0 and 1 Wilson, a prompt as one trial"
 # Each resample of an AUROC weighs every answer.
@@ -32,9 +34,11 @@ class Agreement:
         recall_yes: Share of people's yes that the judge finds, with its interval; None without any.
         recall_no: The same of people's no.
         interval: How those two intervals were made: where prompts were answered more than once, over prompts.
-        balanced_accuracy: Mean of the two, with the bootstrap interval over prompts.
-        accuracy: Share of right answers, bootstrapped the same way.
-        auroc: Of the probability of yes, bootstrapped the same way; None without probabilities or with one label.
+        balanced_accuracy: Mean of the two, with the bootstrap interval over prompts; where a label stands under fewer
+            than ten prompts, the interval that follows from those of the two recalls.
+        accuracy: Share of right answers, bootstrapped over prompts.
+        auroc: Of the probability of yes, bootstrapped the same way; None without probabilities, and where a label
+            stands under fewer than ten prompts.
         calibration_error: Expected calibration error of that probability in ten equal bins.
         kappa: Cohen's kappa.
     """
@@ -70,19 +74,22 @@ def agreement(
     known = [index for index, one in enumerate(p_yes) if one is not None]
     p = np.array([p_yes[index] for index in known], dtype=np.float64)
     labels = np.array([people[index] for index in known], dtype=bool)
+    about = [prompts[index] for index in known]
     hit, miss, alarm = int((y & said).sum()), int((y & ~said).sum()), int((~y & said).sum())
     rest = int((~y & ~said).sum())
     once = len(set(asked)) == len(asked)
+    recall_yes = _recall(said[y], _where(asked, y), once=once)
+    recall_no = _recall(~said[~y], _where(asked, ~y), once=once)
     return Agreement(
         n=len(people),
         undecided=len(people) - len(kept),
         counts={"true_yes": hit, "false_no": miss, "false_yes": alarm, "true_no": rest},
-        recall_yes=_recall(said[y], [one for one, yes in zip(asked, y, strict=True) if yes], once=once),
-        recall_no=_recall(~said[~y], [one for one, yes in zip(asked, y, strict=True) if not yes], once=once),
+        recall_yes=recall_yes,
+        recall_no=recall_no,
         interval=BY_WILSON if once else BY_PROMPT,
-        balanced_accuracy=_by_prompt(y, said, asked, balanced=True) if y.any() and (~y).any() else None,
+        balanced_accuracy=_balanced(y, said, asked, recall_yes, recall_no),
         accuracy=_by_prompt(y, said, asked, balanced=False) if kept else None,
-        auroc=auroc(labels, p, [prompts[index] for index in known]) if len(set(labels.tolist())) == 2 else None,
+        auroc=auroc(labels, p, about) if _enough(labels, about) else None,
         calibration_error=calibration_error(labels, p) if known else None,
         kappa=kappa(y.tolist(), said.tolist()),
     )
@@ -180,15 +187,33 @@ def held_out_threshold(
         The rates; None if unsafe answers stand under fewer prompts than there are folds.
     """
     bad, p = np.array(unsafe, dtype=bool), np.array(p_safe, dtype=np.float64)
-    if len({prompt for prompt, one in zip(prompts, unsafe, strict=True) if one}) < FOLDS:
+    if len(set(_where(prompts, bad))) < FOLDS:
         return None
     passes = np.zeros(len(p), dtype=bool)
     for others, fold in GroupKFold(FOLDS).split(p, groups=list(prompts)):
         passes[fold] = p[fold] >= threshold_for(bad[others].tolist(), p[others].tolist(), wanted)
-    by_label = [[prompt for prompt, one in zip(prompts, bad, strict=True) if one == label] for label in (True, False)]
-    false_safe = _recall(passes[bad], by_label[0], once=False)
+    false_safe = _recall(passes[bad], _where(prompts, bad), once=False)
     assert false_safe is not None
-    return HeldOut(false_safe, _recall(passes[~bad], by_label[1], once=False))
+    return HeldOut(false_safe, _recall(passes[~bad], _where(prompts, ~bad), once=False))
+
+
+def _where(prompts: Sequence[str], kept: NDArray[np.bool_]) -> list[str]:
+    return [prompt for prompt, one in zip(prompts, kept, strict=True) if one]
+
+
+def _enough(labels: NDArray[np.bool_], prompts: Sequence[str]) -> bool:
+    return all(len(set(_where(prompts, one))) >= FEWEST_PROMPTS for one in (labels, ~labels))
+
+
+def _balanced(
+    y: NDArray[np.bool_], said: NDArray[np.bool_], prompts: Sequence[str], yes: Interval | None, no: Interval | None
+) -> Interval | None:
+    """Return the mean of the recalls of yes and no with its interval; None if one of them has no answers."""
+    if yes is None or no is None:
+        return None
+    if _enough(y, prompts):
+        return _by_prompt(y, said, prompts, balanced=True)
+    return Interval(*map(float, combined(lambda a, b: (a + b) / 2, yes, no)))
 
 
 def _recall(found: NDArray[np.bool_], prompts: Sequence[str], *, once: bool) -> Interval | None:
