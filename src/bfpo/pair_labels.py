@@ -3,10 +3,9 @@
 A pair is labelled when every judge decided on both of its answers, or as the policy says. Undecided is never safe.
 """
 
-import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -239,6 +238,11 @@ def _show(facts: dict[str, Any], labeling: LabelingFunction, beta: float, out: P
         f'"assumed safe" would be wrong for {assumed["unsafe_answers"]} of {assumed["answers"]} answers, '
         f"in {assumed['pairs_with_an_unsafe_answer']} of {facts['labelled']} pairs"
     )
-    say(f"undecided answers: {json.dumps(facts['undecided'])}; left out: {json.dumps(facts['left_out'])}")
-    say(f"rows of the source that hold no pair: {json.dumps(facts['skipped_rows'])}")
+    say(f"undecided answers: {_counts(facts['undecided'])}; pairs left out: {_counts(facts['left_out'])}")
+    if facts["skipped_rows"]:
+        say(f"rows of the source that hold no pair: {_counts(facts['skipped_rows'])}")
     say(f"{facts['labelled']} of {facts['pairs']} pairs in {out / 'pairs.jsonl'} ({facts['seconds']} s)")
+
+
+def _counts(of: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in of.items()) or "none"

@@ -393,6 +393,18 @@ def test_a_label_that_is_not_one_is_refused_never_guessed(columns, message):
     assert refused("pairs", PLAIN | columns).startswith(f"rows.jsonl row 1: {message}")
 
 
+@pytest.mark.parametrize(
+    ("adapter", "row", "told"),
+    [
+        ("pairs", PKU_NEW, "adapter 'pku_saferlhf' reads such rows: `adapter: pku_saferlhf` in a recipe"),
+        ("pku_saferlhf", PLAIN, "adapter 'pairs' reads such rows"),
+        ("pairs", {"question": "a", "good": "b"}, "columns of other names are told by `columns: {OURS: THEIRS}`"),
+    ],
+)
+def test_columns_of_another_shape_are_told_how_to_be_read(adapter, row, told):
+    assert f"; {told}" in refused(adapter, row)
+
+
 def test_the_row_that_is_wrong_is_named():
     with pytest.raises(DataError, match=r"^rows.jsonl row 3: no column 'chosen'"):
         read("pairs", PLAIN, PLAIN, {"prompt": "a", "rejected": "b"})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, product
 from typing import Any
 
-from bfpo.data.rows import Row
+from bfpo.data.rows import NoColumn, Row
 from bfpo.errors import DataError
 from bfpo.pairs import (
     SIGNALS,
@@ -51,11 +51,13 @@ class Adapter:
         read: Rows and their source → pairs; a `SkipRow` stands for a row that holds none.
         licence: Licence of the data; "" when unknown.
         note: What a user should know before training on it.
+        columns: By which its rows are known.
     """
 
     read: Callable[[Iterable[Row], Source], Iterator[PreferencePair | SkipRow]]
     licence: str = ""
     note: str = ""
+    columns: tuple[str, ...] = ()
 
 
 def _each(
@@ -67,10 +69,20 @@ def _each(
                 yield convert(row)
             except SkipRow as skip:
                 yield skip
+            except NoColumn as error:
+                raise DataError(f"{row.where}: {error}; {_reading_of(row, source)}") from None
             except DataError as error:
                 raise DataError(f"{row.where}: {error}") from None
 
     return read
+
+
+def _reading_of(row: Row, source: Source) -> str:
+    """Return how a row that isn't of its source's adapter can be read."""
+    others = (name for name, one in ADAPTERS.items() if one.columns and {*one.columns} <= row.values.keys())
+    if other := next((name for name in others if name != source.adapter), None):
+        return f"adapter '{other}' reads such rows: `adapter: {other}` in a recipe, {other}:PATH on the command line"
+    return "columns of other names are told by `columns: {OURS: THEIRS}` of the source in a recipe"
 
 
 def ultrafeedback(row: Row) -> PreferencePair:
@@ -322,15 +334,28 @@ def _from(label_source: str) -> Provenance:
 NON_COMMERCIAL = "CC-BY-NC-4.0"
 
 ADAPTERS: dict[str, Adapter] = {
-    "pairs": Adapter(_each(pairs)),
+    "pairs": Adapter(_each(pairs), columns=("chosen", "rejected")),
     "ultrafeedback": Adapter(_each(ultrafeedback), "MIT", "safety labels are assumed, not annotated"),
-    "pku_saferlhf": Adapter(_each(pku_saferlhf), NON_COMMERCIAL),
+    "pku_saferlhf": Adapter(
+        _each(pku_saferlhf), NON_COMMERCIAL, columns=("response_0", "response_1", "better_response_id")
+    ),
     "hh_rlhf": Adapter(
         _each(hh_rlhf),
         "MIT",
         "the harmless subsets are ordered by harmlessness, so 'chosen' isn't the more helpful one",
     ),
-    "bfpo_redteam": Adapter(_each(bfpo_redteam), "none stated"),
-    "xstest_completions": Adapter(xstest_completions, "CC-BY-4.0 (prompts), the models' own (completions)"),
-    "alpaca_eval": Adapter(_each(alpaca_eval), NON_COMMERCIAL, "safety labels are assumed, not annotated"),
+    "bfpo_redteam": Adapter(
+        _each(bfpo_redteam), "none stated", columns=("modeloutput1", "modeloutput2", "better_modelout")
+    ),
+    "xstest_completions": Adapter(
+        xstest_completions,
+        "CC-BY-4.0 (prompts), the models' own (completions)",
+        columns=("completion", "final_label"),
+    ),
+    "alpaca_eval": Adapter(
+        _each(alpaca_eval),
+        NON_COMMERCIAL,
+        "safety labels are assumed, not annotated",
+        columns=("output_1", "output_2", "preference"),
+    ),
 }

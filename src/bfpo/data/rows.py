@@ -22,6 +22,10 @@ _SUFFIXES = ("json", "jsonl", "csv", "tsv", "parquet")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
+class NoColumn(DataError):
+    """A row lacks a column that is read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One raw row.
@@ -38,10 +42,10 @@ class Row:
         """Return a column's value.
 
         Raises:
-            DataError: If the column is missing.
+            NoColumn: If the column is missing.
         """
         if column not in self.values:
-            raise DataError(f"no column '{column}'; the columns are {', '.join(map(str, self.values))}")
+            raise NoColumn(f"no column '{column}'; the columns are {', '.join(map(str, self.values))}")
         return self.values[column]
 
     def text(self, column: str) -> str:
@@ -53,10 +57,11 @@ class Row:
 
     def label(self, column: str) -> bool:
         """Return a column that must be a safety label; see `parse_label`."""
+        value = self.value(column)
         try:
-            return parse_label(self.value(column))
+            return parse_label(value)
         except DataError as error:
-            raise DataError(f"column '{column}': {error}" if column in self.values else str(error)) from None
+            raise DataError(f"column '{column}': {error}") from None
 
     def choice(self, column: str, allowed: tuple[int, ...]) -> int:
         """Return a column that must be one of a few whole numbers."""
