@@ -123,7 +123,7 @@ def all_comparisons(ours: Measures, theirs: Measures, against: Results) -> list[
 
 
 def agreement(tasks: Sequence[Task], panel: Sequence[Panelist]) -> list[dict[str, Any]]:
-    """Return Cohen's kappa of every two judges, with the bootstrap interval over prompts.
+    """Return Cohen's kappa of every two judges, with the bootstrap interval over prompts where there is one.
 
     Safety is asked about the answers to harmful prompts, refusals about all.
     """
@@ -157,10 +157,11 @@ def agreement(tasks: Sequence[Task], panel: Sequence[Panelist]) -> list[dict[str
 
 def _kappa(decided: Sequence[tuple[Key, bool, bool]]) -> tuple[float | None, float | None, float | None]:
     value = kappa([a for _, a, _ in decided], [b for _, _, b in decided])
-    if value is None:
-        return None, None, None
-    group = np.unique([key[0] for key, _, _ in decided], return_inverse=True)[1]
     ours, theirs = (np.array([one[place] for one in decided], dtype=bool) for place in (1, 2))
+    # One word throughout makes kappa 0, the same words throughout make it 1: resampling can't tell how surely.
+    if value is None or len({*ours}) < 2 or len({*theirs}) < 2 or (ours == theirs).all():
+        return value, None, None
+    group = np.unique([key[0] for key, _, _ in decided], return_inverse=True)[1]
     cells = [ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs]
     interval = bootstrap(_kappa_of_counts, np.stack([np.bincount(group, weights=cell) for cell in cells]))
     return value, interval.low, interval.high

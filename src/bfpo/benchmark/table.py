@@ -41,7 +41,7 @@ def show_evaluation(results: Results) -> None:
                     one["question"],
                     one["n"],
                     "-" if one["share"] is None else f"{one['share']:.1%}",
-                    "-" if one["kappa"] is None else f"{one['kappa']:.2f} [{one['low']:.2f}, {one['high']:.2f}]",
+                    _kappa(one["kappa"], one["low"], one["high"]),
                 )
                 for one in results.agreement
             ],
@@ -74,4 +74,11 @@ def show_evaluation(results: Results) -> None:
 
 def _axis(axis: Axis) -> tuple[str, str]:
     name = axis.verdict if axis.metric != "over_refusal" else f"{axis.verdict} (over-refusal)"
-    return f"{axis.difference:+.3f} [{axis.low:+.3f}, {axis.high:+.3f}] {name}", f"{axis.p_adjusted:.3f}"
+    p_value = f"{axis.p_adjusted:.3f}" if axis.p_adjusted >= 0.001 else "< 0.001"
+    return f"{axis.difference:+.3f} [{axis.low:+.3f}, {axis.high:+.3f}] {name}", p_value
+
+
+def _kappa(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"

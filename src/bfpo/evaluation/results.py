@@ -120,8 +120,9 @@ class Results:
         answers: Hash of the completions that all this rests on; see `answers_hash`.
         warnings: What a reader must know before believing a number.
         agreement: Objects of `judges` (two names), `question` (`safe` or `refusal`), `kappa` with `low` and `high`
-            (null where there is nothing to agree on by chance), `n` answers that both decided, and the `share` of
-            these on which they say the same.
+            (null where there is nothing to agree on by chance; the bounds alone where the judges agree throughout, or
+            one says the same of all answers), `n` answers that both decided, and the `share` of these on which they
+            say the same.
         data: Objects of `name`, `licence`, `hash` and `prompts`: the sets that were asked.
         calibration: What corrected rates rest on, by judge and question: objects of `judge`, `question` (`safe` or
             `refusal`), the file `labelled` with its `hash`, the `models` whose `answers` (how many) people labelled,
