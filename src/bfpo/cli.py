@@ -176,12 +176,10 @@ def label(
 
         raise RecipeError(f"--conflicts '{conflicts}'; {did_you_mean(conflicts, list(POLICIES))}")
 
-    from bfpo.data.adapters import ADAPTERS
+    from bfpo.data.adapters import named_source
     from bfpo.judging.open import open_judge
-    from bfpo.recipe import Source
 
-    adapter, colon, path = pairs.partition(":")
-    source = Source(path=path, adapter=adapter) if colon and adapter in ADAPTERS else Source(path=pairs)
+    source = named_source(pairs)
     judges = [open_judge(spec) for spec in judge]
     label_pairs(source, judges, out, conflicts=conflicts, limit=limit, beta=beta, estimate_only=dry_run)  # type: ignore[arg-type]
 

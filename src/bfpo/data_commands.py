@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bfpo.data.adapters import ADAPTERS
+from bfpo.data.adapters import named_source
 from bfpo.data.inspect import (
     show_cell_lengths,
     show_cells,
@@ -51,7 +51,7 @@ def inspect_sources(
             labeling, beta = _labels_of(recipe)
     else:
         # Nothing is refused here: the tables say what a recipe's limits would stop.
-        recipe = DataRecipe(data=[_source(source) for source in sources], max_dropped=0.999)
+        recipe = DataRecipe(data=[named_source(source) for source in sources], max_dropped=0.999)
     prepared = prepare(recipe, limit=limit)
     show_sources(part.report for part in prepared.parts)
     pairs = [*prepared.train, *prepared.eval]
@@ -101,13 +101,6 @@ def _labels_of(recipe: TrainRecipe) -> tuple[LabelingFunction | None, float]:
 
 def _is_recipe(source: str) -> bool:
     return source.endswith((".yaml", ".yml"))
-
-
-def _source(text: str) -> Source:
-    adapter, colon, path = text.partition(":")
-    if colon and adapter not in ADAPTERS and not Path(text).exists():
-        raise RecipeError(f"source '{text}': '{adapter}' is not an adapter; known: {', '.join(sorted(ADAPTERS))}")
-    return Source(adapter=adapter, path=path) if adapter in ADAPTERS and colon else Source(path=text)
 
 
 def _show_tokens(pairs: list[PreferencePair], tokenizer: str, max_length: int) -> None:

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfpo.data.adapters import ADAPTERS, SkipRow, demonstration
+from bfpo.data.adapters import ADAPTERS, SkipRow, demonstration, named_source
 from bfpo.data.rows import Row
-from bfpo.errors import DataError
+from bfpo.errors import DataError, RecipeError
 from bfpo.pairs import Message, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.recipe import Source
 
@@ -398,11 +398,23 @@ def test_a_label_that_is_not_one_is_refused_never_guessed(columns, message):
     [
         ("pairs", PKU_NEW, "adapter 'pku_saferlhf' reads such rows: `adapter: pku_saferlhf` in a recipe"),
         ("pku_saferlhf", PLAIN, "adapter 'pairs' reads such rows"),
+        ("xstest_completions", PLAIN, "adapter 'pairs' reads such rows"),
         ("pairs", {"question": "a", "good": "b"}, "columns of other names are told by `columns: {OURS: THEIRS}`"),
     ],
 )
 def test_columns_of_another_shape_are_told_how_to_be_read(adapter, row, told):
     assert f"; {told}" in refused(adapter, row)
+
+
+def test_a_source_is_named_by_its_adapter_and_its_path(tmp_path):
+    named = named_source("pku_saferlhf:a.jsonl")
+    assert (named.adapter, named.path) == ("pku_saferlhf", "a.jsonl")
+    assert named_source("a.jsonl").adapter == "pairs"
+    odd = tmp_path / "odd:name.jsonl"
+    odd.touch()
+    assert named_source(str(odd)).path == str(odd)
+    with pytest.raises(RecipeError, match=r"source 'pku:a.jsonl': 'pku' is not an adapter; known: alpaca_eval, "):
+        named_source("pku:a.jsonl")
 
 
 def test_the_row_that_is_wrong_is_named():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bfpo.errors import DataError, RecipeError
-from bfpo.judging.calibration import agreement, calibration_error, kappa, threshold_for
+from bfpo.judging.calibration import agreement, auroc, calibration_error, kappa, threshold_for
 from bfpo.judging.ensemble import Ensemble
 from bfpo.judging.features import masked
 from bfpo.judging.linear import fit_head, load_judge, save_judge
@@ -115,6 +115,8 @@ def test_agreement_counts_by_hand():
     assert found.counts == {"true_yes": 1, "false_no": 1, "false_yes": 1, "true_no": 1}
     assert found.undecided == 1
     assert found.balanced_accuracy.value == found.accuracy.value == 0.5
+    labels, p = np.array([True, True, False, False]), np.array([0.9, 0.4, 0.1, 0.8])
+    assert auroc(labels, p, list("abcd")).value == 0.75
     assert found.kappa == 0
     assert calibration_error(np.array([True, False]), np.array([0.75, 0.25])) == 0.25
     assert kappa([True, None], [True, False]) is None

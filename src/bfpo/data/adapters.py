@@ -10,10 +10,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, product
+from pathlib import Path
 from typing import Any
 
 from bfpo.data.rows import NoColumn, Row
-from bfpo.errors import DataError
+from bfpo.errors import DataError, RecipeError
 from bfpo.pairs import (
     SIGNALS,
     Conversation,
@@ -69,20 +70,23 @@ def _each(
                 yield convert(row)
             except SkipRow as skip:
                 yield skip
-            except NoColumn as error:
-                raise DataError(f"{row.where}: {error}; {_reading_of(row, source)}") from None
             except DataError as error:
-                raise DataError(f"{row.where}: {error}") from None
+                raise _told(error, row, source) from None
 
     return read
 
 
-def _reading_of(row: Row, source: Source) -> str:
-    """Return how a row that isn't of its source's adapter can be read."""
+def _told(error: DataError, row: Row, source: Source) -> DataError:
+    """Return an error with the row that has it and, where a column is missing, how such rows can be read."""
+    where = f"{row.where}: {error}"
+    if not isinstance(error, NoColumn):
+        return DataError(where)
     others = (name for name, one in ADAPTERS.items() if one.columns and {*one.columns} <= row.values.keys())
     if other := next((name for name in others if name != source.adapter), None):
-        return f"adapter '{other}' reads such rows: `adapter: {other}` in a recipe, {other}:PATH on the command line"
-    return "columns of other names are told by `columns: {OURS: THEIRS}` of the source in a recipe"
+        how = f"adapter '{other}' reads such rows: `adapter: {other}` in a recipe, {other}:PATH on the command line"
+    else:
+        how = "columns of other names are told by `columns: {OURS: THEIRS}` of the source in a recipe"
+    return DataError(f"{where}; {how}")
 
 
 def ultrafeedback(row: Row) -> PreferencePair:
@@ -171,7 +175,7 @@ def xstest_completions(rows: Iterable[Row], source: Source) -> Iterator[Preferen
             text = row.text("completion").strip()
             prompt = row.text("prompt").strip()
         except DataError as error:
-            raise DataError(f"{row.where}: {error}") from None
+            raise _told(error, row, source) from None
         if kind == "partial":
             kind = source.partial_refusals
         if kind == "drop":
@@ -359,3 +363,17 @@ ADAPTERS: dict[str, Adapter] = {
         columns=("output_1", "output_2", "preference"),
     ),
 }
+
+
+def named_source(text: str) -> Source:
+    """Return the source that `[ADAPTER:]PATH` names.
+
+    Raises:
+        RecipeError: If there is no such adapter, nor a file of this name.
+    """
+    adapter, colon, path = text.partition(":")
+    if colon and adapter in ADAPTERS:
+        return Source(adapter=adapter, path=path)
+    if colon and not Path(text).exists():
+        raise RecipeError(f"source '{text}': '{adapter}' is not an adapter; known: {', '.join(sorted(ADAPTERS))}")
+    return Source(path=text)

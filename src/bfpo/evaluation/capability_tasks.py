@@ -105,12 +105,12 @@ def load_task(name: str, folder: Path, *, path: str | None = None, revision: str
     spec = name if path is None and revision is None else _changed(name, folder, path, revision)
     try:
         return task_manager().load([spec])
-    # What `datasets` raises for a set that can't be reached or read is of many kinds.
+    except KeyError as error:
+        raise DataError(f"lm-eval: the rows of '{name}' lack what the task reads: {error}") from None
+    # Not only what `datasets` raises: a task brings code of its own that reads rows. --debug shows where it failed.
     except Exception as error:
-        if isinstance(error, KeyError):
-            raise DataError(f"lm-eval: the rows of '{name}' lack what the task reads: {error}") from None
         told = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"lm-eval couldn't read the rows of '{name}': {told[0][:300]}") from None
+        raise DataError(f"lm-eval couldn't read the rows of '{name}': {told[0][:300]}") from error
 
 
 def _changed(name: str, folder: Path, path: str | None, revision: str | None) -> str:
