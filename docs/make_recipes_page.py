@@ -21,7 +21,7 @@ from bfpo.losses import LOSSES, PairLoss
 from bfpo.recipe import Section, SftRecipe, TrainRecipe
 from bfpo.recipe_reading import RENAMED
 from bfpo.redteam.recipe import RedteamRecipe
-from bfpo.testbed.compare import CompareRecipe
+from bfpo.testbed.compare_recipe import CompareRecipe
 from bfpo.training.arguments import DECIDED, DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,6 @@
 """The command line. Bodies import what they need when they run, so `bfpo --help` answers at once."""
 
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -294,22 +293,13 @@ def env() -> None:
 def compare(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compare methods over seeds in the testbed's worlds; resumable."""
     from bfpo.recipe_reading import load_recipe
-    from bfpo.testbed.compare import CompareRecipe, run_units, units_of
+    from bfpo.testbed.compare_recipe import CompareRecipe
 
     checked = load_recipe(recipe, CompareRecipe, overrides)
-    units = units_of(checked)
-    began = time.monotonic()
-    count = run_units(units, Path(checked.out), jobs=checked.jobs)
-    took = {"runs": count, "of": len(units), "seconds": round(time.monotonic() - began), "jobs": checked.jobs}
 
-    from bfpo.testbed.comparison import collect, show_comparison, write_comparison
-    from bfpo.training.manifest import hardware, versions
+    from bfpo.testbed.command import compare as work
 
-    lines = collect(checked, units)
-    command = " ".join(["bfpo compare", str(recipe), *(overrides or [])])
-    facts = {"command": command, "versions": versions(), "hardware": hardware(), "took": took}
-    write_comparison(Path(checked.results or checked.out), checked, lines, facts)
-    show_comparison(checked, lines)
+    work(checked, command=" ".join(["bfpo compare", str(recipe), *(overrides or [])]))
 
 
 Labelled = Annotated[

@@ -16,7 +16,8 @@ from bfpo.files import repaired_jsonl
 from bfpo.recipe_reading import check_recipe, load_recipe
 from bfpo.testbed import compare as module
 from bfpo.testbed import runs
-from bfpo.testbed.compare import CompareRecipe, all_tried, run_unit, run_units, units_of
+from bfpo.testbed.compare import run_unit, run_units, units_of
+from bfpo.testbed.compare_recipe import CompareRecipe, all_tried
 from bfpo.testbed.comparison import METRICS, chosen, collect, show_comparison, write_comparison
 from bfpo.testbed.oracle import Oracle
 

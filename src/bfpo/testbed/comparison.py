@@ -23,7 +23,8 @@ from bfpo.files import write_json, write_text
 from bfpo.report.drawing import Drawing
 from bfpo.report.plane import Stand, plane
 from bfpo.terminal import show_table
-from bfpo.testbed.compare import CompareRecipe, Unit, all_tried
+from bfpo.testbed.compare import Unit
+from bfpo.testbed.compare_recipe import CompareRecipe, all_tried
 
 PRIMARY = ("all", "harmonic_mean")
 # Task, metric, whether higher is better.
