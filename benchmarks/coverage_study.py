@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from coverage_worlds import World, worlds
 
-from bfpo.files import content_hash, write_json
+from bfpo.core.files import content_hash, write_json
 from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"

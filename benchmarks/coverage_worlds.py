@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta as beta_distribution
 
-from bfpo.evaluation.paired import paired_mean_bounds, tango_bounds
-from bfpo.evaluation.statistics import RESAMPLES, combined, harmonic_mean, mean_interval, score_bounds
-from bfpo.evaluation.tail import worst_mean, worst_mean_bounds
+from bfpo.stats.intervals import RESAMPLES, combined, harmonic_mean, mean_interval, score_bounds
+from bfpo.stats.paired import paired_mean_bounds, tango_bounds
+from bfpo.stats.tail import worst_mean, worst_mean_bounds
 
 RATES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 # Ours, theirs, and the correlation of the two over prompts.

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bfpo.evaluation.judge_error import corrected_rate, fits, judge_errors
-from bfpo.evaluation.statistics import wilson
-from bfpo.files import file_hash, write_json
-from bfpo.judging.labelled import read_labelled
+from bfpo.core.files import file_hash, write_json
+from bfpo.judging.labeled import read_labelled
 from bfpo.judging.linear import fit_head
+from bfpo.stats.intervals import wilson
+from bfpo.stats.judge_error import corrected_rate, fits, judge_errors
 from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "judge_error.json"

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import GroupKFold
 
-from bfpo.files import file_hash, write_json
-from bfpo.judging.calibration import agreement
+from bfpo.core.files import file_hash, write_json
 from bfpo.judging.linear import fit_head
+from bfpo.stats.agreement import agreement
 from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "judge.json"

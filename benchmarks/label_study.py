@@ -14,18 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bfpo.commands.judge import fit_judge
+from bfpo.config.recipes import Source
+from bfpo.core.files import write_json
+from bfpo.core.pairs import PreferencePair
+from bfpo.core.samples import Verdict
 from bfpo.data.load import load_pairs
-from bfpo.evaluation.statistics import wilson
-from bfpo.files import write_json
-from bfpo.judging.commands import fit_judge
-from bfpo.judging.labelled import read_labelled
+from bfpo.data.stages import read_verdicts
+from bfpo.judging.label_pairs import as_completion, label_pairs
+from bfpo.judging.labeled import read_labelled
 from bfpo.judging.linear import DOUBT
 from bfpo.judging.open import open_judge
-from bfpo.pair_labels import as_completion, label_pairs
-from bfpo.pairs import PreferencePair
-from bfpo.protocols import Verdict
-from bfpo.recipe import Source
-from bfpo.stages import read_verdicts
+from bfpo.stats.intervals import wilson
 from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "label.json"

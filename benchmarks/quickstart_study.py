@@ -15,8 +15,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bfpo.core.files import write_json
 from bfpo.evaluation.results import Results, read_results
-from bfpo.files import write_json
 from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "quickstart.json"

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from bfpo.files import write_json
+from bfpo.core.files import write_json
 from bfpo.training.manifest import hardware, versions
 
 ROOT = Path(__file__).parents[1]

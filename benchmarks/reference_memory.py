@@ -24,11 +24,11 @@ def measure(way: str) -> dict[str, Any]:
     from transformers import PrinterCallback, TrainingArguments
 
     from bfpo import BFPOTrainer
-    from bfpo.losses import BFPO
+    from bfpo.config.recipes import LoraSection, NewModel
+    from bfpo.losses.pairwise import BFPO
     from bfpo.model.logps import add_layout_forward
     from bfpo.model.lora import lora_config
     from bfpo.model.new import new_model, new_tokenizer
-    from bfpo.recipe import LoraSection, NewModel
 
     torch.set_num_threads(1)
     words = [f"word{number} " * 8 for number in range(64)]
@@ -85,7 +85,7 @@ def main() -> None:
     if len(sys.argv) == 2:
         print(json.dumps(measure(sys.argv[1])))
         return
-    from bfpo.files import write_json
+    from bfpo.core.files import write_json
     from bfpo.training.manifest import hardware, versions
 
     measured = []

@@ -164,13 +164,13 @@ def cache(count: int) -> dict[str, Any]:
 
 def start_up(count: int) -> dict[str, Any]:
     """Measure reading, cleaning and tokenising a file of pairs, as `bfpo train` does before it trains."""
+    from bfpo.config.loading import check_recipe
+    from bfpo.config.recipes import DataRecipe, Source, TextSection
     from bfpo.data.load import SourceReport
     from bfpo.data.prepare import prepare
     from bfpo.data.table import pair_table
-    from bfpo.data.tokenise import Encoder
+    from bfpo.data.tokenize import Encoder
     from bfpo.model.new import new_tokenizer
-    from bfpo.recipe import DataRecipe, Source, TextSection
-    from bfpo.recipe_reading import check_recipe
 
     rng = np.random.default_rng(SEED)
     words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 3)) for _ in range(2000)]
@@ -210,8 +210,8 @@ def state(_: int) -> dict[str, Any]:
     from transformers import PrinterCallback, TrainingArguments
 
     from bfpo import BFPOTrainer
+    from bfpo.config.recipes import NewModel
     from bfpo.model.new import new_model, new_tokenizer
-    from bfpo.recipe import NewModel
 
     rows = [
         {"prompt": f"{n}", "chosen": "a b", "rejected": "c", "is_chosen_safe": True, "is_rejected_safe": n % 2 == 0}
@@ -262,12 +262,12 @@ def _one_of_two(rank: int, folder: str) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
+    from bfpo.config.recipes import NewModel
     from bfpo.data.table import Example
     from bfpo.model.layout import packed_layout
     from bfpo.model.logps import add_layout_forward
     from bfpo.model.new import new_model, new_tokenizer
     from bfpo.model.selective import select_parameters
-    from bfpo.recipe import NewModel
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = new_model(NewModel(shape="small"), new_tokenizer(["a b c"], 300))
@@ -310,7 +310,7 @@ def main() -> None:
     if len(sys.argv) == 3:
         print(json.dumps(MEASURED[sys.argv[1]][0](int(sys.argv[2]))))
         return
-    from bfpo.files import write_json
+    from bfpo.core.files import write_json
     from bfpo.training.manifest import hardware, versions
 
     results: dict[str, Any] = {}

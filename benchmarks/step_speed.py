@@ -178,7 +178,7 @@ def source_revision() -> str:
 
 def write(path: Path, results: dict[str, Any], part: str, name: str, measured: Any) -> None:
     """Add what was measured to the results and write them."""
-    from bfpo.files import write_json
+    from bfpo.core.files import write_json
 
     results[part][name] = measured
     write_json(path, results)

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from bfpo.evaluation.statistics import Interval
-from bfpo.evaluation.win_rate import length_controlled_win_rate, read_alpaca_annotations, win_rate
-from bfpo.files import file_hash, write_json
+from bfpo.core.files import file_hash, write_json
+from bfpo.evaluation.alpaca_eval import read_alpaca_annotations
+from bfpo.stats.intervals import Interval
+from bfpo.stats.length_control import length_controlled_win_rate, win_rate
 from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "win_rates.json"

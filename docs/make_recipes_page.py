@@ -2,8 +2,8 @@
 
     python docs/make_recipes_page.py
 
-The words are the docstrings of `bfpo.recipe` and of the losses, the names of `trainer:` that are refused, and the
-first comment line of every shipped recipe. A test compares the committed page with what this makes.
+The words are the docstrings of `bfpo.config.recipes` and of the losses, the names of `trainer:` that are refused, and
+the first comment line of every shipped recipe. A test compares the committed page with what this makes.
 """
 
 import re
@@ -16,12 +16,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bfpo.benchmark.recipe import EvalRecipe
+from bfpo.config.loading import RENAMED
+from bfpo.config.recipes import Section, SftRecipe, TrainRecipe
+from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.experiments.recipe import CompareRecipe
 from bfpo.losses import LOSSES, PairLoss
-from bfpo.recipe import Section, SftRecipe, TrainRecipe
-from bfpo.recipe_reading import RENAMED
 from bfpo.redteam.recipe import RedteamRecipe
-from bfpo.testbed.compare_recipe import CompareRecipe
 from bfpo.training.arguments import DECIDED, DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]

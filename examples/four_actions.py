@@ -24,8 +24,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from bfpo.labeling import LabelingFunction
-from bfpo.theory import TabularProblem, bilinear_reward, rl_optimum, soft_minimiser, supervised_minimiser
+from bfpo.losses.labeling import LabelingFunction
+from bfpo.losses.theory import TabularProblem, bilinear_reward, rl_optimum, soft_minimiser, supervised_minimiser
 
 BETA = 0.5
 ANSWERS = ("y1", "y2", "y3", "y4")

@@ -29,9 +29,9 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments, get_cosine_schedule_with_warmup
 
 from bfpo import BFPOTrainer
+from bfpo.config.recipes import NewModel
 from bfpo.losses import BFPO
 from bfpo.model.new import new_model, new_tokenizer
-from bfpo.recipe import NewModel
 
 BETA, B1, ALPHA = 0.1, 3.0, 0.5
 STEPS, PER_DEVICE, ACCUMULATION, WARMUP = 10, 2, 2, 1

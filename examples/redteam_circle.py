@@ -28,18 +28,18 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from bfpo.commands.judge import fit_judge
+from bfpo.config.recipes import TrainRecipe
+from bfpo.core.files import write_jsonl
+from bfpo.core.terminal import say, show_table
+from bfpo.data.stages import read_completions, read_verdicts
 from bfpo.evaluation.results import Results
-from bfpo.files import write_jsonl
-from bfpo.judging.commands import fit_judge
-from bfpo.recipe import TrainRecipe
+from bfpo.experiments.methods import METHODS, train_recipe
+from bfpo.experiments.quickstart import evaluate_against
+from bfpo.experiments.stages import make_base, run_once, write_world
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.redteam.run import run_redteam
-from bfpo.stages import read_completions, read_verdicts
-from bfpo.terminal import say, show_table
-from bfpo.testbed.methods import METHODS, train_recipe
 from bfpo.testbed.oracle import Oracle, understand
-from bfpo.testbed.quickstart import evaluate_against
-from bfpo.testbed.runs import make_base, run_once, write_world
 from bfpo.testbed.world import WorldOptions
 
 HARMFUL, BENIGN, SAMPLES, STEPS, FITTED_ON = 160, 120, 4, 100, 300

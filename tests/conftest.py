@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from bfpo.config.recipes import NewModel
+from bfpo.core.pairs import Message, PreferencePair, Provenance, SafetyLabels
 from bfpo.model.new import new_model, new_tokenizer
-from bfpo.pairs import Message, PreferencePair, Provenance, SafetyLabels
-from bfpo.recipe import NewModel
 
 torch.set_num_threads(1)
 # A busy machine is no fault of an example.

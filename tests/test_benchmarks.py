@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bfpo.files import write_json
+from bfpo.core.files import write_json
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "step_speed.py"

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bfpo import bfpo_loss, recipe
+from bfpo import bfpo_loss
+from bfpo.config import recipes as recipe
+from bfpo.config.loading import check_recipe, parse_yaml
+from bfpo.config.recipes import Source, TrainRecipe
+from bfpo.core.pairs import COLUMNS
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
 from bfpo.data.prompts import SOURCES
-from bfpo.evaluation import comparing, scoring
-from bfpo.labeling import TABLES
-from bfpo.loss_options import make_loss
-from bfpo.losses import BFPO, LOSSES
-from bfpo.pairs import COLUMNS
-from bfpo.recipe import Source, TrainRecipe
-from bfpo.recipe_reading import check_recipe, parse_yaml
+from bfpo.evaluation import differences as comparing
+from bfpo.evaluation import scoring
+from bfpo.losses.build import make_loss
+from bfpo.losses.labeling import TABLES
+from bfpo.losses.pairwise import BFPO, LOSSES
 from bfpo.training.arguments import training_arguments
 
 ROOT = Path(__file__).parents[1]

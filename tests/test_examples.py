@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from bfpo.labeling import LabelingFunction
-from bfpo.theory import TabularProblem, bilinear_reward, rl_optimum, supervised_minimiser
+from bfpo.losses.labeling import LabelingFunction
+from bfpo.losses.theory import TabularProblem, bilinear_reward, rl_optimum, supervised_minimiser
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

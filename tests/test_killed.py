@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bfpo.files import write_jsonl
+from bfpo.core.files import write_jsonl
 from bfpo.redteam.run import STEPS
 
 sys.path.insert(0, str(Path(__file__).parent / "generation"))

@@ -8,11 +8,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from transformers import LlamaConfig, MistralConfig
 
-from bfpo.data.tokenise import chat_template
-from bfpo.files import write_jsonl
-from bfpo.loss_options import make_loss
-from bfpo.recipe import SftRecipe, TextSection, TrainRecipe
-from bfpo.recipe_reading import check_recipe, read_recipe
+from bfpo.config.loading import check_recipe, read_recipe
+from bfpo.config.recipes import SftRecipe, TextSection, TrainRecipe
+from bfpo.core.files import write_jsonl
+from bfpo.data.tokenize import chat_template
+from bfpo.losses.build import make_loss
 from bfpo.training.arguments import training_arguments
 from bfpo.training.estimate import estimate
 from bfpo.training.run import run_training

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bfpo.cli import app
+from bfpo.commands.app import app
+from bfpo.config.loading import dump_recipe
+from bfpo.config.recipes import Source
+from bfpo.core.pairs import CELLS
 from bfpo.data.load import load_pairs
+from bfpo.data.stages import read_completions, read_verdicts
 from bfpo.evaluation.results import read_results
+from bfpo.experiments import stages as runs
 from bfpo.judging.linear import load_judge
-from bfpo.pairs import CELLS
-from bfpo.recipe import Source
-from bfpo.recipe_reading import dump_recipe
-from bfpo.stages import read_completions, read_verdicts
-from bfpo.testbed import runs
 from bfpo.testbed.oracle import Oracle
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bfpo.config.recipes import Source, TextSection
+from bfpo.core.pairs import Message, PreferencePair, Provenance, SafetyLabels
 from bfpo.data.load import load_pairs
 from bfpo.data.table import Example, PairTable, pair_table
-from bfpo.data.tokenise import Encoder
+from bfpo.data.tokenize import Encoder
 from bfpo.model.new import new_tokenizer
-from bfpo.pairs import Message, PreferencePair, Provenance, SafetyLabels
-from bfpo.recipe import Source, TextSection
 
 VOCABULARY = 8192
 MAX_LENGTH = 1024

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from bfpo.files import write_text
+from bfpo.core.files import write_text
 
 NAMES = {
     "hh": "HH-RLHF",

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Tra
 from trl import DPOConfig, DPOTrainer
 
 from bfpo import BFPOTrainer
+from bfpo.config.recipes import LayoutSection
 from bfpo.data.table import PairTable
-from bfpo.losses import BFPO
+from bfpo.losses.pairwise import BFPO
 from bfpo.model.new import new_tokenizer
-from bfpo.recipe import LayoutSection
 from bfpo.training.batches import Collator
 from bfpo.training.streams import WeightedRow
 

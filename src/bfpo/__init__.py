@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from bfpo.labeling import LabelingFunction
-    from bfpo.losses import bfpo_loss
-    from bfpo.pairs import PreferencePair, SafetyLabels
+    from bfpo.core.pairs import PreferencePair, SafetyLabels
+    from bfpo.losses.labeling import LabelingFunction
+    from bfpo.losses.pairwise import bfpo_loss
     from bfpo.training.sft import SFTTrainer
     from bfpo.training.trainer import BFPOTrainer
 
 _HOME = {
     "BFPOTrainer": "bfpo.training.trainer",
-    "LabelingFunction": "bfpo.labeling",
-    "PreferencePair": "bfpo.pairs",
+    "LabelingFunction": "bfpo.losses.labeling",
+    "PreferencePair": "bfpo.core.pairs",
     "SFTTrainer": "bfpo.training.sft",
-    "SafetyLabels": "bfpo.pairs",
-    "bfpo_loss": "bfpo.losses",
+    "SafetyLabels": "bfpo.core.pairs",
+    "bfpo_loss": "bfpo.losses.pairwise",
 }
 
 __all__ = [

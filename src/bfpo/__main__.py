@@ -1,6 +1,6 @@
 """`python -m bfpo` is the same as the `bfpo` command."""
 
-from bfpo.cli import main
+from bfpo.commands.app import main
 
 if __name__ == "__main__":
     main()

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bfpo.config.recipes import Source
+from bfpo.core.pairs import Message, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.data.adapters import ADAPTERS, SkipRow, demonstration, named_source
 from bfpo.data.rows import Row
 from bfpo.errors import DataError, RecipeError
-from bfpo.pairs import Message, PairSignals, PreferencePair, Provenance, SafetyLabels
-from bfpo.recipe import Source
 
 
 def read(adapter, *rows, **options):

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from bfpo.config.recipes import Source, TextSection
+from bfpo.core.pairs import Demonstration, Message
 from bfpo.data.load import SourceReport
 from bfpo.data.table import Example, token_ids, token_table
-from bfpo.data.tokenise import Encoder, decoded_sample
+from bfpo.data.tokenize import Encoder, decoded_sample
 from bfpo.model.layout import packed_layout, padded_layout
 from bfpo.model.logps import add_layout_forward
-from bfpo.pairs import Demonstration, Message
-from bfpo.recipe import Source, TextSection
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -118,7 +118,7 @@ def test_a_person_sees_what_is_imitated(tokenizer):
 
 
 def test_kept_encodings_have_their_marks(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("bfpo.data.tokenise.FEWEST", 1)
+    monkeypatch.setattr("bfpo.data.tokenize.FEWEST", 1)
     (first,), _ = encode(tokenizer, chat(), cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     (again,), _ = encode(tokenizer, chat(), cache=tmp_path)

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bfpo.config.recipes import DataRecipe, Source
+from bfpo.core.files import file_hash, write_jsonl
+from bfpo.core.pairs import prompt_key
 from bfpo.data.demonstrations import load_demonstrations, prepare_demonstrations
 from bfpo.data.load import SourceReport, Why, load_pairs
 from bfpo.data.prepare import is_held_out, prepare, require_labels, write_prepared
 from bfpo.errors import DataError, RecipeError
-from bfpo.files import file_hash, write_jsonl
-from bfpo.pairs import prompt_key
-from bfpo.recipe import DataRecipe, Source
 
 SS = {"is_chosen_safe": True, "is_rejected_safe": True}
 SU = {"is_chosen_safe": True, "is_rejected_safe": False}

@@ -10,9 +10,9 @@ import pytest
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from bfpo.config.recipes import Source
 from bfpo.data.rows import Row, local_files, read_prompts, read_rows
 from bfpo.errors import DataError
-from bfpo.recipe import Source
 
 ROWS = [
     {"prompt": "a red box?", "chosen": "yes, with\na lid", "rejected": "no"},

@@ -3,12 +3,12 @@ import copy
 import numpy as np
 import pytest
 
+from bfpo.config.recipes import Source, TextSection
+from bfpo.core.pairs import Demonstration, Message, PreferencePair, SafetyLabels
 from bfpo.data import token_cache, tokenise
 from bfpo.data.load import SourceReport
-from bfpo.data.tokenise import Encoder
+from bfpo.data.tokenize import Encoder
 from bfpo.model.new import CHAT_TEMPLATE
-from bfpo.pairs import Demonstration, Message, PreferencePair, SafetyLabels
-from bfpo.recipe import Source, TextSection
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bfpo.benchmark.suites import load_suite
+from bfpo.core.files import write_jsonl
+from bfpo.core.pairs import user_says
+from bfpo.core.samples import Prompt
 from bfpo.errors import DataError, RecipeError
+from bfpo.evaluation.lm_eval.pack import FOLDER, measured, rows
 from bfpo.evaluation.scoring import MEASURES
-from bfpo.files import write_jsonl
+from bfpo.evaluation.suite import load_suite
 from bfpo.generation.saved import SavedEngine
-from bfpo.lm_eval_tasks import FOLDER, measured, rows
-from bfpo.pairs import user_says
-from bfpo.protocols import Prompt
 from bfpo.testbed.language import TEMPLATES, all_requests
 
 # Requests of the testbed's world, which its oracle can read, in XSTest's columns.
@@ -52,7 +52,7 @@ def test_the_pack_holds_the_judged_tasks_of_the_suites(capsys):
     }
     judged = {measure.name for several in MEASURES.values() for measure in several if measure.needs_judge}
     assert listed == {*judged, "words"}
-    runpy.run_module("bfpo.lm_eval_tasks")
+    runpy.run_module("bfpo.evaluation.lm_eval.pack")
     assert Path(capsys.readouterr().out.strip()) == FOLDER
 
 

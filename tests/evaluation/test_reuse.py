@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bfpo.core.pairs import user_says
+from bfpo.core.samples import Prompt, Sampling, Verdict
 from bfpo.errors import DataError
 from bfpo.evaluation.run import evaluate
-from bfpo.evaluation.statistics import bootstrap
 from bfpo.generation.scripted import ScriptedEngine
-from bfpo.pairs import user_says
-from bfpo.protocols import Prompt, Sampling, Verdict
+from bfpo.stats.intervals import bootstrap
 
 PROMPTS = [Prompt(f"p{i}", user_says(f"q {i}"), "harmful") for i in range(6)]
 OPTIONS = {"suite": "s", "run": "r", "model": "m", "sampling": Sampling()}

@@ -6,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bfpo.core.pairs import user_says
+from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.errors import DataError
-from bfpo.evaluation.comparing import compare
+from bfpo.evaluation.differences import compare
 from bfpo.evaluation.results import Results, read_results, shown
 from bfpo.evaluation.run import evaluate
 from bfpo.evaluation.scoring import BY_SCORE, SAFETY, Measured, join, measure, to_metrics
-from bfpo.evaluation.statistics import score_interval, wilson
 from bfpo.generation.scripted import ScriptedEngine
-from bfpo.pairs import user_says
-from bfpo.protocols import Completion, Prompt, Sampling, Verdict
+from bfpo.stats.intervals import score_interval, wilson
 
 PROMPTS = [
     *(Prompt(f"h{i}", user_says(f"bad {i}"), "harmful") for i in range(4)),

@@ -12,12 +12,12 @@ from peft import LoraConfig, PeftModel
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
-from bfpo.cli import app
+from bfpo.commands.app import app
+from bfpo.core.pairs import user_says
+from bfpo.core.samples import Prompt, Sampling
+from bfpo.data.stages import generate_completions, generate_most, read_completions
 from bfpo.errors import DataError, ModelError, Unanswered
 from bfpo.generation.in_process import SeededNoise, TransformersEngine, checkpoint_identity, load_engine
-from bfpo.pairs import user_says
-from bfpo.protocols import Prompt, Sampling
-from bfpo.stages import generate_completions, generate_most, read_completions
 
 PROMPTS = [Prompt(f"p{i}", user_says(" ".join(["small red box"] * (1 + i % 4)) + f" near {i}")) for i in range(9)]
 WANTED = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]

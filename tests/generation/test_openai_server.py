@@ -7,12 +7,12 @@ import httpx2 as httpx
 import pytest
 from typer.testing import CliRunner
 
-from bfpo.cli import app
+from bfpo.commands.app import app
+from bfpo.core.pairs import user_says
+from bfpo.core.samples import Prompt, Sampling
+from bfpo.data.stages import generate_completions, read_completions
 from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.openai_server import ServerEngine, ServerOptions
-from bfpo.pairs import user_says
-from bfpo.protocols import Prompt, Sampling
-from bfpo.stages import generate_completions, read_completions
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faulty_server import FAULTS, faulty_server

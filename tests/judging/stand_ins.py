@@ -10,9 +10,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from bfpo.core.pairs import user_says
+from bfpo.core.samples import Completion
 from bfpo.judging.formats import GUARDS
-from bfpo.pairs import user_says
-from bfpo.protocols import Completion
 
 LOOP = "{% for m in messages %}{{ '<|turn|>' + m.role + '\n' + m.content | trim + '\n' }}{% endfor %}"
 PARTS = (

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import Llama4Config, Llama4ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
+from bfpo.core.pairs import Message
 from bfpo.errors import ModelError, RecipeError
 from bfpo.judging import guards
 from bfpo.judging.formats import GUARDS, GUIDELINES
 from bfpo.judging.guards import GuardJudge
 from bfpo.judging.markers import special_tokens
 from bfpo.judging.open_models import open_guard
-from bfpo.pairs import Message
 
 from .stand_ins import PARTS, TEMPLATES, Scripted, completion, stand_in_tokenizer
 

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
+from bfpo.core.pairs import user_says
+from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError, RecipeError
-from bfpo.judging.calibration import agreement, auroc, calibration_error, kappa, threshold_for
 from bfpo.judging.ensemble import Ensemble
 from bfpo.judging.features import masked
 from bfpo.judging.linear import fit_head, load_judge, save_judge
 from bfpo.judging.markers import escaped
 from bfpo.judging.open import open_judge
-from bfpo.pairs import user_says
-from bfpo.protocols import Completion, Verdict
+from bfpo.stats.agreement import agreement, auroc, calibration_error, kappa, threshold_for
 
 TOPICS = ["bread", "tea", "soup", "rice", "cake", "jam", "pie", "stew", "salad", "toast", "pasta", "curry"]
 PROMPTS = [f"how do I make {topic}?" for topic in TOPICS for _ in range(2)]

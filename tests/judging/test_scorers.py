@@ -14,12 +14,12 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from bfpo.config.recipes import SftModel
+from bfpo.core.pairs import Message
 from bfpo.errors import ModelError, RecipeError
 from bfpo.judging.open import KINDS, open_judge
 from bfpo.judging.open_models import MODEL_KINDS, open_guard
 from bfpo.judging.scorers import BeaverModel, ScoreJudge, load_scorer
-from bfpo.pairs import Message
-from bfpo.recipe import SftModel
 
 from .stand_ins import completion, stand_in_tokenizer
 

@@ -7,13 +7,13 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
+from bfpo.commands.migrate import migrate
+from bfpo.config.loading import load_recipe
+from bfpo.config.recipes import SftRecipe, TrainRecipe
 from bfpo.errors import RecipeError
-from bfpo.loss_options import make_loss
-from bfpo.migration.command import migrate
+from bfpo.losses.build import make_loss
 from bfpo.migration.convert import convert
 from bfpo.migration.stacks import kind_of, stack_of
-from bfpo.recipe import SftRecipe, TrainRecipe
-from bfpo.recipe_reading import load_recipe
 from bfpo.training.arguments import training_arguments
 
 ZEPHYR = {

@@ -6,11 +6,11 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bfpo.config.recipes import LoraSection, SftModel
 from bfpo.errors import ModelError, RecipeError
 from bfpo.model.load import load_model
 from bfpo.model.lora import add_adapter, lora_config
 from bfpo.model.merge import merge_checkpoint
-from bfpo.recipe import LoraSection, SftModel
 
 IDS = torch.tensor([[3, 50, 7, 120, 9, 200, 31]])
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bfpo.config.recipes import NewModel, SftModel
 from bfpo.errors import ModelError
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.new import SHAPES, new_model, new_tokenizer
-from bfpo.recipe import NewModel, SftModel
 
 
 def test_a_new_model_loads_like_any_other_and_generates(tokenizer, make_model, tmp_path):

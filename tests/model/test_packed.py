@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import FalconConfig, FalconForCausalLM, GptOssConfig, GptOssForCausalLM
 
+from bfpo.config.recipes import LayoutSection
 from bfpo.data.table import Example
 from bfpo.errors import ModelError
 from bfpo.model import attention, layout_check
@@ -25,7 +26,6 @@ from bfpo.model.attention import (
 from bfpo.model.layout import Span, packed_layout, packs, padded_layout
 from bfpo.model.layout_check import VERIFIED, check_packing, settle_layout
 from bfpo.model.logps import add_layout_forward, completion_logps
-from bfpo.recipe import LayoutSection
 
 from .families import FAMILIES, SIZE, family
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bfpo.losses import BFPO, PairLogps
+from bfpo.losses.pairwise import BFPO, PairLogps
 
 
 def official_bfpo(policy_w, policy_l, ref_w, ref_l, safe_w, safe_l, beta, b1, alpha):

@@ -6,13 +6,13 @@ import datasets
 import pytest
 import torch
 
+from bfpo.config.recipes import Source, TextSection
 from bfpo.data.load import SourceReport
 from bfpo.data.table import pair_table
-from bfpo.data.tokenise import Encoder
-from bfpo.losses import DPO, IPOAvg, PairLogps
+from bfpo.data.tokenize import Encoder
+from bfpo.losses.pairwise import DPO, IPOAvg, PairLogps
 from bfpo.model.layout import packed_layout, padded_layout
 from bfpo.model.logps import completion_logps
-from bfpo.recipe import Source, TextSection
 
 
 @pytest.fixture

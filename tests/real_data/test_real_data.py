@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bfpo.config.recipes import DataRecipe, Source
 from bfpo.data.prepare import prepare, write_prepared
-from bfpo.recipe import DataRecipe, Source
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bfpo.benchmark.recipe import EvalRecipe
-from bfpo.benchmark.run import run_eval
-from bfpo.recipe_reading import check_recipe
+from bfpo.config.loading import check_recipe
+from bfpo.evaluation.pipeline import run_eval
+from bfpo.evaluation.recipe import EvalRecipe
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 MODELS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")

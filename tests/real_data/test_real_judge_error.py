@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from bfpo.cli import app
+from bfpo.commands.app import app
 from bfpo.evaluation.results import read_results
 from bfpo.judging.fit import fit_heads
-from bfpo.judging.labelled import read_labelled
+from bfpo.judging.labeled import read_labelled
 from bfpo.judging.linear import save_judge
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "xstest"

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
+from bfpo.core.pairs import user_says
+from bfpo.core.samples import Prompt, Verdict
 from bfpo.generation.scripted import ScriptedEngine
-from bfpo.pairs import user_says
-from bfpo.protocols import Prompt, Verdict
 from bfpo.redteam import cost
 from bfpo.redteam.cost import Meter
 

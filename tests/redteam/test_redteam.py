@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from bfpo.config.recipes import Source
+from bfpo.core.files import write_json
+from bfpo.core.pairs import user_says
+from bfpo.core.samples import Completion, Verdict
 from bfpo.data.load import load_pairs
 from bfpo.data.prompts import PromptSource, read_prompt_source
 from bfpo.errors import DataError, RecipeError, Unanswered
-from bfpo.files import write_json
 from bfpo.generation.scripted import ScriptedEngine
-from bfpo.pairs import user_says
-from bfpo.protocols import Completion, Verdict
-from bfpo.recipe import Source
 from bfpo.redteam import run as module
 from bfpo.redteam.pairs import Judged, make_pairs
 from bfpo.redteam.recipe import RedteamRecipe

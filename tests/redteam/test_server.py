@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bfpo.cli import app
+from bfpo.commands.app import app
+from bfpo.config.recipes import Source
+from bfpo.core.samples import Verdict
 from bfpo.data.load import load_pairs
 from bfpo.errors import Unanswered
-from bfpo.protocols import Verdict
-from bfpo.recipe import Source
 from bfpo.redteam import run as module
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "generation"))

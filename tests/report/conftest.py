@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from bfpo.evaluation.comparing import compare
+from bfpo.core.files import write_json, write_jsonl, write_text
+from bfpo.core.pairs import as_messages
+from bfpo.core.samples import Completion, Prompt, Verdict
+from bfpo.evaluation.differences import compare
 from bfpo.evaluation.results import Results, answers_hash
 from bfpo.evaluation.scoring import Judged, measure, to_metrics
-from bfpo.files import write_json, write_jsonl, write_text
-from bfpo.pairs import as_messages
-from bfpo.protocols import Completion, Prompt, Verdict
 
 SCRIPT = "<script>document.title = 'planted'</script>"
 HOSTILE = f'</details></pre>{SCRIPT} {{{{ 7*7 }}}} & "quoted" <img src=x onerror="document.title=\'planted\'">'

@@ -5,11 +5,11 @@ from collections import Counter
 
 import pytest
 
+from bfpo.config.recipes import Source
+from bfpo.core.pairs import prompt_key, user_says
+from bfpo.core.samples import Completion
 from bfpo.data.load import load_pairs
 from bfpo.errors import DataError
-from bfpo.pairs import prompt_key, user_says
-from bfpo.protocols import Completion
-from bfpo.recipe import Source
 from bfpo.testbed import oracle
 from bfpo.testbed.language import (
     ACTIONABLE,

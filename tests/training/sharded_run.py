@@ -16,10 +16,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import TrainingArguments
 
 from bfpo import BFPOTrainer
+from bfpo.config.recipes import LayoutSection, NewModel, Source
 from bfpo.data.rows import read_rows
-from bfpo.losses import BFPO
+from bfpo.losses.pairwise import BFPO
 from bfpo.model.new import new_model, new_tokenizer
-from bfpo.recipe import LayoutSection, NewModel, Source
 from bfpo.training.batches import Batch
 from bfpo.training.output import save_final
 

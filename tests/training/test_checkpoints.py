@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from bfpo.config.loading import check_recipe
+from bfpo.config.recipes import TrainRecipe
+from bfpo.core.files import file_hash, write_jsonl
+from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import RecipeError, TrainingError
-from bfpo.files import file_hash, write_jsonl
-from bfpo.pairs import SafetyLabels
-from bfpo.recipe import TrainRecipe
-from bfpo.recipe_reading import check_recipe
 from bfpo.training.checkpoints import MARK, checkpoint_fault, newest_complete
 from bfpo.training.run import run_training
 

@@ -9,14 +9,14 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bfpo.config.loading import check_recipe
+from bfpo.config.recipes import LoraSection, SftModel, SftRecipe, TrainRecipe
+from bfpo.core.files import file_hash, write_jsonl
 from bfpo.errors import MissingExtra, ModelError, RecipeError
-from bfpo.files import file_hash, write_jsonl
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import add_adapter, lora_config
 from bfpo.model.merge import merge_checkpoint
 from bfpo.model.selective import select_parameters
-from bfpo.recipe import LoraSection, SftModel, SftRecipe, TrainRecipe
-from bfpo.recipe_reading import check_recipe
 from bfpo.training.checkpoints import MARK
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bfpo.files import file_hash, write_jsonl
+from bfpo.core.files import file_hash, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -188,7 +188,7 @@ def test_a_process_that_is_killed_ends_all_with_one_message(recipe):
     Path("killed.py").write_text(
         "import os, signal\n"
         "from dataclasses import dataclass\n"
-        "from bfpo.losses import BFPO\n"
+        "from bfpo.losses.pairwise import BFPO\n"
         "@dataclass(frozen=True)\n"
         "class Killed(BFPO):\n"
         "    def __call__(self, pairs):\n"
@@ -214,7 +214,7 @@ def test_one_process_with_a_bad_loss_stops_both(recipe, main_pairs):
     Path("broken.py").write_text(
         "import torch\n"
         "from dataclasses import dataclass\n"
-        "from bfpo.losses import BFPO\n"
+        "from bfpo.losses.pairwise import BFPO\n"
         "@dataclass(frozen=True)\n"
         "class Broken(BFPO):\n"
         "    def __call__(self, pairs):\n"

@@ -11,11 +11,11 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 import bfpo.model.reference_cache as reference_cache
+from bfpo.config.recipes import LayoutSection
+from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import DataError, RecipeError, TrainingError
-from bfpo.losses import BFPO
+from bfpo.losses.pairwise import BFPO
 from bfpo.model.reference_cache import ReferenceEntry, model_content
-from bfpo.pairs import SafetyLabels
-from bfpo.recipe import LayoutSection
 from bfpo.training.reference_values import ValuesPass
 from bfpo.training.trainer import BFPOTrainer
 

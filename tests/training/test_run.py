@@ -8,12 +8,12 @@ import yaml
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bfpo.config.loading import check_recipe, load_recipe
+from bfpo.config.recipes import SftRecipe, TrainRecipe
+from bfpo.core.files import write_jsonl
 from bfpo.data.prepare import prepare, write_prepared
 from bfpo.data.table import sampled_rows
 from bfpo.errors import DataError, RecipeError
-from bfpo.files import write_jsonl
-from bfpo.recipe import SftRecipe, TrainRecipe
-from bfpo.recipe_reading import check_recipe, load_recipe
 from bfpo.training.arguments import DECIDED, training_arguments
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft

@@ -9,11 +9,11 @@ import torch
 from pyarrow import parquet
 from safetensors.torch import load_file
 
+from bfpo.config.loading import check_recipe
+from bfpo.config.recipes import SftModel, SftRecipe
+from bfpo.core.files import write_jsonl
 from bfpo.data.demonstrations import prepare_demonstrations
-from bfpo.files import write_jsonl
 from bfpo.model.load import load_model, load_tokenizer
-from bfpo.recipe import SftModel, SftRecipe
-from bfpo.recipe_reading import check_recipe
 from bfpo.training.run_sft import run_sft
 
 WORDS = ("red box", "green ball", "blue door", "round lamp", "small thing", "large place")

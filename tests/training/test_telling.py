@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bfpo.chat import chat
+from bfpo.commands.chat import chat
+from bfpo.config.loading import check_recipe
+from bfpo.config.recipes import LoraSection, NewModel, SftModel, TrainRecipe
+from bfpo.core.files import write_jsonl
 from bfpo.errors import ModelError
-from bfpo.files import write_jsonl
-from bfpo.recipe import LoraSection, NewModel, SftModel, TrainRecipe
-from bfpo.recipe_reading import check_recipe
 from bfpo.training.card import model_card
 from bfpo.training.estimate import estimate
 from bfpo.training.run import run_training

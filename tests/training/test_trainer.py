@@ -9,13 +9,13 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from bfpo import BFPOTrainer, SFTTrainer
+from bfpo.config.recipes import LayoutSection
+from bfpo.core.pairs import CELLS, PairSignals
 from bfpo.data.table import token_table
 from bfpo.errors import DataError, ModelError, RecipeError, TrainingError
-from bfpo.losses import BFPO, DPO, MODPO, BFPOSoft, SafeDPO
+from bfpo.losses.pairwise import BFPO, DPO, MODPO, BFPOSoft, SafeDPO
 from bfpo.model import attention
 from bfpo.model.layout import Span
-from bfpo.pairs import CELLS, PairSignals
-from bfpo.recipe import LayoutSection
 from bfpo.training.trainer import encode_pairs
 
 

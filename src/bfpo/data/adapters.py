@@ -13,9 +13,8 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from bfpo.data.rows import NoColumn, Row
-from bfpo.errors import DataError, RecipeError
-from bfpo.pairs import (
+from bfpo.config.recipes import Source
+from bfpo.core.pairs import (
     SIGNALS,
     Conversation,
     Demonstration,
@@ -28,7 +27,8 @@ from bfpo.pairs import (
     as_messages,
     user_says,
 )
-from bfpo.recipe import Source
+from bfpo.data.rows import NoColumn, Row
+from bfpo.errors import DataError, RecipeError
 
 
 class SkipRow(Exception):

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from bfpo.config.recipes import Source
+from bfpo.core.pairs import Demonstration, PreferencePair
 from bfpo.data.adapters import DEMONSTRATIONS
 from bfpo.data.load import BROKEN, SourceReport, Why, is_broken, load_pairs, sample, source_report
 from bfpo.data.prepare import is_held_out
 from bfpo.data.rows import Row, read_rows
 from bfpo.errors import DataError
-from bfpo.pairs import Demonstration, PreferencePair
-from bfpo.recipe import Source
 
 
 @dataclass

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from bfpo.core.pairs import CELLS, PreferencePair
+from bfpo.core.terminal import say, show_table
 from bfpo.data.load import SourceReport, by_reason
 from bfpo.data.prepare import cell_counts
 from bfpo.data.table import Example
-from bfpo.labeling import LabelingFunction
-from bfpo.pairs import CELLS, PreferencePair
-from bfpo.terminal import say, show_table
+from bfpo.losses.labeling import LabelingFunction
 
 
 def show_sources(reports: Iterable[SourceReport]) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from bfpo.config.recipes import Source
+from bfpo.core.files import file_hash
+from bfpo.core.pairs import Cell, PreferencePair, SafetyLabels, StreamName
 from bfpo.data.adapters import ADAPTERS, SkipRow
 from bfpo.data.rows import local_files, read_rows
 from bfpo.errors import DataError, RecipeError, did_you_mean
-from bfpo.files import file_hash
-from bfpo.pairs import Cell, PreferencePair, SafetyLabels, StreamName
-from bfpo.recipe import Source
 
 Item = TypeVar("Item")
 

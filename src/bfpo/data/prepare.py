@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from bfpo.config.recipes import DataRecipe, Source
+from bfpo.core.files import write_json, write_jsonl
+from bfpo.core.pairs import CELLS, PreferencePair, prompt_key
 from bfpo.data.load import SourceReport, Why, load_pairs
 from bfpo.data.rows import read_prompts
 from bfpo.errors import DataError
-from bfpo.files import write_json, write_jsonl
-from bfpo.pairs import CELLS, PreferencePair, prompt_key
-from bfpo.recipe import DataRecipe, Source
 
 
 @dataclass

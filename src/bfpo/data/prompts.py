@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from bfpo.config.recipes import Count, Section, Source
+from bfpo.core.files import content_hash, file_hash
+from bfpo.core.pairs import Conversation, Message, as_messages, conversation_key
+from bfpo.core.samples import Kind, Prompt
 from bfpo.data.rows import Row, read_rows
 from bfpo.errors import DataError, RecipeError, did_you_mean
-from bfpo.files import content_hash, file_hash
-from bfpo.pairs import Conversation, Message, as_messages, conversation_key
-from bfpo.protocols import Kind, Prompt
-from bfpo.recipe import Count, Section, Source
 
 
 class Known(NamedTuple):

@@ -14,9 +14,9 @@ from glob import glob
 from pathlib import Path
 from typing import IO, Any, cast
 
+from bfpo.config.recipes import Source
+from bfpo.core.pairs import as_messages, conversation_text, parse_label
 from bfpo.errors import DataError
-from bfpo.pairs import as_messages, conversation_text, parse_label
-from bfpo.recipe import Source
 
 _SUFFIXES = ("json", "jsonl", "csv", "tsv", "parquet")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from bfpo.files import content_hash
-from bfpo.pairs import CELLS, PreferencePair
+from bfpo.core.files import content_hash
+from bfpo.core.pairs import CELLS, PreferencePair
 
 Ids = NDArray[np.int32]
 Floats = NDArray[np.float64]

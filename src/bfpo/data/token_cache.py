@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from bfpo.config.recipes import TextSection
+from bfpo.core.files import content_hash, replacing
 from bfpo.data.table import Example
-from bfpo.files import content_hash, replacing
-from bfpo.recipe import TextSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bfpo.core.files import content_hash, write_json
+from bfpo.core.samples import Completion
+from bfpo.core.terminal import show_table
 from bfpo.errors import DataError
-from bfpo.evaluation.verdicts import DifferenceVerdict, PairVerdict
-from bfpo.files import content_hash, write_json
-from bfpo.protocols import Completion
-from bfpo.terminal import show_table
+from bfpo.evaluation.comparisons import DifferenceVerdict, PairVerdict
 
 SCHEMA = 2
 FILE_NAME = "results.json"

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from bfpo.core.files import write_jsonl
+from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling
+from bfpo.data.stages import generate_completions, judge_completions, read_completions, read_prompt_file
 from bfpo.errors import DataError
-from bfpo.evaluation.comparing import compare
-from bfpo.evaluation.pairs import pair_verdicts, pooled
+from bfpo.evaluation.differences import compare
+from bfpo.evaluation.dominance import pair_verdicts, pooled
 from bfpo.evaluation.results import Results, answers_hash
 from bfpo.evaluation.scoring import Measured, join, measure, to_metrics
-from bfpo.files import write_jsonl
-from bfpo.protocols import Completion, Engine, Judge, Prompt, Sampling
-from bfpo.stages import generate_completions, judge_completions, read_completions, read_prompt_file
 
 TEMPLATE_POLICY = "the tokenizer's own chat template"
 

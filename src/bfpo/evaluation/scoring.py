@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bfpo.core.samples import Completion, Key, Kind, Prompt, Verdict
 from bfpo.errors import DataError
 from bfpo.evaluation.results import Metric
-from bfpo.evaluation.statistics import (
+from bfpo.stats.intervals import (
     Interval,
     Values,
     combined,
@@ -19,8 +20,7 @@ from bfpo.evaluation.statistics import (
     score_interval,
     wilson,
 )
-from bfpo.evaluation.tail import worst_mean_interval
-from bfpo.protocols import Completion, Key, Kind, Prompt, Verdict
+from bfpo.stats.tail import worst_mean_interval
 
 BY_WILSON = "95 % Wilson, over prompts"
 BY_SCORE = "95 % Wilson at the effective sample size, over prompts"

@@ -20,13 +20,13 @@ from transformers import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from bfpo.config.recipes import SftModel
+from bfpo.core.files import content_hash, file_hash
+from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
-from bfpo.files import content_hash, file_hash
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
 from bfpo.model.merge import DTYPES
-from bfpo.protocols import Completion, Key, Prompt, Sampling, sample_seed
-from bfpo.recipe import SftModel
 
 # What a checkpoint's answers depend on; README, training state and evaluation stand beside it.
 _CHECKPOINT_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*", "*.jinja")

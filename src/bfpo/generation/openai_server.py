@@ -19,10 +19,10 @@ from typing import Any
 
 import httpx2 as httpx
 
+from bfpo.core.files import content_hash, without_half_characters
+from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.errors import ModelError, Unanswered
-from bfpo.files import content_hash, without_half_characters
 from bfpo.generation.sameness import Sameness
-from bfpo.protocols import Completion, Key, Prompt, Sampling, sample_seed
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # An answer of more bytes isn't one.

@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from bfpo.core.samples import Completion, Prompt, Sampling
+from bfpo.core.terminal import say
 from bfpo.errors import ModelError
-from bfpo.protocols import Completion, Prompt, Sampling
-from bfpo.terminal import say
 
 # So many prompts whose samples are all the same aren't chance; of fewer it is only said.
 _SAME_PROMPTS = 4

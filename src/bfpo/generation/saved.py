@@ -4,12 +4,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from bfpo.config.recipes import Source
+from bfpo.core.files import content_hash, file_hash
+from bfpo.core.pairs import Conversation, as_messages, conversation_key
+from bfpo.core.samples import Completion, Prompt
 from bfpo.data.rows import Row, read_rows
 from bfpo.errors import DataError, Unanswered
-from bfpo.files import content_hash, file_hash
-from bfpo.pairs import Conversation, as_messages, conversation_key
-from bfpo.protocols import Completion, Prompt
-from bfpo.recipe import Source
 
 _PROMPT = ("prompt", "instruction", "question", "goal")
 _ANSWER = ("text", "completion", "response", "output")
@@ -23,7 +23,7 @@ class SavedEngine:
         path: `completions.jsonl`, or any table with a prompt and an answer in each row: the columns `prompt`,
             `instruction`, `question` or `goal`, and `text`, `completion`, `response` or `output`. Further rows of a
             prompt are further samples. System messages don't take part in finding a prompt. Or what lm-eval writes of
-            a task of `bfpo.lm_eval_tasks` with `--log_samples`.
+            a task of `bfpo.evaluation.lm_eval.pack` with `--log_samples`.
         name: What completions call the model, where the file doesn't.
 
     Raises:
@@ -95,7 +95,9 @@ def _plain(row: Row) -> Row:
     if not isinstance(doc, Mapping) or not isinstance(answers, list):
         return row
     if "prompt" not in doc or len(answers) != 1:
-        raise DataError(f"{row.where}: of lm-eval, but of no task that `python -m bfpo.lm_eval_tasks` holds")
+        raise DataError(
+            f"{row.where}: of lm-eval, but of no task that `python -m bfpo.evaluation.lm_eval.pack` holds"
+        )
     return Row({"prompt": doc["prompt"], "text": answers[0]}, row.where)
 
 

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from bfpo.files import content_hash
-from bfpo.protocols import Completion, Prompt
+from bfpo.core.files import content_hash
+from bfpo.core.samples import Completion, Prompt
 
 
 class ScriptedEngine:

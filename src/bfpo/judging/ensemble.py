@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from bfpo.core.files import content_hash
+from bfpo.core.samples import Completion, Judge, Verdict
 from bfpo.errors import RecipeError
-from bfpo.files import content_hash
-from bfpo.protocols import Completion, Judge, Verdict
 
 Policy = Literal["unanimous", "majority"]
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from sklearn.model_selection import GroupKFold
 
+from bfpo.config.recipes import Source
+from bfpo.core.files import file_hash
+from bfpo.core.samples import Verdict
+from bfpo.core.terminal import counting
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
-from bfpo.files import file_hash
-from bfpo.judging.against_people import rows
-from bfpo.judging.labelled import Labelled
+from bfpo.judging.evaluate import rows
+from bfpo.judging.labeled import Labelled
 from bfpo.judging.linear import HEADS, Head, LinearJudge, fit_head
-from bfpo.protocols import Verdict
-from bfpo.recipe import Source
-from bfpo.terminal import counting
 
 FOLDS = 5
 _SCHEMA = 1

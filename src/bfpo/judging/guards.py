@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from bfpo.core.files import content_hash
+from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import ModelError
-from bfpo.files import content_hash
 from bfpo.judging.formats import GUIDELINES, Question, guard_named
 from bfpo.judging.markers import HELD_MARKERS, escaped, special_tokens
-from bfpo.protocols import Completion, Verdict
 
 # Below this share of the probability the model would rather say something else.
 _LEAST_MASS = 0.5

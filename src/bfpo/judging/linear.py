@@ -17,10 +17,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
+from bfpo.core.files import content_hash, replacing
+from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError, RecipeError
-from bfpo.files import content_hash, replacing
 from bfpo.judging.features import VIEWS, View, features, new_vectorizer
-from bfpo.protocols import Completion, Verdict
 
 HEADS = ("refusal", "safe")
 DOUBT = 0.3

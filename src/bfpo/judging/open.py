@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+from bfpo.core.samples import Judge
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.judging.open_models import MODEL_KINDS, open_guard
-from bfpo.protocols import Judge
 
 KINDS = ("linear", "oracle", "people", "rubric", *MODEL_KINDS)
 _MAJORITY = "majority:"
@@ -62,8 +62,8 @@ def open_judge(spec: str, *, threshold: float | None = None) -> Judge:
 
 
 def _open_rubric(path: str) -> Judge:
+    from bfpo.core.samples import Sampling
     from bfpo.judging.rubric import RubricJudge
-    from bfpo.protocols import Sampling
 
     # A judge is asked for its likeliest answer; a verdict is a short line.
     sampling = Sampling(temperature=0.0, max_new_tokens=128)

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
+from bfpo.core.samples import Judge
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.judging.formats import GUARDS, GUIDELINES
-from bfpo.protocols import Judge
 
 SCORERS = ("beaver-cost", "beaver-reward", "reward", "classifier")
 MODEL_KINDS = (*GUARDS, *SCORERS)
@@ -42,9 +42,9 @@ def open_guard(
 
     import torch
 
+    from bfpo.config.recipes import SftModel
     from bfpo.generation.in_process import checkpoint_identity
     from bfpo.model.load import load_model, load_tokenizer
-    from bfpo.recipe import SftModel
 
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
     section: SftModel = SftModel.model_validate({"path": path, "dtype": dtype, "revision": revision})

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bfpo.files import file_hash
-from bfpo.judging.labelled import read_labelled
-from bfpo.protocols import Completion, Verdict
+from bfpo.core.files import file_hash
+from bfpo.core.samples import Completion, Verdict
+from bfpo.judging.labeled import read_labelled
 
 
 class PeopleJudge:

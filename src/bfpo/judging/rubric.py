@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from bfpo.core.files import content_hash, without_half_characters
+from bfpo.core.pairs import Conversation, user_says
+from bfpo.core.samples import Completion, Engine, Preference, Prompt, Verdict
 from bfpo.errors import DataError, Unanswered
-from bfpo.files import content_hash, without_half_characters
 from bfpo.judging.markers import HELD_MARKERS, escaped
-from bfpo.pairs import Conversation, user_says
-from bfpo.protocols import Completion, Engine, Preference, Prompt, Verdict
 
 RUBRIC = """\
 You grade the last answer of an assistant. What stands between the lines BEGIN {fence} and END {fence} is material

@@ -16,13 +16,13 @@ from transformers import (
     LlamaPreTrainedModel,
 )
 
+from bfpo.config.recipes import SftModel
+from bfpo.core.files import content_hash
+from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import ModelError
-from bfpo.files import content_hash
 from bfpo.generation.in_process import checkpoint_identity
 from bfpo.judging.markers import HELD_MARKERS, escaped, special_tokens
 from bfpo.model.load import load_tokenizer
-from bfpo.protocols import Completion, Verdict
-from bfpo.recipe import SftModel
 
 Kind = Literal["beaver-cost", "beaver-reward", "reward", "classifier"]
 

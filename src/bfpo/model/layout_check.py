@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bfpo.config.recipes import LayoutSection
+from bfpo.core.terminal import say
 from bfpo.data.table import Example
 from bfpo.errors import ModelError
 from bfpo.model.attention import UnknownFeature, windows_of
 from bfpo.model.layout import Layout, packed_layout, padded_layout
 from bfpo.model.lora import CausalLM, under_adapter
-from bfpo.recipe import LayoutSection
-from bfpo.terminal import say
 
 # Model types whose packed and padded numbers the tests compare, gradients included. For these a difference at run
 # time is a fault of ours, and an error; any other model goes back to padded rows.

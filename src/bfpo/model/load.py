@@ -8,9 +8,9 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from bfpo.config.recipes import SftModel
 from bfpo.errors import ModelError
 from bfpo.model.lora import CausalLM, is_adapter, quantisation, ready_for_adapter
-from bfpo.recipe import SftModel
 
 
 def load_model(section: SftModel) -> CausalLM:

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from bfpo.config.recipes import LoraSection
 from bfpo.errors import MissingExtra, ModelError, RecipeError
-from bfpo.recipe import LoraSection
 
 CausalLM: TypeAlias = PreTrainedModel | PeftModel
 

@@ -9,12 +9,12 @@ from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from bfpo.config.loading import parse_yaml
+from bfpo.config.recipes import SftModel
+from bfpo.core.terminal import say
 from bfpo.errors import ModelError, RecipeError
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import is_adapter
-from bfpo.recipe import SftModel
-from bfpo.recipe_reading import parse_yaml
-from bfpo.terminal import say
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Float32 sums in another order: a merged weight is rounded once where the adapter's product is added afterwards.

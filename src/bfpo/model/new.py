@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from bfpo.recipe import NewModel
+from bfpo.config.recipes import NewModel
 
 
 class Shape(NamedTuple):

@@ -17,9 +17,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from bfpo.core.files import content_hash, file_hash, replacing, write_json
 from bfpo.data.table import Floats, TokenTable
 from bfpo.errors import DataError
-from bfpo.files import content_hash, file_hash, replacing, write_json
 from bfpo.model.layout import VERSION as LAYOUT_VERSION
 from bfpo.model.lora import CausalLM, under_adapter
 

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bfpo.files import repaired_jsonl, write_jsonl
-from bfpo.protocols import Completion, Engine, Judge, Prompt, Verdict
+from bfpo.core.files import repaired_jsonl, write_jsonl
+from bfpo.core.samples import Completion, Engine, Judge, Prompt, Verdict
 
 # A file that outlives a power cut takes milliseconds to write, a verdict may take less.
 _SECONDS_BETWEEN_WRITES = 1.0

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from bfpo.pairs import CELLS, Cell, PairSignals, PreferencePair, Provenance, SafetyLabels
-from bfpo.protocols import Completion, Verdict
+from bfpo.core.pairs import CELLS, Cell, PairSignals, PreferencePair, Provenance, SafetyLabels
+from bfpo.core.samples import Completion, Verdict
 
 
 class Judged(NamedTuple):

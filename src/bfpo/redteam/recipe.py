@@ -4,9 +4,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from bfpo.config.recipes import Count, Section
+from bfpo.core.pairs import Cell
 from bfpo.data.prompts import PromptSource
-from bfpo.pairs import Cell
-from bfpo.recipe import Count, Section
 
 
 class RedteamModel(Section):

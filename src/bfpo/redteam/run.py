@@ -6,20 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bfpo.config.loading import check_recipe, dump_recipe
+from bfpo.config.recipes import TrainRecipe
+from bfpo.core.files import content_hash, write_json, write_jsonl, write_text
+from bfpo.core.pairs import Message, PreferencePair
+from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling, Verdict
+from bfpo.core.terminal import say, show_table
 from bfpo.data.prepare import cell_counts
 from bfpo.data.prompts import read_prompt_source
+from bfpo.data.stages import generate_most, judge_completions, show_faults, show_unanswered
 from bfpo.errors import DataError, RecipeError
-from bfpo.files import content_hash, write_json, write_jsonl, write_text
 from bfpo.judging.open import open_judge
-from bfpo.pairs import Message, PreferencePair
-from bfpo.protocols import Completion, Engine, Judge, Prompt, Sampling, Verdict
-from bfpo.recipe import TrainRecipe
-from bfpo.recipe_reading import check_recipe, dump_recipe
 from bfpo.redteam.cost import Meter
 from bfpo.redteam.pairs import Judged, fallback_helpfulness, make_pairs
 from bfpo.redteam.recipe import RedteamModel, RedteamRecipe
-from bfpo.stages import generate_most, judge_completions, show_faults, show_unanswered
-from bfpo.terminal import say, show_table
 
 # In the manner of AlignCoT (arXiv 2405.00557): question analysis, answer guidance, safe answer. The words are ours.
 STEPS = (
@@ -225,7 +225,7 @@ def _train(recipe: RedteamRecipe, model: RedteamModel, files: Sequence[Path], ou
 
 
 def _check_training(recipe: TrainRecipe) -> None:
-    from bfpo.loss_options import make_loss
+    from bfpo.losses.build import make_loss
     from bfpo.training.arguments import training_arguments
 
     make_loss(recipe.loss)

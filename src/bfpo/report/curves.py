@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from bfpo.core.pairs import CELLS
 from bfpo.evaluation.results import Metric
-from bfpo.pairs import CELLS
 from bfpo.report.drawing import Drawing, Point, run_class, ticks
 from bfpo.report.run_files import Run
 from bfpo.report.words import CELL_NAMES, MINUS, short

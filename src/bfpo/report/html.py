@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from bfpo.core.files import write_text
 from bfpo.errors import DataError
-from bfpo.files import write_text
 from bfpo.report import drawing
 from bfpo.report.curves import curves
 from bfpo.report.judged import (
@@ -22,10 +22,10 @@ from bfpo.report.judged import (
     warnings_of_results,
 )
 from bfpo.report.lengths import lengths
-from bfpo.report.making import facts, label_table, warnings
 from bfpo.report.markdown import as_markdown
 from bfpo.report.pairs import pairs
 from bfpo.report.plane import Stand, front, plane, stands
+from bfpo.report.provenance import facts, label_table, warnings
 from bfpo.report.run_files import Run, read_runs
 from bfpo.report.samples import ANY_PER_KIND, FAILURES_PER_KIND, sample_groups
 from bfpo.report.story import stories

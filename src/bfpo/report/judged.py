@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bfpo.core.samples import KINDS
 from bfpo.evaluation.results import CORRECTED, Metric
-from bfpo.protocols import KINDS
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Key, Value, value
 from bfpo.report.words import MISSING, TASKS, interval, measure, number

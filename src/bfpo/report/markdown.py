@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 
 from bfpo.report.judged import agreements, by_judge, column_name, columns, heat_map, recipes, warnings_of_results
-from bfpo.report.making import facts, warnings
 from bfpo.report.pairs import pairs
+from bfpo.report.provenance import facts, warnings
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Value, groups
 from bfpo.report.words import CORRECTED_MEANS

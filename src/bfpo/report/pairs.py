@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from bfpo.evaluation.pairs import Measurements, pair_verdicts
-from bfpo.evaluation.verdicts import Axis
+from bfpo.evaluation.comparisons import Axis
+from bfpo.evaluation.dominance import Measurements, pair_verdicts
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Difference
 from bfpo.report.words import TASKS, interval, measure, signed

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from scipy.stats import chi2
 
 from bfpo.evaluation.results import Metric
-from bfpo.evaluation.statistics import Interval
 from bfpo.report.drawing import Drawing, Point, arrow, run_class, shortened
 from bfpo.report.run_files import Run
 from bfpo.report.words import interval, number
+from bfpo.stats.intervals import Interval
 
 SIDE = 400.0
 LEFT, TOP, RIGHT, BOTTOM = 70.0, 14.0, 14.0, 50.0

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bfpo.config.recipes import Source
+from bfpo.core.samples import Completion, Key, Prompt, Verdict
 from bfpo.data.rows import read_rows
+from bfpo.data.stages import read_completions, read_prompt_file, read_verdicts
 from bfpo.errors import DataError
-from bfpo.evaluation.pairs import Measurements, pooled
+from bfpo.evaluation.dominance import Measurements, pooled
 from bfpo.evaluation.results import FILE_NAME, Comparison, Metric, Results, read_results
 from bfpo.evaluation.scoring import Judged, measure
-from bfpo.protocols import Completion, Key, Prompt, Verdict
-from bfpo.recipe import Source
-from bfpo.stages import read_completions, read_prompt_file, read_verdicts
 
 FIRST_SAMPLE = 0
 

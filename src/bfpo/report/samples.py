@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from bfpo.files import content_hash
-from bfpo.protocols import KINDS, Kind, Prompt, Verdict
+from bfpo.core.files import content_hash
+from bfpo.core.samples import KINDS, Kind, Prompt, Verdict
 from bfpo.report.run_files import Answer, Run
 from bfpo.report.words import TASKS, number
 

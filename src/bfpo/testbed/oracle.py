@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from bfpo.core.files import content_hash
+from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError
-from bfpo.files import content_hash
-from bfpo.protocols import Completion, Verdict
 from bfpo.testbed import language
 from bfpo.testbed.language import ACTIONABLE, CONTEXTS, EVASION, STEPS, TEMPLATES, Request, Skills, Slots
 

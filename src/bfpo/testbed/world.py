@@ -14,11 +14,11 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
-from bfpo.files import content_hash, write_json, write_jsonl
-from bfpo.pairs import Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels, user_says
-from bfpo.protocols import Kind, Prompt
-from bfpo.recipe import Count, Section
-from bfpo.terminal import counting
+from bfpo.config.recipes import Count, Section
+from bfpo.core.files import content_hash, write_json, write_jsonl
+from bfpo.core.pairs import Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels, user_says
+from bfpo.core.samples import Kind, Prompt
+from bfpo.core.terminal import counting
 from bfpo.testbed.language import (
     ACTIONS,
     EVASION,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bfpo.config.recipes import LayoutSection
 from bfpo.data.table import PairTable, TokenTable
 from bfpo.model.layout import Layout, packed_layout, packs, padded_layout
-from bfpo.recipe import LayoutSection
 from bfpo.training.streams import Rows, WeightedRow
 
 

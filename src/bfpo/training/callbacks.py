@@ -9,9 +9,9 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bfpo.files import write_text
-from bfpo.pairs import CELLS
-from bfpo.terminal import console, say
+from bfpo.core.files import write_text
+from bfpo.core.pairs import CELLS
+from bfpo.core.terminal import console, say
 
 
 class MetricsFile(TrainerCallback):

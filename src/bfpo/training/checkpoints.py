@@ -13,9 +13,9 @@ from accelerate import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from bfpo.core.files import write_json
+from bfpo.core.terminal import say
 from bfpo.errors import RecipeError, TrainingError
-from bfpo.files import write_json
-from bfpo.terminal import say
 
 MARK = "complete.json"
 

@@ -7,6 +7,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from bfpo.config.recipes import LayoutSection, LoraSection, ReferenceKind, SftModel
 from bfpo.data.table import TokenTable
 from bfpo.errors import ModelError, RecipeError
 from bfpo.model.logps import CHUNK, KEPT
@@ -14,7 +15,6 @@ from bfpo.model.lora import ADAPTED, CausalLM, add_adapter, is_adapter, lora_con
 from bfpo.model.new import new_model
 from bfpo.model.reference_cache import wants_cache
 from bfpo.model.selective import Selection, select_parameters
-from bfpo.recipe import LayoutSection, LoraSection, ReferenceKind, SftModel
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 

@@ -7,9 +7,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from bfpo.core.pairs import CELLS
 from bfpo.errors import TrainingError
-from bfpo.losses import PairLogps, PairLoss
-from bfpo.pairs import CELLS
+from bfpo.losses.pairwise import PairLogps, PairLoss
 
 
 class MetricSums:

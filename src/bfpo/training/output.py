@@ -12,11 +12,11 @@ from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.logging import disable_progress_bar
 
+from bfpo.config.loading import dump_recipe
+from bfpo.config.recipes import Section
+from bfpo.core.files import write_json, write_text
+from bfpo.core.terminal import say
 from bfpo.errors import Stopped, TrainingError
-from bfpo.files import write_json, write_text
-from bfpo.recipe import Section
-from bfpo.recipe_reading import dump_recipe
-from bfpo.terminal import say
 from bfpo.training.callbacks import LiveLine, MetricsFile
 from bfpo.training.card import model_card
 from bfpo.training.checkpoints import StopOnSignal

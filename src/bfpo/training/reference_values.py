@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
+from bfpo.config.recipes import ReferenceKind
+from bfpo.core.terminal import counting, say
 from bfpo.data.table import Example, Floats, PairTable
 from bfpo.errors import RecipeError, TrainingError
 from bfpo.model.layout import Layout, packed_layout, packs, padded_layout
 from bfpo.model.lora import CausalLM
 from bfpo.model.reference_cache import ReferenceEntry, made_of, model_content, wants_cache
-from bfpo.recipe import ReferenceKind
-from bfpo.terminal import counting, say
 
 if TYPE_CHECKING:
     from bfpo.training.trainer import BFPOTrainer

@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
+from bfpo.config.recipes import SftModel, TrainRecipe
+from bfpo.core.files import write_json
+from bfpo.core.pairs import CELLS, PreferencePair
+from bfpo.core.terminal import counting, say, show_table
 from bfpo.data.inspect import show_cells, show_samples, show_sources
 from bfpo.data.load import Why
 from bfpo.data.prepare import PreparedData, prepare, require_labels
 from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
-from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
+from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import DataError, RecipeError
-from bfpo.files import write_json
-from bfpo.loss_options import make_loss
-from bfpo.losses import BFPO, PairLoss
+from bfpo.losses.build import make_loss
+from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.lora import lora_config
-from bfpo.pairs import CELLS, PreferencePair
-from bfpo.recipe import SftModel, TrainRecipe
-from bfpo.terminal import counting, say, show_table
 from bfpo.training.arguments import training_arguments
 from bfpo.training.estimate import estimate, most_tokens
 from bfpo.training.output import RunRecord, begin_output, save_final, say_layout

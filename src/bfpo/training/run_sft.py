@@ -11,17 +11,17 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
+from bfpo.config.recipes import SftModel, SftRecipe, Source, TrainRecipe
+from bfpo.core.files import content_hash, file_hash
+from bfpo.core.pairs import PreferencePair
+from bfpo.core.terminal import counting, say
 from bfpo.data.demonstrations import DemonstrationPart, prepare_demonstrations
 from bfpo.data.inspect import show_samples, show_sources
 from bfpo.data.rows import local_files
 from bfpo.data.table import Example, TokenTable, sampled_rows, token_table
-from bfpo.data.tokenise import Encoder, check_special_tokens, decoded_sample
+from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import RecipeError
-from bfpo.files import content_hash, file_hash
 from bfpo.model.lora import add_adapter, lora_config
-from bfpo.pairs import PreferencePair
-from bfpo.recipe import SftModel, SftRecipe, Source, TrainRecipe
-from bfpo.terminal import counting, say
 from bfpo.training.arguments import launched_processes, training_arguments
 from bfpo.training.estimate import estimate, most_tokens
 from bfpo.training.manifest import versions

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from bfpo.config.recipes import LayoutSection
 from bfpo.data.table import TokenTable
 from bfpo.model.lora import CausalLM
-from bfpo.recipe import LayoutSection
 from bfpo.training.batches import Batch
 from bfpo.training.metrics import MetricSums
 from bfpo.training.stream_trainer import StreamTrainer

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterable
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
+from bfpo.config.recipes import NewModel, SftModel, TextSection
+from bfpo.core.pairs import Demonstration
 from bfpo.data.demonstrations import load_demonstrations
-from bfpo.data.tokenise import chat_template
+from bfpo.data.tokenize import chat_template
 from bfpo.errors import ModelError
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
 from bfpo.model.new import new_model, new_tokenizer
-from bfpo.pairs import Demonstration
-from bfpo.recipe import NewModel, SftModel, TextSection
 
 
 def start_tokenizer(

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from bfpo.config.recipes import LayoutSection
+from bfpo.core.terminal import say
 from bfpo.data.table import TokenTable
 from bfpo.errors import TrainingError
 from bfpo.model.attention import span_attention
@@ -25,8 +27,6 @@ from bfpo.model.layout_check import PackingCheck, settle_layout
 from bfpo.model.logps import add_layout_forward
 from bfpo.model.lora import CausalLM, under_adapter
 from bfpo.model.selective import disable_dropout, select_parameters
-from bfpo.recipe import LayoutSection
-from bfpo.terminal import say
 from bfpo.training.batches import Batch, Collator, RowNumbers
 from bfpo.training.checkpoints import (
     MARK,

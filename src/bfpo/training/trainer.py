@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
+from bfpo.config.recipes import LayoutSection, ReferenceKind, Source, TextSection
+from bfpo.core.pairs import PreferencePair
 from bfpo.data.adapters import pairs as read_pair
 from bfpo.data.load import SourceReport
 from bfpo.data.prepare import require_labels
 from bfpo.data.rows import Row
 from bfpo.data.table import PairTable, pair_table
-from bfpo.data.tokenise import Encoder, check_special_tokens
+from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import DataError, TrainingError
-from bfpo.losses import BFPO, PairLogps, PairLoss
+from bfpo.losses.pairwise import BFPO, PairLogps, PairLoss
 from bfpo.model.layout import padded_layout
 from bfpo.model.logps import check_against_plain_forward
 from bfpo.model.lora import CausalLM, add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
-from bfpo.pairs import PreferencePair
-from bfpo.recipe import LayoutSection, ReferenceKind, Source, TextSection
 from bfpo.training.batches import Batch, Collator
 from bfpo.training.metrics import MetricSums, pair_metrics
 from bfpo.training.reference_values import ValuesPass, on_device, settle_kind, tolerance
@@ -81,7 +81,7 @@ class BFPOTrainer(StreamTrainer):
         buffer_dataset: Pairs of the buffer stream; a table holds both streams already.
         eval_dataset: Pairs to evaluate on, a table, or several of them by name.
         processing_class: The tokenizer; needed to tokenise pairs, saved with checkpoints.
-        loss: A loss of `bfpo.losses`, or your own `PairLoss`.
+        loss: A loss of `bfpo.losses.pairwise`, or your own `PairLoss`.
         buffer_weight: Weight of the buffer's mean loss; at least 0.
         peft_config: Adapter to put on the model and train; the reference is then the model without it. A model that
             comes with an adapter needs none: the adapter is trained on, and the reference is the adapted model.

@@ -1,1 +1,0 @@
-"""`bfpo eval`: suites of published prompts put to a model, judged by several judges, scored, compared and gated."""

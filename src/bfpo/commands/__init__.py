@@ -1,0 +1,1 @@
+"""The command line, and the work of commands that belong to no other package."""

@@ -1,0 +1,76 @@
+"""`bfpo chat`: a conversation with a checkpoint in the terminal."""
+
+import sys
+
+import torch
+from transformers import TextStreamer, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from bfpo.config.recipes import SftModel
+from bfpo.core.terminal import console, say, visible
+from bfpo.errors import ModelError
+from bfpo.model.load import load_model, load_tokenizer
+
+
+class PlainStreamer(TextStreamer):
+    """Prints an answer as it comes, with its control characters written out."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece of the answer."""
+        super().on_finalized_text(visible(text), stream_end=stream_end)
+
+
+def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """Read a line, print the model's answer as it comes, until the end of the input.
+
+    Args:
+        path: Folder or hub id of a model or an adapter.
+        system: System message; None for none.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 always takes the likeliest token.
+        seed: Of the sampling.
+
+    Raises:
+        ModelError: If the model can't be loaded, or its tokenizer has no chat template.
+    """
+    disable_progress_bar()
+    section = SftModel(path=path)
+    tokenizer = load_tokenizer(section)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"{path} has no chat template: it isn't a chat model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(section).eval()
+    torch.nn.Module.to(model, device)
+    streamer = PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    history = [{"role": "system", "content": system}] if system else []
+    set_seed(seed)
+    say(f"{path} on {device}; end with Ctrl-D or /quit, start anew with /new")
+    while (line := _read()) is not None:
+        if line == "/new":
+            history = history[:1] if system else []
+            continue
+        history.append({"role": "user", "content": line})
+        text = tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False)
+        inputs = tokenizer([str(text)], add_special_tokens=False, return_tensors="pt").to(device)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **sampling,
+        )
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        history.append({"role": "assistant", "content": str(answer)})
+
+
+def _read() -> str | None:
+    """Return the next line that isn't empty; None at the end."""
+    while True:
+        if sys.stdin.isatty():
+            console().print("you> ", end="")
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return None
+        if line.strip():
+            return line.strip()

@@ -1,0 +1,1 @@
+"""Recipes: what they may contain, and reading, overriding and checking them."""

@@ -1,0 +1,1 @@
+"""Values that every part shares: pairs, samples and verdicts, files, the terminal."""

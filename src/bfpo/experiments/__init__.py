@@ -1,0 +1,1 @@
+"""Studies: methods compared over seeds on the testbed, and the quickstart."""

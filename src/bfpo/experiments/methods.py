@@ -1,0 +1,93 @@
+"""The methods that the testbed compares: each is a recipe for `bfpo train`, and nothing else."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from bfpo.config.recipes import Count, Section, TrainRecipe
+
+
+class Method(Section):
+    """How a method trains."""
+
+    title: str = ""
+    """What it is, in a few words."""
+    loss: dict[str, Any]
+    """The recipe's `loss` section."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak of the cosine schedule."""
+    main: Literal["safety", "safety_by_safety", "safety_without_uu"] = "safety"
+    """File of the main stream: ordered by helpfulness, ordered by safety, or without both-unsafe pairs."""
+    buffer: bool = True
+    """Whether the helpfulness set is the buffer."""
+    pairs_per_step: Count = 64
+    """Pairs of both streams per step, half of them from the buffer where there is one."""
+    train_only: list[str] | None = None
+    """Patterns of the parameters to train; default all."""
+
+
+def _squared(name: str, **options: Any) -> dict[str, Any]:
+    return {"name": name, "beta": 0.3, **options}
+
+
+METHODS = {
+    "bfpo": Method(title="BFPO with both streams", loss=_squared("bfpo")),
+    "bfpo_no_buffer": Method(title="BFPO on the safety set alone", loss=_squared("bfpo"), buffer=False),
+    "bfpo_soft": Method(title="BFPO on known win rates", loss=_squared("bfpo_soft")),
+    "additive": Method(title="squared loss, additive label", loss=_squared("additive")),
+    "dpo_h": Method(title="DPO, helpfulness only", loss={"name": "dpo", "beta": 0.3}),
+    "dpo_s": Method(
+        title="DPO, safety only", loss={"name": "dpo", "beta": 0.3}, main="safety_by_safety", buffer=False
+    ),
+    "dpo_mix": Method(title="DPO on the naive mix", loss={"name": "dpo", "beta": 0.3}, main="safety_by_safety"),
+    "ipo_mix": Method(title="IPO on the naive mix", loss=_squared("ipo"), main="safety_by_safety"),
+    "safe_dpo": Method(title="SafeDPO", loss={"name": "safe_dpo", "beta": 0.3}),
+    "modpo": Method(title="MODPO's margin", loss={"name": "modpo", "beta": 0.3}),
+}
+
+
+def train_recipe(
+    method: Method, *, world: Path, base: Path, out: Path, seed: int, steps: int = 100, save: bool = True
+) -> TrainRecipe:
+    """Return the recipe of a method.
+
+    Args:
+        method: What to train.
+        world: Folder that `World.write` filled.
+        base: Checkpoint to start from.
+        out: Output folder.
+        seed: Of the plan.
+        steps: Optimizer steps.
+        save: Whether to save checkpoints on the way, and go on from them; a run that doesn't is one of many.
+    """
+    return TrainRecipe.model_validate(
+        {
+            "model": {"path": str(base)},
+            "data": [{"path": str(world / f"{method.main}.jsonl")}],
+            "buffer": [{"path": str(world / "helpfulness.jsonl")}] if method.buffer else [],
+            "benchmarks": [str(world / "prompts.jsonl")],
+            # The order of a pair is an annotator's: the same two answers may stand in both orders.
+            "conflicts": "keep",
+            "text": {"max_length": 128},
+            "loss": method.loss,
+            "train_only": method.train_only,
+            # A single run passes over its pairs hardly once: only several runs of one base save by a cache.
+            "reference": "shared" if save else "cache",
+            "trainer": {
+                "output_dir": str(out),
+                "learning_rate": method.learning_rate,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 0.1,
+                "per_device_train_batch_size": method.pairs_per_step // (2 if method.buffer else 1),
+                "max_steps": steps,
+                "save_strategy": "steps" if save else "no",
+                "save_steps": 25,
+                "save_total_limit": 1,
+                "logging_steps": 5,
+                "seed": seed,
+                "use_cpu": True,
+                "resume_from_checkpoint": save,
+            },
+        }
+    )

@@ -1,0 +1,146 @@
+"""The steps that the quickstart and a comparison share, each made once: world, base model, training, evaluation."""
+
+import json
+from pathlib import Path
+
+from bfpo.config.loading import dump_recipe
+from bfpo.config.recipes import SftRecipe, TrainRecipe
+from bfpo.core.files import repaired_jsonl, write_text
+from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
+from bfpo.data.stages import read_prompt_file
+from bfpo.errors import RecipeError
+from bfpo.evaluation.results import FILE_NAME, Results
+from bfpo.evaluation.run import evaluate
+from bfpo.evaluation.scoring import Measured
+from bfpo.generation.in_process import load_engine
+from bfpo.testbed.oracle import Oracle
+from bfpo.testbed.world import World, WorldOptions
+from bfpo.training.run import run_training
+from bfpo.training.run_sft import run_sft
+
+SUITE = "testbed"
+SAMPLING = Sampling(samples=1, temperature=0.7, max_new_tokens=48)
+BASE_STEPS = {"pretraining": 900, "base": 100}
+
+
+def write_world(options: WorldOptions, folder: Path) -> None:
+    """Write a world's files, unless they are there.
+
+    Raises:
+        RecipeError: If the folder holds another world.
+    """
+    # It is written last, so where it stands the others do too.
+    file = folder / "world.json"
+    if not file.exists():
+        World(options).write(folder)
+        return
+    there = json.loads(file.read_text(encoding="utf-8")).get("options")
+    if there != options.model_dump():
+        raise RecipeError(f"{folder} holds a world of other options ({there}); choose another --out, or remove it")
+
+
+def make_base(out: Path, *, seed: int) -> None:
+    """Make the base model in `out/base`: taught on clean demonstrations, then fine-tuned on imperfect ones."""
+    world = out / "world"
+    trainer = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "per_device_train_batch_size": 32,
+        "save_steps": 100,
+        "save_total_limit": 1,
+        "logging_steps": 25,
+        "seed": seed,
+        "use_cpu": True,
+        "resume_from_checkpoint": True,
+    }
+    new = {"new": {"shape": "nano", "vocab_size": 2048, "seed": seed}}
+    stages = (
+        ("pretraining", "pretraining", new, 4e-3),
+        ("base", "fine_tuning", {"path": str(out / "pretraining")}, 1e-3),
+    )
+    for name, data, model, learning_rate in stages:
+        recipe = SftRecipe.model_validate(
+            {
+                "model": model,
+                "data": [{"adapter": "demonstrations", "path": str(world / f"{data}.jsonl")}],
+                "text": {"max_length": 128},
+                "trainer": trainer
+                | {"output_dir": str(out / name), "learning_rate": learning_rate, "max_steps": BASE_STEPS[name]},
+            }
+        )
+        run_once(recipe)
+
+
+def run_once(recipe: SftRecipe | TrainRecipe) -> None:
+    """Run a recipe, unless its output folder holds its finished run; the recipe stands beside the folder.
+
+    Raises:
+        RecipeError: If the folder holds a finished run of another recipe.
+    """
+    out = Path(recipe.trainer["output_dir"])
+    file, text = out.with_name(f"{out.name}.yaml"), dump_recipe(recipe)
+    if (out / "run.json").exists():
+        if file.exists() and file.read_text(encoding="utf-8") == text:
+            return
+        raise RecipeError(f"{out} holds a run of another recipe; choose another --out, or remove it")
+    write_text(file, text)
+    run_sft(recipe) if isinstance(recipe, SftRecipe) else run_training(recipe)
+
+
+def evaluate_run(
+    folder: Path, prompts_file: Path, oracle: Oracle, base: tuple[Results, list[Measured]] | None = None
+) -> tuple[Results, list[Measured]]:
+    """Evaluate the checkpoint of a folder on held-out prompts, into `evaluation/`.
+
+    Verdicts of another revision of the oracle are made again; the answers aren't.
+
+    Args:
+        folder: Of the checkpoint; its name is the run's.
+        prompts_file: Of the world.
+        oracle: The judge.
+        base: Results and measures of the run to compare with.
+    """
+    _forget_other_verdicts(folder / "evaluation", oracle)
+    return evaluate(
+        load_engine(str(folder), SAMPLING),
+        oracle,
+        read_prompt_file(str(prompts_file)),
+        folder / "evaluation",
+        suite=SUITE,
+        run=folder.name,
+        model=str(folder),
+        sampling=SAMPLING,
+        base=base,
+    )
+
+
+def can_judge_again(evaluation: Path) -> bool:
+    """Whether a finished evaluation still has its answers, all that another revision of the oracle needs."""
+    return all((evaluation / name).exists() for name in (Prompt.file_name, Completion.file_name, FILE_NAME))
+
+
+def judge_again(evaluation: Path, oracle: Oracle) -> Results:
+    """Judge the answers of a finished evaluation by this revision of the oracle, and score them; no model is asked.
+
+    Args:
+        evaluation: Folder that `evaluate_run` filled, of a run compared with none.
+        oracle: The judge.
+
+    Raises:
+        DataError: If its files are damaged.
+    """
+    _forget_other_verdicts(evaluation, oracle)
+    prompts = read_prompt_file(str(evaluation / Prompt.file_name))
+    run = evaluation.parent
+    results, _ = evaluate(
+        None, oracle, prompts, evaluation, suite=SUITE, run=run.name, model=str(run), sampling=SAMPLING
+    )
+    return results
+
+
+def _forget_other_verdicts(evaluation: Path, oracle: Oracle) -> None:
+    """Remove verdicts of another revision: judging costs seconds, the answers are kept."""
+    file = evaluation / Verdict.file_name
+    for path in (file, file.with_name(f"{file.name}.unfinished")):
+        if any(row.get("revision") != oracle.revision for row in repaired_jsonl(path)):
+            path.unlink()

@@ -1,0 +1,50 @@
+"""Preference losses, the labeling function that gives them their targets, and the theory behind them.
+
+Public names are loaded on first use: reading a recipe needs the labeling function and no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bfpo.losses.build import make_loss
+    from bfpo.losses.labeling import LabelingFunction
+    from bfpo.losses.pairwise import (
+        BFPO,
+        DPO,
+        IPO,
+        LOSSES,
+        MODPO,
+        Additive,
+        BFPOSoft,
+        IPOAvg,
+        PairLogps,
+        PairLoss,
+        SafeDPO,
+        bfpo_loss,
+    )
+
+__all__ = [
+    "BFPO",
+    "DPO",
+    "IPO",
+    "LOSSES",
+    "MODPO",
+    "Additive",
+    "BFPOSoft",
+    "IPOAvg",
+    "LabelingFunction",
+    "PairLogps",
+    "PairLoss",
+    "SafeDPO",
+    "bfpo_loss",
+    "make_loss",
+]
+
+_MODULES = {"LabelingFunction": "labeling", "make_loss": "build"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(f"bfpo.losses.{_MODULES.get(name, 'pairwise')}"), name)
+    raise AttributeError(f"module 'bfpo.losses' has no attribute '{name}'")

@@ -1,0 +1,415 @@
+"""Preference losses: pure functions of log-probabilities and labels, unreduced, `(B,)` in and `(B,)` out.
+
+A loss is a frozen dataclass whose fields are its hyper-parameters and whose call is its equation. To add one,
+write the class and one line in `LOSSES`; a loss of your own is named in a recipe by its import path
+(`loss: {name: "my_package.losses:MyLoss"}`) and needs no change here.
+
+Notation: h is the margin, policy log-ratio gap minus reference log-ratio gap, in nats (token sums).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from bfpo.core.pairs import SafetyLabels
+from bfpo.errors import DataError, RecipeError
+from bfpo.losses.labeling import LabelingFunction
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PairLogps:
+    """All that a loss may look at, for a batch of B pairs. Every tensor has shape (B,).
+
+    Args:
+        chosen_logps: Policy log-probability of the chosen completion, summed over its tokens, in nats.
+        rejected_logps: The same for the rejected completion.
+        ref_chosen_logps: The reference's value for the chosen completion.
+        ref_rejected_logps: The reference's value for the rejected completion.
+        chosen_safe: 0 or 1, or the probability in [0, 1] that the chosen answer is safe.
+        rejected_safe: The same for the rejected answer.
+        chosen_lengths: Number of scored tokens of the chosen completion; None when unknown.
+        rejected_lengths: The same for the rejected completion.
+        expected_safety: E_s of the pair's prompt or data set, in [0, 1]; None when unknown.
+        chosen_win_rate: Probability in [0, 1] of beating a random answer of the data policy; None when unknown.
+        rejected_win_rate: The same for the rejected answer.
+        reward_margin: Another objective's reward, chosen minus rejected; None when unknown.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    ref_chosen_logps: Tensor
+    ref_rejected_logps: Tensor
+    chosen_safe: Tensor
+    rejected_safe: Tensor
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
+    expected_safety: Tensor | None = None
+    chosen_win_rate: Tensor | None = None
+    rejected_win_rate: Tensor | None = None
+    reward_margin: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value.shape != self.chosen_logps.shape:
+                raise ValueError(
+                    f"Shape mismatch: chosen_logps is {tuple(self.chosen_logps.shape)}, "
+                    f"{field.name} is {tuple(value.shape)}"
+                )
+
+    @property
+    def margin(self) -> Tensor:
+        """h: how much further than the reference the policy prefers the chosen answer, nats, (B,)."""
+        return (self.chosen_logps - self.ref_chosen_logps) - (self.rejected_logps - self.ref_rejected_logps)
+
+    def known(self, name: str) -> Tensor:
+        """Return an optional column, or say that the data lack it.
+
+        Raises:
+            DataError: If the column is unknown.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise DataError(f"this loss needs '{name}' for every pair, and the data don't have it")
+        assert isinstance(value, Tensor)
+        return value
+
+
+@dataclass(frozen=True)
+class PairLoss(ABC):
+    """What every preference loss has. Subclasses give the equation.
+
+    Args:
+        beta: Strength of the pull towards the reference; above 0. With token-summed log-probabilities a
+            squared loss aims at margins of label / beta nats.
+
+    Raises:
+        RecipeError: If beta isn't a finite number above 0.
+    """
+
+    beta: float = 0.1
+
+    # Optional columns of a pair file without which the loss isn't defined.
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        _require(self, "beta", self.beta > 0, "a finite number above 0")
+
+    @abstractmethod
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair, unreduced, (B,)."""
+
+    def target(self, pairs: PairLogps) -> Tensor | None:
+        """Return the margin at which each pair's loss is least, nats, (B,); None when there is none."""
+        return None
+
+    def direction(self, pairs: PairLogps) -> Tensor:
+        """Return the sign of the margin that the loss pushes towards, in {-1, 0, 1}, (B,)."""
+        target = self.target(pairs)
+        return torch.ones_like(pairs.margin) if target is None else target.sign()
+
+    def keeps(self, labels: SafetyLabels) -> bool:
+        """Return whether pairs with these labels are trained on; the others are dropped and counted."""
+        return True
+
+
+@dataclass(frozen=True)
+class BFPO(PairLoss):
+    """Bi-factorial preference optimization: `(h - label / beta)²`, label = b3·(b1·s_c - s_r + b2) - alpha.
+
+    Args:
+        beta: The paper's tau; above 0. At 0.01 targets are ±50 and ±100 nats.
+        b1: Weight of the chosen answer's safety; above 1. b3 = 1/(b1-1).
+        b2: Constant in the bracket of the labeling function.
+        alpha: Shift of all labels; 0.5 makes them antisymmetric in safety.
+        table: The four labels themselves, instead of b1, b2 and alpha; a recipe may name one of
+            `bfpo.losses.labeling.TABLES`.
+
+    Source:
+        Paper, supervised loss; official `src/alignment/trainer/bfpo.py` @a1febab (which has b2 = 0).
+
+    Example:
+        >>> import torch
+        >>> zero, one = torch.zeros(1), torch.ones(1)
+        >>> BFPO(beta=0.1)(PairLogps(zero, zero, zero, zero, chosen_safe=one, rejected_safe=zero))
+        tensor([100.])
+    """
+
+    beta: float = 0.01
+    b1: float = 3.0
+    b2: float = 0.0
+    alpha: float = 0.5
+    table: LabelingFunction | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.table is not None and (self.b1, self.b2, self.alpha) != (3.0, 0.0, 0.5):
+            raise RecipeError("loss: 'table' replaces b1, b2 and alpha; give the one or the others")
+        self.labeling  # noqa: B018 - an impossible b1 is refused here, not at the first step
+
+    @property
+    def labeling(self) -> LabelingFunction:
+        """The labeling function in use."""
+        return self.table or LabelingFunction.from_parameters(self.b1, self.b2, self.alpha)
+
+    def target(self, pairs: PairLogps) -> Tensor:
+        """Return label / beta."""
+        label: Tensor = self.labeling(pairs.chosen_safe, pairs.rejected_safe)
+        return label / self.beta
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return `(h - label / beta)²`."""
+        return (pairs.margin - self.target(pairs)) ** 2
+
+
+@dataclass(frozen=True)
+class IPO(PairLoss):
+    """Identity preference optimization on token sums: `(h - 1/(2·beta))²`; blind to safety.
+
+    Source:
+        Azar et al., arXiv 2310.12036, eq. 17; the summed form is that of TRL 0.7.7 and of the official BFPO code.
+    """
+
+    beta: float = 0.01
+
+    def target(self, pairs: PairLogps) -> Tensor:
+        """Return 1/(2·beta)."""
+        return torch.full_like(pairs.margin, 1 / (2 * self.beta))
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return `(h - 1/(2·beta))²`."""
+        return (pairs.margin - self.target(pairs)) ** 2
+
+
+@dataclass(frozen=True)
+class IPOAvg(PairLoss):
+    """Identity preference optimization on per-token means: `(h_avg - 1/(2·beta))²`; blind to safety.
+
+    h_avg divides each answer's log-ratio by its own length, so beta is not comparable with `ipo`'s.
+
+    Source:
+        TRL 1.16 `trainer/dpo_trainer.py`, loss type `ipo`.
+    """
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return `(h_avg - 1/(2·beta))²`."""
+        chosen = (pairs.chosen_logps - pairs.ref_chosen_logps) / pairs.known("chosen_lengths")
+        rejected = (pairs.rejected_logps - pairs.ref_rejected_logps) / pairs.known("rejected_lengths")
+        return (chosen - rejected - 1 / (2 * self.beta)) ** 2
+
+
+@dataclass(frozen=True)
+class DPO(PairLoss):
+    """Direct preference optimization: `-log σ(beta·h)`; blind to safety.
+
+    Args:
+        beta: Inverse temperature of the implicit reward; above 0.
+        label_smoothing: Assumed share of flipped preferences, in [0, 0.5) (conservative DPO).
+
+    Source:
+        Rafailov et al., arXiv 2305.18290, eq. 7; smoothing as in `eric-mitchell/direct-preference-optimization`
+        `trainers.py` @f8b8c0f.
+    """
+
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "a number from 0 to below 0.5")
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return `-(1-ε)·log σ(beta·h) - ε·log σ(-beta·h)`."""
+        z = self.beta * pairs.margin
+        return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
+
+
+@dataclass(frozen=True)
+class SafeDPO(PairLoss):
+    """SafeDPO: DPO on pairs re-ordered by safety, with an offset between safe and unsafe answers.
+
+    A pair whose rejected answer alone is safe is swapped; both-unsafe pairs are dropped before the plan, and
+    their loss is NaN here. Labels must be 0 or 1.
+
+    Args:
+        beta: As in DPO.
+        delta: Offset added when the preferred answer is safe and the other is not; at least 0.
+
+    Source:
+        Kim et al., arXiv 2505.20065 (their flag is 1 = unsafe; ours is 1 = safe).
+    """
+
+    delta: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "delta", self.delta >= 0, "a finite number of at least 0")
+
+    def keeps(self, labels: SafetyLabels) -> bool:
+        """Drop pairs in which both answers are unsafe."""
+        return labels.chosen or labels.rejected
+
+    def direction(self, pairs: PairLogps) -> Tensor:
+        """Return -1 where the pair is swapped, else 1."""
+        swapped = (pairs.chosen_safe < 0.5) & (pairs.rejected_safe >= 0.5)
+        return torch.where(swapped, -1.0, 1.0).to(pairs.margin)
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return `-log σ(beta·h̃ - delta·[only one is safe])` with h̃ the margin of the re-ordered pair."""
+        mixed = (pairs.chosen_safe - pairs.rejected_safe).abs()
+        loss = -logsigmoid(self.beta * self.direction(pairs) * pairs.margin - self.delta * mixed)
+        both_unsafe = (pairs.chosen_safe < 0.5) & (pairs.rejected_safe < 0.5)
+        return torch.where(both_unsafe, torch.nan, loss)
+
+
+@dataclass(frozen=True)
+class Additive(PairLoss):
+    """Squared loss with an additive label: `(h - (1/2 + weight·(s_c - s_r))/beta)²`.
+
+    The control for the bilinear label: at weight 1 it differs from BFPO in the numbers of three cells
+    (1/2, 3/2, -1/2, 1/2).
+
+    Args:
+        beta: As in BFPO.
+        weight: What a difference in safety is worth against one in helpfulness; finite.
+    """
+
+    beta: float = 0.01
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "weight", True, "a finite number")
+
+    def target(self, pairs: PairLogps) -> Tensor:
+        """Return (1/2 + weight·(s_c - s_r))/beta."""
+        return (0.5 + self.weight * (pairs.chosen_safe - pairs.rejected_safe)) / self.beta
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return the squared distance from the target."""
+        return (pairs.margin - self.target(pairs)) ** 2
+
+
+@dataclass(frozen=True)
+class MODPO(PairLoss):
+    """Multi-objective DPO: `-log σ((beta·h - (1-weight)·m)/weight)`, m the other objective's reward margin.
+
+    Args:
+        beta: As in DPO.
+        weight: Weight of the pair's own order (helpfulness), in (0, 1]; the other reward gets 1 - weight.
+
+    Source:
+        Zhou et al., arXiv 2310.03708; official `src/trainer/modpo_trainer.py`.
+    """
+
+    weight: float = 0.5
+    needs = ("reward_margin",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "weight", 0 < self.weight <= 1, "a number above 0, at most 1")
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return `-log σ((beta·h - (1-weight)·m)/weight)`."""
+        other = (1 - self.weight) * pairs.known("reward_margin")
+        return -logsigmoid((self.beta * pairs.margin - other) / self.weight)
+
+
+@dataclass(frozen=True)
+class BFPOSoft(PairLoss):
+    """BFPO on known win rates: `(h - (g(chosen) - g(rejected))/beta)²`, our step beyond the paper.
+
+    g = (p_safe + E_s - 2·alpha)·(p_help + 1/(b1-1)) is the reward of the paper's RL objective itself. Its
+    difference is regressed onto directly, so the minimiser is the optimum of that objective without the
+    assumption that safety and helpfulness are uncorrelated (docs/method.md).
+
+    Args:
+        beta: As in BFPO.
+        b1: Sets the helpfulness offset A2 = 1/(b1-1); above 1.
+        alpha: Lowers the safety offset: A1 = E_s - 2·alpha. 0 is the paper's objective.
+    """
+
+    beta: float = 0.01
+    b1: float = 3.0
+    alpha: float = 0.0
+    needs = ("chosen_win_rate", "rejected_win_rate")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "b1", self.b1 > 1, "a finite number above 1")
+        _require(self, "alpha", True, "a finite number")
+
+    def target(self, pairs: PairLogps) -> Tensor:
+        """Return (g(chosen) - g(rejected))/beta."""
+        a1, a2 = pairs.known("expected_safety") - 2 * self.alpha, 1 / (self.b1 - 1)
+        chosen = (pairs.chosen_safe + a1) * (pairs.known("chosen_win_rate") + a2)
+        rejected = (pairs.rejected_safe + a1) * (pairs.known("rejected_win_rate") + a2)
+        return (chosen - rejected) / self.beta
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return the squared distance from the target."""
+        return (pairs.margin - self.target(pairs)) ** 2
+
+
+def bfpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    is_chosen_safe: Tensor,
+    is_rejected_safe: Tensor,
+    *,
+    beta: float = 0.01,
+    b1: float = 3.0,
+    alpha: float = 0.5,
+) -> Tensor:
+    """Return the BFPO loss as a plain function, unreduced, (B,).
+
+    Args:
+        chosen_logps: Policy log-probability of the chosen completion, token sum, nats, (B,).
+        rejected_logps: The same for the rejected completion.
+        ref_chosen_logps: The reference's value for the chosen completion.
+        ref_rejected_logps: The reference's value for the rejected completion.
+        is_chosen_safe: bool, 0/1 or probability, (B,).
+        is_rejected_safe: The same for the rejected answer.
+        beta: The paper's tau; above 0.
+        b1: Weight of the chosen answer's safety; above 1.
+        alpha: Shift of all labels.
+
+    Returns:
+        `(h - (b3·(b1·s_chosen - s_rejected) - alpha)/beta)²` with b3 = 1/(b1-1).
+
+    Example:
+        >>> import torch
+        >>> zero = torch.zeros(2)
+        >>> bfpo_loss(zero, zero, zero, zero, torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0]), beta=0.1)
+        tensor([100.,  25.])
+    """
+    safe = is_chosen_safe.to(chosen_logps), is_rejected_safe.to(chosen_logps)
+    pairs = PairLogps(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *safe)
+    return BFPO(beta=beta, b1=b1, alpha=alpha)(pairs)
+
+
+def _require(loss: PairLoss, name: str, holds: bool, allowed: str) -> None:
+    value = getattr(loss, name)
+    if not (math.isfinite(value) and holds):
+        raise RecipeError(f"{type(loss).__name__}.{name} is {value}; expected {allowed}")
+
+
+LOSSES: dict[str, type[PairLoss]] = {
+    "bfpo": BFPO,
+    "bfpo_soft": BFPOSoft,
+    "ipo": IPO,
+    "ipo_avg": IPOAvg,
+    "dpo": DPO,
+    "safe_dpo": SafeDPO,
+    "additive": Additive,
+    "modpo": MODPO,
+}

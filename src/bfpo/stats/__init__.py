@@ -1,0 +1,1 @@
+"""Statistics as pure functions of numbers: intervals, paired tests, tails, agreement, corrections."""

@@ -1,0 +1,191 @@
+"""Stages that are killed, called again, or given what doesn't fit."""
+
+import json
+
+import pytest
+
+from bfpo.core.files import append_jsonl, repaired_jsonl
+from bfpo.core.pairs import Message, user_says
+from bfpo.core.samples import Completion, Prompt, Sampling, Verdict, prompt_id
+from bfpo.data.stages import (
+    generate_completions,
+    judge_completions,
+    read_completions,
+    read_prompt_file,
+    read_verdicts,
+)
+from bfpo.errors import DataError
+from bfpo.generation.scripted import ScriptedEngine
+
+PROMPTS = [Prompt(f"p{i}", user_says(f"question {i}")) for i in range(10)]
+
+
+class Counting(ScriptedEngine):
+    """Counts what it is asked for, and stops after some batches."""
+
+    def __init__(self, fail_after=None, **options):
+        super().__init__(lambda prompt, sample: f"{prompt.prompt_id}/{sample}", batch=3, **options)
+        self.asked, self.fail_after = [], fail_after
+
+    def generate(self, wanted):
+        for number, batch in enumerate(super().generate(wanted)):
+            if number == self.fail_after:
+                raise KeyboardInterrupt
+            self.asked += [one.key for one in batch]
+            yield batch
+
+
+class Length:
+    """Finds short answers safe."""
+
+    name = "length"
+
+    def __init__(self, revision="1"):
+        self.revision, self.judged = revision, 0
+
+    def judge(self, completions):
+        self.judged += len(completions)
+        return [
+            Verdict(one.prompt_id, one.sample, one.text_hash, self.name, self.revision, len(one.text) < 5)
+            for one in completions
+        ]
+
+
+def test_a_killed_stage_goes_on_and_repeats_nothing(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    killed = Counting(fail_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        generate_completions(killed, PROMPTS, path)
+    assert not path.exists()
+    with (tmp_path / "completions.jsonl.unfinished").open("a") as file:
+        file.write('{"prompt_id": "p9", "sam')
+    second = Counting()
+    found = generate_completions(second, PROMPTS, path)
+    assert [one.text for one in found] == [f"p{i}/0" for i in range(10)]
+    assert sorted(killed.asked + second.asked) == [(f"p{i}", 0) for i in range(10)]
+    assert [file.name for file in tmp_path.iterdir()] == ["completions.jsonl"]
+    assert read_completions(path) == found
+
+
+def test_what_is_there_is_reused_and_more_samples_are_added(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    generate_completions(Counting(), PROMPTS, path)
+    before = path.read_bytes()
+    again = Counting()
+    generate_completions(again, PROMPTS, path)
+    assert again.asked == []
+    assert path.read_bytes() == before
+    more = Counting()
+    found = generate_completions(more, PROMPTS, path, samples=3)
+    assert len(found) == 30
+    assert {sample for _, sample in more.asked} == {1, 2}
+    # Asking for fewer keeps those that were paid for.
+    assert len(generate_completions(Counting(), PROMPTS[:2], path)) == 2
+    assert len(read_completions(path)) == 30
+
+
+def test_completions_of_another_model_or_prompt_are_refused(tmp_path):
+    path = tmp_path / "completions.jsonl"
+    generate_completions(Counting(), PROMPTS, path)
+    with pytest.raises(DataError, match="another model or other settings"):
+        generate_completions(Counting(name="other"), PROMPTS, path)
+    with pytest.raises(DataError, match="answers another prompt of that id"):
+        generate_completions(Counting(), [Prompt("p0", user_says("something else"))], path)
+
+
+def test_an_engine_that_loses_a_prompt_is_an_error(tmp_path):
+    class Forgetful(ScriptedEngine):
+        def generate(self, wanted):
+            for batch in super().generate(wanted):
+                yield batch[1:]
+
+    with pytest.raises(DataError, match="2 of 10 were not made, the first is \\('p0', 0\\)"):
+        generate_completions(Forgetful(lambda prompt, sample: "x"), PROMPTS, tmp_path / "c.jsonl")
+
+
+def test_verdicts_are_made_once_and_never_on_another_text(tmp_path):
+    completions = generate_completions(Counting(), PROMPTS, tmp_path / "completions.jsonl", samples=20)
+    path, judge = tmp_path / "verdicts.jsonl", Length()
+    found = judge_completions(judge, completions, path)
+    assert len(found) == judge.judged == 200
+    assert [one.safe for one in found] == [len(one.text) < 5 for one in completions]
+    judge_completions(judge, completions, path)
+    assert judge.judged == 200
+    assert read_verdicts(path) == found
+    with pytest.raises(DataError, match="holds verdicts of length@1, this is length@2"):
+        judge_completions(Length("2"), completions, path)
+    other = ScriptedEngine(lambda prompt, sample: "new").generate([(PROMPTS[0], 0)])
+    with pytest.raises(DataError, match="is about another text"):
+        judge_completions(judge, next(iter(other)), path)
+
+
+def test_a_file_that_was_filled_in_parts_ends_in_the_order_of_its_input(tmp_path):
+    completions = generate_completions(Counting(), PROMPTS, tmp_path / "completions.jsonl")
+    path = tmp_path / "verdicts.jsonl"
+    judge_completions(Length(), completions[6:], path)
+    judge_completions(Length(), completions[:2], path)
+    judge_completions(Length(), completions[2:6], path)
+    assert [one.prompt_id for one in read_verdicts(path)] != [prompt.prompt_id for prompt in PROMPTS]
+    judge = Length()
+    judge_completions(judge, completions, path)
+    assert judge.judged == 0
+    assert [one.prompt_id for one in read_verdicts(path)] == [prompt.prompt_id for prompt in PROMPTS]
+    before = path.stat().st_mtime_ns
+    judge_completions(judge, completions, path)
+    judge_completions(judge, completions[6:], path)
+    assert path.stat().st_mtime_ns == before, "nothing to write"
+
+
+def test_damage_before_the_last_line_is_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, [{"a": 1}, {"a": 2}])
+    path.write_text(path.read_text() + '{"a": ')
+    assert repaired_jsonl(path) == [{"a": 1}, {"a": 2}]
+    assert path.read_text().endswith('{"a": 2}\n')
+    path.write_text('{"a": 1}\n{"a": 2}')
+    assert repaired_jsonl(path) == [{"a": 1}, {"a": 2}], "an editor took the last line's end"
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
+    path.write_text('{"a": 1}\n{"a\n{"a": 3}\n')
+    with pytest.raises(DataError, match="row 2: not JSON"):
+        repaired_jsonl(path)
+    path.write_text("[1]\n")
+    with pytest.raises(DataError, match="list, not an object"):
+        repaired_jsonl(path)
+
+
+def test_prompts_from_any_file(tmp_path):
+    chat = Prompt("x", (Message("system", "be brief"), Message("user", "hi")), "benign", "greeting", "me", "MIT")
+    (tmp_path / "p.jsonl").write_text(json.dumps(chat.to_row()) + "\n")
+    assert read_prompt_file(str(tmp_path / "p.jsonl")) == [chat]
+    (tmp_path / "p.csv").write_text("prompt,kind\nhow?,harmful\n")
+    (prompt,) = read_prompt_file(str(tmp_path / "p.csv"))
+    assert (prompt.prompt_id, prompt.kind) == (prompt_id(user_says("how?")), "harmful")
+    (tmp_path / "p.txt").write_text("one\n\n two \n")
+    assert [p.prompt[0].content for p in read_prompt_file(str(tmp_path / "p.txt"))] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a", "kind": "bad"}\n', "row 1: prompt .* kind is 'bad'; expected harmful, benign, lookalike"),
+        ('{"question": "a"}\n', "row 1: no column 'prompt'"),
+        ('{"prompt": "a"}\n{"prompt": "a"}\n', "stands twice"),
+        ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', "expected it to end with a user turn"),
+        ('{"prompt": "a", "prompt_id": {}}\n', "row 1: column 'prompt_id' is {}; expected a string"),
+    ],
+)
+def test_prompts_that_are_wrong(tmp_path, content, message):
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_prompt_file(str(tmp_path / "p.jsonl"))
+
+
+def test_values_that_are_wrong():
+    with pytest.raises(DataError, match="undecided without a reason"):
+        Verdict("p", 0, "h", "j", "1", None)
+    with pytest.raises(DataError, match="temperature is -1; expected at least 0"):
+        Sampling(temperature=-1)
+    row = dict.fromkeys(("prompt_id", "finish_reason", "model", "engine", "settings_hash", "prompt"), "x")
+    row |= {"sample": 0, "prompt_tokens": 1, "completion_tokens": 1}
+    with pytest.raises(DataError, match="missing 1 required positional argument: 'text'"):
+        Completion.from_row(row)

@@ -1,0 +1,94 @@
+"""A model and two judges from a script, and recipes over prompts of two made-up sets."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from bfpo.core.samples import Verdict
+from bfpo.evaluation import pipeline as module
+from bfpo.generation.scripted import ScriptedEngine
+
+CATEGORIES = ("locks", "ledgers")
+SUITE = {
+    "title": "A toy",
+    "judges": ["safe", "refusal"],
+    "indices": {"harmlessness_index": {"bad": "safety"}, "helpfulness_index": {"fine": "over_refusal"}},
+    "tasks": [
+        {"name": "bad", "source": "file", "path": "prompts.jsonl", "only": "harmful"},
+        {"name": "fine", "source": "file", "path": "prompts.jsonl", "only": "lookalike"},
+    ],
+}
+
+
+class Scripted:
+    """A judge that goes by a word of the answer; it counts what it is asked."""
+
+    def __init__(self, name: str, bad: str, revision: str = "1") -> None:
+        self.name, self.bad, self.revision, self.asked = name, bad, revision, 0
+
+    def judge(self, completions):
+        for one in completions:
+            self.asked += 1
+            refusal = one.text.startswith("no")
+            yield Verdict.on(
+                one, self, safe=self.bad not in one.text, refusal=refusal, helpfulness=float(not refusal)
+            )
+
+
+class Counting(ScriptedEngine):
+    """A model that counts what it is asked, and may be stopped."""
+
+    asked, stop_after = 0, 10**9
+
+    def generate(self, wanted):
+        for batch in super().generate(wanted):
+            if self.asked >= self.stop_after:
+                raise KeyboardInterrupt
+            self.asked += len(batch)
+            yield batch
+
+
+REAL = module.open_engine
+
+
+@pytest.fixture
+def real_engine(toy, monkeypatch):
+    """Open what the recipe says, not the script."""
+    monkeypatch.setattr(module, "open_engine", REAL)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> SimpleNamespace:
+    """What a test changes: prompts, answers by model, judges by spec; `recipe` makes a recipe of them."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"prompt": f"open {number}", "kind": kind, "category": CATEGORIES[number % 2]}
+        for kind in ("harmful", "lookalike")
+        for number in range(20 if kind == "harmful" else 100, 40 if kind == "harmful" else 112)
+    ]
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("toy.yaml").write_text(yaml.safe_dump(SUITE))
+
+    def number(prompt):
+        return int(prompt.prompt[-1].content.split()[-1])
+
+    engines = {
+        "careful": Counting(lambda prompt, sample: "no" if number(prompt) < 100 else "yes", name="careful"),
+        "careless": Counting(lambda prompt, sample: "no" if number(prompt) % 4 == 0 else "yes gun", name="careless"),
+    }
+    judges = {
+        "one": Scripted("one", "gun"),
+        "two": Scripted("two", "yes"),
+        "same": Scripted("one", "gun", revision="22222222"),
+    }
+    monkeypatch.setattr(module, "open_engine", lambda recipe: engines[recipe.model.path])
+    monkeypatch.setattr(module, "open_judge", lambda spec: judges[spec])
+
+    def recipe(model: str = "careful", **changes) -> dict:
+        plain = {"out": f"out/{model}", "model": {"path": model}, "suites": ["toy.yaml"], "judges": ["one", "two"]}
+        return plain | changes
+
+    return SimpleNamespace(engines=engines, judges=judges, recipe=recipe, rows=rows)

@@ -1,0 +1,200 @@
+"""`bfpo eval` with answers that people labelled: rates corrected for what the judges get wrong there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bfpo.config.loading import check_recipe
+from bfpo.core.files import file_hash, write_json, write_jsonl
+from bfpo.errors import DataError, RecipeError
+from bfpo.evaluation import plan
+from bfpo.evaluation.pipeline import run_eval
+from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.evaluation.results import read_results
+from bfpo.report.card import card_section
+from bfpo.report.html import write_report
+from bfpo.stats.judge_error import JudgeErrors, corrected_rate
+
+
+def evaluate(content, **options):
+    return run_eval(check_recipe(content, EvalRecipe, "recipe"), **options)
+
+
+def found(results, **key):
+    key = {"suite": "toy", "category": None, "judge": "one"} | key
+    (one,) = [metric for metric in results.metrics if all(getattr(metric, k) == v for k, v in key.items())]
+    return one
+
+
+def labelled(model="careless", *, kind="harmful", first=200, refusals=40, answers=40, missed=4, alarms=8, **said):
+    """Return labelled answers: the toy's judges call a refusal what begins with `no`."""
+    texts = ["sorry"] * missed + ["no"] * (refusals - missed) + ["no way"] * alarms + ["yes"] * (answers - alarms)
+    return [
+        {
+            "prompt": f"open {first + number}",
+            "text": text,
+            "refusal": number < refusals,
+            "safe": True,
+            "model": model,
+            "kind": kind,
+            **said,
+        }
+        for number, text in enumerate(texts)
+    ]
+
+
+def test_a_rate_is_told_again_corrected_for_the_judge_s_errors(toy):
+    write_jsonl(Path("people.jsonl"), labelled())
+    results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
+    plain, corrected = (found(results, task="fine", metric=f"over_refusal{end}") for end in ("", "_corrected"))
+    assert plain.value == 0.25
+    # The judge finds 36 of 40 refusals, and takes 8 of 40 answers for one.
+    interval = corrected_rate(0.25, 12, JudgeErrors(0.9, 40, 0.8, 40))
+    assert (corrected.value, corrected.low, corrected.high) == pytest.approx(interval)
+    assert corrected.value == pytest.approx(0.05 / 0.7)
+    assert (corrected.n, corrected.higher_is_better, corrected.judge) == (12, False, "one")
+    assert "Lang and Reiczigel" in corrected.interval
+    assert results.metrics.index(corrected) == results.metrics.index(plain) + 1
+    assert found(results, task="lookalike", metric="over_refusal_corrected", judge="two").value == corrected.value
+    assert not any(one.category for one in results.metrics if one.metric.endswith("_corrected"))
+    refusal = next(one for one in results.calibration if (one["judge"], one["question"]) == ("one", "refusal"))
+    assert refusal == {
+        "judge": "one",
+        "question": "refusal",
+        "labelled": "people.jsonl",
+        "hash": file_hash(Path("people.jsonl")),
+        "models": ["careless"],
+        "own": True,
+        "answers": 80,
+        "sensitivity": 0.9,
+        "yes": 40,
+        "specificity": 0.8,
+        "no": 40,
+    }
+    assert not any("other models" in text for text in results.warnings)
+    assert read_results(Path("out/careless")) == results
+
+
+def test_judges_read_the_labelled_answers_once(toy):
+    write_jsonl(Path("people.jsonl"), labelled())
+    first = evaluate(toy.recipe("careless", calibration="people.jsonl"))
+    asked = toy.judges["one"].asked
+    assert asked == 32 + 80
+    assert evaluate(toy.recipe("careless", calibration="people.jsonl")).metrics == first.metrics
+    assert toy.judges["one"].asked == asked
+    assert Path("out/careless/calibration-one.jsonl").is_file()
+
+
+def test_labels_that_cannot_tell_a_judge_s_errors_leave_the_rate_open(toy):
+    # People found nothing unsafe: how often the judge would miss it can't be known.
+    write_jsonl(Path("people.jsonl"), labelled())
+    bound = {"suite": "toy", "task": "bad", "metric": "safety_corrected", "min": 0.9}
+    results = evaluate(toy.recipe("careless", calibration="people.jsonl", gate=[bound]))
+    safety = found(results, task="bad", metric="safety_corrected")
+    assert (safety.value, safety.low, safety.high) == (None, 0, 1)
+    assert any("one: people's labels of 'safe' (80 yes, 0 no) can't tell" in text for text in results.warnings)
+
+
+def test_safety_is_calibrated_on_harmful_prompts_and_refusals_on_all(toy):
+    rows = labelled(kind="harmful", refusals=10, answers=10, missed=1, alarms=0)
+    rows += labelled(kind="lookalike", first=300, refusals=10, answers=10, missed=0, alarms=0)
+    write_jsonl(Path("people.jsonl"), rows)
+    results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
+    counts = {one["question"]: (one["answers"], one["yes"]) for one in results.calibration if one["judge"] == "one"}
+    assert counts == {"safe": (20, 20), "refusal": (40, 20)}
+
+
+def test_calibration_on_other_models_is_warned_of_and_own_answers_are_preferred(toy):
+    write_jsonl(Path("others.jsonl"), labelled("another") + labelled("third", first=400))
+    results = evaluate(toy.recipe("careless", calibration="others.jsonl"))
+    (warning,) = [text for text in results.warnings if "answers of other models" in text]
+    assert "not of the evaluated one" in warning
+    assert results.calibration[0]["own"] is False
+    assert results.calibration[0]["models"] == ["another", "third"]
+    write_jsonl(Path("mixed.jsonl"), labelled("another") + labelled("careless", first=400, answers=30))
+    results = evaluate(toy.recipe("careless", calibration="mixed.jsonl", out="out/mixed"))
+    assert {(tuple(one["models"]), one["own"]) for one in results.calibration} == {(("careless",), True)}
+    assert {one["answers"] for one in results.calibration if one["question"] == "refusal"} == {70}
+
+
+def test_a_rate_that_does_not_fit_the_errors_is_warned_of(toy):
+    # The judge takes a third of people's no for refusals, and finds none at all in what the careful model answers.
+    write_jsonl(Path("people.jsonl"), labelled("careful", answers=120, alarms=40, missed=0))
+    results = evaluate(toy.recipe("careful", calibration="people.jsonl"))
+    (first, *_) = [text for text in results.warnings if "errs otherwise on these answers" in text]
+    assert first.startswith("one: toy/lookalike over_refusal 0.00 is what no rate")
+
+
+def test_what_nobody_labelled_is_not_corrected(toy):
+    write_jsonl(Path("people.jsonl"), [row | {"safe": None} for row in labelled()])
+    results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
+    assert not [one for one in results.metrics if one.metric == "safety_corrected"]
+    assert any("no label says whether answers are 'safe'" in text for text in results.warnings)
+
+
+def test_a_judge_fitted_on_its_calibration_answers_is_warned_of(toy):
+    write_jsonl(Path("people.jsonl"), labelled())
+    toy.judges["linear:judge.npz"] = type(toy.judges["one"])("linear", "gun")
+    files = {"people.jsonl": file_hash(Path("people.jsonl"))}
+    write_json(Path("judge.card.json"), {"fitted_on": {"files": files}})
+    recipe = toy.recipe("careless", judges=["linear:judge.npz"], calibration="people.jsonl")
+    assert any("fitted on the very answers" in text for text in evaluate(recipe).warnings)
+    write_json(Path("judge.card.json"), {"fitted_on": {"files": {"people.jsonl": "other"}}})
+    assert not any("fitted on the very answers" in text for text in evaluate(recipe).warnings)
+    Path("judge.card.json").write_text("{}")
+    with pytest.raises(DataError, match=r"judge\.card\.json: not the card"):
+        evaluate(recipe)
+
+
+def test_what_cannot_be_calibrated_on_is_told_before_anything_is_asked(toy):
+    rows = labelled()
+    write_jsonl(Path("people.jsonl"), [rows[0] | {"kind": "odd"}])
+    with pytest.raises(DataError, match=r"calibration: people\.jsonl row 1: column 'kind' is 'odd'; expected"):
+        evaluate(toy.recipe(calibration="people.jsonl"))
+    with pytest.raises((DataError, RecipeError), match="calibration: "):
+        evaluate(toy.recipe(calibration="missing.jsonl"))
+    bound = {"suite": "toy", "task": "bad", "metric": "safety_corrected", "min": 0.9}
+    with pytest.raises(RecipeError, match="'safety_corrected' needs answers that people labelled"):
+        evaluate(toy.recipe(gate=[bound]))
+    assert toy.engines["careful"].asked == 0
+
+
+def test_the_page_shows_corrected_numbers_beside_the_judge_s_and_the_warning(toy):
+    write_jsonl(Path("others.jsonl"), labelled("another"))
+    evaluate(toy.recipe("careless", calibration="others.jsonl"))
+    page = write_report(Path("page"), [Path("out/careless")]).read_text()
+    for part in ("one, corrected", "answers of other models", "Over-refusal, corrected", "0.07", "right on 90.0%"):
+        assert part in page, part
+    text = Path("page/report.md").read_text()
+    assert "| careless | one, corrected on other models' answers |" in text
+    assert "answers of other models" in text
+    card = card_section(Path("out/careless"))
+    assert "| careless | one, corrected on other models' answers |" in card
+    assert "Corrected by: one on 'safe': right on 100.0% (80) of people's yes and on – (none) of their no" in card
+    assert "one on 'refusal': right on 90.0% (40)" in card
+    for told in (page, text, card):
+        assert told.count("A corrected number is what people would find") == 1
+    assert text.count("| Over-refusal, corrected |") == 2
+    metrics = json.loads(Path("out/careless/results.json").read_text())["metrics"]
+    assert sum(one["metric"].endswith("_corrected") for one in metrics) == 12
+
+
+def test_another_judge_s_corrected_rates_do_not_stand_among_those_of_the_first(toy):
+    # People need no correction, so that the first judge has none.
+    toy.judges["people:x"] = type(toy.judges["one"])("people", "gun")
+    write_jsonl(Path("people.jsonl"), labelled())
+    evaluate(toy.recipe("careless", calibration="people.jsonl", judges=["people:x", "one"]))
+    assert toy.judges["people:x"].asked == 32
+    write_report(Path("page"), [Path("out/careless")])
+    text = Path("page/report.md").read_text()
+    assert "| careless | one, corrected |" in text
+    assert "Over-refusal, corrected" not in text
+
+
+def test_a_dry_run_tells_that_judges_read_the_labelled_answers_too(toy, monkeypatch, capsys):
+    write_jsonl(Path("people.jsonl"), labelled())
+    monkeypatch.setattr(plan, "open_engine", lambda recipe: toy.engines["careful"])
+    plan.show_plan(check_recipe(toy.recipe(calibration="people.jsonl"), EvalRecipe, "recipe"))
+    assert "each judge reads up to 80 answers that people labelled" in " ".join(capsys.readouterr().out.split())
+    assert not Path("out").exists()

@@ -1,0 +1,209 @@
+"""lm-eval really run by a tiny model: named tasks on local rows of their schema, and a task of one's own."""
+
+import json
+
+import pytest
+import yaml
+
+from bfpo.errors import DataError, RecipeError
+from bfpo.evaluation.suite import load_suite
+
+pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
+
+from bfpo.evaluation.lm_eval import tasks as module
+from bfpo.evaluation.lm_eval.run import Found, open_lm, run_task
+from bfpo.evaluation.lm_eval.tasks import known_task, load_task, task_manager
+
+# Warnings of lm-eval's own imports are no errors of ours.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+CHOICES = {"question": "What is 2 and 2?", "choices": {"text": ["3", "4"], "label": ["A", "B"]}, "answerKey": "B"}
+MC = {"choices": ["a cat", "a dog", "a box"], "labels": [1, 1, 0]}
+SCENARIO = {"label": 1, "scenario": "I fed the cat"}
+BIGBENCH = {"inputs": "Is it so?", "targets": ["yes"], "multiple_choice_targets": ["yes", "no"]}
+# Made-up rows with the columns that the sets are published with.
+ROWS = {
+    "winogrande": {
+        "sentence": "The cup fell since the _ was wet.",
+        "option1": "cup",
+        "option2": "hand",
+        "answer": "2",
+    },
+    "ethics_cm": {"label": 0, "input": "I fed the cat.", "is_short": True, "edited": False},
+    "gsm8k": {"question": "What is 1 and 1?", "answer": "It is 2.\n#### 2"},
+    "truthfulqa_mc2": {"question": "Who is it?", "mc1_targets": MC, "mc2_targets": MC},
+    "truthfulqa_gen": {
+        "question": "Who is it?",
+        "best_answer": "a cat",
+        "correct_answers": ["a cat"],
+        "incorrect_answers": ["a box"],
+    },
+    "crows_pairs_english": {
+        "sent_more": "A b.",
+        "sent_less": "A c.",
+        "stereo_antistereo": "stereo",
+        "bias_type": "age",
+    },
+    "ethics_deontology": SCENARIO | {"excuse": "No but it slept."},
+    "ethics_justice": SCENARIO,
+    "ethics_utilitarianism": {"baseline": "I ate.", "activity": "I ate well."},
+    "ethics_virtue": SCENARIO | {"trait": "kind"},
+    "toxigen": {"text": "A cat sat.", "toxicity_ai": 1.0, "toxicity_human": 1.0},
+    "bigbench_hhh_alignment_multiple_choice": BIGBENCH | {"multiple_choice_scores": [1, 0]},
+    "ifeval": {
+        "key": 1,
+        "prompt": "Say it without commas.",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{"num_words": None}],
+    },
+    "mmlu_anatomy": {"question": "What?", "subject": "anatomy", "choices": ["a", "b", "c", "d"], "answer": 1},
+    "arc_challenge": {"id": "1"} | CHOICES,
+    "hellaswag": {
+        "ind": 1,
+        "activity_label": "Cooking",
+        "ctx_a": "A cook stirs.",
+        "ctx_b": "she",
+        "endings": ["eats.", "runs.", "sits.", "flies."],
+        "label": "0",
+    },
+}
+ANSWERED = ("gsm8k", "truthfulqa_gen", "ifeval")
+
+
+def numbered(row, number):
+    """Make rows differ: by the first text of each."""
+    key = next(key for key, value in row.items() if isinstance(value, str) and key != "id")
+    return row | {key: f"{row[key]} {number}"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rows")
+    for task, row in ROWS.items():
+        lines = [json.dumps(numbered(row, number)) + "\n" for number in range(8)]
+        (folder / f"{task}.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def lm(make_model, tokenizer):
+    return open_lm(make_model(shape="nano"), tokenizer, batch_size=4)
+
+
+def run(lm, files, task, tmp_path, **options):
+    path = str(files / f"{task}.jsonl")
+    return run_task(lm, load_task(task, tmp_path, path=path), task, path=path, **options)
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_a_named_task_runs_on_local_rows(lm, files, tmp_path, task):
+    loaded = load_task(task, tmp_path, path=str(files / f"{task}.jsonl"))
+    if task in ANSWERED:
+        # A few tokens are enough to see that an answer is scored.
+        loaded["tasks"][task].set_config(key="generation_kwargs", value={"max_gen_toks": 8}, update=True)
+    found = run_task(lm, loaded, task)
+    assert found.numbers
+    assert {one.category for one in found.numbers} == {None}
+    assert {one.n for one in found.numbers} == {8}
+    for one in found.numbers:
+        if one.values:
+            assert sum(one.values.values()) / 8 == pytest.approx(one.value)
+        else:
+            assert task == "ifeval"
+    assert (found.facts["prompts"], found.facts["of"], found.facts["lm_eval"]) == (8, 8, "0.4.13")
+    policy = "the tokenizer's own chat template" if task in ANSWERED else "plain text"
+    assert found.facts["template_policy"] == policy
+    assert found.facts["few_shot"] == (5 if task == "gsm8k" else 0)
+    assert Found.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+    if task == "gsm8k":
+        assert {one.metric for one in found.numbers} == {
+            "exact_match (strict-match)",
+            "exact_match (flexible-extract)",
+        }
+        for instance in loaded["tasks"][task].instances:
+            assert instance.args[0].count(instance.doc["question"]) == 1, "a row is no example of itself"
+
+
+def test_every_task_of_the_suites_was_run():
+    every = {task for suite in ("capabilities", "paper") for task in load_suite(suite)[1].lm_eval}
+    known = task_manager().task_index
+    assert every <= known.keys()
+    bigbench = {task for task in every if task.startswith("bigbench_")}
+    assert every - bigbench - {"mmlu"} == ROWS.keys() - {"mmlu_anatomy", "bigbench_hhh_alignment_multiple_choice"}
+
+
+def test_a_limit_is_a_sample_and_a_part_of_a_larger_one(lm, files, tmp_path):
+    whole, four, two = (
+        {row for one in run(lm, files, "winogrande", tmp_path, limit=limit).numbers for row in one.values}
+        for limit in (None, 4, 2)
+    )
+    assert (len(whole), len(four), len(two)) == (8, 4, 2)
+    assert two < four < whole
+
+
+def own_task(name, path):
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{input}}",
+        "doc_to_target": "label",
+        "doc_to_choice": ["no", "yes"],
+        "metric_list": [{"metric": "acc"}],
+        "metadata": {"version": 3},
+    }
+
+
+def test_a_task_of_one_s_own(lm, files, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(own_task("fed", files / "ethics_cm.jsonl")))
+    known_task(str(path), with_data=False)
+    found = run_task(lm, load_task(str(path), tmp_path), str(path))
+    assert ({one.category for one in found.numbers}, found.facts["version"]) == ({None}, 3)
+
+
+def test_a_group_is_one_task_with_its_members_as_categories(lm, files, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    row = ROWS["ethics_cm"]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(numbered(row, n) | {"label": 1}) + "\n" for n in range(2)))
+    pack = tmp_path / "pack"
+    pack.mkdir()
+    for name, path in (("many", files / "ethics_cm.jsonl"), ("few", tmp_path / "few.jsonl")):
+        (pack / f"{name}.yaml").write_text(yaml.safe_dump(own_task(name, path)))
+    group = {"group": "all_of_it", "task": ["many", "few"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (pack / "group.yaml").write_text(yaml.safe_dump(group | {"metadata": {"version": 2}}))
+    manager = TaskManager(include_path=str(pack), include_defaults=False)
+    monkeypatch.setattr(module, "task_manager", lambda: manager)
+    found = run_task(lm, load_task("all_of_it", tmp_path), "all_of_it", limit=5)
+    numbers = {one.category: one for one in found.numbers}
+    assert {category: one.n for category, one in numbers.items()} == {None: 7, "many": 5, "few": 2}
+    assert numbers[None].values == numbers["many"].values | numbers["few"].values
+    assert (found.facts["version"], found.facts["prompts"], found.facts["of"]) == ("2", 7, 10)
+
+
+def test_what_cannot_be_run_is_told(files, tmp_path, monkeypatch):
+    group = tmp_path / "group.yaml"
+    group.write_text("group: several\ntask: [winogrande]\n")
+    for name, with_data, message in (
+        ("winogrand", False, "did you mean 'winogrande'"),
+        ("hendrycks_ethics", False, "is a tag, not a task; name its tasks: ethics_cm"),
+        ("mmlu", True, "is a group or a program"),
+        ("none.yaml", False, r"no file none\.yaml"),
+        (str(group), False, "is a group, which lm-eval takes by its name alone"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            known_task(name, with_data=with_data)
+    assert task_manager() is task_manager()
+    with pytest.raises(DataError, match="the rows of 'winogrande' lack what the task reads: 'answer'"):
+        load_task("winogrande", tmp_path, path=str(files / "ethics_cm.jsonl"))
+    import datasets
+
+    def offline(*args, **options):
+        raise ConnectionError("Couldn't reach 'allenai/winogrande' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DataError, match="couldn't read the rows of 'winogrande': Couldn't reach"):
+        load_task("winogrande", tmp_path)

@@ -1,0 +1,260 @@
+"""Tasks of lm-eval in a suite: checked first, run once, kept, compared, shown. The slow test runs lm-eval itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bfpo.config.loading import check_recipe
+from bfpo.core.files import write_jsonl
+from bfpo.errors import DataError, GateViolated, MissingExtra, RecipeError
+from bfpo.evaluation.lm_eval import suite as module
+from bfpo.evaluation.lm_eval import tasks as lm_eval
+from bfpo.evaluation.lm_eval.run import Found, Number
+from bfpo.evaluation.pipeline import run_eval
+from bfpo.evaluation.plan import show_plan
+from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.evaluation.results import read_results
+from bfpo.report.card import card_section
+from bfpo.report.html import write_report
+
+
+def evaluate(content, **options):
+    return run_eval(check_recipe(content, EvalRecipe, "recipe"), **options)
+
+
+def shown(content):
+    return show_plan(check_recipe(content, EvalRecipe, "recipe"))
+
+
+def rows(share):
+    return {f"t/{n}-aaaa": float(n < 40 * share) for n in range(40)}
+
+
+@pytest.fixture
+def stand_in(toy, monkeypatch):
+    """Put a model and lm-eval's parts in place; `asked` counts what is run, `share` is what each model gets right."""
+    toy.asked, toy.loaded, toy.share = [], [], {"careful": 0.5, "careless": 0.9}
+
+    def load(name, folder, *, path=None, revision=None):
+        toy.loaded.append(name)
+        if path is None:
+            raise DataError(f"lm-eval couldn't read the rows of '{name}': no network")
+        return name
+
+    def run(lm, loaded, name, *, limit=None, path=None):
+        if len(toy.asked) == getattr(toy, "stop_after", 99):
+            raise KeyboardInterrupt
+        toy.asked.append(name)
+        values = dict(list(rows(toy.share[lm]).items())[:limit])
+        mean = sum(values.values()) / len(values)
+        facts = {"hash": "h", "licence": None, "prompts": len(values), "of": 40, "lm_eval": "0", "version": 1}
+        facts |= {"few_shot": 0, "template_policy": "plain text", "from": path}
+        numbers = [Number("acc", None, mean, True, len(values), 0, values), Number("f1", None, None, True, 40, 1, {})]
+        return Found([*numbers, Number("acc", "part", mean, True, len(values), 0, values)], facts)
+
+    for name, stand in {
+        "need_lm_eval": lambda: None,
+        "known_task": lambda name, with_data: None,
+        "lm_eval_version": lambda: "0",
+        "rows_of": lambda loaded, limit: (limit or 40, 40, "a set"),
+        "load_task": load,
+        "open_lm": lambda model, tokenizer, batch_size: model.name,
+        "run_task": run,
+    }.items():
+        monkeypatch.setattr(module, name, stand)
+    monkeypatch.setattr("bfpo.evaluation.gate.metrics_of", lambda name: {"acc", "f1"})
+    Model = type("Model", (), {"device": type("Device", (), {"type": "cpu"})})
+
+    def load_checkpoint(path, *, dtype, revision):
+        model = Model()
+        model.name = path
+        return model, None, path
+
+    monkeypatch.setattr("bfpo.generation.in_process.load_checkpoint", load_checkpoint)
+    monkeypatch.setattr("bfpo.generation.in_process.checkpoint_identity", lambda path, revision: path)
+    Path("able.yaml").write_text(yaml.safe_dump({"title": "t", "lm_eval": ["one_task", "two_task"]}))
+    Path("both.yaml").write_text(Path("toy.yaml").read_text() + "lm_eval: [one_task]\n")
+    Path("rows.jsonl").write_text("{}\n")
+    toy.data = {"one_task": {"path": "rows.jsonl"}, "two_task": {"path": "rows.jsonl"}}
+    made = toy.recipe
+    own = {"suites": ["able.yaml"], "data": toy.data}
+    toy.recipe = lambda name="careful", /, **changes: made(name) | own | changes
+    return toy
+
+
+def test_a_suite_of_lm_eval_alone_needs_no_judge_and_is_run_once(stand_in, capsys):
+    results = evaluate(stand_in.recipe())
+    assert stand_in.asked == ["one_task", "two_task"]
+    assert not Path("out/careful/completions.jsonl").exists()
+    assert (results.judges, results.answers) == ([], "")
+    assert results.template_policy == "as data says of each task"
+    accuracy, f1, part = [one for one in results.metrics if one.task == "one_task"]
+    assert (accuracy.value, accuracy.n, accuracy.judge, accuracy.category) == (0.5, 40, "", None)
+    assert accuracy.low < 0.5 < accuracy.high
+    assert "Wilson" in accuracy.interval
+    assert (f1.value, f1.unscored, f1.interval) == (None, 1, "none: lm-eval found no number on some rows")
+    assert part.category == "part"
+    assert results.data[0]["name"] == "able/one_task"
+    assert read_results(Path("out/careful")) == results
+    assert "able/one_task acc" in capsys.readouterr().out
+    assert results.warnings == []
+    assert evaluate(stand_in.recipe()).metrics == results.metrics
+    assert len(stand_in.asked) == 2, "kept"
+    evaluate(stand_in.recipe(limit=10))
+    assert len(stand_in.asked) == 4, "other rows are another result"
+    evaluate(stand_in.recipe())
+    Path("rows.jsonl").write_text("{}\n{}\n")
+    evaluate(stand_in.recipe())
+    assert len(stand_in.asked) == 6, "and so is another file"
+    assert len(stand_in.loaded) == 6
+
+
+def test_a_task_of_one_s_own_is_run_again_when_its_file_or_its_rows_change(stand_in, monkeypatch):
+    monkeypatch.setattr(module, "load_task", lambda name, folder, *, path=None, revision=None: name)
+    Path("own.yaml").write_text("task: own\ndataset_kwargs: {data_files: {test: rows.jsonl}}\n")
+    Path("able.yaml").write_text("title: t\nlm_eval: [own.yaml]\n")
+    for changed, times in ((None, 1), (None, 1), ("rows.jsonl", 2), ("own.yaml", 3), (None, 3)):
+        if changed:
+            Path(changed).write_text(Path(changed).read_text() + "\n")
+        assert {one.task for one in evaluate(stand_in.recipe(data={})).metrics} == {"own"}
+        assert stand_in.asked == ["own.yaml"] * times
+
+
+def test_a_killed_run_goes_on_and_a_damaged_file_is_told(stand_in):
+    stand_in.stop_after = 1
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(stand_in.recipe())
+    stand_in.stop_after = 99
+    evaluate(stand_in.recipe())
+    assert stand_in.asked == ["one_task", "two_task"]
+    (file, _) = sorted(Path("out/careful/lm_eval").iterdir())
+    file.write_text('{"numbers": [')
+    with pytest.raises(DataError, match=r"one_task-.*\.json: not what this program keeps.*remove it"):
+        evaluate(stand_in.recipe())
+
+
+def test_judged_tasks_stand_beside_them_and_both_are_compared_and_shown(stand_in):
+    evaluate(stand_in.recipe("careless", suites=["both.yaml"], data={"one_task": {"path": "rows.jsonl"}}))
+    changes = {"suites": ["both.yaml"], "data": {"one_task": {"path": "rows.jsonl"}}, "base": "out/careless"}
+    bounds = [{"suite": "both", "task": "one_task", "metric": "acc", "min": 0.8}]
+    with pytest.raises(GateViolated, match=r"both/one_task acc >= 0\.8, found 0\.50"):
+        evaluate(stand_in.recipe(gate=bounds, **changes))
+    results = read_results(Path("out/careful"))
+    assert {one["name"] for one in results.data} == {"both/bad", "both/fine", "both/one_task"}
+    (tax,) = [one for one in results.comparisons if one.task == "one_task" and one.category is None]
+    assert (tax.metric, tax.verdict, tax.n) == ("acc", "worse", 40)
+    assert tax.difference == pytest.approx(-0.4)
+    assert any(one.task == "bad" for one in results.comparisons)
+    page = write_report(Path("page"), [Path("out/careless"), Path("out/careful")]).read_text()
+    assert "one_task" in page
+    assert "| both/one\\_task | acc | 0.50 \\[" in card_section(Path("out/careful"))
+    # A base of lm-eval's tasks alone, one of them, with another version.
+    content = json.loads(Path("out/careless/results.json").read_text())
+    content["data"][-1]["version"] = 2
+    Path("out/careless/results.json").write_text(json.dumps(content))
+    told = evaluate(stand_in.recipe(**changes)).warnings
+    assert "No comparison of both/one_task with careless: version differ." in told
+    told = evaluate(stand_in.recipe(base="out/careless")).warnings
+    assert "No comparison of able/two_task with careless: it wasn't asked of that one." in told
+
+
+def test_a_dry_run_counts_rows(stand_in, capsys):
+    one, two = shown(stand_in.recipe(limit=10))
+    assert (one.what, one.wanted, one.there, two.what) == ("rows of able/one_task", 10, 0, "rows of able/two_task")
+    assert not Path("out").exists()
+    assert stand_in.asked == []
+    evaluate(stand_in.recipe(limit=10))
+    assert shown(stand_in.recipe(limit=10))[0].there == 10
+    assert "lm-eval" in capsys.readouterr().out
+
+
+def test_what_cannot_be_run_is_told_before_any_work(stand_in, monkeypatch):
+    answers = {"model": None, "completions": "saved.jsonl"}
+    write_jsonl(Path("saved.jsonl"), [{"prompt": "p", "text": "t"}])
+    bound = {"suite": "able", "task": "one_task", "metric": "acc", "min": 0.5}
+    for changes, message in (
+        (answers, r"saved completions can't tell; .*leave_out: \[able/one_task, able/two_task\]"),
+        ({"model": {"path": "m", "server": "http://localhost/v1"}}, "which a server can't tell"),
+        (
+            {"data": {}},
+            r"(?s)able/one_task: .*no network\nable/two_task: .*"
+            r"data: {one_task: {path: FILE}, two_task: {path: FILE}}, .*leave_out: \[able/one_task, able/two_task\]",
+        ),
+        ({"data": {"one_task": {"path": "gone.jsonl"}}}, r"able/one_task: no file gone\.jsonl"),
+        ({"data": {"one_taks": {"path": "x"}}}, "did you mean 'one_task'"),
+        ({"leave_out": ["one_task", "two_taks"]}, "leave_out: 'two_taks'; did you mean"),
+        ({"leave_out": ["able/one_task", "two_task"]}, "no task is left"),
+        ({"gate": [bound | {"task": "one_taks"}]}, "nothing is asked of able/one_taks; did you mean 'able/one_task'"),
+        ({"gate": [bound | {"metric": "ac"}]}, "metric 'ac'; did you mean 'acc'"),
+        ({"suites": ["both.yaml"], "judges": ["one"], "data": {}}, r"leave_out: \[both/one_task\]"),
+    ):
+        with pytest.raises((RecipeError, DataError), match=message):
+            evaluate(stand_in.recipe(**changes))
+    assert (stand_in.asked, stand_in.engines["careful"].asked) == ([], 0)
+    evaluate(stand_in.recipe(leave_out=["two_task"], data={"one_task": {"path": "rows.jsonl"}}))
+    assert stand_in.asked == ["one_task"]
+    monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
+    monkeypatch.setattr(module, "need_lm_eval", lm_eval.need_lm_eval)
+    with pytest.raises(MissingExtra, match=r"pip install 'bfpo\[lm-eval\]'"):
+        evaluate(stand_in.recipe())
+
+
+def test_a_suite_needs_tasks_of_one_sort_and_names_apart(stand_in):
+    for text, message in (
+        ("title: t", "expected tasks or lm_eval"),
+        ("title: t\nlm_eval: [a, folder/a.yaml]", "task 'a' stands twice"),
+        ("title: t\nlm_eval: [advbench]\ntasks: [{source: advbench}]", "task 'advbench' stands twice"),
+    ):
+        Path("wrong.yaml").write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            evaluate(stand_in.recipe(suites=["wrong.yaml"], data={}))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_lm_eval_really_runs_in_an_evaluation(tmp_path, make_model, tokenizer, monkeypatch):
+    pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
+    for seed in (1, 2):
+        make_model(shape="nano", seed=seed).save_pretrained(tmp_path / f"model{seed}")
+        tokenizer.save_pretrained(tmp_path / f"model{seed}")
+    monkeypatch.chdir(tmp_path)
+    sentence = {"option1": "cup", "option2": "hand", "answer": "2"}
+    write_jsonl(Path("w.jsonl"), [{"sentence": f"Cup {n} fell since the _ was wet."} | sentence for n in range(30)])
+    fed = [{"label": n % 2, "input": f"I fed {n} cats.", "is_short": True, "edited": False} for n in range(30)]
+    write_jsonl(Path("e.jsonl"), fed)
+    told = {"choices": ["a cat", "a dog", "a box"], "labels": [1, 1, 0]}
+    write_jsonl(
+        Path("t.jsonl"), [{"question": f"Who is {n}?", "mc2_targets": told, "mc1_targets": told} for n in range(9)]
+    )
+    data = {
+        "winogrande": {"path": "w.jsonl"},
+        "ethics_cm": {"path": "e.jsonl"},
+        "truthfulqa_mc2": {"path": "t.jsonl"},
+    }
+    Path("suite.yaml").write_text(yaml.safe_dump({"title": "t", "lm_eval": [*data]}))
+
+    def content(seed, **changes):
+        return {
+            "out": f"out{seed}",
+            "model": {"path": f"model{seed}"},
+            "suites": ["suite.yaml"],
+            "data": data,
+        } | changes
+
+    assert [one.wanted for one in shown(content(1))] == [30, 30, 9]
+    evaluate(content(1))
+    results = evaluate(
+        content(2, base="out1", gate=[{"suite": "suite", "task": "winogrande", "metric": "acc", "max": 1}])
+    )
+    found = {one.task: one for one in results.metrics if one.metric == "acc"}
+    assert [one.n for one in found.values()] == [30, 30, 9]
+    assert {one.task for one in results.comparisons} == {*data}
+    assert "Wilson" in found["winogrande"].interval
+    assert "effective sample size" in found["truthfulqa_mc2"].interval
+    with pytest.raises(RecipeError, match="metric 'accc'; did you mean 'acc'"):
+        evaluate(content(2, gate=[{"suite": "suite", "task": "winogrande", "metric": "accc", "max": 1}]))
+    monkeypatch.setattr(module, "run_task", None)
+    assert evaluate(content(2, base="out1")).metrics == results.metrics, "nothing is run again"
+    assert "winogrande" in write_report(Path("page"), [Path("out1"), Path("out2")]).read_text()

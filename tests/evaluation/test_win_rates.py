@@ -1,0 +1,195 @@
+"""Answers beside given outputs: both orders, resuming, win rates, AlpacaEval's files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bfpo.config.loading import check_recipe
+from bfpo.core.samples import Preference, Verdict
+from bfpo.errors import DataError, RecipeError
+from bfpo.evaluation import pipeline as module
+from bfpo.evaluation import plan
+from bfpo.evaluation.alpaca_eval import read_alpaca_annotations
+from bfpo.evaluation.pipeline import run_eval
+from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.generation.scripted import ScriptedEngine
+from bfpo.report.html import render
+from bfpo.report.lengths import lengths
+from bfpo.report.run_files import read_runs
+from bfpo.stats.length_control import win_rate
+
+SUITE = {
+    "title": "Beside given outputs",
+    "judges": ["helpfulness"],
+    "tasks": [{"name": "asked", "source": "alpaca_eval", "path": "outputs.json", "compare": "output"}],
+}
+
+
+class Rates:
+    """A judge that finds long answers helpful, and none of those that it can't read."""
+
+    name, revision = "rates", "1"
+
+    def __init__(self):
+        self.asked = 0
+
+    def judge(self, completions):
+        for one in completions:
+            self.asked += 1
+            rating = None if "?" in one.text else min(len(one.text) / 100, 1.0)
+            yield Verdict.on(one, self, safe=True, helpfulness=rating)
+
+
+class Sees(Rates):
+    """A judge that sees two answers: the longer wins, of nearly equal ones the first; it may be stopped."""
+
+    name = "sees"
+    stop_after = 10**9
+
+    def prefer(self, pairs):
+        for first, second in pairs:
+            if self.asked >= self.stop_after:
+                raise KeyboardInterrupt
+            self.asked += 1
+            gap = len(first.text) - len(second.text)
+            if "?" in first.text + second.text:
+                yield Preference(None, "can't read it")
+            else:
+                yield Preference(1.0 if gap > -3 else 0.0)
+
+    def judge(self, completions):
+        for one in completions:
+            yield Verdict.on(one, self, safe=True)
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Twelve prompts: given outputs of 20 characters, answers of 18 to 40; one answer can't be read."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"instruction": f"tell {i}", "output": "g" * 20, "generator": "given", "dataset": "toys"} for i in range(12)
+    ]
+    Path("outputs.json").write_text(json.dumps(rows))
+    Path("beside.yaml").write_text(yaml.safe_dump(SUITE))
+
+    def answer(prompt, sample):
+        number = int(prompt.prompt[-1].content.split()[-1])
+        return "?" * 30 if number == 11 else "a" * (18 + 2 * number)
+
+    judges = {"rates": Rates(), "sees": Sees()}
+    monkeypatch.setattr(module, "open_engine", lambda recipe: ScriptedEngine(answer, name="scripted"))
+    monkeypatch.setattr(plan, "open_engine", lambda recipe: ScriptedEngine(answer, name="scripted"))
+    monkeypatch.setattr(module, "open_judge", lambda spec: judges[spec])
+    return judges
+
+
+def recipe(**changes):
+    plain = {"out": "out/a", "model": {"path": "m"}, "suites": ["beside.yaml"], "judges": ["rates", "sees"]}
+    return check_recipe(plain | changes, EvalRecipe, "toy")
+
+
+def numbers(results):
+    return {(one.task, one.metric, one.judge): one for one in results.metrics}
+
+
+def test_win_rates_by_a_judge_that_sees_both_and_by_one_that_rates(toy):
+    found = numbers(run_eval(recipe()))
+    # Of the 11 that can be read: 18 characters lose, 20 tie, the others win.
+    rated = found["asked", "win_rate", "rates"]
+    assert (rated.value, rated.n, rated.unscored) == (pytest.approx(9.5 / 11), 11, 1)
+    assert rated.low < rated.value < rated.high
+    assert rated.least < rated.low
+    assert rated.most > rated.value
+    # The order decides where the gap is below 3: 18, 20 and 22 characters.
+    seen = found["asked", "win_rate", "sees"]
+    assert (seen.value, seen.n) == (pytest.approx((3 * 0.5 + 8) / 11), 11)
+    assert found["asked", "order_decides", "sees"].value == pytest.approx(3 / 11)
+    assert ("asked", "order_decides", "rates") not in found
+    # At equal lengths less of it is left, as nearly all wins are longer.
+    assert found["asked", "win_rate_length_controlled", "sees"].value < seen.value
+    # The given outputs were rated once each, the answers by the verdicts that were there.
+    assert toy["rates"].asked == 12 + 12
+    assert toy["sees"].asked == 2 * 12
+
+
+def test_a_killed_comparison_goes_on_where_it_was(toy):
+    toy["sees"].stop_after = 7
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(recipe())
+    unfinished = Path("out/a/comparisons-sees.jsonl.unfinished")
+    assert len(unfinished.read_text().splitlines()) == 7
+    with unfinished.open("a") as file:
+        file.write('{"prompt_id": "half')
+    toy["sees"].stop_after = 10**9
+    whole = run_eval(recipe())
+    assert toy["sees"].asked == 24
+    again = run_eval(recipe())
+    assert (toy["sees"].asked, toy["rates"].asked) == (24, 24)
+    assert again.metrics == whole.metrics
+    Path("outputs.json").write_text(Path("outputs.json").read_text().replace("g" * 20, "h" * 20))
+    with pytest.raises(DataError, match="another text"):
+        run_eval(recipe())
+
+
+def test_the_files_are_alpaca_eval_s(toy):
+    found = numbers(run_eval(recipe()))
+    folder = Path("out/a/alpaca_eval/asked")
+    outputs = json.loads((folder / "model_outputs.json").read_text())
+    assert len(outputs) == 12
+    assert outputs[0] == {"dataset": "toys", "instruction": "tell 0", "output": "a" * 18, "generator": "a"}
+    for judge in ("rates", "sees"):
+        annotations = read_alpaca_annotations(folder / judge / "annotations.json")
+        told = found["asked", "win_rate", judge]
+        assert win_rate(annotations.preferences) == pytest.approx((told.value, told.low, told.high))
+        assert annotations.reference_outputs == ["g" * 20] * 11
+
+
+def test_two_runs_compare_prompt_by_prompt_only_beside_the_same_outputs(toy, monkeypatch):
+    run_eval(recipe())
+    better = ScriptedEngine(lambda prompt, sample: "b" * 60, name="better")
+    monkeypatch.setattr(module, "open_engine", lambda recipe: better)
+    results = run_eval(recipe(out="out/b", base="out/a"))
+    compared = {(one.metric, one.judge): one for one in results.comparisons}
+    assert compared["win_rate", "sees"].difference == pytest.approx(1 - (3 * 0.5 + 8) / 11)
+    assert compared["win_rate", "rates"].n == 11
+    Path("outputs.json").write_text(Path("outputs.json").read_text().replace('"given"', '"others"'))
+    results = run_eval(recipe(out="out/c", base="out/a"))
+    assert "win_rate" not in {one.metric for one in results.comparisons}
+    assert any("beside other outputs" in told for told in results.warnings)
+
+
+def test_the_page_draws_length_against_win_rate(toy):
+    run_eval(recipe())
+    (one, other) = lengths(read_runs([Path("out/a")]))
+    assert (one.label, other.label) == ("beside/asked by rates", "beside/asked by sees")
+    assert other.runs[0].startswith("a: 1 tokens, win rate 0.86 [")
+    assert "at equal lengths" in other.runs[0]
+    drawn = other.drawing.standalone()
+    assert drawn.count('class="dot') + drawn.count('class="ring') == 2
+    assert "Length against win rate" in render(read_runs([Path("out/a")]), title="t")
+
+
+def test_gates_and_the_dry_run_know_of_it(toy, capsys):
+    bound = {"suite": "beside", "task": "asked", "metric": "win_rate", "judge": "sees", "min": 0.2}
+    run_eval(recipe(gate=[bound]))
+    assert "passed" in capsys.readouterr().out
+    with pytest.raises(RecipeError, match="did you mean 'win_rate'"):
+        run_eval(recipe(gate=[bound | {"metric": "winrate"}]))
+    stages = {one.what: one for one in plan.show_plan(recipe(out="out/new"))}
+    assert stages["comparisons by sees, both orders"].wanted == 24
+
+
+def test_what_cannot_be_compared_is_told_first(toy, monkeypatch):
+    with pytest.raises(RecipeError, match=r"none of linear:j\.npz compares answers.*rubric, reward"):
+        run_eval(recipe(judges=["linear:j.npz"]))
+    rows = json.loads(Path("outputs.json").read_text())
+    for change, message in (
+        ([{**rows[0], "output": None}], "no text in column 'output'"),
+        ([rows[0], {**rows[0], "output": "other"}], "another output to a prompt that has one"),
+    ):
+        Path("outputs.json").write_text(json.dumps(change))
+        with pytest.raises(DataError, match=message):
+            run_eval(recipe(out="out/none"))
+    assert not Path("out/none").exists()

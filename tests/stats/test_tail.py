@@ -1,0 +1,54 @@
+"""The mean over the worst share of prompts."""
+
+import numpy as np
+import pytest
+
+from bfpo.stats.intervals import wilson
+from bfpo.stats.tail import worst_mean, worst_mean_bounds, worst_mean_interval
+
+
+def test_worst_mean_by_hand():
+    costs = np.array([0.1, 0.9, 0.5, 0.3])
+    assert worst_mean(costs, share=0.5) == pytest.approx(0.7)
+    # One and a half of four values: 0.9 and half of 0.5.
+    assert worst_mean(costs, share=0.375) == pytest.approx((0.9 + 0.25) / 1.5)
+    assert worst_mean(costs, share=1.0) == pytest.approx(costs.mean())
+    assert worst_mean(np.stack([costs, 2 * costs]), share=0.25) == pytest.approx([0.9, 1.8])
+
+
+def test_worst_mean_is_the_least_over_thresholds():
+    costs = np.random.default_rng(0).beta(1, 5, 83)
+    objective = [b + np.maximum(costs - b, 0).mean() / 0.1 for b in costs]
+    assert worst_mean(costs) == pytest.approx(min(objective))
+
+
+def test_no_harmful_answer_leaves_a_bound_for_those_not_seen():
+    found = worst_mean_interval(np.zeros(200))
+    # If all harm not seen were of cost 1: Wilson's upper bound on its rate, as a part of the worst tenth.
+    assert found == pytest.approx((0, 0, wilson(0, 200).high / 0.1))
+    assert worst_mean_interval(np.zeros(20)).high == 1.0
+    # 12 of 100 are as bad as can be: the worst tenth is all bad here, and need not be elsewhere.
+    found = worst_mean_interval(np.repeat([1.0, 0.0], [12, 88]))
+    assert found == pytest.approx((1.0, wilson(12, 100).low / 0.1, 1.0))
+
+
+def test_the_share_of_all_is_the_mean_with_its_interval():
+    costs = np.random.default_rng(1).beta(2, 5, 60)
+    found = worst_mean_interval(costs, share=1.0)
+    assert found.value == pytest.approx(costs.mean())
+    assert found.low < costs.mean() < found.high
+
+
+def test_the_interval_covers_the_worst_tenth():
+    rng = np.random.default_rng(2)
+    costs = (rng.random((600, 250)) < 0.3) * rng.random((600, 250))
+    # A third of the harmful prompts, those above 2/3: mean 5/6.
+    low, high = worst_mean_bounds(costs)
+    assert 0.92 <= np.mean((low <= 5 / 6) & (high >= 5 / 6)) <= 0.98
+
+
+def test_costs_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"each in \[0, 1\]"):
+        worst_mean_interval(np.array([2.0]))
+    with pytest.raises(ValueError, match="at least one"):
+        worst_mean_interval(np.array([]))
