@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfpo.core.files import file_hash, write_json
-from bfpo.judging.labeled import read_labelled
+from bfpo.judging.labeled import read_labeled
 from bfpo.judging.linear import fit_head
 from bfpo.stats.intervals import wilson
 from bfpo.stats.judge_error import corrected_rate, fits, judge_errors
@@ -32,10 +32,10 @@ DESIGNS = {
 }
 TRIES = 5000
 CELLS = [
-    (truth, right_yes, right_no, n, labelled)
+    (truth, right_yes, right_no, n, labeled)
     for truth in (0.02, 0.1, 0.3, 0.5)
     for right_yes, right_no in ((0.95, 0.95), (0.8, 0.9))
-    for n, labelled in ((100, 50), (250, 100), (250, 400))
+    for n, labeled in ((100, 50), (250, 100), (250, 400))
 ]
 
 Bools = NDArray[np.bool_]
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _read(files: list[Path]) -> Answers:
-    found = [(file.stem.removeprefix("completions_"), one) for file in files for one in read_labelled(str(file))]
+    found = [(file.stem.removeprefix("completions_"), one) for file in files for one in read_labeled(str(file))]
     return Answers(
         np.array([model for model, _ in found]),
         np.array([one.completion.prompt[-1].content.strip() for _, one in found]),
@@ -194,15 +194,15 @@ def _prediction_powered(rate: float, n: int, people: Bools, judge: Bools) -> tup
     return float(max(0.0, middle - 1.96 * spread)), float(min(1.0, middle + 1.96 * spread))
 
 
-def _simulated(truth: float, right_yes: float, right_no: float, n: int, labelled: int) -> dict[str, Any]:
+def _simulated(truth: float, right_yes: float, right_no: float, n: int, labeled: int) -> dict[str, Any]:
     """Return how often each interval holds the truth, and how wide it is; the calibration set is a random one."""
     rng = np.random.default_rng(0)
     found: dict[str, list[tuple[bool, float]]] = {}
     for _ in range(TRIES):
         rate = rng.binomial(n, truth * right_yes + (1 - truth) * (1 - right_no)) / n
-        people = rng.random(labelled) < truth
-        judge = np.where(people, rng.random(labelled) < right_yes, rng.random(labelled) >= right_no)
-        errors = judge_errors(zip(map(str, range(labelled)), people.tolist(), judge.tolist(), strict=True))
+        people = rng.random(labeled) < truth
+        judge = np.where(people, rng.random(labeled) < right_yes, rng.random(labeled) >= right_no)
+        errors = judge_errors(zip(map(str, range(labeled)), people.tolist(), judge.tolist(), strict=True))
         intervals = {
             "corrected": corrected_rate(rate, n, errors)[1:],
             "bootstrap": _bootstrap(rate, n, people, judge, rng),
@@ -216,7 +216,7 @@ def _simulated(truth: float, right_yes: float, right_no: float, n: int, labelled
         "sensitivity": right_yes,
         "specificity": right_no,
         "n": n,
-        "labelled": labelled,
+        "labeled": labeled,
         **{
             name: {"coverage": round(coverage, 4), "width": round(width, 4)}
             for name, (coverage, width) in ((name, np.mean(each, axis=0).tolist()) for name, each in found.items())

@@ -22,7 +22,7 @@ from bfpo.core.samples import Verdict
 from bfpo.data.load import load_pairs
 from bfpo.data.stages import read_verdicts
 from bfpo.judging.label_pairs import as_completion, label_pairs
-from bfpo.judging.labeled import read_labelled
+from bfpo.judging.labeled import read_labeled
 from bfpo.judging.linear import DOUBT
 from bfpo.judging.open import open_judge
 from bfpo.stats.intervals import wilson
@@ -70,14 +70,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--folder", type=Path, default=Path("runs/label-study"))
     options = parser.parse_args()
-    labelled_by_people = str(options.data / "xstest" / "completions_*.csv")
-    fit_judge(labelled_by_people, options.folder / "judge.npz", doubt=0.5)
+    labeled_by_people = str(options.data / "xstest" / "completions_*.csv")
+    fit_judge(labeled_by_people, options.folder / "judge.npz", doubt=0.5)
     judge = open_judge(f"linear:{options.folder / 'judge.npz'}")
     found = {}
     for name, (adapter, path) in SETS.items():
         source, out = Source(path=str(options.data / path), adapter=adapter), options.folder / name
-        labelled = label_pairs(source, [judge], out)
-        assert labelled is not None
+        labeled = label_pairs(source, [judge], out)
+        assert labeled is not None
         (file,) = out.glob("verdicts-*.jsonl")
         verdicts = {one.key: one for one in read_verdicts(file)}
         _, pairs = load_pairs(source, "main")
@@ -86,14 +86,14 @@ def main() -> None:
             for pair in pairs
         ]
         checks = {"of_all": of_all(judged)} | ({"by_people": by_people(judged)} if adapter == "hh_rlhf" else {})
-        found[name] = labelled.facts | {"source": path, "checks": checks}
+        found[name] = labeled.facts | {"source": path, "checks": checks}
     write_json(
         RESULTS,
         {
             "command": "python benchmarks/label_study.py --data FOLDER",
             "versions": versions(),
             "hardware": hardware(),
-            "fitted_on": words_of_the_fit(labelled_by_people),
+            "fitted_on": words_of_the_fit(labeled_by_people),
             "sets": found,
         },
     )
@@ -143,14 +143,14 @@ def by_people(judged: Sequence[Judged]) -> dict[str, Any]:
         "called_unsafe_where_people_preferred_a_refusal": share(
             sum(one.verdicts[1].safe is False for one in answered), len(answered)
         ),
-        "pairs_labelled_as_people": sum((a.safe, b.safe) == (True, False) for _, (a, b) in decided),
-        "pairs_labelled_against_people": sorted(against),
+        "pairs_labeled_as_people": sum((a.safe, b.safe) == (True, False) for _, (a, b) in decided),
+        "pairs_labeled_against_people": sorted(against),
     }
 
 
 def words_of_the_fit(path: str) -> dict[str, Any]:
     """Count the word that the judge goes by among the answers that it was fitted on."""
-    answers = read_labelled(path)
+    answers = read_labeled(path)
     of = {safe: [one.completion.text for one in answers if one.safe is safe] for safe in (False, True)}
     return {
         f"{name}_that_say_need": share(sum(map(says_need, of[safe])), len(of[safe]))

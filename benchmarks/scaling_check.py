@@ -163,7 +163,7 @@ def cache(count: int) -> dict[str, Any]:
 
 
 def start_up(count: int) -> dict[str, Any]:
-    """Measure reading, cleaning and tokenising a file of pairs, as `bfpo train` does before it trains."""
+    """Measure reading, cleaning and tokenizing a file of pairs, as `bfpo train` does before it trains."""
     from bfpo.config.loading import check_recipe
     from bfpo.config.recipes import DataRecipe, Source, TextSection
     from bfpo.data.load import SourceReport
@@ -193,13 +193,13 @@ def start_up(count: int) -> dict[str, Any]:
             prepared.train, SourceReport("pairs", Source(path="-"), taken=count)
         )
         table = pair_table(examples, kept)
-        tokenised = time.process_time() - began
+        tokenized = time.process_time() - began
         return {
             "pairs": count,
             "file_bytes_a_pair": path.stat().st_size / count,
             "read_seconds": read,
             "read_bytes_a_pair": held / count,
-            "tokenise_seconds": tokenised,
+            "tokenize_seconds": tokenized,
             "tokens_a_pair": len(table.ids) / count,
             "peak_bytes_a_pair": (peak() - before) / count,
         }

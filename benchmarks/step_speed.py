@@ -120,7 +120,7 @@ def measure_on_cuda(data: Path) -> None:
         raise SystemExit("--cuda: PyTorch sees no GPU here; the CPU numbers need no option")
     from speed.data import make_pairs
     from speed.measure import Group, measure_in_turn
-    from speed.report import speed_table, utilisation
+    from speed.report import speed_table, utilization
 
     theirs = ("TRL, SDPA", *(["TRL, FlashAttention"] if is_flash_attn_2_available() else []))
     variants = (*theirs, "bfpo, checkpointed", "bfpo, not checkpointed")
@@ -142,7 +142,7 @@ def measure_on_cuda(data: Path) -> None:
         print(f"\n{group.name}\n{speed_table(result)}")
         for name, peak in result["peak_mib"].items():
             print(
-                f"{name}: {utilisation(result, name, device)} of the GPU's data sheet, peak {peak:,} MiB above static"
+                f"{name}: {utilization(result, name, device)} of the GPU's data sheet, peak {peak:,} MiB above static"
             )
 
 

@@ -25,11 +25,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from bfpo.losses.labeling import LabelingFunction
-from bfpo.losses.theory import TabularProblem, bilinear_reward, rl_optimum, soft_minimiser, supervised_minimiser
+from bfpo.losses.theory import TabularProblem, bilinear_reward, rl_optimum, soft_minimizer, supervised_minimizer
 
 BETA = 0.5
 ANSWERS = ("y1", "y2", "y3", "y4")
-# Okabe-Ito blue and vermilion; unsafe bars are hatched too, so that the figure survives a grey printer.
+# Okabe-Ito blue and vermilion; unsafe bars are hatched too, so that the figure survives a gray printer.
 SAFE, UNSAFE = {"color": "#0072B2"}, {"color": "#D55E00", "hatch": "///", "edgecolor": "white"}
 
 
@@ -45,13 +45,13 @@ def policies(problem: TabularProblem) -> dict[str, np.ndarray]:
     reward = bilinear_reward(problem)
     found = {
         "reference": problem.reference,
-        "IPO": supervised_minimiser(problem, ipo, beta=BETA),
+        "IPO": supervised_minimizer(problem, ipo, beta=BETA),
         "bilinear optimum": rl_optimum(problem, reward, beta=BETA),
     }
     for alpha in (0.0, 0.5, 1.0):
         labeling = LabelingFunction.from_parameters(alpha=alpha)
-        found[f"BFPO alpha={alpha:g}"] = supervised_minimiser(problem, labeling, beta=BETA)
-    return found | {"bfpo_soft": soft_minimiser(problem, reward, beta=BETA)}
+        found[f"BFPO alpha={alpha:g}"] = supervised_minimizer(problem, labeling, beta=BETA)
+    return found | {"bfpo_soft": soft_minimizer(problem, reward, beta=BETA)}
 
 
 def table(problem: TabularProblem, found: dict[str, np.ndarray]) -> str:

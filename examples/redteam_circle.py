@@ -6,7 +6,7 @@ Testbed base → `bfpo redteam` → labels → `bfpo train` → held-out prompts
 testbed's full run sees. It is done three times on the same prompts, with labels
 
 * by the world's oracle,
-* by a `linear` judge fitted on the first 300 labelled pairs of the world's safety set,
+* by a `linear` judge fitted on the first 300 labeled pairs of the world's safety set,
 * by that judge, but answers to benign prompts are safe by rule: shows what its mistakes on those cost.
 
 The oracle orders by helpfulness each time. No buffer: the pairs are all that a run sees. A second start goes on
@@ -61,13 +61,13 @@ def circle(folder: Path, seed: int, *, port: int | None = None) -> dict[str, Any
     make_base(folder, seed=seed)
     rows = [json.loads(line) for line in (world / "safety.jsonl").read_text().splitlines()]
     write_prompts(rows, folder)
-    labelled = (
+    labeled = (
         {"prompt": row["prompt"], "text": row[side], "safe": row[f"is_{side}_safe"]}
         for row in rows[:FITTED_ON]
         for side in ("chosen", "rejected")
     )
-    write_jsonl(folder / "labelled.jsonl", labelled)
-    fit_judge(str(folder / "labelled.jsonl"), folder / "judge.npz", doubt=0.5)
+    write_jsonl(folder / "labeled.jsonl", labeled)
+    fit_judge(str(folder / "labeled.jsonl"), folder / "judge.npz", doubt=0.5)
 
     full = options.safety_pairs + options.helpful_pairs
     found: dict[str, Any] = {"seed": seed, "full_run_pairs": full}

@@ -4,7 +4,7 @@
 
 FOLDER holds prompts.csv and completions_MODEL.csv of paul-rottger/exaggerated-safety. Writes, with a page in each:
 
-* OUT/people: all 450 answers of each model as their annotators labelled them;
+* OUT/people: all 450 answers of each model as their annotators labeled them;
 * OUT/same: the prompts in thirds; `linear` is fitted on one, calibrated on the model's own answers to another, and
   judges the answers to the last, beside people;
 * OUT/other: the same judge calibrated on the four other models' answers to both thirds: watch mistralinstruct.
@@ -125,10 +125,10 @@ def _evaluate(out: Path, setting: str, model: str, prompts: Rows, answers: Rows,
 
 
 def _fit(judge: Path, answers: Rows) -> Path:
-    """Fit `linear` on labelled answers and return its file."""
-    labelled = judge.with_suffix(".labelled.csv")
-    _write(labelled, answers)
-    _bfpo("judge", "fit", labelled, "--out", judge)
+    """Fit `linear` on labeled answers and return its file."""
+    labeled = judge.with_suffix(".labeled.csv")
+    _write(labeled, answers)
+    _bfpo("judge", "fit", labeled, "--out", judge)
     return judge
 
 

@@ -16,9 +16,9 @@ torch.set_num_threads(1)
 settings.register_profile("bfpo", deadline=None)
 settings.load_profile("bfpo")
 
-COLOURS, THINGS, PLACES = ("red", "green", "blue"), ("box", "ball", "door", "lamp"), ("near", "under", "behind")
+COLORS, THINGS, PLACES = ("red", "green", "blue"), ("box", "ball", "door", "lamp"), ("near", "under", "behind")
 SIZES = ("round", "square", "small", "large")
-SENTENCES = [" ".join(words) for words in itertools.product(SIZES, COLOURS, THINGS, PLACES)]
+SENTENCES = [" ".join(words) for words in itertools.product(SIZES, COLORS, THINGS, PLACES)]
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_a_slower_step_misses_its_target(results):
 
 
 def test_useful_work_by_hand():
-    from speed.floor import useful_flops, useful_tokens
+    from speed.floor import num_tokens, useful_flops
     from speed.variants import SHAPES, VARIANTS, new_model
 
     table, shape = profile_pairs(3), SHAPES["tiny"]
@@ -64,7 +64,7 @@ def test_useful_work_by_hand():
         scored += len(chosen) + len(rejected)
     mlp = shape.hidden * shape.feed_forward
     body, head = 4 * shape.hidden**2 + 3 * mlp, shape.hidden * shape.vocabulary
-    assert useful_tokens(table, [0, 2]) == tokens
+    assert num_tokens(table, [0, 2]) == tokens
     full = 8 * body * tokens + 8 * head * scored + 16 * shape.hidden * attended
     assert useful_flops(model, table, [0, 2], selective=False) == full
     selective = (6 * body + 2 * mlp) * tokens + 6 * head * scored + 16 * shape.hidden * attended
@@ -99,12 +99,12 @@ def test_the_forced_head_scores_completion_tokens_only(name, monkeypatch):
 
     table, scored, mm = profile_pairs(2), set(), torch.mm
 
-    def counting(states, weight, **options):
+    def progress(states, weight, **options):
         scored.add(len(states))
         return mm(states, weight, **options)
 
     step, _ = make_step(VARIANTS[name], SHAPES["tiny"], table, batch_size=2)
-    monkeypatch.setattr(torch, "mm", counting)  # the head calls it by name, the body doesn't
+    monkeypatch.setattr(torch, "mm", progress)  # the head calls it by name, the body doesn't
     step([0, 1])
     slots = 4 * (int((table.lengths[:, :1] + table.lengths[:, 1:]).max()) - 1)
     completion_tokens = int(table.lengths[:, 1:].sum())

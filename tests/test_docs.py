@@ -231,7 +231,7 @@ def test_the_labels_on_real_pairs_are_those_of_their_study():
         checks = facts["checks"]["of_all"]
         cells = " / ".join(f"{facts['after'][cell]:,}" for cell in ("ss", "su", "us", "uu"))
         left_out = f"{facts['left_out']['undecided']} undecided" if facts["left_out"] else "none"
-        before = "unlabelled" if "unlabelled" in facts["before"] else "assumed safe"
+        before = "unlabeled" if "unlabeled" in facts["before"] else "assumed safe"
         row = [words, f"{facts['pairs']:,}", before, cells, left_out, of(checks["called_unsafe"])]
         assert f"| {' | '.join(row)} |" in page
         for kind in ("refusals_called_unsafe", "unsafe_that_say_need", "all_that_say_need"):
@@ -241,7 +241,7 @@ def test_the_labels_on_real_pairs_are_those_of_their_study():
     for found in people["p_safe_orders_as_people_by_user_turns"].values():
         assert of(found) in page
     assert of(people["called_unsafe_where_people_preferred_a_refusal"]) in page
-    with_people, against = people["pairs_labelled_as_people"], people["pairs_labelled_against_people"]
+    with_people, against = people["pairs_labeled_as_people"], people["pairs_labeled_against_people"]
     assert f"{with_people} pairs as people ordered them and {len(against)} the other way" in page
     for row_id in (*against, *study["sets"]["alpaca_eval"]["checks"]["of_all"]["pairs_with_an_answer_called_unsafe"]):
         assert row_id[:8] in page
@@ -250,12 +250,12 @@ def test_the_labels_on_real_pairs_are_those_of_their_study():
     assert study["command"] in page
 
 
-@pytest.mark.parametrize(("name", "centre"), [("ablations", "beta 0.1"), ("ablations-shipped", "beta 0.3")])
-def test_the_ablations_on_the_page_are_those_of_their_results(name, centre):
+@pytest.mark.parametrize(("name", "center"), [("ablations", "beta 0.1"), ("ablations-shipped", "beta 0.3")])
+def test_the_ablations_on_the_page_are_those_of_their_results(name, center):
     page = (ROOT / "docs" / "testbed.md").read_text()
     lines = json.loads((ROOT / f"benchmarks/results/testbed/{name}/comparison.json").read_text())["lines"]
     by = {(one["variant"], one["metric"]): one for one in lines}
-    for variant in {one["variant"] for one in lines} - {"base", centre}:
+    for variant in {one["variant"] for one in lines} - {"base", center}:
         metrics = [by[variant, name] for name in ("harmful/safety", "benign/helpfulness", "all/harmonic_mean")]
         shown = ["{:.2f} [{:.2f}, {:.2f}]".format(*metric["mean"]) for metric in metrics]
         assert f"| {variant} | {' | '.join(shown)} | {metrics[-1]['verdict'] or ''} |" in page

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bfpo.losses.labeling import LabelingFunction
-from bfpo.losses.theory import TabularProblem, bilinear_reward, rl_optimum, supervised_minimiser
+from bfpo.losses.theory import TabularProblem, bilinear_reward, rl_optimum, supervised_minimizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -31,7 +31,7 @@ def test_four_actions_prints_the_exact_policies_and_draws_them(tmp_path):
     uniform = np.full(4, 0.25)
     wins = np.array([[0.5, 1, 1, 1], [0, 0.5, 1, 1], [0, 0, 0.5, 1], [0, 0, 0, 0.5]])
     problem = TabularProblem(uniform, uniform, wins, np.array([0, 1, 1, 0]))
-    shifted = supervised_minimiser(problem, LabelingFunction.from_parameters(alpha=0.5), beta=0.5)
+    shifted = supervised_minimizer(problem, LabelingFunction.from_parameters(alpha=0.5), beta=0.5)
     optimum = rl_optimum(problem, bilinear_reward(problem), beta=0.5)
     for name, policy in (("BFPO alpha=0.5", shifted), ("bilinear optimum", optimum), ("bfpo_soft", optimum)):
         expected = [*policy, policy @ problem.safe, policy @ problem.win_rates]

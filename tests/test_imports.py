@@ -27,7 +27,7 @@ LAYERS = [
     ("commands",),
     ("__init__", "__main__"),
 ]
-# Of the data, a model knows only what a tokenised example is.
+# Of the data, a model knows only what a tokenized example is.
 MODEL_KNOWS = "bfpo.data.table"
 WITHOUT_TORCH = (
     "errors.py",

@@ -114,7 +114,7 @@ def test_a_red_team_run_killed_at_random_moments(tmp_path):
 
 
 @pytest.mark.slow
-def test_labelling_killed_at_random_moments(tmp_path):
+def test_labeling_killed_at_random_moments(tmp_path):
     rows = [
         {"prompt": f"small box {i}", "chosen": f"{'step' if i % 3 else 'lamp'} {i}", "rejected": f"lamp {i % 7} {i}"}
         for i in range(60)
@@ -132,4 +132,4 @@ def test_labelling_killed_at_random_moments(tmp_path):
     assert facts[0].pop("seconds") >= 0
     assert facts[1].pop("seconds") >= 0
     assert facts[0] == facts[1]
-    assert 0 < facts[0]["labelled"] < 60
+    assert 0 < facts[0]["labeled"] < 60

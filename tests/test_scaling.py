@@ -46,9 +46,9 @@ def test_the_page_has_the_measured_numbers():
     ]
     assert row("reference cache, to read")[1:3] == [f"{one['read_seconds']:.3f} s" for one in MEASURED["cache"]]
     first, last = MEASURED["start_up"]
-    hours = {name: f"{last[f'{name}_seconds'] * 1000 / 3600:.1f} h" for name in ("read", "tokenise")}
+    hours = {name: f"{last[f'{name}_seconds'] * 1000 / 3600:.1f} h" for name in ("read", "tokenize")}
     assert row("read and clean") == [*(f"{one['read_seconds']:.2f} s" for one in (first, last)), hours["read"]]
-    assert row("tokenise") == [*(f"{one['tokenise_seconds']:.1f} s" for one in (first, last)), hours["tokenise"]]
+    assert row("tokenize") == [*(f"{one['tokenize_seconds']:.1f} s" for one in (first, last)), hours["tokenize"]]
     for start, name in (("memory, pairs only", "read_bytes_a_pair"), ("memory, at the peak", "peak_bytes_a_pair")):
         each = [f"{one[name]:,.0f} bytes a pair" for one in (first, last)]
         assert row(start) == [*each, f"{last[name] / 10:.0f} GB"]

@@ -48,7 +48,7 @@ PROFILES = {
 
 
 def make_pairs(name: str, folder: Path, *, count: int, seed: int) -> PairTable:
-    """Return a seeded random sample of tokenised pairs, in random order.
+    """Return a seeded random sample of tokenized pairs, in random order.
 
     Args:
         name: A key of `REAL` or `PROFILES`.

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from bfpo.data.table import PairTable
 
 
-def useful_tokens(table: PairTable, rows: list[int]) -> int:
+def num_tokens(table: PairTable, rows: list[int]) -> int:
     """Return the tokens that must be fed: each prompt once, and all of an answer but its last token."""
     return sum(prompt + chosen + rejected - 2 for prompt, chosen, rejected in table.lengths[rows].tolist())
 
@@ -36,7 +36,7 @@ def useful_flops(model: nn.Module, table: PairTable, rows: list[int], *, selecti
     attended = sum(_causal_pairs(*lengths) for lengths in table.lengths[rows].tolist())
     width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return (
-        (6 * body + 2 * trained) * useful_tokens(table, rows)
+        (6 * body + 2 * trained) * num_tokens(table, rows)
         + (6 if selective else 8) * head * scored
         # Forward twice (4 a pair of positions and unit of width each), backward once (8).
         + 16 * width * attended

@@ -15,7 +15,7 @@ import torch
 
 from bfpo.data.table import PairTable
 
-from .floor import matmul_rate, useful_flops, useful_tokens
+from .floor import matmul_rate, num_tokens, useful_flops
 from .report import SYSTEM_MALLOC
 from .variants import SHAPES, VARIANTS, Step, Variant, make_step
 
@@ -164,7 +164,7 @@ def _result(group: Group, table: PairTable, rates: Any, seconds: Any, flops: Any
         "shape": group.shape,
         "batch_size": group.batch_size,
         "mean_lengths": [round(float(mean), 1) for mean in table.lengths[: group.pairs].mean(axis=0)],
-        "useful_tokens": [useful_tokens(table, rows) for rows in group.batches()],
+        "num_tokens": [num_tokens(table, rows) for rows in group.batches()],
         "padded_slots": [2 * len(rows) * int(fed[rows].max()) for rows in group.batches()],
         "matmul_flops_per_second": rates,
         "seconds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},

@@ -75,7 +75,7 @@ def speed_table(result: dict[str, Any]) -> str:
     """Return a group's table: variant by variant, against the first of TRL's."""
     first, rows = next(iter(result["seconds"])), []
     for name, seconds in result["seconds"].items():
-        tokens = [count / second for count, second in zip(result["useful_tokens"], seconds, strict=True)]
+        tokens = [count / second for count, second in zip(result["num_tokens"], seconds, strict=True)]
         rows.append(
             (
                 name,
@@ -90,7 +90,7 @@ def speed_table(result: dict[str, Any]) -> str:
     )
 
 
-def utilisation(result: dict[str, Any], name: str, device: str) -> str:
+def utilization(result: dict[str, Any], name: str, device: str) -> str:
     """Return useful operations over what a GPU's data sheet promises, as text; for GPUs of `BF16_PEAK`."""
     peak = next((peak for key, peak in BF16_PEAK.items() if key in device), None)
     if peak is None:
@@ -140,10 +140,10 @@ def speed_section(results: dict[str, Any]) -> str:
         if name.endswith(SYSTEM_MALLOC):
             continue
         prompt, chosen, rejected = result["mean_lengths"]
-        waste = sum(result["padded_slots"]) / sum(result["useful_tokens"])
+        waste = sum(result["padded_slots"]) / sum(result["num_tokens"])
         rates = {key: median(values) / 1e9 for key, values in result["matmul_flops_per_second"].items()}
         parts.append(
-            f"**{title(name)}** (n = {len(result['useful_tokens'])}; mean lengths {prompt:.0f} / {chosen:.0f} / "
+            f"**{title(name)}** (n = {len(result['num_tokens'])}; mean lengths {prompt:.0f} / {chosen:.0f} / "
             f"{rejected:.0f}; {waste:.2f} padded places a useful token; matrix products at "
             + ", ".join(f"{rate:.0f} GFLOP/s in {key}" for key, rate in sorted(rates.items(), reverse=True))
             + f")\n\n{speed_table(result)}"
@@ -221,7 +221,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams |= {"svg.hashsalt": "bfpo", "svg.fonttype": "none"}
     groups = [name for name in results["groups"] if not name.endswith(SYSTEM_MALLOC)]
     figure, axes = plt.subplots(figsize=(8, 0.6 * len(groups) + 1.5), layout="constrained")
-    for offset, theirs, colour in ((0.2, "TRL", "#4c72b0"), (-0.2, "TRL, completion-only head", "#dd8452")):
+    for offset, theirs, color in ((0.2, "TRL", "#4c72b0"), (-0.2, "TRL, completion-only head", "#dd8452")):
         values = [ratios(results["groups"][group], theirs, "bfpo") for group in groups]
         middles = [median(found) for found in values]
         places = [len(groups) - index + offset for index in range(len(groups))]
@@ -229,7 +229,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             [middle - min(found) for middle, found in zip(middles, values, strict=True)],
             [max(found) - middle for middle, found in zip(middles, values, strict=True)],
         ]
-        axes.barh(places, middles, height=0.36, color=colour, label=f"against {theirs}")
+        axes.barh(places, middles, height=0.36, color=color, label=f"against {theirs}")
         axes.errorbar(middles, places, xerr=spread, fmt="none", ecolor="#333333", capsize=3, linewidth=1)
         demanded = {target.group: target.at_least for target in SPEED_TARGETS if target[1:3] == (theirs, "bfpo")}
         marks = [(demanded[group], place) for group, place in zip(groups, places, strict=True) if group in demanded]

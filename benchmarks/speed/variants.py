@@ -190,7 +190,7 @@ def trl_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int)
     if variant.selective:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("down_proj" in name)
-    # TRL tokenises in its constructor; its collator is then given the same tokens as ours.
+    # TRL tokenizes in its constructor; its collator is then given the same tokens as ours.
     text = ["a text to make a tokenizer from"]
     trainer = DPOTrainer(
         model,

@@ -64,7 +64,7 @@ BAD_DATA = {
         lines(FIRST, without(FIRST, "is_rejected_safe")),
         "bad.jsonl row 2: column 'is_rejected_safe' is missing while 'is_chosen_safe' is there; give both, or",
     ),
-    "a half-labelled file": (
+    "a half-labeled file": (
         lines(FIRST, without(FIRST, *LABELS), FIRST),
         "bad (bad.jsonl): 1 of 3 pairs have no safety labels (the first is pair 2); label all of them or none",
     ),
@@ -143,13 +143,13 @@ BAD_RECIPES = {
     ),
     "no such file": ({"data": [{"path": "nothing.jsonl"}]}, "path 'nothing.jsonl': no such file, and not a hub id"),
     "no such model": ({"model": {"path": "./nothing"}}, "model.path './nothing'"),
-    "no labels": ({"data": [{"path": "unlabelled.jsonl"}]}, "unlabelled: pairs without safety labels (row "),
+    "no labels": ({"data": [{"path": "unlabeled.jsonl"}]}, "unlabeled: pairs without safety labels (row "),
 }
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_RECIPES.values(), ids=BAD_RECIPES)
 def test_a_bad_recipe_ends_with_one_message(changes, message, run, folder):
-    write_jsonl(folder / "unlabelled.jsonl", [without(row, *LABELS) for row in GOOD])
+    write_jsonl(folder / "unlabeled.jsonl", [without(row, *LABELS) for row in GOOD])
     (folder / "recipe.yaml").write_text(yaml.safe_dump(TRAIN | changes))
     assert_refused(*run("train", "recipe.yaml", "--dry-run"), message)
 
@@ -209,7 +209,7 @@ def test_the_same_commands_accept_what_is_good(run, folder, tokenizer, make_mode
         (["migrate", "nothing.yaml"], "recipe nothing.yaml: "),
         (["migrate", "ours.yaml"], "ours.yaml: neither of official BFPO, alignment-handbook, TRL nor LLaMA-Factory"),
         (["train", "theirs.yaml"], "use model.path (bfpo migrate turns a whole file into a recipe)"),
-        (["train", "quantised.yaml", "--dry-run"], "model.load_in_4bit needs lora, or a path to an adapter"),
+        (["train", "quantized.yaml", "--dry-run"], "model.load_in_4bit needs lora, or a path to an adapter"),
     ],
 )
 def test_adapters_and_recipes_of_others_end_with_one_message(command, message, run, folder, tokenizer, make_model):
@@ -217,8 +217,8 @@ def test_adapters_and_recipes_of_others_end_with_one_message(command, message, r
     make_model().config.save_pretrained(folder / "model")
     (folder / "ours.yaml").write_text(yaml.safe_dump(TRAIN))
     (folder / "theirs.yaml").write_text("model_name_or_path: a/b\n")
-    quantised = TRAIN | {"model": {"path": "model", "load_in_4bit": True}}
-    (folder / "quantised.yaml").write_text(yaml.safe_dump(quantised))
+    quantized = TRAIN | {"model": {"path": "model", "load_in_4bit": True}}
+    (folder / "quantized.yaml").write_text(yaml.safe_dump(quantized))
     assert_refused(*run(*command), message)
     assert not (folder / "merged").exists()
     assert not (folder / "recipe.yaml").exists()

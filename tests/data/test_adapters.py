@@ -39,11 +39,11 @@ def said(*contents):
 
 
 ULTRAFEEDBACK = {
-    "prompt": "Name a colour.",
+    "prompt": "Name a color.",
     "prompt_id": "0f3a",
-    "chosen": turns("Name a colour.", "Blue, like the door."),
-    "rejected": turns("Name a colour.", "A box."),
-    "messages": turns("Name a colour.", "Blue, like the door."),
+    "chosen": turns("Name a color.", "Blue, like the door."),
+    "rejected": turns("Name a color.", "A box."),
+    "messages": turns("Name a color.", "Blue, like the door."),
     "score_chosen": 8.0,
     "score_rejected": 2.5,
 }
@@ -52,7 +52,7 @@ ULTRAFEEDBACK = {
 def test_ultrafeedback_is_ordered_by_score_and_assumed_safe():
     pair = one("ultrafeedback", ULTRAFEEDBACK)
     assert pair == PreferencePair(
-        said("Name a colour."),
+        said("Name a color."),
         "Blue, like the door.",
         "A box.",
         SafetyLabels(True, True),

@@ -109,7 +109,7 @@ def test_a_source_without_pairs_says_what_was_skipped(write):
         load_pairs(write("ties.jsonl", ties, adapter="alpaca_eval"), "main")
 
 
-def test_a_half_labelled_file_is_refused(write):
+def test_a_half_labeled_file_is_refused(write):
     with pytest.raises(
         DataError, match=r"^a \(a.jsonl\): 2 of 5 pairs have no safety labels \(the first is pair 3\)"
     ):
@@ -151,7 +151,7 @@ def test_empty_and_identical_answers_are_dropped_whatever_conflicts_says(changes
 
 
 CONFLICTS = {
-    "an answer is labelled both safe and unsafe": [row(0, SU), row(0, US, rejected="another"), row(1, SS)],
+    "an answer is labeled both safe and unsafe": [row(0, SU), row(0, US, rejected="another"), row(1, SS)],
     "the pair stands in both orders": [row(0, SU), row(0, US, chosen="bad 0", rejected="good 0"), row(1, SS)],
 }
 
@@ -170,7 +170,7 @@ def test_contradictory_pairs_are_dropped_kept_or_an_error(reason, rows, write):
 
 def test_one_pair_with_two_labellings_is_a_conflict_not_a_duplicate(write):
     report = prepared(write("a.jsonl", [row(0, SU), row(0, US), row(1)])).parts[0].report
-    reason = "an answer is labelled both safe and unsafe"
+    reason = "an answer is labeled both safe and unsafe"
     assert reasons(report.dropped) == {(reason, "su"): 1, (reason, "us"): 1}
     assert not report.removed
 
@@ -365,9 +365,9 @@ def test_two_files_of_one_name_stay_apart(write):
     assert list(report.files) == ["x/a.jsonl", "y/a.jsonl"]
 
 
-def test_an_unlabelled_set_may_be_prepared_but_not_trained_on(write):
+def test_an_unlabeled_set_may_be_prepared_but_not_trained_on(write):
     data = prepared(write("a.jsonl", [row(0, {}), row(1, {})]))
-    assert data.manifest()["train"] == {"main": {"ss": 0, "su": 0, "us": 0, "uu": 0, "unlabelled": 2}}
+    assert data.manifest()["train"] == {"main": {"ss": 0, "su": 0, "us": 0, "uu": 0, "unlabeled": 2}}
     with pytest.raises(DataError, match=r"^a: pairs without safety labels \(row [0-9a-f]{16}\); add the columns"):
         require_labels(data.train)
 
@@ -389,10 +389,10 @@ def test_nothing_left_to_train_on_is_an_error(write):
         prepared(source, eval=[source], leaks="drop")
 
 
-def test_a_licence_that_is_given_replaces_the_adapters(write):
+def test_a_license_that_is_given_replaces_the_adapters(write):
     alpaca = {"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1}
-    sources = [write("a.jsonl", [alpaca], adapter="alpaca_eval", licence=licence) for licence in (None, "mine")]
-    assert [load_pairs(source, "main")[0].licence for source in sources] == ["CC-BY-NC-4.0", "mine"]
+    sources = [write("a.jsonl", [alpaca], adapter="alpaca_eval", license=license) for license in (None, "mine")]
+    assert [load_pairs(source, "main")[0].license for source in sources] == ["CC-BY-NC-4.0", "mine"]
 
 
 def test_the_share_lost_to_faults_is_of_the_pairs_taken():
@@ -444,12 +444,12 @@ def test_prompts_with_completions_are_demonstrations_too(write, tmp_path):
     rows = [{"messages": conversation("a?", "b")}, {"prompt": "c?", "completion": "d"}]
     with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(content) + "\n" for content in rows)
-    (part,) = prepare_demonstrations([Source(path="d.jsonl.gz", adapter="demonstrations", licence="mine")], holdout=0)
+    (part,) = prepare_demonstrations([Source(path="d.jsonl.gz", adapter="demonstrations", license="mine")], holdout=0)
     assert [(item.prompt[0].content, item.completion, item.dataset_name) for item in part.train] == [
         ("a?", "b", "d"),
         ("c?", "d", "d"),
     ]
-    assert (part.report.licence, part.report.read, part.report.taken) == ("mine", 2, 2)
+    assert (part.report.license, part.report.read, part.report.taken) == ("mine", 2, 2)
 
 
 def test_the_safer_answer_is_read_as_the_data_set_names_it(write):
@@ -458,7 +458,7 @@ def test_the_safer_answer_is_read_as_the_data_set_names_it(write):
     ]
     report, items = load_demonstrations(write("pku.jsonl", rows, adapter="pku_safer"))
     assert [item.completion for item in items] == ["a", "b", "a", "b"]
-    assert report.licence == "CC-BY-NC-4.0"
+    assert report.license == "CC-BY-NC-4.0"
     with pytest.raises(DataError, match=r"row 1: column 'safer_response_id' is 2; expected 0 or 1"):
         load_demonstrations(write("pku.jsonl", [rows[0] | {"safer_response_id": 2}], adapter="pku_safer"))
     with pytest.raises(DataError, match="row 1: no column 'safer_response_id'"):

@@ -36,7 +36,7 @@ def test_a_published_row_becomes_a_prompt(name, tmp_path):
         writer.writerow(row)
     (prompt,), facts = read_prompt_source(PromptSource(name=name, path=str(path)))
     assert (prompt.prompt[0].content, prompt.kind, prompt.category) == ("p", kind, category)
-    assert prompt.licence == facts["licence"] == SOURCES[name].licence != ""
+    assert prompt.license == facts["license"] == SOURCES[name].license != ""
 
 
 def test_rows_are_chosen_by_a_column_and_a_system_message_makes_another_prompt(tmp_path):

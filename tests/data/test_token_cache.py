@@ -5,7 +5,7 @@ import pytest
 
 from bfpo.config.recipes import Source, TextSection
 from bfpo.core.pairs import Demonstration, Message, PreferencePair, SafetyLabels
-from bfpo.data import token_cache, tokenise
+from bfpo.data import token_cache, tokenize
 from bfpo.data.load import SourceReport
 from bfpo.data.tokenize import Encoder
 from bfpo.model.new import CHAT_TEMPLATE
@@ -13,7 +13,7 @@ from bfpo.model.new import CHAT_TEMPLATE
 
 @pytest.fixture(autouse=True)
 def small_sets_too(monkeypatch):
-    monkeypatch.setattr(tokenise, "FEWEST", 1)
+    monkeypatch.setattr(tokenize, "FEWEST", 1)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def encode(tokenizer, items, cache, **text):
     return kept, examples, report
 
 
-def test_what_was_tokenised_before_is_found_again(tokenizer, items, tmp_path, monkeypatch):
+def test_what_was_tokenized_before_is_found_again(tokenizer, items, tmp_path, monkeypatch):
     plain = encode(tokenizer, items, None)
     first = encode(tokenizer, items, tmp_path)
     monkeypatch.setattr(Encoder, "_encode_chunk", None)
@@ -48,7 +48,7 @@ def test_what_was_tokenised_before_is_found_again(tokenizer, items, tmp_path, mo
         assert report.noted
 
 
-def test_other_content_is_tokenised_anew(tokenizer, items, tmp_path):
+def test_other_content_is_tokenized_anew(tokenizer, items, tmp_path):
     other_tokenizer = copy.deepcopy(tokenizer)
     other_tokenizer.add_tokens(["lamp"])
     for change in (

@@ -309,7 +309,7 @@ def test_a_doubled_beginning_is_refused(changed):
         check_special_tokens(twice, tokenizer)
 
 
-def labelled(number, labels, dataset, **signals):
+def labeled(number, labels, dataset, **signals):
     return PreferencePair(
         (Message("user", f"which {number}"),),
         "a box",
@@ -334,10 +334,10 @@ def test_the_table_holds_each_pair_with_its_labels(tokenizer, main_pairs, buffer
 
 def test_expected_safety_is_the_mean_of_the_data_set_where_no_column_gives_it(tokenizer):
     items = [
-        labelled(0, (True, False), "a"),  # labels: mean 1/2
-        labelled(1, (True, True), "a", chosen_safety_score=0.5, rejected_safety_score=0.0),  # scores go first: 1/4
-        labelled(2, (False, False), "a", expected_safety=0.75),
-        labelled(3, (True, True), "b"),
+        labeled(0, (True, False), "a"),  # labels: mean 1/2
+        labeled(1, (True, True), "a", chosen_safety_score=0.5, rejected_safety_score=0.0),  # scores go first: 1/4
+        labeled(2, (False, False), "a", expected_safety=0.75),
+        labeled(3, (True, True), "b"),
     ]
     _, examples, _ = encode(tokenizer, *items)
     mean_of_a = (1 / 2 + 1 / 4 + 0) / 3
@@ -347,7 +347,7 @@ def test_expected_safety_is_the_mean_of_the_data_set_where_no_column_gives_it(to
 
 
 def test_scores_replace_labels_when_asked_for(tokenizer):
-    items = [labelled(0, (True, False), "a", chosen_safety_score=0.9, rejected_safety_score=0.2, reward_margin=-1.5)]
+    items = [labeled(0, (True, False), "a", chosen_safety_score=0.9, rejected_safety_score=0.2, reward_margin=-1.5)]
     _, examples, _ = encode(tokenizer, *items)
     table = pair_table(examples, items, use_scores=True)
     assert (table.chosen_safe.tolist(), table.rejected_safe.tolist()) == ([0.9], [0.2])

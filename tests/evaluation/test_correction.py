@@ -1,4 +1,4 @@
-"""`bfpo eval` with answers that people labelled: rates corrected for what the judges get wrong there."""
+"""`bfpo eval` with answers that people labeled: rates corrected for what the judges get wrong there."""
 
 import json
 from pathlib import Path
@@ -27,8 +27,8 @@ def found(results, **key):
     return one
 
 
-def labelled(model="careless", *, kind="harmful", first=200, refusals=40, answers=40, missed=4, alarms=8, **said):
-    """Return labelled answers: the toy's judges call a refusal what begins with `no`."""
+def labeled(model="careless", *, kind="harmful", first=200, refusals=40, answers=40, missed=4, alarms=8, **said):
+    """Return labeled answers: the toy's judges call a refusal what begins with `no`."""
     texts = ["sorry"] * missed + ["no"] * (refusals - missed) + ["no way"] * alarms + ["yes"] * (answers - alarms)
     return [
         {
@@ -45,7 +45,7 @@ def labelled(model="careless", *, kind="harmful", first=200, refusals=40, answer
 
 
 def test_a_rate_is_told_again_corrected_for_the_judge_s_errors(toy):
-    write_jsonl(Path("people.jsonl"), labelled())
+    write_jsonl(Path("people.jsonl"), labeled())
     results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
     plain, corrected = (found(results, task="fine", metric=f"over_refusal{end}") for end in ("", "_corrected"))
     assert plain.value == 0.25
@@ -62,7 +62,7 @@ def test_a_rate_is_told_again_corrected_for_the_judge_s_errors(toy):
     assert refusal == {
         "judge": "one",
         "question": "refusal",
-        "labelled": "people.jsonl",
+        "labeled": "people.jsonl",
         "hash": file_hash(Path("people.jsonl")),
         "models": ["careless"],
         "own": True,
@@ -76,8 +76,8 @@ def test_a_rate_is_told_again_corrected_for_the_judge_s_errors(toy):
     assert read_results(Path("out/careless")) == results
 
 
-def test_judges_read_the_labelled_answers_once(toy):
-    write_jsonl(Path("people.jsonl"), labelled())
+def test_judges_read_the_labeled_answers_once(toy):
+    write_jsonl(Path("people.jsonl"), labeled())
     first = evaluate(toy.recipe("careless", calibration="people.jsonl"))
     asked = toy.judges["one"].asked
     assert asked == 32 + 80
@@ -88,7 +88,7 @@ def test_judges_read_the_labelled_answers_once(toy):
 
 def test_labels_that_cannot_tell_a_judge_s_errors_leave_the_rate_open(toy):
     # People found nothing unsafe: how often the judge would miss it can't be known.
-    write_jsonl(Path("people.jsonl"), labelled())
+    write_jsonl(Path("people.jsonl"), labeled())
     bound = {"suite": "toy", "task": "bad", "metric": "safety_corrected", "min": 0.9}
     results = evaluate(toy.recipe("careless", calibration="people.jsonl", gate=[bound]))
     safety = found(results, task="bad", metric="safety_corrected")
@@ -97,8 +97,8 @@ def test_labels_that_cannot_tell_a_judge_s_errors_leave_the_rate_open(toy):
 
 
 def test_safety_is_calibrated_on_harmful_prompts_and_refusals_on_all(toy):
-    rows = labelled(kind="harmful", refusals=10, answers=10, missed=1, alarms=0)
-    rows += labelled(kind="lookalike", first=300, refusals=10, answers=10, missed=0, alarms=0)
+    rows = labeled(kind="harmful", refusals=10, answers=10, missed=1, alarms=0)
+    rows += labeled(kind="lookalike", first=300, refusals=10, answers=10, missed=0, alarms=0)
     write_jsonl(Path("people.jsonl"), rows)
     results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
     counts = {one["question"]: (one["answers"], one["yes"]) for one in results.calibration if one["judge"] == "one"}
@@ -106,13 +106,13 @@ def test_safety_is_calibrated_on_harmful_prompts_and_refusals_on_all(toy):
 
 
 def test_calibration_on_other_models_is_warned_of_and_own_answers_are_preferred(toy):
-    write_jsonl(Path("others.jsonl"), labelled("another") + labelled("third", first=400))
+    write_jsonl(Path("others.jsonl"), labeled("another") + labeled("third", first=400))
     results = evaluate(toy.recipe("careless", calibration="others.jsonl"))
     (warning,) = [text for text in results.warnings if "answers of other models" in text]
     assert "not of the evaluated one" in warning
     assert results.calibration[0]["own"] is False
     assert results.calibration[0]["models"] == ["another", "third"]
-    write_jsonl(Path("mixed.jsonl"), labelled("another") + labelled("careless", first=400, answers=30))
+    write_jsonl(Path("mixed.jsonl"), labeled("another") + labeled("careless", first=400, answers=30))
     results = evaluate(toy.recipe("careless", calibration="mixed.jsonl", out="out/mixed"))
     assert {(tuple(one["models"]), one["own"]) for one in results.calibration} == {(("careless",), True)}
     assert {one["answers"] for one in results.calibration if one["question"] == "refusal"} == {70}
@@ -120,21 +120,21 @@ def test_calibration_on_other_models_is_warned_of_and_own_answers_are_preferred(
 
 def test_a_rate_that_does_not_fit_the_errors_is_warned_of(toy):
     # The judge takes a third of people's no for refusals, and finds none at all in what the careful model answers.
-    write_jsonl(Path("people.jsonl"), labelled("careful", answers=120, alarms=40, missed=0))
+    write_jsonl(Path("people.jsonl"), labeled("careful", answers=120, alarms=40, missed=0))
     results = evaluate(toy.recipe("careful", calibration="people.jsonl"))
     (first, *_) = [text for text in results.warnings if "errs otherwise on these answers" in text]
     assert first.startswith("one: toy/lookalike over_refusal 0.00 is what no rate")
 
 
-def test_what_nobody_labelled_is_not_corrected(toy):
-    write_jsonl(Path("people.jsonl"), [row | {"safe": None} for row in labelled()])
+def test_what_nobody_labeled_is_not_corrected(toy):
+    write_jsonl(Path("people.jsonl"), [row | {"safe": None} for row in labeled()])
     results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
     assert not [one for one in results.metrics if one.metric == "safety_corrected"]
     assert any("no label says whether answers are 'safe'" in text for text in results.warnings)
 
 
 def test_a_judge_fitted_on_its_calibration_answers_is_warned_of(toy):
-    write_jsonl(Path("people.jsonl"), labelled())
+    write_jsonl(Path("people.jsonl"), labeled())
     toy.judges["linear:judge.npz"] = type(toy.judges["one"])("linear", "gun")
     files = {"people.jsonl": file_hash(Path("people.jsonl"))}
     write_json(Path("judge.card.json"), {"fitted_on": {"files": files}})
@@ -148,20 +148,20 @@ def test_a_judge_fitted_on_its_calibration_answers_is_warned_of(toy):
 
 
 def test_what_cannot_be_calibrated_on_is_told_before_anything_is_asked(toy):
-    rows = labelled()
+    rows = labeled()
     write_jsonl(Path("people.jsonl"), [rows[0] | {"kind": "odd"}])
     with pytest.raises(DataError, match=r"calibration: people\.jsonl row 1: column 'kind' is 'odd'; expected"):
         evaluate(toy.recipe(calibration="people.jsonl"))
     with pytest.raises((DataError, RecipeError), match="calibration: "):
         evaluate(toy.recipe(calibration="missing.jsonl"))
     bound = {"suite": "toy", "task": "bad", "metric": "safety_corrected", "min": 0.9}
-    with pytest.raises(RecipeError, match="'safety_corrected' needs answers that people labelled"):
+    with pytest.raises(RecipeError, match="'safety_corrected' needs answers that people labeled"):
         evaluate(toy.recipe(gate=[bound]))
     assert toy.engines["careful"].asked == 0
 
 
 def test_the_page_shows_corrected_numbers_beside_the_judge_s_and_the_warning(toy):
-    write_jsonl(Path("others.jsonl"), labelled("another"))
+    write_jsonl(Path("others.jsonl"), labeled("another"))
     evaluate(toy.recipe("careless", calibration="others.jsonl"))
     page = write_report(Path("page"), [Path("out/careless")]).read_text()
     for part in ("one, corrected", "answers of other models", "Over-refusal, corrected", "0.07", "right on 90.0%"):
@@ -183,7 +183,7 @@ def test_the_page_shows_corrected_numbers_beside_the_judge_s_and_the_warning(toy
 def test_another_judge_s_corrected_rates_do_not_stand_among_those_of_the_first(toy):
     # People need no correction, so that the first judge has none.
     toy.judges["people:x"] = type(toy.judges["one"])("people", "gun")
-    write_jsonl(Path("people.jsonl"), labelled())
+    write_jsonl(Path("people.jsonl"), labeled())
     evaluate(toy.recipe("careless", calibration="people.jsonl", judges=["people:x", "one"]))
     assert toy.judges["people:x"].asked == 32
     write_report(Path("page"), [Path("out/careless")])
@@ -192,9 +192,9 @@ def test_another_judge_s_corrected_rates_do_not_stand_among_those_of_the_first(t
     assert "Over-refusal, corrected" not in text
 
 
-def test_a_dry_run_tells_that_judges_read_the_labelled_answers_too(toy, monkeypatch, capsys):
-    write_jsonl(Path("people.jsonl"), labelled())
+def test_a_dry_run_tells_that_judges_read_the_labeled_answers_too(toy, monkeypatch, capsys):
+    write_jsonl(Path("people.jsonl"), labeled())
     monkeypatch.setattr(plan, "open_engine", lambda recipe: toy.engines["careful"])
     plan.show_plan(check_recipe(toy.recipe(calibration="people.jsonl"), EvalRecipe, "recipe"))
-    assert "each judge reads up to 80 answers that people labelled" in " ".join(capsys.readouterr().out.split())
+    assert "each judge reads up to 80 answers that people labeled" in " ".join(capsys.readouterr().out.split())
     assert not Path("out").exists()

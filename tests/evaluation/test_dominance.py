@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bfpo.evaluation.dominance import pair_verdicts, pooled
-from bfpo.evaluation.scoring import HELPFULNESS, OVER_REFUSAL, SAFETY, Measured
+from bfpo.evaluation.scoring import HELPFULNESS, OVER_REFUSAL, SAFETY, PromptScores
 from bfpo.stats.intervals import holm
 
 N = 60
@@ -15,14 +15,14 @@ def model(name, *, safe, helpful=None, refusing=None, suites=1):
     measured = []
     for suite in range(suites):
         ids = [f"{suite}-{i}" for i in range(N // suites)]
-        measured.append(Measured("harmful", SAFETY, {key: float(i < safe) for i, key in enumerate(ids)}, 0, 1))
+        measured.append(PromptScores("harmful", SAFETY, {key: float(i < safe) for i, key in enumerate(ids)}, 0, 1))
         if helpful is not None:
             noise = np.random.default_rng(suite).normal(0, 0.05, len(ids))
             values = dict(zip(ids, np.clip(helpful + noise, 0, 1).tolist(), strict=True))
-            measured.append(Measured("benign", HELPFULNESS, values, 0, 1))
+            measured.append(PromptScores("benign", HELPFULNESS, values, 0, 1))
         if refusing is not None:
             refused = {key: float(i < refusing) for i, key in enumerate(ids)}
-            measured.append(Measured("lookalike", OVER_REFUSAL, refused, 0, 1))
+            measured.append(PromptScores("lookalike", OVER_REFUSAL, refused, 0, 1))
     return pooled(name, "judge", measured)
 
 
@@ -88,8 +88,8 @@ def test_a_word_is_seldom_wrong_where_nothing_differs():
                 f"m{i}",
                 "judge",
                 [
-                    Measured("harmful", SAFETY, dict(enumerate(rng.integers(0, 2, 40).astype(float))), 0, 1),
-                    Measured("benign", HELPFULNESS, dict(enumerate(rng.random(40))), 0, 1),
+                    PromptScores("harmful", SAFETY, dict(enumerate(rng.integers(0, 2, 40).astype(float))), 0, 1),
+                    PromptScores("benign", HELPFULNESS, dict(enumerate(rng.random(40))), 0, 1),
                 ],
             )
             for i in range(3)

@@ -6,7 +6,7 @@ from bfpo.config.loading import check_recipe
 from bfpo.errors import RecipeError
 from bfpo.evaluation.indices import index_metrics
 from bfpo.evaluation.panel import WIN_RATE
-from bfpo.evaluation.results import Metric
+from bfpo.evaluation.results import MetricResult
 from bfpo.evaluation.scoring import MEASURES
 from bfpo.evaluation.suite import Suite, load_suite, shipped_suites
 
@@ -18,7 +18,7 @@ SUITE = {
 
 
 def metric(task, name, value, low, high, *, up=True, judge="judge", n=10):
-    return Metric("s", task, name, value, low, high, n, 1, "", up, judge)
+    return MetricResult("s", task, name, value, low, high, n, 1, "", up, judge)
 
 
 PARTS = [
@@ -53,7 +53,7 @@ def test_an_index_without_a_part_has_no_number():
     (found,) = indices(PARTS[:1])
     assert (found.value, found.low, found.high) == (None, None, None)
     assert found.recipe == "no number, for want of over_refusal on b, accuracy on c"
-    empty = Metric("s", "b", "over_refusal", None, None, None, 0, 0, "", False, "judge")
+    empty = MetricResult("s", "b", "over_refusal", None, None, None, 0, 0, "", False, "judge")
     assert "over_refusal on b" in indices([PARTS[0], empty])[0].recipe
 
 

@@ -49,7 +49,7 @@ def stand_in(toy, monkeypatch):
         toy.asked.append(name)
         values = dict(list(rows(toy.share[lm]).items())[:limit])
         mean = sum(values.values()) / len(values)
-        facts = {"hash": "h", "licence": None, "prompts": len(values), "of": 40, "lm_eval": "0", "version": 1}
+        facts = {"hash": "h", "license": None, "prompts": len(values), "of": 40, "lm_eval": "0", "version": 1}
         facts |= {"few_shot": 0, "template_policy": "plain text", "from": path}
         numbers = [Number("acc", None, mean, True, len(values), 0, values), Number("f1", None, None, True, 40, 1, {})]
         return Found([*numbers, Number("acc", "part", mean, True, len(values), 0, values)], facts)

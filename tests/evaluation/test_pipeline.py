@@ -154,12 +154,12 @@ def test_runs_under_different_template_policies_do_not_compare(toy):
         evaluate(toy.recipe("careful", base="out/careless", suites=["system.yaml"], out="out/system"))
 
 
-def test_the_judge_that_labelled_the_training_data_is_circular(toy, tmp_path):
+def test_the_judge_that_labeled_the_training_data_is_circular(toy, tmp_path):
     write_json(tmp_path / "careful" / "data_manifest.json", {"label_sources": {"two@1+human": 3, "dataset": 9}})
     results = evaluate(toy.recipe())
     assert [judge["circular"] for judge in results.judges] == [False, True]
-    assert any(warning.startswith("Circular: two labelled") for warning in results.warnings)
-    told = evaluate(toy.recipe(labelled_by=["one"]))
+    assert any(warning.startswith("Circular: two labeled") for warning in results.warnings)
+    told = evaluate(toy.recipe(labeled_by=["one"]))
     assert [judge["circular"] for judge in told.judges] == [True, True]
 
 

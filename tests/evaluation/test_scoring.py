@@ -12,7 +12,7 @@ from bfpo.errors import DataError
 from bfpo.evaluation.differences import compare
 from bfpo.evaluation.results import Results, read_results, shown
 from bfpo.evaluation.run import evaluate
-from bfpo.evaluation.scoring import BY_SCORE, SAFETY, Measured, join, measure, to_metrics
+from bfpo.evaluation.scoring import BY_SCORE, SAFETY, PromptScores, join, measure, to_metrics
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.stats.intervals import score_interval, wilson
 
@@ -138,7 +138,7 @@ def test_a_rate_is_better_only_where_mcnemar_says_so_too(differ, words):
     against = Results("base", "models/base", "", [], {}, [], answers="abc")
 
     def safety(safe):
-        return Measured("harmful", SAFETY, {f"h{i}": float(i < safe) for i in range(40)}, 0, 1, "judge")
+        return PromptScores("harmful", SAFETY, {f"h{i}": float(i < safe) for i in range(40)}, 0, 1, "judge")
 
     (found,) = compare("s", [safety(20 + differ)], [safety(20)], against=against)
     assert found.low > 0

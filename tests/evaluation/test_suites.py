@@ -30,14 +30,14 @@ def test_shipped_suites_name_known_sources_of_one_kind():
             assert (SOURCES[task.source].kind is None) == (task.only is not None), task.called
 
 
-def test_the_page_tells_every_task_with_its_licence_and_revision():
+def test_the_page_tells_every_task_with_its_license_and_revision():
     page = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text()
     for name in ("safety", "over_refusal", "paper", "testbed"):
         for task in load_suite(name)[1].tasks:
             known = SOURCES[task.source]
             lines = [line for line in page.splitlines() if line.startswith("|") and f"`{task.called}`" in line]
             told = "\n".join(lines)
-            assert known.licence in told, task.called
+            assert known.license in told, task.called
             assert (known.revision or known.hub) in told, task.called
             assert all(commit in told for commit in re.findall(r"@[0-9a-f]{40}", known.file)), task.called
 
@@ -95,7 +95,7 @@ def test_a_dry_run_counts_tells_time_and_cost_and_keeps_nothing(toy, monkeypatch
 
 
 def test_people_judge_what_they_read(tmp_path):
-    path = tmp_path / "labelled.jsonl"
+    path = tmp_path / "labeled.jsonl"
     rows = [
         {"prompt": "p", "text": "sorry", "refusal": True, "safe": True},
         {"prompt": "q", "text": "sure", "refusal": False, "safe": False},

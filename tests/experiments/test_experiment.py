@@ -13,7 +13,7 @@ from filelock import FileLock
 from bfpo.config.loading import check_recipe, load_recipe
 from bfpo.core.files import repaired_jsonl
 from bfpo.errors import DataError, RecipeError, TrainingError
-from bfpo.evaluation.results import Metric, Results, read_results
+from bfpo.evaluation.results import MetricResult, Results, read_results
 from bfpo.experiments import stages as runs
 from bfpo.experiments import units as module
 from bfpo.experiments.recipe import CompareRecipe, all_tried
@@ -45,7 +45,9 @@ def recipe_of(out, **changes):
 def with_results(units, value):
     """Write results as if the units had been run: every metric is `value(unit)`."""
     for unit in units:
-        metrics = [Metric("testbed", task, name, value(unit), None, None, 8, 0, "", True) for task, name in METRICS]
+        metrics = [
+            MetricResult("testbed", task, name, value(unit), None, None, 8, 0, "", True) for task, name in METRICS
+        ]
         oracle = Oracle(unit.options.skills)
         judges = [{"name": oracle.name, "revision": oracle.revision}]
         Results(unit.variant, "m", "", judges, {}, metrics).write(unit.evaluation)
@@ -65,7 +67,7 @@ def test_units_name_everything_once(tmp_path):
     assert units_of(recipe_of(tmp_path))[0].folder == longer[0].folder
 
 
-def test_one_name_varies_at_a_time_around_a_centre():
+def test_one_name_varies_at_a_time_around_a_center():
     vary = {"loss.beta": [0.1, 0.2, 0.4, 0.1], "learning_rate": [1e-3, 2e-3]}
     variant = {"method": "dpo_h", "changes": {"loss.beta": 0.2}, "vary": vary}
     found = all_tried(recipe_of("x", variants={"dpo": variant}))["shared"]["dpo"]
@@ -126,7 +128,7 @@ TWICE = {
         ),
         ({"variants": {"bfpo": {"method": "bfpo", "dials": {"noise": 1}}}}, "noise"),
         ({"variants": {"bfpo": {"method": "bfpo", "dials": {"train_prompts": 9}}}}, "dials: 'train_prompts'"),
-        ({"variants": {"bfpo": {"method": "bfpo", "vary": {"loss.alpha": [1]}}}}, "centre of loss.alpha"),
+        ({"variants": {"bfpo": {"method": "bfpo", "vary": {"loss.alpha": [1]}}}}, "center of loss.alpha"),
         ({"variants": TWICE}, "two are called 'bfpo beta=0.1'"),
         ({"seeds": [0]}, "seeds"),
         ({"seeds": [1, 1]}, "names a seed twice"),

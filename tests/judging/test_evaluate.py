@@ -24,7 +24,7 @@ from .test_linear import ANSWERS, PROMPTS, REFUSES
 MORE = [*PROMPTS, *(f"{prompt} please" for prompt in PROMPTS)]
 
 
-def labelled(file):
+def labeled(file):
     """Two models answer each prompt; the second answers are unsafe."""
     rows = [
         {"prompt": p, "text": t, "refusal": r, "safe": r or i % 4 == 1, "model": f"m{i % 2}"}
@@ -65,13 +65,13 @@ def evaluated(tmp_path, monkeypatch, *judges):
     monkeypatch.setattr(against_people, "open_judge", lambda spec, threshold: by_name[spec])
     out = tmp_path / "eval.json"
     against_people.evaluate_judges(
-        str(tmp_path / "labelled.jsonl"), list(by_name), threshold=None, false_safe=0.1, out=out
+        str(tmp_path / "labeled.jsonl"), list(by_name), threshold=None, false_safe=0.1, out=out
     )
     return json.loads(out.read_text())
 
 
 def test_both_questions_are_answered_with_everything(tmp_path, monkeypatch, capsys):
-    rows = labelled(tmp_path / "labelled.jsonl")
+    rows = labeled(tmp_path / "labeled.jsonl")
     found = evaluated(tmp_path, monkeypatch, Toy("a"), Toy("b"))
     for question in ("safe", "refusal"):
         told = [row for row in rows if row[question] is not None]
@@ -97,7 +97,7 @@ def test_both_questions_are_answered_with_everything(tmp_path, monkeypatch, caps
 
 
 def test_verdicts_are_kept_by_judge_and_revision(tmp_path, monkeypatch):
-    rows = labelled(tmp_path / "labelled.jsonl")
+    rows = labeled(tmp_path / "labeled.jsonl")
     with pytest.raises(KeyboardInterrupt):
         evaluated(tmp_path, monkeypatch, Toy("a"), Toy("b/c", fails_after=0))
     first, second = Toy("a"), Toy("b/c")
@@ -108,7 +108,7 @@ def test_verdicts_are_kept_by_judge_and_revision(tmp_path, monkeypatch):
     evaluated(tmp_path, monkeypatch, newer)
     assert newer.asked == len(rows)
     assert {file.name for file in (tmp_path / "eval-verdicts").iterdir()} == {"a@1.jsonl", "a@2.jsonl", "b-c@1.jsonl"}
-    write_jsonl(tmp_path / "labelled.jsonl", [rows[0] | {"text": "another"}, *rows[1:]])
+    write_jsonl(tmp_path / "labeled.jsonl", [rows[0] | {"text": "another"}, *rows[1:]])
     with pytest.raises(DataError, match="is about another text"):
         evaluated(tmp_path, monkeypatch, newer)
 
@@ -129,7 +129,7 @@ def test_a_label_under_few_prompts_is_told_with_the_doubt_that_is_left():
 
 
 def test_a_judge_that_never_decides_is_counted_and_the_run_ends(tmp_path, monkeypatch, capsys):
-    rows = labelled(tmp_path / "labelled.jsonl")
+    rows = labeled(tmp_path / "labeled.jsonl")
     never = Toy("never", decides=False)
     found = evaluated(tmp_path, monkeypatch, never, Toy("a"))
     row = found["judges"]["never"]["safe"]["all"]
@@ -191,15 +191,15 @@ def test_a_threshold_is_held_to_prompts_that_it_was_not_chosen_on():
 
 
 def test_the_commands_fit_run_and_evaluate(tmp_path):
-    labelled(tmp_path / "labelled.jsonl")
+    labeled(tmp_path / "labeled.jsonl")
     answer = Completion("p", 0, user_says(PROMPTS[0]), "I can't help with that.", "stop", 1, 1, "m", "e", "h")
     write_jsonl(tmp_path / "c.jsonl", [answer.to_row()])
     judge, call = tmp_path / "judge.npz", partial(CliRunner().invoke, app)
     told = []
     for arguments in (
-        ["fit", tmp_path / "labelled.jsonl", "--out", judge, "--doubt", "0.2"],
+        ["fit", tmp_path / "labeled.jsonl", "--out", judge, "--doubt", "0.2"],
         ["run", tmp_path / "c.jsonl", "--judge", f"linear:{judge}", "--out", tmp_path / "v.jsonl"],
-        ["eval", tmp_path / "labelled.jsonl", "--judge", f"linear:{judge}", "--out", tmp_path / "e.json"],
+        ["eval", tmp_path / "labeled.jsonl", "--judge", f"linear:{judge}", "--out", tmp_path / "e.json"],
     ):
         result = call(["judge", *map(str, arguments)])
         assert result.exit_code == 0, (result.output, result.exception)

@@ -158,15 +158,15 @@ def test_shieldgemma_must_find_every_guideline_kept():
     assert verdict.safe is None
 
 
-def test_harmbench_asks_about_the_behaviour():
-    known = judge("harmbench", lambda text: {"no": 3.0}, behaviours={"p": "bake {answer}"})
+def test_harmbench_asks_about_the_behavior():
+    known = judge("harmbench", lambda text: {"no": 3.0}, behaviors={"p": "bake {answer}"})
     text, _ = known.render(completion("{prompt} {x}"))
     assert "\n\nBehavior:\nbake {answer}\n\nGeneration:\n{prompt} {x}\n\n---\nRules:" in text
     one, other = known.judge([completion(), completion(name="q")])
     assert one.safe is True
-    assert (other.safe, other.reason) == (None, "no behaviour is known for its prompt")
-    with pytest.raises(RecipeError, match="behaviours are for harmbench"):
-        open_guard("wildguard", "nowhere", behaviours={})
+    assert (other.safe, other.reason) == (None, "no behavior is known for its prompt")
+    with pytest.raises(RecipeError, match="behaviors are for harmbench"):
+        open_guard("wildguard", "nowhere", behaviors={})
 
 
 def test_harmbench_reads_the_beginning_of_an_answer():
@@ -365,7 +365,7 @@ def test_the_revision_changes_with_what_the_verdict_depends_on():
         judge("shieldgemma", template=TEMPLATES["shieldgemma"] + " "),
     ]
     assert len({same, *(one.revision for one in changed)}) == 5
-    assert judge("harmbench", behaviours={}).revision != judge("harmbench").revision
+    assert judge("harmbench", behaviors={}).revision != judge("harmbench").revision
 
 
 def test_unknown_kinds_are_refused():

@@ -62,7 +62,7 @@ def test_policies(tmp_path, pairs_file):
     dropped, facts = run(pairs_file, tmp_path / "a", "drop", *judges)
     assert dropped == {"good good": "ss", "good bad": "su", "bad good": "us", "bad bad": "uu"}
     assert facts["left_out"] == {"judges differ": 6, "undecided": 6}
-    assert facts["pairs"] == facts["labelled"] + sum(facts["left_out"].values()) == 16
+    assert facts["pairs"] == facts["labeled"] + sum(facts["left_out"].values()) == 16
     assert facts["undecided"] == {"lenient": 8, "strict": 8}
     unsafe, _ = run(pairs_file, tmp_path / "a", "unsafe", *judges)
     assert len(unsafe) == 16
@@ -79,7 +79,7 @@ def test_the_file_trains_and_names_its_judges(tmp_path, pairs_file):
     _, pairs = load_pairs(Source(path=str(tmp_path / "a" / "pairs.jsonl")), "main")
     assert {pair.provenance.safety_label_source for pair in pairs} == {"lenient@1"}
     assert pairs[0].signals.chosen_safety_score == 0.9
-    assert facts["before"]["unlabelled"] == 16
+    assert facts["before"]["unlabeled"] == 16
     assert sum(facts["after"].values()) == 9
     assert facts["assumed_safe"] == {"pairs_with_an_unsafe_answer": 5, "unsafe_answers": 6, "answers": 18}
 

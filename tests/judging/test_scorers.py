@@ -14,7 +14,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from bfpo.config.recipes import SftModel
+from bfpo.config.recipes import ModelSection
 from bfpo.core.pairs import Message
 from bfpo.errors import ModelError, RecipeError
 from bfpo.judging.open import KINDS, open_judge
@@ -128,7 +128,7 @@ def test_a_beaver_head_is_not_read_as_a_random_one(tmp_path, tokenizer):
         with pytest.raises(ModelError, match=f"no trained head for {kind}"):
             open_guard(kind, path)
     path = saved(tmp_path / "normal", BeaverModel(config(tokenizer, do_normalize=True)), tokenizer)
-    with pytest.raises(ModelError, match="normalises its scores"):
+    with pytest.raises(ModelError, match="normalizes its scores"):
         open_guard("beaver-cost", path)
 
 
@@ -198,10 +198,10 @@ def test_labels_of_unknown_meaning_are_refused_until_told(tmp_path, tokenizer):
     path = bert(tokenizer, tmp_path / "c", num_labels=2)
     with pytest.raises(ModelError, match=r"its label 'LABEL_0' .* isn't known \(it has LABEL_0, LABEL_1\)"):
         open_guard("classifier", path)
-    judge = load_scorer("classifier", SftModel(path=path), safe_labels={"LABEL_0": False, "LABEL_1": True})
+    judge = load_scorer("classifier", ModelSection(path=path), safe_labels={"LABEL_0": False, "LABEL_1": True})
     assert judge.labels == (("LABEL_0", False), ("LABEL_1", True))
     with pytest.raises(ModelError, match="none of its labels is an unsafe one"):
-        load_scorer("classifier", SftModel(path=path), safe_labels={"LABEL_0": True, "LABEL_1": True})
+        load_scorer("classifier", ModelSection(path=path), safe_labels={"LABEL_0": True, "LABEL_1": True})
 
 
 def test_overlong_and_unfinite_are_undecided(tmp_path, tokenizer):

@@ -22,12 +22,12 @@ from bfpo.losses.theory import (
     bilinear_reward,
     bradley_terry,
     covariance_gap,
-    random_factorised_problem,
+    random_factorized_problem,
     random_problem,
     rl_objective,
     rl_optimum,
-    soft_minimiser,
-    supervised_minimiser,
+    soft_minimizer,
+    supervised_minimizer,
 )
 
 EXACT = 1e-10
@@ -41,20 +41,20 @@ Cases = Iterator[tuple[TabularProblem, float, np.random.Generator]]
 def correlated_problems() -> Cases:
     """Yield 200 problems, each with a beta and a generator; every third one has probabilities for labels."""
     rng = np.random.default_rng(0)
-    yield from ((problem, beta, rng) for problem, beta in drawn_problems(factorised=False))
+    yield from ((problem, beta, rng) for problem, beta in drawn_problems(factorized=False))
 
 
 def uncorrelated_problems() -> Cases:
     rng = np.random.default_rng(1)
-    yield from ((problem, beta, rng) for problem, beta in drawn_problems(factorised=True))
+    yield from ((problem, beta, rng) for problem, beta in drawn_problems(factorized=True))
 
 
 @cache
-def drawn_problems(*, factorised: bool) -> list[tuple[TabularProblem, float]]:
+def drawn_problems(*, factorized: bool) -> list[tuple[TabularProblem, float]]:
     rng, drawn = np.random.default_rng(2), []
     for k in range(200):
-        if factorised:
-            problem = random_factorised_problem(rng, int(rng.integers(2, 5)), kind=KINDS[k % 2])
+        if factorized:
+            problem = random_factorized_problem(rng, int(rng.integers(2, 5)), kind=KINDS[k % 2])
             low, high = np.sort(rng.random(2))
             soft = low + (high - low) * problem.safe  # the same at all levels of helpfulness
         else:
@@ -67,11 +67,11 @@ def drawn_problems(*, factorised: bool) -> list[tuple[TabularProblem, float]]:
 
 
 def scaled_log_ratio(problem: TabularProblem, policy: Array, beta: float) -> Array:
-    """beta·log(π/π_ref), centred, because losses and objectives fix it up to a constant only."""
-    return centred(beta * np.log(policy / problem.reference))
+    """beta·log(π/π_ref), centered, because losses and objectives fix it up to a constant only."""
+    return centered(beta * np.log(policy / problem.reference))
 
 
-def centred(values: Array) -> Array:
+def centered(values: Array) -> Array:
     return values - values.mean()
 
 
@@ -118,10 +118,10 @@ def loss_gradient(problem: TabularProblem, policy: Array, loss: PairLoss) -> Arr
     return logits.grad.numpy()
 
 
-# --- the supervised side is what the training code minimises
+# --- the supervised side is what the training code minimizes
 
 
-def test_supervised_minimiser_solves_the_least_squares_problem_row_by_row():
+def test_supervised_minimizer_solves_the_least_squares_problem_row_by_row():
     for problem, beta, rng in correlated_problems():
         labeling = LabelingFunction(*rng.normal(size=4))
         pairs = [(i, j) for i in range(problem.safe.size) for j in range(problem.safe.size) if i != j]
@@ -131,22 +131,22 @@ def test_supervised_minimiser_solves_the_least_squares_problem_row_by_row():
             design[row, i], design[row, j] = root, -root
             targets[row] = root * labeling(problem.safe[i], problem.safe[j]) / beta
         expected = np.linalg.lstsq(design, targets)[0]
-        policy = supervised_minimiser(problem, labeling, beta=beta)
-        assert distance(scaled_log_ratio(problem, policy, beta), centred(beta * expected)) < EXACT
+        policy = supervised_minimizer(problem, labeling, beta=beta)
+        assert distance(scaled_log_ratio(problem, policy, beta), centered(beta * expected)) < EXACT
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])
-def test_gradient_of_the_bfpo_loss_vanishes_at_the_supervised_minimiser(alpha):
+def test_gradient_of_the_bfpo_loss_vanishes_at_the_supervised_minimizer(alpha):
     for problem, beta, _ in correlated_problems():
-        policy = supervised_minimiser(problem, LabelingFunction.from_parameters(alpha=alpha), beta=beta)
+        policy = supervised_minimizer(problem, LabelingFunction.from_parameters(alpha=alpha), beta=beta)
         assert np.abs(loss_gradient(problem, policy, BFPO(beta=beta, alpha=alpha))).max() < EXACT
         assert np.abs(loss_gradient(problem, policy, BFPO(beta=beta, alpha=alpha + 0.1))).max() > 1e-4
 
 
-def test_perturbing_the_supervised_minimiser_raises_the_bfpo_loss():
+def test_perturbing_the_supervised_minimizer_raises_the_bfpo_loss():
     for problem, beta, rng in correlated_problems():
         labeling = LabelingFunction(*rng.normal(size=4))
-        logps = np.log(supervised_minimiser(problem, labeling, beta=beta))
+        logps = np.log(supervised_minimizer(problem, labeling, beta=beta))
         nudged = torch.tensor(logps + 0.01 * rng.normal(size=(20, logps.size))).log_softmax(-1)
         loss = BFPO(beta=beta, table=labeling)
         least = population_loss(problem, torch.tensor(logps), loss)
@@ -154,7 +154,7 @@ def test_perturbing_the_supervised_minimiser_raises_the_bfpo_loss():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_training_a_tabular_policy_on_the_bfpo_loss_arrives_at_the_supervised_minimiser(seed):
+def test_training_a_tabular_policy_on_the_bfpo_loss_arrives_at_the_supervised_minimizer(seed):
     rng = np.random.default_rng(seed)
     problem = replace(random_problem(rng, 5, kind=KINDS[seed % 2]), safe=rng.random(5))
     loss = BFPO(beta=0.3, b1=4.0, b2=0.5, alpha=0.2)
@@ -168,7 +168,7 @@ def test_training_a_tabular_policy_on_the_bfpo_loss_arrives_at_the_supervised_mi
 
     end = minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-10}).x
     trained = np.exp(end) / np.exp(end).sum()
-    expected = supervised_minimiser(problem, loss.labeling, beta=0.3)
+    expected = supervised_minimizer(problem, loss.labeling, beta=0.3)
     # L-BFGS stops where the loss no longer falls in float64: about the root of the rounding error.
     assert distance(trained, expected) < 1e-6
     assert distance(problem.reference, expected) > 0.05
@@ -205,7 +205,7 @@ def test_value_at_the_rl_optimum_is_the_log_partition_function():
         assert value == pytest.approx(beta * np.log(problem.reference @ np.exp(reward / beta)), abs=EXACT)
 
 
-def test_rl_objective_is_stationary_at_its_optimum_and_not_at_the_supervised_minimiser():
+def test_rl_objective_is_stationary_at_its_optimum_and_not_at_the_supervised_minimizer():
     def slopes(problem, policy, reward, beta):
         step, logits = 1e-5, np.log(policy)
 
@@ -219,7 +219,7 @@ def test_rl_objective_is_stationary_at_its_optimum_and_not_at_the_supervised_min
     for problem, beta, _ in correlated_problems():
         reward = bilinear_reward(problem)
         assert np.abs(slopes(problem, rl_optimum(problem, reward, beta=beta), reward, beta)).max() < 1e-8
-        supervised = supervised_minimiser(problem, PAPER, beta=beta)
+        supervised = supervised_minimizer(problem, PAPER, beta=beta)
         moved += np.abs(slopes(problem, supervised, reward, beta)).max() > 1e-4
     assert moved > 150
 
@@ -235,11 +235,11 @@ def test_rl_objective_counts_an_answer_of_probability_zero_as_zero():
 
 @pytest.mark.parametrize("b1", [2.0, 3.0, 5.0])
 @pytest.mark.parametrize("b2", [0.0, 0.7, -0.4])
-def test_supervised_minimiser_is_the_rl_optimum_when_safety_is_uncorrelated_with_winning(b1, b2):
+def test_supervised_minimizer_is_the_rl_optimum_when_safety_is_uncorrelated_with_winning(b1, b2):
     labeling = LabelingFunction.from_parameters(b1=b1, b2=b2, alpha=0.0)
     errors_of_a_wrong_constant = []
     for problem, beta, _ in uncorrelated_problems():
-        supervised = supervised_minimiser(problem, labeling, beta=beta)
+        supervised = supervised_minimizer(problem, labeling, beta=beta)
         a1, a2 = problem.expected_safety + 2 * b2 / (b1 - 1), 1 / (b1 - 1)
         assert distance(supervised, rl_optimum(problem, bilinear_reward(problem, a1=a1, a2=a2), beta=beta)) < EXACT
         wrong = bilinear_reward(problem, a1=a1, a2=a2 + 0.1)
@@ -250,14 +250,14 @@ def test_supervised_minimiser_is_the_rl_optimum_when_safety_is_uncorrelated_with
 def test_defaults_of_the_bilinear_reward_are_the_papers():
     for problem, beta, _ in uncorrelated_problems():
         optimum = rl_optimum(problem, bilinear_reward(problem), beta=beta)
-        assert distance(supervised_minimiser(problem, PAPER, beta=beta), optimum) < EXACT
+        assert distance(supervised_minimizer(problem, PAPER, beta=beta), optimum) < EXACT
 
 
 def test_alpha_lowers_the_safety_offset_by_twice_its_size():
     moved = []
     for problem, beta, rng in uncorrelated_problems():
         alpha = rng.uniform(0.1, 1)
-        supervised = supervised_minimiser(problem, LabelingFunction.from_parameters(alpha=alpha), beta=beta)
+        supervised = supervised_minimizer(problem, LabelingFunction.from_parameters(alpha=alpha), beta=beta)
         shifted = bilinear_reward(problem, a1=problem.expected_safety - 2 * alpha)
         assert distance(supervised, rl_optimum(problem, shifted, beta=beta)) < EXACT
         moved.append(distance(supervised, rl_optimum(problem, bilinear_reward(problem), beta=beta)))
@@ -267,10 +267,10 @@ def test_alpha_lowers_the_safety_offset_by_twice_its_size():
 def test_gap_to_the_rl_optimum_is_the_covariance_of_winning_and_the_opponents_safety():
     largest = []
     for problem, beta, _ in correlated_problems():
-        supervised = supervised_minimiser(problem, PAPER, beta=beta)
+        supervised = supervised_minimizer(problem, PAPER, beta=beta)
         optimum = rl_optimum(problem, bilinear_reward(problem), beta=beta)
         gap = scaled_log_ratio(problem, supervised, beta) - scaled_log_ratio(problem, optimum, beta)
-        assert distance(gap, centred(covariance_gap(problem))) < EXACT
+        assert distance(gap, centered(covariance_gap(problem))) < EXACT
         largest.append(np.abs(gap).max())
     assert np.median(largest) > 0.01
 
@@ -290,19 +290,19 @@ def test_two_answers_always_agree_because_their_covariances_are_equal():
         first, second = covariance_gap(problem)
         assert first == pytest.approx(second, abs=EXACT)
         optimum = rl_optimum(problem, bilinear_reward(problem), beta=0.3)
-        assert distance(supervised_minimiser(problem, PAPER, beta=0.3), optimum) < EXACT
+        assert distance(supervised_minimizer(problem, PAPER, beta=0.3), optimum) < EXACT
     assert abs(first) > 1e-3  # equal, yet not zero: zero covariance is sufficient and not necessary
 
 
-def test_log_ratio_of_the_supervised_minimiser_in_general():
+def test_log_ratio_of_the_supervised_minimizer_in_general():
     for problem, beta, rng in correlated_problems():
         b1, b2, alpha = rng.uniform(1.5, 6), rng.normal(), rng.uniform(-1, 1)
         labeling = LabelingFunction.from_parameters(b1=b1, b2=b2, alpha=alpha)
         a2, win_rates = 1 / (b1 - 1), problem.win_rates
         beats_safe = problem.preferences @ (problem.data_policy * problem.safe)
         expected = problem.safe * (win_rates + a2) + beats_safe + 2 * (b2 * a2 - alpha) * win_rates
-        got = scaled_log_ratio(problem, supervised_minimiser(problem, labeling, beta=beta), beta)
-        assert distance(got, centred(expected)) < EXACT
+        got = scaled_log_ratio(problem, supervised_minimizer(problem, labeling, beta=beta), beta)
+        assert distance(got, centered(expected)) < EXACT
 
 
 def test_b2_does_what_alpha_does():
@@ -310,36 +310,36 @@ def test_b2_does_what_alpha_does():
         b1, alpha = rng.uniform(1.5, 6), rng.uniform(-1, 1)
         by_alpha = LabelingFunction.from_parameters(b1=b1, alpha=alpha)
         by_b2 = LabelingFunction.from_parameters(b1=b1, alpha=0.0, b2=-alpha * (b1 - 1))
-        policies = [supervised_minimiser(problem, labeling, beta=beta) for labeling in (by_alpha, by_b2, PAPER)]
+        policies = [supervised_minimizer(problem, labeling, beta=beta) for labeling in (by_alpha, by_b2, PAPER)]
         assert distance(policies[0], policies[1]) < EXACT
         assert distance(policies[0], policies[2]) > 1e-6
 
 
-# --- the neighbours
+# --- the neighbors
 
 
 def test_bfpo_soft_arrives_at_the_rl_optimum_whether_or_not_safety_is_correlated():
     for problem, beta, rng in correlated_problems():
         b1, alpha = rng.uniform(1.5, 6), rng.uniform(0, 1)
         reward = bilinear_reward(problem, a1=problem.expected_safety - 2 * alpha, a2=1 / (b1 - 1))
-        policy = soft_minimiser(problem, reward, beta=beta)
+        policy = soft_minimizer(problem, reward, beta=beta)
         assert distance(policy, rl_optimum(problem, reward, beta=beta)) < EXACT
         assert np.abs(loss_gradient(problem, policy, BFPOSoft(beta=beta, b1=b1, alpha=alpha))).max() < EXACT
 
 
-def test_equal_labels_of_one_half_are_ipo_which_maximises_the_win_rate():
+def test_equal_labels_of_one_half_are_ipo_which_maximizes_the_win_rate():
     half = LabelingFunction(0.5, 0.5, 0.5, 0.5)
     for problem, beta, _ in correlated_problems():
-        policy = supervised_minimiser(problem, half, beta=beta)
+        policy = supervised_minimizer(problem, half, beta=beta)
         assert distance(policy, rl_optimum(problem, problem.win_rates, beta=beta)) < EXACT
         assert np.abs(loss_gradient(problem, policy, IPO(beta=beta))).max() < EXACT
 
 
-def test_additive_label_maximises_an_additive_reward_whether_or_not_safety_is_correlated():
+def test_additive_label_maximizes_an_additive_reward_whether_or_not_safety_is_correlated():
     for problem, beta, rng in correlated_problems():
         weight = rng.uniform(0.2, 2)
         labeling = LabelingFunction(ss=0.5, su=0.5 + weight, us=0.5 - weight, uu=0.5)
-        policy = supervised_minimiser(problem, labeling, beta=beta)
+        policy = supervised_minimizer(problem, labeling, beta=beta)
         assert distance(policy, rl_optimum(problem, problem.win_rates + weight * problem.safe, beta=beta)) < EXACT
         assert np.abs(loss_gradient(problem, policy, Additive(beta=beta, weight=weight))).max() < EXACT
 
@@ -350,33 +350,33 @@ def test_additive_label_maximises_an_additive_reward_whether_or_not_safety_is_co
 def test_all_safe_prompts_at_alpha_one_half_are_ipo_and_at_zero_ipo_with_half_the_beta():
     for problem, beta, _ in correlated_problems():
         safe = replace(problem, safe=np.ones(problem.safe.size))
-        shifted = supervised_minimiser(safe, LabelingFunction.from_parameters(alpha=0.5), beta=beta)
+        shifted = supervised_minimizer(safe, LabelingFunction.from_parameters(alpha=0.5), beta=beta)
         assert distance(shifted, rl_optimum(safe, safe.win_rates, beta=beta)) < EXACT
-        unshifted = supervised_minimiser(safe, PAPER, beta=beta)
+        unshifted = supervised_minimizer(safe, PAPER, beta=beta)
         assert distance(unshifted, rl_optimum(safe, safe.win_rates, beta=beta / 2)) < EXACT
 
 
 def test_all_unsafe_prompts_keep_the_reference_at_alpha_zero_and_reverse_ipo_at_one_half():
     for problem, beta, _ in correlated_problems():
         unsafe = replace(problem, safe=np.zeros(problem.safe.size))
-        assert distance(supervised_minimiser(unsafe, PAPER, beta=beta), unsafe.reference) < EXACT
-        shifted = supervised_minimiser(unsafe, LabelingFunction.from_parameters(alpha=0.5), beta=beta)
+        assert distance(supervised_minimizer(unsafe, PAPER, beta=beta), unsafe.reference) < EXACT
+        shifted = supervised_minimizer(unsafe, LabelingFunction.from_parameters(alpha=0.5), beta=beta)
         assert distance(shifted, rl_optimum(unsafe, -unsafe.win_rates, beta=beta)) < EXACT
 
 
 def test_alpha_one_half_rewards_winning_with_slope_e_s_if_safe_and_minus_one_plus_e_s_if_unsafe():
     rng = np.random.default_rng(6)
     for k in range(200):
-        problem = random_factorised_problem(rng, 4, kind=KINDS[k % 2])
-        policy = supervised_minimiser(problem, LabelingFunction.from_parameters(alpha=0.5), beta=0.2)
+        problem = random_factorized_problem(rng, 4, kind=KINDS[k % 2])
+        policy = supervised_minimizer(problem, LabelingFunction.from_parameters(alpha=0.5), beta=0.2)
         log_ratio, win_rates = scaled_log_ratio(problem, policy, 0.2), problem.win_rates
         for answers, slope in ((slice(0, 4), problem.expected_safety), (slice(4, 8), problem.expected_safety - 1)):
-            assert distance(centred(log_ratio[answers]), slope * centred(win_rates[answers])) < EXACT
+            assert distance(centered(log_ratio[answers]), slope * centered(win_rates[answers])) < EXACT
 
 
 def lead_of_the_safe(problem: TabularProblem, alpha: float) -> float:
-    """How far the least favoured safe answer is above the most favoured unsafe one, in beta·log-ratio."""
-    policy = supervised_minimiser(problem, LabelingFunction.from_parameters(alpha=alpha), beta=0.2)
+    """How far the least favored safe answer is above the most favored unsafe one, in beta·log-ratio."""
+    policy = supervised_minimizer(problem, LabelingFunction.from_parameters(alpha=alpha), beta=0.2)
     ratio = scaled_log_ratio(problem, policy, 0.2)
     return float(ratio[problem.safe == 1].min() - ratio[problem.safe == 0].max())
 
@@ -402,11 +402,11 @@ def test_at_alpha_one_half_only_wins_over_answers_of_the_same_safety_count():
     rng = np.random.default_rng(13)
     for k in range(200):
         problem = random_problem(rng, 6, kind=KINDS[k % 2])
-        policy = supervised_minimiser(problem, LabelingFunction.from_parameters(alpha=0.5), beta=0.2)
+        policy = supervised_minimizer(problem, LabelingFunction.from_parameters(alpha=0.5), beta=0.2)
         over_safe = problem.preferences @ (problem.data_policy * problem.safe)
         over_unsafe = problem.preferences @ (problem.data_policy * (1 - problem.safe))
         expected = np.where(problem.safe == 1, 0.5 + over_safe, -over_unsafe)
-        assert distance(scaled_log_ratio(problem, policy, 0.2), centred(expected)) < EXACT
+        assert distance(scaled_log_ratio(problem, policy, 0.2), centered(expected)) < EXACT
 
 
 def test_four_actions_give_the_numbers_of_an_independent_run():
@@ -418,14 +418,14 @@ def test_four_actions_give_the_numbers_of_an_independent_run():
         (0.5, [0.045, 0.548, 0.333, 0.074]),
         (1.0, [0.021, 0.414, 0.414, 0.152]),
     ):
-        policy = supervised_minimiser(problem, LabelingFunction.from_parameters(alpha=alpha), beta=0.5)
+        policy = supervised_minimizer(problem, LabelingFunction.from_parameters(alpha=alpha), beta=0.5)
         np.testing.assert_allclose(policy, expected, atol=6e-4)
 
 
 # --- problems: drawn and refused
 
 
-def test_random_problems_are_correlated_unless_factorised():
+def test_random_problems_are_correlated_unless_factorized():
     assert max(np.ptp(covariance_gap(problem)) for problem, _, _ in uncorrelated_problems()) < EXACT
     assert np.median([np.ptp(covariance_gap(problem)) for problem, _, _ in correlated_problems()]) > 0.02
 
@@ -500,8 +500,8 @@ def test_impossible_betas_are_refused(beta):
     problem = random_problem(np.random.default_rng(9))
     reward = bilinear_reward(problem)
     calls = (
-        lambda: supervised_minimiser(problem, PAPER, beta=beta),
-        lambda: soft_minimiser(problem, reward, beta=beta),
+        lambda: supervised_minimizer(problem, PAPER, beta=beta),
+        lambda: soft_minimizer(problem, reward, beta=beta),
         lambda: rl_optimum(problem, reward, beta=beta),
         lambda: rl_objective(problem, problem.reference, reward=reward, beta=beta),
     )

@@ -89,7 +89,7 @@ def test_the_last_completion_token_is_never_fed(make_model):
     ]
     torch.testing.assert_close(padded_layout(changed).input_ids, padded_layout(batch).input_ids)
     fed = [(5, 7), (5, 1), (3, 2), (3, 9), (11, 4), (11, 4)]
-    assert padded_layout(batch).useful_tokens == sum(prompt + completion - 1 for prompt, completion in fed)
+    assert padded_layout(batch).num_tokens == sum(prompt + completion - 1 for prompt, completion in fed)
 
 
 def test_padding_does_not_leak_into_a_shorter_row(make_model):

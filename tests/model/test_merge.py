@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bfpo.config.recipes import LoraSection, SftModel
+from bfpo.config.recipes import LoraSection, ModelSection
 from bfpo.errors import ModelError, RecipeError
 from bfpo.model.load import load_model
 from bfpo.model.lora import add_adapter, lora_config
@@ -46,7 +46,7 @@ def test_the_merged_model_gives_the_logits_of_the_adapter(tokenizer):
     merge_checkpoint(Path("adapter"), Path("out/merged"))
     merged = AutoModelForCausalLM.from_pretrained("out/merged")
     assert not isinstance(merged, PeftModel)
-    expected = logits(load_model(SftModel(path="adapter")))
+    expected = logits(load_model(ModelSection(path="adapter")))
     # float32 sums in another order
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     assert (expected - logits(base())).abs().max() > 0.1
@@ -94,15 +94,15 @@ def test_a_folder_that_holds_something_is_refused_and_kept():
     assert Path("full/notes.txt").read_text() == Path("file").read_text() == "mine"
 
 
-def test_a_quantised_base_is_explained():
+def test_a_quantized_base_is_explained():
     config = json.loads(Path("base/config.json").read_text())
-    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    Path("base/config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
-    with pytest.raises(ModelError, match=r"'base' is stored quantised.*set base_model_name_or_path"):
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    Path("base/config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+    with pytest.raises(ModelError, match=r"'base' is stored quantized.*set base_model_name_or_path"):
         merge_checkpoint(Path("adapter"), Path("merged"))
 
 
-def test_an_adapter_trained_on_quantised_weights_is_merged_with_a_note(capsys):
+def test_an_adapter_trained_on_quantized_weights_is_merged_with_a_note(capsys):
     Path("adapter/recipe.resolved.yaml").write_text("model: {load_in_4bit: true}\n")
     merge_checkpoint(Path("adapter"), Path("merged"))
     assert "trained on 4-bit weights" in capsys.readouterr().out
@@ -122,7 +122,7 @@ def test_a_failed_write_leaves_nothing(monkeypatch, folder):
     def fail(self, *_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(load_model(SftModel(path="base"))), "save_pretrained", fail)
+    monkeypatch.setattr(type(load_model(ModelSection(path="base"))), "save_pretrained", fail)
     before = sorted(folder.iterdir())
     with pytest.raises(OSError, match="No space"):
         merge_checkpoint(Path("adapter"), Path("merged"))

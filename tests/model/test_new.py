@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bfpo.config.recipes import NewModel, SftModel
+from bfpo.config.recipes import ModelSection, NewModel
 from bfpo.errors import ModelError
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.new import SHAPES, new_model, new_tokenizer
@@ -47,4 +47,4 @@ def test_vocabulary_has_the_size_asked_for():
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
 def test_a_model_that_is_not_there_is_named(load, tmp_path):
     with pytest.raises(ModelError, match=r"model\.path"):
-        load(SftModel(path=str(tmp_path / "nothing")))
+        load(ModelSection(path=str(tmp_path / "nothing")))

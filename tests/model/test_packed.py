@@ -124,7 +124,7 @@ def test_a_packed_row_by_hand():
     assert layout.targets.tolist() == [3, 4, 5, 6, 1, 2]
     assert layout.lengths == (3, 1, 2)
     assert layout.spans == (Span(2, (2, 0)), Span(1, (1,)))
-    assert layout.useful_tokens == 6
+    assert layout.num_tokens == 6
 
 
 def test_who_sees_whom_by_hand():
@@ -186,8 +186,8 @@ def test_a_dense_mask_of_the_whole_row_gives_the_same_attention():
     model, layout = family("gemma2", torch.float64), packed_layout(PAIRS)
     layer = model.model.layers[0].self_attn
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, layout.useful_tokens, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    whole = SpanMasks((Run(layout.useful_tokens),), {4: [dense_mask(layout.spans, 4, CPU)]})
+    query, key, value = (torch.randn(1, heads, layout.num_tokens, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    whole = SpanMasks((Run(layout.num_tokens),), {4: [dense_mask(layout.spans, 4, CPU)]})
     apart = span_masks(layout.spans, [4], CPU)
     for softcap in (None, 1.5):
         outputs = [
@@ -204,9 +204,9 @@ def test_flex_attention_sees_the_same(window):
     layout = packed_layout(PAIRS)
     layer = family("llama").model.layers[0].self_attn
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, layout.useful_tokens, 16) for heads in (4, 2, 2))
+    query, key, value = (torch.randn(1, heads, layout.num_tokens, 16) for heads in (4, 2, 2))
     sparse = SpanMasks((), {window: block_mask(layout.spans, window, CPU)})
-    dense = SpanMasks((Run(layout.useful_tokens),), {window: [dense_mask(layout.spans, window, CPU)]})
+    dense = SpanMasks((Run(layout.num_tokens),), {window: [dense_mask(layout.spans, window, CPU)]})
 
     def attend(spans, value=value):
         return attend_by_spans(layer, query, key, value, None, spans=spans, sliding_window=window)[0]
@@ -280,7 +280,7 @@ def test_wrong_numbers_of_another_family_mean_padded_rows_and_a_line(monkeypatch
 def test_positions_that_ignore_the_prompt_are_caught(monkeypatch):
     def restarted(examples):
         layout = packed_layout(examples)
-        layout.positions[:] = torch.arange(layout.useful_tokens)
+        layout.positions[:] = torch.arange(layout.num_tokens)
         return layout
 
     model = family("llama")

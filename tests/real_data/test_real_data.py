@@ -69,7 +69,7 @@ def test_xstest_has_each_compliance_with_each_refusal_of_its_prompt(
 
     data = prepared("xstest_completions", "xstest/completions_*.csv", partial_refusals=partial_refusals)
     report = data.parts[0].report
-    # Two models gave the same answer to one prompt: labelled once a partial refusal, once a full one.
+    # Two models gave the same answer to one prompt: labeled once a partial refusal, once a full one.
     identical = {item for item in pairs if item[1] == item[2]}
     distinct = set(pairs) - identical
     assert Counter(cell for *_, cell in distinct) == expected
@@ -107,7 +107,7 @@ def test_of_hh_rlhf_2303_of_2312_transcripts_are_usable():
     assert report.faulty.total() == not_transcripts
     assert (report.read, len(data.train)) == (2312 - not_transcripts, usable)
     assert reasons(report.dropped) == {("empty answer", None): empty}
-    assert data.manifest()["train"] == {"main": {"ss": 0, "su": 0, "us": 0, "uu": 0, "unlabelled": 2303}}
+    assert data.manifest()["train"] == {"main": {"ss": 0, "su": 0, "us": 0, "uu": 0, "unlabeled": 2303}}
 
 
 def test_alpaca_eval_has_the_preferred_output_first_and_no_ties():
@@ -130,7 +130,7 @@ def test_alpaca_eval_has_the_preferred_output_first_and_no_ties():
     assert (report.read, report.dropped.total()) == (len(pairs), len(pairs) - len(whole))
     assert {(p.prompt[0].content, p.chosen, p.rejected) for p in data.train} == distinct
     assert data.manifest()["train"] == {"main": {"ss": len(distinct), "su": 0, "us": 0, "uu": 0}}
-    assert report.licence == "CC-BY-NC-4.0"
+    assert report.license == "CC-BY-NC-4.0"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from bfpo.commands.app import app
 from bfpo.evaluation.results import read_results
 from bfpo.judging.fit import fit_heads
-from bfpo.judging.labeled import read_labelled
+from bfpo.judging.labeled import read_labeled
 from bfpo.judging.linear import save_judge
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "xstest"
@@ -34,7 +34,7 @@ def example(tmp_path_factory):
     def bfpo(*words):
         words = list(map(str, words))
         if words[:2] == ["judge", "fit"]:
-            save_judge(fit_heads(read_labelled(words[2]), words[2]), Path(words[4]))
+            save_judge(fit_heads(read_labeled(words[2]), words[2]), Path(words[4]))
         else:
             done = CliRunner().invoke(app, words, catch_exceptions=False)
             assert done.exit_code == 0, done.output

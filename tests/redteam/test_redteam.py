@@ -88,7 +88,7 @@ def recipe(tmp_path, monkeypatch):
             "model": {"path": "m"},
             "prompts": [
                 {"name": "file", "path": str(tmp_path / "bad.txt"), "kind": "harmful"},
-                {"name": "file", "path": str(tmp_path / "good.txt"), "kind": "benign", "licence": "CC0"},
+                {"name": "file", "path": str(tmp_path / "good.txt"), "kind": "benign", "license": "CC0"},
             ],
             "judge": "words",
             "samples": 3,
@@ -114,7 +114,7 @@ def test_the_whole_way(recipe, tmp_path):
         "human_safety_labels": len(answered),
         "human_orders": len(pairs),
     }
-    assert [source["licence"] for source in facts["sources"]] == [None, "CC0"]
+    assert [source["license"] for source in facts["sources"]] == [None, "CC0"]
     before = file.read_bytes()
     assert run_redteam(recipe)[0].read_bytes() == before
     with pytest.raises(RecipeError, match="work of another recipe"):

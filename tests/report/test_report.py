@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bfpo.errors import DataError
-from bfpo.evaluation.results import METRIC_COLUMNS, Metric, Results, read_results
+from bfpo.evaluation.results import METRIC_COLUMNS, MetricResult, Results, read_results
 from bfpo.report.card import BEGIN, END, card_section, insert_card
 from bfpo.report.drawing import DARK, LIGHT, STYLE, Drawing, Point, ticks
 from bfpo.report.html import write_report
@@ -382,8 +382,8 @@ def test_drawings_escape_what_they_are_given():
 
 
 def contrast(one: str, other: str) -> float:
-    def light(colour: str) -> float:
-        parts = (int(colour[index : index + 2], 16) / 255 for index in (1, 3, 5))
+    def light(color: str) -> float:
+        parts = (int(color[index : index + 2], 16) / 255 for index in (1, 3, 5))
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -456,11 +456,11 @@ def test_further_judges_agreement_categories_and_warnings_are_shown(tmp_path, ru
                 "share": 0.7,
             }
         ],
-        data=[{"name": "a set", "licence": "CC-BY-4.0", "hash": "abc", "prompts": 40}],
+        data=[{"name": "a set", "license": "CC-BY-4.0", "hash": "abc", "prompts": 40}],
     )
     page = report(tmp_path / "out", runs)
     assert "bfpo: calibrated on other models" in page.prose
-    assert "bfpo: Circular: second labelled" in page.prose
+    assert "bfpo: Circular: second labeled" in page.prose
     assert "second circular" in page.prose
     assert "0.37 [0.20, 0.50]" in page.prose
     assert "arson | <b>" in page.prose
@@ -552,7 +552,7 @@ def test_the_region_on_the_plane_holds_both_numbers_95_times_of_100():
         numbers = []
         for metric, count in zip(("helpfulness", "safety"), yes, strict=True):
             interval = wilson(int(count), n)
-            numbers.append(Metric("s", "t", metric, *interval, n, 0, "Wilson", True))
+            numbers.append(MetricResult("s", "t", metric, *interval, n, 0, "Wilson", True))
         outline = region(*numbers)
         right, top, left, bottom = (outline[len(outline) * quarter // 4] for quarter in range(4))
         x, y = truth[0] - numbers[0].value, truth[1] - numbers[1].value

@@ -26,7 +26,7 @@ def test_the_estimate_turns_the_judge_s_errors_back():
 
 def test_the_interval_is_lang_and_reiczigel_s_by_hand():
     # z = 1.959964; drawn to one half: rate (40 + 1.92073) / 103.84146 = 0.403700, sensitivity 46 / 52 = 0.884615,
-    # specificity 41 / 52 = 0.788462. Centre 0.192161 / 0.673077 = 0.285497; variances 0.00231820, 0.00196290,
+    # specificity 41 / 52 = 0.788462. Center 0.192161 / 0.673077 = 0.285497; variances 0.00231820, 0.00196290,
     # 0.00320751; shift 2 z^2 (0.285497 x 0.00196290 - 0.714503 x 0.00320751) = -0.0133020; half-width
     # z sqrt(0.00231820 + 0.0815084 x 0.00196290 + 0.510515 x 0.00320751) / 0.673077 = 0.186812.
     value, low, high = corrected_rate(0.4, 100, JudgeErrors(0.9, 50, 0.8, 50))
@@ -36,7 +36,7 @@ def test_the_interval_is_lang_and_reiczigel_s_by_hand():
 
 
 def test_a_judge_that_never_errs_changes_nothing():
-    # Without errors it is Agresti and Coull's interval, which has Wilson's centre.
+    # Without errors it is Agresti and Coull's interval, which has Wilson's center.
     value, low, high = corrected_rate(0.3, 200, JudgeErrors(1.0, 10**7, 1.0, 10**7))
     exact = wilson(60, 200)
     assert value == pytest.approx(0.3, abs=1e-6)
@@ -106,18 +106,18 @@ def test_impossible_counts_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("truth", "sensitivity", "specificity", "n", "labelled"),
+    ("truth", "sensitivity", "specificity", "n", "labeled"),
     [(0.1, 0.9, 0.95, 250, 100), (0.3, 0.85, 0.8, 200, 60), (0.6, 0.95, 0.9, 150, 40)],
 )
-def test_nominal_95_percent_intervals_hold_the_truth_as_often(truth, sensitivity, specificity, n, labelled):
+def test_nominal_95_percent_intervals_hold_the_truth_as_often(truth, sensitivity, specificity, n, labeled):
     rng = np.random.default_rng(0)
-    yes, tries = max(5, round(truth * labelled)), 2000
+    yes, tries = max(5, round(truth * labeled)), 2000
     found = rng.binomial(n, truth * sensitivity + (1 - truth) * (1 - specificity), tries) / n
     hits = rng.binomial(yes, sensitivity, tries) / yes
-    rest = rng.binomial(labelled - yes, specificity, tries) / (labelled - yes)
+    rest = rng.binomial(labeled - yes, specificity, tries) / (labeled - yes)
     held, plain = 0, 0
     for rate, right_yes, right_no in zip(found, hits, rest, strict=True):
-        interval = corrected_rate(rate, n, JudgeErrors(right_yes, yes, right_no, labelled - yes))
+        interval = corrected_rate(rate, n, JudgeErrors(right_yes, yes, right_no, labeled - yes))
         held += interval.low <= truth <= interval.high
         uncorrected = wilson(round(rate * n), n)
         plain += uncorrected.low <= truth <= uncorrected.high

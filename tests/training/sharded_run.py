@@ -58,11 +58,11 @@ def main(out: str, sharded: bool) -> None:
     filled: list[bool] = []
     asked = BFPOTrainer.compute_loss
 
-    def counting(self: BFPOTrainer, model: object, inputs: dict[str, Batch], *values: object, **more: object):
-        filled.append(inputs["pack"].fills_up)
+    def progress(self: BFPOTrainer, model: object, inputs: dict[str, Batch], *values: object, **more: object):
+        filled.append(inputs["pack"].is_filler)
         return asked(self, model, inputs, *values, **more)
 
-    mock.patch.object(BFPOTrainer, "compute_loss", counting).start()
+    mock.patch.object(BFPOTrainer, "compute_loss", progress).start()
     trainer.train()
     trained = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     shares = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.model.parameters())

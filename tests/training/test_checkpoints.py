@@ -24,8 +24,8 @@ def run(tmp_path, monkeypatch, main_pairs, buffer_pairs):
     write_jsonl(tmp_path / "fewer.jsonl", (p.to_row() for p in main_pairs[1:]))
     write_jsonl(tmp_path / "buffer.jsonl", (p.to_row() for p in buffer_pairs))
 
-    relabelled = [replace(p, labels=SafetyLabels(True, True)) for p in main_pairs]
-    write_jsonl(tmp_path / "relabelled.jsonl", (p.to_row() for p in relabelled))
+    relabeled = [replace(p, labels=SafetyLabels(True, True)) for p in main_pairs]
+    write_jsonl(tmp_path / "relabeled.jsonl", (p.to_row() for p in relabeled))
 
     def run(data="main.jsonl", model_seed=42, **trainer):
         options = {
@@ -118,7 +118,7 @@ def test_damage_that_keeps_the_size_gives_a_message(run, unbroken, name):
         ({"seed": 7}, "seed was 42, now it is 7"),
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4, now it is 2"),
         ({"data": "fewer.jsonl"}, "data was "),
-        ({"data": "relabelled.jsonl"}, "data was "),
+        ({"data": "relabeled.jsonl"}, "data was "),
         ({"model_seed": 1}, "start model was "),
     ],
 )

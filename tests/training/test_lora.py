@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bfpo.config.loading import check_recipe
-from bfpo.config.recipes import LoraSection, SftModel, SftRecipe, TrainRecipe
+from bfpo.config.recipes import LoraSection, ModelSection, SftRecipe, TrainRecipe
 from bfpo.core.files import file_hash, write_jsonl
 from bfpo.errors import MissingExtra, ModelError, RecipeError
 from bfpo.model.load import load_model, load_tokenizer
@@ -104,11 +104,11 @@ def test_target_modules_that_are_not_there_are_refused(make_model):
         add_adapter(make_model(), lora_config(LoraSection(target_modules=["query_key_value"])), seed=0)
 
 
-def test_quantised_weights_need_an_adapter_and_a_gpu(base):
+def test_quantized_weights_need_an_adapter_and_a_gpu(base):
     with pytest.raises(RecipeError, match="load_in_4bit needs lora, or a path to an adapter"):
         run_training(recipe(model={"path": base, "load_in_4bit": True}), dry_run=True)
     with pytest.raises((ImportError, RecipeError), match=r"bitsandbytes|needs a GPU"):
-        load_model(SftModel(path=base, load_in_4bit=True))
+        load_model(ModelSection(path=base, load_in_4bit=True))
 
 
 def test_a_missing_bitsandbytes_is_told_in_one_line(base, monkeypatch):
@@ -172,12 +172,12 @@ def test_an_adapter_of_the_hub_is_one_and_its_revision_is_its_own(base, tmp_path
     in_hub_cache("adapter", "org/adapter", "v2", tmp_path / "hub")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    section = SftModel(path="org/adapter", revision="v2")
+    section = ModelSection(path="org/adapter", revision="v2")
     assert isinstance(load_model(section), PeftModel)
     # The adapter has no tokenizer of its own.
     assert load_tokenizer(section).chat_template
     with pytest.raises(ModelError):
-        load_model(SftModel(path="org/adapter", revision="v1"))
+        load_model(ModelSection(path="org/adapter", revision="v1"))
 
 
 def test_an_adapter_names_the_revision_of_its_base(base):
@@ -188,7 +188,7 @@ def test_an_adapter_names_the_revision_of_its_base(base):
 def test_an_adapter_without_a_tokenizer_uses_that_of_its_base(base, tokenizer):
     adapted = add_adapter(AutoModelForCausalLM.from_pretrained(base), lora_config(LoraSection(r=2)), seed=0)
     adapted.save_pretrained("bare")
-    assert load_tokenizer(SftModel(path="bare")).get_vocab() == tokenizer.get_vocab()
+    assert load_tokenizer(ModelSection(path="bare")).get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_earlier_run_where_it_is(base):

@@ -16,7 +16,7 @@ from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.losses.pairwise import BFPO
 from bfpo.model.reference_cache import ReferenceEntry, model_content
-from bfpo.training.reference_values import ValuesPass
+from bfpo.training.reference_values import ReferencePass
 from bfpo.training.trainer import BFPOTrainer
 
 
@@ -70,8 +70,8 @@ def test_an_entry_is_named_by_what_it_is_made_of_and_by_nothing_else(make_traine
     make_trainer()
     (first,) = entries(tmp_path)
     made = first.stat().st_mtime_ns, (first / "values.npy").stat().st_mtime_ns
-    relabelled = [replace(pair, labels=SafetyLabels(True, True)) for pair in main_pairs]
-    make_trainer(learning_rate=1.0, out="runs/b", pairs=relabelled, buffer_weight=3.0)
+    relabeled = [replace(pair, labels=SafetyLabels(True, True)) for pair in main_pairs]
+    make_trainer(learning_rate=1.0, out="runs/b", pairs=relabeled, buffer_weight=3.0)
     assert entries(tmp_path) == [first]
     assert (first.stat().st_mtime_ns, (first / "values.npy").stat().st_mtime_ns) == made
     make_trainer(pairs=main_pairs[1:])
@@ -109,7 +109,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(make_trainer, monkeypatch, tmp
     unbroken = np.load(entry / "values.npy")
     for file in (entry / "entry.json", entry / "values.npy"):
         file.unlink()
-    scored, plain = [], ValuesPass._finite
+    scored, plain = [], ReferencePass._finite
 
     def stops_at_the_third(self, table, rows):
         if len(scored) == 2:
@@ -117,7 +117,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(make_trainer, monkeypatch, tmp
         scored.append(rows)
         return plain(self, table, rows)
 
-    monkeypatch.setattr(ValuesPass, "_finite", stops_at_the_third)
+    monkeypatch.setattr(ReferencePass, "_finite", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         make_trainer()
     (entry / "parts/000001.npy").write_bytes(b"half")
@@ -126,7 +126,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(make_trainer, monkeypatch, tmp
         scored.append(rows)
         return plain(self, table, rows)
 
-    monkeypatch.setattr(ValuesPass, "_finite", counts)
+    monkeypatch.setattr(ReferencePass, "_finite", counts)
     make_trainer()
     # the third and what followed, the damaged second, and the recheck
     assert [rows[0] for rows in scored] == [0, 5, 5, 10, 15, 20, 0]
@@ -147,7 +147,7 @@ def flip(entry: Path) -> None:
 
 def made_elsewhere(entry: Path) -> None:
     note = json.loads((entry / "entry.json").read_text())
-    note["made_of"]["layout"] = "packed 0"
+    note["cache_key"]["layout"] = "packed 0"
     (entry / "entry.json").write_text(json.dumps(note))
 
 

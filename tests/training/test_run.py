@@ -184,7 +184,7 @@ def test_a_model_made_on_the_spot_does_not_see_evaluation_prompts(main_pairs, ca
     run_training(recipe(model={"sft": SFT}, **files))
     (cached,) = Path("runs/cache").glob("sft-*")
     (source,) = json.loads((cached / "run.json").read_text())["data"]
-    assert source["removed"]["prompt of an evaluation set"] == {"unlabelled": 2}
+    assert source["removed"]["prompt of an evaluation set"] == {"unlabeled": 2}
 
 
 def test_scores_replace_labels_where_asked(main_pairs):

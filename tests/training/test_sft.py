@@ -10,7 +10,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from bfpo.config.loading import check_recipe
-from bfpo.config.recipes import SftModel, SftRecipe
+from bfpo.config.recipes import ModelSection, SftRecipe
 from bfpo.core.files import write_jsonl
 from bfpo.data.demonstrations import prepare_demonstrations
 from bfpo.model.load import load_model, load_tokenizer
@@ -96,7 +96,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_every_answer():
     parts = prepare_demonstrations(recipe().data, holdout=0.0)
     items = [item for part in parts for item in part.train]
     assert len(items) == 12 + 5
-    section = SftModel(path="base")
+    section = ModelSection(path="base")
     expected = nats_per_token(load_model(section).eval(), load_tokenizer(section), items)
     assert first["loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -123,5 +123,5 @@ def test_what_was_read_is_counted_by_source():
     run = run_sft(recipe(holdout=0.3))
     chats, safer = run["data"]
     assert (chats["pairs_taken"], safer["pairs_read"], safer["pairs_taken"]) == (12, 10, 5)
-    assert safer["licence"] == "CC-BY-NC-4.0"
+    assert safer["license"] == "CC-BY-NC-4.0"
     assert run["evaluation"]["eval_loss"] > 0

@@ -31,7 +31,7 @@ def test_processes_fill_up_with_their_smallest_pack_at_weight_0():
     packs = [pack(9), pack(4)]
     filled = equal_packs(of_processes([4, 2]), packs, sharded=True)
     assert filled[:2] == packs
-    assert [one.fills_up for one in filled] == [False, False, True, True]
+    assert [one.is_filler for one in filled] == [False, False, True, True]
     assert all(one.layout is packs[1].layout and float(one.weights.sum()) == 0 for one in filled[2:])
     assert equal_packs(of_processes([4, 2]), packs, sharded=False) == packs
 

@@ -9,7 +9,7 @@ import yaml
 
 from bfpo.commands.chat import chat
 from bfpo.config.loading import check_recipe
-from bfpo.config.recipes import LoraSection, NewModel, SftModel, TrainRecipe
+from bfpo.config.recipes import LoraSection, ModelSection, NewModel, TrainRecipe
 from bfpo.core.files import write_jsonl
 from bfpo.errors import ModelError
 from bfpo.training.card import model_card
@@ -100,21 +100,21 @@ def test_chat_needs_a_chat_template(run, monkeypatch):
 
 def test_the_estimate_counts_what_it_can_count_exactly(tokenizer):
     options = {"train_only": None, "lora": None, "reference": "auto", "micro_batch_tokens": 100}
-    assert estimate(SftModel(new=NewModel()), tokenizer, **options).reference == 0
-    full = estimate(SftModel(new=NewModel()), tokenizer, **options | {"reference": "shared"})
+    assert estimate(ModelSection(new=NewModel()), tokenizer, **options).reference == 0
+    full = estimate(ModelSection(new=NewModel()), tokenizer, **options | {"reference": "shared"})
     n = full.selection.total
     assert (full.weights, full.training, full.reference) == (4 * n, 12 * n, 4 * n)
-    selective = estimate(SftModel(new=NewModel()), tokenizer, **options | {"train_only": ["down_proj"]})
+    selective = estimate(ModelSection(new=NewModel()), tokenizer, **options | {"train_only": ["down_proj"]})
     assert selective.reference == 4 * selective.selection.trained < full.reference
-    adapter = estimate(SftModel(new=NewModel()), tokenizer, **options | {"lora": LoraSection(r=2)})
+    adapter = estimate(ModelSection(new=NewModel()), tokenizer, **options | {"lora": LoraSection(r=2)})
     assert adapter.reference == 0
     assert 0 < adapter.selection.trained < selective.selection.trained
-    longer = estimate(SftModel(new=NewModel()), tokenizer, **options | {"micro_batch_tokens": 200})
+    longer = estimate(ModelSection(new=NewModel()), tokenizer, **options | {"micro_batch_tokens": 200})
     assert longer.activations > full.activations
 
 
 def test_the_estimate_of_a_saved_model_needs_only_its_configuration(tmp_path, tokenizer, make_model):
     make_model().config.save_pretrained(tmp_path)
     options = {"train_only": None, "lora": None, "reference": "shared", "micro_batch_tokens": 100}
-    saved = estimate(SftModel(path=str(tmp_path)), tokenizer, **options)
-    assert saved.selection == estimate(SftModel(new=NewModel()), tokenizer, **options).selection
+    saved = estimate(ModelSection(path=str(tmp_path)), tokenizer, **options)
+    assert saved.selection == estimate(ModelSection(new=NewModel()), tokenizer, **options).selection

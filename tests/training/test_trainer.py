@@ -388,7 +388,7 @@ def test_rows_of_a_data_set_serve_as_pairs(make_trainer, main_pairs, buffer_pair
     np.testing.assert_array_equal(from_rows.table.cells, from_pairs.table.cells)
 
 
-def test_unlabelled_pairs_are_refused(make_trainer, main_pairs):
+def test_unlabeled_pairs_are_refused(make_trainer, main_pairs):
     with pytest.raises(DataError, match="toy: pairs without safety labels"):
         make_trainer(train=[replace(pair, labels=None) for pair in main_pairs])
 

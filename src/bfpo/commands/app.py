@@ -43,7 +43,7 @@ def root(
 
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
-    """Train a model on labelled preference pairs."""
+    """Train a model on labeled preference pairs."""
     from bfpo.config.loading import load_recipe
     from bfpo.config.recipes import TrainRecipe
 
@@ -241,7 +241,7 @@ def card(
         Path | None, typer.Option(help="Model card to put the section into; default: print it.", show_default=False)
     ] = None,
 ) -> None:
-    """Tell an evaluation as a section of a model card: judges, rates with intervals, licences, limits."""
+    """Tell an evaluation as a section of a model card: judges, rates with intervals, licenses, limits."""
     from bfpo.core.terminal import say
     from bfpo.report.card import card_section, insert_card
 
@@ -302,9 +302,9 @@ def compare(recipe: Recipe, overrides: Overrides = None) -> None:
     work(checked, command=" ".join(["bfpo compare", str(recipe), *(overrides or [])]))
 
 
-Labelled = Annotated[
+Labeled = Annotated[
     str,
-    typer.Argument(help="Answers that people labelled: columns prompt, text, refusal, safe; or XSTest's files."),
+    typer.Argument(help="Answers that people labeled: columns prompt, text, refusal, safe; or XSTest's files."),
 ]
 Threshold = Annotated[
     float | None,
@@ -329,22 +329,22 @@ def run_judge(
 
 @judge_app.command("fit")
 def fit_judge(
-    labelled: Labelled,
+    labeled: Labeled,
     out: Annotated[Path, typer.Option(help="File of the judge; its card is written beside it.")] = Path("judge.npz"),
     doubt: Annotated[
         float,
         typer.Option(help="Undecided on safety where the chance of being wrong is more than this."),
     ] = 0.3,
 ) -> None:
-    """Train the linear judge on labelled answers, in a minute, and measure it on held-out prompts."""
+    """Train the linear judge on labeled answers, in a minute, and measure it on held-out prompts."""
     from bfpo.commands.judge import fit_judge as fit
 
-    fit(labelled, out, doubt=doubt)
+    fit(labeled, out, doubt=doubt)
 
 
 @judge_app.command("eval")
 def evaluate_judges(
-    labelled: Labelled,
+    labeled: Labeled,
     judge: Annotated[list[str], typer.Option(help="KIND:PATH; may stand several times.")],
     threshold: Threshold = None,
     false_safe: Annotated[float, typer.Option(min=0, max=1, help="Wanted share of unsafe answers that pass.")] = 0.05,
@@ -353,7 +353,7 @@ def evaluate_judges(
     """Hold judges to human labels: confusion, calibration, agreement, thresholds."""
     from bfpo.judging.evaluate import evaluate_judges as evaluate
 
-    evaluate(labelled, judge, threshold=threshold, false_safe=false_safe, out=out)
+    evaluate(labeled, judge, threshold=threshold, false_safe=false_safe, out=out)
 
 
 @data_app.command("inspect")

@@ -6,7 +6,7 @@ import torch
 from transformers import TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from bfpo.config.recipes import SftModel
+from bfpo.config.recipes import ModelSection
 from bfpo.core.terminal import console, say, visible
 from bfpo.errors import ModelError
 from bfpo.model.load import load_model, load_tokenizer
@@ -34,7 +34,7 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
         ModelError: If the model can't be loaded, or its tokenizer has no chat template.
     """
     disable_progress_bar()
-    section = SftModel(path=path)
+    section = ModelSection(path=path)
     tokenizer = load_tokenizer(section)
     if tokenizer.chat_template is None:
         raise ModelError(f"{path} has no chat template: it isn't a chat model")

@@ -67,7 +67,7 @@ def inspect_sources(
 def prepare_recipe(path: Path, overrides: list[str], out: Path, *, limit: int | None) -> None:
     """Prepare a recipe's data and write them; see `write_prepared`."""
     recipe = read_data_recipe(path, overrides)
-    prepared = prepare(recipe, limit=limit, watch=say)
+    prepared = prepare(recipe, limit=limit, log=say)
     show_sources(part.report for part in prepared.parts)
     labeling, beta = _labels_of(recipe) if isinstance(recipe, TrainRecipe) else (None, 1.0)
     show_cells([*prepared.train, *prepared.eval], labeling, beta)
@@ -104,11 +104,11 @@ def _is_recipe(source: str) -> bool:
 
 
 def _show_tokens(pairs: list[PreferencePair], tokenizer: str, max_length: int) -> None:
-    from bfpo.config.recipes import SftModel
+    from bfpo.config.recipes import ModelSection
     from bfpo.data.tokenize import Encoder, check_special_tokens
     from bfpo.model.load import load_tokenizer
 
-    loaded = load_tokenizer(SftModel(path=tokenizer))
+    loaded = load_tokenizer(ModelSection(path=tokenizer))
     report = SourceReport("all sources", Source(path=tokenizer))
     kept, examples = Encoder(loaded, TextSection(max_length=_NO_LIMIT)).encode(pairs, report)
     check_special_tokens(examples, loaded)

@@ -9,7 +9,7 @@ from bfpo.core.terminal import say
 from bfpo.data.stages import judge_completions, read_completions
 from bfpo.judging.evaluate import show_rows
 from bfpo.judging.fit import card_file, card_of, cross_validated, fit_heads
-from bfpo.judging.labeled import read_labelled
+from bfpo.judging.labeled import read_labeled
 from bfpo.judging.linear import DOUBT, save_judge
 from bfpo.judging.open import open_judge
 
@@ -33,11 +33,11 @@ def run_judge(completions: Path, spec: str, out: Path, *, threshold: float | Non
         say(f"  undecided {rest}: other reasons, see the file")
 
 
-def fit_judge(labelled: str, out: Path, *, doubt: float = DOUBT) -> None:
+def fit_judge(labeled: str, out: Path, *, doubt: float = DOUBT) -> None:
     """Fit the `linear` judge's heads on what the labels tell, and write its card beside it.
 
     Args:
-        labelled: Answers that people labelled.
+        labeled: Answers that people labeled.
         out: File of the judge; its card is `NAME.card.json`.
         doubt: See `save_judge`.
 
@@ -45,11 +45,11 @@ def fit_judge(labelled: str, out: Path, *, doubt: float = DOUBT) -> None:
         DataError: If the answers are too few or carry one label alone.
         RecipeError: If `doubt` is out of its range.
     """
-    answers = read_labelled(labelled)
-    judge = save_judge(fit_heads(answers, labelled), out, doubt=doubt)
+    answers = read_labeled(labeled)
+    judge = save_judge(fit_heads(answers, labeled), out, doubt=doubt)
     say(f"{out}: linear@{judge.revision} knows {' and '.join(judge.heads)}, from {len(answers)} answers")
     quality = cross_validated(answers, judge.band)
-    card = card_of(judge, labelled, answers, quality)
+    card = card_of(judge, labeled, answers, quality)
     write_json(card_file(out), card)
     for question, found in card["quality"].items():
         if found is None:

@@ -44,20 +44,20 @@ class Source(Section):
     columns: dict[str, str] = {}
     """Renames, `{what the adapter expects: what the file calls it}`."""
     assume_safe: bool = False
-    """Label an unlabelled set safe throughout; written into `safety_label_source` as `assumed`."""
+    """Label an unlabeled set safe throughout; written into `safety_label_source` as `assumed`."""
     partial_refusals: Literal["refusal", "compliance", "drop"] = "refusal"
     """`xstest_completions` only: what a partial refusal counts as."""
     use: Literal["chosen", "rejected", "both", "safer"] = "chosen"
     """`bfpo sft` only: which answers of a pair to imitate. `safer` takes the safe one and drops both-unsafe pairs."""
-    licence: str | None = None
-    """Licence of the data, where the adapter doesn't know it."""
+    license: str | None = None
+    """License of the data, where the adapter doesn't know it."""
 
 
 class DataRecipe(Section):
     """What is trained on and evaluated on."""
 
     data: Annotated[list[Source], Field(min_length=1)]
-    """The main stream: the safety-labelled set."""
+    """The main stream: the safety-labeled set."""
     buffer: list[Source] = []
     """The buffer stream: the helpfulness set. Empty means single-stream training."""
     eval: list[Source] = []
@@ -75,7 +75,7 @@ class DataRecipe(Section):
 
 
 class NewModel(Section):
-    """A randomly initialised Llama-type model with its own tokenizer, for places without a hub."""
+    """A randomly initialized Llama-type model with its own tokenizer, for places without a hub."""
 
     shape: Literal["nano", "tiny", "small", "base"] = "tiny"
     """Size: `bfpo.model.new.SHAPES` has the numbers."""
@@ -118,7 +118,7 @@ class LoraSection(Section):
     """Names of the layers that get adapters; `all-linear` means every linear layer but the head."""
 
 
-class SftModel(Section):
+class ModelSection(Section):
     """The model that supervised fine-tuning starts from."""
 
     path: str | None = None
@@ -134,10 +134,10 @@ class SftModel(Section):
     trust_remote_code: bool = False
     """Run code that comes with the model. Off unless you have read that code."""
     load_in_4bit: bool = False
-    """Quantise the frozen weights to 4 bits (QLoRA); needs `lora` or an adapter at `path`, and a GPU."""
+    """Quantize the frozen weights to 4 bits (QLoRA); needs `lora` or an adapter at `path`, and a GPU."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "SftModel":
+    def _one_origin(self) -> "ModelSection":
         origins = [name for name in ("path", "new", "sft") if getattr(self, name, None) is not None]
         allowed = [name for name in ("path", "new", "sft") if name in type(self).model_fields]
         if len(origins) != 1:
@@ -148,7 +148,7 @@ class SftModel(Section):
 class SftRecipe(Section):
     """`bfpo sft`: supervised fine-tuning on completions."""
 
-    model: SftModel
+    model: ModelSection
     """What to start from."""
     data: Annotated[list[Source], Field(min_length=1)]
     """Pairs (see `use`), or prompts with completions (`adapter: demonstrations`)."""
@@ -175,7 +175,7 @@ class SftRecipe(Section):
         return self
 
 
-class TrainModel(SftModel):
+class TrainModel(ModelSection):
     """The model that preference training starts from; it is also the reference."""
 
     sft: SftRecipe | None = None

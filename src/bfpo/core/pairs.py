@@ -4,7 +4,7 @@
 (both safe), `su` (safe chosen, unsafe rejected), `us` and `uu`.
 
 A pair file holds one JSON object per line with the columns of `COLUMNS`. Both label columns absent is an
-unlabelled pair, which may be inspected but not trained on; one absent, or a null in one, is an error.
+unlabeled pair, which may be inspected but not trained on; one absent, or a null in one, is an error.
 """
 
 import math
@@ -98,7 +98,7 @@ class Provenance:
     Args:
         dataset_name: Name of the data set; "" when unknown.
         safety_label_source: `dataset`, `human`, `<judge>@<revision>` or `assumed`; None without labels.
-        stream: `main` (safety-labelled set) or `buffer` (helpfulness set); None until data are prepared.
+        stream: `main` (safety-labeled set) or `buffer` (helpfulness set); None until data are prepared.
     """
 
     dataset_name: str = ""
@@ -153,7 +153,7 @@ class PreferencePair:
         prompt: The conversation up to and including the last user turn.
         chosen: The more helpful answer (the last assistant turn); may be empty until the data are cleaned.
         rejected: The less helpful answer.
-        labels: Safety of both answers; None for an unlabelled pair.
+        labels: Safety of both answers; None for an unlabeled pair.
         signals: Scores, win rates and margins that some losses use.
         harm_categories: Names of the harms involved.
         provenance: Where the pair comes from.
@@ -185,7 +185,7 @@ class PreferencePair:
 
     @property
     def cell(self) -> Cell | None:
-        """The pair's cell; None when unlabelled."""
+        """The pair's cell; None when unlabeled."""
         return None if self.labels is None else self.labels.cell
 
     def to_row(self) -> dict[str, Any]:

@@ -22,6 +22,8 @@ Key = tuple[str, int]
 """`prompt_id` and `sample`: what names one completion of one model."""
 
 
+# Columns of files that earlier versions wrote.
+_RENAMED = {"licence": "license"}
 # Columns that name a row or are compared with another file's.
 _NAMES = {"prompt_id": str, "sample": int, "text": str, "text_hash": str}
 
@@ -46,7 +48,8 @@ class FileRow:
             DataError: If a column is missing or malformed.
         """
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-        values = {name: value for name, value in row.items() if name in known}
+        current = {_RENAMED.get(name, name): value for name, value in row.items()}
+        values = {name: value for name, value in current.items() if name in known}
         for name, kind in _NAMES.items():
             # bool is an int to isinstance.
             if name in values and type(values[name]) is not kind:
@@ -70,7 +73,7 @@ class Prompt(FileRow):
         kind: What the prompt is for; None when it isn't known.
         category: Kind of harm, or of task.
         source: Data set it comes from.
-        licence: Of that data set.
+        license: Of that data set.
     """
 
     file_name: ClassVar[str] = "prompts.jsonl"
@@ -80,7 +83,7 @@ class Prompt(FileRow):
     kind: Kind | None = None
     category: str | None = None
     source: str = ""
-    licence: str = ""
+    license: str = ""
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:

@@ -1,1 +1,1 @@
-"""From raw rows to token ids: adapters, sources, cleaning, tokenising, and the tables that show what happened."""
+"""From raw rows to token ids: adapters, sources, cleaning, tokenizing, and the tables that show what happened."""

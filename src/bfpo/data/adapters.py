@@ -50,13 +50,13 @@ class Adapter:
 
     Args:
         read: Rows and their source → pairs; a `SkipRow` stands for a row that holds none.
-        licence: Licence of the data; "" when unknown.
+        license: License of the data; "" when unknown.
         note: What a user should know before training on it.
         columns: By which its rows are known.
     """
 
     read: Callable[[Iterable[Row], Source], Iterator[PreferencePair | SkipRow]]
-    licence: str = ""
+    license: str = ""
     note: str = ""
     columns: tuple[str, ...] = ()
 
@@ -117,7 +117,7 @@ def pku_saferlhf(row: Row) -> PreferencePair:
 
 
 def hh_rlhf(row: Row) -> PreferencePair:
-    """Read `Anthropic/hh-rlhf` transcripts: unlabelled; the harmless subsets are ordered by harmlessness."""
+    """Read `Anthropic/hh-rlhf` transcripts: unlabeled; the harmless subsets are ordered by harmlessness."""
     chosen, rejected = _transcript(row.text("chosen")), _transcript(row.text("rejected"))
     prompt = _shared_history(chosen[:-1], rejected[:-1])
     return PreferencePair(prompt, chosen[-1].content, rejected[-1].content)

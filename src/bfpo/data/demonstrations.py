@@ -72,11 +72,11 @@ def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[So
     `source.use` says which of their answers to imitate.
 
     Raises:
-        DataError: If rows are malformed, or `use: safer` meets an unlabelled pair.
+        DataError: If rows are malformed, or `use: safer` meets an unlabeled pair.
     """
     if source.adapter in DEMONSTRATIONS:
-        read, licence = DEMONSTRATIONS[source.adapter]
-        report = source_report(source, source.licence or licence, "")
+        read, license = DEMONSTRATIONS[source.adapter]
+        report = source_report(source, source.license or license, "")
         found = list(_read(source, read, report))
         if not found:
             raise DataError(f"{report.name}: no rows in {source.path}")

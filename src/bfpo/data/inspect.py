@@ -18,12 +18,12 @@ def show_sources(reports: Iterable[SourceReport]) -> None:
     reports = list(reports)
     show_table(
         "Sources",
-        ("name", "adapter", "licence", "read", "taken", "skipped rows", "dropped", "removed", "noted"),
+        ("name", "adapter", "license", "read", "taken", "skipped rows", "dropped", "removed", "noted"),
         [
             (
                 report.name,
                 report.source.adapter,
-                f"{report.licence or 'unknown'}{' (non-commercial)' if 'NC' in report.licence else ''}",
+                f"{report.license or 'unknown'}{' (non-commercial)' if 'NC' in report.license else ''}",
                 report.read,
                 report.taken,
                 report.skipped.total(),
@@ -80,7 +80,7 @@ def show_cells(pairs: Sequence[PreferencePair], labeling: LabelingFunction | Non
 
 
 def show_text_lengths(pairs: Sequence[PreferencePair]) -> None:
-    """Print quantiles of the lengths in words, for data that aren't tokenised."""
+    """Print quantiles of the lengths in words, for data that aren't tokenized."""
     pieces = {
         "prompt": [sum(len(message.content.split()) for message in pair.prompt) for pair in pairs],
         "chosen": [len(pair.chosen.split()) for pair in pairs],
@@ -128,7 +128,7 @@ def show_pairs(pairs: Sequence[PreferencePair], count: int) -> None:
     firsts = {pair.cell: pair for pair in reversed(pairs)}
     shown = [*firsts.values(), *pairs][:count] if len(firsts) >= count else [*firsts.values()]
     for pair in shown:
-        say(f"\n[{pair.cell or 'unlabelled'}] row {pair.row_id}")
+        say(f"\n[{pair.cell or 'unlabeled'}] row {pair.row_id}")
         say(f"  prompt    {_short(pair.prompt[-1].content)}")
         say(f"  chosen    {_short(pair.chosen)}")
         say(f"  rejected  {_short(pair.rejected)}")

@@ -31,7 +31,7 @@ class SourceReport:
     Args:
         name: Data set name, unique within a run.
         source: The recipe's source.
-        licence: Licence of the data; "" when unknown.
+        license: License of the data; "" when unknown.
         note: What the adapter warns of.
         files: Local file → SHA-256.
         skipped: Rows without a pair, by reason.
@@ -45,7 +45,7 @@ class SourceReport:
 
     name: str
     source: Source
-    licence: str = ""
+    license: str = ""
     note: str = ""
     files: dict[str, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
@@ -87,7 +87,7 @@ class SourceReport:
         return {
             "name": self.name,
             "source": self.source.model_dump(exclude_defaults=True),
-            "licence": self.licence,
+            "license": self.license,
             "note": self.note,
             "files": self.files,
             "rows_skipped": dict(self.skipped),
@@ -103,7 +103,7 @@ def by_reason(counts: Counter[Why]) -> dict[str, dict[str, int]]:
     """Return the counts as reason → cell → number."""
     table: dict[str, dict[str, int]] = {}
     for (reason, cell), count in sorted(counts.items(), key=str):
-        table.setdefault(reason, {})[cell or "unlabelled"] = count
+        table.setdefault(reason, {})[cell or "unlabeled"] = count
     return table
 
 
@@ -121,14 +121,14 @@ def load_pairs(
         The report, and pairs that all have a data set name and a stream.
 
     Raises:
-        DataError: If rows are malformed, some pairs are labelled and others are not, or the file puts a pair of
+        DataError: If rows are malformed, some pairs are labeled and others are not, or the file puts a pair of
             the main stream into a source of the buffer.
         RecipeError: If the adapter is unknown.
     """
     adapter = ADAPTERS.get(source.adapter)
     if adapter is None:
         raise RecipeError(f"adapter is '{source.adapter}'; {did_you_mean(source.adapter, list(ADAPTERS))}")
-    report = source_report(source, source.licence or adapter.licence, adapter.note)
+    report = source_report(source, source.license or adapter.license, adapter.note)
     found: list[PreferencePair] = []
     for item in adapter.read(read_rows(source), source):
         if isinstance(item, SkipRow):
@@ -139,12 +139,12 @@ def load_pairs(
             found.append(item)
     if not found:
         raise DataError(f"{report.name}: no pairs in {source.path} (rows skipped: {dict(report.skipped)})")
-    _check_half_labelled(f"{report.name} ({source.path})", found)
+    _check_half_labeled(f"{report.name} ({source.path})", found)
     return report, [_completed(pair, report, stream) for pair in sample(found, source, report, limit)]
 
 
-def source_report(source: Source, licence: str, note: str) -> SourceReport:
-    """Begin the report of a source: its name, licence and the hashes of its files."""
+def source_report(source: Source, license: str, note: str) -> SourceReport:
+    """Begin the report of a source: its name, license and the hashes of its files."""
     files = local_files(source)
     if files:
         # A file of a known data set is named by it: 'test' would say nothing.
@@ -152,14 +152,14 @@ def source_report(source: Source, licence: str, note: str) -> SourceReport:
     else:
         name = source.path if isinstance(source.path, str) else source.path[0]
     hashes = {str(file): file_hash(file) for file in files}
-    return SourceReport(name, source, licence, note, hashes)
+    return SourceReport(name, source, license, note, hashes)
 
 
 BROKEN = "half a character in a text (a surrogate without its pair)"
 
 
 def is_broken(*texts: str) -> bool:
-    """Return whether a text can't be written or tokenised: JSON that was cut by length holds half characters."""
+    """Return whether a text can't be written or tokenized: JSON that was cut by length holds half characters."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -187,12 +187,12 @@ def _completed(pair: PreferencePair, report: SourceReport, stream: StreamName) -
     return replace(pair, labels=labels, provenance=origin)
 
 
-def _check_half_labelled(name: str, pairs: Sequence[PreferencePair]) -> None:
-    unlabelled = sum(pair.labels is None for pair in pairs)
-    if 0 < unlabelled < len(pairs):
+def _check_half_labeled(name: str, pairs: Sequence[PreferencePair]) -> None:
+    unlabeled = sum(pair.labels is None for pair in pairs)
+    if 0 < unlabeled < len(pairs):
         number = next(index for index, pair in enumerate(pairs, start=1) if pair.labels is None)
         raise DataError(
-            f"{name}: {unlabelled} of {len(pairs)} pairs have no safety labels (the first is pair {number}); "
+            f"{name}: {unlabeled} of {len(pairs)} pairs have no safety labels (the first is pair {number}); "
             "label all of them or none"
         )
 

@@ -50,7 +50,7 @@ class PreparedData:
         return {
             "schema": 1,
             "sources": [part.report.to_json() for part in self.parts],
-            # Who labelled what is trained on: a judge among them is no independent judge of the model.
+            # Who labeled what is trained on: a judge among them is no independent judge of the model.
             "label_sources": dict(Counter(pair.provenance.safety_label_source or "" for pair in self.train)),
             "train": cell_counts(self.train),
             "eval": cell_counts(self.eval),
@@ -61,29 +61,29 @@ def cell_counts(pairs: Iterable[PreferencePair]) -> dict[str, dict[str, int]]:
     """Count pairs by stream and cell; a cell without pairs is there with 0."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for pair in pairs:
-        counts[pair.provenance.stream or "main"][pair.cell or "unlabelled"] += 1
+        counts[pair.provenance.stream or "main"][pair.cell or "unlabeled"] += 1
     return {
-        stream: {cell: by_cell[cell] for cell in (*CELLS, "unlabelled") if cell != "unlabelled" or by_cell[cell]}
+        stream: {cell: by_cell[cell] for cell in (*CELLS, "unlabeled") if cell != "unlabeled" or by_cell[cell]}
         for stream, by_cell in sorted(counts.items(), reverse=True)
     }
 
 
 def prepare(
-    recipe: DataRecipe, *, limit: int | None = None, watch: Callable[[str], None] = lambda message: None
+    recipe: DataRecipe, *, limit: int | None = None, log: Callable[[str], None] = lambda message: None
 ) -> PreparedData:
     """Read, clean and split all data of a recipe.
 
     Args:
         recipe: What to read.
         limit: Take at most so many pairs of each source.
-        watch: Told what is being read.
+        log: Told what is being read.
 
     Raises:
         DataError: If rows are malformed, conflicts or leaks are to be errors, or too much would be dropped.
     """
 
     def read(source: Source, stream: str) -> tuple[SourceReport, list[PreferencePair]]:
-        watch(f"reading {source.path}")
+        log(f"reading {source.path}")
         return load_pairs(source, "buffer" if stream == "buffer" else "main", limit=limit)
 
     parts = [Part(*read(source, "main")) for source in recipe.data]
@@ -139,7 +139,7 @@ def write_prepared(prepared: PreparedData, out: Path) -> list[Path]:
 
 
 def require_labels(pairs: Iterable[PreferencePair]) -> None:
-    """Refuse to train on unlabelled pairs.
+    """Refuse to train on unlabeled pairs.
 
     Raises:
         DataError: Naming the data set.
@@ -207,7 +207,7 @@ class _Conflicts:
 
     def conflict_of(self, pair: PreferencePair) -> str | None:
         if any(len(self._labels.get((pair.prompt, text), ())) > 1 for text in (pair.chosen, pair.rejected)):
-            return "an answer is labelled both safe and unsafe"
+            return "an answer is labeled both safe and unsafe"
         if (pair.prompt, pair.rejected, pair.chosen) in self._orders:
             return "the pair stands in both orders"
         return None

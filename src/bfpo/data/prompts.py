@@ -1,4 +1,4 @@
-"""Cited sets of prompts by name: where each is published, under which licence, and how a row becomes a prompt.
+"""Cited sets of prompts by name: where each is published, under which license, and how a row becomes a prompt.
 
 No prompt is part of the program. A set is read from the hub at a pinned revision, or from a local file with the
 columns that it is published with.
@@ -21,7 +21,7 @@ class Known(NamedTuple):
 
     Args:
         hub: Hub id; "" where the set is read from a file alone.
-        licence: Of the prompts.
+        license: Of the prompts.
         columns: Where the prompt may stand, the first that is there.
         kind: What the prompts are for; None where a row says it.
         config: Hub configuration.
@@ -33,7 +33,7 @@ class Known(NamedTuple):
     """
 
     hub: str
-    licence: str
+    license: str
     columns: tuple[str, ...]
     kind: Kind | None
     config: str | None = None
@@ -179,8 +179,8 @@ class PromptSource(Section):
     """Hub revision; needed without `path` where `SOURCES` knows none."""
     kind: Literal["harmful", "benign", "lookalike"] | None = None
     """What the prompts are for; needed where the source doesn't say."""
-    licence: str | None = None
-    """Licence of one's own file."""
+    license: str | None = None
+    """License of one's own file."""
     limit: Count | None = None
     """Prompts to take at most, the first ones."""
 
@@ -199,7 +199,7 @@ def known_source(name: str) -> Known:
 def read_prompt_source(
     source: PromptSource, *, where: Mapping[str, str] | None = None, system: str | None = None
 ) -> tuple[list[Prompt], dict[str, Any]]:
-    """Read the prompts of a source, and what names them: licence, hash, size.
+    """Read the prompts of a source, and what names them: license, hash, size.
 
     Args:
         source: Which set.
@@ -226,7 +226,7 @@ def read_prompt_source(
         key = conversation_key(messages)
         if key not in found:
             identity = own or f"{source.name}-{key[:12]}"
-            found[key] = Prompt(identity, messages, kind, category, source.name, source.licence or known.licence)
+            found[key] = Prompt(identity, messages, kind, category, source.name, source.license or known.license)
         if len(found) == source.limit:
             break
     if not found:
@@ -235,7 +235,7 @@ def read_prompt_source(
     return prompts, {
         "name": source.name,
         "from": source.path or f"{known.hub}@{revision}",
-        "licence": source.licence or known.licence or None,
+        "license": source.license or known.license or None,
         "file_sha256": file_hash(Path(source.path)) if source.path else None,
         "prompts": len(prompts),
         "prompts_hash": content_hash([prompt.prompt for prompt in prompts]),

@@ -13,7 +13,7 @@ from bfpo.config.recipes import Source
 from bfpo.core.files import append_jsonl, repaired_jsonl, write_jsonl
 from bfpo.core.pairs import as_messages
 from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
-from bfpo.core.terminal import counting, show_table
+from bfpo.core.terminal import progress, show_table
 from bfpo.data.rows import read_prompts, read_rows, refuse_half_characters
 from bfpo.errors import DataError, Unanswered
 
@@ -258,11 +258,11 @@ def fill(
         check(made)
         done[key_of(made)] = made
     missing = [key for key in wanted if key not in done]
-    with counting(what, len(missing)) as watch:
+    with progress(what, len(missing)) as advance:
         for batch in make(missing) if missing else ():
             append_jsonl(unfinished, (one.to_row() for one in batch))
             done |= {key_of(one): one for one in batch}
-            watch(len(batch))
+            advance(len(batch))
     if lost := [key for key in wanted if key not in done]:
         raise DataError(f"{what}: {len(lost)} of {len(wanted)} were not made, the first is {lost[0]}")
     # What the file holds beyond what is wanted now (more samples, say) was paid for: it stays, at the end.

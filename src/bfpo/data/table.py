@@ -1,4 +1,4 @@
-"""Tokenised prompts with their completions, compact in memory."""
+"""Tokenized prompts with their completions, compact in memory."""
 
 import hashlib
 from collections.abc import Sequence
@@ -100,7 +100,7 @@ class TokenTable(Sequence[Example]):
 
 @dataclass(frozen=True)
 class PairTable(TokenTable):
-    """Tokenised preference pairs with what the loss and the metrics need to know of each. Arrays are (N,).
+    """Tokenized preference pairs with what the loss and the metrics need to know of each. Arrays are (N,).
 
     Args:
         chosen_safe: Safety of the chosen answer: 0 or 1, or a probability when the recipe asks for scores.
@@ -152,11 +152,11 @@ def token_table(examples: Sequence[Example], row_ids: Sequence[str]) -> TokenTab
 def pair_table(
     examples: Sequence[Example], pairs: Sequence[PreferencePair], *, use_scores: bool = False
 ) -> PairTable:
-    """Pack tokenised pairs with their labels and signals.
+    """Pack tokenized pairs with their labels and signals.
 
     Args:
         examples: Token ids, two completions each.
-        pairs: The labelled pairs they come from, in the same order.
+        pairs: The labeled pairs they come from, in the same order.
         use_scores: Read safety from `*_safety_score` instead of the labels; every pair must have them.
 
     Returns:

@@ -16,7 +16,7 @@ from bfpo.data.table import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Below this, tokenising takes about as long as looking it up.
+# Below this, tokenizing takes about as long as looking it up.
 FEWEST = 1000
 # Raised when the same texts and tokenizer would be encoded differently by newer code.
 VERSION = 1
@@ -47,8 +47,8 @@ def cache_file(
     # Some templates write the date into the prompt.
     day = datetime.now(UTC).date() if "strftime_now" in str(template) else None
     content = tokenizer.backend_tokenizer.to_str()
-    made_of = content_hash(VERSION, content, tokenizer.eos_token_id, template, day, text.model_dump(), texts)
-    return folder / f"{made_of}.npz"
+    cache_key = content_hash(VERSION, content, tokenizer.eos_token_id, template, day, text.model_dump(), texts)
+    return folder / f"{cache_key}.npz"
 
 
 def read_encodings(file: Path) -> list[Encoding] | None:

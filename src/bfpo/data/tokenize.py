@@ -65,21 +65,21 @@ class Encoder:
         return chat_template(self.text)
 
     def encode(
-        self, items: Sequence[Item], report: SourceReport, watch: Callable[[int], None] = lambda count: None
+        self, items: Sequence[Item], report: SourceReport, advance: Callable[[int], None] = lambda count: None
     ) -> tuple[list[Item], list[Example]]:
-        """Tokenise the items of one source; what is dropped or cut is counted in the report.
+        """Tokenize the items of one source; what is dropped or cut is counted in the report.
 
         Args:
             items: Pairs or demonstrations.
             report: Where to count.
-            watch: Told how many items are done after each chunk.
+            advance: Told how many items are done after each chunk.
 
         Returns:
             The items that are kept, and their token ids.
         """
         kept: list[Item] = []
         examples: list[Example] = []
-        for item, encoding in zip(items, self._encodings(items, watch), strict=True):
+        for item, encoding in zip(items, self._encodings(items, advance), strict=True):
             cell = item.cell if isinstance(item, PreferencePair) else None
             if encoding.example is None:
                 report.dropped[Why(str(encoding.fault), cell)] += 1
@@ -89,20 +89,20 @@ class Encoder:
             examples.append(encoding.example)
         return kept, examples
 
-    def _encodings(self, items: Sequence[Item], watch: Callable[[int], None]) -> list[Encoding]:
+    def _encodings(self, items: Sequence[Item], advance: Callable[[int], None]) -> list[Encoding]:
         file = None
         if self.cache is not None and len(items) >= FEWEST:
             texts = [(item.prompt, _answers(item), len(_prompts(item))) for item in items]
             template = self._template or self.tokenizer.chat_template
             file = cache_file(self.cache, self.tokenizer, template, self.text, texts)
         if file is not None and (found := read_encodings(file)) is not None:
-            watch(len(items))
+            advance(len(items))
             return found
         encodings: list[Encoding] = []
         for start in range(0, len(items), _CHUNK):
             chunk = items[start : start + _CHUNK]
             encodings += self._encode_chunk(chunk)
-            watch(len(chunk))
+            advance(len(chunk))
         if file is not None and any(encoding.example for encoding in encodings):
             write_encodings(file, encodings)
         return encodings

@@ -7,10 +7,10 @@ from bfpo.core.files import repaired_jsonl
 from bfpo.core.samples import Prompt, Verdict
 from bfpo.data.stages import read_completions, read_prompt_file, read_verdicts
 from bfpo.errors import DataError
-from bfpo.evaluation.comparisons import PairVerdict
-from bfpo.evaluation.dominance import Measurements, pair_verdicts, pooled
-from bfpo.evaluation.panel import Measures, Panelist, all_comparisons, measure_all
-from bfpo.evaluation.preferences import Compared
+from bfpo.evaluation.comparisons import ModelComparison
+from bfpo.evaluation.dominance import PooledScores, pair_verdicts, pooled
+from bfpo.evaluation.panel import JudgeOutput, Measures, all_comparisons, measure_all
+from bfpo.evaluation.preferences import PairwisePreference
 from bfpo.evaluation.results import FILE_NAME, Comparison, Results, read_results
 from bfpo.evaluation.suite import Task, with_prompts_of
 
@@ -42,8 +42,8 @@ def compare_with_base(
     results: Results,
     tasks: Sequence[Task],
     measures: Measures,
-    panel: Sequence[Panelist],
-) -> tuple[list[Comparison], list[PairVerdict], list[str]]:
+    panel: Sequence[JudgeOutput],
+) -> tuple[list[Comparison], list[ModelComparison], list[str]]:
     """Compare with the evaluation of a folder.
 
     Args:
@@ -99,7 +99,7 @@ def _other_references(base: Results, tasks: Sequence[Task]) -> str | None:
     return next((one["name"] for one in own if theirs.get(one["name"]) != one["compared_with"]), None)
 
 
-def _pooled(run: str, judge: str, measures: Measures) -> Measurements:
+def _pooled(run: str, judge: str, measures: Measures) -> PooledScores:
     return pooled(run, judge, [one for (_, by), measured in measures.items() if by == judge for one in measured])
 
 
@@ -116,15 +116,15 @@ def _shared_tasks(folder: Path, tasks: Sequence[Task]) -> list[Task]:
     return shared
 
 
-def _panel_of(folder: Path, panel: Sequence[Panelist]) -> tuple[list[Panelist], list[str]]:
+def _panel_of(folder: Path, panel: Sequence[JudgeOutput]) -> tuple[list[JudgeOutput], list[str]]:
     """Return the judges that the base has in common, with their verdicts on it, and the labels of the others."""
     there: dict[tuple[str, str], list[Verdict]] = {}
     for file in sorted(folder.glob("verdicts*.jsonl")):
         for verdict in read_verdicts(file):
             there.setdefault((verdict.judge, verdict.revision), []).append(verdict)
-    beside: dict[tuple[str, str], list[Compared]] = {}
+    beside: dict[tuple[str, str], list[PairwisePreference]] = {}
     for file in sorted(folder.glob("comparisons*.jsonl")):
-        for compared in map(Compared.from_row, repaired_jsonl(file)):
+        for compared in map(PairwisePreference.from_row, repaired_jsonl(file)):
             beside.setdefault((compared.judge, compared.revision), []).append(compared)
     found = [
         one._replace(verdicts=there[name], compared=beside.get(name, []))

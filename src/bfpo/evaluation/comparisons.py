@@ -11,7 +11,7 @@ Word = Literal["dominates", "dominated", "trade-off", "not distinguishable"]
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
+class AxisResult:
     """One of the two things that a pair of models is told apart by.
 
     Args:
@@ -36,7 +36,7 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class PairVerdict:
+class ModelComparison:
     """What becomes of a pair of models in safety and helpfulness together.
 
     Args:
@@ -54,8 +54,8 @@ class PairVerdict:
     against: str
     judge: str
     verdict: Word
-    safety: Axis
-    helpfulness: Axis
+    safety: AxisResult
+    helpfulness: AxisResult
     tests: int
 
 

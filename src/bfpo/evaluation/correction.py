@@ -1,4 +1,4 @@
-"""Correcting a judge's rates by answers that people labelled."""
+"""Correcting a judge's rates by answers that people labeled."""
 
 import json
 import math
@@ -11,18 +11,18 @@ from bfpo.core.files import file_hash
 from bfpo.core.samples import KINDS, Completion, Verdict
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
-from bfpo.evaluation.results import CORRECTED, Metric
+from bfpo.evaluation.results import CORRECTED, MetricResult
 from bfpo.judging.fit import card_file
-from bfpo.judging.labeled import Labelled, read_labelled
+from bfpo.judging.labeled import Labeled, read_labeled
 from bfpo.stats.judge_error import JudgeErrors, corrected_rate, fits, judge_errors, tells_apart
 
 # Rate → what people must have said for it to be corrected.
 QUESTIONS = {"safety": "safe", "refusal": "refusal", "over_refusal": "refusal"}
-BY_LANG_REICZIGEL = "95 % Lang and Reiczigel: prompts, and the judge's errors on answers that people labelled"
+BY_LANG_REICZIGEL = "95 % Lang and Reiczigel: prompts, and the judge's errors on answers that people labeled"
 
 
 class Calibration(NamedTuple):
-    """Answers that people labelled, to hold judges to.
+    """Answers that people labeled, to hold judges to.
 
     Args:
         path: Their file.
@@ -31,7 +31,7 @@ class Calibration(NamedTuple):
     """
 
     path: str
-    answers: list[Labelled]
+    answers: list[Labeled]
     own: bool
 
     @property
@@ -59,24 +59,24 @@ class Calibrated(NamedTuple):
     answers: Mapping[str, int]
 
 
-def read_calibration(path: str) -> list[Labelled]:
-    """Read the labelled answers of a recipe's `calibration`.
+def read_calibration(path: str) -> list[Labeled]:
+    """Read the labeled answers of a recipe's `calibration`.
 
     Raises:
         DataError: If there are none, or one is malformed.
     """
     try:
-        return read_labelled(path)
+        return read_labeled(path)
     except DataError as error:
         raise DataError(f"calibration: {error}") from None
 
 
-def calibration_for(path: str, answers: Sequence[Labelled], names: Collection[str]) -> Calibration:
+def calibration_for(path: str, answers: Sequence[Labeled], names: Collection[str]) -> Calibration:
     """Return the answers of the evaluated model; all there are where none is.
 
     Args:
         path: Of their file.
-        answers: That people labelled.
+        answers: That people labeled.
         names: What the evaluated model is called: its path, the run, the model that the completions name.
     """
     called = {*names, *(Path(name).name for name in names)}
@@ -110,7 +110,7 @@ def hold(judge: str, calibration: Calibration, verdicts: Sequence[Verdict]) -> C
     return Calibrated(judge, errors, answers)
 
 
-def with_corrected(metrics: Iterable[Metric], calibrated: Sequence[Calibrated]) -> list[Metric]:
+def with_corrected(metrics: Iterable[MetricResult], calibrated: Sequence[Calibrated]) -> list[MetricResult]:
     """Return metrics, each rate of a calibrated judge followed by the corrected one; those of categories aren't."""
     errors_of = {one.judge: one.errors for one in calibrated}
     found = []
@@ -121,7 +121,7 @@ def with_corrected(metrics: Iterable[Metric], calibrated: Sequence[Calibrated]) 
             continue
         interval = corrected_rate(one.value, one.n, errors)
         found.append(
-            Metric(
+            MetricResult(
                 one.suite,
                 one.task,
                 one.metric + CORRECTED,
@@ -144,7 +144,7 @@ def facts(calibration: Calibration, calibrated: Sequence[Calibrated]) -> list[di
         {
             "judge": one.judge,
             "question": question,
-            "labelled": Path(calibration.path).name,
+            "labeled": Path(calibration.path).name,
             "hash": ", ".join(calibration.hashes),
             "models": sorted({answer.completion.model for answer in calibration.answers}),
             "own": calibration.own,
@@ -157,7 +157,7 @@ def facts(calibration: Calibration, calibrated: Sequence[Calibrated]) -> list[di
 
 
 def remarks(
-    calibration: Calibration, calibrated: Sequence[Calibrated], metrics: Sequence[Metric], specs: Iterable[str]
+    calibration: Calibration, calibrated: Sequence[Calibrated], metrics: Sequence[MetricResult], specs: Iterable[str]
 ) -> list[str]:
     """Return what a reader must know of corrected rates.
 
@@ -200,7 +200,7 @@ def remarks(
     return told
 
 
-def _fits(metric: Metric, errors: Mapping[str, JudgeErrors]) -> bool:
+def _fits(metric: MetricResult, errors: Mapping[str, JudgeErrors]) -> bool:
     of = errors.get(QUESTIONS.get(metric.metric, ""))
     return of is None or metric.value is None or metric.category is not None or fits(metric.value, metric.n, of)
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from bfpo.evaluation.comparisons import verdict_on
 from bfpo.evaluation.results import Comparison, Results
-from bfpo.evaluation.scoring import HARMONIC_MEAN, Measured, safety_and_helpfulness
+from bfpo.evaluation.scoring import HARMONIC_MEAN, PromptScores, safety_and_helpfulness
 from bfpo.stats.intervals import Interval, Values, bootstrap, harmonic_mean
 from bfpo.stats.paired import mcnemar_p_value, paired_means, paired_rates
 
@@ -32,7 +32,7 @@ class Difference(NamedTuple):
     how: str
 
 
-def difference_of(ours: Measured, theirs: Measured) -> Difference | None:
+def difference_of(ours: PromptScores, theirs: PromptScores) -> Difference | None:
     """Return the paired difference of a measure; None where no prompt has a value of both."""
     shared = [key for key in ours.by_prompt if key in theirs.by_prompt]
     if not shared:
@@ -44,7 +44,7 @@ def difference_of(ours: Measured, theirs: Measured) -> Difference | None:
 
 
 def compare(
-    suite: str, ours: Sequence[Measured], theirs: Sequence[Measured], *, against: Results
+    suite: str, ours: Sequence[PromptScores], theirs: Sequence[PromptScores], *, against: Results
 ) -> list[Comparison]:
     """Compare two runs metric by metric over the prompts that both have values for.
 
@@ -109,7 +109,7 @@ def compare(
     return comparisons
 
 
-def _at(measured: Measured, prompts: Sequence[str]) -> Values:
+def _at(measured: PromptScores, prompts: Sequence[str]) -> Values:
     return np.array([measured.by_prompt[key] for key in prompts], dtype=np.float64)
 
 

@@ -13,7 +13,7 @@ from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.correction import QUESTIONS
 from bfpo.evaluation.lm_eval.tasks import metrics_of
 from bfpo.evaluation.panel import LENGTH_CONTROLLED, ORDER_DECIDES, WIN_RATE
-from bfpo.evaluation.results import CORRECTED, Metric, Results, shown
+from bfpo.evaluation.results import CORRECTED, MetricResult, Results, shown
 from bfpo.evaluation.scoring import DERIVED, MEASURES
 from bfpo.evaluation.suite import INDICES, Task
 
@@ -68,7 +68,7 @@ class Decided(NamedTuple):
     """
 
     bound: Bound
-    metric: Metric
+    metric: MetricResult
     state: State
 
 
@@ -112,9 +112,7 @@ def check_bounds(
                 f"gate: nothing is asked of {place}; {did_you_mean(place, sorted({*places, *lm_eval}))}"
             )
         if bound.metric in calibrated - measured:
-            raise RecipeError(
-                f"gate: metric '{bound.metric}' needs answers that people labelled; name `calibration:`"
-            )
+            raise RecipeError(f"gate: metric '{bound.metric}' needs answers that people labeled; name `calibration:`")
         # Of a group of tasks it isn't known before.
         known = metrics_of(lm_eval[place]) if place in lm_eval else measured
         name = bound.metric.partition(" (")[0] if place in lm_eval else bound.metric
@@ -149,8 +147,8 @@ def enforce(results: Results, bounds: Sequence[Bound]) -> None:
         say(f"{open_ones} of {len(decided)} bounds are undecided: more prompts or samples would tell")
 
 
-def _metric(results: Results, bound: Bound) -> Metric:
-    def named(metric: Metric) -> str:
+def _metric(results: Results, bound: Bound) -> MetricResult:
+    def named(metric: MetricResult) -> str:
         return f"{metric.suite}/{metric.task} {metric.metric}"
 
     of_name = [one for one in results.metrics if named(one) == f"{bound.suite}/{bound.task} {bound.metric}"]
@@ -168,7 +166,7 @@ def _metric(results: Results, bound: Bound) -> Metric:
     raise RecipeError(f"gate: {bound}: no such judge; {did_you_mean(str(bound.judge), judges)}")
 
 
-def _decide(bound: Bound, metric: Metric) -> Decided:
+def _decide(bound: Bound, metric: MetricResult) -> Decided:
     if metric.value is None:
         return Decided(bound, metric, "undecided")
     low = metric.value if metric.low is None else metric.low

@@ -8,15 +8,15 @@ import numpy as np
 
 from bfpo.core.samples import KINDS, Completion, Key, Prompt, Verdict
 from bfpo.evaluation.differences import compare
-from bfpo.evaluation.preferences import Compared, order_decides, preferences
-from bfpo.evaluation.results import Comparison, Metric, Results
-from bfpo.evaluation.scoring import Judged, Measure, Measured, join, measure, to_metrics
+from bfpo.evaluation.preferences import PairwisePreference, order_decides, preferences
+from bfpo.evaluation.results import Comparison, MetricResult, Results
+from bfpo.evaluation.scoring import Judged, MetricSpec, PromptScores, join, measure, to_metrics
 from bfpo.evaluation.suite import Task
 from bfpo.stats.agreement import kappa
 from bfpo.stats.intervals import Values, bootstrap
 
 
-class Panelist(NamedTuple):
+class JudgeOutput(NamedTuple):
     """A judge with what it said.
 
     Args:
@@ -24,7 +24,7 @@ class Panelist(NamedTuple):
         name: Its own name.
         revision: Of the judge.
         verdicts: On every completion.
-        on_labelled: On the answers that people labelled; empty where it isn't calibrated.
+        on_labeled: On the answers that people labeled; empty where it isn't calibrated.
         compared: What it prefers beside given outputs; empty where it compares none.
         sees_both: Whether it sees both answers at once, so that their order may sway it.
     """
@@ -33,20 +33,20 @@ class Panelist(NamedTuple):
     name: str
     revision: str
     verdicts: list[Verdict]
-    on_labelled: Sequence[Verdict] = ()
-    compared: Sequence[Compared] = ()
+    on_labeled: Sequence[Verdict] = ()
+    compared: Sequence[PairwisePreference] = ()
     sees_both: bool = False
 
 
 LENGTH_CONTROLLED = "win_rate_length_controlled"
-WIN_RATE = Measure("win_rate", lambda judged: None, lambda judged: False, True, False)
-ORDER_DECIDES = Measure("order_decides", lambda judged: None, lambda judged: False, False, True)
+WIN_RATE = MetricSpec("win_rate", lambda judged: None, lambda judged: False, True, False)
+ORDER_DECIDES = MetricSpec("order_decides", lambda judged: None, lambda judged: False, False, True)
 
-Measures = dict[tuple[str, str], list[Measured]]
+Measures = dict[tuple[str, str], list[PromptScores]]
 """Suite and judge → what was measured."""
 
 
-def measure_all(tasks: Sequence[Task], completions: Sequence[Completion], panel: Sequence[Panelist]) -> Measures:
+def measure_all(tasks: Sequence[Task], completions: Sequence[Completion], panel: Sequence[JudgeOutput]) -> Measures:
     """Measure every suite by every judge: over all prompts of a kind, over each task, and over its categories.
 
     What needs no judge (tokens, cut answers) is measured beside the first judge alone.
@@ -67,7 +67,7 @@ def measure_all(tasks: Sequence[Task], completions: Sequence[Completion], panel:
     return found
 
 
-def _of_task(task: Task, judged: Mapping[str, list[Judged]], judge: Panelist) -> list[Measured]:
+def _of_task(task: Task, judged: Mapping[str, list[Judged]], judge: JudgeOutput) -> list[PromptScores]:
     found = []
     if task.name not in KINDS:
         found += _measure({prompt.prompt_id: prompt for prompt in task.prompts}, judged, judge, task=task.name)
@@ -78,7 +78,7 @@ def _of_task(task: Task, judged: Mapping[str, list[Judged]], judge: Panelist) ->
     return found
 
 
-def wins(task: Task, judge: Panelist) -> list[Measured]:
+def wins(task: Task, judge: JudgeOutput) -> list[PromptScores]:
     """Return the preferences of a judge on the prompts of a task, and on which of them the order decides.
 
     A prompt that is undecided in one of the orders is left out, and counted; `if_no` takes it for lost, `if_yes` for
@@ -93,21 +93,21 @@ def wins(task: Task, judge: Panelist) -> list[Measured]:
     if_no, if_yes = ({name: other if one is None else one for name, one in said.items()} for other in (0.0, 1.0))
     unscored = len(said) - len(decided)
     bounds = (if_no, if_yes) if unscored else (None, None)
-    found = [Measured(task.name, WIN_RATE, decided, unscored, 1, judge.label, None, *bounds)]
+    found = [PromptScores(task.name, WIN_RATE, decided, unscored, 1, judge.label, None, *bounds)]
     if judge.sees_both:
         swayed = {name: float(one) for name, one in order_decides(own).items()}
-        found.append(Measured(task.name, ORDER_DECIDES, swayed, unscored, 1, judge.label))
+        found.append(PromptScores(task.name, ORDER_DECIDES, swayed, unscored, 1, judge.label))
     return found
 
 
 def _measure(
-    prompts: Mapping[str, Prompt], judged: Mapping[str, list[Judged]], judge: Panelist, **of: str
-) -> list[Measured]:
+    prompts: Mapping[str, Prompt], judged: Mapping[str, list[Judged]], judge: JudgeOutput, **of: str
+) -> list[PromptScores]:
     those = [one for key in prompts for one in judged.get(key, ())]
     return measure(prompts.values(), those, judge=judge.label, **of)
 
 
-def all_metrics(measures: Measures) -> list[Metric]:
+def all_metrics(measures: Measures) -> list[MetricResult]:
     """Return the numbers of all suites and judges with their intervals."""
     return [metric for (suite, _), measured in measures.items() for metric in to_metrics(suite, measured)]
 
@@ -122,7 +122,7 @@ def all_comparisons(ours: Measures, theirs: Measures, against: Results) -> list[
     ]
 
 
-def agreement(tasks: Sequence[Task], panel: Sequence[Panelist]) -> list[dict[str, Any]]:
+def agreement(tasks: Sequence[Task], panel: Sequence[JudgeOutput]) -> list[dict[str, Any]]:
     """Return Cohen's kappa of every two judges, with the bootstrap interval over prompts where there is one.
 
     Safety is asked about the answers to harmful prompts, refusals about all.

@@ -15,7 +15,7 @@ from bfpo.data.stages import generate_completions, judge_completions
 from bfpo.errors import DataError, Unanswered
 from bfpo.evaluation import correction as calibrating
 from bfpo.evaluation.baseline import compare_with_base, read_base
-from bfpo.evaluation.comparisons import PairVerdict
+from bfpo.evaluation.comparisons import ModelComparison
 from bfpo.evaluation.gate import check_bounds, enforce, read_gate
 from bfpo.evaluation.indices import index_metrics
 from bfpo.evaluation.lm_eval.suite import (
@@ -24,7 +24,7 @@ from bfpo.evaluation.lm_eval.suite import (
     compare_capabilities,
     run_capabilities,
 )
-from bfpo.evaluation.panel import Panelist, agreement, all_metrics, measure_all
+from bfpo.evaluation.panel import JudgeOutput, agreement, all_metrics, measure_all
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Comparison, Results, answers_hash
 from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
@@ -59,7 +59,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     wanted = capabilities_of(recipe, suites)
     check_judges(recipe, tasks)
     check_bounds(bounds, tasks, {one.where: one.name for one in wanted}, corrected=recipe.calibration is not None)
-    labelled = [] if recipe.calibration is None else calibrating.read_calibration(recipe.calibration)
+    labeled = [] if recipe.calibration is None else calibrating.read_calibration(recipe.calibration)
     policy = template_policy(recipe, suites, tasks)
     base = None if recipe.base is None else read_base(recipe.base, policy if tasks else None)
     out = Path(recipe.out)
@@ -71,21 +71,19 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     completions, remarks = _answers(recipe, prompts, out) if prompts else ([], [])
     tasks = with_prompts_of(tasks, {one.prompt_id for one in completions})
     names = {model_name(recipe), run_name(recipe), *(one.model for one in completions[:1])}
-    calibration = calibrating.calibration_for(recipe.calibration or "", labelled, names)
+    calibration = calibrating.calibration_for(recipe.calibration or "", labeled, names)
     references = references_of(tasks)
     panel = (
-        judge_all(recipe, completions, out, labelled=calibration.completions, references=references)
-        if prompts
-        else []
+        judge_all(recipe, completions, out, labeled=calibration.completions, references=references) if prompts else []
     )
-    calibrated = [calibrating.hold(one.label, calibration, one.on_labelled) for one in panel if one.on_labelled]
-    labelled_by = {*recipe.labelled_by, *training_judges(recipe)}
+    calibrated = [calibrating.hold(one.label, calibration, one.on_labeled) for one in panel if one.on_labeled]
+    labeled_by = {*recipe.labeled_by, *training_judges(recipe)}
     results = Results(
         run=run_name(recipe),
         model=model_name(recipe),
         template_policy=policy,
         judges=[
-            {"name": one.label, "revision": one.revision, "circular": bool({*one.name.split("+")} & labelled_by)}
+            {"name": one.label, "revision": one.revision, "circular": bool({*one.name.split("+")} & labeled_by)}
             for one in panel
         ],
         sampling=asdict(recipe.sampling.settings),
@@ -96,7 +94,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         calibration=calibrating.facts(calibration, calibrated),
     )
     measures = measure_all(tasks, completions, panel)
-    metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[PairVerdict]()
+    metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[ModelComparison]()
     metrics = calibrating.with_corrected(metrics, calibrated)
     metrics += [*length_controlled(tasks, completions, panel), *capability_metrics(wanted, found)]
     metrics += index_metrics(suites, metrics)
@@ -189,19 +187,19 @@ def judge_all(
     completions: Sequence[Completion],
     out: Path,
     *,
-    labelled: Sequence[Completion] = (),
+    labeled: Sequence[Completion] = (),
     references: Mapping[str, Completion] | None = None,
-) -> list[Panelist]:
+) -> list[JudgeOutput]:
     """Ask the judges one after the other, so that one at a time is in memory.
 
     Args:
         recipe: Whose judges they are.
         completions: The evaluated answers.
         out: Folder of the evaluation.
-        labelled: Answers that people labelled; the judges read them too, people themselves don't.
+        labeled: Answers that people labeled; the judges read them too, people themselves don't.
         references: Prompt → the output that its answer is compared with.
     """
-    panel: list[Panelist] = []
+    panel: list[JudgeOutput] = []
     for spec in recipe.judges:
         judge = judge_of(recipe, spec)
         name, revision = judge.name, judge.revision
@@ -209,11 +207,11 @@ def judge_all(
             raise DataError(f"judges: {spec} is {name}@{revision}, which stands there already")
         label = name if name not in {one.label for one in panel} else f"{name}@{revision[:8]}"
         verdicts = judge_completions(judge, completions, out / verdicts_file(label, first=not panel))
-        asked_too = labelled if name != PeopleJudge.name else ()
-        on_labelled = (
+        asked_too = labeled if name != PeopleJudge.name else ()
+        on_labeled = (
             judge_completions(judge, asked_too, out / f"calibration-{file_name(label)}.jsonl") if asked_too else []
         )
-        one = Panelist(label, name, revision, verdicts, on_labelled)
+        one = JudgeOutput(label, name, revision, verdicts, on_labeled)
         panel.append(compare(judge, one, completions, references, out) if references else one)
         del judge
         release()
@@ -233,7 +231,7 @@ def release() -> None:
 
 
 def training_judges(recipe: EvalRecipe) -> set[str]:
-    """Return the names of the judges that labelled what the model was trained on, as its folder tells."""
+    """Return the names of the judges that labeled what the model was trained on, as its folder tells."""
     if recipe.model is None:
         return set()
     path = Path(recipe.model.path) / "data_manifest.json"
@@ -242,7 +240,7 @@ def training_judges(recipe: EvalRecipe) -> set[str]:
     try:
         sources = json.loads(path.read_text(encoding="utf-8")).get("label_sources") or {}
     except (ValueError, AttributeError):
-        raise DataError(f"{path}: not the JSON object that training leaves; who labelled the data?") from None
+        raise DataError(f"{path}: not the JSON object that training leaves; who labeled the data?") from None
     return {part.partition("@")[0] for source in sources for part in str(source).split("+")}
 
 

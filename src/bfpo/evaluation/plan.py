@@ -59,9 +59,9 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
     prompts = questions(tasks)
     show_table(
         f"{len(prompts):,} prompts, answers to each: {recipe.sampling.samples}",
-        ("task", "kind", "prompts", "of", "licence", "from"),
+        ("task", "kind", "prompts", "of", "license", "from"),
         [
-            (one.facts["name"], one.kind, len(one.prompts), one.facts["of"], one.facts["licence"], one.facts["from"])
+            (one.facts["name"], one.kind, len(one.prompts), one.facts["of"], one.facts["license"], one.facts["from"])
             for one in tasks
         ]
         + [(one.what, "lm-eval", one.wanted, one.of, None, one.place) for one in counted],
@@ -86,8 +86,8 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
         ],
     )
     if recipe.calibration is not None:
-        labelled = read_calibration(recipe.calibration)
-        say(f"not counted above: each judge reads up to {len(labelled):,} answers that people labelled (calibration)")
+        labeled = read_calibration(recipe.calibration)
+        say(f"not counted above: each judge reads up to {len(labeled):,} answers that people labeled (calibration)")
     say("dry run: nothing was kept. Tokens are estimated, 4 characters each; what a server takes isn't known.")
     return stages
 

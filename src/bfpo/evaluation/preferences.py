@@ -22,7 +22,7 @@ _PIECE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Compared(FileRow):
+class PairwisePreference(FileRow):
     """What a judge says about a model's answer beside the given output, in one order.
 
     Args:
@@ -89,7 +89,7 @@ class ByRating:
 
 def compare_with_references(
     judge: PairJudge, completions: Iterable[Completion], references: Mapping[str, Completion], path: Path
-) -> list[Compared]:
+) -> list[PairwisePreference]:
     """Ask a judge about every prompt in both orders, into a file of comparisons.
 
     Args:
@@ -111,7 +111,7 @@ def compare_with_references(
     }
     hashes = {name: content_hash(ours.text, theirs.text)[:12] for name, (ours, theirs) in pairs.items()}
 
-    def check(done: Compared) -> None:
+    def check(done: PairwisePreference) -> None:
         if (done.judge, done.revision) != (judge.name, judge.revision):
             raise DataError(
                 f"{path} holds comparisons of {done.judge}@{done.revision}, this is {judge.name}@{judge.revision}; "
@@ -120,16 +120,18 @@ def compare_with_references(
         if hashes.get(done.prompt_id, done.pair_hash) != done.pair_hash:
             raise DataError(f"{path}: the comparison on {done.prompt_id} is of other texts; remove the file")
 
-    def make(missing: Sequence[tuple[str, Order]]) -> Iterator[list[Compared]]:
+    def make(missing: Sequence[tuple[str, Order]]) -> Iterator[list[PairwisePreference]]:
         for start in range(0, len(missing), _PIECE):
             piece = missing[start : start + _PIECE]
             said = judge.prefer([pairs[name] if order == ORDERS[0] else pairs[name][::-1] for name, order in piece])
             for (name, order), one in zip(piece, said, strict=True):
                 preference = _of_model(one, order)
-                yield [Compared(name, order, hashes[name], judge.name, judge.revision, preference, one.reason)]
+                yield [
+                    PairwisePreference(name, order, hashes[name], judge.name, judge.revision, preference, one.reason)
+                ]
 
     wanted = [(name, order) for name in pairs for order in ORDERS]
-    return fill(path, Compared, wanted, lambda one: one.key, make, check=check, what="comparing")
+    return fill(path, PairwisePreference, wanted, lambda one: one.key, make, check=check, what="comparing")
 
 
 def _of_model(said: Preference, order: Order) -> float | None:
@@ -138,7 +140,7 @@ def _of_model(said: Preference, order: Order) -> float | None:
     return 1 - said.first_is_better
 
 
-def preferences(compared: Iterable[Compared]) -> dict[str, float | None]:
+def preferences(compared: Iterable[PairwisePreference]) -> dict[str, float | None]:
     """Return the mean preference of the two orders by prompt, in [0, 1]; None where one is undecided."""
     return {
         name: None if None in both else sum(one for one in both if one is not None) / len(both)
@@ -146,7 +148,7 @@ def preferences(compared: Iterable[Compared]) -> dict[str, float | None]:
     }
 
 
-def order_decides(compared: Iterable[Compared]) -> dict[str, bool]:
+def order_decides(compared: Iterable[PairwisePreference]) -> dict[str, bool]:
     """Return by prompt whether the preferred side changes with the order; undecided prompts are left out."""
     return {
         name: len({(one > 0.5) - (one < 0.5) for one in both if one is not None}) > 1
@@ -155,7 +157,7 @@ def order_decides(compared: Iterable[Compared]) -> dict[str, bool]:
     }
 
 
-def _by_prompt(compared: Iterable[Compared]) -> dict[str, list[float | None]]:
+def _by_prompt(compared: Iterable[PairwisePreference]) -> dict[str, list[float | None]]:
     found: dict[str, list[float | None]] = {}
     for one in compared:
         found.setdefault(one.prompt_id, []).append(one.preference)

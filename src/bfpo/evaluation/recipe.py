@@ -84,10 +84,10 @@ class EvalRecipe(Section):
     threshold: float | None = Field(None, ge=0, le=1)
     """Of judges that give a probability: an answer is safe from it on. Default the judge's own."""
     calibration: str | None = None
-    """Answers that people labelled, as for `bfpo judge eval`: judges read them too, and each rate is told a second
+    """Answers that people labeled, as for `bfpo judge eval`: judges read them too, and each rate is told a second
     time, corrected for what the judge gets wrong there. Of the evaluated model, to other prompts: docs/judging.md."""
-    labelled_by: list[str] = Field(default=[])
-    """Names of judges that labelled the model's training data, beside those that its folder tells of."""
+    labeled_by: list[str] = Field(default=[])
+    """Names of judges that labeled the model's training data, beside those that its folder tells of."""
     template_policy: str | None = None
     """How prompts were put to a served model or to the one that `completions` are of; runs under different policies
     don't compare."""

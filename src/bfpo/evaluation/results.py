@@ -10,7 +10,7 @@ from bfpo.core.files import content_hash, write_json
 from bfpo.core.samples import Completion
 from bfpo.core.terminal import show_table
 from bfpo.errors import DataError
-from bfpo.evaluation.comparisons import DifferenceVerdict, PairVerdict
+from bfpo.evaluation.comparisons import DifferenceVerdict, ModelComparison
 
 SCHEMA = 2
 FILE_NAME = "results.json"
@@ -19,7 +19,7 @@ CORRECTED = "_corrected"
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class MetricResult:
     """One number with its interval.
 
     Args:
@@ -65,17 +65,17 @@ class Comparison:
 
     Args:
         against: Name of the other run.
-        suite: As in `Metric`.
-        task: As in `Metric`.
-        metric: As in `Metric`.
+        suite: As in `MetricResult`.
+        task: As in `MetricResult`.
+        metric: As in `MetricResult`.
         difference: This run minus the other.
         low: Lower bound of the 95 % interval.
         high: Upper bound.
         n: Prompts both answered.
         interval: How the interval was made.
         verdict: What follows from it; None when neither direction is better.
-        judge: As in `Metric`.
-        category: As in `Metric`.
+        judge: As in `MetricResult`.
+        category: As in `MetricResult`.
         against_model: The other run's model.
         against_answers: Hash of the other run's answers: names of runs may be the same.
         p_value: Of the test that goes with the interval, by itself; None where there is none.
@@ -111,7 +111,7 @@ class Results:
         run: Short name, as tables and plots show it.
         model: What was evaluated.
         template_policy: How prompts were put to the model; runs under different policies don't compare.
-        judges: Objects of `name`, `revision` and `circular` (it labelled the data that the model was trained on); the
+        judges: Objects of `name`, `revision` and `circular` (it labeled the data that the model was trained on); the
             first is the primary one, which `Results.metric` speaks of.
         sampling: The sampling's settings.
         metrics: What was found.
@@ -123,9 +123,9 @@ class Results:
             (null where there is nothing to agree on by chance; the bounds alone where the judges agree throughout, or
             one says the same of all answers), `n` answers that both decided, and the `share` of these on which they
             say the same.
-        data: Objects of `name`, `licence`, `hash` and `prompts`: the sets that were asked.
+        data: Objects of `name`, `license`, `hash` and `prompts`: the sets that were asked.
         calibration: What corrected rates rest on, by judge and question: objects of `judge`, `question` (`safe` or
-            `refusal`), the file `labelled` with its `hash`, the `models` whose `answers` (how many) people labelled,
+            `refusal`), the file `labeled` with its `hash`, the `models` whose `answers` (how many) people labeled,
             whether they are the evaluated model's `own`, `sensitivity` over `yes` prompts, `specificity` over `no`.
         created: Time, ISO 8601.
         schema: Of this file.
@@ -136,9 +136,9 @@ class Results:
     template_policy: str
     judges: list[dict[str, Any]]
     sampling: dict[str, Any]
-    metrics: list[Metric]
+    metrics: list[MetricResult]
     comparisons: list[Comparison] = field(default_factory=list)
-    pairs: list[PairVerdict] = field(default_factory=list)
+    pairs: list[ModelComparison] = field(default_factory=list)
     answers: str = ""
     warnings: list[str] = field(default_factory=list)
     agreement: list[dict[str, Any]] = field(default_factory=list)
@@ -147,7 +147,7 @@ class Results:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
-    def metric(self, task: str, metric: str) -> Metric | None:
+    def metric(self, task: str, metric: str) -> MetricResult | None:
         """Return a metric over all of a task, by the primary judge; None when it wasn't measured."""
         wanted = task, metric, None
         return next((one for one in self.metrics if (one.task, one.metric, one.category) == wanted), None)
@@ -175,7 +175,7 @@ class _Data:
     """Columns of `data` in the file."""
 
     name: str
-    licence: str | None
+    license: str | None
     hash: str
     prompts: int
 
@@ -186,7 +186,7 @@ class _Calibration:
 
     judge: str
     question: str
-    labelled: str
+    labeled: str
     hash: str
     models: list[str]
     own: bool
@@ -253,7 +253,7 @@ def show_results(several: Iterable[Results]) -> None:
     show_table(title, ("what", *(results.run for results in found), "prompts"), rows)
 
 
-def shown(metric: Metric | None) -> str:
+def shown(metric: MetricResult | None) -> str:
     """Return a metric as text: value, interval, and what it could be however the undecided answers were decided."""
     if metric is None or metric.value is None:
         return "-"
@@ -270,4 +270,4 @@ def answers_hash(completions: Iterable[Completion]) -> str:
     return content_hash(sorted((*one.key, one.text_hash) for one in completions))[:12]
 
 
-METRIC_COLUMNS = tuple(column.name for column in fields(Metric))
+METRIC_COLUMNS = tuple(column.name for column in fields(MetricResult))

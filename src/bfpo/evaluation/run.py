@@ -11,7 +11,7 @@ from bfpo.errors import DataError
 from bfpo.evaluation.differences import compare
 from bfpo.evaluation.dominance import pair_verdicts, pooled
 from bfpo.evaluation.results import Results, answers_hash
-from bfpo.evaluation.scoring import Measured, join, measure, to_metrics
+from bfpo.evaluation.scoring import PromptScores, join, measure, to_metrics
 
 TEMPLATE_POLICY = "the tokenizer's own chat template"
 
@@ -26,8 +26,8 @@ def evaluate(
     run: str,
     model: str,
     sampling: Sampling,
-    base: tuple[Results, list[Measured]] | None = None,
-) -> tuple[Results, list[Measured]]:
+    base: tuple[Results, list[PromptScores]] | None = None,
+) -> tuple[Results, list[PromptScores]]:
     """Generate, judge and score, into `prompts`, `completions`, `verdicts.jsonl` and `results.json` of a folder.
 
     Args:
@@ -80,7 +80,7 @@ def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """
     path = folder / Prompt.file_name
     if path.exists():
-        # What is told of a prompt beside its text, such as its licence, may be told better now.
+        # What is told of a prompt beside its text, such as its license, may be told better now.
         there = {prompt.prompt_id: prompt.prompt for prompt in read_prompt_file(str(path))}
         asked = {prompt.prompt_id: prompt.prompt for prompt in prompts}
         differing = next((key for key, prompt in asked.items() if there.get(key, prompt) != prompt), None)

@@ -1,7 +1,7 @@
 """What an evaluation prints when it is done."""
 
 from bfpo.core.terminal import say, show_table
-from bfpo.evaluation.comparisons import Axis
+from bfpo.evaluation.comparisons import AxisResult
 from bfpo.evaluation.results import Results, shown
 
 # What the table on the terminal leaves to results.json and the report.
@@ -72,7 +72,7 @@ def show_evaluation(results: Results) -> None:
         say(f"warning: {warning}")
 
 
-def _axis(axis: Axis) -> tuple[str, str]:
+def _axis(axis: AxisResult) -> tuple[str, str]:
     name = axis.verdict if axis.metric != "over_refusal" else f"{axis.verdict} (over-refusal)"
     p_value = f"{axis.p_adjusted:.3f}" if axis.p_adjusted >= 0.001 else "< 0.001"
     return f"{axis.difference:+.3f} [{axis.low:+.3f}, {axis.high:+.3f}] {name}", p_value

@@ -41,8 +41,8 @@ class SuiteTask(Section):
     """System message before each prompt: a part of the template policy."""
     path: str | None = None
     """File to read instead of the hub; `data:` of the recipe goes before it."""
-    licence: str | None = None
-    """Licence of one's own file."""
+    license: str | None = None
+    """License of one's own file."""
     compare: str | None = None
     """Column with an output of each prompt: the model's answer is set beside it, and its win rate measured."""
 
@@ -131,7 +131,7 @@ class Task:
         name: Of the task.
         kind: What its prompts are for.
         prompts: In the order they are asked.
-        facts: Name, licence, hash and size of the set.
+        facts: Name, license, hash and size of the set.
         references: Prompt → the output that its answer is compared with; empty where nothing is compared.
     """
 
@@ -214,7 +214,7 @@ def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Ta
         path=place.path or (None if place.revision else task.path),
         revision=place.revision,
         kind=task.kind,
-        licence=task.licence,
+        license=task.license,
     )
     try:
         prompts, facts = read_prompt_source(source, where=task.where, system=task.system)
@@ -239,7 +239,7 @@ def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Ta
         "name": where,
         "source": task.source,
         "from": facts["from"],
-        "licence": facts["licence"],
+        "license": facts["license"],
         "hash": facts["prompts_hash"],
         "prompts": len(prompts),
         "of": published,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from bfpo.evaluation.panel import Panelist
+from bfpo.evaluation.panel import JudgeOutput
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.suite import Suite
@@ -14,7 +14,7 @@ MOST_UNDECIDED = 0.05
 
 
 def warnings_of(
-    recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results, panel: Sequence[Panelist]
+    recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results, panel: Sequence[JudgeOutput]
 ) -> list[str]:
     """Return the warnings of an evaluation, a sentence or two each."""
     return [
@@ -51,7 +51,7 @@ def _of_judges(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results
     circular = [judge["name"] for judge in results.judges if judge["circular"]]
     if circular:
         found.append(
-            f"Circular: {', '.join(circular)} labelled the data that the model was trained on, so it judges how well "
+            f"Circular: {', '.join(circular)} labeled the data that the model was trained on, so it judges how well "
             "the model learned to please it. Read the other judges' numbers."
         )
     for name, suite in suites.items():
@@ -60,7 +60,7 @@ def _of_judges(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results
     return found
 
 
-def _of_verdicts(suites: Mapping[str, Suite], results: Results, panel: Sequence[Panelist]) -> list[str]:
+def _of_verdicts(suites: Mapping[str, Suite], results: Results, panel: Sequence[JudgeOutput]) -> list[str]:
     found = []
     said = {
         question: [

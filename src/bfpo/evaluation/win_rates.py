@@ -10,10 +10,10 @@ from bfpo.core.files import file_name, write_json
 from bfpo.core.samples import Completion, Judge, PairJudge
 from bfpo.data.stages import judge_completions
 from bfpo.errors import DataError, RecipeError
-from bfpo.evaluation.panel import LENGTH_CONTROLLED, WIN_RATE, Panelist, wins
-from bfpo.evaluation.preferences import ByRating, Compared, compare_with_references, preferences
+from bfpo.evaluation.panel import LENGTH_CONTROLLED, WIN_RATE, JudgeOutput, wins
+from bfpo.evaluation.preferences import ByRating, PairwisePreference, compare_with_references, preferences
 from bfpo.evaluation.recipe import EvalRecipe
-from bfpo.evaluation.results import Metric
+from bfpo.evaluation.results import MetricResult
 from bfpo.evaluation.scoring import BY_BOOTSTRAP
 from bfpo.evaluation.suite import Task
 from bfpo.judging.open import KINDS
@@ -58,11 +58,11 @@ def check_judges(recipe: EvalRecipe, tasks: Sequence[Task]) -> None:
 
 def compare(
     judge: Judge,
-    one: Panelist,
+    one: JudgeOutput,
     completions: Sequence[Completion],
     references: Mapping[str, Completion],
     out: Path,
-) -> Panelist:
+) -> JudgeOutput:
     """Return a judge's place in the panel with what it prefers; unchanged where it compares nothing.
 
     A judge that sees both answers is asked in both orders. One that rates helpfulness rates the given outputs too;
@@ -90,8 +90,8 @@ def compare(
 
 
 def length_controlled(
-    tasks: Sequence[Task], completions: Sequence[Completion], panel: Sequence[Panelist]
-) -> list[Metric]:
+    tasks: Sequence[Task], completions: Sequence[Completion], panel: Sequence[JudgeOutput]
+) -> list[MetricResult]:
     """Return the win rates at equal lengths, in characters, of every task by every judge that compares."""
     answers = _first_answers(completions)
     found = []
@@ -107,12 +107,14 @@ def length_controlled(
                 )
                 interval = length_controlled_win_rate(one.values, ours, theirs)
                 about = task.suite, task.name, LENGTH_CONTROLLED
-                found.append(Metric(*about, *interval, len(prompts), one.unscored, BY_BOOTSTRAP, True, judge.label))
+                found.append(
+                    MetricResult(*about, *interval, len(prompts), one.unscored, BY_BOOTSTRAP, True, judge.label)
+                )
     return found
 
 
 def export(
-    tasks: Sequence[Task], completions: Sequence[Completion], panel: Sequence[Panelist], run: str, out: Path
+    tasks: Sequence[Task], completions: Sequence[Completion], panel: Sequence[JudgeOutput], run: str, out: Path
 ) -> None:
     """Write what was compared as AlpacaEval's files: `model_outputs.json` and, of each judge, `annotations.json`.
 
@@ -144,7 +146,7 @@ def export(
 
 
 def _annotations(
-    task: Task, rows: Mapping[str, Mapping[str, str]], compared: Sequence[Compared], annotator: str
+    task: Task, rows: Mapping[str, Mapping[str, str]], compared: Sequence[PairwisePreference], annotator: str
 ) -> list[dict[str, Any]]:
     said = preferences(compared)
     return [

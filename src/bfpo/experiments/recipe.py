@@ -38,7 +38,7 @@ class Variant(Section):
     dials: dict[str, Any] = Field(default_factory=dict)
     """Changes to the world's preference data, such as `safety_noise: 0.1`; names of `DATA_DIALS`."""
     vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
-    """Values to try by dotted name, one name at a time: the others stay as `changes` leaves them, the *centre*."""
+    """Values to try by dotted name, one name at a time: the others stay as `changes` leaves them, the *center*."""
 
 
 class CompareRecipe(Section):
@@ -71,7 +71,7 @@ class Tried:
     """A variant with the values that it tries.
 
     Args:
-        name: The variant's, with the value that differs from its centre.
+        name: The variant's, with the value that differs from its center.
         values: Of what the variant varies, by dotted name.
         method: How to train.
         dials: Of the preference data.
@@ -126,25 +126,25 @@ def _tuned_values(recipe: CompareRecipe) -> dict[tuple[str, str], dict[str, Any]
 
 
 def _tried(name: str, variant: Variant, tuned: dict[str, Any]) -> list[Tried]:
-    """Return a variant's centre, then one for each other value that it tries."""
+    """Return a variant's center, then one for each other value that it tries."""
     from bfpo.losses.build import make_loss
 
     if variant.method not in METHODS:
         raise RecipeError(f"variants.{name}.method '{variant.method}'; {did_you_mean(variant.method, [*METHODS])}")
     content = changed(METHODS[variant.method].model_dump(), tuned | variant.changes)
-    centre = {key: value_at(content, key) for key in variant.vary}
-    if unset := [key for key, value in centre.items() if value is None]:
-        raise RecipeError(f"variants.{name}.vary: what is the centre of {unset[0]}? Say it under 'changes'")
+    center = {key: value_at(content, key) for key in variant.vary}
+    if unset := [key for key, value in center.items() if value is None]:
+        raise RecipeError(f"variants.{name}.vary: what is the center of {unset[0]}? Say it under 'changes'")
     steps: list[dict[str, Any]] = [{}]
     for key, values in variant.vary.items():
-        others = [value for place, value in enumerate(values) if value not in (centre[key], *values[:place])]
+        others = [value for place, value in enumerate(values) if value not in (center[key], *values[:place])]
         steps += [{key: value} for value in others]
     found = []
     for step in steps:
         method = check_recipe(changed(content, step), Method, f"variants.{name}")
         make_loss(method.loss)
         label = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in step.items())
-        found.append(Tried(name + label, centre | step, method, variant.dials))
+        found.append(Tried(name + label, center | step, method, variant.dials))
     return found
 
 

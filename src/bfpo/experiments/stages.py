@@ -11,7 +11,7 @@ from bfpo.data.stages import read_prompt_file
 from bfpo.errors import RecipeError
 from bfpo.evaluation.results import FILE_NAME, Results
 from bfpo.evaluation.run import evaluate
-from bfpo.evaluation.scoring import Measured
+from bfpo.evaluation.scoring import PromptScores
 from bfpo.generation.in_process import load_engine
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import World, WorldOptions
@@ -88,8 +88,8 @@ def run_once(recipe: SftRecipe | TrainRecipe) -> None:
 
 
 def evaluate_run(
-    folder: Path, prompts_file: Path, oracle: Oracle, base: tuple[Results, list[Measured]] | None = None
-) -> tuple[Results, list[Measured]]:
+    folder: Path, prompts_file: Path, oracle: Oracle, base: tuple[Results, list[PromptScores]] | None = None
+) -> tuple[Results, list[PromptScores]]:
     """Evaluate the checkpoint of a folder on held-out prompts, into `evaluation/`.
 
     Verdicts of another revision of the oracle are made again; the answers aren't.

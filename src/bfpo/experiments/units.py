@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from bfpo.config.loading import check_recipe
 from bfpo.core.files import content_hash
-from bfpo.core.terminal import counting, lines_into
+from bfpo.core.terminal import lines_into, progress
 from bfpo.errors import BfpoError, DataError, RecipeError, Stopped, TrainingError, did_you_mean
 from bfpo.evaluation.results import FILE_NAME, read_results
 from bfpo.experiments.methods import Method, train_recipe
@@ -55,8 +55,8 @@ class Unit:
         """Folder of this run, named by content: a changed recipe never reads old results, another one shares them."""
         if self.method is None:
             return self.home / "base"
-        made_of = content_hash(self.method.model_dump(exclude={"title"}), self.options.model_dump(), self.steps)
-        return self.home / f"run-{made_of[:12]}"
+        cache_key = content_hash(self.method.model_dump(exclude={"title"}), self.options.model_dump(), self.steps)
+        return self.home / f"run-{cache_key[:12]}"
 
     @property
     def evaluation(self) -> Path:
@@ -147,7 +147,7 @@ def _run_all(waiting: list[Unit], ready: set[Path], jobs: int) -> None:
     running: dict[Future[None], Unit] = {}
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin_worker)
     try:
-        with counting("training and evaluating", len(waiting)) as watch:
+        with progress("training and evaluating", len(waiting)) as advance:
             while waiting or running:
                 # Bases first: others wait for them.
                 waiting.sort(key=lambda unit: unit.method is not None)
@@ -160,7 +160,7 @@ def _run_all(waiting: list[Unit], ready: set[Path], jobs: int) -> None:
                     _raise_clearly(future, unit)
                     if unit.method is None:
                         ready.add(unit.home)
-                    watch(1)
+                    advance(1)
     except KeyboardInterrupt:
         raise Stopped("stopped; the same command goes on with what is missing") from None
     except BrokenProcessPool:

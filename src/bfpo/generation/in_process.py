@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bfpo.config.recipes import SftModel
+from bfpo.config.recipes import ModelSection
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
@@ -232,7 +232,7 @@ def load_checkpoint(path: str, *, dtype: str, revision: str | None) -> tuple[Cau
     """
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype '{dtype}'; {did_you_mean(dtype, list(DTYPES))}")
-    section = SftModel.model_validate({"path": path, "dtype": dtype, "revision": revision})
+    section = ModelSection.model_validate({"path": path, "dtype": dtype, "revision": revision})
     model, tokenizer = load_model(section), load_tokenizer(section)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return model, tokenizer, checkpoint_identity(path, revision)

@@ -167,7 +167,7 @@ class ServerEngine:
                                 refused.add(name)
                     if batch:
                         yield batch
-                        same.watch(batch)
+                        same.advance(batch)
                     if len(failed) >= 20 and len(failed) > len(wanted) // 2:
                         break
             finally:

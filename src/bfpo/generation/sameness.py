@@ -25,7 +25,7 @@ class Sameness:
         self._texts: dict[str, list[str]] = {}
         self._same = 0
 
-    def watch(self, batch: Sequence[Completion]) -> None:
+    def advance(self, batch: Sequence[Completion]) -> None:
         """Look at further answers.
 
         Raises:

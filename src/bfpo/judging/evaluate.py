@@ -10,7 +10,7 @@ from bfpo.core.files import file_name, write_json
 from bfpo.core.samples import Judge, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.stages import judge_completions
-from bfpo.judging.labeled import Labelled, read_labelled
+from bfpo.judging.labeled import Labeled, read_labeled
 from bfpo.judging.linear import HEADS
 from bfpo.judging.open import open_judge
 from bfpo.stats.agreement import FOLDS, Agreement, agreement, held_out_threshold, kappa, threshold_for
@@ -20,12 +20,12 @@ _NUMBERS = ("balanced_accuracy", "accuracy", "recall_yes", "recall_no", "auroc",
 
 
 def evaluate_judges(
-    labelled: str, specs: Sequence[str], *, threshold: float | None, false_safe: float, out: Path
+    labeled: str, specs: Sequence[str], *, threshold: float | None, false_safe: float, out: Path
 ) -> None:
     """Hold judges to human labels.
 
     Args:
-        labelled: Answers that people labelled.
+        labeled: Answers that people labeled.
         specs: Of the judges.
         threshold: As `open_judge` takes it.
         false_safe: Wanted share of unsafe answers that pass.
@@ -34,8 +34,8 @@ def evaluate_judges(
     Raises:
         DataError: If the labels are malformed, or kept verdicts are about other answers.
     """
-    answers = read_labelled(labelled)
-    results: dict[str, Any] = {"labelled": labelled, "answers": len(answers), "judges": {}, "kappa": []}
+    answers = read_labeled(labeled)
+    results: dict[str, Any] = {"labeled": labeled, "answers": len(answers), "judges": {}, "kappa": []}
     every: dict[str, list[Verdict]] = {}
     for spec in specs:
         judge = open_judge(spec, threshold=threshold)
@@ -71,7 +71,7 @@ def verdicts_file(out: Path, judge: Judge) -> Path:
     return verdicts_folder(out) / f"{file_name(judge.name)}@{judge.revision}.jsonl"
 
 
-def rows(question: str, answers: Sequence[Labelled], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def rows(question: str, answers: Sequence[Labeled], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Return a judge's agreement with people on a question: `all`, then each model's row."""
     told = [pair for pair in zip(answers, verdicts, strict=True) if getattr(pair[0], question) is not None]
     models = sorted({one.completion.model for one, _ in told})
@@ -96,7 +96,7 @@ _P_YES: dict[str, Callable[[Verdict], float | None]] = {
 }
 
 
-def _agreement(question: str, told: Sequence[tuple[Labelled, Verdict]]) -> Agreement:
+def _agreement(question: str, told: Sequence[tuple[Labeled, Verdict]]) -> Agreement:
     return agreement(
         [getattr(one, question) for one, _ in told],
         [getattr(verdict, question) for _, verdict in told],
@@ -105,7 +105,7 @@ def _agreement(question: str, told: Sequence[tuple[Labelled, Verdict]]) -> Agree
     )
 
 
-def _threshold(answers: Sequence[Labelled], verdicts: Sequence[Verdict], false_safe: float) -> dict[str, Any] | None:
+def _threshold(answers: Sequence[Labeled], verdicts: Sequence[Verdict], false_safe: float) -> dict[str, Any] | None:
     """Return the threshold for a wanted false-safe rate; None without probabilities or unsafe answers."""
     known = [
         (not one.safe, verdict.p_safe, one.completion.prompt_id)

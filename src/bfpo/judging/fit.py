@@ -10,18 +10,18 @@ from sklearn.model_selection import GroupKFold
 from bfpo.config.recipes import Source
 from bfpo.core.files import file_hash
 from bfpo.core.samples import Verdict
-from bfpo.core.terminal import counting
+from bfpo.core.terminal import progress
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
 from bfpo.judging.evaluate import rows
-from bfpo.judging.labeled import Labelled
+from bfpo.judging.labeled import Labeled
 from bfpo.judging.linear import HEADS, Head, LinearJudge, fit_head
 
 FOLDS = 5
 _SCHEMA = 1
 
 
-def fit_heads(answers: Sequence[Labelled], where: str) -> dict[str, Head]:
+def fit_heads(answers: Sequence[Labeled], where: str) -> dict[str, Head]:
     """Fit a head for each question that people answered.
 
     Raises:
@@ -33,7 +33,7 @@ def fit_heads(answers: Sequence[Labelled], where: str) -> dict[str, Head]:
     return heads
 
 
-def cross_validated(answers: Sequence[Labelled], band: tuple[float, float]) -> dict[str, list[Verdict] | None]:
+def cross_validated(answers: Sequence[Labeled], band: tuple[float, float]) -> dict[str, list[Verdict] | None]:
     """Return verdicts on every answer by judges fitted without its prompt, by question; None where too few allow it.
 
     Args:
@@ -43,7 +43,7 @@ def cross_validated(answers: Sequence[Labelled], band: tuple[float, float]) -> d
     groups = [one.completion.prompt_id for one in answers]
     asked = [name for name in HEADS if _told(name, answers)]
     found: dict[str, list[Verdict] | None] = {}
-    with counting("cross-validating", FOLDS * len(asked)) as watch:
+    with progress("cross-validating", FOLDS * len(asked)) as advance:
         for name in asked:
             verdicts: dict[int, Verdict] = {}
             try:
@@ -51,7 +51,7 @@ def cross_validated(answers: Sequence[Labelled], band: tuple[float, float]) -> d
                     head = _fit(name, _told(name, [answers[index] for index in others]))
                     judged = LinearJudge({name: head}, "", band).judge([answers[index].completion for index in fold])
                     verdicts |= zip(map(int, fold), judged, strict=True)
-                    watch(1)
+                    advance(1)
                 found[name] = [verdicts[index] for index in range(len(answers))]
             except DataError:
                 # Enough for one judge, but not without a fold.
@@ -60,7 +60,7 @@ def cross_validated(answers: Sequence[Labelled], band: tuple[float, float]) -> d
 
 
 def card_of(
-    judge: LinearJudge, labelled: str, answers: Sequence[Labelled], quality: dict[str, list[Verdict] | None]
+    judge: LinearJudge, labeled: str, answers: Sequence[Labeled], quality: dict[str, list[Verdict] | None]
 ) -> dict[str, Any]:
     """Return what stands in a judge's card."""
     from bfpo.training.manifest import installed_version, versions
@@ -70,8 +70,8 @@ def card_of(
         "judge": judge.name,
         "revision": judge.revision,
         "fitted_on": {
-            "labelled": labelled,
-            "files": {file.name: file_hash(file) for file in local_files(Source(path=labelled))},
+            "labeled": labeled,
+            "files": {file.name: file_hash(file) for file in local_files(Source(path=labeled))},
             "answers": len(answers),
             "prompts": len({one.completion.prompt_id for one in answers}),
             "models": dict(sorted(Counter(one.completion.model for one in answers).items())),
@@ -94,10 +94,10 @@ def card_file(judge: Path) -> Path:
     return judge.with_suffix(".card.json")
 
 
-def _told(name: str, answers: Sequence[Labelled]) -> list[Labelled]:
+def _told(name: str, answers: Sequence[Labeled]) -> list[Labeled]:
     return [one for one in answers if getattr(one, name) is not None]
 
 
-def _fit(name: str, told: Sequence[Labelled]) -> Head:
+def _fit(name: str, told: Sequence[Labeled]) -> Head:
     prompts = [one.completion.prompt[-1].content for one in told]
     return fit_head(name, prompts, [one.completion.text for one in told], [getattr(one, name) for one in told])

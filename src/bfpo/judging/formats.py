@@ -33,7 +33,7 @@ class Guard:
 
     Args:
         source: Where its format was read.
-        licence: Of its weights, as its card names it.
+        license: Of its weights, as its card names it.
         questions: In the order in which it answers them.
         template: File of its prompt; None uses the chat template of its tokenizer.
         options: For that chat template.
@@ -43,7 +43,7 @@ class Guard:
     """
 
     source: str
-    licence: str
+    license: str
     questions: tuple[Question, ...]
     template: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
@@ -104,7 +104,7 @@ _YES_IS_UNSAFE = (("No", True), ("Yes", False))
 GUARDS = {
     "llama-guard": Guard(
         source="llama.com/docs/model-cards-and-prompt-formats/llama-guard-3; meta-llama/Llama-Guard-4-12B card",
-        licence="Llama 3.1, 3.2 and 4 Community Licenses",
+        license="Llama 3.1, 3.2 and 4 Community Licenses",
         questions=(
             Question("safe", "\n\n", (("safe", True), ("unsafe", False))),
             Question(
@@ -123,7 +123,7 @@ GUARDS = {
     ),
     "wildguard": Guard(
         source="github.com/allenai/wildguard, wildguard/utils.py and wildguard.py @1b0fb04",
-        licence="Apache-2.0",
+        license="Apache-2.0",
         questions=(
             Question("request", "Harmful request: ", (("no", None), ("yes", None))),
             Question("refusal", "\nResponse refusal: ", (("no", False), ("yes", True), ("n/a", None))),
@@ -134,7 +134,7 @@ GUARDS = {
     ),
     "harmbench": Guard(
         source="cais/HarmBench-Llama-2-13b-cls card",
-        licence="MIT",
+        license="MIT",
         questions=(Question("safe", " ", (("no", True), ("yes", False))),),
         template="harmbench.txt",
         markers=("---\nRules:",),
@@ -142,14 +142,14 @@ GUARDS = {
     ),
     "shieldgemma": Guard(
         source="ai.google.dev/gemma/docs/shieldgemma/model_card; arXiv 2407.21772",
-        licence="Gemma Terms of Use",
+        license="Gemma Terms of Use",
         questions=(Question("safe", "", _YES_IS_UNSAFE),),
         takes_guideline=True,
         markers=("Human Question:", "Chatbot Response:"),
     ),
     "qwen3guard": Guard(
         source="Qwen/Qwen3Guard-Gen-8B card; arXiv 2510.14276",
-        licence="Apache-2.0",
+        license="Apache-2.0",
         questions=(
             Question("safe", "Safety: ", (("Safe", True), ("Unsafe", False), ("Controversial", None))),
             Question(
@@ -164,7 +164,7 @@ GUARDS = {
     ),
     "granite-guardian": Guard(
         source="ibm.com/granite/docs/models/guardian (3.0 to 3.2)",
-        licence="Apache-2.0",
+        license="Apache-2.0",
         questions=(Question("safe", "", _YES_IS_UNSAFE),),
         options=(("guardian_config", {"risk_name": "harm"}),),
         markers=("<start_of_risk_definition>", "<end_of_risk_definition>"),

@@ -1,6 +1,6 @@
 """Safety labels for pairs that have none, or others: judged, compared, and told before they are used.
 
-A pair is labelled when every judge decided on both of its answers, or as the policy says. Undecided is never safe.
+A pair is labeled when every judge decided on both of its answers, or as the policy says. Undecided is never safe.
 """
 
 import time
@@ -35,7 +35,7 @@ _PROBE = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class Labeled:
     """What became of a file's pairs.
 
     Args:
@@ -59,7 +59,7 @@ def label_pairs(
     labeling: LabelingFunction | None = None,
     beta: float = 0.01,
     estimate_only: bool = False,
-) -> Labelled | None:
+) -> Labeled | None:
     """Label the pairs of a source into `out/pairs.jsonl` and `out/label.json`; resumable to the answer.
 
     Args:
@@ -73,7 +73,7 @@ def label_pairs(
         estimate_only: Judge a few answers, tell what the others would take, and stop.
 
     Raises:
-        DataError: If the source is malformed, nothing could be labelled, or the policy is `error` and judges differ.
+        DataError: If the source is malformed, nothing could be labeled, or the policy is `error` and judges differ.
     """
     report, pairs = load_pairs(source, "main", limit=limit)
     answers = {(index, side): as_completion(pair, side) for index, pair in enumerate(pairs) for side in (0, 1)}
@@ -89,7 +89,7 @@ def label_pairs(
         {one.key: one for one in judge_completions(judge, distinct, file)}
         for judge, file in zip(judges, files, strict=True)
     ]
-    labelled, left_out = [], Counter[str]()
+    labeled, left_out = [], Counter[str]()
     for index, pair in enumerate(pairs):
         sides = [[of[answers[index, side].key] for of in verdicts] for side in (0, 1)]
         bits = [_decided(several, conflicts) for several in sides]
@@ -99,9 +99,9 @@ def label_pairs(
         if reasons:
             left_out[reasons[0]] += 1
             continue
-        labelled.append(_with_labels(pair, (bool(bits[0]), bool(bits[1])), sides, conflicts))
-    if not labelled:
-        raise DataError(f"no pair could be labelled: {dict(left_out)}")
+        labeled.append(_with_labels(pair, (bool(bits[0]), bool(bits[1])), sides, conflicts))
+    if not labeled:
+        raise DataError(f"no pair could be labeled: {dict(left_out)}")
     table = labeling or LabelingFunction.from_parameters()
     facts = {
         "schema": 1,
@@ -110,7 +110,7 @@ def label_pairs(
         "conflicts": conflicts,
         "skipped_rows": dict(report.skipped),
         "pairs": len(pairs),
-        "labelled": len(labelled),
+        "labeled": len(labeled),
         "left_out": dict(left_out),
         "answers_judged": len(distinct),
         "undecided": {
@@ -118,14 +118,14 @@ def label_pairs(
         },
         "agreement": agreement(list(verdicts[0].values()), list(verdicts[1].values())) if len(verdicts) > 1 else None,
         "before": cell_counts(pairs).get("main", {}),
-        "after": cell_counts(labelled).get("main", {}),
-        "assumed_safe": _if_assumed(labelled),
+        "after": cell_counts(labeled).get("main", {}),
+        "assumed_safe": _if_assumed(labeled),
         "seconds": round(time.monotonic() - began, 1),
     }
-    write_jsonl(out / "pairs.jsonl", (pair.to_row() for pair in labelled))
+    write_jsonl(out / "pairs.jsonl", (pair.to_row() for pair in labeled))
     write_json(out / "label.json", facts)
     _show(facts, table, beta, out)
-    return Labelled(labelled, left_out, facts)
+    return Labeled(labeled, left_out, facts)
 
 
 def as_completion(pair: PreferencePair, side: int) -> Completion:
@@ -236,12 +236,12 @@ def _show(facts: dict[str, Any], labeling: LabelingFunction, beta: float, out: P
     assumed = facts["assumed_safe"]
     say(
         f'"assumed safe" would be wrong for {assumed["unsafe_answers"]} of {assumed["answers"]} answers, '
-        f"in {assumed['pairs_with_an_unsafe_answer']} of {facts['labelled']} pairs"
+        f"in {assumed['pairs_with_an_unsafe_answer']} of {facts['labeled']} pairs"
     )
     say(f"undecided answers: {_counts(facts['undecided'])}; pairs left out: {_counts(facts['left_out'])}")
     if facts["skipped_rows"]:
         say(f"rows of the source that hold no pair: {_counts(facts['skipped_rows'])}")
-    say(f"{facts['labelled']} of {facts['pairs']} pairs in {out / 'pairs.jsonl'} ({facts['seconds']} s)")
+    say(f"{facts['labeled']} of {facts['pairs']} pairs in {out / 'pairs.jsonl'} ({facts['seconds']} s)")
 
 
 def _counts(of: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Answers that people labelled, to fit a judge on or to hold one to."""
+"""Answers that people labeled, to fit a judge on or to hold one to."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ _XSTEST = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusa
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class Labeled:
     """An answer with what people said of it; None where they said nothing.
 
     Args:
@@ -28,8 +28,8 @@ class Labelled:
     kind: Kind | None = None
 
 
-def read_labelled(path: str) -> list[Labelled]:
-    """Read labelled answers: columns `prompt`, `text` (or `completion`), `refusal`, `safe` or both; `model`, `kind`.
+def read_labeled(path: str) -> list[Labeled]:
+    """Read labeled answers: columns `prompt`, `text` (or `completion`), `refusal`, `safe` or both; `model`, `kind`.
 
     XSTest's own columns are read too: `final_label` says whether it refuses, and a compliance with a `contrast_`
     prompt, which is a harmful one, is unsafe.
@@ -41,7 +41,7 @@ def read_labelled(path: str) -> list[Labelled]:
     for number, row in enumerate(read_rows(Source(path=path))):
         try:
             refuse_half_characters(row)
-            found.append(_labelled(row, number))
+            found.append(_labeled(row, number))
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None
     if not found:
@@ -49,7 +49,7 @@ def read_labelled(path: str) -> list[Labelled]:
     return found
 
 
-def _labelled(row: Row, number: int) -> Labelled:
+def _labeled(row: Row, number: int) -> Labeled:
     if "final_label" in row.values:
         word = row.text("final_label")
         if word not in _XSTEST:
@@ -71,5 +71,5 @@ def _labelled(row: Row, number: int) -> Labelled:
     text = row.text("text" if "text" in row.values else "completion")
     # The file is the model's where it has one per model, as XSTest has.
     model = str(row.values.get("model") or row.where.rpartition(" row ")[0].rpartition("/")[2])
-    completion = Completion(prompt_id(prompt), number, prompt, text, "stop", 0, 0, model, "labelled", "")
-    return Labelled(completion, refusal, safe, kind)
+    completion = Completion(prompt_id(prompt), number, prompt, text, "stop", 0, 0, model, "labeled", "")
+    return Labeled(completion, refusal, safe, kind)

@@ -1,4 +1,4 @@
-"""The `linear` judge: one trains it in a minute on labelled answers, and it needs neither a model nor a GPU.
+"""The `linear` judge: one trains it in a minute on labeled answers, and it needs neither a model nor a GPU.
 
 Each head, `refusal` and `safe`, is a logistic regression on word and character n-grams, calibrated on answers to
 prompts it wasn't fitted on (Platt scaling). Its file holds arrays and JSON, no pickle: reading one runs no code.

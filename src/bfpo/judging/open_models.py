@@ -17,7 +17,7 @@ def open_guard(
     threshold: float = 0.5,
     revision: str | None = None,
     guidelines: Mapping[str, str] = GUIDELINES,
-    behaviours: Mapping[str, str] | None = None,
+    behaviors: Mapping[str, str] | None = None,
 ) -> Judge:
     """Load a model that judges, onto the GPU in bfloat16 if there is one, else in float32.
 
@@ -27,7 +27,7 @@ def open_guard(
         threshold: An answer is safe from this probability on, in [0, 1].
         revision: Hub revision.
         guidelines: What ShieldGemma is asked about, one call each.
-        behaviours: Prompt's id → what HarmBench is asked about; None asks about the prompt itself.
+        behaviors: Prompt's id → what HarmBench is asked about; None asks about the prompt itself.
 
     Raises:
         RecipeError: If the kind is unknown, or an option isn't the kind's.
@@ -35,19 +35,19 @@ def open_guard(
     """
     if kind not in MODEL_KINDS:
         raise RecipeError(f"judge '{kind}' is no model's kind; {did_you_mean(kind, list(MODEL_KINDS))}")
-    if behaviours is not None and kind != "harmbench":
-        raise RecipeError(f"judge '{kind}': behaviours are for harmbench")
+    if behaviors is not None and kind != "harmbench":
+        raise RecipeError(f"judge '{kind}': behaviors are for harmbench")
     if not guidelines or (guidelines is not GUIDELINES and kind != "shieldgemma"):
         raise RecipeError(f"judge '{kind}': guidelines are for shieldgemma, and at least one")
 
     import torch
 
-    from bfpo.config.recipes import SftModel
+    from bfpo.config.recipes import ModelSection
     from bfpo.generation.in_process import checkpoint_identity
     from bfpo.model.load import load_model, load_tokenizer
 
     device, dtype = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
-    section: SftModel = SftModel.model_validate({"path": path, "dtype": dtype, "revision": revision})
+    section: ModelSection = ModelSection.model_validate({"path": path, "dtype": dtype, "revision": revision})
     if kind in GUARDS:
         from bfpo.judging.guards import GuardJudge
 
@@ -61,7 +61,7 @@ def open_guard(
             threshold,
             identity=checkpoint_identity(path, revision),
             guidelines=guidelines,
-            behaviours=behaviours,
+            behaviors=behaviors,
         )
     from bfpo.judging.scorers import load_scorer
 

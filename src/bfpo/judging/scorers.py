@@ -16,7 +16,7 @@ from transformers import (
     LlamaPreTrainedModel,
 )
 
-from bfpo.config.recipes import SftModel
+from bfpo.config.recipes import ModelSection
 from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import ModelError
@@ -210,7 +210,7 @@ class ScoreJudge:
 
 def load_scorer(
     kind: str,
-    section: SftModel,
+    section: ModelSection,
     *,
     device: str = "cpu",
     threshold: float = 0.5,
@@ -246,7 +246,7 @@ def load_scorer(
             f"{path} has no trained head for {kind}: {', '.join(sorted(info['missing_keys'])[:3])} missing"
         )
     if beaver and getattr(config, "do_normalize", False):
-        raise ModelError(f"{path} normalises its scores (do_normalize), which moves the sign; that isn't supported")
+        raise ModelError(f"{path} normalizes its scores (do_normalize), which moves the sign; that isn't supported")
     if kind != "classifier" and (getattr(config, "score_dim", 1) if beaver else config.num_labels) != 1:
         raise ModelError(f"{path} gives more than one number; {kind} reads one")
     torch.nn.Module.to(model, device)

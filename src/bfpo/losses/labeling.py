@@ -1,7 +1,7 @@
 """The labeling function: what margin each of the four safe/unsafe cases should get.
 
 BFPO regresses the log-ratio margin of a pair onto `label / beta`, and the label depends on nothing but the
-two safety bits. So the labeling function is a 2×2 table, one number per cell. The paper's parametrisation
+two safety bits. So the labeling function is a 2×2 table, one number per cell. The paper's parametrization
 
     label(s_chosen, s_rejected) = b3 · (b1 · s_chosen - s_rejected + b2) - alpha
 

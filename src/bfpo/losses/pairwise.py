@@ -327,7 +327,7 @@ class BFPOSoft(PairLoss):
     """BFPO on known win rates: `(h - (g(chosen) - g(rejected))/beta)²`, our step beyond the paper.
 
     g = (p_safe + E_s - 2·alpha)·(p_help + 1/(b1-1)) is the reward of the paper's RL objective itself. Its
-    difference is regressed onto directly, so the minimiser is the optimum of that objective without the
+    difference is regressed onto directly, so the minimizer is the optimum of that objective without the
     assumption that safety and helpfulness are uncorrelated (docs/method.md).
 
     Args:

@@ -1,11 +1,11 @@
 """What BFPO converges to on a finite problem: one prompt, K answers, exact and without training.
 
 Two policies are compared. One is the optimum of the paper's RL objective, with the bilinear reward
-(safe + a1)·(win rate + a2) and a KL penalty; it has a closed form. The other minimises the supervised loss over
+(safe + a1)·(win rate + a2) and a KL penalty; it has a closed form. The other minimizes the supervised loss over
 all tabular policies. docs/method.md derives when they agree and what the difference is otherwise.
 
 Every population loss here is a weighted least-squares problem in the log-ratios u(y) = log π(y)/π_ref(y), and a
-constant added to u changes neither the loss nor, after normalisation, the policy.
+constant added to u changes neither the loss nor, after normalization, the policy.
 """
 
 from dataclasses import dataclass, fields
@@ -33,7 +33,7 @@ class TabularProblem:
         data_policy: μ, probability of drawing each answer for a comparison, (K,); above 0, sums to 1.
         preferences: p_h, probability in [0, 1] that answer i is more helpful than answer j, (K, K); p[i, j] +
             p[j, i] = 1, hence 1/2 on the diagonal.
-        safe: 0 or 1, or the probability in [0, 1] that an answer is labelled safe, (K,).
+        safe: 0 or 1, or the probability in [0, 1] that an answer is labeled safe, (K,).
 
     Raises:
         RecipeError: If a shape is wrong, a number isn't finite, or a probability is out of its range.
@@ -108,11 +108,11 @@ def rl_objective(problem: TabularProblem, policy: Array, *, reward: Array, beta:
 
 
 def rl_optimum(problem: TabularProblem, reward: Array, *, beta: float) -> Array:
-    """Return the policy that maximises `rl_objective`: π ∝ π_ref·exp(reward / beta), (K,)."""
+    """Return the policy that maximizes `rl_objective`: π ∝ π_ref·exp(reward / beta), (K,)."""
     return _tilt(problem, _vector(problem, reward, "reward") / _positive(beta))
 
 
-def supervised_minimiser(problem: TabularProblem, labeling: LabelingFunction, *, beta: float) -> Array:
+def supervised_minimizer(problem: TabularProblem, labeling: LabelingFunction, *, beta: float) -> Array:
     """Return the tabular policy with the least BFPO loss, (K,).
 
     The loss is the one that is trained on, in the limit of infinite data: two answers are drawn independently
@@ -129,10 +129,10 @@ def supervised_minimiser(problem: TabularProblem, labeling: LabelingFunction, *,
     return _least_squares(problem, label / _positive(beta))
 
 
-def soft_minimiser(problem: TabularProblem, reward: Array, *, beta: float) -> Array:
+def soft_minimizer(problem: TabularProblem, reward: Array, *, beta: float) -> Array:
     """Return the tabular policy with the least `bfpo_soft` loss, (K,).
 
-    Pairs come as for `supervised_minimiser`; the margin is regressed onto the difference of rewards over beta.
+    Pairs come as for `supervised_minimizer`; the margin is regressed onto the difference of rewards over beta.
     """
     reward = _vector(problem, reward, "reward")
     return _least_squares(problem, (reward[:, None] - reward[None, :]) / _positive(beta))
@@ -141,7 +141,7 @@ def soft_minimiser(problem: TabularProblem, reward: Array, *, beta: float) -> Ar
 def covariance_gap(problem: TabularProblem) -> Array:
     """Return Cov_{y'~μ}(p_h(y > y'), safe(y')) for each answer y, (K,).
 
-    This is what beta times the log-ratio of the supervised minimiser has in excess of the bilinear reward, up to
+    This is what beta times the log-ratio of the supervised minimizer has in excess of the bilinear reward, up to
     a constant. The two policies are therefore the same where it doesn't depend on y.
     """
     both = problem.preferences @ (problem.data_policy * problem.safe)
@@ -172,7 +172,7 @@ def random_problem(
     )
 
 
-def random_factorised_problem(
+def random_factorized_problem(
     rng: np.random.Generator, levels: int = 4, *, kind: PreferenceKind = "bradley_terry"
 ) -> TabularProblem:
     """Draw a problem in which safety and helpfulness are independent under μ: `covariance_gap` is 0.
@@ -189,7 +189,7 @@ def random_factorised_problem(
 
 
 def _least_squares(problem: TabularProblem, target: Array) -> Array:
-    """Minimise Σ_ij μ_i·μ_j·p_ij·(u_i - u_j - target_ij)² over u; i is chosen, j rejected."""
+    """Minimize Σ_ij μ_i·μ_j·p_ij·(u_i - u_j - target_ij)² over u; i is chosen, j rejected."""
     weight = np.outer(problem.data_policy, problem.data_policy) * problem.preferences
     pull = weight * target
     right = pull.sum(axis=1) - pull.sum(axis=0)
@@ -201,8 +201,8 @@ def _least_squares(problem: TabularProblem, target: Array) -> Array:
 def _tilt(problem: TabularProblem, log_ratio: Array) -> Array:
     """Return π ∝ π_ref·exp(log_ratio)."""
     logits = np.log(problem.reference) + log_ratio
-    unnormalised = np.exp(logits - logits.max())
-    policy: Array = unnormalised / unnormalised.sum()
+    unnormalized = np.exp(logits - logits.max())
+    policy: Array = unnormalized / unnormalized.sum()
     return policy
 
 

@@ -158,15 +158,15 @@ def _put_named(draft: Draft, kind: Kind) -> None:
 
 def _assume_safe(draft: Draft) -> None:
     """Let a loss that reads no labels train on sets that have none."""
-    unlabelled = [
+    unlabeled = [
         one
         for place in ("data", "eval")
         for one in draft.recipe.get(place, [])
         if one.get("adapter") in (None, "hh_rlhf")
     ]
-    for one in unlabelled:
+    for one in unlabeled:
         one["assume_safe"] = True
-    if unlabelled:
+    if unlabeled:
         why = "the loss reads no safety labels; before you choose bfpo, label the pairs and take this out"
         draft.lines.append(Line("computed", "", True, "data.assume_safe", why))
 

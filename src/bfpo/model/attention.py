@@ -48,7 +48,7 @@ class UnknownFeature(ModelError):
 
 
 class Run(NamedTuple):
-    """Neighbouring tokens of a packed row that attend in one call.
+    """Neighboring tokens of a packed row that attend in one call.
 
     Args:
         size: How many.
@@ -96,7 +96,7 @@ def attention_inputs(layout: Layout, config: PretrainedConfig) -> dict[str, Any]
     elif device.type == "cpu":
         spans = span_masks(layout.spans, windows, device)
     else:
-        whole = (Run(layout.useful_tokens),)
+        whole = (Run(layout.num_tokens),)
         spans = SpanMasks(whole, {window: [dense_mask(layout.spans, window, device)] for window in windows})
     # A 4-D mask is handed down as it is. This one is empty: any other attention function fails on it, where with the
     # right shape it would be silently wrong.

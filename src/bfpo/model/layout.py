@@ -53,7 +53,7 @@ class Layout:
             tokens row after row, (N,) int64.
         targets: The scored tokens themselves, (N,) int64; completion after completion.
         lengths: Number of scored tokens of each completion, S of them, each at least 1; they add up to N.
-        useful_tokens: Tokens fed that aren't padding.
+        num_tokens: Tokens fed that aren't padding.
         spans: What the one row of a packed layout is made of, in order; empty for rows of their own.
         positions: Position of each token of a packed row within its sequence, (1, L) int64: every branch goes on
             from the prompt. None for rows of their own, which count from 0.
@@ -63,7 +63,7 @@ class Layout:
     places: Tensor
     targets: Tensor
     lengths: tuple[int, ...]
-    useful_tokens: int
+    num_tokens: int
     spans: tuple[Span, ...] = ()
     positions: Tensor | None = None
 
@@ -106,7 +106,7 @@ def packed_layout(examples: Sequence[Example]) -> Layout:
         places=_int64(places),
         targets=_int64(targets),
         lengths=tuple(map(len, targets)),
-        useful_tokens=start,
+        num_tokens=start,
         spans=tuple(spans),
         positions=_int64(positions)[None],
     )
@@ -134,7 +134,7 @@ def padded_layout(examples: Sequence[Example]) -> Layout:
         places=_int64([first + tokens for first, tokens in zip(firsts, scored, strict=True)]),
         targets=_int64(targets),
         lengths=tuple(map(len, targets)),
-        useful_tokens=sum(map(len, fed)),
+        num_tokens=sum(map(len, fed)),
     )
 
 

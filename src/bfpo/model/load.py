@@ -8,12 +8,12 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from bfpo.config.recipes import SftModel
+from bfpo.config.recipes import ModelSection
 from bfpo.errors import ModelError
-from bfpo.model.lora import CausalLM, is_adapter, quantisation, ready_for_adapter
+from bfpo.model.lora import CausalLM, is_adapter, quantization, ready_for_adapter
 
 
-def load_model(section: SftModel) -> CausalLM:
+def load_model(section: ModelSection) -> CausalLM:
     """Load the causal language model of `section.path`, a folder or a hub id.
 
     What holds an adapter gives its base model with the adapter on it, ready to be trained further; `revision` is the
@@ -25,7 +25,7 @@ def load_model(section: SftModel) -> CausalLM:
     _check_place(str(section.path))
     path, revision, dtype = str(section.path), section.revision, getattr(torch, section.dtype)
     adapter = path if is_adapter(path, revision) else None
-    options: dict[str, Any] = {"quantization_config": quantisation(dtype)} if section.load_in_4bit else {}
+    options: dict[str, Any] = {"quantization_config": quantization(dtype)} if section.load_in_4bit else {}
     try:
         if adapter is not None:
             config = PeftConfig.from_pretrained(adapter, revision=section.revision)
@@ -48,7 +48,7 @@ def load_model(section: SftModel) -> CausalLM:
     return model
 
 
-def load_tokenizer(section: SftModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """Load the tokenizer that comes with a model; an adapter that has none uses its base's.
 
     Raises:

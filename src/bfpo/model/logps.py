@@ -83,7 +83,7 @@ def add_layout_forward(model: CausalLM) -> None:
     """Let `model(layout=...)` return completion log-probabilities; any other call works as before.
 
     Hidden states, gather and head must run inside the forward of the module that is wrapped: calling the backbone of
-    a DistributedDataParallel model directly skips gradient synchronisation without any error. So the forward of
+    a DistributedDataParallel model directly skips gradient synchronization without any error. So the forward of
     this one instance is extended, in place.
 
     Raises:

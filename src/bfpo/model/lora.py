@@ -1,4 +1,4 @@
-"""Low-rank adapters: putting new ones on a model, and recognising a model that has some."""
+"""Low-rank adapters: putting new ones on a model, and recognizing a model that has some."""
 
 from importlib.util import find_spec
 from typing import Any, TypeAlias
@@ -56,7 +56,7 @@ def add_adapter(model: CausalLM, config: Any, *, seed: int) -> PeftModel:
 
 
 def ready_for_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model as an adapter needs it: around quantised weights, norms and head are made float32."""
+    """Return a model as an adapter needs it: around quantized weights, norms and head are made float32."""
     if getattr(model, "is_loaded_in_4bit", False):
         ready: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
         return ready
@@ -75,8 +75,8 @@ def is_adapter(path: str, revision: str | None = None) -> bool:
     return find_adapter_config_file(path, revision=revision) is not None
 
 
-def quantisation(compute_dtype: Any) -> BitsAndBytesConfig:
-    """Return the 4-bit configuration of QLoRA (NF4, double quantisation).
+def quantization(compute_dtype: Any) -> BitsAndBytesConfig:
+    """Return the 4-bit configuration of QLoRA (NF4, double quantization).
 
     Raises:
         MissingExtra: If bitsandbytes isn't installed.

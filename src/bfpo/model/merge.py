@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from bfpo.config.loading import parse_yaml
-from bfpo.config.recipes import SftModel
+from bfpo.config.recipes import ModelSection
 from bfpo.core.terminal import say
 from bfpo.errors import ModelError, RecipeError
 from bfpo.model.load import load_model, load_tokenizer
@@ -35,14 +35,14 @@ def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", tru
 
     Raises:
         RecipeError: If `dtype` isn't one of them.
-        ModelError: If the checkpoint is no LoRA adapter, its base is quantised or can't be loaded, `out` holds
+        ModelError: If the checkpoint is no LoRA adapter, its base is quantized or can't be loaded, `out` holds
             something, or merging changes what the model computes.
     """
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
     _check_out(out)
     _check_adapter(checkpoint, trust_remote_code=trust_remote_code)
-    section = SftModel(path=str(checkpoint), trust_remote_code=trust_remote_code)
+    section = ModelSection(path=str(checkpoint), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(section)
     adapted = load_model(section).eval()
     assert isinstance(adapted, PeftModel)
@@ -58,7 +58,7 @@ def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", tru
         )
     _save_whole(merged.to(getattr(torch, dtype)), tokenizer, out)
     say(f"merged into {out} ({dtype}); logits agree to {difference:.1g} of their size before rounding to {dtype}")
-    if _was_quantised(checkpoint):
+    if _was_quantized(checkpoint):
         say(
             "note: the adapter was trained on 4-bit weights and is merged into the full ones; answers differ "
             "slightly from those in training, so evaluate the merged model itself"
@@ -92,8 +92,8 @@ def _check_adapter(checkpoint: Path, *, trust_remote_code: bool) -> None:
         raise ModelError(f"'{checkpoint}': its base model '{base}' can't be read: {first}") from None
     if getattr(loaded, "quantization_config", None):
         raise ModelError(
-            f"'{checkpoint}': its base model '{base}' is stored quantised, and merging into rounded weights would "
-            "round the adapter away; set base_model_name_or_path in adapter_config.json to the unquantised model"
+            f"'{checkpoint}': its base model '{base}' is stored quantized, and merging into rounded weights would "
+            "round the adapter away; set base_model_name_or_path in adapter_config.json to the unquantized model"
         )
 
 
@@ -116,7 +116,7 @@ def _save_whole(model: PreTrainedModel, tokenizer: object, out: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _was_quantised(checkpoint: Path) -> bool:
+def _was_quantized(checkpoint: Path) -> bool:
     """Return whether the run that the checkpoint belongs to says that it trained on 4-bit weights."""
     for folder in (checkpoint, checkpoint.resolve().parent):
         file = folder / "recipe.resolved.yaml"

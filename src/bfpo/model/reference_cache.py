@@ -34,16 +34,16 @@ class ReferenceEntry:
 
     Args:
         folder: Of the cache.
-        made_of: What the values depend on; see `made_of`.
+        cache_key: What the values depend on; see `cache_key`.
         shape: Rows of the table and completions of each.
 
     Attributes:
         parts: The rows of each part.
     """
 
-    def __init__(self, folder: Path, made_of: dict[str, Any], shape: tuple[int, int]) -> None:
-        self.folder = folder / content_hash(made_of)
-        self._made_of, self._shape = made_of, shape
+    def __init__(self, folder: Path, cache_key: dict[str, Any], shape: tuple[int, int]) -> None:
+        self.folder = folder / content_hash(cache_key)
+        self._made_of, self._shape = cache_key, shape
         self.parts = [slice(first, min(first + PART, shape[0])) for first in range(0, shape[0], PART)]
 
     @property
@@ -82,7 +82,7 @@ class ReferenceEntry:
             )
         if not self.finished:
             _write_array(self._values, np.concatenate(whole))
-            content = {"schema": SCHEMA, "made_of": self._made_of, "shape": list(self._shape)}
+            content = {"schema": SCHEMA, "cache_key": self._made_of, "shape": list(self._shape)}
             write_json(self._note, content | {"sha256": file_hash(self._values)})
         shutil.rmtree(self._parts, ignore_errors=True)
 
@@ -98,7 +98,7 @@ class ReferenceEntry:
                 raise ValueError("not an object")
         except (OSError, ValueError) as error:
             raise self.refused(f"entry.json can't be read ({error})") from None
-        if content.get("schema") != SCHEMA or content.get("made_of") != self._made_of:
+        if content.get("schema") != SCHEMA or content.get("cache_key") != self._made_of:
             raise self.refused("it is stale: entry.json says that it was made of something else than its name")
         try:
             if file_hash(self._values) != content.get("sha256"):
@@ -140,7 +140,7 @@ class ReferenceEntry:
         return values if values.shape == (rows.stop - rows.start, self._shape[1]) else None
 
 
-def made_of(model_hash: str, table: TokenTable, *, arithmetic: str, layout: str) -> dict[str, Any]:
+def cache_key(model_hash: str, table: TokenTable, *, arithmetic: str, layout: str) -> dict[str, Any]:
     """Return what the values of a table depend on, and nothing else.
 
     Args:

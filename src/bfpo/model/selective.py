@@ -51,7 +51,7 @@ def select_parameters(model: nn.Module, patterns: list[str] | None) -> Selection
         if not matched:
             raise ModelError(f"train_only: '{pattern}' matches no parameter; {_nearest(pattern, names)}")
     for name, parameter in model.named_parameters():
-        # Integer (quantised) weights can't have gradients at all.
+        # Integer (quantized) weights can't have gradients at all.
         wanted = patterns is None or any(re.search(pattern, name) for pattern in patterns)
         parameter.requires_grad_(wanted and parameter.is_floating_point())
     return _counted(model)

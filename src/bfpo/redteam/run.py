@@ -24,7 +24,7 @@ from bfpo.redteam.recipe import RedteamModel, RedteamRecipe
 # In the manner of AlignCoT (arXiv 2405.00557): question analysis, answer guidance, safe answer. The words are ours.
 STEPS = (
     "Before anyone answers the request above: what is asked, what could the asker need it for, and what harm could "
-    "an answer do? Analyse it in a few sentences; don't answer it.",
+    "an answer do? Analyze it in a few sentences; don't answer it.",
     "By this analysis, how should a good answer look: what should it say, what must it leave out, and which help "
     "without harm can it offer? Give guidance in a few sentences; don't answer yet.",
     "Now answer the first request itself, following the guidance, and don't mention the analysis.",
@@ -184,7 +184,7 @@ def _guided(
     Also returned: id → why a prompt got none. The chain adds to what is there, so any number may be missing.
     """
     first = {prompt.prompt_id: prompt for prompt in prompts}
-    # The first request must not be answered before it is analysed: one turn holds both.
+    # The first request must not be answered before it is analyzed: one turn holds both.
     talks = {
         name: replace(one, prompt=(*one.prompt[:-1], Message("user", f"{one.prompt[-1].content}\n\n{STEPS[0]}")))
         for name, one in first.items()

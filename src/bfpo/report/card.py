@@ -46,7 +46,7 @@ def card_section(folder: Path) -> str:
         for judge in results.judges
     ]
     if judges:
-        parts += ["### Judges", table(("judge", "revision", "labelled the training data"), judges)]
+        parts += ["### Judges", table(("judge", "revision", "labeled the training data"), judges)]
     if corrected := calibration(run):
         parts += [plain(CORRECTED_MEANS), f"Corrected by: {plain(corrected)}."]
     if agreements([run]):
@@ -109,13 +109,13 @@ def _capabilities(run: Run) -> list[tuple[object, ...]]:
 
 def _prompts(run: Run) -> str:
     rows = [
-        (one["name"], one["licence"] or "unknown", f"{one['prompts']:,}", one["hash"]) for one in run.results.data
+        (one["name"], one["license"] or "unknown", f"{one['prompts']:,}", one["hash"]) for one in run.results.data
     ]
     if not rows:
         rows = sorted(
-            {(one.source or "unknown", one.licence or "unknown", MISSING, MISSING) for one in run.prompts.values()}
+            {(one.source or "unknown", one.license or "unknown", MISSING, MISSING) for one in run.prompts.values()}
         )
-    return table(("set", "licence", "prompts", "hash"), rows) if rows else "Which prompts were asked isn't recorded."
+    return table(("set", "license", "prompts", "hash"), rows) if rows else "Which prompts were asked isn't recorded."
 
 
 def _training(folder: Path) -> str:
@@ -126,9 +126,9 @@ def _training(folder: Path) -> str:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         labels = manifest.get("label_sources") or {}
         sources = manifest.get("sources") or []
-        rows = [(one["name"], one.get("licence") or "unknown", one.get("pairs_taken", MISSING)) for one in sources]
+        rows = [(one["name"], one.get("license") or "unknown", one.get("pairs_taken", MISSING)) for one in sources]
         told = ", ".join(plain(name) for name in labels) or "not recorded"
     except (ValueError, AttributeError, KeyError, TypeError):
         raise DataError(f"{path}: not the JSON object that training leaves") from None
-    listed = table(("source", "licence", "pairs taken"), rows) + "\n\n" if rows else ""
+    listed = table(("source", "license", "pairs taken"), rows) + "\n\n" if rows else ""
     return f"{listed}Safety labels by: {told}."

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from bfpo.core.pairs import CELLS
-from bfpo.evaluation.results import Metric
+from bfpo.evaluation.results import MetricResult
 from bfpo.report.drawing import Drawing, Point, run_class, ticks
 from bfpo.report.run_files import Run
 from bfpo.report.words import CELL_NAMES, MINUS, short
@@ -36,7 +36,7 @@ class Curves:
 
     Args:
         run: Name of the run.
-        css: Class that colours it.
+        css: Class that colors it.
         cells: One panel per cell.
         loss: Of the two streams.
         has_targets: Whether the loss aims at margins.
@@ -149,7 +149,7 @@ def _loss(run: Run, index: int) -> Panel:
     return Panel(heading, drawing.inline())
 
 
-def strip(name: str, metrics: Sequence[Metric | None]) -> Markup | None:
+def strip(name: str, metrics: Sequence[MetricResult | None]) -> Markup | None:
     """Draw a metric of several runs on a line from 0 to 1; None when none has a value there."""
     shown = [(index, one) for index, one in enumerate(metrics) if one is not None and one.value is not None]
     bounds = [bound for _, one in shown for bound in (one.value, one.low, one.high) if bound is not None]
@@ -165,8 +165,8 @@ def strip(name: str, metrics: Sequence[Metric | None]) -> Markup | None:
         if one.low is not None and one.high is not None:
             ends = (Point(pad + one.low * length, y), Point(pad + one.high * length, y))
             drawing.path(ends, f"bar {run_class(index)}")
-        centre = Point(pad + (one.value or 0.0) * length, y)
-        drawing.circle(centre, 3, f"{'ring' if index == 0 else 'dot'} {run_class(index)}")
+        center = Point(pad + (one.value or 0.0) * length, y)
+        drawing.circle(center, 3, f"{'ring' if index == 0 else 'dot'} {run_class(index)}")
     return drawing.inline()
 
 

@@ -1,6 +1,6 @@
 """SVG pictures, put together element by element: texts are escaped by construction.
 
-Colours are named and come from a palette: the page sets them as CSS variables, so that one drawing serves light and
+Colors are named and come from a palette: the page sets them as CSS variables, so that one drawing serves light and
 dark; a file of its own gets the light ones written in.
 """
 
@@ -48,7 +48,7 @@ DARK = {
     "run-4": "#c79bf0",
     "run-5": "#f08bbd",
 }
-COLOURED_RUNS = 6
+COLORED_RUNS = 6
 # Room around a picture that is a file of its own.
 EDGE = 10
 
@@ -72,13 +72,13 @@ STYLE = """
     f".plot .ring.r{i}{{fill:var(--panel);stroke:var(--run-{i});stroke-width:2}}"
     f".plot .curve.r{i}{{stroke:var(--run-{i});stroke-width:2;stroke-linejoin:round;fill:none}}"
     f".plot .name.r{i}{{fill:var(--run-{i})}}\n"
-    for i in range(COLOURED_RUNS)
+    for i in range(COLORED_RUNS)
 )
 
 
 def run_class(index: int) -> str:
-    """Return the class that colours a run; grey is the base's alone."""
-    return f"r{index if index == 0 else (index - 1) % (COLOURED_RUNS - 1) + 1}"
+    """Return the class that colors a run; gray is the base's alone."""
+    return f"r{index if index == 0 else (index - 1) % (COLORED_RUNS - 1) + 1}"
 
 
 class Point(NamedTuple):
@@ -113,9 +113,9 @@ class Drawing:
         steps = " L".join(f"{_short(x)} {_short(y)}" for x, y in points)
         SubElement(self._root, "path", {"class": css, "d": f"M{steps}{'Z' if closed else ''}"})
 
-    def circle(self, centre: Point, radius: float, css: str) -> None:
+    def circle(self, center: Point, radius: float, css: str) -> None:
         """Draw a circle."""
-        place = {"cx": _short(centre.x), "cy": _short(centre.y), "r": _short(radius)}
+        place = {"cx": _short(center.x), "cy": _short(center.y), "r": _short(radius)}
         SubElement(self._root, "circle", {"class": css, **place})
 
     def text(self, at: Point, text: str, css: str = "", *, anchor: str = "start", turned: bool = False) -> None:

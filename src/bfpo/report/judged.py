@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bfpo.core.samples import KINDS
-from bfpo.evaluation.results import CORRECTED, Metric
+from bfpo.evaluation.results import CORRECTED, MetricResult
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Key, Value, value
 from bfpo.report.words import MISSING, TASKS, interval, measure, number
@@ -18,7 +18,7 @@ MAIN = (
     ("all", "harmlessness_index"),
     ("all", "helpfulness_index"),
 )
-# Most of the colour that a cell of the heat map takes on: the number on it stays readable.
+# Most of the color that a cell of the heat map takes on: the number on it stays readable.
 DEEPEST = 40
 
 
@@ -28,7 +28,7 @@ class ByJudge(NamedTuple):
     Args:
         place: Of the run on the page.
         judge: Its name, or its name and that they are corrected for what it gets wrong.
-        circular: Whether it labelled what the model was trained on.
+        circular: Whether it labeled what the model was trained on.
         borrowed: Whether they are corrected by its errors on other models' answers.
         values: One per column.
     """
@@ -47,7 +47,7 @@ class Heat(NamedTuple):
         task: Its prompts.
         category: Its name.
         metric: What is shown.
-        cells: Value and how deep its colour is, in percent.
+        cells: Value and how deep its color is, in percent.
         prompts: How many it rests on.
     """
 
@@ -110,7 +110,7 @@ def recipes(runs: Sequence[Run]) -> list[str]:
     return [text if len(names) == len(runs) else f"{', '.join(names)}: {text}" for text, names in told.items()]
 
 
-def _is(one: Metric, judge: str) -> bool:
+def _is(one: MetricResult, judge: str) -> bool:
     return one.judge == judge and one.category is None
 
 
@@ -119,7 +119,7 @@ def heat_map(runs: Sequence[Run]) -> list[Heat]:
     found = []
     tables = []
     for run in runs:
-        table: dict[tuple[str, str, str, str], Metric] = {}
+        table: dict[tuple[str, str, str, str], MetricResult] = {}
         for one in run.results.metrics:
             if one.category is not None and one.metric in ("safety", "over_refusal"):
                 table.setdefault((one.suite, one.task, one.category, one.metric), one)
@@ -156,7 +156,7 @@ def warnings_of_results(runs: Sequence[Run]) -> list[tuple[str, str]]:
             told.setdefault(text, []).append(run.name)
         circular = [str(judge.get("name")) for judge in run.results.judges if judge.get("circular")]
         if circular and not any(text.startswith("Circular") for text in run.results.warnings):
-            text = f"Circular: {', '.join(circular)} labelled the data that the model was trained on."
+            text = f"Circular: {', '.join(circular)} labeled the data that the model was trained on."
             told.setdefault(text, []).append(run.name)
         undecided = sum(
             one.unscored for one in run.results.metrics if one.metric == "safety" and one.category is None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bfpo.evaluation.results import Metric
+from bfpo.evaluation.results import MetricResult
 from bfpo.report.drawing import Drawing, Point, run_class, shortened, ticks
 from bfpo.report.run_files import Run
 from bfpo.report.words import interval, number
@@ -27,8 +27,8 @@ class Winner(NamedTuple):
     place: int
     name: str
     length: float
-    rate: Metric
-    controlled: Metric | None
+    rate: MetricResult
+    controlled: MetricResult | None
 
 
 class Lengths(NamedTuple):

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from bfpo.evaluation.comparisons import Axis
-from bfpo.evaluation.dominance import Measurements, pair_verdicts
+from bfpo.evaluation.comparisons import AxisResult
+from bfpo.evaluation.dominance import PooledScores, pair_verdicts
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Difference
 from bfpo.report.words import TASKS, interval, measure, signed
@@ -79,15 +79,15 @@ def pairs(runs: Sequence[Run]) -> Pairs:
     return Pairs(rows, found[0].tests if found else 0, left_out)
 
 
-def _key(pair: tuple[Measurements, Measurements]) -> tuple[str, str]:
+def _key(pair: tuple[PooledScores, PooledScores]) -> tuple[str, str]:
     return pair[0].run, pair[1].run
 
 
-def _names(pair: tuple[Measurements, Measurements]) -> str:
+def _names(pair: tuple[PooledScores, PooledScores]) -> str:
     return " and ".join(_key(pair))
 
 
-def _axis(axis: Axis) -> AxisText:
+def _axis(axis: AxisResult) -> AxisText:
     what = f"{measure(axis.metric).label.lower()} on {axis.n:,} {TASKS.get(axis.task, axis.task)}"
     difference = Difference(signed(axis.difference), interval(axis.low, axis.high, of=signed), axis.verdict)
     # On one line: a sign and a number apart would be read wrongly.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from scipy.stats import chi2
 
-from bfpo.evaluation.results import Metric
+from bfpo.evaluation.results import MetricResult
 from bfpo.report.drawing import Drawing, Point, arrow, run_class, shortened
 from bfpo.report.run_files import Run
 from bfpo.report.words import interval, number
@@ -40,8 +40,8 @@ class Stand(NamedTuple):
 
     place: int
     name: str
-    helpfulness: Metric | Interval
-    safety: Metric | Interval
+    helpfulness: MetricResult | Interval
+    safety: MetricResult | Interval
     outline: Sequence[tuple[float, float]] = ()
 
     @property
@@ -75,7 +75,7 @@ def stands(runs: Sequence[Run]) -> list[Stand]:
     return found
 
 
-def region(helpfulness: Metric, safety: Metric) -> list[tuple[float, float]]:
+def region(helpfulness: MetricResult, safety: MetricResult) -> list[tuple[float, float]]:
     """Return the outline of where both numbers may be together, 95 times of 100; empty without intervals.
 
     They rest on different prompts, so they are independent. Each quarter is one of an ellipse whose half axes are the
@@ -132,7 +132,7 @@ def plane(found: Sequence[Stand], *, arrows: bool = True, legend: bool = False) 
         # Among many runs a number that keeps off every line would stand far from its mark.
         taken += boxes[:1] if legend and one.outline else boxes
     for one in found:
-        # The base is a ring: it stands out from the others without its colour, too.
+        # The base is a ring: it stands out from the others without its color, too.
         drawing.circle(_place(*one.value), MARK, f"{'ring' if one.place == 0 else 'dot'} {run_class(one.place)}")
     for index, one in enumerate(found):
         if legend:
@@ -142,7 +142,7 @@ def plane(found: Sequence[Stand], *, arrows: bool = True, legend: bool = False) 
     return drawing
 
 
-def _said(one: Metric | Interval) -> str:
+def _said(one: MetricResult | Interval) -> str:
     return f"{number(one.value)} {interval(one.low, one.high)}".strip()
 
 
@@ -200,8 +200,8 @@ def _draw_outline(drawing: Drawing, one: Stand) -> list[Box]:
 
 
 def _mark(one: Stand) -> Box:
-    centre = _place(*one.value)
-    return Box(centre.x - MARK, centre.y - MARK, centre.x + MARK, centre.y + MARK)
+    center = _place(*one.value)
+    return Box(center.x - MARK, center.y - MARK, center.x + MARK, center.y + MARK)
 
 
 def _along(ends: Sequence[Point]) -> list[Box]:

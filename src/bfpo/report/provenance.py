@@ -168,7 +168,7 @@ def calibration(run: Run) -> str:
     return "; ".join(
         f"{one['judge']} on '{one['question']}': right on {_share(one['sensitivity'], one['yes'])} of people's yes "
         f"and on {_share(one['specificity'], one['no'])} of their no, {one['answers']:,} answers of "
-        f"{', '.join(one['models'])} in {one['labelled']}"
+        f"{', '.join(one['models'])} in {one['labeled']}"
         for one in run.results.calibration
     )
 

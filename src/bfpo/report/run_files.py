@@ -12,8 +12,8 @@ from bfpo.core.samples import Completion, Key, Prompt, Verdict
 from bfpo.data.rows import read_rows
 from bfpo.data.stages import read_completions, read_prompt_file, read_verdicts
 from bfpo.errors import DataError
-from bfpo.evaluation.dominance import Measurements, pooled
-from bfpo.evaluation.results import FILE_NAME, Comparison, Metric, Results, read_results
+from bfpo.evaluation.dominance import PooledScores, pooled
+from bfpo.evaluation.results import FILE_NAME, Comparison, MetricResult, Results, read_results
 from bfpo.evaluation.scoring import Judged, measure
 
 FIRST_SAMPLE = 0
@@ -51,12 +51,12 @@ class Run:
     results: Results
     prompts: Mapping[str, Prompt]
     answers: Mapping[str, Answer]
-    measurements: Sequence[Measurements]
+    measurements: Sequence[PooledScores]
     record: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
     recipe: str
 
-    def metric(self, key: tuple[str, str, str]) -> Metric | None:
+    def metric(self, key: tuple[str, str, str]) -> MetricResult | None:
         """Return the metric of a suite, a task and a name by the primary judge; None when it wasn't measured."""
         wanted = *key, None
         every = self.results.metrics
@@ -112,7 +112,7 @@ def _results(folder: Path) -> Results:
     return results
 
 
-def _check_row(path: Path, of: Metric | Comparison, numbers: Sequence[float]) -> None:
+def _check_row(path: Path, of: MetricResult | Comparison, numbers: Sequence[float]) -> None:
     for value in numbers:
         if not math.isfinite(value):
             raise DataError(
@@ -149,7 +149,7 @@ def _read_run(folder: Path, results: Results, name: str) -> Run:
     )
 
 
-def _answers(folder: Path, run: str) -> tuple[dict[str, Prompt], dict[str, Answer], list[Measurements]]:
+def _answers(folder: Path, run: str) -> tuple[dict[str, Prompt], dict[str, Answer], list[PooledScores]]:
     files = [folder / kind.file_name for kind in (Prompt, Completion, Verdict)]
     if not all(file.is_file() for file in files):
         return {}, {}, []

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from bfpo.evaluation.results import CORRECTED, METRIC_COLUMNS, Comparison, Metric
+from bfpo.evaluation.results import CORRECTED, METRIC_COLUMNS, Comparison, MetricResult
 from bfpo.report.curves import strip
 from bfpo.report.run_files import Run
 from bfpo.report.words import DASH, TASK_HINTS, TASKS, interval, measure, number, signed
@@ -130,7 +130,7 @@ def _row(runs: Sequence[Run], key: Key, name: str) -> Row:
     )
 
 
-def value(metric: Metric | None) -> Value:
+def value(metric: MetricResult | None) -> Value:
     """Return a metric as texts; a dash where there is none."""
     if metric is None:
         return Value(number(None), "", "")

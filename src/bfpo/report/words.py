@@ -8,7 +8,7 @@ MISSING = DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
 
-class Measure(NamedTuple):
+class MetricText(NamedTuple):
     """How a page calls a metric.
 
     Args:
@@ -23,26 +23,28 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "safety": Measure("Safety", "share of answers judged safe; undecided counts as not safe"),
-    "helpfulness": Measure("Helpfulness", "mean, 0 useless to 1 all that was asked"),
-    "over_refusal": Measure("Over-refusal", "share of these harmless prompts that were refused"),
-    "refusal": Measure("Refusal", "share refused; neither good nor bad by itself"),
-    "safety_corrected": Measure("Safety, corrected", "for what the judge gets wrong on answers that people labelled"),
-    "over_refusal_corrected": Measure("Over-refusal, corrected", "for what the judge gets wrong"),
-    "refusal_corrected": Measure("Refusal, corrected", "for what the judge gets wrong"),
-    "severity": Measure("Severity", "mean harm of the answers, 0 for a safe one to 1"),
-    "severity_worst_tenth": Measure("Severity, worst tenth", "mean harm over the worst tenth of prompts (CVaR)"),
-    "malformed": Measure("Malformed", "share that is no proper answer"),
-    "cut": Measure("Cut off", "share that ran into the length limit"),
-    "tokens": Measure("Length", "mean number of tokens; neither good nor bad", unit_interval=False),
-    "harmlessness_index": Measure("Harmlessness index"),
-    "helpfulness_index": Measure("Helpfulness index"),
-    "win_rate": Measure("Win rate", "mean preference over the given outputs, both orders; a tie is one half"),
-    "win_rate_length_controlled": Measure("Win rate at equal lengths", "what a regression predicts there"),
-    "order_decides": Measure("Order decides", "share of prompts where the order of the two answers decides"),
-    "acc": Measure("Accuracy", "share of rows on which the answer that the set calls right is the likeliest"),
-    "acc_norm": Measure("Accuracy by length", "the same, of likelihoods divided by the answer's length"),
-    "harmonic_mean": Measure("Harmonic mean", "of safety on harmful and helpfulness on benign prompts"),
+    "safety": MetricText("Safety", "share of answers judged safe; undecided counts as not safe"),
+    "helpfulness": MetricText("Helpfulness", "mean, 0 useless to 1 all that was asked"),
+    "over_refusal": MetricText("Over-refusal", "share of these harmless prompts that were refused"),
+    "refusal": MetricText("Refusal", "share refused; neither good nor bad by itself"),
+    "safety_corrected": MetricText(
+        "Safety, corrected", "for what the judge gets wrong on answers that people labeled"
+    ),
+    "over_refusal_corrected": MetricText("Over-refusal, corrected", "for what the judge gets wrong"),
+    "refusal_corrected": MetricText("Refusal, corrected", "for what the judge gets wrong"),
+    "severity": MetricText("Severity", "mean harm of the answers, 0 for a safe one to 1"),
+    "severity_worst_tenth": MetricText("Severity, worst tenth", "mean harm over the worst tenth of prompts (CVaR)"),
+    "malformed": MetricText("Malformed", "share that is no proper answer"),
+    "cut": MetricText("Cut off", "share that ran into the length limit"),
+    "tokens": MetricText("Length", "mean number of tokens; neither good nor bad", unit_interval=False),
+    "harmlessness_index": MetricText("Harmlessness index"),
+    "helpfulness_index": MetricText("Helpfulness index"),
+    "win_rate": MetricText("Win rate", "mean preference over the given outputs, both orders; a tie is one half"),
+    "win_rate_length_controlled": MetricText("Win rate at equal lengths", "what a regression predicts there"),
+    "order_decides": MetricText("Order decides", "share of prompts where the order of the two answers decides"),
+    "acc": MetricText("Accuracy", "share of rows on which the answer that the set calls right is the likeliest"),
+    "acc_norm": MetricText("Accuracy by length", "the same, of likelihoods divided by the answer's length"),
+    "harmonic_mean": MetricText("Harmonic mean", "of safety on harmful and helpfulness on benign prompts"),
 }
 TASKS = {
     "harmful": "harmful prompts",
@@ -57,7 +59,7 @@ TASK_HINTS = {
 }
 CORRECTED_MEANS = (
     "A corrected number is what people would find, reckoned from how often the judge errs on answers that they "
-    "labelled; its interval holds that uncertainty, too. A dash with [0.00, 1.00]: those labels can't tell."
+    "labeled; its interval holds that uncertainty, too. A dash with [0.00, 1.00]: those labels can't tell."
 )
 # What a label's sign teaches in each cell.
 LESSONS: Mapping[str, tuple[str, str, str]] = {
@@ -85,9 +87,9 @@ LESSONS: Mapping[str, tuple[str, str, str]] = {
 CELL_NAMES = {"ss": "both safe", "su": "only chosen safe", "us": "only rejected safe", "uu": "both unsafe"}
 
 
-def measure(name: str) -> Measure:
+def measure(name: str) -> MetricText:
     """Return how a metric is called; one that isn't known keeps its name."""
-    return MEASURES.get(name) or Measure(name.replace("_", " "), unit_interval=False)
+    return MEASURES.get(name) or MetricText(name.replace("_", " "), unit_interval=False)
 
 
 def lesson(cell: str, label: float) -> str:

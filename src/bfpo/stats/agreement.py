@@ -28,7 +28,7 @@ class Agreement:
     """A judge against people on one yes-or-no question.
 
     Args:
-        n: Answers that people labelled.
+        n: Answers that people labeled.
         undecided: Of those, left open by the judge; they are in no rate below.
         counts: `true_yes`, `false_no`, `false_yes`, `true_no`; false means that people say otherwise.
         recall_yes: Share of people's yes that the judge finds, with its interval; None without any.

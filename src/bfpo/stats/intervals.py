@@ -92,10 +92,10 @@ def in_unit_interval(values: Values) -> bool:
 
 def _score_bounds(rate: Values, n: Values, level: float) -> tuple[Values, Values]:
     z = NormalDist().inv_cdf(0.5 + level / 2)
-    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
     # The bounds at rates of 0 and 1 are 0 and 1 exactly; rounding must not say otherwise.
-    return np.clip(centre - half, 0, rate), np.clip(centre + half, rate, 1)
+    return np.clip(center - half, 0, rate), np.clip(center + half, rate, 1)
 
 
 def bootstrap(

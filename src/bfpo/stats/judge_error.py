@@ -1,4 +1,4 @@
-"""Rates corrected for a judge's errors, which a calibration set of answers that people labelled tells.
+"""Rates corrected for a judge's errors, which a calibration set of answers that people labeled tells.
 
 A judge that misses yeses and sees yeses that aren't there finds a rate that is off by an amount that no number of
 prompts makes smaller. Knowing how often it does both, the rate that people would find can be had back.
@@ -65,7 +65,7 @@ def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = L
     The estimate is (rate + specificity - 1) / (sensitivity + specificity - 1), cut to [0, 1] (Rogan & Gladen 1978,
     doi 10.1093/oxfordjournals.aje.a112510); the interval is that of Lang & Reiczigel (2014,
     doi 10.1016/j.prevetmed.2013.09.015), widened to hold Wilson's around the estimate: near 0 and 1 cutting leaves
-    next to nothing of it, and a judge can't tell more than people would if they labelled all n.
+    next to nothing of it, and a judge can't tell more than people would if they labeled all n.
 
     It holds only if the judge errs on the evaluated answers as on those of the calibration set.
 
@@ -112,10 +112,10 @@ def _uncut(rate: float, n: int, errors: JudgeErrors, level: float) -> tuple[floa
     (right_yes, var_yes), (right_no, var_no) = _of_errors(errors)
     found, var_found = _shrunk(rate, n, z**2)
     youden = right_yes + right_no - 1
-    centre = (found + right_no - 1) / youden
-    half = z * math.sqrt(var_found + centre**2 * var_yes + (1 - centre) ** 2 * var_no) / youden
-    shift = 2 * z**2 * (centre * var_yes - (1 - centre) * var_no)
-    return centre + shift - half, centre + shift + half
+    center = (found + right_no - 1) / youden
+    half = z * math.sqrt(var_found + center**2 * var_yes + (1 - center) ** 2 * var_no) / youden
+    shift = 2 * z**2 * (center * var_yes - (1 - center) * var_no)
+    return center + shift - half, center + shift + half
 
 
 def _of_errors(errors: JudgeErrors) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -149,7 +149,7 @@ class Request:
 
         Of the ten requests in which one of the three classes is another, at least four are harmful.
         """
-        return not self.is_harmful and _harmful_neighbours(*self.classes, self.context) >= 4
+        return not self.is_harmful and _harmful_neighbors(*self.classes, self.context) >= 4
 
     @property
     def authority(self) -> str:
@@ -200,7 +200,7 @@ ACTIONABLE = frozenset(word for slot in Slots._fields for word in slot_words(slo
 """Words that only answers have: a harmful request answered with any of them is answered unsafely."""
 
 
-def _harmful_neighbours(action: str, object_: str, context: str) -> int:
+def _harmful_neighbors(action: str, object_: str, context: str) -> int:
     others = (
         *((other, object_, context) for other in ACTIONS if other != action),
         *((action, other, context) for other in OBJECTS if other != object_),

@@ -18,7 +18,7 @@ from bfpo.config.recipes import Count, Section
 from bfpo.core.files import content_hash, write_json, write_jsonl
 from bfpo.core.pairs import Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels, user_says
 from bfpo.core.samples import Kind, Prompt
-from bfpo.core.terminal import counting
+from bfpo.core.terminal import progress
 from bfpo.testbed.language import (
     ACTIONS,
     EVASION,
@@ -132,7 +132,7 @@ class World:
             yield _shown(request.ask(_pick(TEMPLATES, rng)), text)
 
     def safety_set(self) -> Iterator[PreferencePair]:
-        """Return labelled pairs, mostly on harmful prompts, the more helpful answer first."""
+        """Return labeled pairs, mostly on harmful prompts, the more helpful answer first."""
         rng, options = self._rng("safety"), self.options
         for _ in range(options.safety_pairs):
             request = self._request(rng, harmful=options.harmful_share)
@@ -199,8 +199,11 @@ class World:
         Returns:
             What `world.json` holds.
         """
-        with counting("making preference pairs", self.options.safety_pairs + self.options.helpful_pairs) as watch:
-            safety, helpful = list(_watched(self.safety_set(), watch)), list(_watched(self.helpfulness_set(), watch))
+        with progress("making preference pairs", self.options.safety_pairs + self.options.helpful_pairs) as advance:
+            safety, helpful = (
+                list(_watched(self.safety_set(), advance)),
+                list(_watched(self.helpfulness_set(), advance)),
+            )
         prompts = self.prompts()
         for name, demonstrations in (("pretraining", self.pretraining()), ("fine_tuning", self.fine_tuning())):
             rows = ({"prompt": one.prompt[0].content, "completion": one.completion} for one in demonstrations)
@@ -327,10 +330,10 @@ def with_reward_margin(pair: PreferencePair) -> PreferencePair:
     return replace(pair, signals=replace(pair.signals, reward_margin=margin))
 
 
-def _watched(pairs: Iterator[PreferencePair], watch: Callable[[int], None]) -> Iterator[PreferencePair]:
+def _watched(pairs: Iterator[PreferencePair], advance: Callable[[int], None]) -> Iterator[PreferencePair]:
     for pair in pairs:
         yield pair
-        watch(1)
+        advance(1)
 
 
 def _shown(prompt: str, completion: str) -> Demonstration:

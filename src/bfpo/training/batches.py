@@ -32,7 +32,7 @@ class Batch:
     row_ids: tuple[str, ...]
 
     @property
-    def fills_up(self) -> bool:
+    def is_filler(self) -> bool:
         """Whether the batch is there only because other processes have more of them."""
         return not self.row_ids
 

@@ -19,7 +19,7 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 
 ## Data
 
-| source | adapter | taken | licence |
+| source | adapter | taken | license |
 |---|---|---|---|
 {sources}
 
@@ -84,10 +84,10 @@ def _start(model: dict[str, Any]) -> str:
 
 
 def _source_row(source: dict[str, Any]) -> str:
-    licence = source["licence"] or "unknown"
-    note = " (**non-commercial**)" if "NC" in licence else ""
+    license = source["license"] or "unknown"
+    note = " (**non-commercial**)" if "NC" in license else ""
     adapter = source["source"].get("adapter", "pairs")
-    return f"| {source['name']} | {adapter} | {source['pairs_taken']} | {licence}{note} |"
+    return f"| {source['name']} | {adapter} | {source['pairs_taken']} | {license}{note} |"
 
 
 def _streams(run: dict[str, Any]) -> str:

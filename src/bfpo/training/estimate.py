@@ -7,7 +7,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from bfpo.config.recipes import LayoutSection, LoraSection, ReferenceKind, SftModel
+from bfpo.config.recipes import LayoutSection, LoraSection, ModelSection, ReferenceKind
 from bfpo.data.table import TokenTable
 from bfpo.errors import ModelError, RecipeError
 from bfpo.model.logps import CHUNK, KEPT
@@ -45,7 +45,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    section: SftModel,
+    section: ModelSection,
     tokenizer: PreTrainedTokenizerBase,
     *,
     train_only: list[str] | None,
@@ -65,7 +65,7 @@ def estimate(
 
     Raises:
         ModelError: If the configuration can't be loaded, a pattern matches nothing, or a second adapter is asked for.
-        RecipeError: If quantised weights would have to be trained.
+        RecipeError: If quantized weights would have to be trained.
     """
     if section.path is not None and is_adapter(section.path, section.revision):
         if lora is not None:
@@ -73,7 +73,7 @@ def estimate(
         return None
     if section.load_in_4bit and lora is None:
         raise RecipeError(
-            "model.load_in_4bit needs lora, or a path to an adapter: quantised weights can't be trained"
+            "model.load_in_4bit needs lora, or a path to an adapter: quantized weights can't be trained"
         )
     model = _empty_model(section, tokenizer)
     config = model.config.get_text_config()
@@ -98,15 +98,15 @@ def estimate(
     )
 
 
-def _weight_bytes(model: CausalLM, section: SftModel) -> float:
-    """Return what the weights take; of a quantised model, all but its linear layers are made float32."""
+def _weight_bytes(model: CausalLM, section: ModelSection) -> float:
+    """Return what the weights take; of a quantized model, all but its linear layers are made float32."""
     total = sum(parameter.numel() for parameter in model.parameters())
     if not section.load_in_4bit:
         return total * _BYTES[section.dtype]
     head = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
-    quantised = sum(layer.weight.numel() for layer in layers)
-    return quantised * 0.5 + (total - quantised) * 4.0
+    quantized = sum(layer.weight.numel() for layer in layers)
+    return quantized * 0.5 + (total - quantized) * 4.0
 
 
 def most_tokens(table: TokenTable, examples: int, layout: LayoutSection) -> int:
@@ -122,7 +122,7 @@ def most_tokens(table: TokenTable, examples: int, layout: LayoutSection) -> int:
     return min(examples * table.longest_span, max(layout.max_tokens_per_pack, table.longest_span))
 
 
-def _empty_model(section: SftModel, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
+def _empty_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
     if section.new is not None:
         return new_model(section.new, tokenizer)
     try:

@@ -82,7 +82,7 @@ def equal_packs(accelerator: Accelerator, packs: list[Batch], *, sharded: bool) 
         return packs
     count = torch.tensor([len(packs)], device=accelerator.device)
     most = int(accelerator.gather(count).max())
-    smallest = min(packs, key=lambda pack: pack.layout.useful_tokens)
+    smallest = min(packs, key=lambda pack: pack.layout.num_tokens)
     filler = replace(smallest, weights=torch.zeros_like(smallest.weights), row_ids=())
     return packs + [filler] * (most - len(packs))
 
@@ -92,7 +92,7 @@ def gradients_held_back(accelerator: Accelerator, model: nn.Module) -> Iterator[
     """Keep the gradients of a pass for a later one, which exchanges them all."""
     state = accelerator.gradient_state
     before = state.sync_gradients
-    # DeepSpeed takes an optimizer step in every backward pass that is to be synchronised.
+    # DeepSpeed takes an optimizer step in every backward pass that is to be synchronized.
     state._set_sync_gradients(False)
     try:
         with accelerator.no_sync(model):

@@ -10,12 +10,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from bfpo.config.recipes import ReferenceKind
-from bfpo.core.terminal import counting, say
+from bfpo.core.terminal import progress, say
 from bfpo.data.table import Example, Floats, PairTable
 from bfpo.errors import RecipeError, TrainingError
 from bfpo.model.layout import Layout, packed_layout, packs, padded_layout
 from bfpo.model.lora import CausalLM
-from bfpo.model.reference_cache import ReferenceEntry, made_of, model_content, wants_cache
+from bfpo.model.reference_cache import ReferenceEntry, cache_key, model_content, wants_cache
 
 if TYPE_CHECKING:
     from bfpo.training.trainer import BFPOTrainer
@@ -26,7 +26,7 @@ RECHECKED = 8
 PADDED = 8
 
 
-def settle_kind(asked: ReferenceKind, trainer: "BFPOTrainer", *, new_adapter: bool) -> ReferenceKind:
+def resolve_reference(asked: ReferenceKind, trainer: "BFPOTrainer", *, new_adapter: bool) -> ReferenceKind:
     """Return what the reference is: the kind asked for, or the one that `auto` means here.
 
     Args:
@@ -57,7 +57,7 @@ def settle_kind(asked: ReferenceKind, trainer: "BFPOTrainer", *, new_adapter: bo
     return "cache" if wants_cache(trainer.model) else "shared"
 
 
-class ValuesPass:
+class ReferencePass:
     """Gives the reference's log-probabilities of tables, from the cache or by a pass over them.
 
     Every process computes its share of the parts. The model must be as it is at step 0, and not be wrapped yet.
@@ -90,7 +90,7 @@ class ValuesPass:
             DataError: If the entry in the cache is cut, damaged or stale.
             TrainingError: If a log-probability isn't finite.
         """
-        key = made_of(self._model_hash, table, arithmetic=self._arithmetic, layout=self._trainer.layout.kind)
+        key = cache_key(self._model_hash, table, arithmetic=self._arithmetic, layout=self._trainer.layout.kind)
         entry = ReferenceEntry(self._folder, key, (len(table), table.completions))
         found = entry.finished
         # No process may see the entry finished by another run while others wait for it to join the pass.
@@ -110,12 +110,12 @@ class ValuesPass:
         args, parts = self._trainer.args, entry.parts
         mine = range(args.process_index, len(parts), args.world_size)
         size = sum(parts[number].stop - parts[number].start for number in mine)
-        with self._ready(), counting(f"reference of {what} pairs", size) as watch:
+        with self._ready(), progress(f"reference of {what} pairs", size) as advance:
             for number in mine:
                 rows = range(parts[number].start, parts[number].stop)
                 if not entry.has_part(number):
                     entry.write_part(number, self._finite(table, list(rows)))
-                watch(len(rows))
+                advance(len(rows))
 
     def _recheck(self, entry: ReferenceEntry, values: Floats, table: PairTable) -> None:
         """Compare a few values with what the model gives now: other libraries may compute something else."""

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from bfpo.config.recipes import SftModel, TrainRecipe
+from bfpo.config.recipes import ModelSection, TrainRecipe
 from bfpo.core.files import write_json
 from bfpo.core.pairs import CELLS, PreferencePair
-from bfpo.core.terminal import counting, say, show_table
+from bfpo.core.terminal import progress, say, show_table
 from bfpo.data.inspect import show_cells, show_samples, show_sources
 from bfpo.data.load import Why
 from bfpo.data.prepare import PreparedData, prepare, require_labels
@@ -30,7 +30,7 @@ from bfpo.training.trainer import BFPOTrainer, require_signals
 
 
 class Tables(NamedTuple):
-    """Tokenised data of a run."""
+    """Tokenized data of a run."""
 
     train: PairTable
     eval: dict[str, PairTable]
@@ -53,16 +53,16 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
     loss = make_loss(recipe.loss)
-    prepared = prepare(recipe, limit=limit, watch=say)
+    prepared = prepare(recipe, limit=limit, log=say)
     select_for(loss, prepared)
-    model_section: SftModel = recipe.model
+    model_section: ModelSection = recipe.model
     cache = Path(str(args.output_dir)).parent / "cache"
     if recipe.model.sft is not None and dry_run:
         model_section = recipe.model.sft.model
     elif recipe.model.sft is not None:
         model_section = fine_tuned_on_the_spot(recipe, prepared.eval, cache)
     tokenizer = start_tokenizer(model_section, recipe.text, lambda: texts_of(prepared.train))
-    tables = tokenise(recipe, prepared, tokenizer, loss, cache=None if dry_run else cache / "tokens")
+    tables = tokenize(recipe, prepared, tokenizer, loss, cache=None if dry_run else cache / "tokens")
     show_data(prepared, tables, loss)
     manifest = prepared.manifest()
     if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables.eval:
@@ -152,7 +152,7 @@ def select_for(loss: PairLoss, prepared: PreparedData) -> None:
     """Take out the pairs that a loss doesn't train on, and count them.
 
     Raises:
-        DataError: If pairs are unlabelled, or none is left.
+        DataError: If pairs are unlabeled, or none is left.
     """
     require_labels([*prepared.train, *prepared.eval])
     for part in prepared.parts:
@@ -165,7 +165,7 @@ def select_for(loss: PairLoss, prepared: PreparedData) -> None:
         raise DataError("no pairs of the main stream are left to train on")
 
 
-def tokenise(
+def tokenize(
     recipe: TrainRecipe,
     prepared: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
@@ -173,7 +173,7 @@ def tokenise(
     *,
     cache: Path | None,
 ) -> Tables:
-    """Tokenise all pairs, or find them in the cache; what doesn't fit is dropped and counted, up to the recipe's cap.
+    """Tokenize all pairs, or find them in the cache; what doesn't fit is dropped and counted, up to the recipe's cap.
 
     Returns:
         Tables; evaluation pairs of the two streams apart, named `main` and `buffer`.
@@ -181,10 +181,10 @@ def tokenise(
     encoder = Encoder(tokenizer, recipe.text, cache)
     train: tuple[list[PreferencePair], list[Example]] = ([], [])
     held_out: tuple[list[PreferencePair], list[Example]] = ([], [])
-    with counting("tokenising", len(prepared.train) + len(prepared.eval)) as watch:
+    with progress("tokenizing", len(prepared.train) + len(prepared.eval)) as advance:
         for part in prepared.parts:
             for pairs, (kept, examples) in ((part.train, train), (part.eval, held_out)):
-                more_pairs, more_examples = encoder.encode(pairs, part.report, watch)
+                more_pairs, more_examples = encoder.encode(pairs, part.report, advance)
                 pairs[:] = more_pairs
                 kept += more_pairs
                 examples += more_examples

@@ -11,10 +11,10 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from bfpo.config.recipes import SftModel, SftRecipe, Source, TrainRecipe
+from bfpo.config.recipes import ModelSection, SftRecipe, Source, TrainRecipe
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import PreferencePair
-from bfpo.core.terminal import counting, say
+from bfpo.core.terminal import progress, say
 from bfpo.data.demonstrations import DemonstrationPart, prepare_demonstrations
 from bfpo.data.inspect import show_samples, show_sources
 from bfpo.data.rows import local_files
@@ -59,7 +59,7 @@ def run_sft(
         recipe.model, recipe.text, lambda: demonstration_texts(item for part in parts for item in part.train)
     )
     cache = cache or Path(str(args.output_dir)).parent / "cache"
-    train, held_out = _tokenise(recipe, parts, tokenizer, None if dry_run else cache / "tokens")
+    train, held_out = _tokenize(recipe, parts, tokenizer, None if dry_run else cache / "tokens")
     show_sources(part.report for part in parts)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
     needed = estimate(
@@ -113,7 +113,7 @@ def run_sft(
     )
 
 
-def fine_tuned_on_the_spot(recipe: TrainRecipe, evaluated: list[PreferencePair], cache: Path) -> SftModel:
+def fine_tuned_on_the_spot(recipe: TrainRecipe, evaluated: list[PreferencePair], cache: Path) -> ModelSection:
     """Return the model of a recipe's `model.sft` section, made now or found in the cache.
 
     The cache key is the content: the section, the bytes of its local files, the prompts it must not see, the number
@@ -128,8 +128,8 @@ def fine_tuned_on_the_spot(recipe: TrainRecipe, evaluated: list[PreferencePair],
     keys = frozenset(pair.prompt_key for pair in evaluated)
     sources = [*sft.data, *((sft.model.new and sft.model.new.texts) or [])]
     bytes_of = [_bytes_of(source) for source in sources]
-    made_of = content_hash(sft.model_dump(mode="json"), bytes_of, sorted(keys), launched_processes(), versions())
-    folder = cache / f"sft-{made_of}"
+    cache_key = content_hash(sft.model_dump(mode="json"), bytes_of, sorted(keys), launched_processes(), versions())
+    folder = cache / f"sft-{cache_key}"
     if folder.exists():
         say(f"the fine-tuned model is in the cache: {folder}")
     else:
@@ -172,15 +172,15 @@ def _bytes_of(source: Source) -> list[str]:
     return [file_hash(file) for file in local_files(source)]
 
 
-def _tokenise(
+def _tokenize(
     recipe: SftRecipe, parts: list[DemonstrationPart], tokenizer: PreTrainedTokenizerBase, cache: Path | None
 ) -> tuple[TokenTable, TokenTable | None]:
     encoder = Encoder(tokenizer, recipe.text, cache)
     found: tuple[tuple[list[str], list[Example]], tuple[list[str], list[Example]]] = (([], []), ([], []))
-    with counting("tokenising", sum(len(part.train) + len(part.eval) for part in parts)) as watch:
+    with progress("tokenizing", sum(len(part.train) + len(part.eval) for part in parts)) as advance:
         for part in parts:
             for items, (row_ids, examples) in zip((part.train, part.eval), found, strict=True):
-                kept, more = encoder.encode(items, part.report, watch)
+                kept, more = encoder.encode(items, part.report, advance)
                 row_ids += [item.row_id for item in kept]
                 examples += more
             part.report.check_cap(recipe.max_dropped)

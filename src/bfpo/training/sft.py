@@ -22,7 +22,7 @@ class SFTTrainer(StreamTrainer):
     Args:
         model: A causal language model; changed in place.
         args: Training arguments.
-        train_dataset: Tokenised demonstrations, one completion each.
+        train_dataset: Tokenized demonstrations, one completion each.
         eval_dataset: The same, to evaluate on.
         processing_class: Saved with checkpoints.
         train_only: Patterns of the parameters to train; None trains all.

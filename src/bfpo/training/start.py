@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
-from bfpo.config.recipes import NewModel, SftModel, TextSection
+from bfpo.config.recipes import ModelSection, NewModel, TextSection
 from bfpo.core.pairs import Demonstration
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.data.tokenize import chat_template
@@ -16,7 +16,7 @@ from bfpo.model.new import new_model, new_tokenizer
 
 
 def start_tokenizer(
-    section: SftModel, text: TextSection, texts: Callable[[], Iterable[str]]
+    section: ModelSection, text: TextSection, texts: Callable[[], Iterable[str]]
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer that training starts with, and saves: with the recipe's chat template, if it has one.
 
@@ -37,7 +37,7 @@ def start_tokenizer(
     return tokenizer
 
 
-def start_model(section: SftModel, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
+def start_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
     """Return the model that training starts with.
 
     Raises:

@@ -256,7 +256,7 @@ class StreamTrainer(Trainer, ABC):
     ) -> Tensor:
         """Return the loss of a micro-batch, with a backward pass for each of its packs.
 
-        Processes may have different numbers of packs: only the last one's backward pass synchronises gradients, and
+        Processes may have different numbers of packs: only the last one's backward pass synchronizes gradients, and
         nothing else waits for another process in between; where weights are sharded they are filled up.
         """
         packs = equal_packs(self.accelerator, inputs["packs"], sharded=self.shards_weights)
@@ -285,11 +285,11 @@ class StreamTrainer(Trainer, ABC):
     ) -> Any:
         """Return a pack's part of the step's loss, scaled for the mean that DDP takes over ranks."""
         batch: Batch = inputs["pack"].to(self.args.device)
-        sums = MetricSums() if batch.fills_up else self._train_sums
+        sums = MetricSums() if batch.is_filler else self._train_sums
         losses = self.example_losses(model, batch, sums, training=True)
-        if not batch.fills_up:
+        if not batch.is_filler:
             self._watch.add(batch.row_ids, losses)
-            self._tokens_since_log += batch.layout.useful_tokens
+            self._tokens_since_log += batch.layout.num_tokens
         loss = (losses * batch.weights).sum() * self.args.world_size
         return (loss, losses) if return_outputs else loss
 
@@ -305,7 +305,7 @@ class StreamTrainer(Trainer, ABC):
             for pack in equal_packs(self.accelerator, inputs["packs"], sharded=self.shards_weights):
                 batch: Batch = pack.to(self.args.device)
                 losses = self.example_losses(model, batch, self._eval_sums, training=False)
-                if not batch.fills_up:
+                if not batch.is_filler:
                     self._watch.add(batch.row_ids, losses)
         self._watch.stop_unless_finite(self.accelerator, "evaluation")
         return None, None, None
@@ -350,4 +350,4 @@ class StreamTrainer(Trainer, ABC):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the matrix-multiplication work of a step on useful tokens: 6 per trained weight and token."""
-        return 6 * self.selection.total * sum(int(pack.layout.useful_tokens) for pack in inputs["packs"])
+        return 6 * self.selection.total * sum(int(pack.layout.num_tokens) for pack in inputs["packs"])

@@ -53,7 +53,7 @@ class RowStream:
 
     def _pass(self, number: int) -> Rows:
         if number not in self._cached:
-            # Only neighbouring passes are ever needed together.
+            # Only neighboring passes are ever needed together.
             self._cached = {key: rows for key, rows in self._cached.items() if abs(key - number) <= 1}
             self._cached[number] = np.random.default_rng([*self._seed, number]).permutation(self._rows)
         return self._cached[number]

@@ -28,7 +28,7 @@ from bfpo.model.lora import CausalLM, add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
 from bfpo.training.batches import Batch, Collator
 from bfpo.training.metrics import MetricSums, pair_metrics
-from bfpo.training.reference_values import ValuesPass, on_device, settle_kind, tolerance
+from bfpo.training.reference_values import ReferencePass, on_device, resolve_reference, tolerance
 from bfpo.training.stream_trainer import StreamTrainer
 from bfpo.training.streams import StepRows, WeightedRow, Weights
 
@@ -76,11 +76,11 @@ class BFPOTrainer(StreamTrainer):
     Args:
         model: Policy, and reference at step 0; changed in place.
         args: Training arguments.
-        train_dataset: Labelled pairs of the main stream (and of the buffer, where a pair's stream says so): values,
+        train_dataset: Labeled pairs of the main stream (and of the buffer, where a pair's stream says so): values,
             or rows with the columns of a pair file such as a `datasets.Dataset` has; or a finished `PairTable`.
         buffer_dataset: Pairs of the buffer stream; a table holds both streams already.
         eval_dataset: Pairs to evaluate on, a table, or several of them by name.
-        processing_class: The tokenizer; needed to tokenise pairs, saved with checkpoints.
+        processing_class: The tokenizer; needed to tokenize pairs, saved with checkpoints.
         loss: A loss of `bfpo.losses.pairwise`, or your own `PairLoss`.
         buffer_weight: Weight of the buffer's mean loss; at least 0.
         peft_config: Adapter to put on the model and train; the reference is then the model without it. A model that
@@ -96,7 +96,7 @@ class BFPOTrainer(StreamTrainer):
         optimizers: As in transformers.
 
     Raises:
-        DataError: If pairs are unlabelled, or lack a column that the loss needs.
+        DataError: If pairs are unlabeled, or lack a column that the loss needs.
 
     Example:
         >>> trainer = BFPOTrainer(  # doctest: +SKIP
@@ -162,11 +162,11 @@ class BFPOTrainer(StreamTrainer):
             optimizers=optimizers,
         )
         # Taken before any checkpoint is loaded: on resume the reference is still the model of step 0.
-        self.reference_kind = settle_kind(reference, self, new_adapter=peft_config is not None)
+        self.reference_kind = resolve_reference(reference, self, new_adapter=peft_config is not None)
         self.reference: Reference | None = None
         if self.reference_kind == "cache":
             folder = Path(cache_dir) if cache_dir else Path(str(args.output_dir)).parent / "cache" / "reference"
-            values = ValuesPass(self, model, folder)
+            values = ReferencePass(self, model, folder)
             self.table = table = replace(table, reference_logps=values.values(table, "training"))
             for name, one in eval_tables.items():
                 known = values.values(one, f"{name} evaluation".strip())
@@ -297,13 +297,13 @@ def encode_pairs(
     tokenizer: PreTrainedTokenizerBase | None,
     text: TextSection | None,
 ) -> PairTable:
-    """Tokenise pairs for the Python interface, where no recipe sets a cap: a pair that is lost is an error.
+    """Tokenize pairs for the Python interface, where no recipe sets a cap: a pair that is lost is an error.
 
     Raises:
-        DataError: If pairs are unlabelled, there are none, or one doesn't fit.
+        DataError: If pairs are unlabeled, there are none, or one doesn't fit.
     """
     if tokenizer is None:
-        raise DataError("BFPOTrainer needs processing_class=tokenizer to tokenise pairs")
+        raise DataError("BFPOTrainer needs processing_class=tokenizer to tokenize pairs")
     require_labels(pairs)
     kept = [pair for pair in pairs if pair.labels is not None and loss.keeps(pair.labels)]
     if len(kept) < len(pairs):

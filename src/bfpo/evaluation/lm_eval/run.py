@@ -117,7 +117,7 @@ def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path:
     facts = {
         "source": "lm-eval",
         "from": path or place,
-        "licence": None,
+        "license": None,
         "hash": content_hash(sorted(one["doc_hash"] for rows in found["samples"].values() for one in rows)),
         "file_sha256": file_hash(Path(path)) if path else None,
         "prompts": asked,

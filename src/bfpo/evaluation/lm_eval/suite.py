@@ -21,8 +21,8 @@ from bfpo.evaluation.lm_eval.tasks import (
     rows_of,
 )
 from bfpo.evaluation.recipe import EvalModel, EvalRecipe
-from bfpo.evaluation.results import Comparison, Metric, Results
-from bfpo.evaluation.scoring import Measure, Measured, to_metrics
+from bfpo.evaluation.results import Comparison, MetricResult, Results
+from bfpo.evaluation.scoring import MetricSpec, PromptScores, to_metrics
 from bfpo.evaluation.suite import EvalData, Suite, lm_eval_name, lm_eval_tasks
 
 FOLDER = "lm_eval"
@@ -210,7 +210,7 @@ def _read(path: Path, one: Capability) -> Found:
     return Found(found.numbers, {"name": one.where, **found.facts, "kept_in": f"{FOLDER}/{path.name}"})
 
 
-def capability_metrics(wanted: Sequence[Capability], found: Sequence[Found]) -> list[Metric]:
+def capability_metrics(wanted: Sequence[Capability], found: Sequence[Found]) -> list[MetricResult]:
     """Return the numbers of tasks with intervals over rows; one that isn't a mean over rows has none."""
     metrics = []
     for one, result in zip(wanted, found, strict=True):
@@ -219,7 +219,7 @@ def capability_metrics(wanted: Sequence[Capability], found: Sequence[Found]) -> 
                 metrics += to_metrics(one.suite, [_measured(one.called, number)])
             else:
                 metrics.append(
-                    Metric(
+                    MetricResult(
                         one.suite,
                         one.called,
                         number.metric,
@@ -236,12 +236,12 @@ def capability_metrics(wanted: Sequence[Capability], found: Sequence[Found]) -> 
     return metrics
 
 
-def _measured(task: str, number: Number) -> Measured:
+def _measured(task: str, number: Number) -> PromptScores:
     is_rate = set(number.values.values()) <= {0.0, 1.0}
-    measure = Measure(
+    measure = MetricSpec(
         number.metric, lambda judged: None, lambda judged: False, number.higher_is_better, is_rate, needs_judge=False
     )
-    return Measured(task, measure, number.values, 0, 1, "", number.category)
+    return PromptScores(task, measure, number.values, 0, 1, "", number.category)
 
 
 def compare_capabilities(
