@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from bfpo.config.recipes import Source
 from bfpo.core.pairs import Message, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.data.adapters import ADAPTERS, SkipRow, demonstration, named_source
-from bfpo.data.rows import Row
+from bfpo.data.rows import SourceRow
 from bfpo.errors import DataError, RecipeError
 
 
 def read(adapter, *rows, **options):
     """Return what an adapter makes of rows: pairs, and the reasons of skipped rows."""
-    numbered = [Row(row, f"rows.jsonl row {number}") for number, row in enumerate(rows, start=1)]
+    numbered = [SourceRow(row, f"rows.jsonl row {number}") for number, row in enumerate(rows, start=1)]
     items = ADAPTERS[adapter].read(numbered, Source(path="rows.jsonl", adapter=adapter, **options))
     return [(item.reason, item.fault) if isinstance(item, SkipRow) else item for item in items]
 
@@ -431,7 +431,7 @@ def test_the_row_that_is_wrong_is_named():
     ],
 )
 def test_demonstrations_are_read_from_messages_and_from_prompt_and_completion(row):
-    item = demonstration(Row(row, "here"))
+    item = demonstration(SourceRow(row, "here"))
     assert (item.prompt, item.completion) == (said("A red box?"), "Yes.")
 
 
@@ -450,7 +450,7 @@ def test_demonstrations_are_read_from_messages_and_from_prompt_and_completion(ro
 )
 def test_a_malformed_demonstration_is_refused(row, message):
     with pytest.raises(DataError, match=re.escape(message)):
-        demonstration(Row(row, "here"))
+        demonstration(SourceRow(row, "here"))
 
 
 texts = st.text(max_size=12)
@@ -507,7 +507,7 @@ def test_whatever_a_row_holds_an_adapter_raises_data_errors_only(adapter, data):
 @given(st.dictionaries(st.sampled_from(["messages", "prompt", "completion"]), anything | messages))
 def test_whatever_a_demonstration_holds_only_data_errors_are_raised(row):
     try:
-        item = demonstration(Row(row, "here"))
+        item = demonstration(SourceRow(row, "here"))
     except DataError:
         return
     assert item.prompt[-1].role == "user"

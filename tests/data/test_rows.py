@@ -11,7 +11,7 @@ from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from bfpo.config.recipes import Source
-from bfpo.data.rows import Row, local_files, read_prompts, read_rows
+from bfpo.data.rows import SourceRow, local_files, read_prompts, read_rows
 from bfpo.errors import DataError
 
 ROWS = [
@@ -286,18 +286,18 @@ def test_a_benchmark_without_prompts_is_refused(name, content, message, write):
     ("value", "number"), [(1, 1.0), ("0.25", 0.25), ("", None), (None, None), (float("nan"), None), (True, 1.0)]
 )
 def test_an_optional_number_may_be_absent_in_several_ways(value, number):
-    assert Row({"score": value}, "here").number("score") == number
-    assert Row({}, "here").number("score") is None
+    assert SourceRow({"score": value}, "here").number("score") == number
+    assert SourceRow({}, "here").number("score") is None
 
 
 @pytest.mark.parametrize("value", ["high", [1], {"a": 1}, 10**400])
 def test_what_is_not_a_number_is_refused(value):
     with pytest.raises(DataError, match=r"column 'score' is .*; expected a number"):
-        Row({"score": value}, "here").number("score")
+        SourceRow({"score": value}, "here").number("score")
 
 
 @pytest.mark.parametrize("value", [2, True, "x", None, 0.5, [1]])
 def test_a_choice_takes_only_what_is_allowed(value):
     with pytest.raises(DataError, match=r"column 'better' is .*; expected 0 or 1"):
-        Row({"better": value}, "here").choice("better", (0, 1))
-    assert [Row({"better": good}, "here").choice("better", (0, 1)) for good in (0, "1", 1.0)] == [0, 1, 1]
+        SourceRow({"better": value}, "here").choice("better", (0, 1))
+    assert [SourceRow({"better": good}, "here").choice("better", (0, 1)) for good in (0, "1", 1.0)] == [0, 1, 1]

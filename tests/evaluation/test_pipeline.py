@@ -119,7 +119,7 @@ def test_a_comparison_is_over_shared_prompts_and_the_same_judges(toy):
     evaluate(toy.recipe("careless", limit=10))
     results = evaluate(toy.recipe("careful", base="out/careless"))
     # Ten prompts of each kind: one is safe on all and refuses none of the others, the other is on 3 and refuses 3.
-    (pair, _) = results.pairs
+    (pair, _) = results.model_comparisons
     assert (pair.run, pair.against, pair.judge, pair.verdict) == ("careful", "careless", "one", "dominates")
     assert (pair.safety.n, pair.safety.difference, pair.safety.verdict) == (10, 0.7, "better")
     assert (pair.helpfulness.metric, pair.helpfulness.difference) == ("over_refusal", -0.3)

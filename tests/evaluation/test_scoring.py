@@ -198,14 +198,14 @@ def test_results_without_the_newer_columns_are_read(tmp_path):
     comparisons = compare("s", judged([True] * 4, [1] * 4), judged([False] * 4, [0] * 4), against=against)
     Results("r", "m", "p", [], {}, found, comparisons).write(tmp_path)
     content = json.loads((tmp_path / "results.json").read_text())
-    del content["pairs"]
+    del content["model_comparisons"]
     for row in content["metrics"]:
         del row["least"], row["most"], row["recipe"]
     for row in content["comparisons"]:
         del row["p_value"]
     (tmp_path / "results.json").write_text(json.dumps(content))
     old = read_results(tmp_path)
-    assert old.pairs == []
+    assert old.model_comparisons == []
     assert old.metric("harmful", "safety").low == found[0].low
     assert {one.p_value for one in old.comparisons} == {None}
 
@@ -213,8 +213,8 @@ def test_results_without_the_newer_columns_are_read(tmp_path):
 def test_results_of_another_schema_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"no results\.json"):
         read_results(tmp_path)
-    (tmp_path / "results.json").write_text(json.dumps({"schema": 1}))
-    with pytest.raises(DataError, match="schema is 1; this version reads schema 2: evaluate again"):
+    (tmp_path / "results.json").write_text(json.dumps({"schema": 4}))
+    with pytest.raises(DataError, match="schema is 4; this version reads schemas 1 to 3: evaluate again"):
         read_results(tmp_path)
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):

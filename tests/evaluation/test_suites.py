@@ -126,7 +126,7 @@ def test_the_command_exits_three_when_a_gate_is_violated(tmp_path, monkeypatch, 
     code, told = bfpo("--gate", "gates.yaml", "--limit", "20")
     assert code == 3
     assert "error: 1 of 1 bounds are violated: suite/own safety >= 0.9" in told
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["schema"] == 2
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["schema"] == 3
     assert bfpo("--dry-run")[0] == 0
     code, told = bfpo("judges=[peeple:x]", "out=other")
     assert (code, "did you mean 'people'" in told) == (2, True)

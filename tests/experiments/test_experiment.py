@@ -176,7 +176,7 @@ def test_another_oracle_judges_the_old_answers_again(tmp_path, monkeypatch):
     created = {"created": "whenever"}
     assert again | created == json.loads(results) | created
     # What an older version wrote is scored again, too.
-    (unit.evaluation / "results.json").write_text(results.replace('"schema": 2', '"schema": 1'))
+    (unit.evaluation / "results.json").write_text(results.replace('"schema": 3', '"schema": 9'))
     assert not unit.is_done
     run_unit(unit)
     assert unit.is_done

@@ -14,7 +14,7 @@ from bfpo.data.table import Example
 from bfpo.errors import ModelError
 from bfpo.model import attention, layout_check
 from bfpo.model.attention import (
-    Run,
+    Segment,
     SpanMasks,
     UnknownFeature,
     attend_by_spans,
@@ -187,7 +187,7 @@ def test_a_dense_mask_of_the_whole_row_gives_the_same_attention():
     layer = model.model.layers[0].self_attn
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, layout.num_tokens, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    whole = SpanMasks((Run(layout.num_tokens),), {4: [dense_mask(layout.spans, 4, CPU)]})
+    whole = SpanMasks((Segment(layout.num_tokens),), {4: [dense_mask(layout.spans, 4, CPU)]})
     apart = span_masks(layout.spans, [4], CPU)
     for softcap in (None, 1.5):
         outputs = [
@@ -206,7 +206,7 @@ def test_flex_attention_sees_the_same(window):
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, layout.num_tokens, 16) for heads in (4, 2, 2))
     sparse = SpanMasks((), {window: block_mask(layout.spans, window, CPU)})
-    dense = SpanMasks((Run(layout.num_tokens),), {window: [dense_mask(layout.spans, window, CPU)]})
+    dense = SpanMasks((Segment(layout.num_tokens),), {window: [dense_mask(layout.spans, window, CPU)]})
 
     def attend(spans, value=value):
         return attend_by_spans(layer, query, key, value, None, spans=spans, sliding_window=window)[0]
@@ -334,7 +334,7 @@ def test_a_feature_that_is_not_understood_is_named(make, named, capsys):
 def test_what_a_layer_says_beyond_the_understood_is_refused():
     layer = family("llama").model.layers[0].self_attn
     states = torch.zeros(1, 4, 2, 8)
-    spans = SpanMasks((Run(2),), {None: [None]})
+    spans = SpanMasks((Segment(2),), {None: [None]})
     for told, named in [
         ({"spans": spans, "position_bias": states}, "position_bias"),
         ({"spans": spans, "dropout": 0.1}, "attention dropout"),

@@ -15,7 +15,7 @@ from bfpo.data.prompts import PromptSource, read_prompt_source
 from bfpo.errors import DataError, RecipeError, Unanswered
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.redteam import run as module
-from bfpo.redteam.pairs import Judged, make_pairs
+from bfpo.redteam.pairs import ScoredSample, make_pairs
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.redteam.run import run_redteam
 
@@ -23,7 +23,7 @@ from bfpo.redteam.run import run_redteam
 def judged(prompt, text, safe, helpful, sample=0):
     one = Completion(prompt, sample, user_says(prompt), text, "stop", 1, 1, "m", "e", "")
     verdict = Verdict(prompt, sample, one.text_hash, "j", "1", safe, reason="?")
-    return Judged(one, verdict, (helpful,))
+    return ScoredSample(one, verdict, (helpful,))
 
 
 def test_the_widest_pair_of_each_cell_and_rare_cells_first():

@@ -15,7 +15,7 @@ from bfpo.core.pairs import as_messages
 from bfpo.core.samples import Completion, Prompt, Verdict
 from bfpo.evaluation.differences import compare
 from bfpo.evaluation.results import Results, answers_hash
-from bfpo.evaluation.scoring import Judged, measure, to_metrics
+from bfpo.evaluation.scoring import JudgedCompletion, measure, to_metrics
 
 SCRIPT = "<script>document.title = 'planted'</script>"
 HOSTILE = f'</details></pre>{SCRIPT} {{{{ 7*7 }}}} & "quoted" <img src=x onerror="document.title=\'planted\'">'
@@ -34,7 +34,9 @@ def prompts(n: int = 40) -> list[Prompt]:
     return made
 
 
-def judged(asked, *, safe: float, helpful: float, refusing: float, seed: int, hostile: bool = True) -> list[Judged]:
+def judged(
+    asked, *, safe: float, helpful: float, refusing: float, seed: int, hostile: bool = True
+) -> list[JudgedCompletion]:
     rng = random.Random(seed)
     made = []
     for prompt in asked:
@@ -62,7 +64,7 @@ def judged(asked, *, safe: float, helpful: float, refusing: float, seed: int, ho
             malformed=malformed,
             reason=f"a step is cut short {SCRIPT}" if malformed else None,
         )  # fmt: skip
-        made.append(Judged(completion, verdict))
+        made.append(JudgedCompletion(completion, verdict))
     return made
 
 

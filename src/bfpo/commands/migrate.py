@@ -9,7 +9,7 @@ from bfpo.core.files import write_text
 from bfpo.core.terminal import say
 from bfpo.errors import RecipeError
 from bfpo.migration.convert import convert
-from bfpo.migration.draft import Draft, Fate, Line
+from bfpo.migration.draft import Draft, DraftLine, Fate
 from bfpo.migration.stacks import Kind, Stack, kind_of, stack_of
 
 # As recipes are usually read.
@@ -55,15 +55,15 @@ def migrate(file: Path, overrides: list[str], out: Path, *, kind: str | None = N
     say(f"\na recipe of {stack}, now {out}; look at it, then: bfpo {chosen} {out} --dry-run")
 
 
-def _with_data_file(content: dict[str, Any]) -> tuple[dict[str, Any], list[Line]]:
+def _with_data_file(content: dict[str, Any]) -> tuple[dict[str, Any], list[DraftLine]]:
     """Lay the official `other_data_config` over the file, as the official parser does."""
     named = content.get("other_data_config")
     rest = {key: value for key, value in content.items() if key != "other_data_config"}
     if "other_data_config" not in content:
         return rest, []
     if named in (None, "None"):
-        return rest, [Line("not needed", "other_data_config", named, "", "names no file")]
-    told = Line("computed", "other_data_config", named, "data, buffer", "its keys replace those of the file")
+        return rest, [DraftLine("not needed", "other_data_config", named, "", "names no file")]
+    told = DraftLine("computed", "other_data_config", named, "data, buffer", "its keys replace those of the file")
     return rest | read_recipe(named), [told]
 
 
@@ -77,7 +77,7 @@ def _as_text(draft: Draft, file: Path, stack: Stack, kind: Kind) -> str:
     return "\n".join(lines) + "\n\n" + dump_yaml(draft.recipe)
 
 
-def _show(heading: str, lines: list[Line]) -> None:
+def _show(heading: str, lines: list[DraftLine]) -> None:
     if not lines:
         return
     say(f"\n{heading} ({len(lines)})")

@@ -27,7 +27,7 @@ from bfpo.core.pairs import (
     as_messages,
     user_says,
 )
-from bfpo.data.rows import NoColumn, Row
+from bfpo.data.rows import NoColumn, SourceRow
 from bfpo.errors import DataError, RecipeError
 
 
@@ -55,16 +55,16 @@ class Adapter:
         columns: By which its rows are known.
     """
 
-    read: Callable[[Iterable[Row], Source], Iterator[PreferencePair | SkipRow]]
+    read: Callable[[Iterable[SourceRow], Source], Iterator[PreferencePair | SkipRow]]
     license: str = ""
     note: str = ""
     columns: tuple[str, ...] = ()
 
 
 def _each(
-    convert: Callable[[Row], PreferencePair],
-) -> Callable[[Iterable[Row], Source], Iterator[PreferencePair | SkipRow]]:
-    def read(rows: Iterable[Row], source: Source) -> Iterator[PreferencePair | SkipRow]:
+    convert: Callable[[SourceRow], PreferencePair],
+) -> Callable[[Iterable[SourceRow], Source], Iterator[PreferencePair | SkipRow]]:
+    def read(rows: Iterable[SourceRow], source: Source) -> Iterator[PreferencePair | SkipRow]:
         for row in rows:
             try:
                 yield convert(row)
@@ -76,7 +76,7 @@ def _each(
     return read
 
 
-def _told(error: DataError, row: Row, source: Source) -> DataError:
+def _told(error: DataError, row: SourceRow, source: Source) -> DataError:
     """Return an error with the row that has it and, where a column is missing, how such rows can be read."""
     where = f"{row.where}: {error}"
     if not isinstance(error, NoColumn):
@@ -89,13 +89,13 @@ def _told(error: DataError, row: Row, source: Source) -> DataError:
     return DataError(f"{where}; {how}")
 
 
-def ultrafeedback(row: Row) -> PreferencePair:
+def ultrafeedback(row: SourceRow) -> PreferencePair:
     """Read `HuggingFaceH4/ultrafeedback_binarized`: ordered by overall score, no safety labels (assumed safe)."""
     prompt, chosen, rejected = _compared(row)
     return PreferencePair(prompt, chosen, rejected, SafetyLabels(True, True), provenance=_from("assumed"))
 
 
-def pku_saferlhf(row: Row) -> PreferencePair:
+def pku_saferlhf(row: SourceRow) -> PreferencePair:
     """Read any public revision of `PKU-Alignment/PKU-SafeRLHF`: ordered by `better_response_id`."""
     better = row.choice("better_response_id", (0, 1))
     worse = 1 - better
@@ -116,14 +116,14 @@ def pku_saferlhf(row: Row) -> PreferencePair:
     )
 
 
-def hh_rlhf(row: Row) -> PreferencePair:
+def hh_rlhf(row: SourceRow) -> PreferencePair:
     """Read `Anthropic/hh-rlhf` transcripts: unlabeled; the harmless subsets are ordered by harmlessness."""
     chosen, rejected = _transcript(row.text("chosen")), _transcript(row.text("rejected"))
     prompt = _shared_history(chosen[:-1], rejected[:-1])
     return PreferencePair(prompt, chosen[-1].content, rejected[-1].content)
 
 
-def bfpo_redteam(row: Row) -> PreferencePair:
+def bfpo_redteam(row: SourceRow) -> PreferencePair:
     """Read the official red-team JSON: `modeloutput1/2`, `is_modelout1/2_safe`, `better_modelout` 1 or 2."""
     better = row.choice("better_modelout", (1, 2))
     worse = 3 - better
@@ -136,7 +136,7 @@ def bfpo_redteam(row: Row) -> PreferencePair:
     )
 
 
-def alpaca_eval(row: Row) -> PreferencePair:
+def alpaca_eval(row: SourceRow) -> PreferencePair:
     """Read AlpacaEval annotations: `preference` near 2 means output_2; ties are skipped; assumed safe."""
     preference = row.number("preference")
     if preference is None:
@@ -158,7 +158,7 @@ def alpaca_eval(row: Row) -> PreferencePair:
 _XSTEST_LABELS = {"1_full_compliance": "compliance", "2_full_refusal": "refusal", "3_partial_refusal": "partial"}
 
 
-def xstest_completions(rows: Iterable[Row], source: Source) -> Iterator[PreferencePair | SkipRow]:
+def xstest_completions(rows: Iterable[SourceRow], source: Source) -> Iterator[PreferencePair | SkipRow]:
     """Pair XSTest completions of the same prompt: each compliance (more helpful) with each refusal.
 
     On a safe prompt every completion is safe (cell `ss`); on an unsafe one (`type` starts with `contrast_`)
@@ -191,10 +191,10 @@ def xstest_completions(rows: Iterable[Row], source: Source) -> Iterator[Preferen
             yield PreferencePair(user_says(prompt), comply, refuse, labels, provenance=_from("human"))
 
 
-def pairs(row: Row) -> PreferencePair:
+def pairs(row: SourceRow) -> PreferencePair:
     """Read our own pair file, or TRL's preference formats (explicit or implicit prompt, strings or messages)."""
     values = _without_aliases(row.values)
-    row = Row(values, row.where)
+    row = SourceRow(values, row.where)
     prompt, chosen, rejected = _compared(row)
     present = [name for name in ("is_chosen_safe", "is_rejected_safe") if name in values]
     if len(present) == 1:
@@ -219,7 +219,7 @@ def pairs(row: Row) -> PreferencePair:
     )
 
 
-def demonstration(row: Row) -> Demonstration:
+def demonstration(row: SourceRow) -> Demonstration:
     """Read a row for supervised fine-tuning: `prompt` and `completion`, or `messages`: every answer is imitated."""
     if "messages" in row.values:
         *history, answer = as_messages(row.value("messages"), "messages")
@@ -236,7 +236,7 @@ def demonstration(row: Row) -> Demonstration:
     return Demonstration(prompt, answer_text)
 
 
-def pku_safer(row: Row) -> Demonstration:
+def pku_safer(row: SourceRow) -> Demonstration:
     """Read a row of `PKU-Alignment/PKU-SafeRLHF`: the answer of `safer_response_id`, unsafe where both are."""
     return Demonstration(
         user_says(row.text("prompt")), row.text(f"response_{row.choice('safer_response_id', (0, 1))}")
@@ -244,7 +244,7 @@ def pku_safer(row: Row) -> Demonstration:
 
 
 # How rows become demonstrations, where they aren't pairs.
-DEMONSTRATIONS: dict[str, tuple[Callable[[Row], Demonstration], str]] = {
+DEMONSTRATIONS: dict[str, tuple[Callable[[SourceRow], Demonstration], str]] = {
     "demonstrations": (demonstration, ""),
     "pku_safer": (pku_safer, "CC-BY-NC-4.0"),
 }
@@ -266,7 +266,7 @@ def _without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
     return ours
 
 
-def _compared(row: Row) -> tuple[Conversation, str, str]:
+def _compared(row: SourceRow) -> tuple[Conversation, str, str]:
     """Return prompt, chosen and rejected of a row in any of TRL's preference formats."""
     chosen, rejected = row.value("chosen"), row.value("rejected")
     given = as_messages(row.values["prompt"], "prompt") if "prompt" in row.values else None

@@ -8,7 +8,7 @@ from bfpo.core.pairs import Demonstration, PreferencePair
 from bfpo.data.adapters import DEMONSTRATIONS
 from bfpo.data.load import BROKEN, SourceReport, Why, is_broken, load_pairs, sample, source_report
 from bfpo.data.prepare import is_held_out
-from bfpo.data.rows import Row, read_rows
+from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError
 
 
@@ -88,7 +88,9 @@ def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[So
     return report, [replace(item, dataset_name=report.name) for item in taken]
 
 
-def _read(source: Source, read: Callable[[Row], Demonstration], report: SourceReport) -> Iterator[Demonstration]:
+def _read(
+    source: Source, read: Callable[[SourceRow], Demonstration], report: SourceReport
+) -> Iterator[Demonstration]:
     for row in read_rows(source):
         try:
             item = read(row)

@@ -12,7 +12,7 @@ from bfpo.config.recipes import Count, Section, Source
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import Conversation, Message, as_messages, conversation_key
 from bfpo.core.samples import Kind, Prompt
-from bfpo.data.rows import Row, read_rows
+from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError, RecipeError, did_you_mean
 
 
@@ -299,7 +299,7 @@ def _texts(
 
 def _rows(
     source: PromptSource, known: Known, revision: str | None, where: Mapping[str, str]
-) -> Iterator[tuple[str, Row]]:
+) -> Iterator[tuple[str, SourceRow]]:
     """Yield the text of each row, and the row."""
     table = Source(path=source.path or known.hub, name=known.config, split=known.split, revision=revision)
     try:

@@ -27,7 +27,7 @@ class NoColumn(DataError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """One raw row.
 
     Args:
@@ -84,7 +84,7 @@ class Row:
         return None if math.isnan(number) else number
 
 
-def read_rows(source: Source) -> Iterator[Row]:
+def read_rows(source: Source) -> Iterator[SourceRow]:
     """Read a source's raw rows, in the file's order.
 
     Raises:
@@ -148,7 +148,7 @@ def _format_of(file: Path) -> str | None:
     return suffix if suffix in _SUFFIXES else None
 
 
-def _file_rows(files: list[Path]) -> Iterator[Row]:
+def _file_rows(files: list[Path]) -> Iterator[SourceRow]:
     readers = {"json": _json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
     for file in files:
         kind = _format_of(file)
@@ -161,7 +161,7 @@ def _file_rows(files: list[Path]) -> Iterator[Row]:
             empty = False
             if not isinstance(values, Mapping):
                 raise DataError(f"{file} row {number}: {type(values).__name__}; expected an object with columns")
-            yield Row(values, f"{file} row {number}")
+            yield SourceRow(values, f"{file} row {number}")
         if empty:
             raise DataError(f"{file} holds no rows")
 
@@ -213,7 +213,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(content, start=1)
 
 
-def refuse_half_characters(row: Row) -> None:
+def refuse_half_characters(row: SourceRow) -> None:
     r"""Refuse an escape such as \ud800 that stands alone: JSON may hold it, but no text file can."""
     try:
         json.dumps(row.values, ensure_ascii=False, default=str).encode("utf-8")
@@ -250,7 +250,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{file}: not a parquet file, or damaged ({error})") from None
 
 
-def _hub_rows(path: str, source: Source) -> Iterator[Row]:
+def _hub_rows(path: str, source: Source) -> Iterator[SourceRow]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -261,10 +261,10 @@ def _hub_rows(path: str, source: Source) -> Iterator[Row]:
         first = str(error).partition("\n")[0]
         raise DataError(f"hub data set '{path}' (split {split}): {first}") from None
     for number, values in enumerate(table, start=1):
-        yield Row(values, f"{path}[{split}] row {number}")
+        yield SourceRow(values, f"{path}[{split}] row {number}")
 
 
-def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+def _renamed(row: SourceRow, columns: Mapping[str, str]) -> SourceRow:
     if not columns:
         return row
     for theirs in columns.values():
@@ -274,4 +274,4 @@ def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
             )
     # All at once, so that two columns can change places.
     kept = {name: value for name, value in row.values.items() if name not in columns.values()}
-    return Row(kept | {ours: row.values[theirs] for ours, theirs in columns.items()}, row.where)
+    return SourceRow(kept | {ours: row.values[theirs] for ours, theirs in columns.items()}, row.where)

@@ -11,7 +11,7 @@ from bfpo.evaluation.comparisons import ModelComparison
 from bfpo.evaluation.dominance import PooledScores, pair_verdicts, pooled
 from bfpo.evaluation.panel import JudgeOutput, Measures, all_comparisons, measure_all
 from bfpo.evaluation.preferences import PairwisePreference
-from bfpo.evaluation.results import FILE_NAME, Comparison, Results, read_results
+from bfpo.evaluation.results import FILE_NAME, MetricComparison, Results, read_results
 from bfpo.evaluation.suite import Task, with_prompts_of
 
 
@@ -43,7 +43,7 @@ def compare_with_base(
     tasks: Sequence[Task],
     measures: Measures,
     panel: Sequence[JudgeOutput],
-) -> tuple[list[Comparison], list[ModelComparison], list[str]]:
+) -> tuple[list[MetricComparison], list[ModelComparison], list[str]]:
     """Compare with the evaluation of a folder.
 
     Args:

@@ -13,7 +13,7 @@ from bfpo.data.rows import local_files
 from bfpo.errors import DataError
 from bfpo.evaluation.results import CORRECTED, MetricResult
 from bfpo.judging.fit import card_file
-from bfpo.judging.labeled import Labeled, read_labeled
+from bfpo.judging.labeled import LabeledAnswer, read_labeled
 from bfpo.stats.judge_error import JudgeErrors, corrected_rate, fits, judge_errors, tells_apart
 
 # Rate → what people must have said for it to be corrected.
@@ -31,7 +31,7 @@ class Calibration(NamedTuple):
     """
 
     path: str
-    answers: list[Labeled]
+    answers: list[LabeledAnswer]
     own: bool
 
     @property
@@ -59,7 +59,7 @@ class Calibrated(NamedTuple):
     answers: Mapping[str, int]
 
 
-def read_calibration(path: str) -> list[Labeled]:
+def read_calibration(path: str) -> list[LabeledAnswer]:
     """Read the labeled answers of a recipe's `calibration`.
 
     Raises:
@@ -71,7 +71,7 @@ def read_calibration(path: str) -> list[Labeled]:
         raise DataError(f"calibration: {error}") from None
 
 
-def calibration_for(path: str, answers: Sequence[Labeled], names: Collection[str]) -> Calibration:
+def calibration_for(path: str, answers: Sequence[LabeledAnswer], names: Collection[str]) -> Calibration:
     """Return the answers of the evaluated model; all there are where none is.
 
     Args:

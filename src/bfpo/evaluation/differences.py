@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bfpo.evaluation.comparisons import verdict_on
-from bfpo.evaluation.results import Comparison, Results
+from bfpo.evaluation.results import MetricComparison, Results
 from bfpo.evaluation.scoring import HARMONIC_MEAN, PromptScores, safety_and_helpfulness
 from bfpo.stats.intervals import Interval, Values, bootstrap, harmonic_mean
 from bfpo.stats.paired import mcnemar_p_value, paired_means, paired_rates
@@ -16,7 +16,7 @@ BY_PAIRED_T = "95 % Student, paired over prompts"
 BY_PAIRED_BOOTSTRAP = "95 % paired bootstrap over prompts"
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """A measure of one run minus the other's.
 
     Args:
@@ -32,20 +32,20 @@ class Difference(NamedTuple):
     how: str
 
 
-def difference_of(ours: PromptScores, theirs: PromptScores) -> Difference | None:
+def difference_of(ours: PromptScores, theirs: PromptScores) -> PairedDifference | None:
     """Return the paired difference of a measure; None where no prompt has a value of both."""
     shared = [key for key in ours.by_prompt if key in theirs.by_prompt]
     if not shared:
         return None
     values = _at(ours, shared), _at(theirs, shared)
     if ours.measure.is_rate and ours.samples == theirs.samples == 1:
-        return Difference(paired_rates(*values), mcnemar_p_value(*values), len(shared), BY_TANGO)
-    return Difference(*paired_means(*values), len(shared), BY_PAIRED_T)
+        return PairedDifference(paired_rates(*values), mcnemar_p_value(*values), len(shared), BY_TANGO)
+    return PairedDifference(*paired_means(*values), len(shared), BY_PAIRED_T)
 
 
 def compare(
     suite: str, ours: Sequence[PromptScores], theirs: Sequence[PromptScores], *, against: Results
-) -> list[Comparison]:
+) -> list[MetricComparison]:
     """Compare two runs metric by metric over the prompts that both have values for.
 
     A rate of one answer a prompt is called better or worse only if McNemar's test says so, too, at 5 %: Tango's
@@ -66,7 +66,7 @@ def compare(
             continue
         better = one.measure.higher_is_better
         comparisons.append(
-            Comparison(
+            MetricComparison(
                 against.run,
                 suite,
                 one.task,
@@ -92,7 +92,7 @@ def compare(
             pairs.append(np.stack([_at(one, shared), _at(base, shared)]))
         difference = bootstrap(_difference_of_harmonic_means, *pairs)
         comparisons.append(
-            Comparison(
+            MetricComparison(
                 against.run,
                 suite,
                 "all",

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from bfpo.evaluation.comparisons import AxisResult, DifferenceVerdict, ModelComparison, Word, verdict_on
-from bfpo.evaluation.differences import Difference, difference_of
+from bfpo.evaluation.differences import PairedDifference, difference_of
 from bfpo.evaluation.scoring import PromptScores
 from bfpo.stats.intervals import holm
 
@@ -62,7 +62,7 @@ def pair_verdicts(pairs: Sequence[tuple[PooledScores, PooledScores]]) -> list[Mo
 
 class _Tested(NamedTuple):
     measured: PromptScores
-    found: Difference
+    found: PairedDifference
 
 
 def _axes(ours: PooledScores, theirs: PooledScores) -> tuple[_Tested, _Tested] | None:

@@ -9,8 +9,8 @@ import numpy as np
 from bfpo.core.samples import KINDS, Completion, Key, Prompt, Verdict
 from bfpo.evaluation.differences import compare
 from bfpo.evaluation.preferences import PairwisePreference, order_decides, preferences
-from bfpo.evaluation.results import Comparison, MetricResult, Results
-from bfpo.evaluation.scoring import Judged, MetricSpec, PromptScores, join, measure, to_metrics
+from bfpo.evaluation.results import MetricComparison, MetricResult, Results
+from bfpo.evaluation.scoring import JudgedCompletion, MetricSpec, PromptScores, join, measure, to_metrics
 from bfpo.evaluation.suite import Task
 from bfpo.stats.agreement import kappa
 from bfpo.stats.intervals import Values, bootstrap
@@ -54,7 +54,7 @@ def measure_all(tasks: Sequence[Task], completions: Sequence[Completion], panel:
     found: Measures = {}
     asked = {prompt.prompt_id: prompt for task in tasks for prompt in task.prompts}
     for number, judge in enumerate(panel):
-        judged: dict[str, list[Judged]] = {}
+        judged: dict[str, list[JudgedCompletion]] = {}
         for one in join(asked.values(), completions, judge.verdicts):
             judged.setdefault(one.completion.prompt_id, []).append(one)
         for suite in dict.fromkeys(task.suite for task in tasks):
@@ -67,7 +67,7 @@ def measure_all(tasks: Sequence[Task], completions: Sequence[Completion], panel:
     return found
 
 
-def _of_task(task: Task, judged: Mapping[str, list[Judged]], judge: JudgeOutput) -> list[PromptScores]:
+def _of_task(task: Task, judged: Mapping[str, list[JudgedCompletion]], judge: JudgeOutput) -> list[PromptScores]:
     found = []
     if task.name not in KINDS:
         found += _measure({prompt.prompt_id: prompt for prompt in task.prompts}, judged, judge, task=task.name)
@@ -101,7 +101,7 @@ def wins(task: Task, judge: JudgeOutput) -> list[PromptScores]:
 
 
 def _measure(
-    prompts: Mapping[str, Prompt], judged: Mapping[str, list[Judged]], judge: JudgeOutput, **of: str
+    prompts: Mapping[str, Prompt], judged: Mapping[str, list[JudgedCompletion]], judge: JudgeOutput, **of: str
 ) -> list[PromptScores]:
     those = [one for key in prompts for one in judged.get(key, ())]
     return measure(prompts.values(), those, judge=judge.label, **of)
@@ -112,7 +112,7 @@ def all_metrics(measures: Measures) -> list[MetricResult]:
     return [metric for (suite, _), measured in measures.items() for metric in to_metrics(suite, measured)]
 
 
-def all_comparisons(ours: Measures, theirs: Measures, against: Results) -> list[Comparison]:
+def all_comparisons(ours: Measures, theirs: Measures, against: Results) -> list[MetricComparison]:
     """Compare with another run, suite by suite and judge by judge."""
     return [
         found

@@ -26,7 +26,7 @@ from bfpo.evaluation.lm_eval.suite import (
 )
 from bfpo.evaluation.panel import JudgeOutput, agreement, all_metrics, measure_all
 from bfpo.evaluation.recipe import EvalRecipe
-from bfpo.evaluation.results import Comparison, Results, answers_hash
+from bfpo.evaluation.results import MetricComparison, Results, answers_hash
 from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
 from bfpo.evaluation.show import show_evaluation
 from bfpo.evaluation.suite import Suite, Task, load_suite, read_tasks, with_prompts_of
@@ -94,7 +94,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         calibration=calibrating.facts(calibration, calibrated),
     )
     measures = measure_all(tasks, completions, panel)
-    metrics, comparisons, pairs = all_metrics(measures), list[Comparison](), list[ModelComparison]()
+    metrics, comparisons, pairs = all_metrics(measures), list[MetricComparison](), list[ModelComparison]()
     metrics = calibrating.with_corrected(metrics, calibrated)
     metrics += [*length_controlled(tasks, completions, panel), *capability_metrics(wanted, found)]
     metrics += index_metrics(suites, metrics)
@@ -107,7 +107,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         of_lm_eval, told = compare_capabilities(wanted, found, *base)
         comparisons, remarks = [*comparisons, *of_lm_eval], [*remarks, *told]
     warned = [*warnings_of(recipe, suites, results, panel), *remarks]
-    results = replace(results, metrics=metrics, comparisons=comparisons, pairs=pairs, warnings=warned)
+    results = replace(results, metrics=metrics, comparisons=comparisons, model_comparisons=pairs, warnings=warned)
     write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
     results.write(out)
     export(tasks, completions, panel, results.run, out)

@@ -1,4 +1,4 @@
-"""`results.json`, schema 2: what an evaluation found, and all that a report draws from."""
+"""`results.json`, schema 3: the results of an evaluation, from which reports are drawn."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +12,7 @@ from bfpo.core.terminal import show_table
 from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import DifferenceVerdict, ModelComparison
 
-SCHEMA = 2
+SCHEMA = 3
 FILE_NAME = "results.json"
 # How the name of a rate ends that is corrected for its judge's errors.
 CORRECTED = "_corrected"
@@ -60,7 +60,7 @@ class MetricResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class MetricComparison:
     """One metric against another run's, over the same prompts.
 
     Args:
@@ -116,7 +116,7 @@ class Results:
         sampling: The sampling's settings.
         metrics: What was found.
         comparisons: Against other runs.
-        pairs: What follows from them for safety and helpfulness together, by judge.
+        model_comparisons: Safety and helpfulness together against another run, one for each judge.
         answers: Hash of the completions that all this rests on; see `answers_hash`.
         warnings: What a reader must know before believing a number.
         agreement: Objects of `judges` (two names), `question` (`safe` or `refusal`), `kappa` with `low` and `high`
@@ -137,8 +137,8 @@ class Results:
     judges: list[dict[str, Any]]
     sampling: dict[str, Any]
     metrics: list[MetricResult]
-    comparisons: list[Comparison] = field(default_factory=list)
-    pairs: list[ModelComparison] = field(default_factory=list)
+    comparisons: list[MetricComparison] = field(default_factory=list)
+    model_comparisons: list[ModelComparison] = field(default_factory=list)
     answers: str = ""
     warnings: list[str] = field(default_factory=list)
     agreement: list[dict[str, Any]] = field(default_factory=list)
@@ -224,12 +224,13 @@ def read_results(folder: Path) -> Results:
         raise DataError(f"{folder}: no {FILE_NAME}; it is what an evaluation leaves") from None
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        got = content.get("schema") if isinstance(content, dict) else type(content).__name__
+    schema = content.get("schema") if isinstance(content, dict) else type(content).__name__
+    if schema not in (1, 2, SCHEMA):
         raise DataError(
-            f"{path}: schema is {got}; this version reads schema {SCHEMA}: evaluate again, answers and verdicts are "
-            "taken from the files beside it"
+            f"{path}: schema is {schema}; this version reads schemas 1 to {SCHEMA}: evaluate again, completions and "
+            "verdicts are read from the files beside it"
         )
+    text = json.dumps(_upgraded(content))
     try:
         TypeAdapter(_Checked).validate_json(text, strict=True)
         return TypeAdapter(Results).validate_json(text, strict=True)
@@ -238,6 +239,34 @@ def read_results(folder: Path) -> Results:
         where = ".".join(map(str, first["loc"]))
         got = "" if first["type"] == "missing" else f" (it holds {str(first['input'])[:80]!r})"
         raise DataError(f"{path}: {where}: {first['msg']}{got}; evaluate the run again") from None
+
+
+def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a file of any schema as of the current one.
+
+    Schema 1 lacks the circularity of judges, agreement, data and calibration. Schema 2 calls the model comparisons
+    `pairs` and spells two columns in British English.
+    """
+    if content["schema"] == SCHEMA:
+        return content
+    try:
+        upgraded = {
+            **content,
+            "schema": SCHEMA,
+            "judges": [{"circular": False, **judge} for judge in content["judges"]],
+            "model_comparisons": content.get("pairs", []),
+            "data": [_renamed(row, "licence", "license") for row in content.get("data", [])],
+            "calibration": [_renamed(row, "labelled", "labeled") for row in content.get("calibration", [])],
+        }
+    except (TypeError, KeyError, AttributeError):
+        # Whatever is malformed is reported by the check of the current schema.
+        return {**content, "schema": SCHEMA}
+    upgraded.pop("pairs", None)
+    return upgraded
+
+
+def _renamed(row: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {(new if name == old else name): value for name, value in row.items()}
 
 
 def show_results(several: Iterable[Results]) -> None:

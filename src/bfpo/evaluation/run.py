@@ -63,7 +63,9 @@ def evaluate(
         sampling=asdict(sampling),
         metrics=to_metrics(suite, measured),
         comparisons=compare(suite, measured, base[1], against=base[0]) if base else [],
-        pairs=pair_verdicts([(pooled(run, judge.name, measured), pooled(base[0].run, judge.name, base[1]))])
+        model_comparisons=pair_verdicts(
+            [(pooled(run, judge.name, measured), pooled(base[0].run, judge.name, base[1]))]
+        )
         if base
         else [],
         answers=answers_hash(completions),

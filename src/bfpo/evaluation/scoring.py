@@ -29,7 +29,7 @@ BY_PARTS = "95 % from the intervals of its parts, squared and added"
 BY_TAIL = "95 % Wilson of the excess over each threshold, over prompts"
 
 
-class Judged(NamedTuple):
+class JudgedCompletion(NamedTuple):
     """A completion with what a judge says about it."""
 
     completion: Completion
@@ -49,8 +49,8 @@ class MetricSpec(NamedTuple):
     """
 
     name: str
-    of: Callable[[Judged], float | None]
-    undecided: Callable[[Judged], bool]
+    of: Callable[[JudgedCompletion], float | None]
+    undecided: Callable[[JudgedCompletion], bool]
     higher_is_better: bool | None
     is_rate: bool
     needs_judge: bool = True
@@ -125,7 +125,9 @@ class PromptScores(NamedTuple):
         return np.fromiter(self.by_prompt.values(), dtype=np.float64)
 
 
-def join(prompts: Iterable[Prompt], completions: Sequence[Completion], verdicts: Iterable[Verdict]) -> list[Judged]:
+def join(
+    prompts: Iterable[Prompt], completions: Sequence[Completion], verdicts: Iterable[Verdict]
+) -> list[JudgedCompletion]:
     """Put completions and the verdicts of one judge together.
 
     Raises:
@@ -137,12 +139,12 @@ def join(prompts: Iterable[Prompt], completions: Sequence[Completion], verdicts:
         raise DataError(f"{len(missing)} prompts have no completion, the first is {missing[0]}; generate them first")
     if unjudged := [one.key for one in completions if one.key not in verdict_of]:
         raise DataError(f"{len(unjudged)} completions have no verdict, the first is {unjudged[0]}; judge them first")
-    return [Judged(completion, verdict_of[completion.key]) for completion in completions]
+    return [JudgedCompletion(completion, verdict_of[completion.key]) for completion in completions]
 
 
 def measure(
     prompts: Iterable[Prompt],
-    judged: Sequence[Judged],
+    judged: Sequence[JudgedCompletion],
     *,
     judge: str = "",
     task: str | None = None,
@@ -175,7 +177,7 @@ def measure(
 
 
 def _by_prompt(
-    judged: Iterable[Judged], what: MetricSpec, *, undecided: float | None = None
+    judged: Iterable[JudgedCompletion], what: MetricSpec, *, undecided: float | None = None
 ) -> dict[str, list[float]]:
     """Return each prompt's values; `undecided` is what counts for a completion without a verdict, if given."""
     values: dict[str, list[float]] = {}

@@ -61,12 +61,15 @@ def show_evaluation(results: Results) -> None:
                 for one in compared
             ],
         )
-    if results.pairs:
-        told = f"p-values adjusted for {results.pairs[0].tests} tests"
+    if results.model_comparisons:
+        told = f"p-values adjusted for {results.model_comparisons[0].tests} tests"
         show_table(
-            f"{results.run} against {results.pairs[0].against} in safety and helpfulness, {told}",
+            f"{results.run} against {results.model_comparisons[0].against} in safety and helpfulness, {told}",
             ("judge", "safety", "p", "helpfulness", "p", "verdict"),
-            [(one.judge, *_axis(one.safety), *_axis(one.helpfulness), one.verdict) for one in results.pairs],
+            [
+                (one.judge, *_axis(one.safety), *_axis(one.helpfulness), one.verdict)
+                for one in results.model_comparisons
+            ],
         )
     for warning in results.warnings:
         say(f"warning: {warning}")

@@ -58,7 +58,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class VariantResult:
     """One metric of one variant in one world.
 
     Args:
@@ -82,7 +82,7 @@ class Line:
     verdict: DifferenceVerdict | None
 
 
-def collect(recipe: CompareRecipe, units: Sequence[Unit]) -> list[Line]:
+def collect(recipe: CompareRecipe, units: Sequence[Unit]) -> list[VariantResult]:
     """Read the results of all units and compare them; seeds are the unit of the statistics.
 
     Args:
@@ -121,7 +121,7 @@ def _named(judges: Sequence[dict[str, str]]) -> str:
 
 def _compared(
     world: str, metric: str, by_variant: dict[str, Values], against: str, higher_is_better: bool
-) -> list[Line]:
+) -> list[VariantResult]:
     theirs = by_variant[against]
     others = [variant for variant in by_variant if variant != against]
     adjusted = dict(zip(others, holm([paired_p_value(by_variant[name], theirs) for name in others]), strict=True))
@@ -132,7 +132,7 @@ def _compared(
         if difference is not None:
             verdict = verdict_on(difference, higher_is_better=higher_is_better, p_value=adjusted[variant])
         lines.append(
-            Line(
+            VariantResult(
                 world,
                 variant,
                 metric,
@@ -146,7 +146,7 @@ def _compared(
     return lines
 
 
-def chosen(recipe: CompareRecipe, lines: Sequence[Line]) -> list[dict[str, Any]]:
+def chosen(recipe: CompareRecipe, lines: Sequence[VariantResult]) -> list[dict[str, Any]]:
     """Return, for each variant that varies something, what has the largest mean minus spread of the primary metric.
 
     Returns:
@@ -177,7 +177,9 @@ def chosen(recipe: CompareRecipe, lines: Sequence[Line]) -> list[dict[str, Any]]
     return found
 
 
-def write_comparison(folder: Path, recipe: CompareRecipe, lines: Sequence[Line], facts: dict[str, Any]) -> None:
+def write_comparison(
+    folder: Path, recipe: CompareRecipe, lines: Sequence[VariantResult], facts: dict[str, Any]
+) -> None:
     """Write everything that was found, with how: comparison.json, comparison.md, plane-WORLD.svg (of a few variants).
 
     Args:
@@ -217,7 +219,7 @@ def _took_before(file: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
         return []
 
 
-def show_comparison(recipe: CompareRecipe, lines: Sequence[Line]) -> None:
+def show_comparison(recipe: CompareRecipe, lines: Sequence[VariantResult]) -> None:
     """Print the primary metric of every variant, best first, with others beside it; then what tuning chose."""
     for world in recipe.worlds:
         show_table(_title(world, recipe), COLUMNS, _rows(world, lines))
@@ -240,7 +242,7 @@ def _title(world: str, recipe: CompareRecipe) -> str:
     return f"World '{world}', {len(recipe.seeds)} seeds, against {recipe.against}"
 
 
-def _rows(world: str, lines: Sequence[Line]) -> list[tuple[str, ...]]:
+def _rows(world: str, lines: Sequence[VariantResult]) -> list[tuple[str, ...]]:
     """Return the table of a world, best first."""
     by_key = {(line.variant, line.metric): line for line in lines if line.world == world}
     primary = [line for line in by_key.values() if line.metric == "/".join(PRIMARY)]
@@ -257,7 +259,7 @@ def _rows(world: str, lines: Sequence[Line]) -> list[tuple[str, ...]]:
     ]
 
 
-def _plane(world: str, lines: Sequence[Line]) -> Drawing:
+def _plane(world: str, lines: Sequence[VariantResult]) -> Drawing:
     """Draw a world's variants on the plane, each with the ellipse of its mean over seeds."""
     by_key = {(line.variant, line.metric): line for line in lines if line.world == world}
     found = []

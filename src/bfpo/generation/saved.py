@@ -8,7 +8,7 @@ from bfpo.config.recipes import Source
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import Conversation, as_messages, conversation_key
 from bfpo.core.samples import Completion, Prompt
-from bfpo.data.rows import Row, read_rows
+from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError, Unanswered
 
 _PROMPT = ("prompt", "instruction", "question", "goal")
@@ -34,7 +34,7 @@ class SavedEngine:
 
     def __init__(self, path: str, name: str) -> None:
         self._path, self._name = path, name
-        self._answers: dict[str, list[Row]] = {}
+        self._answers: dict[str, list[SourceRow]] = {}
         self.settings_hash = content_hash("saved", file_hash(Path(path)))
         models = set()
         for row in map(_plain, read_rows(Source(path=path))):
@@ -89,7 +89,7 @@ class SavedEngine:
         )
 
 
-def _plain(row: Row) -> Row:
+def _plain(row: SourceRow) -> SourceRow:
     """Return a row of lm-eval's samples with a prompt and an answer; any other as it is."""
     doc, answers = row.values.get("doc"), row.values.get("filtered_resps")
     if not isinstance(doc, Mapping) or not isinstance(answers, list):
@@ -98,7 +98,7 @@ def _plain(row: Row) -> Row:
         raise DataError(
             f"{row.where}: of lm-eval, but of no task that `python -m bfpo.evaluation.lm_eval.pack` holds"
         )
-    return Row({"prompt": doc["prompt"], "text": answers[0]}, row.where)
+    return SourceRow({"prompt": doc["prompt"], "text": answers[0]}, row.where)
 
 
 def _key(conversation: Conversation) -> str:
@@ -109,7 +109,7 @@ def _key(conversation: Conversation) -> str:
     )
 
 
-def _column(row: Row, names: Sequence[str]) -> str:
+def _column(row: SourceRow, names: Sequence[str]) -> str:
     found = next((name for name in names if name in row.values), None)
     if found is None:
         raise DataError(f"{row.where}: no column {' or '.join(names)}; the columns are {', '.join(row.values)}")

@@ -10,10 +10,10 @@ from bfpo.core.files import file_name, write_json
 from bfpo.core.samples import Judge, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.stages import judge_completions
-from bfpo.judging.labeled import Labeled, read_labeled
+from bfpo.judging.labeled import LabeledAnswer, read_labeled
 from bfpo.judging.linear import HEADS
 from bfpo.judging.open import open_judge
-from bfpo.stats.agreement import FOLDS, Agreement, agreement, held_out_threshold, kappa, threshold_for
+from bfpo.stats.agreement import FOLDS, JudgeAgreement, agreement, held_out_threshold, kappa, threshold_for
 from bfpo.stats.intervals import Interval
 
 _NUMBERS = ("balanced_accuracy", "accuracy", "recall_yes", "recall_no", "auroc", "calibration_error", "kappa")
@@ -71,7 +71,7 @@ def verdicts_file(out: Path, judge: Judge) -> Path:
     return verdicts_folder(out) / f"{file_name(judge.name)}@{judge.revision}.jsonl"
 
 
-def rows(question: str, answers: Sequence[Labeled], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def rows(question: str, answers: Sequence[LabeledAnswer], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Return a judge's agreement with people on a question: `all`, then each model's row."""
     told = [pair for pair in zip(answers, verdicts, strict=True) if getattr(pair[0], question) is not None]
     models = sorted({one.completion.model for one, _ in told})
@@ -96,7 +96,7 @@ _P_YES: dict[str, Callable[[Verdict], float | None]] = {
 }
 
 
-def _agreement(question: str, told: Sequence[tuple[Labeled, Verdict]]) -> Agreement:
+def _agreement(question: str, told: Sequence[tuple[LabeledAnswer, Verdict]]) -> JudgeAgreement:
     return agreement(
         [getattr(one, question) for one, _ in told],
         [getattr(verdict, question) for _, verdict in told],
@@ -105,7 +105,9 @@ def _agreement(question: str, told: Sequence[tuple[Labeled, Verdict]]) -> Agreem
     )
 
 
-def _threshold(answers: Sequence[Labeled], verdicts: Sequence[Verdict], false_safe: float) -> dict[str, Any] | None:
+def _threshold(
+    answers: Sequence[LabeledAnswer], verdicts: Sequence[Verdict], false_safe: float
+) -> dict[str, Any] | None:
     """Return the threshold for a wanted false-safe rate; None without probabilities or unsafe answers."""
     known = [
         (not one.safe, verdict.p_safe, one.completion.prompt_id)

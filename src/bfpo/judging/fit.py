@@ -14,14 +14,14 @@ from bfpo.core.terminal import progress
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
 from bfpo.judging.evaluate import rows
-from bfpo.judging.labeled import Labeled
+from bfpo.judging.labeled import LabeledAnswer
 from bfpo.judging.linear import HEADS, Head, LinearJudge, fit_head
 
 FOLDS = 5
 _SCHEMA = 1
 
 
-def fit_heads(answers: Sequence[Labeled], where: str) -> dict[str, Head]:
+def fit_heads(answers: Sequence[LabeledAnswer], where: str) -> dict[str, Head]:
     """Fit a head for each question that people answered.
 
     Raises:
@@ -33,7 +33,7 @@ def fit_heads(answers: Sequence[Labeled], where: str) -> dict[str, Head]:
     return heads
 
 
-def cross_validated(answers: Sequence[Labeled], band: tuple[float, float]) -> dict[str, list[Verdict] | None]:
+def cross_validated(answers: Sequence[LabeledAnswer], band: tuple[float, float]) -> dict[str, list[Verdict] | None]:
     """Return verdicts on every answer by judges fitted without its prompt, by question; None where too few allow it.
 
     Args:
@@ -60,7 +60,7 @@ def cross_validated(answers: Sequence[Labeled], band: tuple[float, float]) -> di
 
 
 def card_of(
-    judge: LinearJudge, labeled: str, answers: Sequence[Labeled], quality: dict[str, list[Verdict] | None]
+    judge: LinearJudge, labeled: str, answers: Sequence[LabeledAnswer], quality: dict[str, list[Verdict] | None]
 ) -> dict[str, Any]:
     """Return what stands in a judge's card."""
     from bfpo.training.manifest import installed_version, versions
@@ -94,10 +94,10 @@ def card_file(judge: Path) -> Path:
     return judge.with_suffix(".card.json")
 
 
-def _told(name: str, answers: Sequence[Labeled]) -> list[Labeled]:
+def _told(name: str, answers: Sequence[LabeledAnswer]) -> list[LabeledAnswer]:
     return [one for one in answers if getattr(one, name) is not None]
 
 
-def _fit(name: str, told: Sequence[Labeled]) -> Head:
+def _fit(name: str, told: Sequence[LabeledAnswer]) -> Head:
     prompts = [one.completion.prompt[-1].content for one in told]
     return fit_head(name, prompts, [one.completion.text for one in told], [getattr(one, name) for one in told])

@@ -35,7 +35,7 @@ _PROBE = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Labeled:
+class LabeledPairs:
     """What became of a file's pairs.
 
     Args:
@@ -59,7 +59,7 @@ def label_pairs(
     labeling: LabelingFunction | None = None,
     beta: float = 0.01,
     estimate_only: bool = False,
-) -> Labeled | None:
+) -> LabeledPairs | None:
     """Label the pairs of a source into `out/pairs.jsonl` and `out/label.json`; resumable to the answer.
 
     Args:
@@ -125,7 +125,7 @@ def label_pairs(
     write_jsonl(out / "pairs.jsonl", (pair.to_row() for pair in labeled))
     write_json(out / "label.json", facts)
     _show(facts, table, beta, out)
-    return Labeled(labeled, left_out, facts)
+    return LabeledPairs(labeled, left_out, facts)
 
 
 def as_completion(pair: PreferencePair, side: int) -> Completion:

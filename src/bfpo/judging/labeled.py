@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from bfpo.config.recipes import Source
 from bfpo.core.pairs import as_messages
 from bfpo.core.samples import KINDS, Completion, Kind, prompt_id
-from bfpo.data.rows import Row, read_rows, refuse_half_characters
+from bfpo.data.rows import SourceRow, read_rows, refuse_half_characters
 from bfpo.errors import DataError
 
 _XSTEST = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusal": True}
 
 
 @dataclass(frozen=True, slots=True)
-class Labeled:
+class LabeledAnswer:
     """An answer with what people said of it; None where they said nothing.
 
     Args:
@@ -28,7 +28,7 @@ class Labeled:
     kind: Kind | None = None
 
 
-def read_labeled(path: str) -> list[Labeled]:
+def read_labeled(path: str) -> list[LabeledAnswer]:
     """Read labeled answers: columns `prompt`, `text` (or `completion`), `refusal`, `safe` or both; `model`, `kind`.
 
     XSTest's own columns are read too: `final_label` says whether it refuses, and a compliance with a `contrast_`
@@ -49,7 +49,7 @@ def read_labeled(path: str) -> list[Labeled]:
     return found
 
 
-def _labeled(row: Row, number: int) -> Labeled:
+def _labeled(row: SourceRow, number: int) -> LabeledAnswer:
     if "final_label" in row.values:
         word = row.text("final_label")
         if word not in _XSTEST:
@@ -72,4 +72,4 @@ def _labeled(row: Row, number: int) -> Labeled:
     # The file is the model's where it has one per model, as XSTest has.
     model = str(row.values.get("model") or row.where.rpartition(" row ")[0].rpartition("/")[2])
     completion = Completion(prompt_id(prompt), number, prompt, text, "stop", 0, 0, model, "labeled", "")
-    return Labeled(completion, refusal, safe, kind)
+    return LabeledAnswer(completion, refusal, safe, kind)

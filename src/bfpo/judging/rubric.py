@@ -58,7 +58,7 @@ _MARKERS = ('"unsafe":', '"better":')
 _OBJECT = re.compile(r"\{[^{}]*\}")
 
 
-class Comparison(NamedTuple):
+class RubricComparison(NamedTuple):
     """Which of two answers is more helpful.
 
     Args:
@@ -117,7 +117,7 @@ class RubricJudge:
                 reason=note,
             )
 
-    def compare(self, pairs: Sequence[tuple[Completion, Completion]]) -> list[Comparison]:
+    def compare(self, pairs: Sequence[tuple[Completion, Completion]]) -> list[RubricComparison]:
         """Say of each pair of answers to one prompt which is more helpful, asked in both orders.
 
         Raises:
@@ -131,15 +131,17 @@ class RubricJudge:
         for one, other in zip(said[::2], said[1::2], strict=True):
             first, second = one.first_is_better, other.first_is_better
             if first is None or second is None:
-                found.append(Comparison(None, one.reason or other.reason))
+                found.append(RubricComparison(None, one.reason or other.reason))
             # In the second order the first answer is the second one.
             elif first != 1 - second:
                 said_first, said_second = ("A" if x == 1 else "B" if x == 0 else "equal" for x in (first, second))
-                found.append(Comparison(None, f"the order decides: {said_first}, then {said_second} when turned"))
+                found.append(
+                    RubricComparison(None, f"the order decides: {said_first}, then {said_second} when turned")
+                )
             elif first == 0.5:
-                found.append(Comparison(None, "the judge finds them equal"))
+                found.append(RubricComparison(None, "the judge finds them equal"))
             else:
-                found.append(Comparison(0 if first else 1))
+                found.append(RubricComparison(0 if first else 1))
         return found
 
     def prefer(self, pairs: Sequence[tuple[Completion, Completion]]) -> Iterator[Preference]:

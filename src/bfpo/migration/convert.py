@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from bfpo.migration.draft import Draft, Fate, Line
+from bfpo.migration.draft import Draft, DraftLine, Fate
 from bfpo.migration.rules import LOSSES, NOT_NEEDED, PLACES, UNSUPPORTED
 from bfpo.migration.sources import put_sources
 from bfpo.migration.stacks import Kind, Stack
@@ -250,4 +250,4 @@ def _put_holdout(draft: Draft) -> None:
     if evaluates and not (draft.recipe.get("eval") or draft.recipe.get("holdout")):
         draft.put("holdout", HOLDOUT)
         why = "the recipe evaluates: a share of the prompts is held out"
-        draft.lines.append(Line("computed", "", HOLDOUT, "holdout", why))
+        draft.lines.append(DraftLine("computed", "", HOLDOUT, "holdout", why))

@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 Fate = Literal["renamed", "computed", "not needed", "unsupported"]
 
 
-class Line(NamedTuple):
+class DraftLine(NamedTuple):
     """What became of one key.
 
     Args:
@@ -33,7 +33,7 @@ class Draft:
     def __init__(self, content: dict[str, Any]) -> None:
         self.left = dict(content)
         self.recipe: dict[str, Any] = {}
-        self.lines: list[Line] = []
+        self.lines: list[DraftLine] = []
 
     def take(self, key: str) -> Any:
         """Return a key's value and take it off what is left; None if it isn't there."""
@@ -51,16 +51,16 @@ class Draft:
         """Move a key to another place, as it is."""
         value = self.take(key)
         self.put(place, value)
-        self.lines.append(Line("renamed", key, value, place, ""))
+        self.lines.append(DraftLine("renamed", key, value, place, ""))
 
     def compute(self, key: str, place: str, value: Any, why: str) -> None:
         """Write what follows from a key, or from its absence."""
         if key in self.left:
-            self.lines.append(Line("computed", key, self.take(key), place, why))
+            self.lines.append(DraftLine("computed", key, self.take(key), place, why))
         else:
-            self.lines.append(Line("computed", "", value, place, why))
+            self.lines.append(DraftLine("computed", "", value, place, why))
         self.put(place, value)
 
     def told(self, fate: Fate, key: str, place: str, why: str) -> None:
         """Say what became of a key without writing anything."""
-        self.lines.append(Line(fate, key, self.take(key), place, why))
+        self.lines.append(DraftLine(fate, key, self.take(key), place, why))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bfpo.migration.draft import Draft, Line
+from bfpo.migration.draft import Draft, DraftLine
 from bfpo.migration.rules import ADAPTERS, OFFICIAL_REVISIONS, OFFICIAL_SPLITS
 from bfpo.migration.stacks import Kind, Stack
 
@@ -24,7 +24,9 @@ def put_sources(draft: Draft, stack: Stack, kind: Kind) -> None:
         _assume_safe(draft)
     if "data" not in draft.recipe:
         draft.put("data", [{"path": "FILL-IN.jsonl"}])
-        draft.lines.append(Line("unsupported", "", "FILL-IN.jsonl", "data", "the file names no data; write a path"))
+        draft.lines.append(
+            DraftLine("unsupported", "", "FILL-IN.jsonl", "data", "the file names no data; write a path")
+        )
 
 
 def source(path: str, kind: Kind, **options: Any) -> Source:
@@ -95,11 +97,11 @@ def _put_mixture(draft: Draft, kind: Kind) -> None:
     if isinstance(size, float) and 0 < size < 1:
         draft.put("holdout", size)
         draft.lines.append(
-            Line("computed", "dataset_mixture.test_split_size", size, "holdout", "a share of the prompts")
+            DraftLine("computed", "dataset_mixture.test_split_size", size, "holdout", "a share of the prompts")
         )
     elif size:
         why = "a count there, a share of the prompts here: set holdout yourself"
-        draft.lines.append(Line("unsupported", "dataset_mixture.test_split_size", size, "holdout", why))
+        draft.lines.append(DraftLine("unsupported", "dataset_mixture.test_split_size", size, "holdout", why))
 
 
 def _put_trl(draft: Draft, kind: Kind) -> None:
@@ -168,7 +170,7 @@ def _assume_safe(draft: Draft) -> None:
         one["assume_safe"] = True
     if unlabeled:
         why = "the loss reads no safety labels; before you choose bfpo, label the pairs and take this out"
-        draft.lines.append(Line("computed", "", True, "data.assume_safe", why))
+        draft.lines.append(DraftLine("computed", "", True, "data.assume_safe", why))
 
 
 def _evaluates(draft: Draft) -> bool:

@@ -47,7 +47,7 @@ class UnknownFeature(ModelError):
     """The model's attention does something that a packed row doesn't know."""
 
 
-class Run(NamedTuple):
+class Segment(NamedTuple):
     """Neighboring tokens of a packed row that attend in one call.
 
     Args:
@@ -70,7 +70,7 @@ class SpanMasks:
             the key (column); None for plain causal attention. Or a `BlockMask` for the whole row.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[Segment, ...]
     masks: dict[Window, list[Tensor | None] | BlockMask]
 
 
@@ -96,7 +96,7 @@ def attention_inputs(layout: Layout, config: PretrainedConfig) -> dict[str, Any]
     elif device.type == "cpu":
         spans = span_masks(layout.spans, windows, device)
     else:
-        whole = (Run(layout.num_tokens),)
+        whole = (Segment(layout.num_tokens),)
         spans = SpanMasks(whole, {window: [dense_mask(layout.spans, window, device)] for window in windows})
     # A 4-D mask is handed down as it is. This one is empty: any other attention function fails on it, where with the
     # right shape it would be silently wrong.
@@ -179,11 +179,11 @@ def _masks_of_runs(span: Span, window: Window, device: torch.device) -> tuple[Te
 _small_masks = lru_cache(maxsize=1024)(_masks_of_runs)
 
 
-def _runs(span: Span) -> list[Run]:
+def _runs(span: Span) -> list[Segment]:
     if span.size < SPLIT:
-        return [Run(span.size)]
+        return [Segment(span.size)]
     first, *others = span.branches
-    return [Run(span.prompt + first), *(Run(size, span.prompt) for size in others if size > 0)]
+    return [Segment(span.prompt + first), *(Segment(size, span.prompt) for size in others if size > 0)]
 
 
 def block_mask(spans: Sequence[Span], window: Window, device: torch.device) -> BlockMask:
@@ -278,7 +278,7 @@ def _attend_run_by_run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    runs: Sequence[Run],
+    runs: Sequence[Segment],
     masks: Sequence[Tensor | None],
     scaling: float | None,
     softcap: float | None,

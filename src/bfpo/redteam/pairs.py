@@ -9,7 +9,7 @@ from bfpo.core.pairs import CELLS, Cell, PairSignals, PreferencePair, Provenance
 from bfpo.core.samples import Completion, Verdict
 
 
-class Judged(NamedTuple):
+class ScoredSample(NamedTuple):
     """An answer with what is known of it.
 
     Args:
@@ -34,7 +34,7 @@ def fallback_helpfulness(completion: Completion, verdict: Verdict) -> tuple[floa
 
 
 def make_pairs(
-    answers: Sequence[Judged], *, per_prompt: int, quota: Mapping[Cell, int], dataset_name: str
+    answers: Sequence[ScoredSample], *, per_prompt: int, quota: Mapping[Cell, int], dataset_name: str
 ) -> tuple[list[PreferencePair], Counter[str]]:
     """Return the pairs kept, and what was left out, by reason.
 
@@ -48,7 +48,7 @@ def make_pairs(
         dataset_name: Provenance of the pairs.
     """
     left_out: Counter[str] = Counter()
-    by_prompt: dict[str, dict[str, Judged]] = defaultdict(dict)
+    by_prompt: dict[str, dict[str, ScoredSample]] = defaultdict(dict)
     for one in answers:
         reason = (
             "answer undecided" if one.verdict.safe is None
@@ -82,8 +82,8 @@ def make_pairs(
     return kept, left_out
 
 
-def _best_of_each_cell(several: Sequence[Judged]) -> dict[Cell, tuple[Judged, Judged]]:
-    best: dict[Cell, tuple[Judged, Judged]] = {}
+def _best_of_each_cell(several: Sequence[ScoredSample]) -> dict[Cell, tuple[ScoredSample, ScoredSample]]:
+    best: dict[Cell, tuple[ScoredSample, ScoredSample]] = {}
     gaps: dict[Cell, tuple[float, ...]] = {}
     for one, other in combinations(several, 2):
         if one.helpfulness == other.helpfulness or one.helpfulness is None or other.helpfulness is None:
@@ -98,7 +98,7 @@ def _best_of_each_cell(several: Sequence[Judged]) -> dict[Cell, tuple[Judged, Ju
     return best
 
 
-def _pair(better: Judged, worse: Judged, dataset_name: str) -> PreferencePair:
+def _pair(better: ScoredSample, worse: ScoredSample, dataset_name: str) -> PreferencePair:
     scores = better.verdict.p_safe, worse.verdict.p_safe
     signals = PairSignals() if None in scores else PairSignals(*scores)
     verdict = better.verdict

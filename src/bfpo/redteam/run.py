@@ -18,7 +18,7 @@ from bfpo.data.stages import generate_most, judge_completions, show_faults, show
 from bfpo.errors import DataError, RecipeError
 from bfpo.judging.open import open_judge
 from bfpo.redteam.cost import Meter
-from bfpo.redteam.pairs import Judged, fallback_helpfulness, make_pairs
+from bfpo.redteam.pairs import ScoredSample, fallback_helpfulness, make_pairs
 from bfpo.redteam.recipe import RedteamModel, RedteamRecipe
 
 # In the manner of AlignCoT (arXiv 2405.00557): question analysis, answer guidance, safe answer. The words are ours.
@@ -203,15 +203,15 @@ def _guided(
 
 def _rated(
     rater: Judge | None, answered: Sequence[Completion], verdicts: Sequence[Verdict], out: Path
-) -> list[Judged]:
+) -> list[ScoredSample]:
     pairs = zip(answered, verdicts, strict=True)
     if rater is None:
-        return [Judged(one, verdict, fallback_helpfulness(one, verdict)) for one, verdict in pairs]
+        return [ScoredSample(one, verdict, fallback_helpfulness(one, verdict)) for one, verdict in pairs]
     rates = judge_completions(rater, answered, out / "helpfulness.jsonl")
     if all(rate.helpfulness is None for rate in rates):
         raise RecipeError(f"helpfulness: {rater.name} doesn't rate helpfulness; name another judge, or fallback")
     return [
-        Judged(one, verdict, None if rate.helpfulness is None else (rate.helpfulness,))
+        ScoredSample(one, verdict, None if rate.helpfulness is None else (rate.helpfulness,))
         for (one, verdict), rate in zip(pairs, rates, strict=True)
     ]
 

@@ -58,7 +58,7 @@ class Heat(NamedTuple):
     prompts: int
 
 
-class Agreement(NamedTuple):
+class AgreementRow(NamedTuple):
     """How far two judges agree on a question about a run's answers, as texts."""
 
     run: str
@@ -136,7 +136,7 @@ def heat_map(runs: Sequence[Run]) -> list[Heat]:
     return found
 
 
-def agreements(runs: Sequence[Run]) -> list[Agreement]:
+def agreements(runs: Sequence[Run]) -> list[AgreementRow]:
     """Return how far the judges of each run agree."""
     found = []
     for run in runs:
@@ -144,7 +144,7 @@ def agreements(runs: Sequence[Run]) -> list[Agreement]:
             kappa = f"{number(one['kappa'])} {interval(one['low'], one['high'])}".strip()
             share = MISSING if one["share"] is None else f"{one['share']:.0%}"
             pair = " and ".join(one["judges"])
-            found.append(Agreement(run.name, pair, one["question"], f"{one['n']:,}", share, kappa))
+            found.append(AgreementRow(run.name, pair, one["question"], f"{one['n']:,}", share, kappa))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from bfpo.evaluation.comparisons import AxisResult
 from bfpo.evaluation.dominance import PooledScores, pair_verdicts
 from bfpo.report.run_files import Run
-from bfpo.report.tables import Difference
+from bfpo.report.tables import DifferenceCell
 from bfpo.report.words import TASKS, interval, measure, signed
 
 
@@ -21,7 +21,7 @@ class AxisText(NamedTuple):
     """
 
     what: str
-    difference: Difference
+    difference: DifferenceCell
     p_value: str
 
 
@@ -89,7 +89,7 @@ def _names(pair: tuple[PooledScores, PooledScores]) -> str:
 
 def _axis(axis: AxisResult) -> AxisText:
     what = f"{measure(axis.metric).label.lower()} on {axis.n:,} {TASKS.get(axis.task, axis.task)}"
-    difference = Difference(signed(axis.difference), interval(axis.low, axis.high, of=signed), axis.verdict)
+    difference = DifferenceCell(signed(axis.difference), interval(axis.low, axis.high, of=signed), axis.verdict)
     # On one line: a sign and a number apart would be read wrongly.
     p_value = f"p = {axis.p_adjusted:.3f}" if axis.p_adjusted >= 0.001 else "p < 0.001"
     return AxisText(what, difference, p_value.replace(" ", "\u00a0"))

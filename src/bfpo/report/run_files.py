@@ -13,8 +13,8 @@ from bfpo.data.rows import read_rows
 from bfpo.data.stages import read_completions, read_prompt_file, read_verdicts
 from bfpo.errors import DataError
 from bfpo.evaluation.dominance import PooledScores, pooled
-from bfpo.evaluation.results import FILE_NAME, Comparison, MetricResult, Results, read_results
-from bfpo.evaluation.scoring import Judged, measure
+from bfpo.evaluation.results import FILE_NAME, MetricComparison, MetricResult, Results, read_results
+from bfpo.evaluation.scoring import JudgedCompletion, measure
 
 FIRST_SAMPLE = 0
 
@@ -62,7 +62,7 @@ class Run:
         every = self.results.metrics
         return next((one for one in every if (one.suite, one.task, one.metric, one.category) == wanted), None)
 
-    def versus(self, base: "Run", key: tuple[str, str, str]) -> Comparison | None:
+    def versus(self, base: "Run", key: tuple[str, str, str]) -> MetricComparison | None:
         """Return the comparison of a metric with another run's; None when there is none."""
         wanted = *key, None
         for one in self.results.comparisons:
@@ -112,7 +112,7 @@ def _results(folder: Path) -> Results:
     return results
 
 
-def _check_row(path: Path, of: MetricResult | Comparison, numbers: Sequence[float]) -> None:
+def _check_row(path: Path, of: MetricResult | MetricComparison, numbers: Sequence[float]) -> None:
     for value in numbers:
         if not math.isfinite(value):
             raise DataError(
@@ -176,13 +176,13 @@ def _answers(folder: Path, run: str) -> tuple[dict[str, Prompt], dict[str, Answe
         answers[completion.prompt_id] = Answer(completion, about)
     measurements = []
     for judge, said in by_judge.items():
-        judged = [Judged(one, said[one.key]) for one in completions if one.key in said]
+        judged = [JudgedCompletion(one, said[one.key]) for one in completions if one.key in said]
         if len(judged) == len(completions) and all(_is_about(one) for one in judged):
             measurements.append(pooled(run, judge, measure(prompts.values(), judged)))
     return prompts, answers, measurements
 
 
-def _is_about(judged: Judged) -> bool:
+def _is_about(judged: JudgedCompletion) -> bool:
     return judged.verdict.text_hash == judged.completion.text_hash
 
 

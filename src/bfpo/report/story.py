@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bfpo.evaluation.results import Comparison
+from bfpo.evaluation.results import MetricComparison
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Key, Value, keys, value
 from bfpo.report.words import TASKS, measure, number
@@ -106,7 +106,7 @@ def _sentence(run: Run, base: Run | None, key: Key) -> Sentence | None:
     return Sentence(subject, verb, value(before), value(after), verdict)
 
 
-def _phrase(run: Run, base: Run, found: Comparison) -> str:
+def _phrase(run: Run, base: Run, found: MetricComparison) -> str:
     key = (found.suite, found.task, found.metric)
     after, before = run.metric(key), base.metric(key)
     label = measure(found.metric).label
@@ -115,7 +115,7 @@ def _phrase(run: Run, base: Run, found: Comparison) -> str:
     return f"{label}{on} ({number(before.value if before else None)}{ARROW}{number(after.value if after else None)})"
 
 
-def _headline(run: Run, base: Run, compared: Sequence[Comparison]) -> str:
+def _headline(run: Run, base: Run, compared: Sequence[MetricComparison]) -> str:
     verdicts = {(found.task, found.metric): found.verdict for found in compared}
     safety, helpfulness = verdicts.get(SAFETY), verdicts.get(HELPFULNESS)
     if safety is None or helpfulness is None:

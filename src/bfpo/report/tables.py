@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from bfpo.evaluation.results import CORRECTED, METRIC_COLUMNS, Comparison, MetricResult
+from bfpo.evaluation.results import CORRECTED, METRIC_COLUMNS, MetricComparison, MetricResult
 from bfpo.report.curves import strip
 from bfpo.report.run_files import Run
 from bfpo.report.words import DASH, TASK_HINTS, TASKS, interval, measure, number, signed
@@ -30,7 +30,7 @@ class Value(NamedTuple):
     undecided: str
 
 
-class Difference(NamedTuple):
+class DifferenceCell(NamedTuple):
     """A number of a run minus the base's.
 
     Args:
@@ -44,7 +44,7 @@ class Difference(NamedTuple):
     verdict: str
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A metric.
 
     Args:
@@ -62,7 +62,7 @@ class Row(NamedTuple):
     better: str
     values: list[Value]
     strip: Markup | None
-    differences: list[Difference]
+    differences: list[DifferenceCell]
     prompts: str
 
 
@@ -77,7 +77,7 @@ class Group(NamedTuple):
 
     label: str
     hint: str
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 def keys(runs: Sequence[Run]) -> list[Key]:
@@ -113,13 +113,13 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     return found
 
 
-def _row(runs: Sequence[Run], key: Key, name: str) -> Row:
+def _row(runs: Sequence[Run], key: Key, name: str) -> TableRow:
     metrics = [run.metric(key) for run in runs]
     called = measure(key[2])
     first = next(one for one in metrics if one is not None)
     counts = sorted({one.n for one in metrics if one is not None})
     better = {True: "higher is better", False: "lower is better", None: ""}[first.higher_is_better]
-    return Row(
+    return TableRow(
         called.label,
         called.hint,
         better,
@@ -140,10 +140,10 @@ def value(metric: MetricResult | None) -> Value:
     return Value(number(metric.value), interval(metric.low, metric.high), undecided)
 
 
-def _difference(found: Comparison | None) -> Difference:
+def _difference(found: MetricComparison | None) -> DifferenceCell:
     if found is None:
-        return Difference(number(None), "", "")
-    return Difference(signed(found.difference), interval(found.low, found.high, of=signed), found.verdict or "")
+        return DifferenceCell(number(None), "", "")
+    return DifferenceCell(signed(found.difference), interval(found.low, found.high, of=signed), found.verdict or "")
 
 
 def metrics_csv(runs: Iterable[Run]) -> str:
@@ -155,7 +155,7 @@ def metrics_csv(runs: Iterable[Run]) -> str:
 def comparisons_csv(runs: Iterable[Run]) -> str:
     """Return every comparison of every run, unrounded, as CSV."""
     rows = [[run.name, *asdict(one).values()] for run in runs for one in run.results.comparisons]
-    return _csv(("run", *(column.name for column in fields(Comparison))), rows)
+    return _csv(("run", *(column.name for column in fields(MetricComparison))), rows)
 
 
 def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class JudgeAgreement:
     """A judge against people on one yes-or-no question.
 
     Args:
@@ -58,7 +58,7 @@ class Agreement:
 
 def agreement(
     people: Sequence[bool], judge: Sequence[bool | None], p_yes: Sequence[float | None], prompts: Sequence[str]
-) -> Agreement:
+) -> JudgeAgreement:
     """Compare a judge with people.
 
     Args:
@@ -80,7 +80,7 @@ def agreement(
     once = len(set(asked)) == len(asked)
     recall_yes = _recall(said[y], _where(asked, y), once=once)
     recall_no = _recall(~said[~y], _where(asked, ~y), once=once)
-    return Agreement(
+    return JudgeAgreement(
         n=len(people),
         undecided=len(people) - len(kept),
         counts={"true_yes": hit, "false_no": miss, "false_yes": alarm, "true_no": rest},

@@ -17,7 +17,7 @@ from bfpo.core.pairs import PreferencePair
 from bfpo.data.adapters import pairs as read_pair
 from bfpo.data.load import SourceReport
 from bfpo.data.prepare import require_labels
-from bfpo.data.rows import Row
+from bfpo.data.rows import SourceRow
 from bfpo.data.table import PairTable, pair_table
 from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import DataError, TrainingError
@@ -281,7 +281,7 @@ class BFPOTrainer(StreamTrainer):
 def as_pairs(items: Pairs) -> list[PreferencePair]:
     """Return preference pairs from pairs or from rows with the columns of a pair file."""
     return [
-        item if isinstance(item, PreferencePair) else read_pair(Row(item, f"row {number}"))
+        item if isinstance(item, PreferencePair) else read_pair(SourceRow(item, f"row {number}"))
         for number, item in enumerate(items, start=1)
     ]
 

@@ -21,7 +21,7 @@ from bfpo.evaluation.lm_eval.tasks import (
     rows_of,
 )
 from bfpo.evaluation.recipe import EvalModel, EvalRecipe
-from bfpo.evaluation.results import Comparison, MetricResult, Results
+from bfpo.evaluation.results import MetricComparison, MetricResult, Results
 from bfpo.evaluation.scoring import MetricSpec, PromptScores, to_metrics
 from bfpo.evaluation.suite import EvalData, Suite, lm_eval_name, lm_eval_tasks
 
@@ -246,7 +246,7 @@ def _measured(task: str, number: Number) -> PromptScores:
 
 def compare_capabilities(
     wanted: Sequence[Capability], found: Sequence[Found], folder: Path, base: Results
-) -> tuple[list[Comparison], list[str]]:
+) -> tuple[list[MetricComparison], list[str]]:
     """Compare tasks with a base's, row by row: what alignment cost.
 
     Args:
@@ -258,7 +258,7 @@ def compare_capabilities(
     Returns:
         The comparisons, and what a reader must know of them.
     """
-    comparisons, told = list[Comparison](), []
+    comparisons, told = list[MetricComparison](), []
     theirs = {facts["name"]: facts for facts in base.data if "kept_in" in facts}
     for one, result in zip(wanted, found, strict=True):
         facts = theirs.get(one.where)

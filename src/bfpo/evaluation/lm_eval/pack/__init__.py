@@ -11,7 +11,7 @@ from typing import Any
 
 from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion, Judge
-from bfpo.evaluation.scoring import MEASURES, Judged
+from bfpo.evaluation.scoring import MEASURES, JudgedCompletion
 from bfpo.evaluation.suite import EvalData, load_suite, read_tasks
 from bfpo.judging.open import open_judge
 
@@ -75,7 +75,7 @@ def measured(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]
     )
     (verdict,) = _judge(doc["judge"]).judge([completion])
     for measure in MEASURES[doc["kind"]]:
-        value = measure.of(Judged(completion, verdict)) if measure.needs_judge else None
+        value = measure.of(JudgedCompletion(completion, verdict)) if measure.needs_judge else None
         if value is not None:
             found[measure.name] = value
     return found
