@@ -10,6 +10,7 @@ import yaml
 from bfpo.core.samples import Verdict
 from bfpo.evaluation import pipeline as module
 from bfpo.generation.scripted import ScriptedEngine
+from bfpo.judging.spec import FINDINGS, JUDGES, JudgeKind
 
 CATEGORIES = ("locks", "ledgers")
 SUITE = {
@@ -51,13 +52,31 @@ class Counting(ScriptedEngine):
             yield batch
 
 
-REAL = module.open_engine
+class Judges(dict):
+    """Judges by spec; each spec is a kind of its own while the test runs."""
+
+    def __init__(self, monkeypatch, *, compares=None, **judges) -> None:
+        self._monkeypatch, self._kind = monkeypatch, JudgeKind(FINDINGS, needs_path=False, compares=compares)
+        super().__init__()
+        for spec, judge in judges.items():
+            self[spec] = judge
+
+    def __setitem__(self, spec, judge) -> None:
+        if ":" not in spec:
+            self._monkeypatch.setitem(JUDGES, spec, self._kind)
+        super().__setitem__(spec, judge)
+
+    def open(self, spec, **_):
+        return self[getattr(spec, "text", spec)]
+
+
+REAL = module.engine_of
 
 
 @pytest.fixture
 def real_engine(toy, monkeypatch):
     """Open what the recipe says, not the script."""
-    monkeypatch.setattr(module, "open_engine", REAL)
+    monkeypatch.setattr(module, "engine_of", REAL)
 
 
 @pytest.fixture
@@ -79,13 +98,14 @@ def toy(tmp_path, monkeypatch) -> SimpleNamespace:
         "careful": Counting(lambda prompt, sample: "no" if number(prompt) < 100 else "yes", name="careful"),
         "careless": Counting(lambda prompt, sample: "no" if number(prompt) % 4 == 0 else "yes gun", name="careless"),
     }
-    judges = {
-        "one": Scripted("one", "gun"),
-        "two": Scripted("two", "yes"),
-        "same": Scripted("one", "gun", revision="22222222"),
-    }
-    monkeypatch.setattr(module, "open_engine", lambda recipe: engines[recipe.model.path])
-    monkeypatch.setattr(module, "open_judge", lambda spec: judges[spec])
+    judges = Judges(
+        monkeypatch,
+        one=Scripted("one", "gun"),
+        two=Scripted("two", "yes"),
+        same=Scripted("one", "gun", revision="22222222"),
+    )
+    monkeypatch.setattr(module, "engine_of", lambda recipe: engines[recipe.model.path])
+    monkeypatch.setattr(module, "open_judge", judges.open)
 
     def recipe(model: str = "careful", **changes) -> dict:
         plain = {"out": f"out/{model}", "model": {"path": model}, "suites": ["toy.yaml"], "judges": ["one", "two"]}

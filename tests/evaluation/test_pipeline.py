@@ -177,7 +177,7 @@ def test_a_single_judge_and_a_suite_that_needs_more_are_warned_of(toy):
     )
     told = "\n".join(evaluate(toy.recipe(judges=["one"], suites=["needs.yaml"], leave_out=["fine"])).warnings)
     for part in (
-        "One judge alone",
+        "One judge only",
         "by harmbench; no judge is",
         "Read with care",
         "top_p 1; the",

@@ -20,6 +20,8 @@ from bfpo.report.lengths import lengths
 from bfpo.report.run_files import read_runs
 from bfpo.stats.length_control import win_rate
 
+from .conftest import Judges
+
 SUITE = {
     "title": "Beside given outputs",
     "judges": ["helpfulness"],
@@ -78,10 +80,10 @@ def toy(tmp_path, monkeypatch):
         number = int(prompt.prompt[-1].content.split()[-1])
         return "?" * 30 if number == 11 else "a" * (18 + 2 * number)
 
-    judges = {"rates": Rates(), "sees": Sees()}
-    monkeypatch.setattr(module, "open_engine", lambda recipe: ScriptedEngine(answer, name="scripted"))
-    monkeypatch.setattr(plan, "open_engine", lambda recipe: ScriptedEngine(answer, name="scripted"))
-    monkeypatch.setattr(module, "open_judge", lambda spec: judges[spec])
+    judges = Judges(monkeypatch, compares="rating", rates=Rates(), sees=Sees())
+    monkeypatch.setattr(module, "engine_of", lambda recipe: ScriptedEngine(answer, name="scripted"))
+    monkeypatch.setattr(plan, "engine_of", lambda recipe: ScriptedEngine(answer, name="scripted"))
+    monkeypatch.setattr(module, "open_judge", judges.open)
     return judges
 
 
@@ -149,7 +151,7 @@ def test_the_files_are_alpaca_eval_s(toy):
 def test_two_runs_compare_prompt_by_prompt_only_beside_the_same_outputs(toy, monkeypatch):
     run_eval(recipe())
     better = ScriptedEngine(lambda prompt, sample: "b" * 60, name="better")
-    monkeypatch.setattr(module, "open_engine", lambda recipe: better)
+    monkeypatch.setattr(module, "engine_of", lambda recipe: better)
     results = run_eval(recipe(out="out/b", base="out/a"))
     compared = {(one.metric, one.judge): one for one in results.comparisons}
     assert compared["win_rate", "sees"].difference == pytest.approx(1 - (3 * 0.5 + 8) / 11)
@@ -182,7 +184,9 @@ def test_gates_and_the_dry_run_know_of_it(toy, capsys):
 
 
 def test_what_cannot_be_compared_is_told_first(toy, monkeypatch):
-    with pytest.raises(RecipeError, match=r"none of linear:j\.npz compares answers.*rubric, reward"):
+    with pytest.raises(
+        RecipeError, match=r"none of linear:j\.npz compares answers.*oracle, rubric, beaver-reward, reward"
+    ):
         run_eval(recipe(judges=["linear:j.npz"]))
     rows = json.loads(Path("outputs.json").read_text())
     for change, message in (

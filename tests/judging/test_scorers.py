@@ -17,9 +17,10 @@ from transformers import (
 from bfpo.config.recipes import ModelSection
 from bfpo.core.pairs import Message
 from bfpo.errors import ModelError, RecipeError
-from bfpo.judging.open import KINDS, open_judge
+from bfpo.judging.open import open_judge
 from bfpo.judging.open_models import MODEL_KINDS, open_guard
 from bfpo.judging.scorers import BeaverModel, ScoreJudge, load_scorer
+from bfpo.judging.spec import JUDGES
 
 from .stand_ins import completion, stand_in_tokenizer
 
@@ -226,7 +227,7 @@ def test_batches_keep_their_bound(tokenizer):
 
 
 def test_specs_name_every_kind():
-    assert set(KINDS) == {"linear", "oracle", "people", "rubric", *MODEL_KINDS}
+    assert set(JUDGES) == {"linear", "oracle", "people", "rubric", *MODEL_KINDS}
     for spec, message in (("reward", "expected reward:PATH"), ("rewards:x", "did you mean 'reward'")):
         with pytest.raises(RecipeError, match=message):
             open_judge(spec)

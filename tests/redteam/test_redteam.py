@@ -80,8 +80,8 @@ def recipe(tmp_path, monkeypatch):
         engines.append(ScriptedEngine(answer, name=model.path))
         return engines[-1]
 
-    monkeypatch.setattr(module, "_engine", engine)
-    monkeypatch.setattr(module, "open_judge", lambda spec: Words())
+    monkeypatch.setattr(module, "open_engine", engine)
+    monkeypatch.setattr(module, "open_judge", lambda spec, **_: Words())
     return RedteamRecipe.model_validate(
         {
             "out": str(tmp_path / "out"),
@@ -90,7 +90,7 @@ def recipe(tmp_path, monkeypatch):
                 {"name": "file", "path": str(tmp_path / "bad.txt"), "kind": "harmful"},
                 {"name": "file", "path": str(tmp_path / "good.txt"), "kind": "benign", "license": "CC0"},
             ],
-            "judge": "words",
+            "judge": "words:Words",
             "samples": 3,
         }
     )
@@ -134,8 +134,8 @@ class Short(ScriptedEngine):
 
 
 def test_prompts_that_are_too_long_are_left_out_and_told(recipe, tmp_path, monkeypatch, capsys):
-    answer = module._engine(recipe.model, None)._answer
-    monkeypatch.setattr(module, "_engine", lambda model, sampling: Short(answer))
+    answer = module.open_engine(recipe.model, None)._answer
+    monkeypatch.setattr(module, "open_engine", lambda model, sampling: Short(answer))
     with pytest.raises(Unanswered, match="3 of 9 completions were not had: 3 of prompt too long"):
         run_redteam(recipe)
     (file,) = run_redteam(recipe.model_copy(update={"out": str(tmp_path / "b"), "max_unanswered": 0.4}))
@@ -157,7 +157,7 @@ def test_a_judge_that_never_decides_makes_no_pairs(recipe, tmp_path, monkeypatch
         def judge(self, completions):
             return [Verdict.on(one, self, safe=None, reason="can't tell", helpfulness=0.5) for one in completions]
 
-    monkeypatch.setattr(module, "open_judge", lambda spec: Never())
+    monkeypatch.setattr(module, "open_judge", lambda spec, **_: Never())
     with pytest.raises(DataError, match=r"no pair could be made: \{'answer undecided': 9\}"):
         run_redteam(recipe)
     assert len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()) == 9, "what there is stays usable"
@@ -165,7 +165,7 @@ def test_a_judge_that_never_decides_makes_no_pairs(recipe, tmp_path, monkeypatch
 
 def test_rounds_ask_the_model_that_the_last_one_trained(recipe, tmp_path, monkeypatch):
     trained, asked = [], []
-    engine = module._engine
+    engine = module.open_engine
 
     def train(recipe):
         trained.append(recipe)
@@ -176,7 +176,7 @@ def test_rounds_ask_the_model_that_the_last_one_trained(recipe, tmp_path, monkey
         return engine(model, sampling)
 
     monkeypatch.setattr("bfpo.training.run.run_training", train)
-    monkeypatch.setattr(module, "_engine", ask)
+    monkeypatch.setattr(module, "open_engine", ask)
     for section, message in (
         ({"los": {"name": "bfpo"}}, "los: unknown key; did you mean 'loss'"),
         ({"loss": {"name": "bfop"}}, "did you mean 'bfpo'"),

@@ -45,8 +45,8 @@ def run(tmp_path, monkeypatch):
                 {"name": "file", "path": str(tmp_path / f"{kind}.txt"), "kind": kind}
                 for kind in ("harmful", "benign")
             ],
-            "judge": "words",
-            "helpfulness": "words",
+            "judge": "words:Words",
+            "helpfulness": "words:Words",
             "samples": 3,
             "guide": False,
         }

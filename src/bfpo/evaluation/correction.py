@@ -14,6 +14,7 @@ from bfpo.errors import DataError
 from bfpo.evaluation.results import CORRECTED, MetricResult
 from bfpo.judging.fit import card_file
 from bfpo.judging.labeled import LabeledAnswer, read_labeled
+from bfpo.judging.spec import JudgeSpec, parse_judge
 from bfpo.stats.judge_error import JudgeErrors, corrected_rate, fits, judge_errors, tells_apart
 
 # Rate → what people must have said for it to be corrected.
@@ -191,10 +192,10 @@ def remarks(
             for metric in metrics
             if metric.judge == one.judge and metric.task in KINDS and not _fits(metric, one.errors)
         ]
-    for spec in specs:
+    for spec in map(parse_judge, specs):
         if fitted := _fitted_on(spec) & set(calibration.hashes):
             told.append(
-                f"{spec.partition(':')[0]} was fitted on the very answers that it is calibrated on "
+                f"{', '.join(sorted(spec.kinds))} was fitted on the very answers that it is calibrated on "
                 f"({', '.join(sorted(fitted))}): it errs less on these than on others, and is corrected too little."
             )
     return told
@@ -205,15 +206,17 @@ def _fits(metric: MetricResult, errors: Mapping[str, JudgeErrors]) -> bool:
     return of is None or metric.value is None or metric.category is not None or fits(metric.value, metric.n, of)
 
 
-def _fitted_on(spec: str) -> set[str]:
-    """Return the hashes of the files that a judge was fitted on, as its card tells; none where there is no card."""
-    kind, _, path = spec.partition(":")
-    if kind != "linear" or not (card := card_file(Path(path))).is_file():
-        return set()
-    try:
-        return set(json.loads(card.read_text(encoding="utf-8"))["fitted_on"]["files"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{card}: not the card that `bfpo judge fit` writes; fit the judge again") from None
+def _fitted_on(spec: JudgeSpec) -> set[str]:
+    """Return the hashes of the files that linear judges of a spec were fitted on; empty if they have no card."""
+    hashes: set[str] = set()
+    for part in spec.parts:
+        if part.kind != "linear" or not (card := card_file(Path(part.path))).is_file():
+            continue
+        try:
+            hashes |= set(json.loads(card.read_text(encoding="utf-8"))["fitted_on"]["files"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{card}: not the card that `bfpo judge fit` writes; fit the judge again") from None
+    return hashes
 
 
 def _hashes(path: str) -> list[str]:

@@ -32,8 +32,10 @@ from bfpo.evaluation.show import show_evaluation
 from bfpo.evaluation.suite import Suite, Task, load_suite, read_tasks, with_prompts_of
 from bfpo.evaluation.warnings import warnings_of
 from bfpo.evaluation.win_rates import check_judges, compare, export, length_controlled, references_of
+from bfpo.generation.open import open_engine
 from bfpo.judging.open import open_judge
 from bfpo.judging.people import PeopleJudge
+from bfpo.judging.spec import JudgeSpec
 
 SERVER_POLICY = "the server's own chat template"
 LM_EVAL_POLICY = "as data says of each task"
@@ -141,24 +143,17 @@ def model_name(recipe: EvalRecipe) -> str:
     return str(recipe.completions)
 
 
-def open_engine(recipe: EvalRecipe) -> Engine:
+def engine_of(recipe: EvalRecipe) -> Engine:
     """Return what answers."""
-    model, sampling = recipe.model, recipe.sampling.settings
-    if model is None:
+    if recipe.model is None:
         from bfpo.generation.saved import SavedEngine
 
         return SavedEngine(str(recipe.completions), run_name(recipe))
-    if model.server is not None:
-        from bfpo.generation.openai_server import ServerEngine, ServerOptions
-
-        return ServerEngine(ServerOptions(model.server, model.path, model.concurrency), sampling)
-    from bfpo.generation.in_process import load_engine
-
-    return load_engine(model.path, sampling, dtype=model.dtype, revision=model.revision)
+    return open_engine(recipe.model, recipe.sampling.settings)
 
 
 def _answers(recipe: EvalRecipe, prompts: Sequence[Prompt], out: Path) -> tuple[list[Completion], list[str]]:
-    engine, path, samples = open_engine(recipe), out / "completions.jsonl", recipe.sampling.samples
+    engine, path, samples = engine_of(recipe), out / "completions.jsonl", recipe.sampling.samples
     remarks = []
     try:
         found = generate_completions(engine, prompts, path, samples=samples)
@@ -177,9 +172,9 @@ def _answers(recipe: EvalRecipe, prompts: Sequence[Prompt], out: Path) -> tuple[
     return found, remarks
 
 
-def judge_of(recipe: EvalRecipe, spec: str) -> Judge:
+def judge_of(recipe: EvalRecipe, spec: str | JudgeSpec) -> Judge:
     """Return the judge of a spec, at the recipe's threshold if it has one."""
-    return open_judge(spec) if recipe.threshold is None else open_judge(spec, threshold=recipe.threshold)
+    return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server)
 
 
 def judge_all(

@@ -10,10 +10,10 @@ from bfpo.core.samples import Completion, Prompt
 from bfpo.core.terminal import say, show_table
 from bfpo.evaluation.correction import read_calibration
 from bfpo.evaluation.lm_eval.suite import capabilities_of, count_rows
-from bfpo.evaluation.pipeline import judge_of, open_engine, questions, read_questions, release, verdicts_file
+from bfpo.evaluation.pipeline import engine_of, judge_of, questions, read_questions, release, verdicts_file
 from bfpo.evaluation.recipe import EvalRecipe, Price
-from bfpo.evaluation.win_rates import COMPARING, check_judges, references_of
-from bfpo.judging.open_models import MODEL_KINDS
+from bfpo.evaluation.win_rates import check_judges, references_of
+from bfpo.judging.spec import JudgePart, JudgeSpec, parse_judge
 
 # Prompts that a model in this process answers, and its judges read, to tell how long all would take.
 _PROBE = 8
@@ -31,7 +31,7 @@ class Stage(NamedTuple):
         read: Tokens of what isn't there, read.
         written: And written, at most.
         seconds: How long that takes; None where it can't be told.
-        price: What tokens cost; None where nobody said.
+        cost: Maximum cost of what is missing; None without a price.
     """
 
     what: str
@@ -40,13 +40,7 @@ class Stage(NamedTuple):
     read: int
     written: int
     seconds: float | None
-    price: Price | None
-
-    @property
-    def cost(self) -> float | None:
-        """What is still to be made costs, at most."""
-        price = self.price
-        return None if price is None else (self.read * price.prompt + self.written * price.completion) / 1e6
+    cost: float | None = None
 
 
 def show_plan(recipe: EvalRecipe) -> list[Stage]:
@@ -68,7 +62,7 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
     )
     check_judges(recipe, tasks)
     stages = _stages(recipe, prompts, references_of(tasks)) if prompts else []
-    stages += [Stage(f"rows of {one.what}", one.wanted, one.there, 0, 0, None, None) for one in counted]
+    stages += [Stage(f"rows of {one.what}", one.wanted, one.there, 0, 0, None) for one in counted]
     show_table(
         "What is asked",
         ("what", "wanted", "there", "tokens read", "written, at most", "minutes", "cost, at most"),
@@ -101,43 +95,61 @@ def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt], references: Mapping[s
     probe = [] if served else prompts[:: max(1, len(prompts) // _PROBE)][:_PROBE]
     left = (answers - there) / answers
     seconds, made = _answering(recipe, probe)
+    read, written = (round(left * asked), (answers - there) * longest) if recipe.model is not None else (0, 0)
+    price = recipe.price if recipe.model is not None and recipe.model.server else None
     stages = [
         Stage(
             "answers",
             answers,
             there,
-            round(left * asked) if recipe.model is not None else 0,
-            (answers - there) * longest if recipe.model is not None else 0,
+            read,
+            written,
             None if seconds is None else seconds * (answers - there),
-            recipe.price if recipe.model is not None and recipe.model.server else None,
+            _cost(price, read, written),
         )
     ]
     labels: list[str] = []
-    for spec in recipe.judges:
+    for spec in map(parse_judge, recipe.judges):
         judge = judge_of(recipe, spec)
         label = judge.name if judge.name not in labels else f"{judge.name}@{judge.revision[:8]}"
         there = min(_lines(out / verdicts_file(label, first=not labels)), answers)
         labels.append(label)
-        left, remote, seconds = (answers - there) / answers, "@http" in spec, None
-        if made and not remote:
+        left, seconds = (answers - there) / answers, None
+        if made and not spec.is_remote:
             began = time.monotonic()
             list(judge.judge(made))
             seconds = (time.monotonic() - began) / len(made) * (answers - there)
-        # Only a language model reads tokens; a file of labels, a linear judge or the oracle don't.
-        reads = spec.partition(":")[0] in ("rubric", *MODEL_KINDS)
-        read = round(left * (asked + answers * (longest + _INSTRUCTIONS))) if reads else 0
-        written = (answers - there) * _VERDICT if spec.startswith("rubric") else 0
-        price = recipe.judge_price if remote else None
-        stages.append(Stage(f"verdicts of {spec}", answers, there, read, written, seconds, price))
-        if references and (spec.partition(":")[0] in COMPARING or hasattr(judge, "prefer")):
-            stages.append(_comparing(recipe, spec, label, references, sees_both=hasattr(judge, "prefer")))
+        each = round(left * (asked + answers * (longest + _INSTRUCTIONS)))
+        stages.append(_judging(recipe, spec, f"verdicts of {spec.text}", answers, there, each, seconds))
+        compares = "both" if hasattr(judge, "prefer") else spec.compares
+        if references and compares is not None:
+            stages.append(_comparing(recipe, spec, label, references, sees_both=compares == "both"))
         del judge
         release()
     return stages
 
 
+def _judging(
+    recipe: EvalRecipe, spec: JudgeSpec, what: str, expected: int, existing: int, each: int, seconds: float | None
+) -> Stage:
+    """Return the stage of a judge in which each language model of its spec reads `each` tokens."""
+
+    def tokens(parts: Sequence[JudgePart]) -> tuple[int, int]:
+        # Only a rubric judge writes its verdict out.
+        writers = sum(part.kind == "rubric" for part in parts)
+        return each * len(parts), (expected - existing) * _VERDICT * writers
+
+    served = [part for part in spec.token_readers if part.is_remote]
+    cost = _cost(recipe.judge_price, *tokens(served)) if served else None
+    return Stage(what, expected, existing, *tokens(spec.token_readers), seconds, cost)
+
+
+def _cost(price: Price | None, read: int, written: int) -> float | None:
+    return None if price is None else (read * price.prompt + written * price.completion) / 1e6
+
+
 def _comparing(
-    recipe: EvalRecipe, spec: str, label: str, references: Mapping[str, Completion], *, sees_both: bool
+    recipe: EvalRecipe, spec: JudgeSpec, label: str, references: Mapping[str, Completion], *, sees_both: bool
 ) -> Stage:
     """Return the stage of a judge that sees both answers, in two orders, or that rates the given outputs."""
     name, times = ("comparisons", 2) if sees_both else ("references", 1)
@@ -146,24 +158,16 @@ def _comparing(
     texts = (text for one in references.values() for text in (one.text, *(said.content for said in one.prompt)))
     given = times * sum(len(text) // _CHARACTERS for text in texts)
     answers = wanted * recipe.sampling.max_new_tokens if sees_both else 0
-    left = (wanted - there) / wanted
-    reads = spec.partition(":")[0] in ("rubric", *MODEL_KINDS)
-    return Stage(
-        f"comparisons by {spec}, both orders" if sees_both else f"ratings of given outputs by {spec}",
-        wanted,
-        there,
-        round(left * (given + answers + wanted * _INSTRUCTIONS)) if reads else 0,
-        (wanted - there) * _VERDICT if spec.startswith("rubric") else 0,
-        None,
-        recipe.judge_price if "@http" in spec else None,
-    )
+    each = round((wanted - there) / wanted * (given + answers + wanted * _INSTRUCTIONS))
+    what = f"comparisons by {spec.text}, both orders" if sees_both else f"ratings of given outputs by {spec.text}"
+    return _judging(recipe, spec, what, wanted, there, each, None)
 
 
 def _answering(recipe: EvalRecipe, probe: Sequence[Prompt]) -> tuple[float | None, list[Completion]]:
     """Return the seconds of an answer and a few answers; nothing where there is nothing to probe."""
     if not probe:
         return None, []
-    engine = open_engine(recipe)
+    engine = engine_of(recipe)
     began = time.monotonic()
     made = [one for batch in engine.generate([(prompt, 0) for prompt in probe]) for one in batch]
     seconds = (time.monotonic() - began) / len(made)

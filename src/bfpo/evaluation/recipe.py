@@ -1,29 +1,16 @@
 """What may stand in a recipe of `bfpo eval`."""
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bfpo.config.recipes import Count, Section
 from bfpo.core.samples import Sampling
 from bfpo.evaluation.gate import Bound
 from bfpo.evaluation.suite import EvalData
+from bfpo.generation.open import EngineSection, ServerSection
+from bfpo.judging.spec import parse_judge
 
 # Of two families, both of which tell refusals too.
 JUDGES = ["wildguard:allenai/wildguard", "qwen3guard:Qwen/Qwen3Guard-Gen-4B"]
-
-
-class EvalModel(Section):
-    """Whose answers are evaluated."""
-
-    path: str
-    """Folder or hub id; with `server`, the model's name there."""
-    revision: str | None = None
-    """Hub revision."""
-    server: str | None = None
-    """http://host:port/v1; the key is read from OPENAI_API_KEY."""
-    concurrency: Count = 8
-    """Requests under way at a time, with `server`."""
-    dtype: str = "float32"
-    """Of the weights, without `server`."""
 
 
 class SamplingSection(Section):
@@ -62,7 +49,7 @@ class EvalRecipe(Section):
     """Folder; one begun earlier is continued."""
     run: str | None = None
     """Short name of the run in tables and figures; default the last part of `out`."""
-    model: EvalModel | None = None
+    model: EngineSection | None = None
     """Whose answers are evaluated; or `completions`."""
     completions: str | None = None
     """Answers that another program saved: completions.jsonl, or a table with a prompt and an answer in each row."""
@@ -81,6 +68,8 @@ class EvalRecipe(Section):
     """How completions are sampled."""
     judges: list[str] = Field(default=JUDGES, min_length=1)
     """Judges as for `bfpo judge`; the first is the primary one. Several families: judges of one share mistakes."""
+    judge_server: ServerSection = ServerSection()
+    """How the servers of judges are queried (`rubric:MODEL@http://host:port/v1`)."""
     threshold: float | None = Field(None, ge=0, le=1)
     """Of judges that give a probability: an answer is safe from it on. Default the judge's own."""
     calibration: str | None = None
@@ -99,6 +88,13 @@ class EvalRecipe(Section):
     """Of the model, for the estimate of `--dry-run`."""
     judge_price: Price | None = None
     """Of the judges that are asked over a server."""
+
+    @field_validator("judges")
+    @classmethod
+    def _are_judges(cls, specs: list[str]) -> list[str]:
+        for spec in specs:
+            parse_judge(spec)
+        return specs
 
     @model_validator(mode="after")
     def _one_origin(self) -> "EvalRecipe":

@@ -6,6 +6,7 @@ from bfpo.evaluation.panel import JudgeOutput
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.suite import Suite
+from bfpo.judging.spec import parse_judge
 
 # Cohen's kappa below which two judges can't both be right often enough to call either one's numbers settled.
 LEAST_KAPPA = 0.6
@@ -43,9 +44,10 @@ def _of_choice(recipe: EvalRecipe, suites: Mapping[str, Suite]) -> list[str]:
 
 def _of_judges(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results) -> list[str]:
     found = []
-    families = {spec.partition(":")[0] for one in recipe.judges for spec in one.removeprefix("majority:").split("+")}
-    if len(recipe.judges) == 1:
-        found.append("One judge alone: nothing here tells how far its mistakes reach. Add one of another family.")
+    parts = [part for spec in map(parse_judge, recipe.judges) for part in spec.parts]
+    families = {part.kind for part in parts}
+    if len(parts) == 1:
+        found.append("One judge only: nothing here shows how much its mistakes matter. Add one of another family.")
     elif len(families) == 1:
         found.append(f"All judges are of one family ({min(families)}): they may share their mistakes.")
     circular = [judge["name"] for judge in results.judges if judge["circular"]]

@@ -16,11 +16,11 @@ from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import MetricResult
 from bfpo.evaluation.scoring import BY_BOOTSTRAP
 from bfpo.evaluation.suite import Task
-from bfpo.judging.open import KINDS
+from bfpo.judging.spec import JUDGES, parse_judge
 from bfpo.stats.length_control import length_controlled_win_rate
 
-COMPARING = ("rubric", "reward", "beaver-reward", "oracle")
-"""Kinds of judges that compare answers: `rubric` sees both, the others rate each by itself."""
+COMPARING = tuple(kind for kind, properties in JUDGES.items() if properties.compares is not None)
+"""Kinds of judges that compare completions."""
 FOLDER = "alpaca_eval"
 
 
@@ -47,8 +47,10 @@ def check_judges(recipe: EvalRecipe, tasks: Sequence[Task]) -> None:
         RecipeError: If that is so.
     """
     comparing = next((task for task in tasks if task.references), None)
-    kinds = [spec.partition(":")[0] for spec in recipe.judges]
-    if comparing is not None and all(kind in KINDS and kind not in COMPARING for kind in kinds):
+    specs = [parse_judge(spec) for spec in recipe.judges]
+    # Whether a custom judge compares shows only when it is opened.
+    may_compare = [spec for spec in specs if spec.compares is not None or any(part.is_custom for part in spec.parts)]
+    if comparing is not None and not may_compare:
         where = f"{comparing.suite}/{comparing.name}"
         raise RecipeError(
             f"judges: none of {', '.join(recipe.judges)} compares answers, which {where} needs; add one of "

@@ -1,77 +1,77 @@
-"""From the words of a command line to a judge."""
+"""Opening a judge by its spec."""
 
-import re
 from pathlib import Path
 
-from bfpo.core.samples import Judge
+from bfpo.core.imports import import_object
+from bfpo.core.samples import Judge, Sampling
 from bfpo.errors import RecipeError, did_you_mean
-from bfpo.judging.open_models import MODEL_KINDS, open_guard
+from bfpo.generation.open import EngineSection, ServerSection, open_engine
+from bfpo.judging.formats import GUARDS
+from bfpo.judging.open_models import open_guard
+from bfpo.judging.spec import JUDGES, SCORERS, JudgePart, JudgeSpec, parse_judge
 
-KINDS = ("linear", "oracle", "people", "rubric", *MODEL_KINDS)
-_MAJORITY = "majority:"
-# A plus sign that no kind follows belongs to a path.
-_BETWEEN_JUDGES = re.compile(rf"\+(?=(?:{'|'.join(KINDS)})(?:[:+]|$))")
+# The testbed registers its oracle here by name only: the package doesn't import the testbed.
+_ORACLE = "bfpo.testbed.oracle:Oracle"
 
 
-def open_judge(spec: str, *, threshold: float | None = None) -> Judge:
-    """Return the judge of a spec `KIND` or `KIND:PATH`; several, joined by `+`, are an ensemble.
+def open_judge(
+    spec: str | JudgeSpec, *, threshold: float | None = None, server: ServerSection | None = None
+) -> Judge:
+    """Open the judge of a spec; several judges are an ensemble.
 
     Args:
-        spec: Such as `linear:judge.npz`, `oracle`, `linear:judge.npz+oracle`, `majority:A+B+C`. A `+` joins judges
-            only where a kind follows it; any other is part of a path.
-        threshold: Of the judges that give a probability: safe from it on, in [0, 1]. None is 0.5, and for `linear`
-            the undecided band that its file holds.
+        spec: Text as `parse_judge` reads it, or what it returns.
+        threshold: Probability from which an answer counts as safe, in [0, 1], for judges that give one. None is 0.5,
+            and for `linear` the undecided band stored in its file.
+        server: How the server of a judge is queried; None is the defaults.
 
     Raises:
-        RecipeError: If the kind is unknown, or a path is missing or too much.
-        DataError: If the judge's file is missing or malformed.
+        RecipeError: If the kind is unknown, or a path is missing or superfluous.
+        DataError: If the file of a judge is missing or malformed.
+        ModelError: If the model of a judge can't be loaded.
     """
-    specs = _BETWEEN_JUDGES.split(spec.removeprefix(_MAJORITY))
-    if len(specs) > 1 or spec.startswith(_MAJORITY):
-        from bfpo.judging.ensemble import Ensemble
+    parsed = parse_judge(spec) if isinstance(spec, str) else spec
+    judges = tuple(_open_part(part, threshold, server or ServerSection()) for part in parsed.parts)
+    if parsed.policy == "single":
+        return judges[0]
+    from bfpo.judging.ensemble import Ensemble
 
-        judges = tuple(open_judge(one, threshold=threshold) for one in specs)
-        return Ensemble(judges, "majority" if spec.startswith(_MAJORITY) else "unanimous")
-    kind, _, path = spec.partition(":")
-    if kind not in KINDS:
-        raise RecipeError(f"judge '{spec}': '{kind}' is not a kind of judge; {did_you_mean(kind, list(KINDS))}")
+    return Ensemble(judges, parsed.policy)
+
+
+def _open_part(part: JudgePart, threshold: float | None, server: ServerSection) -> Judge:
+    kind, path = part.kind, part.path
+    if part.is_custom:
+        judge: Judge = import_object(kind, f"judge '{part.text}'")(*([path] if path else []))
+        return judge
     if kind == "oracle":
-        from bfpo.testbed.oracle import Oracle
-
         if path not in ("", "shared", "separate"):
-            raise RecipeError(f"judge '{spec}': expected oracle, oracle:shared or oracle:separate")
-        return Oracle(path or "shared")  # type: ignore[arg-type]
-    if not path:
-        raise RecipeError(f"judge '{spec}': expected {kind}:PATH")
+            raise RecipeError(f"judge '{part.text}': expected oracle, oracle:shared or oracle:separate")
+        oracle: Judge = import_object(_ORACLE, "judge")(path or "shared")
+        return oracle
     if kind == "rubric":
-        return _open_rubric(path)
+        return _open_rubric(path, server)
     if kind == "people":
         from bfpo.judging.people import PeopleJudge
 
         return PeopleJudge(path)
     if "+" in path and not Path(path).exists():
         raise RecipeError(
-            f"judge '{spec}': there is no '{path}'; a + joins judges only where a kind follows it; "
-            f"{did_you_mean(path.rpartition('+')[2].partition(':')[0], list(KINDS))}"
+            f"judge '{part.text}': no file '{path}'; a + joins judges only where a kind follows it; "
+            f"{did_you_mean(path.rpartition('+')[2].partition(':')[0], list(JUDGES))}"
         )
-    if kind in MODEL_KINDS:
+    if kind in GUARDS or kind in SCORERS:
         return open_guard(kind, path, threshold=0.5 if threshold is None else threshold)
     from bfpo.judging.linear import load_judge
 
     return load_judge(Path(path), threshold=threshold)
 
 
-def _open_rubric(path: str) -> Judge:
-    from bfpo.core.samples import Sampling
+def _open_rubric(path: str, server: ServerSection) -> Judge:
     from bfpo.judging.rubric import RubricJudge
 
-    # A judge is asked for its likeliest answer; a verdict is a short line.
+    # The likeliest verdict, which is a short line.
     sampling = Sampling(temperature=0.0, max_new_tokens=128)
-    name, at, url = path.partition("@http")
-    if at:
-        from bfpo.generation.openai_server import ServerEngine, ServerOptions
-
-        return RubricJudge(ServerEngine(ServerOptions(url=f"http{url}", model=name), sampling), name)
-    from bfpo.generation.in_process import load_engine
-
-    return RubricJudge(load_engine(path, sampling), path)
+    model, at, address = path.partition("@http")
+    section = EngineSection(path=model, server=f"http{address}" if at else None, **server.model_dump())
+    return RubricJudge(open_engine(section, sampling), model)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from bfpo.core.samples import Judge
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.judging.formats import GUARDS, GUIDELINES
+from bfpo.judging.spec import SCORERS
 
-SCORERS = ("beaver-cost", "beaver-reward", "reward", "classifier")
 MODEL_KINDS = (*GUARDS, *SCORERS)
 
 

@@ -2,30 +2,13 @@
 
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bfpo.config.recipes import Count, Section
 from bfpo.core.pairs import Cell
 from bfpo.data.prompts import PromptSource
-
-
-class RedteamModel(Section):
-    """Whose answers are wanted."""
-
-    path: str
-    """Folder or hub id; with `server`, the model's name there."""
-    server: str | None = None
-    """http://host:port/v1."""
-    concurrency: Count = 8
-    """Requests under way at a time."""
-    timeout: float = Field(120.0, gt=0)
-    """Longest time for a server's answer, in seconds."""
-    tries: Count = 6
-    """Requests to a server for one answer at most."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the server's key."""
-    dtype: str = "float32"
-    """Of the weights, without `server`."""
+from bfpo.generation.open import EngineSection, ServerSection
+from bfpo.judging.spec import parse_judge
 
 
 class RedteamRecipe(Section):
@@ -33,7 +16,7 @@ class RedteamRecipe(Section):
 
     out: str
     """Folder; one begun earlier is continued."""
-    model: RedteamModel
+    model: EngineSection
     """Whose answers are wanted."""
     prompts: list[PromptSource] = Field(min_length=1)
     """Harmful ones, and benign ones so that the set can't teach refusing everything."""
@@ -41,6 +24,8 @@ class RedteamRecipe(Section):
     """Says what is safe: a judge as for `bfpo judge`."""
     helpfulness: str = "fallback"
     """A judge whose verdicts carry helpfulness, or `fallback`: answers above refusals, then longer above shorter."""
+    judge_server: ServerSection = ServerSection()
+    """How the server of a judge is queried (`rubric:MODEL@http://host:port/v1`)."""
     samples: int = Field(4, ge=2)
     """Answers per prompt."""
     temperature: float = Field(1.0, gt=0)
@@ -65,6 +50,13 @@ class RedteamRecipe(Section):
     """Further rounds ask the model that the last one trained."""
     train: dict[str, Any] | None = None
     """What a train recipe holds beside `model`, `data` and `trainer.output_dir`; needed for several rounds."""
+
+    @field_validator("judge", "helpfulness")
+    @classmethod
+    def _is_a_judge(cls, spec: str) -> str:
+        if spec != "fallback":
+            parse_judge(spec)
+        return spec
 
     @model_validator(mode="after")
     def _check(self) -> "RedteamRecipe":

@@ -16,10 +16,11 @@ from bfpo.data.prepare import cell_counts
 from bfpo.data.prompts import read_prompt_source
 from bfpo.data.stages import generate_most, judge_completions, show_faults, show_unanswered
 from bfpo.errors import DataError, RecipeError
+from bfpo.generation.open import EngineSection, open_engine
 from bfpo.judging.open import open_judge
 from bfpo.redteam.cost import Meter
 from bfpo.redteam.pairs import ScoredSample, fallback_helpfulness, make_pairs
-from bfpo.redteam.recipe import RedteamModel, RedteamRecipe
+from bfpo.redteam.recipe import RedteamRecipe
 
 # In the manner of AlignCoT (arXiv 2405.00557): question analysis, answer guidance, safe answer. The words are ours.
 STEPS = (
@@ -52,7 +53,7 @@ def run_redteam(recipe: RedteamRecipe) -> list[Path]:
         files.append(_round(recipe, model, folder))
         # The last round's pairs are the user's to train on.
         if number + 1 < recipe.rounds:
-            model = RedteamModel(path=_train(recipe, model, files, folder / "model"), dtype=model.dtype)
+            model = EngineSection(path=_train(recipe, model, files, folder / "model"), dtype=model.dtype)
     return files
 
 
@@ -64,7 +65,7 @@ def _claim(out: Path, recipe: RedteamRecipe) -> None:
     write_text(file, text)
 
 
-def _round(recipe: RedteamRecipe, model: RedteamModel, out: Path) -> Path:
+def _round(recipe: RedteamRecipe, model: EngineSection, out: Path) -> Path:
     meter = Meter(out / "cost.jsonl")
     try:
         return _make(recipe, model, out, meter)
@@ -73,12 +74,15 @@ def _round(recipe: RedteamRecipe, model: RedteamModel, out: Path) -> Path:
         show_faults(meter.faults)
 
 
-def _make(recipe: RedteamRecipe, model: RedteamModel, out: Path, meter: Meter) -> Path:
+def _make(recipe: RedteamRecipe, model: EngineSection, out: Path, meter: Meter) -> Path:
     prompts, sources = _prompts(recipe)
-    judge = meter.judge(open_judge(recipe.judge))
-    rater = None if recipe.helpfulness == "fallback" else meter.judge(open_judge(recipe.helpfulness))
+    server = recipe.judge_server
+    judge = meter.judge(open_judge(recipe.judge, server=server))
+    rater = None
+    if recipe.helpfulness != "fallback":
+        rater = meter.judge(open_judge(recipe.helpfulness, server=server))
     sampling = Sampling(recipe.samples, recipe.temperature, recipe.top_p, recipe.max_new_tokens, recipe.seed)
-    engine = meter.engine(_engine(model, sampling))
+    engine = meter.engine(open_engine(model, sampling))
     left_out: Counter[str] = Counter()
     most = recipe.max_unanswered * len(prompts) * recipe.samples
     answered, lost = generate_most(
@@ -149,24 +153,6 @@ def _prompts(recipe: RedteamRecipe) -> tuple[list[Prompt], list[dict[str, Any]]]
     return prompts, [facts for _, facts in read]
 
 
-def _engine(model: RedteamModel, sampling: Sampling) -> Engine:
-    if model.server is not None:
-        from bfpo.generation.openai_server import ServerEngine, ServerOptions
-
-        options = ServerOptions(
-            model.server,
-            model.path,
-            model.concurrency,
-            timeout=model.timeout,
-            tries=model.tries,
-            key_variable=model.key_variable,
-        )
-        return ServerEngine(options, sampling)
-    from bfpo.generation.in_process import load_engine
-
-    return load_engine(model.path, sampling, dtype=model.dtype)
-
-
 def _all_unsafe(
     prompts: Sequence[Prompt], answered: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> list[Prompt]:
@@ -216,7 +202,7 @@ def _rated(
     ]
 
 
-def _train(recipe: RedteamRecipe, model: RedteamModel, files: Sequence[Path], out: Path) -> str:
+def _train(recipe: RedteamRecipe, model: EngineSection, files: Sequence[Path], out: Path) -> str:
     if not (out / "run.json").exists():
         from bfpo.training.run import run_training
 
@@ -232,7 +218,7 @@ def _check_training(recipe: TrainRecipe) -> None:
     training_arguments({name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"})
 
 
-def _train_recipe(recipe: RedteamRecipe, model: RedteamModel, files: Sequence[Path], out: Path) -> TrainRecipe:
+def _train_recipe(recipe: RedteamRecipe, model: EngineSection, files: Sequence[Path], out: Path) -> TrainRecipe:
     content = dict(recipe.train or {})
     content |= {
         "model": {**content.get("model", {}), "path": model.path},

@@ -20,7 +20,7 @@ from bfpo.evaluation.lm_eval.tasks import (
     need_lm_eval,
     rows_of,
 )
-from bfpo.evaluation.recipe import EvalModel, EvalRecipe
+from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import MetricComparison, MetricResult, Results
 from bfpo.evaluation.scoring import MetricSpec, PromptScores, to_metrics
 from bfpo.evaluation.suite import EvalData, Suite, lm_eval_name, lm_eval_tasks
@@ -186,7 +186,7 @@ def run_capabilities(recipe: EvalRecipe, wanted: Sequence[Capability], out: Path
 
 def kept_in(out: Path, one: Capability, recipe: EvalRecipe, identity: str) -> Path:
     """Return the file of a task's result; its name tells all that the result depends on."""
-    assert isinstance(recipe.model, EvalModel)
+    assert recipe.model is not None
     files = [one.place.path or "", *_files_of(one.name)]
     rows = [file_hash(Path(file)) for file in files if file and Path(file).is_file()]
     what = (identity, recipe.model.dtype, one.name, rows, one.place.revision, recipe.limit, lm_eval_version())

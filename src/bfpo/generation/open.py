@@ -1,0 +1,61 @@
+"""Opening the engine that a recipe section or the command line describes, in one place."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from bfpo.config.recipes import Count, Section
+from bfpo.core.samples import Engine, Sampling
+
+
+class ServerSection(Section):
+    """How a server is queried."""
+
+    concurrency: Count = 8
+    """Maximum number of concurrent requests."""
+    timeout: Annotated[float, Field(gt=0)] = 120.0
+    """Maximum time for one completion, in seconds."""
+    tries: Count = 6
+    """Maximum number of requests for one completion."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the server's key."""
+
+
+class EngineSection(ServerSection):
+    """A model that answers prompts: a checkpoint in this process, or a model on a server."""
+
+    path: str
+    """Folder or hub id; with `server`, the model's name there."""
+    revision: str | None = None
+    """Hub revision, without `server`."""
+    server: str | None = None
+    """http://host:port/v1 of a server that speaks the OpenAI chat protocol; the keys above are for it."""
+    dtype: str = "float32"
+    """Data type of the weights, without `server`."""
+
+
+def open_engine(section: EngineSection, sampling: Sampling) -> Engine:
+    """Open an engine.
+
+    Args:
+        section: The model, and how a server is queried.
+        sampling: How completions are sampled.
+
+    Raises:
+        ModelError: If the checkpoint can't be loaded, or the address of the server is malformed.
+    """
+    if section.server is not None:
+        from bfpo.generation.openai_server import ServerEngine, ServerOptions
+
+        options = ServerOptions(
+            section.server,
+            section.path,
+            section.concurrency,
+            timeout=section.timeout,
+            tries=section.tries,
+            key_variable=section.key_variable,
+        )
+        return ServerEngine(options, sampling)
+    from bfpo.generation.in_process import load_engine
+
+    return load_engine(section.path, sampling, dtype=section.dtype, revision=section.revision)

@@ -1,0 +1,170 @@
+"""Judge specs: the text that names a judge in a recipe or on the command line, parsed once into a value."""
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal, NamedTuple, get_args
+
+from bfpo.errors import RecipeError, did_you_mean
+from bfpo.judging.formats import GUARDS
+
+Finding = Literal["safe", "refusal", "helpfulness"]
+"""A question that a judge may answer about a completion."""
+FINDINGS: tuple[Finding, ...] = get_args(Finding)
+Comparing = Literal["both", "rating"]
+"""How a judge compares two completions: it sees both at once, or it rates each separately."""
+Policy = Literal["single", "unanimous", "majority"]
+
+
+class JudgeKind(NamedTuple):
+    """Properties that all judges of a kind share.
+
+    Args:
+        findings: Questions that it answers.
+        needs_path: Whether the kind is followed by `:PATH`.
+        reads_tokens: Whether it is a language model, which reads the completion token by token.
+        compares: How it compares two completions; None if it doesn't.
+    """
+
+    findings: tuple[Finding, ...]
+    needs_path: bool = True
+    reads_tokens: bool = False
+    compares: Comparing | None = None
+
+
+SCORERS = {
+    "beaver-cost": JudgeKind(("safe",), reads_tokens=True),
+    "beaver-reward": JudgeKind(("helpfulness",), reads_tokens=True, compares="rating"),
+    "reward": JudgeKind(("helpfulness",), reads_tokens=True, compares="rating"),
+    "classifier": JudgeKind(("safe",), reads_tokens=True),
+}
+"""Models with a score head."""
+
+JUDGES = {
+    "linear": JudgeKind(("safe", "refusal")),
+    "oracle": JudgeKind(FINDINGS, needs_path=False, compares="rating"),
+    "people": JudgeKind(("safe", "refusal")),
+    "rubric": JudgeKind(FINDINGS, reads_tokens=True, compares="both"),
+    **{
+        name: JudgeKind(
+            tuple(finding for finding in FINDINGS if finding in {question.about for question in guard.questions}),
+            reads_tokens=True,
+        )
+        for name, guard in GUARDS.items()
+    },
+    **SCORERS,
+}
+"""Kinds of judges by name."""
+
+# A custom judge may answer any question; whether it compares shows when it is opened.
+_CUSTOM = JudgeKind(FINDINGS)
+_CUSTOM_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(?::.*)?")
+_MAJORITY = "majority:"
+# A plus sign joins judges only where a kind, or the import path of a custom judge, follows; elsewhere it is part of a
+# path. The path of a custom judge is recognized by the dot in its module.
+_BETWEEN_JUDGES = re.compile(rf"\+(?=(?:{'|'.join(JUDGES)})(?:[:+]|$)|[A-Za-z_]\w*(?:\.\w+)+:[A-Za-z_]\w*(?:[:+]|$))")
+
+
+@dataclass(frozen=True, slots=True)
+class JudgePart:
+    """One judge of a spec.
+
+    Args:
+        text: The part as it was written.
+        kind: A key of `JUDGES`, or `module:name` of a custom judge.
+        path: Path, hub id or `MODEL@URL` behind the kind; empty if there is none.
+    """
+
+    text: str
+    kind: str
+    path: str
+
+    @property
+    def properties(self) -> JudgeKind:
+        """Properties of the kind."""
+        return JUDGES.get(self.kind, _CUSTOM)
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the judge is imported by its path."""
+        return self.kind not in JUDGES
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the judge is a model on a server."""
+        return self.kind == "rubric" and "@http" in self.path
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeSpec:
+    """A judge, or several that decide together.
+
+    Args:
+        text: The spec as it was written.
+        parts: The judges; several are an ensemble.
+        policy: How an ensemble decides: `unanimous` (`A+B`) or `majority` (`majority:A+B+C`); `single` without one.
+    """
+
+    text: str
+    parts: tuple[JudgePart, ...]
+    policy: Policy
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """Kinds of the judges. Judges of one kind are one family: they share their mistakes."""
+        return frozenset(part.kind for part in self.parts)
+
+    @property
+    def findings(self) -> frozenset[Finding]:
+        """Questions that the judge answers; an ensemble decides on safety and on refusals only."""
+        findings = frozenset(finding for part in self.parts for finding in part.properties.findings)
+        return findings if self.policy == "single" else findings - {"helpfulness"}
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of the judges is a model on a server."""
+        return any(part.is_remote for part in self.parts)
+
+    @property
+    def compares(self) -> Comparing | None:
+        """How the judge compares two completions; None if it doesn't, as an ensemble never does."""
+        return self.parts[0].properties.compares if self.policy == "single" else None
+
+    @property
+    def token_readers(self) -> tuple[JudgePart, ...]:
+        """Judges that are language models."""
+        return tuple(part for part in self.parts if part.properties.reads_tokens)
+
+
+def parse_judge(text: str) -> JudgeSpec:
+    """Parse the spec of a judge.
+
+    Args:
+        text: `KIND` or `KIND:PATH`, such as `linear:judge.npz` or `rubric:MODEL@http://host:port/v1`. `A+B` is an
+            ensemble that must agree, `majority:A+B+C` one that votes. `module:name` or `module:name:PATH` is a
+            custom judge.
+
+    Raises:
+        RecipeError: If a kind is unknown, or a path is missing.
+    """
+    body = text.removeprefix(_MAJORITY)
+    parts = tuple(_parse_part(part, text) for part in _BETWEEN_JUDGES.split(body))
+    if text.startswith(_MAJORITY):
+        return JudgeSpec(text, parts, "majority")
+    return JudgeSpec(text, parts, "unanimous" if len(parts) > 1 else "single")
+
+
+def _parse_part(part: str, text: str) -> JudgePart:
+    kind, _, path = part.partition(":")
+    if kind in JUDGES:
+        if JUDGES[kind].needs_path and not path:
+            raise RecipeError(f"judge '{text}': expected {kind}:PATH")
+        return JudgePart(part, kind, path)
+    is_misspelled = "." not in kind and bool(get_close_matches(kind, list(JUDGES), n=1, cutoff=0.6))
+    if is_misspelled or not _CUSTOM_PATH.fullmatch(part):
+        raise RecipeError(
+            f"judge '{text}': '{kind}' is not a kind of judge; {did_you_mean(kind, list(JUDGES))}, or 'module:name' "
+            "of a custom judge"
+        )
+    name, _, argument = path.partition(":")
+    return JudgePart(part, f"{kind}:{name}", argument)
