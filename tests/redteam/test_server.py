@@ -32,7 +32,7 @@ class Words:
 def run(tmp_path, monkeypatch):
     """Return a function that runs the command against a server."""
     monkeypatch.setenv("MY_KEY", "a-secret")
-    monkeypatch.setattr(module, "open_judge", lambda spec: Words())
+    monkeypatch.setattr(module, "open_judge", lambda spec, **_: Words())
     for kind, word in (("harmful", "stuck"), ("benign", "small")):
         (tmp_path / f"{kind}.txt").write_text("".join(f"{word} box {i}\n" for i in range(4)))
 
