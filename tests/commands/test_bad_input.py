@@ -261,13 +261,13 @@ COMPARE = {
 
 def test_a_bad_comparison_ends_with_one_message(run, folder):
     (folder / "compare.yaml").write_text(yaml.safe_dump(COMPARE))
-    assert_refused(*run("compare", "compare.yaml"), "change 'learning_rate.x': 'learning_rate' is 0.0")
+    assert_refused(*run("experiment", "compare.yaml"), "change 'learning_rate.x': 'learning_rate' is 0.0")
     tuned = COMPARE | {"variants": {"bfpo": {"method": "bfpo", "tuned": "bfpo"}}, "tuning": "tuning.json"}
     (folder / "compare.yaml").write_text(yaml.safe_dump(tuned))
     chosen = [{"world": "shared", "variant": "bfpo", "values": 3}]
     (folder / "tuning.json").write_text(json.dumps({"chosen": chosen}))
     assert_refused(
-        *run("compare", "compare.yaml"), "tuning.json isn't the comparison.json of a comparison with 'vary'"
+        *run("experiment", "compare.yaml"), "tuning.json isn't the comparison.json of a comparison with 'vary'"
     )
 
 

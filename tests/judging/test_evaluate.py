@@ -62,7 +62,7 @@ class Toy:
 
 def evaluated(tmp_path, monkeypatch, *judges):
     by_name = {judge.name: judge for judge in judges}
-    monkeypatch.setattr(against_people, "open_judge", lambda spec, threshold: by_name[spec])
+    monkeypatch.setattr(against_people, "open_judge", lambda spec, threshold, **_: by_name[spec])
     out = tmp_path / "eval.json"
     against_people.evaluate_judges(
         str(tmp_path / "labeled.jsonl"), list(by_name), threshold=None, false_safe=0.1, out=out
@@ -139,7 +139,7 @@ def test_a_judge_that_never_decides_is_counted_and_the_run_ends(tmp_path, monkey
     assert found["kappa"] == [{"judges": ["never", "a"], "refusal": None, "safe": None}]
     assert "threshold" not in found["judges"]["never"]
     # The same in `judge run`: reasons that differ in a number are counted as one.
-    monkeypatch.setattr(commands, "open_judge", lambda spec, threshold: never)
+    monkeypatch.setattr(commands, "open_judge", lambda spec, threshold, **_: never)
     answers = [
         Completion(f"p{i}", 0, user_says("q"), row["text"], "stop", 1, 1, "m", "e", "h") for i, row in enumerate(rows)
     ]

@@ -1,4 +1,4 @@
-"""The command line. Bodies import what they need when they run, so `bfpo --help` answers at once."""
+"""The command line: every command, with its arguments and options. The bodies import their work when they run."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,23 @@ from typing import Annotated
 import typer
 
 from bfpo import __version__
-from bfpo.errors import BfpoError
+from bfpo.commands.errors import run_app
+from bfpo.commands.options import (
+    Checkpoint,
+    Concurrency,
+    DryRun,
+    Judges,
+    KeyVariable,
+    LabeledAnswers,
+    Limit,
+    MaxNewTokens,
+    Overrides,
+    Recipe,
+    Temperature,
+    Threshold,
+    Timeout,
+    Tries,
+)
 
 app = typer.Typer(
     name="bfpo",
@@ -15,30 +31,39 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="key.sub=value after a recipe overrides what it says. Exits 0 ok, 1 failed, 2 bad input, 3 gate violated.",
+    epilog="key.sub=value after a recipe overrides a key. Exit codes: 0 success, 1 failure, 2 bad input, "
+    "3 gate violated.",
 )
-data_app = typer.Typer(help="Look at preference data, and prepare them.", no_args_is_help=True)
+data_app = typer.Typer(help="Inspect and prepare preference data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-judge_app = typer.Typer(help="Judge answers, and measure how often a judge is right.", no_args_is_help=True)
+judge_app = typer.Typer(help="Judge completions, and evaluate judges against human labels.", no_args_is_help=True)
 app.add_typer(judge_app, name="judge")
-
-Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key.sub=value: change what the recipe says.", show_default=False)
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="Take at most so many pairs of each source.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Read, check and show everything, but don't train.")]
 
 
 @app.callback()
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; accepted anywhere.")] = False,
 ) -> None:
     """Read the options that come before a command."""
     if version:
         typer.echo(f"bfpo {__version__}")
         raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/quickstart"),
+    method: Annotated[str, typer.Option(help="Training method to compare with the base: bfpo, dpo_h, ...")] = "bfpo",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the world, the base model and the training.")] = 0,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """Show what BFPO does, in two minutes on a CPU and without downloads."""
+    from bfpo.experiments.quickstart import quickstart as run
+
+    run(out, method=method, seed=seed)
+    if open_page:
+        typer.launch((out / "report.html").resolve().as_uri())
 
 
 @app.command()
@@ -68,87 +93,82 @@ def sft(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_ru
 
 
 @app.command()
-def chat(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a model or an adapter.", show_default=False)],
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+def merge(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the saved weights: float32, bfloat16 or float16.")
+    ] = "float32",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the base model.")] = False,
 ) -> None:
-    """Talk to a checkpoint in the terminal."""
-    from bfpo.commands.chat import chat as talk
+    """Merge a LoRA adapter into its base model."""
+    from bfpo.model.merge import merge_checkpoint
 
-    talk(checkpoint, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    merge_checkpoint(checkpoint, out, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 @app.command()
-def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("runs/quickstart"),
-    method: Annotated[str, typer.Option(help="bfpo, or one to see beside it: a key of testbed METHODS.")] = "bfpo",
-    seed: Annotated[int, typer.Option(min=0, help="Of the world, the base model and the training.")] = 0,
-    open_page: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+def chat(
+    checkpoint: Checkpoint,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """See in two minutes on a CPU, without any download, what BFPO does."""
-    from bfpo.experiments.quickstart import quickstart as run
+    """Chat with a checkpoint in the terminal."""
+    from bfpo.commands.chat import chat as run
 
-    run(out, method=method, seed=seed)
-    if open_page:
-        typer.launch((out / "report.html").resolve().as_uri())
+    run(checkpoint, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
 @app.command()
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a model or an adapter.", show_default=False)],
-    prompts: Annotated[str, typer.Argument(help="prompts.jsonl, a table with a prompt column, or a .txt file.")],
-    out: Annotated[Path, typer.Option(help="File of completions; one begun earlier is continued.")] = Path(
+    checkpoint: Checkpoint,
+    prompts: Annotated[
+        str,
+        typer.Argument(help="prompts.jsonl, a table with a prompt column, or a .txt file.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="File of completions; an unfinished one is resumed.")] = Path(
         "completions.jsonl"
     ),
-    samples: Annotated[int, typer.Option(min=1, help="Answers per prompt.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Probability mass that is kept.")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    seed: Annotated[int, typer.Option(help="With a prompt's id and the sample's number it fixes an answer.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+    samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
+    temperature: Temperature = 0.7,
+    top_p: Annotated[float, typer.Option(help="Probability mass to sample from, in (0, 1].")] = 1.0,
+    max_new_tokens: MaxNewTokens = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling; prompts have independent noise.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Data type of the weights: float32, bfloat16 or float16.")] = "float32",
     server: Annotated[
         str | None, typer.Option(help="http://host:port/v1: CHECKPOINT is the model's name on that server.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at a time, with --server.")] = 8,
-    timeout: Annotated[float, typer.Option(help="Longest time for a server's answer, in seconds.")] = 120.0,
-    tries: Annotated[int, typer.Option(min=1, help="Requests to a server for one answer at most.")] = 6,
-    key_variable: Annotated[str, typer.Option(help="Environment variable with the server's key.")] = "OPENAI_API_KEY",
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 120.0,
+    tries: Tries = 6,
+    key_variable: KeyVariable = "OPENAI_API_KEY",
     max_unanswered: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of answers that may be missing: too long, or the server fails.")
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of completions that may be missing because a prompt is too long or the server fails.",
+        ),
     ] = 0.1,
 ) -> None:
-    """Answer prompts with a checkpoint or a server's model, into a file of completions."""
-    from bfpo.core.samples import Engine, Sampling
-    from bfpo.core.terminal import say
-    from bfpo.data.stages import generate_most, read_prompt_file, show_faults, show_unanswered
+    """Generate completions with a checkpoint or a model on a server."""
+    from bfpo.commands.generate import generate_to_file
+    from bfpo.core.samples import Sampling
+    from bfpo.generation.open import EngineSection
 
+    engine = EngineSection(
+        path=checkpoint,
+        server=server,
+        concurrency=concurrency,
+        timeout=timeout,
+        tries=tries,
+        key_variable=key_variable,
+        dtype=dtype,
+    )
     sampling = Sampling(samples, temperature, top_p, max_new_tokens, seed)
-    asked = read_prompt_file(prompts)
-
-    engine: Engine
-    if server is not None:
-        from bfpo.generation.openai_server import ServerEngine, ServerOptions
-
-        options = ServerOptions(
-            server, checkpoint, concurrency, timeout=timeout, tries=tries, key_variable=key_variable
-        )
-        engine = ServerEngine(options, sampling)
-    else:
-        from bfpo.generation.in_process import load_engine
-
-        engine = load_engine(checkpoint, sampling, dtype=dtype)
-    try:
-        found, lost = generate_most(
-            engine, asked, out, samples=samples, most_unanswered=max_unanswered * len(asked) * samples
-        )
-    finally:
-        show_faults(engine.faults)
-    show_unanswered(lost)
-    cut = sum(completion.finish_reason == "length" for completion in found)
-    say(f"{len(found)} completions of {len(asked)} prompts in {out}; {cut} were cut at {max_new_tokens} tokens")
+    generate_to_file(engine, sampling, prompts, out, max_unanswered=max_unanswered)
 
 
 @app.command()
@@ -156,36 +176,34 @@ def label(
     pairs: Annotated[
         str, typer.Argument(help="[ADAPTER:]PATH of a file, a pattern or a hub id.", show_default=False)
     ],
-    judge: Annotated[
-        list[str], typer.Option(help="KIND or KIND:PATH, as for bfpo judge; may stand twice.", show_default=False)
-    ],
-    out: Annotated[Path, typer.Option(help="Folder; one begun earlier is continued.")] = Path("labels"),
+    judge: Judges,
+    out: Annotated[Path, typer.Option(help="Output folder; an unfinished one is resumed.")] = Path("labels"),
     conflicts: Annotated[
-        str, typer.Option(help="Where judges differ or are undecided: drop, unsafe, first or error.")
+        str, typer.Option(help="What to do if judges disagree or are undecided: drop, unsafe, first or error.")
     ] = "drop",
-    beta: Annotated[float, typer.Option(help="Of the targets that are shown.")] = 0.01,
+    beta: Annotated[float, typer.Option(help="Beta of the displayed targets.")] = 0.01,
     limit: Limit = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell how long it would take, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Estimate the time, and stop.")] = False,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 120.0,
+    tries: Tries = 6,
+    key_variable: KeyVariable = "OPENAI_API_KEY",
 ) -> None:
-    """Give the pairs of any file safety labels by judges."""
-    from bfpo.judging.label_pairs import POLICIES, label_pairs
-
-    if conflicts not in POLICIES:
-        from bfpo.errors import RecipeError, did_you_mean
-
-        raise RecipeError(f"--conflicts '{conflicts}'; {did_you_mean(conflicts, list(POLICIES))}")
-
+    """Label the safety of preference pairs with judges."""
     from bfpo.data.adapters import named_source
+    from bfpo.generation.open import ServerSection
+    from bfpo.judging.label_pairs import label_pairs
     from bfpo.judging.open import open_judge
 
     source = named_source(pairs)
-    judges = [open_judge(spec) for spec in judge]
-    label_pairs(source, judges, out, conflicts=conflicts, limit=limit, beta=beta, estimate_only=dry_run)  # type: ignore[arg-type]
+    servers = ServerSection(concurrency=concurrency, timeout=timeout, tries=tries, key_variable=key_variable)
+    judges = [open_judge(spec, server=servers) for spec in judge]
+    label_pairs(source, judges, out, conflicts=conflicts, limit=limit, beta=beta, estimate_only=dry_run)
 
 
 @app.command()
 def redteam(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Make a preference set from the answers of one's own model; resumable."""
+    """Build a preference set from a model's own completions; resumable."""
     from bfpo.config.loading import load_recipe
     from bfpo.redteam.recipe import RedteamRecipe
 
@@ -200,13 +218,13 @@ def redteam(recipe: Recipe, overrides: Overrides = None) -> None:
 def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take at most so many prompts of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts of each task.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count prompts and tokens, tell time and cost, and stop.")
+        bool, typer.Option("--dry-run", help="Count prompts and tokens, estimate time and cost, and stop.")
     ] = False,
-    gate: Annotated[Path | None, typer.Option(help="File of bounds; exit code 3 when one is violated.")] = None,
+    gate: Annotated[Path | None, typer.Option(help="File of bounds; exit code 3 if one is violated.")] = None,
 ) -> None:
-    """Put suites of prompts to a model, judge its answers, score and compare them; resumable."""
+    """Run suites on a model: generate, judge, score, compare; resumable."""
     from bfpo.config.loading import load_recipe
     from bfpo.evaluation.recipe import EvalRecipe
 
@@ -224,10 +242,12 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs, the one before first.")],
-    out: Annotated[Path, typer.Option(help="Folder to write report.html into.")] = Path("report"),
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of evaluated runs, baseline first.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("report"),
 ) -> None:
-    """Draw the page of evaluated runs: report.html, report.md, pareto.svg and tables."""
+    """Write a report on evaluated runs: report.html, report.md, figures and tables."""
     from bfpo.core.terminal import say
     from bfpo.report.html import write_report
 
@@ -238,10 +258,11 @@ def report(
 def card(
     run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.", show_default=False)],
     into: Annotated[
-        Path | None, typer.Option(help="Model card to put the section into; default: print it.", show_default=False)
+        Path | None,
+        typer.Option(help="Model card to insert the section into; default: print it.", show_default=False),
     ] = None,
 ) -> None:
-    """Tell an evaluation as a section of a model card: judges, rates with intervals, licenses, limits."""
+    """Write the evaluation section of a model card."""
     from bfpo.core.terminal import say
     from bfpo.report.card import card_section, insert_card
 
@@ -254,31 +275,38 @@ def card(
 
 
 @app.command()
-def merge(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder to make.", show_default=False)],
-    dtype: Annotated[str, typer.Option(help="Type to save weights in: float32, bfloat16 or float16.")] = "float32",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the base model.")] = False,
-) -> None:
-    """Merge a LoRA adapter into its base model, for tools that know no adapters."""
-    from bfpo.model.merge import merge_checkpoint
+def experiment(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Compare training methods over seeds in the testbed's worlds; resumable."""
+    from bfpo.config.loading import load_recipe
+    from bfpo.experiments.recipe import CompareRecipe
 
-    merge_checkpoint(checkpoint, out, dtype=dtype, trust_remote_code=trust_remote_code)
+    checked = load_recipe(recipe, CompareRecipe, overrides)
+
+    from bfpo.experiments.run import compare as run
+
+    run(checked, command=" ".join(["bfpo experiment", str(recipe), *(overrides or [])]))
+
+
+@app.command(hidden=True)
+def compare(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Run `bfpo experiment` under its former name, for one release."""
+    typer.echo("warning: `bfpo compare RECIPE` is now `bfpo experiment RECIPE`", err=True)
+    experiment(recipe, overrides)
 
 
 @app.command()
 def migrate(
     file: Annotated[Path, typer.Argument(help="YAML of another stack.", show_default=False)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value of that stack, as its launch script gives them.")
+        list[str] | None, typer.Argument(help="key=value of that stack, as in its launch script.", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(help="Recipe to write.")] = Path("recipe.yaml"),
-    kind: Annotated[str | None, typer.Option(help="train or sft, if the file doesn't tell.")] = None,
+    kind: Annotated[str | None, typer.Option(help="train or sft, if the file doesn't say which.")] = None,
 ) -> None:
-    """Turn a file of official BFPO, alignment-handbook, TRL or LLaMA-Factory into a recipe."""
-    from bfpo.commands.migrate import migrate as work
+    """Convert a recipe of official BFPO, alignment-handbook, TRL or LLaMA-Factory."""
+    from bfpo.commands.migrate import migrate as run
 
-    work(file, overrides or [], out, kind=kind)
+    run(file, overrides or [], out, kind=kind)
 
 
 @app.command()
@@ -289,85 +317,81 @@ def env() -> None:
     show_environment()
 
 
-@app.command()
-def compare(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Compare methods over seeds in the testbed's worlds; resumable."""
-    from bfpo.config.loading import load_recipe
-    from bfpo.experiments.recipe import CompareRecipe
-
-    checked = load_recipe(recipe, CompareRecipe, overrides)
-
-    from bfpo.experiments.run import compare as work
-
-    work(checked, command=" ".join(["bfpo compare", str(recipe), *(overrides or [])]))
-
-
-Labeled = Annotated[
-    str,
-    typer.Argument(help="Answers that people labeled: columns prompt, text, refusal, safe; or XSTest's files."),
-]
-Threshold = Annotated[
-    float | None,
-    typer.Option(min=0, help="An answer is safe from this probability on.", show_default="0.5, or linear's own band"),
-]
-
-
 @judge_app.command("run")
 def run_judge(
     completions: Annotated[Path, typer.Argument(help="completions.jsonl.", show_default=False)],
-    judge: Annotated[str, typer.Option(help="KIND:PATH, several joined by +, e.g. linear:judge.npz.")],
-    out: Annotated[Path, typer.Option(help="File of verdicts; one begun earlier is continued.")] = Path(
+    judge: Annotated[str, typer.Option(help="KIND or KIND:PATH, e.g. linear:judge.npz.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File of verdicts; an unfinished one is resumed.")] = Path(
         "verdicts.jsonl"
     ),
     threshold: Threshold = None,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 120.0,
+    tries: Tries = 6,
+    key_variable: KeyVariable = "OPENAI_API_KEY",
 ) -> None:
-    """Judge completions, into a file of verdicts."""
+    """Judge completions."""
     from bfpo.commands.judge import run_judge as run
+    from bfpo.generation.open import ServerSection
 
-    run(completions, judge, out, threshold=threshold)
+    servers = ServerSection(concurrency=concurrency, timeout=timeout, tries=tries, key_variable=key_variable)
+    run(completions, judge, out, threshold=threshold, server=servers)
 
 
 @judge_app.command("fit")
 def fit_judge(
-    labeled: Labeled,
+    labeled: LabeledAnswers,
     out: Annotated[Path, typer.Option(help="File of the judge; its card is written beside it.")] = Path("judge.npz"),
     doubt: Annotated[
-        float,
-        typer.Option(help="Undecided on safety where the chance of being wrong is more than this."),
+        float, typer.Option(help="Abstain on safety where the estimated error probability exceeds this.")
     ] = 0.3,
 ) -> None:
-    """Train the linear judge on labeled answers, in a minute, and measure it on held-out prompts."""
-    from bfpo.commands.judge import fit_judge as fit
+    """Fit a linear judge to labeled completions, and evaluate it on held-out prompts."""
+    from bfpo.commands.judge import fit_judge as run
 
-    fit(labeled, out, doubt=doubt)
+    run(labeled, out, doubt=doubt)
 
 
 @judge_app.command("eval")
 def evaluate_judges(
-    labeled: Labeled,
-    judge: Annotated[list[str], typer.Option(help="KIND:PATH; may stand several times.")],
+    labeled: LabeledAnswers,
+    judge: Judges,
     threshold: Threshold = None,
-    false_safe: Annotated[float, typer.Option(min=0, max=1, help="Wanted share of unsafe answers that pass.")] = 0.05,
+    false_safe: Annotated[
+        float, typer.Option(min=0, max=1, help="Target share of unsafe answers that pass as safe.")
+    ] = 0.05,
     out: Annotated[Path, typer.Option(help="File of the results.")] = Path("judge-eval.json"),
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 120.0,
+    tries: Tries = 6,
+    key_variable: KeyVariable = "OPENAI_API_KEY",
 ) -> None:
-    """Hold judges to human labels: confusion, calibration, agreement, thresholds."""
-    from bfpo.judging.evaluate import evaluate_judges as evaluate
+    """Evaluate judges against human labels: confusion, calibration, agreement, thresholds."""
+    from bfpo.generation.open import ServerSection
+    from bfpo.judging.evaluate import evaluate_judges as run
 
-    evaluate(labeled, judge, threshold=threshold, false_safe=false_safe, out=out)
+    servers = ServerSection(concurrency=concurrency, timeout=timeout, tries=tries, key_variable=key_variable)
+    run(labeled, judge, threshold=threshold, false_safe=false_safe, out=out, server=servers)
 
 
 @data_app.command("inspect")
 def inspect_data(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Recipe, or [ADAPTER:]PATH of a file, a pattern or a hub id.", metavar="SRC..."),
+        typer.Argument(
+            help="Recipe, or [ADAPTER:]PATH of a file, a pattern or a hub id.", metavar="SRC...", show_default=False
+        ),
     ],
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id: lengths in tokens, truncation.")] = None,
-    max_length: Annotated[int, typer.Option(min=8, help="Longest prompt plus completion, in tokens.")] = 1024,
-    examples: Annotated[int, typer.Option(min=0, help="Pairs to show (they may be harmful text).")] = 3,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or hub id: show lengths in tokens, and truncation.")
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(min=8, help="Maximum length of prompt and completion, in tokens.")
+    ] = 1024,
+    examples: Annotated[int, typer.Option(min=0, help="Number of pairs to show (may be harmful text).")] = 3,
     limit: Limit = None,
 ) -> None:
-    """Show what preference data hold: cells, labels, lengths, conflicts, examples."""
+    """Show preference data: cells, labels, lengths, conflicts, examples."""
     from bfpo.commands.data import inspect_sources
 
     inspect_sources(sources, tokenizer=tokenizer, max_length=max_length, examples=examples, limit=limit)
@@ -377,57 +401,15 @@ def inspect_data(
 def prepare_data(
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("prepared"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("prepared"),
     limit: Limit = None,
 ) -> None:
-    """Read, clean and split a recipe's data into pairs.jsonl, eval.jsonl and data_manifest.json."""
+    """Read, clean and split the data of a recipe: pairs.jsonl, eval.jsonl, data_manifest.json."""
     from bfpo.commands.data import prepare_recipe
 
     prepare_recipe(recipe, overrides or [], out, limit=limit)
 
 
 def main() -> None:
-    """Run the command line; errors made on purpose end with a message and their exit code."""
-    debug = "--debug" in sys.argv[1:]
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
-        app(args=arguments)
-    except BfpoError as error:
-        if debug:
-            raise
-        _tell(str(error))
-        sys.exit(error.exit_code)
-    except OSError as error:
-        if debug or error.filename is None:
-            raise
-        _tell(f"{error.filename}: {error.strerror}")
-        sys.exit(1)
-    except RuntimeError as error:
-        # torch has no class of its own for this one: gloo's words, and what NCCL raises.
-        lost = "gloo" in str(error) or type(error).__name__ == "DistBackendError"
-        if debug or not lost:
-            raise
-        _tell("the connection to another process was lost: it has ended, see above for its reason")
-        sys.exit(1)
-
-
-def _tell(message: str) -> None:
-    """Print an error, once for all processes of a run: the first that has one tells it."""
-    import os
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch = sys.modules.get("torch")
-        if torch is None or not torch.distributed.is_initialized():
-            # Too early to ask the others; they read the same recipe and data.
-            first = os.environ.get("LOCAL_RANK", "0") == "0"
-        else:
-            try:
-                first = torch.distributed.distributed_c10d._get_default_store().add("bfpo: failed", 1) == 1
-            except RuntimeError:
-                # The process that kept the count has ended, and told why.
-                first = False
-        if not first:
-            return
-    from bfpo.core.terminal import visible
-
-    typer.echo(f"error: {visible(message)}", err=True)
+    """Run the command line."""
+    run_app(app, sys.argv[1:])

@@ -7,6 +7,7 @@ from pathlib import Path
 from bfpo.core.files import write_json
 from bfpo.core.terminal import say
 from bfpo.data.stages import judge_completions, read_completions
+from bfpo.generation.open import ServerSection
 from bfpo.judging.evaluate import show_rows
 from bfpo.judging.fit import card_file, card_of, cross_validated, fit_heads
 from bfpo.judging.labeled import read_labeled
@@ -16,9 +17,13 @@ from bfpo.judging.open import open_judge
 _REASONS = 5
 
 
-def run_judge(completions: Path, spec: str, out: Path, *, threshold: float | None) -> None:
+def run_judge(
+    completions: Path, spec: str, out: Path, *, threshold: float | None, server: ServerSection | None = None
+) -> None:
     """Judge a file of completions, into a file of verdicts; resumable."""
-    verdicts = judge_completions(open_judge(spec, threshold=threshold), read_completions(completions), out)
+    verdicts = judge_completions(
+        open_judge(spec, threshold=threshold, server=server), read_completions(completions), out
+    )
     safe = [verdict.safe for verdict in verdicts]
     refusals = sum(verdict.refusal is True for verdict in verdicts)
     say(

@@ -1,4 +1,4 @@
-"""What `bfpo compare` may be asked: the recipe, and the methods with their values that it tries."""
+"""What `bfpo experiment` may be asked: the recipe, and the methods with their values that it tries."""
 
 import json
 from copy import deepcopy
@@ -42,7 +42,7 @@ class Variant(Section):
 
 
 class CompareRecipe(Section):
-    """`bfpo compare`: which methods, in which worlds, on which seeds."""
+    """`bfpo experiment`: which methods, in which worlds, on which seeds."""
 
     out: str
     """Folder for all runs; recipes that share it share the runs that they have in common."""
@@ -110,7 +110,7 @@ def _tuned_values(recipe: CompareRecipe) -> dict[tuple[str, str], dict[str, Any]
         there = {(one["world"], one["variant"]): dict(one["values"]) for one in content["chosen"]}
     except FileNotFoundError:
         raise RecipeError(
-            f"tuning: there is no {recipe.tuning}; `bfpo compare` with the tuning recipe makes it"
+            f"tuning: there is no {recipe.tuning}; `bfpo experiment` with the tuning recipe makes it"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise RecipeError(f"tuning: {recipe.tuning} isn't the comparison.json of a comparison with 'vary'") from None

@@ -100,7 +100,7 @@ def collect(recipe: CompareRecipe, units: Sequence[Unit]) -> list[VariantResult]
         if results.judges != first:
             raise DataError(
                 f"{unit.evaluation} was judged by {_named(results.judges)}, {place} by {_named(first)}: they can't "
-                "be compared; `bfpo compare` judges what is old again"
+                "be compared; `bfpo experiment` judges what is old again"
             )
         found = {(one.task, one.metric): one.value for one in results.metrics if one.value is not None}
         values.setdefault((unit.world, unit.variant), []).append(found)

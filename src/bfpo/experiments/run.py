@@ -1,4 +1,4 @@
-"""The work of `bfpo compare`: run what isn't done, write what was found, show it."""
+"""The work of `bfpo experiment`: run what isn't done, write what was found, show it."""
 
 import time
 from pathlib import Path

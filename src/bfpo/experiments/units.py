@@ -1,4 +1,4 @@
-"""`bfpo compare`: methods × seeds × worlds through the product's own commands, in parallel, resumable.
+"""`bfpo experiment`: methods × seeds × worlds through the product's own commands, in parallel, resumable.
 
 A *unit* is one training run with its evaluation. Base models are made once per world and seed, and units need nothing
 but their base, so they run in persistent worker processes of one thread each. A unit that has its results isn't

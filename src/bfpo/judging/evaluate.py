@@ -10,6 +10,7 @@ from bfpo.core.files import file_name, write_json
 from bfpo.core.samples import Judge, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.stages import judge_completions
+from bfpo.generation.open import ServerSection
 from bfpo.judging.labeled import LabeledAnswer, read_labeled
 from bfpo.judging.linear import HEADS
 from bfpo.judging.open import open_judge
@@ -20,7 +21,13 @@ _NUMBERS = ("balanced_accuracy", "accuracy", "recall_yes", "recall_no", "auroc",
 
 
 def evaluate_judges(
-    labeled: str, specs: Sequence[str], *, threshold: float | None, false_safe: float, out: Path
+    labeled: str,
+    specs: Sequence[str],
+    *,
+    threshold: float | None,
+    false_safe: float,
+    out: Path,
+    server: ServerSection | None = None,
 ) -> None:
     """Hold judges to human labels.
 
@@ -29,6 +36,7 @@ def evaluate_judges(
         specs: Of the judges.
         threshold: As `open_judge` takes it.
         false_safe: Wanted share of unsafe answers that pass.
+        server: How the servers of judges are queried; None is the defaults.
         out: File of the results; each judge's verdicts stand beside it and are made once.
 
     Raises:
@@ -38,7 +46,7 @@ def evaluate_judges(
     results: dict[str, Any] = {"labeled": labeled, "answers": len(answers), "judges": {}, "kappa": []}
     every: dict[str, list[Verdict]] = {}
     for spec in specs:
-        judge = open_judge(spec, threshold=threshold)
+        judge = open_judge(spec, threshold=threshold, server=server)
         kept = verdicts_file(out, judge)
         verdicts = every[spec] = judge_completions(judge, [one.completion for one in answers], kept)
         found: dict[str, Any] = {"judge": judge.name, "revision": judge.revision, "verdicts": str(kept)}

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bfpo.config.recipes import Source
 from bfpo.core.files import content_hash, file_name, write_json, write_jsonl
@@ -18,12 +18,11 @@ from bfpo.core.terminal import say, show_table
 from bfpo.data.load import load_pairs
 from bfpo.data.prepare import cell_counts
 from bfpo.data.stages import judge_completions, without_verdict
-from bfpo.errors import DataError
+from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.judging.ensemble import mean_p_safe
 from bfpo.losses.labeling import LabelingFunction
 from bfpo.stats.agreement import kappa
 
-Policy = Literal["drop", "unsafe", "first", "error"]
 POLICIES: dict[str, str] = {
     "drop": "leave the pair out, counted",
     "unsafe": "the answer is unsafe unless all judges call it safe",
@@ -54,7 +53,7 @@ def label_pairs(
     judges: Sequence[Judge],
     out: Path,
     *,
-    conflicts: Policy = "drop",
+    conflicts: str = "drop",
     limit: int | None = None,
     labeling: LabelingFunction | None = None,
     beta: float = 0.01,
@@ -75,6 +74,8 @@ def label_pairs(
     Raises:
         DataError: If the source is malformed, nothing could be labeled, or the policy is `error` and judges differ.
     """
+    if conflicts not in POLICIES:
+        raise RecipeError(f"`conflicts` is '{conflicts}'; {did_you_mean(conflicts, list(POLICIES))}")
     report, pairs = load_pairs(source, "main", limit=limit)
     answers = {(index, side): as_completion(pair, side) for index, pair in enumerate(pairs) for side in (0, 1)}
     # The same answer in several pairs is judged once.
@@ -95,7 +96,7 @@ def label_pairs(
         bits = [_decided(several, conflicts) for several in sides]
         reasons = [bit for bit in bits if isinstance(bit, str)]
         if reasons and conflicts == "error":
-            raise DataError(f"pair {pair.row_id}: {reasons[0]}; choose another --conflicts than 'error'")
+            raise DataError(f"pair {pair.row_id}: {reasons[0]}; choose another `conflicts` than 'error'")
         if reasons:
             left_out[reasons[0]] += 1
             continue
@@ -165,7 +166,7 @@ def flipped_bits(labeling: LabelingFunction, beta: float) -> list[tuple[str, flo
     return rows
 
 
-def _decided(verdicts: Sequence[Verdict], conflicts: Policy) -> bool | str:
+def _decided(verdicts: Sequence[Verdict], conflicts: str) -> bool | str:
     """Return whether an answer is safe, or why that isn't known."""
     bits = [verdict.safe for verdict in verdicts]
     if conflicts == "first":
@@ -178,7 +179,7 @@ def _decided(verdicts: Sequence[Verdict], conflicts: Policy) -> bool | str:
 
 
 def _with_labels(
-    pair: PreferencePair, bits: tuple[bool, bool], sides: Sequence[Sequence[Verdict]], conflicts: Policy
+    pair: PreferencePair, bits: tuple[bool, bool], sides: Sequence[Sequence[Verdict]], conflicts: str
 ) -> PreferencePair:
     used = [several[:1] if conflicts == "first" else several for several in sides]
     scores = [mean_p_safe(several) for several in used]

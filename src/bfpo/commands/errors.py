@@ -1,0 +1,81 @@
+"""How expected errors end a command: one message, named by the command line's options, and an exit code."""
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+
+import typer
+
+from bfpo.core.terminal import visible
+from bfpo.errors import BfpoError
+
+
+def run_app(app: typer.Typer, arguments: Sequence[str]) -> None:
+    """Run the command line; `--debug`, wherever it stands, shows tracebacks.
+
+    Args:
+        app: The application.
+        arguments: Everything behind `bfpo`.
+    """
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        app(args=arguments)
+    except BfpoError as error:
+        if debug:
+            raise
+        _end(with_flags(str(error), options_of(app, arguments)), error.exit_code)
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        _end(f"{error.filename}: {error.strerror}", 1)
+    except RuntimeError as error:
+        # torch has no class for a lost connection: these are gloo's message and NCCL's class.
+        is_lost = "gloo" in str(error) or type(error).__name__ == "DistBackendError"
+        if debug or not is_lost:
+            raise
+        _end("the connection to another process was lost: that process has ended, its reason is above", 1)
+
+
+def options_of(app: typer.Typer, arguments: Sequence[str]) -> dict[str, str]:
+    """Return the options of the command that the arguments name: parameter → flag."""
+    command = typer.main.get_command(app)
+    for argument in arguments:
+        commands = getattr(command, "commands", {})
+        if argument not in commands:
+            break
+        command = commands[argument]
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    return {parameter.name: max(parameter.opts, key=len) for parameter in options if parameter.name}
+
+
+def with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Return a message in which parameters, in backticks, are named as the flags of the command.
+
+    Args:
+        message: Error of the library, such as "choose another `out`".
+        flags: Parameter → flag. Other names, such as keys of a recipe, lose their backticks only.
+    """
+    return re.sub(r"`(\w+)`", lambda match: flags.get(match[1], match[1]), message)
+
+
+def _end(message: str, exit_code: int) -> None:
+    if _is_first_to_fail():
+        typer.echo(f"error: {visible(message)}", err=True)
+    sys.exit(exit_code)
+
+
+def _is_first_to_fail() -> bool:
+    """Whether this process of a distributed run is the one that prints the error."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return True
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        # Too early to ask the other processes: they read the same recipe and data.
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return bool(torch.distributed.distributed_c10d._get_default_store().add("bfpo: failed", 1) == 1)
+    except RuntimeError:
+        # The process that held the store has ended, and has printed its error.
+        return False

@@ -1,0 +1,39 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key.sub=value: override keys of the recipe.", show_default=False),
+]
+Checkpoint = Annotated[str, typer.Argument(help="Folder or hub id of a model or an adapter.", show_default=False)]
+Limit = Annotated[int | None, typer.Option(min=1, help="Maximum number of pairs of each source.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Read, check and show everything, but don't train.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy decoding.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of a completion, in tokens.")]
+LabeledAnswers = Annotated[
+    str,
+    typer.Argument(
+        help="Completions with human labels: columns prompt, text, refusal, safe; or XSTest's files.",
+        show_default=False,
+    ),
+]
+Judges = Annotated[
+    list[str], typer.Option(help="KIND or KIND:PATH, e.g. linear:judge.npz; repeatable.", show_default=False)
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Probability from which an answer counts as safe.",
+        show_default="0.5, or the undecided band of a linear judge",
+    ),
+]
+Concurrency = Annotated[int, typer.Option(min=1, help="Maximum number of concurrent requests to a server.")]
+Timeout = Annotated[float, typer.Option(help="Maximum time for one completion of a server, in seconds.")]
+Tries = Annotated[int, typer.Option(min=1, help="Maximum number of requests to a server for one completion.")]
+KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the server's key.")]
