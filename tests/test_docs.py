@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bfpo import bfpo_loss
+from bfpo.commands.app import app
 from bfpo.config import recipes as recipe
 from bfpo.config.loading import check_recipe, parse_yaml
-from bfpo.config.recipes import Source, TrainRecipe
+from bfpo.config.recipes import NewModel, Source, TrainRecipe
 from bfpo.core.pairs import COLUMNS
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
 from bfpo.data.prompts import SOURCES
@@ -20,42 +22,84 @@ from bfpo.evaluation import scoring
 from bfpo.losses.build import make_loss
 from bfpo.losses.labeling import TABLES
 from bfpo.losses.pairwise import BFPO, LOSSES
+from bfpo.model.new import new_model
 from bfpo.training.arguments import training_arguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def block(language: str, text: str) -> str:
+    """Return the block of the README in a language that contains a text."""
+    found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    (match,) = (code for code in found if text in code)
+    return match
 
 
 def test_the_loss_in_the_readme_is_the_loss():
     names = {}
-    exec(blocks("python")[0], names)
+    exec(block("python", "def loss"), names)
     generator = torch.Generator().manual_seed(0)
     logps = [torch.randn(16, dtype=torch.float64, generator=generator) * 9 for _ in range(4)]
     bits = [torch.randint(0, 2, (16,), generator=generator) for _ in range(2)]
     torch.testing.assert_close(names["loss"](*logps, *bits), bfpo_loss(*logps, *bits))
 
 
-def test_the_trainer_example_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
+def test_the_first_lines_of_python_in_the_readme_train_a_model(tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
-    exec(blocks("python")[1].replace("max_steps=20", "max_steps=20, use_cpu=True, save_strategy='no'"), {})
-    assert capsys.readouterr().out.splitlines()[-1] == "1.0"
+    model = new_model(NewModel(shape="nano"), tokenizer)
+    model.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    code = block("python", "BFPOTrainer(")
+    # Without a hub another model stands in; nothing else changes.
+    names = {}
+    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model"), names)
+    folder = Path(names["trainer"].args.output_dir)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == model.config.vocab_size
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
 
 
 def test_the_recipe_in_the_readme_is_one():
-    check_recipe(parse_yaml(blocks("yaml")[0], "README"), TrainRecipe, "README")
+    check_recipe(parse_yaml(block("yaml", "train_only"), "README"), TrainRecipe, "README")
+
+
+def test_the_results_in_the_readme_are_those_of_sixteen_seeds():
+    comparison = json.loads((ROOT / "benchmarks/results/testbed/sixteen/comparison.json").read_text())
+    lines = {(line["world"], line["variant"], line["metric"]): line for line in comparison["lines"]}
+    variants = {"base": "base model", "dpo_h": "DPO on helpfulness", "dpo_mix": "DPO on a naive mix", "bfpo": "BFPO"}
+    metrics = ("harmful/safety", "benign/helpfulness", "all/harmonic_mean")
+    for world in ("shared", "separate"):
+        for variant, title in variants.items():
+            means = ["{:.2f} [{:.2f}, {:.2f}]".format(*lines[world, variant, metric]["mean"]) for metric in metrics]
+            first = f"{world} skills" if variant == "base" else ""
+            assert f"| {first} | {title} | {' | '.join(means)} |".replace("|  |", "| |") in README
+        assert len(lines[world, "bfpo", metrics[0]]["values"]) == 16
+    mix = [lines[world, "dpo_mix", "all/harmonic_mean"] for world in ("shared", "separate")]
+    assert [line["verdict"] for line in mix] == ["not distinguishable", "worse"]
+    assert mix[0]["difference"][0] > 0
+    tested = {variant for world, variant, _ in lines if world == "shared"} - {"bfpo"}
+    assert f"Holm-adjusted over {len(tested)} variants" in " ".join(README.split())
 
 
 def test_the_file_tree_names_what_is_there():
-    tree = re.search(r"```\nsrc/bfpo/\n(.*?)\nrecipes/", README, flags=re.DOTALL)[1]
-    named = set(re.findall(r"(?:\w+\.py|^  \w+/)", tree, flags=re.MULTILINE))
-    named = {name.strip() for name in named}
-    there = {f.name for f in (ROOT / "src/bfpo").glob("*.py") if not f.name.startswith("__")}
-    there |= {f"{f.name}/" for f in (ROOT / "src/bfpo").iterdir() if (f / "__init__.py").exists()}
-    assert named == there
+    page = (ROOT / "docs/design.md").read_text()
+    tree = re.search(r"```text\nsrc/bfpo/\n(.*?)```", page, flags=re.DOTALL)[1]
+    named = {name.strip() for name in re.findall(r"(?:\w+\.py|^  \w+/)", tree, flags=re.MULTILINE)}
+    modules = {path.name for path in (ROOT / "src/bfpo").glob("*.py") if not path.name.startswith("__")}
+    packages = {f"{path.name}/" for path in (ROOT / "src/bfpo").iterdir() if (path / "__init__.py").exists()}
+    assert named == modules | packages
+
+
+def test_the_index_lists_every_page_and_every_command():
+    index = (ROOT / "docs/index.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert [name for name in sorted(pages) if f"]({name})" not in index] == []
+    names = {command.name or command.callback.__name__ for command in app.registered_commands if not command.hidden}
+    assert [name for name in sorted(names) if f"`bfpo {name}" not in index] == []
 
 
 def test_every_local_link_leads_somewhere():
@@ -109,10 +153,6 @@ def test_the_numbers_of_the_quickstart_are_those_of_its_study():
         (row,) = re.findall(rf"^\| {seed['seed']} \|.*$", page, flags=re.MULTILINE)
         for metric in ("harmful/safety", "benign/helpfulness", "harmful/severity", "lookalike/over_refusal"):
             assert f"{seed['base'][metric][0]:.2f} → {shown(seed['bfpo'][metric])}" in row
-    first = study["seeds"][0]
-    for run in ("base", "bfpo"):
-        for metric in ("harmful/safety", "benign/helpfulness", "lookalike/over_refusal"):
-            assert shown(first[run][metric]) in README
     assert study["criteria"]["both"] == "8 of 8"
 
 

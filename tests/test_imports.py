@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,42 @@ def test_first_answer_is_fast_and_loads_no_torch(command):
         ended = os.times()
         seconds.append(ended.children_user + ended.children_system - began.children_user - began.children_system)
     assert min(seconds) < 0.6
+
+
+def rooms_and_arrows() -> tuple[set[str], set[tuple[str, str]]]:
+    """Return the packages and loose modules of `src/bfpo`, and which of them imports which."""
+    rooms = {path.name.removesuffix(".py") for path in SOURCE.iterdir() if path.suffix in ("", ".py")}
+    rooms -= {"__pycache__"}
+        "__pycache__"
+    }
+    arrows = {
+        (path.relative_to(SOURCE).parts[0].removesuffix(".py"), f"{module}.__init__".split(".")[1])
+        for path in SOURCE.rglob("*.py")
+        for module in imports(path)
+        if module == "bfpo" or module.startswith("bfpo.")
+    }
+    return rooms, {(here, there) for here, there in arrows if here != there}
+
+
+def test_the_house_stays_small():
+    rooms, arrows = rooms_and_arrows()
+    assert len(rooms) <= 22
+    assert len(arrows) <= 120
+    assert len(LAYERS) <= 12
+    assert {name for layer in LAYERS for name in layer} == rooms
+    assert sum(path.suffix == ".py" for path in SOURCE.iterdir()) <= 6
+    assert not rooms & {"utils", "common", "misc", "helpers"}
+
+
+def test_the_product_does_not_import_the_testbed():
+    _, arrows = rooms_and_arrows()
+    assert {here for here, there in arrows if there == "testbed"} == {"experiments"}
+
+
+def test_contributing_lists_the_layers():
+    page = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text()
+    listed = re.search(r"```text\n(errors\n.*?)```", page, flags=re.DOTALL)[1]
+    assert [tuple(line.split()) for line in listed.splitlines()] == LAYERS
 
 
 def test_public_names_load_on_first_use():
