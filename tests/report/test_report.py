@@ -15,9 +15,9 @@ import pytest
 from bfpo.errors import DataError
 from bfpo.evaluation.results import METRIC_COLUMNS, MetricResult, Results, read_results
 from bfpo.report.card import BEGIN, END, card_section, insert_card
-from bfpo.report.drawing import DARK, LIGHT, STYLE, Drawing, Point, ticks
 from bfpo.report.html import write_report
 from bfpo.report.plane import front, region
+from bfpo.report.svg import DARK, LIGHT, STYLE, Drawing, Point, ticks
 from bfpo.report.words import MISSING, number, short, signed
 from bfpo.stats.intervals import wilson
 

@@ -15,8 +15,8 @@ from bfpo.evaluation.comparisons import DifferenceVerdict, verdict_on
 from bfpo.evaluation.results import read_results
 from bfpo.experiments.recipe import CompareRecipe, all_tried
 from bfpo.experiments.units import Unit
-from bfpo.report.drawing import Drawing
 from bfpo.report.plane import Stand, plane
+from bfpo.report.svg import Drawing
 from bfpo.stats.intervals import (
     Interval,
     Values,

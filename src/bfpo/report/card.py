@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bfpo.core.files import write_text
 from bfpo.errors import DataError
-from bfpo.report.judged import agreements, by_judge, heat_map, recipes, warnings_of_results
+from bfpo.report.judge_tables import agreements, by_judge, heat_map, recipes, warnings_of_results
 from bfpo.report.markdown import agreement_table, judged_table, plain, said, table
 from bfpo.report.provenance import calibration
 from bfpo.report.run_files import Run, read_runs

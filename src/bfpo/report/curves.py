@@ -8,8 +8,8 @@ from markupsafe import Markup
 
 from bfpo.core.pairs import CELLS
 from bfpo.evaluation.results import MetricResult
-from bfpo.report.drawing import Drawing, Point, run_class, ticks
 from bfpo.report.run_files import Run
+from bfpo.report.svg import Drawing, Point, run_class, ticks
 from bfpo.report.words import CELL_NAMES, MINUS, short
 
 WIDTH, HEIGHT = 330.0, 190.0

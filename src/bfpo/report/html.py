@@ -10,9 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bfpo.core.files import write_text
 from bfpo.errors import DataError
-from bfpo.report import drawing
+from bfpo.report import svg as drawing
 from bfpo.report.curves import curves
-from bfpo.report.judged import (
+from bfpo.report.judge_tables import (
     agreements,
     by_judge,
     column_name,
@@ -23,12 +23,12 @@ from bfpo.report.judged import (
 )
 from bfpo.report.lengths import lengths
 from bfpo.report.markdown import as_markdown
-from bfpo.report.pairs import pairs
+from bfpo.report.model_comparisons import pairs
 from bfpo.report.plane import Stand, front, plane, stands
 from bfpo.report.provenance import facts, label_table, warnings
 from bfpo.report.run_files import Run, read_runs
 from bfpo.report.samples import ANY_PER_KIND, FAILURES_PER_KIND, sample_groups
-from bfpo.report.story import stories
+from bfpo.report.summary import stories
 from bfpo.report.tables import comparisons_csv, groups, metrics_csv
 from bfpo.report.words import CORRECTED_MEANS
 

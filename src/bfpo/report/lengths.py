@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bfpo.evaluation.results import MetricResult
-from bfpo.report.drawing import Drawing, Point, run_class, shortened, ticks
 from bfpo.report.run_files import Run
+from bfpo.report.svg import Drawing, Point, run_class, shortened, ticks
 from bfpo.report.words import interval, number
 
 WIDTH, HEIGHT = 400.0, 240.0

@@ -3,8 +3,16 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from bfpo.report.judged import agreements, by_judge, column_name, columns, heat_map, recipes, warnings_of_results
-from bfpo.report.pairs import pairs
+from bfpo.report.judge_tables import (
+    agreements,
+    by_judge,
+    column_name,
+    columns,
+    heat_map,
+    recipes,
+    warnings_of_results,
+)
+from bfpo.report.model_comparisons import pairs
 from bfpo.report.provenance import facts, warnings
 from bfpo.report.run_files import Run
 from bfpo.report.tables import Value, groups

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from scipy.stats import chi2
 
 from bfpo.evaluation.results import MetricResult
-from bfpo.report.drawing import Drawing, Point, arrow, run_class, shortened
 from bfpo.report.run_files import Run
+from bfpo.report.svg import Drawing, Point, arrow, run_class, shortened
 from bfpo.report.words import interval, number
 from bfpo.stats.intervals import Interval
 
