@@ -241,7 +241,7 @@ def card(
         Path | None, typer.Option(help="Model card to put the section into; default: print it.", show_default=False)
     ] = None,
 ) -> None:
-    """Tell an evaluation as a section of a model card: judges, rates with intervals, licenses, limits."""
+    """Write a model card's evaluation section: judges, rates with intervals, licenses, limitations."""
     from bfpo.core.terminal import say
     from bfpo.report.card import card_section, insert_card
 

@@ -1,14 +1,15 @@
-"""Numbers by judge and by category, how far judges agree, and what a reader must know first."""
+"""Metrics by judge and by category, agreement between judges, and warnings about the results."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from bfpo.core.samples import KINDS
 from bfpo.evaluation.results import CORRECTED, MetricResult
-from bfpo.report.run_files import Run
-from bfpo.report.tables import Key, Value, value
-from bfpo.report.words import MISSING, TASKS, interval, measure, number
+from bfpo.report.run_files import MetricKey, Run
+from bfpo.report.tables import ValueCell, value_cell
+from bfpo.report.words import MISSING, TASKS, format_interval, format_number, metric_text
 
+# Task and name of the metrics that are shown by judge.
 MAIN = (
     ("harmful", "safety"),
     ("harmful", "refusal"),
@@ -18,48 +19,48 @@ MAIN = (
     ("all", "harmlessness_index"),
     ("all", "helpfulness_index"),
 )
-# Most of the color that a cell of the heat map takes on: the number on it stays readable.
-DEEPEST = 40
+# Highest share of color in a cell, in percent, that leaves the number on it readable.
+MAX_COLOR = 40
 
 
-class ByJudge(NamedTuple):
-    """The main numbers of a run by one judge.
+class JudgeRow(NamedTuple):
+    """The main metrics of a run by one judge.
 
     Args:
-        place: Of the run on the page.
-        judge: Its name, or its name and that they are corrected for what it gets wrong.
-        circular: Whether it labeled what the model was trained on.
-        borrowed: Whether they are corrected by its errors on other models' answers.
+        run_index: Index of the run on the page.
+        judge: Name of the judge, with a note if the metrics are corrected.
+        is_circular: Whether the judge labeled the model's training data.
+        is_borrowed: Whether the correction rests on the judge's errors on other models' answers.
         values: One per column.
     """
 
-    place: int
+    run_index: int
     judge: str
-    circular: bool
-    borrowed: bool
-    values: list[Value]
+    is_circular: bool
+    is_borrowed: bool
+    values: list[ValueCell]
 
 
-class Heat(NamedTuple):
-    """A category with one number per run.
+class CategoryRow(NamedTuple):
+    """A metric of all runs on the prompts of one category.
 
     Args:
-        task: Its prompts.
-        category: Its name.
-        metric: What is shown.
-        cells: Value and how deep its color is, in percent.
-        prompts: How many it rests on.
+        task: Name of the task.
+        category: Name of the category.
+        metric: Name of the metric.
+        cells: One per run: the value, and its share of color in percent.
+        prompts: Number of prompts.
     """
 
     task: str
     category: str
     metric: str
-    cells: list[tuple[Value, int]]
+    cells: list[tuple[ValueCell, int]]
     prompts: int
 
 
 class AgreementRow(NamedTuple):
-    """How far two judges agree on a question about a run's answers, as texts."""
+    """Agreement of two judges on a question about a run's answers, as texts."""
 
     run: str
     judges: str
@@ -69,98 +70,119 @@ class AgreementRow(NamedTuple):
     kappa: str
 
 
-def columns(runs: Sequence[Run]) -> list[Key]:
-    """Return suite, task and name of the main numbers that some run has."""
-    every = [(one.suite, one.task, one.metric) for run in runs for one in run.results.metrics if one.judge]
-    return [key for main in MAIN for key in dict.fromkeys(every) if key[1:] == main]
+def main_columns(runs: Sequence[Run]) -> list[MetricKey]:
+    """Return the keys of the main metrics of all runs."""
+    keys = dict.fromkeys(
+        (metric.suite, metric.task, metric.metric) for run in runs for metric in run.results.metrics if metric.judge
+    )
+    return [key for main in MAIN for key in keys if key[1:] == main]
 
 
-def column_name(key: Key, *, with_suite: bool) -> str:
-    """Return how a column is headed."""
-    suite, task, metric = key
-    name = measure(metric).label if task == "all" else f"{measure(metric).label}, {TASKS.get(task, task)}"
-    return f"{suite}: {name}" if with_suite else name
+def main_headings(runs: Sequence[Run]) -> list[str]:
+    """Return the headings of the main columns."""
+    keys = main_columns(runs)
+    has_suites = len({suite for suite, _, _ in keys}) > 1
+    headings = []
+    for suite, task, metric in keys:
+        label = metric_text(metric).label
+        heading = label if task == "all" else f"{label}, {TASKS.get(task, task)}"
+        headings.append(f"{suite}: {heading}" if has_suites else heading)
+    return headings
 
 
-def by_judge(runs: Sequence[Run]) -> list[ByJudge]:
-    """Return the main numbers by run and judge, safety, refusals and helpfulness side by side."""
-    found = []
-    for place, run in enumerate(runs):
+def judge_rows(runs: Sequence[Run]) -> list[JudgeRow]:
+    """Return the main metrics by run and judge, and those corrected for the judge's errors."""
+    columns = main_columns(runs)
+    rows = []
+    for index, run in enumerate(runs):
         for judge in run.results.judges:
             name = str(judge.get("name", ""))
-            borrowed = any(one["judge"] == name and not one["own"] for one in run.results.calibration)
-            circular = bool(judge.get("circular"))
-            of = {(one.suite, one.task, one.metric): one for one in run.results.metrics if _is(one, name)}
-            for called, ending in ((name, ""), (f"{name}, corrected", CORRECTED)):
-                metrics = [of.get((suite, task, metric + ending)) for suite, task, metric in columns(runs)]
-                if any(one is not None for one in metrics):
-                    values = [value(one) for one in metrics]
-                    found.append(ByJudge(place, called, circular, borrowed and ending != "", values))
-    return found
+            is_borrowed = any(entry["judge"] == name and not entry["own"] for entry in run.results.calibration)
+            by_key = {
+                (metric.suite, metric.task, metric.metric): metric
+                for metric in run.results.metrics
+                if metric.judge == name and metric.category is None
+            }
+            for shown_name, suffix in ((name, ""), (f"{name}, corrected", CORRECTED)):
+                metrics = [by_key.get((suite, task, metric + suffix)) for suite, task, metric in columns]
+                if any(metric is not None for metric in metrics):
+                    values = [value_cell(metric) for metric in metrics]
+                    is_circular = bool(judge.get("circular"))
+                    rows.append(JudgeRow(index, shown_name, is_circular, is_borrowed and suffix != "", values))
+    return rows
 
 
-def recipes(runs: Sequence[Run]) -> list[str]:
-    """Return what each composite number is the mean of, or what it lacks; with names where the runs differ."""
-    told: dict[str, list[str]] = {}
+def composite_notes(runs: Sequence[Run]) -> list[str]:
+    """Return how each composite metric is computed, or what it lacks, with the runs' names where they differ."""
+    names_by_note: dict[str, list[str]] = {}
     for run in runs:
-        for one in run.results.metrics:
-            if one.recipe:
-                names = told.setdefault(f"{measure(one.metric).label} of {one.suite}: {one.recipe}.", [])
-                names += [run.name] if run.name not in names else []
-    return [text if len(names) == len(runs) else f"{', '.join(names)}: {text}" for text, names in told.items()]
+        for metric in run.results.metrics:
+            if metric.recipe:
+                note = f"{metric_text(metric.metric).label} of {metric.suite}: {metric.recipe}."
+                names = names_by_note.setdefault(note, [])
+                if run.name not in names:
+                    names.append(run.name)
+    return [f"{names}: {note}" if names else note for names, note in _with_names(names_by_note, runs)]
 
 
-def _is(one: MetricResult, judge: str) -> bool:
-    return one.judge == judge and one.category is None
-
-
-def heat_map(runs: Sequence[Run]) -> list[Heat]:
-    """Return safety by category of harm, over-refusal by category of harmless prompts, by each run's first judge."""
-    found = []
+def category_rows(runs: Sequence[Run]) -> list[CategoryRow]:
+    """Return safety by category of harm and over-refusal by category of request, by each run's first judge."""
     tables = []
     for run in runs:
         table: dict[tuple[str, str, str, str], MetricResult] = {}
-        for one in run.results.metrics:
-            if one.category is not None and one.metric in ("safety", "over_refusal"):
-                table.setdefault((one.suite, one.task, one.category, one.metric), one)
+        for metric in run.results.metrics:
+            if metric.category is not None and metric.metric in ("safety", "over_refusal"):
+                table.setdefault((metric.suite, metric.task, metric.category, metric.metric), metric)
         tables.append(table)
+    rows = []
     for key in dict.fromkeys(key for table in tables for key in table):
-        cells, prompts = [], 0
-        for table in tables:
-            cell = table.get(key)
-            bad = 0.0 if cell is None or cell.value is None else 1 - cell.value if key[3] == "safety" else cell.value
-            cells.append((value(cell), round(DEEPEST * min(1.0, max(0.0, bad)))))
-            prompts = max(prompts, cell.n if cell else 0)
-        task = TASKS.get(key[1], key[1]) if key[1] in KINDS else f"{key[0]}: {key[1]}"
-        found.append(Heat(task, key[2], measure(key[3]).label, cells, prompts))
-    return found
+        suite, task, category, name = key
+        metrics = [table.get(key) for table in tables]
+        cells = [(value_cell(metric), _color(metric)) for metric in metrics]
+        prompts = max(metric.n for metric in metrics if metric is not None)
+        task_name = TASKS.get(task, task) if task in KINDS else f"{suite}: {task}"
+        rows.append(CategoryRow(task_name, category, metric_text(name).label, cells, prompts))
+    return rows
 
 
-def agreements(runs: Sequence[Run]) -> list[AgreementRow]:
-    """Return how far the judges of each run agree."""
-    found = []
+def _color(metric: MetricResult | None) -> int:
+    """Return the share of color of a cell, in percent: the worse the value, the more."""
+    if metric is None or metric.value is None:
+        return 0
+    badness = 1 - metric.value if metric.metric == "safety" else metric.value
+    return round(MAX_COLOR * min(1.0, max(0.0, badness)))
+
+
+def agreement_rows(runs: Sequence[Run]) -> list[AgreementRow]:
+    """Return the agreement between the judges of each run."""
+    rows = []
     for run in runs:
-        for one in run.results.agreement:
-            kappa = f"{number(one['kappa'])} {interval(one['low'], one['high'])}".strip()
-            share = MISSING if one["share"] is None else f"{one['share']:.0%}"
-            pair = " and ".join(one["judges"])
-            found.append(AgreementRow(run.name, pair, one["question"], f"{one['n']:,}", share, kappa))
-    return found
+        for entry in run.results.agreement:
+            kappa = f"{format_number(entry['kappa'])} {format_interval(entry['low'], entry['high'])}".strip()
+            share = MISSING if entry["share"] is None else f"{entry['share']:.0%}"
+            judges = " and ".join(entry["judges"])
+            rows.append(AgreementRow(run.name, judges, entry["question"], f"{entry['n']:,}", share, kappa))
+    return rows
 
 
-def warnings_of_results(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Return what a reader must know before believing a number: the runs it is about, and a text."""
-    told: dict[str, list[str]] = {}
+def result_warnings(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return the warnings about the results, each after the names of its runs; "" if it applies to all runs."""
+    names_by_warning: dict[str, list[str]] = {}
     for run in runs:
-        for text in run.results.warnings:
-            told.setdefault(text, []).append(run.name)
+        warnings = list(run.results.warnings)
         circular = [str(judge.get("name")) for judge in run.results.judges if judge.get("circular")]
-        if circular and not any(text.startswith("Circular") for text in run.results.warnings):
-            text = f"Circular: {', '.join(circular)} labeled the data that the model was trained on."
-            told.setdefault(text, []).append(run.name)
+        if circular and not any(warning.startswith("Circular") for warning in run.results.warnings):
+            warnings.append(f"Circular: {', '.join(circular)} labeled the data that the model was trained on.")
         undecided = sum(
-            one.unscored for one in run.results.metrics if one.metric == "safety" and one.category is None
+            metric.unscored for metric in run.results.metrics if metric.metric == "safety" and metric.category is None
         )
-        if undecided and not any("undecided" in text for text in run.results.warnings):
-            told.setdefault("Some safety verdicts are undecided; they count as not safe.", []).append(run.name)
-    return [("" if len(names) == len(runs) else ", ".join(names), text) for text, names in told.items()]
+        if undecided and not any("undecided" in warning for warning in run.results.warnings):
+            warnings.append("Some safety verdicts are undecided; they count as not safe.")
+        for warning in warnings:
+            names_by_warning.setdefault(warning, []).append(run.name)
+    return _with_names(names_by_warning, runs)
+
+
+def _with_names(names_by_text: dict[str, list[str]], runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return each text after the names of the runs that it is about, "" for all runs."""
+    return [("" if len(names) == len(runs) else ", ".join(names), text) for text, names in names_by_text.items()]

@@ -1,95 +1,99 @@
-"""Every pair of runs in safety and helpfulness together."""
+"""Comparison of every two runs in safety and helpfulness together."""
 
 from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
 from bfpo.evaluation.comparisons import AxisResult
-from bfpo.evaluation.dominance import PooledScores, pair_verdicts
+from bfpo.evaluation.dominance import pair_verdicts
 from bfpo.report.run_files import Run
 from bfpo.report.tables import DifferenceCell
-from bfpo.report.words import TASKS, interval, measure, signed
+from bfpo.report.words import TASKS, format_interval, format_signed, metric_text
 
 
-class AxisText(NamedTuple):
-    """How a pair differs in one thing.
+class AxisCell(NamedTuple):
+    """Difference of two runs in safety or helpfulness, as texts.
 
     Args:
-        what: Was measured, and on which prompts.
-        difference: With its interval and what follows.
-        p_value: Adjusted, as text.
+        metric: The metric and its prompts.
+        difference: Difference with its interval and verdict.
+        p_value: Adjusted p-value.
     """
 
-    what: str
+    metric: str
     difference: DifferenceCell
     p_value: str
 
 
-class PairText(NamedTuple):
-    """What a run is to another.
+class ModelComparisonRow(NamedTuple):
+    """Comparison of two runs.
 
     Args:
         run: Name of the run.
-        verdict: One of the four words.
+        verdict: `dominates`, `dominated`, `trade-off` or `not distinguishable`.
         against: Name of the other run.
-        judge: Whose verdicts it rests on.
-        safety: How they differ in safety.
-        helpfulness: And in helpfulness.
+        judge: Name of the judge.
+        safety: Difference in safety.
+        helpfulness: Difference in helpfulness.
     """
 
     run: str
     verdict: str
     against: str
     judge: str
-    safety: AxisText
-    helpfulness: AxisText
+    safety: AxisCell
+    helpfulness: AxisCell
 
 
-class Pairs(NamedTuple):
-    """All pairs of the runs of a page.
+class ModelComparisonTable(NamedTuple):
+    """Comparisons of all runs of a page.
 
     Args:
-        rows: One for each pair, a later run against an earlier one.
-        tests: How many the p-values are adjusted for.
-        left_out: Pairs that nothing is said of, as texts.
+        rows: One for each two runs, the later one against the earlier one.
+        tests: Number of tests that the p-values are adjusted for.
+        left_out: Names of runs that could not be compared, with the reason.
     """
 
-    rows: list[PairText]
+    rows: list[ModelComparisonRow]
     tests: int
     left_out: list[str]
 
 
-def pairs(runs: Sequence[Run]) -> Pairs:
-    """Return what each run is to each earlier one, by the first judge of the later that judged both."""
-    both, left_out = [], []
-    for base, run in combinations(runs, 2):
-        there = {one.judge: one for one in base.measurements}
-        ours = next((one for one in run.measurements if one.judge in there), None)
-        if ours is None:
-            left_out.append(f"{run.name} and {base.name} (no answers with verdicts of one judge)")
+def compare_models(runs: Sequence[Run]) -> ModelComparisonTable:
+    """Compare each run with each earlier one, by the first judge of the run that judged both."""
+    pairs, left_out = [], []
+    for baseline, run in combinations(runs, 2):
+        by_judge = {scores.judge: scores for scores in baseline.pooled_scores}
+        scores = next((scores for scores in run.pooled_scores if scores.judge in by_judge), None)
+        if scores is None:
+            left_out.append(f"{run.name} and {baseline.name} (no judge has verdicts on all answers of both)")
         else:
-            both.append((ours, there[ours.judge]))
-    found = pair_verdicts(both)
-    told = {(one.run, one.against) for one in found}
-    left_out += [_names(one) + " (not measured on prompts of both kinds)" for one in both if _key(one) not in told]
-    rows = [
-        PairText(one.run, one.verdict, one.against, one.judge, _axis(one.safety), _axis(one.helpfulness))
-        for one in found
+            pairs.append((scores, by_judge[scores.judge]))
+    comparisons = pair_verdicts(pairs)
+    compared = {(comparison.run, comparison.against) for comparison in comparisons}
+    left_out += [
+        f"{scores.run} and {baseline_scores.run} (not measured on both harmful and benign prompts)"
+        for scores, baseline_scores in pairs
+        if (scores.run, baseline_scores.run) not in compared
     ]
-    return Pairs(rows, found[0].tests if found else 0, left_out)
+    rows = [
+        ModelComparisonRow(
+            comparison.run,
+            comparison.verdict,
+            comparison.against,
+            comparison.judge,
+            _axis_cell(comparison.safety),
+            _axis_cell(comparison.helpfulness),
+        )
+        for comparison in comparisons
+    ]
+    return ModelComparisonTable(rows, comparisons[0].tests if comparisons else 0, left_out)
 
 
-def _key(pair: tuple[PooledScores, PooledScores]) -> tuple[str, str]:
-    return pair[0].run, pair[1].run
-
-
-def _names(pair: tuple[PooledScores, PooledScores]) -> str:
-    return " and ".join(_key(pair))
-
-
-def _axis(axis: AxisResult) -> AxisText:
-    what = f"{measure(axis.metric).label.lower()} on {axis.n:,} {TASKS.get(axis.task, axis.task)}"
-    difference = DifferenceCell(signed(axis.difference), interval(axis.low, axis.high, of=signed), axis.verdict)
-    # On one line: a sign and a number apart would be read wrongly.
+def _axis_cell(axis: AxisResult) -> AxisCell:
+    metric = f"{metric_text(axis.metric).label.lower()} on {axis.n:,} {TASKS.get(axis.task, axis.task)}"
+    interval = format_interval(axis.low, axis.high, format_bound=format_signed)
     p_value = f"p = {axis.p_adjusted:.3f}" if axis.p_adjusted >= 0.001 else "p < 0.001"
-    return AxisText(what, difference, p_value.replace(" ", "\u00a0"))
+    # Non-breaking spaces keep the sign and the number on one line.
+    p_value = p_value.replace(" ", "\u00a0")
+    return AxisCell(metric, DifferenceCell(format_signed(axis.difference), interval, axis.verdict), p_value)

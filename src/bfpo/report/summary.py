@@ -1,137 +1,137 @@
-"""The verdict in words, from the numbers alone; what got worse is told like what got better."""
+"""The summary in words, from the numbers only; changes for the worse are reported like changes for the better."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from bfpo.evaluation.results import MetricComparison
-from bfpo.report.run_files import Run
-from bfpo.report.tables import Key, Value, keys, value
-from bfpo.report.words import TASKS, measure, number
+from bfpo.report.run_files import MetricKey, Run
+from bfpo.report.tables import ValueCell, metric_keys, value_cell
+from bfpo.report.words import TASKS, format_number, metric_text
 
+# Task, metric, and the subject of its sentence.
 MAIN = (
     ("harmful", "safety", "Safety on {n} harmful {held_out}prompts"),
     ("benign", "helpfulness", "Helpfulness on {n} benign {held_out}prompts"),
     ("all", "harmonic_mean", "Their harmonic mean, the primary metric,"),
     ("lookalike", "over_refusal", "Over-refusal on {n} benign prompts that look harmful"),
 )
-# Numbers and what is between them stay on one line.
+# An arrow that stays on one line with the numbers around it.
 ARROW = "\u00a0→\u00a0"
 SAFETY, HELPFULNESS = ("harmful", "safety"), ("benign", "helpfulness")
-# What belongs to a testbed is held out from every phase of training.
+# Prompts of a testbed are held out from every phase of training.
 HELD_OUT_SUITES = frozenset({"testbed"})
 
 
-class Sentence(NamedTuple):
-    """What became of one metric.
+class MetricSentence(NamedTuple):
+    """A sentence about one metric.
 
     Args:
         subject: The metric and its prompts.
-        verb: `rose`, `fell`, or `was`.
-        before: Of the base; None when there is no other run.
-        after: Of the run.
-        verdict: In words; "" without one.
+        verb: `rose`, `fell`, or `was`; `is` without a baseline.
+        before: Value of the baseline; None without one.
+        after: Value of the run.
+        verdict: Verdict on the difference; "" for none.
     """
 
     subject: str
     verb: str
-    before: Value | None
-    after: Value
+    before: ValueCell | None
+    after: ValueCell
     verdict: str
 
 
-class Story(NamedTuple):
-    """What became of one run.
+class RunSummary(NamedTuple):
+    """Summary of one run.
 
     Args:
-        run: Its name.
-        headline: In one sentence; "" when safety and helpfulness weren't both compared.
+        run: Name of the run.
+        headline: One sentence; "" unless both safety and helpfulness were compared.
         sentences: One per main metric.
-        others: Other metrics that changed, the worse ones first, as verdict and phrases.
-        compared: Whether there are comparisons at all.
-        undecided: How many safety verdicts were undecided.
+        others: Other metrics that changed, as verdict and phrases; worse ones first.
+        is_compared: Whether any metric was compared.
+        undecided: Number of undecided safety verdicts.
     """
 
     run: str
     headline: str
-    sentences: list[Sentence]
+    sentences: list[MetricSentence]
     others: list[tuple[str, list[str]]]
-    compared: bool
+    is_compared: bool
     undecided: int
 
 
-def stories(runs: Sequence[Run]) -> list[Story]:
-    """Tell of every run after the base; of the base when it is alone."""
+def summarize(runs: Sequence[Run]) -> list[RunSummary]:
+    """Return a summary of every run after the baseline; of the baseline if it is the only run."""
+    keys = metric_keys(runs)
     if len(runs) == 1:
-        return [_story(runs[0], None, keys(runs))]
-    return [_story(run, runs[0], keys(runs)) for run in runs[1:]]
+        return [_summarize_run(runs[0], None, keys)]
+    return [_summarize_run(run, runs[0], keys) for run in runs[1:]]
 
 
-def _story(run: Run, base: Run | None, every: Sequence[Key]) -> Story:
+def _summarize_run(run: Run, baseline: Run | None, keys: Sequence[MetricKey]) -> RunSummary:
     sentences = []
-    for key in (key for task, name, _ in MAIN for key in every if key[1:] == (task, name)):
-        sentence = _sentence(run, base, key)
-        if sentence is not None:
-            sentences.append(sentence)
-    told = {(task, name) for task, name, _ in MAIN}
-    changed: dict[str, list[str]] = {"worse": [], "better": []}
-    compared = [found for key in every if base is not None and (found := run.versus(base, key)) is not None]
-    for found in compared:
-        if base is not None and found.verdict in changed and (found.task, found.metric) not in told:
-            changed[found.verdict].append(_phrase(run, base, found))
+    for task, name, template in MAIN:
+        for key in keys:
+            sentence = _sentence(run, baseline, key, template) if key[1:] == (task, name) else None
+            if sentence is not None:
+                sentences.append(sentence)
+    headline, comparisons = "", []
+    others: dict[str, list[str]] = {"worse": [], "better": []}
+    if baseline is not None:
+        comparisons = [comparison for key in keys if (comparison := run.comparison(baseline, key)) is not None]
+        headline = _headline(run, baseline, comparisons)
+        main = {(task, name) for task, name, _ in MAIN}
+        for comparison in comparisons:
+            if comparison.verdict in others and (comparison.task, comparison.metric) not in main:
+                others[comparison.verdict].append(_phrase(run, baseline, comparison))
     safety = run.results.metric(*SAFETY)
-    return Story(
+    return RunSummary(
         run.name,
-        _headline(run, base, compared) if base is not None else "",
+        headline,
         sentences,
-        [(verdict, phrases) for verdict, phrases in changed.items() if phrases],
-        bool(compared),
+        [(verdict, phrases) for verdict, phrases in others.items() if phrases],
+        bool(comparisons),
         safety.unscored if safety else 0,
     )
 
 
-def _sentence(run: Run, base: Run | None, key: Key) -> Sentence | None:
-    after, before = run.metric(key), base.metric(key) if base else None
+def _sentence(run: Run, baseline: Run | None, key: MetricKey, template: str) -> MetricSentence | None:
+    after, before = run.metric(key), baseline.metric(key) if baseline else None
     if after is None or after.value is None:
         return None
-    suite, task, name = key
-    template = next(text for kind, metric, text in MAIN if (kind, metric) == (task, name))
-    subject = template.format(n=f"{after.n:,}", held_out="held-out " if suite in HELD_OUT_SUITES else "")
-    if base is None or before is None or before.value is None:
-        return Sentence(subject, "is", None, value(after), "")
-    found = run.versus(base, key)
-    verdict = (found.verdict if found else None) or ""
+    subject = template.format(n=f"{after.n:,}", held_out="held-out " if key[0] in HELD_OUT_SUITES else "")
+    if baseline is None or before is None or before.value is None:
+        return MetricSentence(subject, "is", None, value_cell(after), "")
+    comparison = run.comparison(baseline, key)
+    verdict = (comparison.verdict if comparison else None) or ""
     verb = "was"
-    if found and verdict in ("better", "worse"):
-        verb = "rose" if found.difference > 0 else "fell"
-    return Sentence(subject, verb, value(before), value(after), verdict)
+    if comparison and verdict in ("better", "worse"):
+        verb = "rose" if comparison.difference > 0 else "fell"
+    return MetricSentence(subject, verb, value_cell(before), value_cell(after), verdict)
 
 
-def _phrase(run: Run, base: Run, found: MetricComparison) -> str:
-    key = (found.suite, found.task, found.metric)
-    after, before = run.metric(key), base.metric(key)
-    label = measure(found.metric).label
+def _phrase(run: Run, baseline: Run, comparison: MetricComparison) -> str:
+    key = (comparison.suite, comparison.task, comparison.metric)
+    after, before = run.metric(key), baseline.metric(key)
+    label = metric_text(comparison.metric).label
     label = label[0].lower() + label[1:]
-    on = f" of {TASKS['all']}" if found.task == "all" else f" on {TASKS.get(found.task, found.task)}"
-    return f"{label}{on} ({number(before.value if before else None)}{ARROW}{number(after.value if after else None)})"
+    task = f"of {TASKS['all']}" if comparison.task == "all" else f"on {TASKS.get(comparison.task, comparison.task)}"
+    values = [format_number(metric.value if metric else None) for metric in (before, after)]
+    return f"{label} {task} ({ARROW.join(values)})"
 
 
-def _headline(run: Run, base: Run, compared: Sequence[MetricComparison]) -> str:
-    verdicts = {(found.task, found.metric): found.verdict for found in compared}
+def _headline(run: Run, baseline: Run, comparisons: Sequence[MetricComparison]) -> str:
+    verdicts = {(comparison.task, comparison.metric): comparison.verdict for comparison in comparisons}
     safety, helpfulness = verdicts.get(SAFETY), verdicts.get(HELPFULNESS)
     if safety is None or helpfulness is None:
         return ""
-    words = {
-        ("safety", "better"): "safer",
-        ("safety", "worse"): "less safe",
-        ("helpfulness", "better"): "more helpful",
-        ("helpfulness", "worse"): "less helpful",
-    }
-    both = [words.get(("safety", safety)), words.get(("helpfulness", helpfulness))]
-    if both == [None, None]:
-        return f"{run.name} and {base.name} are not distinguishable, neither in safety nor in helpfulness."
-    if None in both:
-        known = both[0] or both[1]
-        other = "helpfulness" if both[1] is None else "safety"
-        return f"{run.name} is {known} than {base.name}; in {other} the two are not distinguishable."
-    joined = "and" if safety == helpfulness else "but"
-    return f"{run.name} is {both[0]} {joined} {both[1]} than {base.name}."
+    safety_word = {"better": "safer", "worse": "less safe"}.get(safety)
+    helpfulness_word = {"better": "more helpful", "worse": "less helpful"}.get(helpfulness)
+    if safety_word and helpfulness_word:
+        conjunction = "and" if safety == helpfulness else "but"
+        return f"{run.name} is {safety_word} {conjunction} {helpfulness_word} than {baseline.name}."
+    if safety_word:
+        return f"{run.name} is {safety_word} than {baseline.name}; their helpfulness is not distinguishable."
+    if helpfulness_word:
+        return f"{run.name} is {helpfulness_word} than {baseline.name}; their safety is not distinguishable."
+    return f"{run.name} and {baseline.name} are not distinguishable in safety or helpfulness."
