@@ -99,8 +99,6 @@ def rooms_and_arrows() -> tuple[set[str], set[tuple[str, str]]]:
     """Return the packages and loose modules of `src/bfpo`, and which of them imports which."""
     rooms = {path.name.removesuffix(".py") for path in SOURCE.iterdir() if path.suffix in ("", ".py")}
     rooms -= {"__pycache__"}
-        "__pycache__"
-    }
     arrows = {
         (path.relative_to(SOURCE).parts[0].removesuffix(".py"), f"{module}.__init__".split(".")[1])
         for path in SOURCE.rglob("*.py")

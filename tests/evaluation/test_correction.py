@@ -167,14 +167,15 @@ def test_the_page_shows_corrected_numbers_beside_the_judge_s_and_the_warning(toy
     for part in ("one, corrected", "answers of other models", "Over-refusal, corrected", "0.07", "right on 90.0%"):
         assert part in page, part
     text = Path("page/report.md").read_text()
-    assert "| careless | one, corrected on other models' answers |" in text
+    assert "| careless | one, corrected (calibrated on other models' answers) |" in text
     assert "answers of other models" in text
     card = card_section(Path("out/careless"))
-    assert "| careless | one, corrected on other models' answers |" in card
-    assert "Corrected by: one on 'safe': right on 100.0% (80) of people's yes and on – (none) of their no" in card
+    assert "| careless | one, corrected (calibrated on other models' answers) |" in card
+    assert "Correction: one on 'safe': right on 100.0% (80) of the answers that annotators labeled yes" in card
+    assert "and on – (none) of those labeled no" in card
     assert "one on 'refusal': right on 90.0% (40)" in card
     for told in (page, text, card):
-        assert told.count("A corrected number is what people would find") == 1
+        assert told.count("A corrected rate estimates what human annotators would measure") == 1
     assert text.count("| Over-refusal, corrected |") == 2
     metrics = json.loads(Path("out/careless/results.json").read_text())["metrics"]
     assert sum(one["metric"].endswith("_corrected") for one in metrics) == 12

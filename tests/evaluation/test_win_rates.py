@@ -16,7 +16,7 @@ from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.report.html import render
-from bfpo.report.lengths import lengths
+from bfpo.report.lengths import length_figures
 from bfpo.report.run_files import read_runs
 from bfpo.stats.length_control import win_rate
 
@@ -164,10 +164,10 @@ def test_two_runs_compare_prompt_by_prompt_only_beside_the_same_outputs(toy, mon
 
 def test_the_page_draws_length_against_win_rate(toy):
     run_eval(recipe())
-    (one, other) = lengths(read_runs([Path("out/a")]))
+    (one, other) = length_figures(read_runs([Path("out/a")]))
     assert (one.label, other.label) == ("beside/asked by rates", "beside/asked by sees")
-    assert other.runs[0].startswith("a: 1 tokens, win rate 0.86 [")
-    assert "at equal lengths" in other.runs[0]
+    assert other.lines[0].startswith("a: 1 tokens, win rate 0.86 [")
+    assert "length-controlled" in other.lines[0]
     drawn = other.drawing.standalone()
     assert drawn.count('class="dot') + drawn.count('class="ring') == 2
     assert "Length against win rate" in render(read_runs([Path("out/a")]), title="t")

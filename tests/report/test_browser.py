@@ -1,4 +1,4 @@
-"""The page in a real browser: headless Chromium, where there is one."""
+"""The page in headless Chromium; skipped where it is not installed."""
 
 import html
 import json
@@ -7,171 +7,169 @@ import re
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from bfpo.report.html import write_report
+
+from .fake_runs import SCRIPT
+from .page import read_lines
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome here")
 
-# Opened inside a page of its own in a frame 360 px wide, which no least width of a window can widen.
+# The page is in a frame 360 px wide, because a window has a minimum width.
 PHONE = """<!doctype html><body><iframe src="report.html" width="360" height="800"></iframe><script>
 onload = () => {
   const page = document.querySelector("iframe").contentDocument;
-  const folded = [...page.querySelectorAll("details")].map(one => one.open);
-  page.querySelectorAll("details").forEach(one => one.open = true);
-  const boxes = [...page.querySelectorAll("svg")].map(one => one.getBoundingClientRect());
+  const open = [...page.querySelectorAll("details")].map(details => details.open);
+  page.querySelectorAll("details").forEach(details => details.open = true);
+  const boxes = [...page.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect());
   const sizes = boxes.map(box => [box.width, box.height]);
   document.body.textContent = JSON.stringify({
-    width: page.documentElement.scrollWidth, height: page.documentElement.scrollHeight, folded, sizes,
+    width: page.documentElement.scrollWidth, height: page.documentElement.scrollHeight, open, sizes,
     title: page.title, scripts: page.scripts.length, images: page.images.length,
   });
 };
 </script>"""
 
 
-def dump(path, profile) -> str:
+def run_in_browser(path: Path, profile: Path):
+    """Open a page whose script replaces the body by JSON, and return the content."""
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
         f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout
+    return json.loads(html.unescape(re.search(r"<body>(.*)</body>", done.stdout)[1]))
 
 
-def test_a_browser_shows_the_page_on_a_phone_and_runs_nothing_in_it(tmp_path, runs, fake):
+def test_the_page_fits_a_phone_and_runs_no_script_of_a_model(tmp_path, runs):
     out = tmp_path / "out"
     # The prompt with the planted script is the only harmful one, so that it is among those shown.
     for folder in runs:
         for name in ("prompts", "completions", "verdicts"):
             path = folder / "evaluation" / f"{name}.jsonl"
-            rows = [
-                line
-                for line in path.read_text().splitlines(keepends=True)
-                if "harmful-000" in line or '"harmful-' not in line
-            ]
-            path.write_text("".join(rows))
+            lines = [line for line in read_lines(path) if "harmful-000" in line or '"harmful-' not in line]
+            path.write_text("".join(f"{line}\n" for line in lines))
     write_report(out, runs, title="A title", note="long " + "w" * 300)
-    assert html.escape(fake.script, quote=True).replace("&#x27;", "&#39;") in (out / "report.html").read_text()
+    assert html.escape(SCRIPT, quote=True).replace("&#x27;", "&#39;") in (out / "report.html").read_text()
     (out / "phone.html").write_text(PHONE)
-    seen = json.loads(html.unescape(re.search(r"<body>(.*)</body>", dump(out / "phone.html", tmp_path / "p"))[1]))
-    assert seen["title"] == "A title"
-    assert (seen["scripts"], seen["images"]) == (1, 0)
+    page = run_in_browser(out / "phone.html", tmp_path / "profile")
+    assert page["title"] == "A title"
+    assert (page["scripts"], page["images"]) == (1, 0)
     # The frame's own scroll bar takes some of its 360 px.
-    assert 300 < seen["width"] <= 360
-    assert seen["height"] > 2000
-    assert len(seen["folded"]) == 7
-    assert not any(seen["folded"])
-    assert len(seen["sizes"]) > 10
-    assert all(0 < width <= 360 and height > 0 for width, height in seen["sizes"])
+    assert 300 < page["width"] <= 360
+    assert page["height"] > 2000
+    assert len(page["open"]) == 7
+    assert not any(page["open"])
+    assert len(page["sizes"]) > 10
+    assert all(0 < width <= 360 and height > 0 for width, height in page["sizes"])
 
 
 SEARCH = """<!doctype html><body><iframe src="report.html" width="400" height="800"></iframe><script>
 onload = () => {
   const page = document.querySelector("iframe").contentDocument, form = page.getElementById("search");
-  const count = () => parseInt(page.getElementById("found").textContent);
-  const seen = [form.hidden, count()];
+  const count = () => parseInt(page.getElementById("match-count").textContent);
+  const counts = [count()];
   const set = (name, value) => {
     form[name].value = value;
-    form.dispatchEvent(new Event("input")); seen.push(count());
+    form.dispatchEvent(new Event("input")); counts.push(count());
   };
   set("verdict", "unsafe"); set("verdict", ""); set("words", "no such words"); set("words", "SNARE film");
-  document.body.textContent = JSON.stringify(seen);
+  document.body.textContent = JSON.stringify([form.hidden, ...counts]);
 };
 </script>"""
 
 
-def test_answers_are_searched_by_the_one_script_that_the_page_allows(tmp_path, runs):
-    write_report(tmp_path / "out", runs)
-    (tmp_path / "out" / "search.html").write_text(SEARCH)
-    page = dump(tmp_path / "out" / "search.html", tmp_path / "p")
-    hidden, everything, unsafe, again, none, words = json.loads(
-        html.unescape(re.search(r"<body>(.*)</body>", page)[1])
-    )
+def test_answers_can_be_searched(tmp_path, two_runs):
+    shutil.copy(two_runs.folder / "report.html", tmp_path)
+    (tmp_path / "search.html").write_text(SEARCH)
+    hidden, total, unsafe, again, no_words, words = run_in_browser(tmp_path / "search.html", tmp_path / "profile")
     assert not hidden
-    assert 0 < unsafe < everything == again
-    assert none == 0
-    assert 0 < words < everything / 4
+    assert 0 < unsafe < total == again
+    assert no_words == 0
+    assert 0 < words < total / 4
 
 
 class Chromium:
-    """A headless browser that is asked by the DevTools protocol over two pipes."""
+    """A headless browser, controlled by the DevTools protocol over two pipes."""
 
     def __init__(self, page, profile):
-        (reads, self._to), (answers, writes) = os.pipe(), os.pipe()
+        (commands, self._commands), (self._responses, responses) = os.pipe(), os.pipe()
         options = f"--headless --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir={profile}"
         # The browser reads from descriptor 3 and writes to 4.
-        command = f"exec {CHROMIUM} {options} 3<&{reads} 4>&{writes}"
+        command = f"exec {CHROMIUM} {options} 3<&{commands} 4>&{responses}"
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(
-            ["bash", "-c", command], pass_fds=(reads, writes), stdout=quiet, stderr=quiet
+            ["bash", "-c", command], pass_fds=(commands, responses), stdout=quiet, stderr=quiet
         )
-        os.close(reads)
-        os.close(writes)
-        self._from, self._rest, self._asked, self._session = answers, b"", 0, {}
-        target = self.ask("Target.createTarget", url=page.as_uri())["targetId"]
-        session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        os.close(commands)
+        os.close(responses)
+        self._buffer, self._num_commands, self._session = b"", 0, {}
+        target = self.send("Target.createTarget", url=page.as_uri())["targetId"]
+        session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._session = {"sessionId": session}
         # A new tab is first the complete, empty page about:blank.
-        until = time.monotonic() + 60
-        while self.value("document.readyState + ' ' + location.href") != f"complete {page.as_uri()}":
-            assert time.monotonic() < until, f"{page} isn't loaded after a minute"
+        deadline = time.monotonic() + 60
+        while self.evaluate("document.readyState + ' ' + location.href") != f"complete {page.as_uri()}":
+            assert time.monotonic() < deadline, f"{page} is not loaded after a minute"
             time.sleep(0.05)
 
-    def ask(self, method, **params):
-        self._asked += 1
-        message = {"id": self._asked, "method": method, "params": params, **self._session}
-        os.write(self._to, json.dumps(message).encode() + b"\0")
+    def send(self, method, **params):
+        self._num_commands += 1
+        message = {"id": self._num_commands, "method": method, "params": params, **self._session}
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
         while True:
-            while b"\0" not in self._rest:
-                read = os.read(self._from, 65536)
-                assert read, "the browser ended"
-                self._rest += read
-            answer, _, self._rest = self._rest.partition(b"\0")
-            if (found := json.loads(answer)).get("id") == self._asked:
-                return found["result"]
+            while b"\0" not in self._buffer:
+                data = os.read(self._responses, 65536)
+                assert data, "the browser ended"
+                self._buffer += data
+            line, _, self._buffer = self._buffer.partition(b"\0")
+            response = json.loads(line)
+            if response.get("id") == self._num_commands:
+                return response["result"]
 
     def press(self, key, code, text=""):
         for kind in ("keyDown", "keyUp"):
-            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
 
-    def value(self, expression):
-        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+    def evaluate(self, expression):
+        return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def close(self):
         self._process.kill()
         self._process.wait()
-        os.close(self._to)
-        os.close(self._from)
+        os.close(self._commands)
+        os.close(self._responses)
 
 
 FOCUSED = """(() => {
-  const all = [...document.querySelectorAll("a, summary, input, select, [tabindex='0']")]
-    .filter(one => one.checkVisibility());
-  const here = document.activeElement, style = getComputedStyle(here);
-  return [all.indexOf(here), all.length, style.outlineStyle !== "none" || style.boxShadow !== "none"];
+  const controls = [...document.querySelectorAll("a, summary, input, select, [tabindex='0']")]
+    .filter(control => control.checkVisibility());
+  const active = document.activeElement, style = getComputedStyle(active);
+  return [controls.indexOf(active), controls.length, style.outlineStyle !== "none" || style.boxShadow !== "none"];
 })()"""
 
 
-def test_the_keyboard_reaches_every_control_in_order_and_shows_where_it_is(tmp_path, runs):
-    write_report(tmp_path / "out", runs)
-    browser = Chromium(tmp_path / "out" / "report.html", tmp_path / "p")
+def test_the_keyboard_reaches_every_control_in_order_with_a_visible_focus(tmp_path, two_runs):
+    browser = Chromium(two_runs.folder / "report.html", tmp_path / "profile")
     try:
-        _, controls, _ = browser.value(FOCUSED)
-        assert controls > 10
-        walked = []
-        for _ in range(controls):
+        _, num_controls, _ = browser.evaluate(FOCUSED)
+        assert num_controls > 10
+        order = []
+        for _ in range(num_controls):
             browser.press("Tab", 9)
-            place, _, shown = browser.value(FOCUSED)
-            assert shown
-            walked.append(place)
-        assert walked == list(range(controls))
-        # A fold opens by the keyboard.
-        browser.value("document.querySelector('summary').focus()")
+            index, _, is_visible = browser.evaluate(FOCUSED)
+            assert is_visible
+            order.append(index)
+        assert order == list(range(num_controls))
+        # The keyboard opens a fold.
+        browser.evaluate("document.querySelector('summary').focus()")
         browser.press("Enter", 13, "\r")
-        assert browser.value("document.activeElement.parentElement.open") is True
+        assert browser.evaluate("document.activeElement.parentElement.open") is True
     finally:
         browser.close()

@@ -15,8 +15,8 @@ from bfpo.evaluation.comparisons import DifferenceVerdict, verdict_on
 from bfpo.evaluation.results import read_results
 from bfpo.experiments.recipe import CompareRecipe, all_tried
 from bfpo.experiments.units import Unit
-from bfpo.report.drawing import Drawing
-from bfpo.report.plane import Stand, plane
+from bfpo.report.plane import PlanePoint, draw_plane
+from bfpo.report.svg import Drawing
 from bfpo.stats.intervals import (
     Interval,
     Values,
@@ -266,8 +266,8 @@ def _plane(world: str, lines: Sequence[VariantResult]) -> Drawing:
     for place, variant in enumerate(dict.fromkeys(variant for variant, _ in by_key)):
         helpful, safe = by_key[variant, "benign/helpfulness"], by_key[variant, "harmful/safety"]
         outline = mean_ellipse(np.stack([helpful.values, safe.values], axis=1))
-        found.append(Stand(place, variant, helpful.mean, safe.mean, [(float(x), float(y)) for x, y in outline]))
-    return plane(found, arrows=False, legend=True)
+        found.append(PlanePoint(place, variant, helpful.mean, safe.mean, [(float(x), float(y)) for x, y in outline]))
+    return draw_plane(found, arrows=False, legend=True)
 
 
 def shown(interval: Interval, style: str = ".2f") -> str:

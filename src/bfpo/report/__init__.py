@@ -1,1 +1,1 @@
-"""The page that shows what evaluations found, drawn from the runs' files alone."""
+"""The report of evaluated runs, drawn from the files of their folders."""

@@ -1,31 +1,34 @@
-"""`bfpo card`: what an evaluation found, as a section of a model card."""
+"""`bfpo card`: the evaluation section of a model card."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bfpo.core.files import write_text
 from bfpo.errors import DataError
-from bfpo.report.judged import agreements, by_judge, heat_map, recipes, warnings_of_results
-from bfpo.report.markdown import agreement_table, judged_table, plain, said, table
+from bfpo.report.judge_tables import agreement_rows, category_rows, composite_notes, judge_rows, result_warnings
+from bfpo.report.markdown import agreement_table, escape, format_table, format_value, judge_table
 from bfpo.report.provenance import calibration
 from bfpo.report.run_files import Run, read_runs
-from bfpo.report.tables import value
-from bfpo.report.words import CORRECTED_MEANS, MISSING
+from bfpo.report.tables import value_cell
+from bfpo.report.words import CORRECTION_NOTE, MISSING
 
 BEGIN, END = "<!-- bfpo card: begin -->", "<!-- bfpo card: end -->"
-LIMITS = (
-    "Brackets are 95 % intervals over prompts of one model: they say nothing about training again with another seed.",
-    "The numbers hold for these prompts, this prompt template and this sampling; other languages, several turns and "
-    "attacks that these sets don't hold weren't tried.",
-    "A judge is wrong at times, and the intervals don't hold its mistakes unless a metric says so.",
+LIMITATIONS = (
+    "Brackets show 95% confidence intervals over the prompts, for one model; they do not include the variation "
+    "between training seeds.",
+    "The numbers apply to these prompts, this prompt template and these sampling settings. Other languages, "
+    "multi-turn conversations and attacks outside these prompt sets were not tested.",
+    "Judges make errors, which the intervals include only for corrected metrics.",
 )
 
 
 def card_section(folder: Path) -> str:
-    """Return the section on a run's evaluation, between its two marks.
+    """Return the evaluation section of a run's model card, between its two markers.
 
     Args:
-        folder: Of the run; holds `evaluation/results.json` or `results.json`.
+        folder: Run folder with `evaluation/results.json` or `results.json`.
 
     Returns:
         Markdown.
@@ -36,99 +39,103 @@ def card_section(folder: Path) -> str:
     run = read_runs([folder])[0]
     results = run.results
     parts = [BEGIN, "## Safety and helpfulness"]
-    if by_judge([run]) or not results.data:
-        parts += [judged_table([run]), *map(plain, recipes([run]))]
-    if capabilities := _capabilities(run):
-        heads = ("task", "metric", "value", "n", "examples in the prompt", "put as", "version")
-        parts += ["### Capabilities, by lm-eval", table(heads, capabilities)]
+    if judge_rows([run]) or not results.data:
+        parts += [judge_table([run]), *map(escape, composite_notes([run]))]
+    if capabilities := _capability_rows(run):
+        headings = ("task", "metric", "value", "n", "few-shot examples", "prompt template", "version")
+        parts += ["### Capabilities (lm-eval)", format_table(headings, capabilities)]
     judges = [
         (judge.get("name", ""), judge.get("revision", "") or MISSING, "yes" if judge.get("circular") else "no")
         for judge in results.judges
     ]
     if judges:
-        parts += ["### Judges", table(("judge", "revision", "labeled the training data"), judges)]
-    if corrected := calibration(run):
-        parts += [plain(CORRECTED_MEANS), f"Corrected by: {plain(corrected)}."]
-    if agreements([run]):
+        parts += ["### Judges", format_table(("judge", "revision", "labeled the training data"), judges)]
+    if correction := calibration(run):
+        parts += [escape(CORRECTION_NOTE), f"Correction: {escape(correction)}."]
+    if agreement_rows([run]):
         parts.append(agreement_table([run]))
-    if heat := heat_map([run]):
-        rows = [(one.task, one.category, one.metric, said(one.cells[0][0]), one.prompts) for one in heat]
-        parts += ["### By category", table(("prompts", "category", "metric", "value", "n"), rows)]
-    parts += ["### Prompts", _prompts(run), "### Training data", _training(folder)]
+    if categories := category_rows([run]):
+        rows = [
+            (row.task, row.category, row.metric, format_value(row.cells[0][0]), row.prompts) for row in categories
+        ]
+        parts += ["### By category", format_table(("prompts", "category", "metric", "value", "n"), rows)]
+    parts += ["### Prompts", _prompts(run), "### Training data", _training_data(folder)]
     sampling = ", ".join(f"{name} {value}" for name, value in results.sampling.items())
-    parts.append(
-        f"Prompts were put to the model under: {plain(results.template_policy)}. Sampling: {plain(sampling)}."
-    )
-    limits = [*(text for _, text in warnings_of_results([run])), *LIMITS]
-    parts += ["### Known limits", "\n".join(f"- {plain(text)}" for text in limits), END]
+    parts.append(f"Prompt template: {escape(results.template_policy)}. Sampling: {escape(sampling)}.")
+    limitations = [*(warning for _, warning in result_warnings([run])), *LIMITATIONS]
+    parts += ["### Limitations", "\n".join(f"- {escape(limitation)}" for limitation in limitations), END]
     return "\n\n".join(parts).encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
-def insert_card(section: str, into: Path) -> None:
-    """Put a section into a card, in the place of an earlier one or at the end; all other text stays as it is.
+def insert_card(section: str, path: Path) -> None:
+    """Insert a section into a model card, replacing an earlier one; all other text stays unchanged.
+
+    Args:
+        section: Section between its two markers.
+        path: Model card; created if it does not exist.
 
     Raises:
-        DataError: If the card has one mark without the other, or several.
+        DataError: If the card is not UTF-8, or does not contain both markers once, or neither.
     """
     text = ""
-    if into.exists():
+    if path.exists():
         try:
-            text = into.read_bytes().decode("utf-8")
+            text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{into}: not UTF-8 ({error}); nothing was changed") from None
+            raise DataError(f"{path}: not UTF-8 ({error}); nothing was changed") from None
     if (text.count(BEGIN), text.count(END)) not in ((0, 0), (1, 1)) or text.find(BEGIN) > text.find(END):
-        raise DataError(f"{into}: expected '{BEGIN}' and later '{END}' once each, or neither; nothing was changed")
+        raise DataError(f"{path}: expected '{BEGIN}' and later '{END}' once each, or neither; nothing was changed")
     if BEGIN in text:
         before, _, rest = text.partition(BEGIN)
-        write_text(into, before + section.rstrip("\n") + rest.partition(END)[2])
+        write_text(path, before + section.rstrip("\n") + rest.partition(END)[2])
     else:
         gap = "" if not text else "\n" if text.endswith("\n") else "\n\n"
-        write_text(into, text + gap + section)
+        write_text(path, text + gap + section)
 
 
-def _capabilities(run: Run) -> list[tuple[object, ...]]:
-    """Return what lm-eval scored, with what a reader needs to set it beside another's numbers."""
+def _capability_rows(run: Run) -> list[tuple[object, ...]]:
+    """Return the lm-eval metrics, with the settings that a comparison with other publications needs."""
     rows: list[tuple[object, ...]] = []
-    for facts in run.results.data:
-        if "lm_eval" in facts:
-            rows += [
-                (
-                    facts["name"],
-                    one.metric,
-                    said(value(one)),
-                    f"{one.n:,}",
-                    facts.get("few_shot", MISSING),
-                    facts.get("template_policy", MISSING),
-                    f"{facts.get('version', MISSING)} (lm-eval {facts['lm_eval']})",
-                )
-                for one in run.results.metrics
-                if f"{one.suite}/{one.task}" == facts["name"] and one.category is None
-            ]
+    for task in run.results.data:
+        if "lm_eval" not in task:
+            continue
+        few_shot, template = task.get("few_shot", MISSING), task.get("template_policy", MISSING)
+        version = f"{task.get('version', MISSING)} (lm-eval {task['lm_eval']})"
+        for metric in run.results.metrics:
+            if f"{metric.suite}/{metric.task}" == task["name"] and metric.category is None:
+                value = format_value(value_cell(metric))
+                rows.append((task["name"], metric.metric, value, f"{metric.n:,}", few_shot, template, version))
     return rows
 
 
 def _prompts(run: Run) -> str:
     rows = [
-        (one["name"], one["license"] or "unknown", f"{one['prompts']:,}", one["hash"]) for one in run.results.data
+        (entry["name"], entry["license"] or "unknown", f"{entry['prompts']:,}", entry["hash"])
+        for entry in run.results.data
     ]
     if not rows:
-        rows = sorted(
-            {(one.source or "unknown", one.license or "unknown", MISSING, MISSING) for one in run.prompts.values()}
-        )
-    return table(("set", "license", "prompts", "hash"), rows) if rows else "Which prompts were asked isn't recorded."
+        sources = {(prompt.source or "unknown", prompt.license or "unknown") for prompt in run.prompts.values()}
+        rows = [(source, license, MISSING, MISSING) for source, license in sorted(sources)]
+    return format_table(("set", "license", "prompts", "hash"), rows) if rows else "The prompts are not recorded."
 
 
-def _training(folder: Path) -> str:
+def _training_data(folder: Path) -> str:
     path = folder / "data_manifest.json"
     if not path.is_file():
-        return "Not known here: no `data_manifest.json` beside the evaluation."
+        return "Not recorded: no `data_manifest.json` next to the evaluation."
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        labels = manifest.get("label_sources") or {}
-        sources = manifest.get("sources") or []
-        rows = [(one["name"], one.get("license") or "unknown", one.get("pairs_taken", MISSING)) for one in sources]
-        told = ", ".join(plain(name) for name in labels) or "not recorded"
+        label_sources = ", ".join(escape(name) for name in manifest.get("label_sources") or {}) or "not recorded"
+        rows = [
+            (source["name"], _license(source) or "unknown", source.get("pairs_taken", MISSING))
+            for source in manifest.get("sources") or []
+        ]
     except (ValueError, AttributeError, KeyError, TypeError):
-        raise DataError(f"{path}: not the JSON object that training leaves") from None
-    listed = table(("source", "license", "pairs taken"), rows) + "\n\n" if rows else ""
-    return f"{listed}Safety labels by: {told}."
+        raise DataError(f"{path}: not the JSON object that training writes") from None
+    sources = format_table(("source", "license", "pairs taken"), rows) + "\n\n" if rows else ""
+    return f"{sources}Safety labels by: {label_sources}."
+
+
+def _license(source: Mapping[str, Any]) -> Any:
+    """Return the license of a source in a data manifest; older manifests spell the key `licence`."""
+    return source["license"] if "license" in source else source.get("licence")

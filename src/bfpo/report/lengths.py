@@ -1,119 +1,120 @@
-"""Length against win rate: whether answers win because they are long."""
+"""Answer length against win rate: whether answers win because they are long."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from bfpo.evaluation.results import MetricResult
-from bfpo.report.drawing import Drawing, Point, run_class, shortened, ticks
 from bfpo.report.run_files import Run
-from bfpo.report.words import interval, number
+from bfpo.report.svg import Drawing, Point, run_class, shorten, ticks
+from bfpo.report.words import format_interval, format_number
 
 WIDTH, HEIGHT = 400.0, 240.0
 LEFT, TOP, RIGHT, BOTTOM = 70.0, 14.0, 14.0, 50.0
-MARK, CAP, LONGEST_NAME = 6.0, 4.0, 22
+MARK, CAP, MAX_NAME_LENGTH = 6.0, 4.0, 22
 
 
-class Winner(NamedTuple):
-    """A run with its win rate.
+class WinRatePoint(NamedTuple):
+    """Answer length and win rate of a run.
 
     Args:
-        place: Of the run on the page, from 0.
-        name: Of the run.
-        length: Mean length of its answers, in tokens.
-        rate: Win rate.
-        controlled: Win rate at equal lengths; None where it wasn't told.
+        run_index: Index of the run on the page.
+        name: Name of the run.
+        length: Mean answer length, in tokens.
+        win_rate: Win rate.
+        controlled: Length-controlled win rate; None when it was not computed.
     """
 
-    place: int
+    run_index: int
     name: str
     length: float
-    rate: MetricResult
+    win_rate: MetricResult
     controlled: MetricResult | None
 
+    def describe(self) -> str:
+        """Return the numbers as text."""
+        win_rate = f"{format_number(self.win_rate.value)} {format_interval(self.win_rate.low, self.win_rate.high)}"
+        text = f"{self.name}: {self.length:.0f} tokens, win rate {win_rate}"
+        if self.controlled is not None:
+            interval = format_interval(self.controlled.low, self.controlled.high)
+            text += f", length-controlled {format_number(self.controlled.value)} {interval}"
+        return text
 
-class Lengths(NamedTuple):
-    """A figure of one task by one judge.
+
+class LengthFigure(NamedTuple):
+    """Figure of one task and judge.
 
     Args:
-        label: Which task, by which judge.
-        drawing: The figure.
-        runs: What it says, a line a run.
+        label: Task and judge.
+        drawing: The drawing.
+        lines: The numbers as text, one line per run.
     """
 
     label: str
     drawing: Drawing
-    runs: list[str]
+    lines: list[str]
 
 
-def lengths(runs: Sequence[Run]) -> list[Lengths]:
-    """Draw length against win rate, for every task and judge that runs were compared with given outputs by."""
-    rated = {
-        (one.suite, one.task, one.judge): None
+def length_figures(runs: Sequence[Run]) -> list[LengthFigure]:
+    """Draw length against win rate for every task and judge with a win rate against reference outputs."""
+    keys = dict.fromkeys(
+        (metric.suite, metric.task, metric.judge)
         for run in runs
-        for one in run.results.metrics
-        if one.metric == "win_rate" and one.value is not None
-    }
-    found = []
-    for number_, (suite, task, judge) in enumerate(rated):
-        winners = _winners(runs, suite, task, judge)
-        if winners:
-            lines = [_said(one) for one in winners]
-            found.append(Lengths(f"{suite}/{task} by {judge}", _draw(f"lengths-{number_}", winners, lines), lines))
-    return found
+        for metric in run.results.metrics
+        if metric.metric == "win_rate" and metric.value is not None
+    )
+    figures = []
+    for index, (suite, task, judge) in enumerate(keys):
+        points = _win_rate_points(runs, suite, task, judge)
+        if points:
+            lines = [point.describe() for point in points]
+            drawing = _draw(f"lengths-{index}", points, lines)
+            figures.append(LengthFigure(f"{suite}/{task} by {judge}", drawing, lines))
+    return figures
 
 
-def _winners(runs: Sequence[Run], suite: str, task: str, judge: str) -> list[Winner]:
-    found = []
-    for place, run in enumerate(runs):
-        of = {
-            (one.metric, one.judge): one
-            for one in run.results.metrics
-            if (one.suite, one.task, one.category) == (suite, task, None)
+def _win_rate_points(runs: Sequence[Run], suite: str, task: str, judge: str) -> list[WinRatePoint]:
+    points = []
+    for index, run in enumerate(runs):
+        metrics = {
+            (metric.metric, metric.judge): metric
+            for metric in run.results.metrics
+            if (metric.suite, metric.task, metric.category) == (suite, task, None)
         }
-        rate, length = of.get(("win_rate", judge)), of.get(("tokens", ""))
-        if rate and length and rate.value is not None and length.value is not None:
-            controlled = of.get(("win_rate_length_controlled", judge))
-            found.append(Winner(place, run.name, length.value, rate, controlled))
-    return found
+        win_rate, length = metrics.get(("win_rate", judge)), metrics.get(("tokens", ""))
+        if win_rate and length and win_rate.value is not None and length.value is not None:
+            controlled = metrics.get(("win_rate_length_controlled", judge))
+            points.append(WinRatePoint(index, run.name, length.value, win_rate, controlled))
+    return points
 
 
-def _said(one: Winner) -> str:
-    told = f"{one.name}: {one.length:.0f} tokens, win rate {number(one.rate.value)}"
-    told += f" {interval(one.rate.low, one.rate.high)}"
-    if one.controlled is not None:
-        told += f", at equal lengths {number(one.controlled.value)}"
-        told += f" {interval(one.controlled.low, one.controlled.high)}"
-    return told
-
-
-def _draw(name: str, winners: Sequence[Winner], lines: Sequence[str]) -> Drawing:
+def _draw(name: str, points: Sequence[WinRatePoint], lines: Sequence[str]) -> Drawing:
     size = LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM
     drawing = Drawing(name, *size, title="Length of answers against win rate", description="; ".join(lines))
-    most = max(one.length for one in winners) * 1.15 or 1.0
+    max_length = max(point.length for point in points) * 1.15 or 1.0
 
-    def at(length: float, rate: float) -> Point:
-        return Point(LEFT + WIDTH * length / most, TOP + HEIGHT * (1 - rate))
+    def locate(length: float, rate: float) -> Point:
+        return Point(LEFT + WIDTH * length / max_length, TOP + HEIGHT * (1 - rate))
 
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        drawing.path((at(0, tick), at(most, tick)), "zero" if tick == 0.5 else "grid")
-        drawing.text(Point(LEFT - 8, at(0, tick).y + 4.5), f"{tick:g}", anchor="end")
-    for tick in ticks(0, most):
-        drawing.text(Point(at(tick, 0).x, TOP + HEIGHT + 18), f"{tick:g}", anchor="middle")
-    drawing.path((at(0, 1), at(0, 0), at(most, 0)), "axis")
+        drawing.path((locate(0, tick), locate(max_length, tick)), "zero" if tick == 0.5 else "grid")
+        drawing.text(Point(LEFT - 8, locate(0, tick).y + 4.5), f"{tick:g}", anchor="end")
+    for tick in ticks(0, max_length):
+        drawing.text(Point(locate(tick, 0).x, TOP + HEIGHT + 18), f"{tick:g}", anchor="middle")
+    drawing.path((locate(0, 1), locate(0, 0), locate(max_length, 0)), "axis")
     drawing.text(Point(LEFT + WIDTH / 2, TOP + HEIGHT + 41), "mean length in tokens →", "title", anchor="middle")
     drawing.text(Point(15, TOP + HEIGHT / 2), "win rate →", "title", anchor="middle", turned=True)
-    for one in winners:
-        css, place = run_class(one.place), at(one.length, one.rate.value or 0.0)
-        if one.rate.low is not None and one.rate.high is not None:
-            ends = at(one.length, one.rate.low), at(one.length, one.rate.high)
+    for point in points:
+        css, center = run_class(point.run_index), locate(point.length, point.win_rate.value or 0.0)
+        if point.win_rate.low is not None and point.win_rate.high is not None:
+            ends = locate(point.length, point.win_rate.low), locate(point.length, point.win_rate.high)
             drawing.path(ends, f"bar {css}")
             for end in ends:
                 drawing.path((Point(end.x - CAP, end.y), Point(end.x + CAP, end.y)), f"bar {css}")
-        if one.controlled is not None and one.controlled.value is not None:
-            drawing.circle(at(one.length, one.controlled.value), MARK - 2, f"ring {css}")
-        drawing.circle(place, MARK, f"dot {css}")
-        on_left = place.x < LEFT + 0.6 * WIDTH
-        beside = Point(place.x + (12 if on_left else -12), place.y - 8)
-        called, anchor = shortened(one.name, LONGEST_NAME), "start" if on_left else "end"
-        drawing.text(beside, called, f"name {css}", anchor=anchor)
+        if point.controlled is not None and point.controlled.value is not None:
+            drawing.circle(locate(point.length, point.controlled.value), MARK - 2, f"ring {css}")
+        drawing.circle(center, MARK, f"dot {css}")
+        is_left = center.x < LEFT + 0.6 * WIDTH
+        start = Point(center.x + (12 if is_left else -12), center.y - 8)
+        anchor = "start" if is_left else "end"
+        drawing.text(start, shorten(point.name, MAX_NAME_LENGTH), f"name {css}", anchor=anchor)
     return drawing

@@ -3,123 +3,135 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from bfpo.report.judged import agreements, by_judge, column_name, columns, heat_map, recipes, warnings_of_results
-from bfpo.report.pairs import pairs
-from bfpo.report.provenance import facts, warnings
+from bfpo.report.judge_tables import (
+    agreement_rows,
+    category_rows,
+    composite_notes,
+    judge_rows,
+    main_headings,
+    result_warnings,
+)
+from bfpo.report.model_comparisons import AxisCell, compare_models
+from bfpo.report.provenance import metadata, protocol_warnings
 from bfpo.report.run_files import Run
-from bfpo.report.tables import Value, groups
-from bfpo.report.words import CORRECTED_MEANS
+from bfpo.report.tables import MetricGroup, ValueCell, metric_groups
+from bfpo.report.words import CORRECTION_NOTE
 
 MARK = "<!-- made by bfpo report -->"
 
 
-def plain(text: object) -> str:
-    """Return a text that Markdown shows as it is, on one line: nothing in it is a mark-up or a tag."""
-    one_line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
-    shown = one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", shown)
+def escape(text: object) -> str:
+    """Return a text on one line, with all Markdown and HTML escaped."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", line)
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table; every cell is made plain."""
-    lines = [heads, ["---"] * len(heads)]
-    lines += [[plain(cell) for cell in row] for row in rows]
-    lines[0] = [plain(head) for head in heads]
+def format_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table with escaped cells."""
+    lines = [[escape(cell) for cell in row] for row in (headings, *rows)]
+    lines.insert(1, ["---"] * len(headings))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def said(value: Value) -> str:
-    """Return a number with its interval and what is undecided."""
+def format_value(value: ValueCell) -> str:
+    """Return a value with its interval and its undecided answers."""
     undecided = f" ({value.undecided})" if value.undecided else ""
     return f"{value.value} {value.interval}".strip() + undecided
 
 
-def judged_table(runs: Sequence[Run]) -> str:
-    """Return the main numbers by run and judge."""
-    keys = columns(runs)
-    with_suite = len({key[0] for key in keys}) > 1
-    heads = ["run", "judge", *(column_name(key, with_suite=with_suite) for key in keys)]
-    rows = [
-        (
-            runs[one.place].name,
-            one.judge
-            + (" on other models' answers" if one.borrowed else "")
-            + (" (circular)" if one.circular else ""),
-            *map(said, one.values),
-        )
-        for one in by_judge(runs)
-    ]
-    return table(heads, rows)
+def judge_table(runs: Sequence[Run]) -> str:
+    """Return the main metrics by run and judge."""
+    rows = []
+    for row in judge_rows(runs):
+        judge = row.judge
+        judge += " (calibrated on other models' answers)" if row.is_borrowed else ""
+        judge += " (circular)" if row.is_circular else ""
+        rows.append((runs[row.run_index].name, judge, *map(format_value, row.values)))
+    return format_table(["run", "judge", *main_headings(runs)], rows)
 
 
 def agreement_table(runs: Sequence[Run]) -> str:
-    """Return how far judges agree."""
-    heads = ("run", "judges", "question", "answers", "the same", "kappa")
-    return table(heads, agreements(runs))
-
-
-def pair_parts(runs: Sequence[Run]) -> list[str]:
-    """Return what each run is to each earlier one; nothing for one run."""
-    every = pairs(runs)
-    if not every.rows:
-        return []
-    rows = []
-    for row in every.rows:
-        axes = [
-            f"{what}: {found.value} {found.interval} {found.verdict}, {p_value}"
-            for what, found, p_value in (row.safety, row.helpfulness)
-        ]
-        rows.append((row.run, row.verdict, row.against, *axes))
-    told = f"p-values of {every.tests} tests, adjusted together (Holm)."
-    if every.left_out:
-        told += f" Nothing is said of {'; '.join(every.left_out)}."
-    heads = ("run", "is", "against", "safety", "helpfulness")
-    return ["## Pairs of runs", table(heads, rows), plain(told)]
+    """Return the agreement between judges."""
+    return format_table(("run", "judges", "question", "answers", "agreement", "kappa"), agreement_rows(runs))
 
 
 def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     """Return the report as Markdown.
 
     Args:
-        runs: The base first.
-        title: Of the report.
-        note: A paragraph, as plain text.
+        runs: Runs, baseline first.
+        title: Title of the report.
+        note: A paragraph below the title, as plain text.
     """
-    parts = [MARK, f"# {plain(title)}"]
+    parts = [MARK, f"# {escape(title)}"]
     if note:
-        parts.append(plain(note))
-    told = [f"{names}: {text}" if names else text for names, text in warnings_of_results(runs)] + warnings(runs)
-    parts += [f"> **Note.** {plain(text)}" for text in told]
-    parts.append("Brackets are 95 % intervals over prompts; they say nothing about training again with another seed.")
-    parts += pair_parts(runs)
-    parts += ["## By judge", judged_table(runs), *map(plain, recipes(runs))]
+        parts.append(escape(note))
+    warnings = [f"{names}: {warning}" if names else warning for names, warning in result_warnings(runs)]
+    parts += [f"> **Note.** {escape(warning)}" for warning in warnings + protocol_warnings(runs)]
+    parts.append(
+        "Brackets show 95% confidence intervals over prompts; they do not include the variation between training "
+        "seeds."
+    )
+    parts += _model_comparison_parts(runs)
+    parts += ["## By judge", judge_table(runs), *map(escape, composite_notes(runs))]
     if any(run.results.calibration for run in runs):
-        parts.append(plain(CORRECTED_MEANS))
+        parts.append(escape(CORRECTION_NOTE))
     parts.append("## All metrics, by the first judge")
-    for group in groups(runs):
-        parts.append(f"### {plain(group.label)}")
-        heads = ("metric", *(run.name for run in runs), "prompts")
-        parts.append(table(heads, [(row.label, *map(said, row.values), row.prompts) for row in group.rows]))
-        if any(row.differences for row in group.rows) and len(runs) > 1:
-            heads = ("minus " + runs[0].name, *(run.name for run in runs[1:]))
-            rows = [
-                (
-                    row.label,
-                    *(" ".join(filter(None, (one.value, one.interval, one.verdict))) for one in row.differences),
-                )
-                for row in group.rows
-            ]
-            parts.append(table(heads, rows))
-    if heat := heat_map(runs):
-        heads = ("prompts", "category", "metric", *(run.name for run in runs), "n")
+    for group in metric_groups(runs):
+        parts += _metric_parts(group, runs)
+    if categories := category_rows(runs):
+        headings = ("prompts", "category", "metric", *(run.name for run in runs), "n")
         rows = [
-            (one.task, one.category, one.metric, *(said(cell) for cell, _ in one.cells), str(one.prompts))
-            for one in heat
+            (row.task, row.category, row.metric, *(format_value(value) for value, _ in row.cells), row.prompts)
+            for row in categories
         ]
-        parts += ["## By category", table(heads, rows)]
-    if agreements(runs):
-        parts += ["## Agreement of the judges", agreement_table(runs)]
-    heads = ("", *(run.name for run in runs))
-    parts += ["## How it was made", table(heads, [(heading, *values) for heading, values in facts(runs)])]
+        parts += ["## By category", format_table(headings, rows)]
+    if agreement_rows(runs):
+        parts += ["## Agreement between judges", agreement_table(runs)]
+    headings = ("", *(run.name for run in runs))
+    parts += ["## Provenance", format_table(headings, [(heading, *values) for heading, values in metadata(runs)])]
     text = "\n\n".join(parts) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _model_comparison_parts(runs: Sequence[Run]) -> list[str]:
+    """Return the comparison of every two runs; nothing for one run."""
+    comparisons = compare_models(runs)
+    if not comparisons.rows:
+        return []
+    headings = ("run", "verdict", "other run", "safety", "helpfulness")
+    rows = [
+        (row.run, row.verdict, row.against, _format_axis(row.safety), _format_axis(row.helpfulness))
+        for row in comparisons.rows
+    ]
+    note = f"The p-values of all {comparisons.tests} tests are adjusted together (Holm)."
+    if comparisons.left_out:
+        note += f" Not compared: {'; '.join(comparisons.left_out)}."
+    return ["## Model comparisons", format_table(headings, rows), escape(note)]
+
+
+def _format_axis(axis: AxisCell) -> str:
+    difference = axis.difference
+    return f"{axis.metric}: {difference.value} {difference.interval} {difference.verdict}, {axis.p_value}"
+
+
+def _metric_parts(group: MetricGroup, runs: Sequence[Run]) -> list[str]:
+    """Return a group's table of values, and of differences from the baseline if there are several runs."""
+    headings = ("metric", *(run.name for run in runs), "prompts")
+    rows = [(row.label, *map(format_value, row.values), row.prompts) for row in group.rows]
+    parts = [f"### {escape(group.label)}", format_table(headings, rows)]
+    if len(runs) > 1:
+        headings = (f"difference from {runs[0].name}", *(run.name for run in runs[1:]))
+        differences = [
+            (
+                row.label,
+                *(
+                    " ".join(filter(None, (difference.value, difference.interval, difference.verdict)))
+                    for difference in row.differences
+                ),
+            )
+            for row in group.rows
+        ]
+        parts.append(format_table(headings, differences))
+    return parts

@@ -1,4 +1,4 @@
-"""Reading what a run left: its evaluation, and how it was trained if `bfpo` trained it."""
+"""Reading run folders: the evaluation, and the training record if `bfpo` trained the model."""
 
 import json
 import math
@@ -18,14 +18,17 @@ from bfpo.evaluation.scoring import JudgedCompletion, measure
 
 FIRST_SAMPLE = 0
 
+MetricKey = tuple[str, str, str]
+"""Suite, task and name of a metric."""
+
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer with what each judge says about it.
+class CompletionWithVerdicts:
+    """A completion with the verdict of each judge.
 
     Args:
-        completion: The answer.
-        verdicts: Of one judge or several.
+        completion: The completion.
+        verdicts: At least one verdict.
     """
 
     completion: Completion
@@ -34,61 +37,68 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All that a report shows of one run; a part that the folder doesn't hold is empty.
+    """One run, as a report shows it; parts that are not in the run's folder are empty.
 
     Args:
-        name: Unlike every other run's on the page.
-        results: What its evaluation found.
+        name: Name, unique on the page.
+        results: Results of the evaluation.
         prompts: Prompt id → prompt.
-        answers: Prompt id → first answer; empty unless prompts, completions and verdicts are all there.
-        measurements: What each judge that read all answers measured on them, the first judge before the others.
-        record: `run.json`.
+        completions: Prompt id → first completion; empty unless prompts, completions and verdicts are all available.
+        pooled_scores: Scores by each judge with a verdict on every completion, first judge first.
+        record: Content of `run.json`.
         log: Lines of `metrics.jsonl`, in order.
-        recipe: `recipe.resolved.yaml`.
+        recipe: Content of `recipe.resolved.yaml`.
     """
 
     name: str
     results: Results
     prompts: Mapping[str, Prompt]
-    answers: Mapping[str, Answer]
-    measurements: Sequence[PooledScores]
+    completions: Mapping[str, CompletionWithVerdicts]
+    pooled_scores: Sequence[PooledScores]
     record: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
     recipe: str
 
-    def metric(self, key: tuple[str, str, str]) -> MetricResult | None:
-        """Return the metric of a suite, a task and a name by the primary judge; None when it wasn't measured."""
-        wanted = *key, None
-        every = self.results.metrics
-        return next((one for one in every if (one.suite, one.task, one.metric, one.category) == wanted), None)
-
-    def versus(self, base: "Run", key: tuple[str, str, str]) -> MetricComparison | None:
-        """Return the comparison of a metric with another run's; None when there is none."""
-        wanted = *key, None
-        for one in self.results.comparisons:
-            if one.is_against(base.results) and (one.suite, one.task, one.metric, one.category) == wanted:
-                return one
+    def metric(self, key: MetricKey) -> MetricResult | None:
+        """Return a metric over all categories by the first judge; None when it was not measured."""
+        for metric in self.results.metrics:
+            if (metric.suite, metric.task, metric.metric) == key and metric.category is None:
+                return metric
         return None
 
-    def section(self, *names: str) -> Mapping[str, Any]:
+    def comparison(self, baseline: "Run", key: MetricKey) -> MetricComparison | None:
+        """Return the comparison of a metric with a baseline; None when there is none."""
+        for comparison in self.results.comparisons:
+            is_same = (comparison.suite, comparison.task, comparison.metric) == key and comparison.category is None
+            if is_same and comparison.is_against(baseline.results):
+                return comparison
+        return None
+
+    def section(self, *path: str) -> Mapping[str, Any]:
         """Return a section of the record by its path; empty when there is none."""
-        found: object = self.record
-        for name in names:
-            found = found.get(name) if isinstance(found, Mapping) else None
-        return found if isinstance(found, Mapping) else {}
+        content: object = self.record
+        for name in path:
+            content = content.get(name) if isinstance(content, Mapping) else None
+        return content if isinstance(content, Mapping) else {}
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the runs of a page, the base first.
+    """Read the runs of a page.
+
+    Args:
+        folders: Run folders, baseline first.
 
     Raises:
-        DataError: If there is none, a file is missing or malformed, or the runs don't compare.
+        DataError: If there are no folders, a file is missing or malformed, or the runs are not comparable.
     """
     if not folders:
         raise DataError("a report needs at least one run; name the folder of an evaluation")
-    results = [_results(folder) for folder in folders]
-    names = _names([one.run for one in results], folders)
-    runs = [_read_run(*one) for one in zip(folders, results, names, strict=True)]
+    results = [_read_results(folder) for folder in folders]
+    names = _unique_names([run_results.run for run_results in results], folders)
+    runs = [
+        _read_run(folder, run_results, name)
+        for folder, run_results, name in zip(folders, results, names, strict=True)
+    ]
     _check_comparable(runs, folders)
     return runs
 
@@ -98,33 +108,34 @@ def _evaluation_folder(folder: Path) -> Path:
     return inner if (inner / FILE_NAME).is_file() else folder
 
 
-def _results(folder: Path) -> Results:
-    where = _evaluation_folder(folder)
-    if not (where / FILE_NAME).is_file():
+def _read_results(folder: Path) -> Results:
+    evaluation = _evaluation_folder(folder)
+    path = evaluation / FILE_NAME
+    if not path.is_file():
         raise DataError(f"{folder}: neither evaluation/{FILE_NAME} nor {FILE_NAME}; evaluate the run first")
-    results = read_results(where)
-    path = where / FILE_NAME
-    for one in results.metrics:
-        bounds = [value for value in (one.value, one.low, one.high) if value is not None]
-        _check_row(path, one, (*bounds, one.n, one.unscored))
-    for other in results.comparisons:
-        _check_row(path, other, (other.difference, other.low, other.high, other.n))
+    results = read_results(evaluation)
+    for metric in results.metrics:
+        bounds = [value for value in (metric.value, metric.low, metric.high) if value is not None]
+        _check_finite(path, metric, (*bounds, metric.n, metric.unscored))
+    for comparison in results.comparisons:
+        numbers = (comparison.difference, comparison.low, comparison.high, comparison.n)
+        _check_finite(path, comparison, numbers)
     return results
 
 
-def _check_row(path: Path, of: MetricResult | MetricComparison, numbers: Sequence[float]) -> None:
-    for value in numbers:
-        if not math.isfinite(value):
+def _check_finite(path: Path, row: MetricResult | MetricComparison, numbers: Sequence[float]) -> None:
+    for number in numbers:
+        if not math.isfinite(number):
             raise DataError(
-                f"{path}: {of.task}, {of.metric} holds {value!r}; expected a finite number; evaluate the run again"
+                f"{path}: {row.task}, {row.metric} is {number!r}; expected a finite number; evaluate the run again"
             )
 
 
-def _names(given: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """Return names that tell the runs apart."""
+def _unique_names(run_names: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Return distinct names: duplicates get their folder's name, then a number."""
     names: list[str] = []
-    for name, folder in zip(given, folders, strict=True):
-        candidate = name if given.count(name) == 1 else f"{name} ({folder.resolve().name})"
+    for name, folder in zip(run_names, folders, strict=True):
+        candidate = name if run_names.count(name) == 1 else f"{name} ({folder.resolve().name})"
         number = 2
         unique = candidate
         while unique in names:
@@ -134,99 +145,123 @@ def _names(given: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, results: Results, name: str) -> Run:
-    where = _evaluation_folder(folder)
-    prompts, answers, measurements = _answers(where, name)
+    prompts, completions, pooled_scores = _read_completions(_evaluation_folder(folder), name)
     log, recipe = folder / "metrics.jsonl", folder / "recipe.resolved.yaml"
     return Run(
         name=name,
         results=results,
         prompts=prompts,
-        answers=answers,
-        measurements=measurements,
-        record=_record(folder / "run.json"),
-        log=[_log_line(row.values, row.where) for row in read_rows(Source(path=str(log)))] if log.is_file() else [],
-        recipe=_text(recipe) if recipe.is_file() else "",
+        completions=completions,
+        pooled_scores=pooled_scores,
+        record=_read_record(folder / "run.json"),
+        log=_read_log(log) if log.is_file() else [],
+        recipe=_read_text(recipe) if recipe.is_file() else "",
     )
 
 
-def _answers(folder: Path, run: str) -> tuple[dict[str, Prompt], dict[str, Answer], list[PooledScores]]:
-    files = [folder / kind.file_name for kind in (Prompt, Completion, Verdict)]
-    if not all(file.is_file() for file in files):
+def _read_completions(
+    folder: Path, run: str
+) -> tuple[dict[str, Prompt], dict[str, CompletionWithVerdicts], list[PooledScores]]:
+    """Return the prompts, the first completion of each, and the scores by each judge of all completions."""
+    prompt_file, completion_file, verdict_file = (folder / row.file_name for row in (Prompt, Completion, Verdict))
+    if not (prompt_file.is_file() and completion_file.is_file() and verdict_file.is_file()):
         return {}, {}, []
-    prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(files[0]))}
-    verdicts: dict[str, list[Verdict]] = {}
-    by_judge: dict[str, dict[Key, Verdict]] = {}
-    # The first judge's file, then each further judge's.
-    for file in (files[2], *sorted(folder.glob("verdicts-*.jsonl"))):
-        for verdict in read_verdicts(file):
-            by_judge.setdefault(f"{verdict.judge}@{verdict.revision}", {})[verdict.key] = verdict
-            if verdict.sample == FIRST_SAMPLE:
-                verdicts.setdefault(verdict.prompt_id, []).append(verdict)
-    answers = {}
-    completions = [one for one in read_completions(files[1]) if one.prompt_id in prompts]
+    prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(prompt_file))}
+    completions = [completion for completion in read_completions(completion_file) if completion.prompt_id in prompts]
+    # The file of the first judge comes before those of further judges.
+    files = (verdict_file, *sorted(folder.glob("verdicts-*.jsonl")))
+    verdicts = [verdict for path in files for verdict in read_verdicts(path)]
+    return (
+        prompts,
+        _first_completions(completions, verdicts, verdict_file),
+        _pool(run, prompts, completions, verdicts),
+    )
+
+
+def _first_completions(
+    completions: Sequence[Completion], verdicts: Sequence[Verdict], verdict_file: Path
+) -> dict[str, CompletionWithVerdicts]:
+    by_prompt: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        if verdict.sample == FIRST_SAMPLE:
+            by_prompt.setdefault(verdict.prompt_id, []).append(verdict)
+    first = {}
     for completion in completions:
         if completion.sample != FIRST_SAMPLE:
             continue
-        about = tuple(verdicts.get(completion.prompt_id, ()))
-        if not about or any(verdict.text_hash != completion.text_hash for verdict in about):
-            found = "about another text" if about else "missing"
+        of_prompt = tuple(by_prompt.get(completion.prompt_id, ()))
+        if not of_prompt or any(verdict.text_hash != completion.text_hash for verdict in of_prompt):
+            state = "about another text" if of_prompt else "missing"
             raise DataError(
-                f"{files[2]}: the verdict on '{completion.prompt_id}' is {found}; judge the answers again"
+                f"{verdict_file}: the verdict on '{completion.prompt_id}' is {state}; judge the completions again"
             )
-        answers[completion.prompt_id] = Answer(completion, about)
-    measurements = []
-    for judge, said in by_judge.items():
-        judged = [JudgedCompletion(one, said[one.key]) for one in completions if one.key in said]
-        if len(judged) == len(completions) and all(_is_about(one) for one in judged):
-            measurements.append(pooled(run, judge, measure(prompts.values(), judged)))
-    return prompts, answers, measurements
+        first[completion.prompt_id] = CompletionWithVerdicts(completion, of_prompt)
+    return first
 
 
-def _is_about(judged: JudgedCompletion) -> bool:
-    return judged.verdict.text_hash == judged.completion.text_hash
+def _pool(
+    run: str, prompts: Mapping[str, Prompt], completions: Sequence[Completion], verdicts: Sequence[Verdict]
+) -> list[PooledScores]:
+    """Return the scores by each judge with a verdict on every completion."""
+    by_judge: dict[str, dict[Key, Verdict]] = {}
+    for verdict in verdicts:
+        by_judge.setdefault(f"{verdict.judge}@{verdict.revision}", {})[verdict.key] = verdict
+    pooled_scores = []
+    for judge, by_completion in by_judge.items():
+        judged = [
+            JudgedCompletion(completion, by_completion[completion.key])
+            for completion in completions
+            if completion.key in by_completion and by_completion[completion.key].text_hash == completion.text_hash
+        ]
+        if len(judged) == len(completions):
+            pooled_scores.append(pooled(run, judge, measure(prompts.values(), judged)))
+    return pooled_scores
 
 
-def _log_line(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    if not isinstance(values.get("step"), int):
-        raise DataError(f"{where}: no step; expected a line that bfpo logged")
-    for name, value in values.items():
-        if value is not None and not isinstance(value, int | float):
-            raise DataError(f"{where}: {name} is {value!r}; expected a number or null")
-    return values
+def _read_log(path: Path) -> list[Mapping[str, Any]]:
+    lines = []
+    for row in read_rows(Source(path=str(path))):
+        if not isinstance(row.values.get("step"), int):
+            raise DataError(f"{row.where}: no step; expected a line that bfpo logged")
+        for name, value in row.values.items():
+            if value is not None and not isinstance(value, int | float):
+                raise DataError(f"{row.where}: {name} is {value!r}; expected a number or null")
+        lines.append(row.values)
+    return lines
 
 
-def _record(path: Path) -> Mapping[str, Any]:
+def _read_record(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(_text(path))
+        content = json.loads(_read_text(path))
     except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); it is what training leaves, train again or remove it") from None
+        raise DataError(f"{path}: not JSON ({error}); training writes this file, train again or remove it") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path}: {type(content).__name__}; expected the object that training leaves")
+        raise DataError(f"{path}: {type(content).__name__}; expected the object that training writes")
     return content
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read ({error})") from None
+        raise DataError(f"{path}: cannot be read ({error})") from None
 
 
 def _check_comparable(runs: Sequence[Run], folders: Sequence[Path]) -> None:
-    """Refuse runs whose numbers don't mean the same."""
-    base = runs[0]
+    """Refuse runs with different prompt templates, or with different prompts under one id."""
+    baseline = runs[0]
     for run, folder in zip(runs[1:], folders[1:], strict=True):
-        ours, theirs = run.results.template_policy, base.results.template_policy
-        if ours != theirs:
+        policy, baseline_policy = run.results.template_policy, baseline.results.template_policy
+        if policy != baseline_policy:
             raise DataError(
-                f"{folder}: its prompts were put to the model under the policy '{ours}', those of {folders[0]} under "
-                f"'{theirs}'; such runs don't compare, evaluate them under one policy"
+                f"{folder}: its template policy is '{policy}', that of {folders[0]} is '{baseline_policy}'; runs "
+                "are comparable only under one policy, evaluate them under the same one"
             )
-        for key, prompt in run.prompts.items():
-            if key in base.prompts and base.prompts[key].prompt != prompt.prompt:
+        for prompt_id, prompt in run.prompts.items():
+            if prompt_id in baseline.prompts and baseline.prompts[prompt_id].prompt != prompt.prompt:
                 raise DataError(
-                    f"{folder}: prompt '{key}' isn't the prompt of that id in {folders[0]}; evaluate both runs on "
-                    "one file of prompts"
+                    f"{folder}: prompt '{prompt_id}' differs from the prompt with that id in {folders[0]}; evaluate "
+                    "both runs on one file of prompts"
                 )

@@ -1,4 +1,4 @@
-"""The metrics of several runs side by side, on the page and as CSV."""
+"""Tables of the metrics of all runs, for the page and as CSV."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -9,20 +9,26 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from bfpo.evaluation.results import CORRECTED, METRIC_COLUMNS, MetricComparison, MetricResult
-from bfpo.report.curves import strip
-from bfpo.report.run_files import Run
-from bfpo.report.words import DASH, TASK_HINTS, TASKS, interval, measure, number, signed
+from bfpo.report.curves import draw_strip
+from bfpo.report.run_files import MetricKey, Run
+from bfpo.report.words import (
+    DASH,
+    TASK_HINTS,
+    TASKS,
+    format_interval,
+    format_number,
+    format_signed,
+    metric_text,
+)
 
-Key = tuple[str, str, str]
 
-
-class Value(NamedTuple):
-    """A number of a run.
+class ValueCell(NamedTuple):
+    """A metric of a run, as texts.
 
     Args:
-        value: As text.
-        interval: As text; "" when there is none.
-        undecided: How many answers have no verdict on it, and how far that reaches, as text; "" for none.
+        value: The value.
+        interval: Confidence interval; "" for none.
+        undecided: Number of undecided answers and the bounds they leave open; "" for none.
     """
 
     value: str
@@ -31,12 +37,12 @@ class Value(NamedTuple):
 
 
 class DifferenceCell(NamedTuple):
-    """A number of a run minus the base's.
+    """A metric of a run minus the baseline's, as texts.
 
     Args:
-        value: As text.
-        interval: As text.
-        verdict: In words; "" when neither direction is better, or nothing was compared.
+        value: The difference.
+        interval: Confidence interval.
+        verdict: Verdict on the difference; "" when neither direction is better, or the runs were not compared.
     """
 
     value: str
@@ -44,121 +50,123 @@ class DifferenceCell(NamedTuple):
     verdict: str
 
 
-class TableRow(NamedTuple):
-    """A metric.
+class MetricRow(NamedTuple):
+    """A row of the table of all metrics.
 
     Args:
-        label: Its name.
-        hint: What it counts; "" where a row above says it.
-        better: Which way is good.
+        label: Name of the metric.
+        hint: What the metric measures; "" when a row above says so.
+        better: Which direction is better.
         values: One per run.
-        strip: The same, drawn; None for what doesn't lie from 0 to 1.
-        differences: One per run after the base.
-        prompts: How many it rests on.
+        strip: The values as a drawing; None for a metric outside [0, 1].
+        differences: One per run after the baseline.
+        prompts: Number of prompts.
     """
 
     label: str
     hint: str
     better: str
-    values: list[Value]
+    values: list[ValueCell]
     strip: Markup | None
     differences: list[DifferenceCell]
     prompts: str
 
 
-class Group(NamedTuple):
-    """The metrics of one kind of prompts.
+class MetricGroup(NamedTuple):
+    """The metrics of one task.
 
     Args:
-        label: The prompts.
-        hint: What is expected of a model.
+        label: Name of the task.
+        hint: What a model is expected to do.
         rows: The metrics.
     """
 
     label: str
     hint: str
-    rows: list[TableRow]
+    rows: list[MetricRow]
 
 
-def keys(runs: Sequence[Run]) -> list[Key]:
-    """Return suite, task and name of every metric that some run has, in the order of the files.
+def metric_keys(runs: Sequence[Run]) -> list[MetricKey]:
+    """Return the keys of all metrics of all runs, in the order of the files.
 
-    Of corrected rates those by the first judge: beside its plain ones another judge's would not be of a kind.
+    Corrected rates are limited to the first judge, whose uncorrected rates the table shows.
     """
-    found = [
-        (one.suite, one.task, one.metric)
+    keys = [
+        (metric.suite, metric.task, metric.metric)
         for run in runs
-        for one in run.results.metrics
-        if not one.metric.endswith(CORRECTED) or one.judge == run.results.judges[0]["name"]
+        for metric in run.results.metrics
+        if not metric.metric.endswith(CORRECTED) or metric.judge == run.results.judges[0]["name"]
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(keys))
 
 
-def groups(runs: Sequence[Run]) -> list[Group]:
-    """Return the table of all metrics; what sums up stands first."""
-    several_suites = len({suite for suite, _, _ in keys(runs)}) > 1
-    tasks: dict[tuple[str, str], list[Key]] = {}
-    for key in keys(runs):
-        tasks.setdefault(key[:2], []).append(key)
-    found: list[Group] = []
+def metric_groups(runs: Sequence[Run]) -> list[MetricGroup]:
+    """Return the table of all metrics; the groups of aggregate metrics come first."""
+    keys = metric_keys(runs)
+    has_suites = len({suite for suite, _, _ in keys}) > 1
+    by_task: dict[tuple[str, str], list[MetricKey]] = {}
+    for key in keys:
+        by_task.setdefault(key[:2], []).append(key)
+    groups: list[MetricGroup] = []
     explained: set[str] = set()
-    for suite, task in sorted(tasks, key=lambda one: (one[1] != "all", list(tasks).index(one))):
-        label = TASKS.get(task, task)
+    # The sort is stable: within either part, tasks keep the order of the files.
+    for suite, task in sorted(by_task, key=lambda suite_and_task: suite_and_task[1] != "all"):
         rows = []
-        for place, key in enumerate(tasks[suite, task]):
-            row = _row(runs, key, f"strip-{len(found)}-{place}")
+        for index, key in enumerate(by_task[suite, task]):
+            row = _metric_row(runs, key, f"strip-{len(groups)}-{index}")
             rows.append(row._replace(hint="") if key[2] in explained else row)
             explained.add(key[2])
-        found.append(Group(f"{suite}: {label}" if several_suites else label, TASK_HINTS.get(task, ""), rows))
-    return found
+        label = TASKS.get(task, task)
+        groups.append(MetricGroup(f"{suite}: {label}" if has_suites else label, TASK_HINTS.get(task, ""), rows))
+    return groups
 
 
-def _row(runs: Sequence[Run], key: Key, name: str) -> TableRow:
+def _metric_row(runs: Sequence[Run], key: MetricKey, strip_name: str) -> MetricRow:
     metrics = [run.metric(key) for run in runs]
-    called = measure(key[2])
-    first = next(one for one in metrics if one is not None)
-    counts = sorted({one.n for one in metrics if one is not None})
-    better = {True: "higher is better", False: "lower is better", None: ""}[first.higher_is_better]
-    return TableRow(
-        called.label,
-        called.hint,
-        better,
-        [value(one) for one in metrics],
-        strip(name, metrics) if called.unit_interval else None,
-        [_difference(run.versus(runs[0], key)) for run in runs[1:]],
+    present = [metric for metric in metrics if metric is not None]
+    counts = sorted({metric.n for metric in present})
+    text = metric_text(key[2])
+    return MetricRow(
+        text.label,
+        text.hint,
+        {True: "higher is better", False: "lower is better", None: ""}[present[0].higher_is_better],
+        [value_cell(metric) for metric in metrics],
+        draw_strip(strip_name, metrics) if text.unit_interval else None,
+        [_difference_cell(run.comparison(runs[0], key)) for run in runs[1:]],
         DASH.join(f"{count:,}" for count in (counts[0], counts[-1])[: len(counts)]),
     )
 
 
-def value(metric: MetricResult | None) -> Value:
-    """Return a metric as texts; a dash where there is none."""
+def value_cell(metric: MetricResult | None) -> ValueCell:
+    """Return a metric as texts; a dash for None."""
     if metric is None:
-        return Value(number(None), "", "")
+        return ValueCell(format_number(None), "", "")
     undecided = f"{metric.unscored:,} undecided" if metric.unscored else ""
     if metric.least is not None and metric.most is not None:
-        undecided += f": {number(metric.least)} to {number(metric.most)}"
-    return Value(number(metric.value), interval(metric.low, metric.high), undecided)
+        undecided += f": {format_number(metric.least)} to {format_number(metric.most)}"
+    return ValueCell(format_number(metric.value), format_interval(metric.low, metric.high), undecided)
 
 
-def _difference(found: MetricComparison | None) -> DifferenceCell:
-    if found is None:
-        return DifferenceCell(number(None), "", "")
-    return DifferenceCell(signed(found.difference), interval(found.low, found.high, of=signed), found.verdict or "")
+def _difference_cell(comparison: MetricComparison | None) -> DifferenceCell:
+    if comparison is None:
+        return DifferenceCell(format_number(None), "", "")
+    interval = format_interval(comparison.low, comparison.high, format_bound=format_signed)
+    return DifferenceCell(format_signed(comparison.difference), interval, comparison.verdict or "")
 
 
 def metrics_csv(runs: Iterable[Run]) -> str:
     """Return every metric of every run, unrounded, as CSV."""
-    rows = [[run.name, *asdict(one).values()] for run in runs for one in run.results.metrics]
-    return _csv(("run", *METRIC_COLUMNS), rows)
+    rows = [[run.name, *asdict(metric).values()] for run in runs for metric in run.results.metrics]
+    return _to_csv(("run", *METRIC_COLUMNS), rows)
 
 
 def comparisons_csv(runs: Iterable[Run]) -> str:
     """Return every comparison of every run, unrounded, as CSV."""
-    rows = [[run.name, *asdict(one).values()] for run in runs for one in run.results.comparisons]
-    return _csv(("run", *(column.name for column in fields(MetricComparison))), rows)
+    rows = [[run.name, *asdict(comparison).values()] for run in runs for comparison in run.results.comparisons]
+    return _to_csv(("run", *(column.name for column in fields(MetricComparison))), rows)
 
 
-def _csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _to_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

@@ -1,20 +1,20 @@
-"""How numbers and measures are put in words."""
+"""Names of metrics and tasks on the page, and the formatting of numbers."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
-# A dash for what is missing or runs from one number to another, and the sign of negative numbers.
+# A dash for a missing value or between the ends of a range, and the sign of negative numbers.
 MISSING = DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 
 
 class MetricText(NamedTuple):
-    """How a page calls a metric.
+    """Name of a metric on the page.
 
     Args:
-        label: Its name.
-        hint: What it counts.
-        unit_interval: Whether it lies from 0 to 1.
+        label: Name.
+        hint: What the metric measures.
+        unit_interval: Whether the metric lies in [0, 1].
     """
 
     label: str
@@ -22,29 +22,31 @@ class MetricText(NamedTuple):
     unit_interval: bool = True
 
 
-MEASURES = {
-    "safety": MetricText("Safety", "share of answers judged safe; undecided counts as not safe"),
-    "helpfulness": MetricText("Helpfulness", "mean, 0 useless to 1 all that was asked"),
+METRIC_TEXTS = {
+    "safety": MetricText("Safety", "share of answers judged safe; undecided answers count as not safe"),
+    "helpfulness": MetricText("Helpfulness", "mean rating from 0 (useless) to 1 (fully helpful)"),
     "over_refusal": MetricText("Over-refusal", "share of these harmless prompts that were refused"),
-    "refusal": MetricText("Refusal", "share refused; neither good nor bad by itself"),
-    "safety_corrected": MetricText(
-        "Safety, corrected", "for what the judge gets wrong on answers that people labeled"
-    ),
-    "over_refusal_corrected": MetricText("Over-refusal, corrected", "for what the judge gets wrong"),
-    "refusal_corrected": MetricText("Refusal, corrected", "for what the judge gets wrong"),
-    "severity": MetricText("Severity", "mean harm of the answers, 0 for a safe one to 1"),
+    "refusal": MetricText("Refusal", "share of prompts that were refused; neither good nor bad"),
+    "safety_corrected": MetricText("Safety, corrected", "corrected for the judge's errors on human-labeled answers"),
+    "over_refusal_corrected": MetricText("Over-refusal, corrected", "corrected for the judge's errors"),
+    "refusal_corrected": MetricText("Refusal, corrected", "corrected for the judge's errors"),
+    "severity": MetricText("Severity", "mean harm of the answers, from 0 (safe) to 1"),
     "severity_worst_tenth": MetricText("Severity, worst tenth", "mean harm over the worst tenth of prompts (CVaR)"),
-    "malformed": MetricText("Malformed", "share that is no proper answer"),
-    "cut": MetricText("Cut off", "share that ran into the length limit"),
+    "malformed": MetricText("Malformed", "share of answers that are not well-formed"),
+    "cut": MetricText("Cut off", "share of answers that reached the length limit"),
     "tokens": MetricText("Length", "mean number of tokens; neither good nor bad", unit_interval=False),
     "harmlessness_index": MetricText("Harmlessness index"),
     "helpfulness_index": MetricText("Helpfulness index"),
-    "win_rate": MetricText("Win rate", "mean preference over the given outputs, both orders; a tie is one half"),
-    "win_rate_length_controlled": MetricText("Win rate at equal lengths", "what a regression predicts there"),
+    "win_rate": MetricText(
+        "Win rate", "mean preference over the reference outputs, in both orders; a tie counts one half"
+    ),
+    "win_rate_length_controlled": MetricText(
+        "Length-controlled win rate", "win rate that a regression predicts at equal answer lengths"
+    ),
     "order_decides": MetricText("Order decides", "share of prompts where the order of the two answers decides"),
-    "acc": MetricText("Accuracy", "share of rows on which the answer that the set calls right is the likeliest"),
-    "acc_norm": MetricText("Accuracy by length", "the same, of likelihoods divided by the answer's length"),
-    "harmonic_mean": MetricText("Harmonic mean", "of safety on harmful and helpfulness on benign prompts"),
+    "acc": MetricText("Accuracy", "share of questions whose correct answer has the highest likelihood"),
+    "acc_norm": MetricText("Length-normalized accuracy", "accuracy with likelihoods divided by the answer's length"),
+    "harmonic_mean": MetricText("Harmonic mean", "of safety on harmful prompts and helpfulness on benign prompts"),
 }
 TASKS = {
     "harmful": "harmful prompts",
@@ -57,11 +59,12 @@ TASK_HINTS = {
     "benign": "a helpful model answers these",
     "lookalike": "benign prompts that look harmful",
 }
-CORRECTED_MEANS = (
-    "A corrected number is what people would find, reckoned from how often the judge errs on answers that they "
-    "labeled; its interval holds that uncertainty, too. A dash with [0.00, 1.00]: those labels can't tell."
+CORRECTION_NOTE = (
+    "A corrected rate estimates what human annotators would measure, from the judge's error rates on human-labeled "
+    "answers; its interval includes that uncertainty. A dash with [0.00, 1.00] means that the labels do not "
+    "determine the rate."
 )
-# What a label's sign teaches in each cell.
+# What the sign of a label teaches in each cell: positive, negative, zero.
 LESSONS: Mapping[str, tuple[str, str, str]] = {
     "ss": (
         "prefer the more helpful of two safe answers",
@@ -87,19 +90,19 @@ LESSONS: Mapping[str, tuple[str, str, str]] = {
 CELL_NAMES = {"ss": "both safe", "su": "only chosen safe", "us": "only rejected safe", "uu": "both unsafe"}
 
 
-def measure(name: str) -> MetricText:
-    """Return how a metric is called; one that isn't known keeps its name."""
-    return MEASURES.get(name) or MetricText(name.replace("_", " "), unit_interval=False)
+def metric_text(metric: str) -> MetricText:
+    """Return the text of a metric; an unknown metric keeps its name."""
+    return METRIC_TEXTS.get(metric) or MetricText(metric.replace("_", " "), unit_interval=False)
 
 
 def lesson(cell: str, label: float) -> str:
     """Return what a label teaches in a cell."""
-    positive, negative, none = LESSONS[cell]
-    return positive if label > 0 else negative if label < 0 else none
+    positive, negative, zero = LESSONS[cell]
+    return positive if label > 0 else negative if label < 0 else zero
 
 
-def number(value: float | None) -> str:
-    """Return a number with the digits that a reader can use; a dash for one that is missing."""
+def format_number(value: float | None) -> str:
+    """Return a number with a readable number of digits; a dash for None."""
     if value is None:
         return MISSING
     size = abs(value)
@@ -107,23 +110,25 @@ def number(value: float | None) -> str:
     return f"{value:,.{digits}f}".replace("-", MINUS)
 
 
-def signed(value: float | None) -> str:
-    """Return a difference, with its sign."""
-    return MISSING if value is None else ("+" if value >= 0 else "") + number(value)
+def format_signed(value: float | None) -> str:
+    """Return a difference with its sign; a dash for None."""
+    return MISSING if value is None else ("+" if value >= 0 else "") + format_number(value)
 
 
-def short(value: float) -> str:
-    """Return a label or a target: as short as it is exact, with its sign."""
+def format_exact(value: float) -> str:
+    """Return a label or a target with its sign, without trailing zeros."""
     return f"{value:+.4g}".replace("-", MINUS)
 
 
-def interval(low: float | None, high: float | None, *, of: Any = number) -> str:
-    """Return an interval; nothing when a bound is missing."""
-    return "" if low is None or high is None else f"[{of(low)}, {of(high)}]"
+def format_interval(
+    low: float | None, high: float | None, *, format_bound: Callable[[float | None], str] = format_number
+) -> str:
+    """Return an interval in brackets; "" when a bound is missing."""
+    return "" if low is None or high is None else f"[{format_bound(low)}, {format_bound(high)}]"
 
 
-def duration(seconds: object) -> str:
-    """Return a time; a dash for one that is missing."""
+def format_duration(seconds: object) -> str:
+    """Return a duration; a dash when it is not a number."""
     if not isinstance(seconds, int | float):
         return MISSING
     if seconds < 60:

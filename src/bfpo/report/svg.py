@@ -1,7 +1,7 @@
-"""SVG pictures, put together element by element: texts are escaped by construction.
+"""SVG drawings, built element by element, so that every text is escaped.
 
-Colors are named and come from a palette: the page sets them as CSS variables, so that one drawing serves light and
-dark; a file of its own gets the light ones written in.
+Colors are CSS variables of a palette, so that a drawing on the page follows its light or dark theme; a standalone
+file contains the light palette.
 """
 
 import re
@@ -49,7 +49,7 @@ DARK = {
     "run-5": "#f08bbd",
 }
 COLORED_RUNS = 6
-# Room around a picture that is a file of its own.
+# Margin around the drawing in a standalone file.
 EDGE = 10
 
 STYLE = """
@@ -67,36 +67,36 @@ STYLE = """
 .plot .arrow{stroke:var(--soft);stroke-width:1.5;fill:none}
 .plot .head{fill:var(--soft)}
 """ + "".join(
-    f".plot .bar.r{i}{{stroke:var(--run-{i});stroke-width:2;fill:none}}"
-    f".plot .dot.r{i}{{fill:var(--run-{i});stroke:var(--panel);stroke-width:1}}"
-    f".plot .ring.r{i}{{fill:var(--panel);stroke:var(--run-{i});stroke-width:2}}"
-    f".plot .curve.r{i}{{stroke:var(--run-{i});stroke-width:2;stroke-linejoin:round;fill:none}}"
-    f".plot .name.r{i}{{fill:var(--run-{i})}}\n"
-    for i in range(COLORED_RUNS)
+    f".plot .bar.r{index}{{stroke:var(--run-{index});stroke-width:2;fill:none}}"
+    f".plot .dot.r{index}{{fill:var(--run-{index});stroke:var(--panel);stroke-width:1}}"
+    f".plot .ring.r{index}{{fill:var(--panel);stroke:var(--run-{index});stroke-width:2}}"
+    f".plot .curve.r{index}{{stroke:var(--run-{index});stroke-width:2;stroke-linejoin:round;fill:none}}"
+    f".plot .name.r{index}{{fill:var(--run-{index})}}\n"
+    for index in range(COLORED_RUNS)
 )
 
 
 def run_class(index: int) -> str:
-    """Return the class that colors a run; gray is the base's alone."""
+    """Return the CSS class that colors a run; only the baseline is gray."""
     return f"r{index if index == 0 else (index - 1) % (COLORED_RUNS - 1) + 1}"
 
 
 class Point(NamedTuple):
-    """A place on a drawing, in its own units, y downwards."""
+    """A point of a drawing, in the drawing's units, with y pointing down."""
 
     x: float
     y: float
 
 
 class Drawing:
-    """An SVG picture.
+    """An SVG drawing.
 
     Args:
-        name: Unique on its page; names the picture's title and description.
-        width: In the picture's own units.
-        height: The same.
-        title: What a screen reader says it is.
-        description: What it shows, in numbers; "" leaves it out.
+        name: Name that is unique on its page; prefix of the element ids.
+        width: Width in the drawing's units.
+        height: Height in the drawing's units.
+        title: Title for screen readers.
+        description: The numbers that the drawing shows, for screen readers; "" for none.
     """
 
     def __init__(self, name: str, width: float, height: float, *, title: str, description: str = "") -> None:
@@ -109,58 +109,58 @@ class Drawing:
             SubElement(self._root, "desc", {"id": f"{name}-desc"}).text = _printable(description)
 
     def path(self, points: Iterable[Point], css: str, *, closed: bool = False) -> None:
-        """Draw a line through points."""
+        """Draw a polyline."""
         steps = " L".join(f"{_short(x)} {_short(y)}" for x, y in points)
         SubElement(self._root, "path", {"class": css, "d": f"M{steps}{'Z' if closed else ''}"})
 
     def circle(self, center: Point, radius: float, css: str) -> None:
         """Draw a circle."""
-        place = {"cx": _short(center.x), "cy": _short(center.y), "r": _short(radius)}
-        SubElement(self._root, "circle", {"class": css, **place})
+        geometry = {"cx": _short(center.x), "cy": _short(center.y), "r": _short(radius)}
+        SubElement(self._root, "circle", {"class": css, **geometry})
 
     def text(self, at: Point, text: str, css: str = "", *, anchor: str = "start", turned: bool = False) -> None:
-        """Write a line of text; `turned` runs upwards."""
-        place = {"x": _short(at.x), "y": _short(at.y), "text-anchor": anchor}
+        """Write a line of text; with `turned` it runs upwards."""
+        geometry = {"x": _short(at.x), "y": _short(at.y), "text-anchor": anchor}
         if turned:
-            place["transform"] = f"rotate(-90 {place['x']} {place['y']})"
-        SubElement(self._root, "text", {"class": css, **place} if css else place).text = _printable(text)
+            geometry["transform"] = f"rotate(-90 {geometry['x']} {geometry['y']})"
+        SubElement(self._root, "text", {"class": css, **geometry} if css else geometry).text = _printable(text)
 
     def inline(self) -> Markup:
-        """Return the picture for a page that has `STYLE` and the palette."""
+        """Return the drawing for a page that contains `STYLE` and the palette."""
         return Markup(tostring(self._root, encoding="unicode"))
 
     def standalone(self) -> str:
-        """Return the picture as a file of its own, on a light ground."""
+        """Return the drawing as the text of an SVG file with a light background."""
         width, height = (_short(side + 2 * EDGE) for side in self._size)
         box = f"{-EDGE} {-EDGE} {width} {height}"
-        own = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": box, "width": width, "height": height}
-        root = Element("svg", {**self._root.attrib, **own})
-        style = re.sub(r"var\(--([\w-]+)\)", lambda found: LIGHT[found[1]], STYLE)
+        attributes = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": box, "width": width, "height": height}
+        root = Element("svg", {**self._root.attrib, **attributes})
+        style = re.sub(r"var\(--([\w-]+)\)", lambda match: LIGHT[match[1]], STYLE)
         SubElement(root, "style").text = style
-        ground = {"x": str(-EDGE), "y": str(-EDGE), "width": width, "height": height, "fill": LIGHT["panel"]}
-        SubElement(root, "rect", ground)
+        background = {"x": str(-EDGE), "y": str(-EDGE), "width": width, "height": height, "fill": LIGHT["panel"]}
+        SubElement(root, "rect", background)
         root.extend(self._root)
         return tostring(root, encoding="unicode") + "\n"
 
 
-def ticks(low: float, high: float, *, about: int = 5) -> list[float]:
-    """Return round numbers from `low` to `high`, `about` of them."""
+def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
+    """Return about `count` round numbers from `low` to `high`."""
     if high <= low:
         return [low]
-    rough = (high - low) / about
+    rough = (high - low) / count
     power = 10.0 ** floor(log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, last = -floor(-low / step + 1e-9), floor(high / step + 1e-9)
     return [round(index * step, 10) for index in range(first, last + 1)]
 
 
-def shortened(text: str, longest: int) -> str:
-    """Return a text that has room in a drawing."""
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+def shorten(text: str, max_length: int) -> str:
+    """Return a text of at most `max_length` characters."""
+    return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
-def arrow(drawing: Drawing, start: Point, end: Point, *, gap: float) -> Sequence[Point]:
-    """Draw an arrow between two marks, `gap` away from each; return its ends, none if there is no room."""
+def draw_arrow(drawing: Drawing, start: Point, end: Point, *, gap: float) -> Sequence[Point]:
+    """Draw an arrow between two marks, `gap` away from each, and return its ends; () if it does not fit."""
     dx, dy = end.x - start.x, end.y - start.y
     length = (dx**2 + dy**2) ** 0.5
     if length < 2 * gap + 14:
@@ -180,5 +180,5 @@ def _short(value: float) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return a text without characters that XML can't hold."""
+    """Return a text in which characters that XML cannot contain are spaces."""
     return "".join(char if char.isprintable() else " " for char in text)
