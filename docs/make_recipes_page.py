@@ -2,13 +2,12 @@
 
     python docs/make_recipes_page.py
 
-The words are the docstrings of `bfpo.config.recipes` and of the losses, the names of `trainer:` that are refused, and
-the first comment line of every shipped recipe. A test compares the committed page with what this makes.
+The page is made of the docstrings of the recipes' fields, the names of `trainer:` that are refused, and the first
+comment line of every shipped recipe. A test compares the committed page with what this script writes.
 """
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -17,10 +16,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bfpo.config.loading import RENAMED
+from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection
 from bfpo.config.recipes import Section, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.experiments.recipe import CompareRecipe
-from bfpo.losses import LOSSES, PairLoss
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.training.arguments import DECIDED, DEFAULTS
 
@@ -55,7 +54,8 @@ def page() -> str:
 
 def sections() -> Iterator[tuple[str, type[Section]]]:
     """Yield every section of every recipe once, by the name of the key that holds it first."""
-    seen: set[type[Section]] = set(KINDS)
+    # The losses have a table of their own.
+    seen: set[type[Section]] = {*KINDS, *LOSS_SECTIONS.values(), CustomLossSection, LabelTableSection}
     queue = list(KINDS)
     while queue:
         kind = queue.pop(0)
@@ -121,7 +121,9 @@ def type_name(annotation: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
-        return " or ".join(type_name(argument) for argument in arguments if argument is not NoneType)
+        # The sections of all losses are one "section".
+        names = dict.fromkeys(type_name(argument) for argument in arguments if argument is not NoneType)
+        return " or ".join(names)
     if origin is list:
         return f"list of {plural(type_name(arguments[0]))}"
     if origin is dict:
@@ -165,27 +167,15 @@ def shipped() -> str:
 
 
 def losses() -> str:
-    """Return the losses with their hyper-parameters."""
-    lines = [LOSS, "", "| loss | key | default | |", "|---|---|---|---|"]
-    for name, loss in LOSSES.items():
-        for field in fields(loss):
-            told = argument_of(loss, field.name) or argument_of(PairLoss, field.name)
-            default = (
-                "needed" if field.default is MISSING else "none" if field.default is None else f"`{field.default}`"
-            )
-            lines.append(f"| `{name}` | `{field.name}` | {default} | {in_table(told)} |")
+    """Return the losses with their hyperparameters."""
+    lines = [LOSS, "", "| key | value | default | |", "|---|---|---|---|"]
+    for section in LOSS_SECTIONS.values():
+        for key, field in section.model_fields.items():
+            if key == "name":
+                lines.append(f"| **`name: {field.default}`** | | | **{in_table(field.description)}** |")
+            else:
+                lines.append(f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |")
     return "\n".join(lines)
-
-
-def argument_of(loss: type[PairLoss], name: str) -> str | None:
-    """Return what a class's docstring says of an argument."""
-    found = re.search(rf"^    {name}: (.*?)(?=^    \w+: |\n\n|\Z)", trimmed(loss), flags=re.DOTALL | re.MULTILINE)
-    return found and found[1]
-
-
-def trimmed(loss: type[PairLoss]) -> str:
-    """Return a class's docstring without the indentation of the class."""
-    return re.sub(r"^    ", "", loss.__doc__ or "", flags=re.MULTILINE)
 
 
 def trainer() -> str:
@@ -217,10 +207,10 @@ paths start at the working directory. `--dry-run` does and shows everything but 
 LOSS = """
 ## `loss:`
 
-`name` and the fields of that loss, or `package.module:Class` for your own subclass of `bfpo.losses.PairLoss`. The
-equations stand in [method.md](method.md). For `bfpo` the four labels can be given directly:
-`table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`, or by a name: `table: helpful_ties` is (0.5, 1, -0.5, 0.5); what it
-was better at, and what it costs, stands in [testbed.md](testbed.md).
+The `name` of a loss (default `bfpo`) and its hyperparameters. `name: package.module:Class` is your own subclass of
+`bfpo.losses.PairLoss`, with its fields as keys. The equations are in [method.md](method.md). For `bfpo` the four
+labels can be given directly, `table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`, or by name: `table: helpful_ties` is
+(0.5, 1, -0.5, 0.5); [testbed.md](testbed.md) compares it with the default.
 """.strip()
 TRAINER = """
 ## `trainer:`

@@ -135,7 +135,7 @@ def test_the_official_way_is_a_recipe_with_every_switch_set():
     training_arguments({**theirs.trainer, "use_cpu": True})
     assert [source.sample for source in (*theirs.data, *theirs.buffer)] == ["head", "head"]
     assert (theirs.buffer_weight, theirs.conflicts, theirs.max_eval) == (1.0, "keep", None)
-    assert make_loss(theirs.loss) == BFPO(beta=0.01, b1=3.0, alpha=0.5)
+    assert make_loss(theirs.loss.model_dump()) == BFPO(beta=0.01, b1=3.0, alpha=0.5)
     # Each switch that the table names is a key.
     known = {"buffer_weight", "sample", "conflicts", "max_eval", "train_only", "reference", "fraction", "limit"}
     assert known <= {*TrainRecipe.model_fields, *Source.model_fields}

@@ -9,6 +9,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from transformers import LlamaConfig, MistralConfig
 
 from bfpo.config.loading import check_recipe, read_recipe
+from bfpo.config.losses import BFPOSection
 from bfpo.config.recipes import SftRecipe, TextSection, TrainRecipe
 from bfpo.core.files import write_jsonl
 from bfpo.data.tokenize import chat_template
@@ -135,7 +136,7 @@ def test_recipe_builds(file, tmp_path):
     args = training_arguments(recipe.trainer)
     assert args.output_dir == str(tmp_path / "run")
     if isinstance(recipe, TrainRecipe):
-        make_loss(recipe.loss)
+        make_loss(recipe.loss.model_dump())
         if recipe.model.sft is not None:
             training_arguments({**recipe.model.sft.trainer, "output_dir": str(tmp_path)})
 
@@ -178,7 +179,7 @@ def test_the_paper_s_recipes_have_the_official_settings(tmp_path):
     assert [recipe.text.max_length for recipe in (sft, bfpo, redteam)] == [2048, 1024, 1024]
     assert [source.fraction for source in (*sft.data, *bfpo.data, *bfpo.buffer)] == [None, 0.2, 0.2, None]
     for recipe in (bfpo, redteam):
-        assert recipe.loss == {"name": "bfpo", "beta": 0.01, "b1": 3.0, "alpha": 0.5}
+        assert recipe.loss == BFPOSection(beta=0.01, b1=3.0, alpha=0.5)
     assert (bfpo.buffer_weight, bfpo.data[0].sample, redteam.buffer) == (1.0, "head", [])
 
 

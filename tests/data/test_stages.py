@@ -1,10 +1,11 @@
 """Stages that are killed, called again, or given what doesn't fit."""
 
 import json
+from dataclasses import fields
 
 import pytest
 
-from bfpo.core.files import append_jsonl, repaired_jsonl
+from bfpo.core.files import append_jsonl, repaired_jsonl, write_jsonl
 from bfpo.core.pairs import Message, user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict, prompt_id
 from bfpo.data.stages import (
@@ -13,6 +14,7 @@ from bfpo.data.stages import (
     read_completions,
     read_prompt_file,
     read_verdicts,
+    without_verdict,
 )
 from bfpo.errors import DataError
 from bfpo.generation.scripted import ScriptedEngine
@@ -167,7 +169,10 @@ def test_prompts_from_any_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a", "kind": "bad"}\n', "row 1: prompt .* kind is 'bad'; expected harmful, benign, lookalike"),
+        (
+            '{"prompt": "a", "kind": "bad"}\n',
+            "row 1: column 'kind' is 'bad'; expected 'harmful', 'benign' or 'lookalike', or null",
+        ),
         ('{"question": "a"}\n', "row 1: no column 'prompt'"),
         ('{"prompt": "a"}\n{"prompt": "a"}\n', "stands twice"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', "expected it to end with a user turn"),
@@ -187,5 +192,53 @@ def test_values_that_are_wrong():
         Sampling(temperature=-1)
     row = dict.fromkeys(("prompt_id", "finish_reason", "model", "engine", "settings_hash", "prompt"), "x")
     row |= {"sample": 0, "prompt_tokens": 1, "completion_tokens": 1}
-    with pytest.raises(DataError, match="missing 1 required positional argument: 'text'"):
+    with pytest.raises(DataError, match=r"no column 'text'; completions.jsonl needs prompt_id, .*, text, "):
         Completion.from_row(row)
+
+
+COMPLETION = Completion("p0", 0, user_says("question"), "text", "stop", 1, 2, "m", "e", "h")
+GOOD_ROWS = {
+    Prompt: Prompt("p0", user_says("question"), "benign", "greeting", "me", "MIT"),
+    Completion: COMPLETION,
+    Verdict: Verdict("p0", 0, COMPLETION.text_hash, "length", "1", True, p_safe=0.5),
+}
+READERS = {
+    Prompt: lambda path: read_prompt_file(str(path)),
+    Completion: read_completions,
+    Verdict: read_verdicts,
+}
+SCORES = ("p_safe", "p_refusal", "helpfulness", "severity", "score")
+WRONG_VALUES = [
+    *((kind, field.name, 3.5) for kind in GOOD_ROWS for field in fields(kind) if field.name not in SCORES),
+    *((Verdict, column, value) for column in SCORES for value in ("0.5", True)),
+    *((Verdict, column, value) for column in ("safe", "refusal", "malformed") for value in ("true", 1)),
+    *((Completion, column, value) for column in ("sample", "prompt_tokens") for value in ("1", True, None)),
+]
+
+
+@pytest.mark.parametrize(("kind", "column", "value"), WRONG_VALUES)
+def test_every_column_is_checked_when_a_file_is_read_back(kind, column, value, tmp_path):
+    path = tmp_path / kind.file_name
+    row = GOOD_ROWS[kind].to_row()
+    write_jsonl(path, [row | {"unknown": 1}])
+    assert READERS[kind](path) == [GOOD_ROWS[kind]]
+    write_jsonl(path, [row, row | {"prompt_id": "p1"} | {column: value}])
+    with pytest.raises(DataError, match=rf"{kind.file_name} row 2: column '{column}' is {value!r}; expected "):
+        READERS[kind](path)
+
+
+def test_a_stage_that_resumes_names_the_file_and_the_row_that_are_wrong(tmp_path):
+    completions = generate_completions(Counting(), PROMPTS, tmp_path / "completions.jsonl")
+    path = tmp_path / "verdicts.jsonl.unfinished"
+    rows = [verdict.to_row() for verdict in Length().judge(completions[:2])]
+    append_jsonl(path, [rows[0], rows[1] | {"safe": "yes"}])
+    message = r"verdicts.jsonl.unfinished row 2: column 'safe' is 'yes'; expected true or false, or null$"
+    with pytest.raises(DataError, match=message):
+        judge_completions(Length(), completions, tmp_path / "verdicts.jsonl")
+    with pytest.raises(DataError, match=message):
+        without_verdict(completions, tmp_path / "verdicts.jsonl")
+
+
+def test_columns_of_earlier_versions_and_empty_columns_are_read():
+    row = {"prompt_id": "p", "prompt": "a", "licence": "MIT", "source": None}
+    assert Prompt.from_row(row) == Prompt("p", user_says("a"), license="MIT", source="")

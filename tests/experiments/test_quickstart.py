@@ -85,7 +85,7 @@ def test_an_unknown_method_is_refused_first(tmp_path, small):
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_have_losses_and_see_equally_many_pairs(tmp_path, name):
     recipe = train_recipe(METHODS[name], world=Path("w"), base=Path("b"), out=tmp_path, seed=0)
-    assert make_loss(recipe.loss).beta == 0.3
+    assert make_loss(recipe.loss.model_dump()).beta == 0.3
     pairs = recipe.trainer["per_device_train_batch_size"] * (2 if recipe.buffer else 1)
     assert pairs == 64
 

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from bfpo.commands.migrate import migrate
 from bfpo.config.loading import load_recipe
+from bfpo.config.losses import BFPOSection, DPOSection, IPOAvgSection
 from bfpo.config.recipes import SftRecipe, TrainRecipe
 from bfpo.errors import RecipeError
 from bfpo.losses.build import make_loss
@@ -189,7 +190,7 @@ def test_the_file_becomes_a_recipe_that_builds_and_every_key_is_told(name, monke
     trainer = {key: value for key, value in recipe.trainer.items() if key not in ("report_to", "optim")}
     training_arguments(trainer | {"use_cpu": True})
     if kind == "train":
-        make_loss(recipe.loss)
+        make_loss(recipe.loss.model_dump())
     learned = content.get("learning_rate")
     assert recipe.trainer.get("learning_rate") == learned
 
@@ -261,7 +262,7 @@ def test_selective_training_that_is_off_trains_everything():
     recipe = migrated(OFFICIAL_BFPO)
     assert recipe.train_only is None
     assert recipe.buffer == []
-    assert recipe.loss == {"name": "bfpo", "beta": 0.01, "b1": 3.0, "alpha": 0.5}
+    assert recipe.loss == BFPOSection(beta=0.01, b1=3.0, alpha=0.5)
 
 
 def test_lora_of_trl_and_of_llama_factory():
@@ -278,10 +279,10 @@ def test_lora_of_trl_and_of_llama_factory():
 
 
 def test_losses_keep_their_meaning():
-    assert migrated(FACTORY_DPO).loss == {"name": "dpo", "beta": 0.1}
-    assert migrated(TRL_DPO | {"loss_type": ["ipo"], "beta": 0.2}).loss == {"name": "ipo_avg", "beta": 0.2}
+    assert migrated(FACTORY_DPO).loss == DPOSection(beta=0.1)
+    assert migrated(TRL_DPO | {"loss_type": ["ipo"], "beta": 0.2}).loss == IPOAvgSection(beta=0.2)
     smoothed = migrated(TRL_DPO | {"label_smoothing": 0.1})
-    assert smoothed.loss == {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1}
+    assert smoothed.loss == DPOSection(beta=0.1, label_smoothing=0.1)
 
 
 def test_a_precomputed_reference_is_the_cache():

@@ -194,7 +194,7 @@ def test_rounds_ask_the_model_that_the_last_one_trained(recipe, tmp_path, monkey
     # Each round goes on from the model of the one before, with the pairs of all rounds so far.
     assert [one.model.path for one in trained] == ["m", models[0]]
     assert [[source.path for source in one.data] for one in trained] == [[str(files[0])], [str(f) for f in files[:2]]]
-    assert [one.loss["beta"] for one in trained] == [0.3, 0.3]
+    assert [run.loss.beta for run in trained] == [0.3, 0.3]
     before = [file.read_bytes() for file in files]
     assert [file.read_bytes() for file in run_redteam(several)] == before
     assert len(trained) == 2, "what is trained isn't trained again"

@@ -95,7 +95,7 @@ def _labels_of(recipe: TrainRecipe) -> tuple[LabelingFunction | None, float]:
     from bfpo.losses.build import make_loss
     from bfpo.losses.pairwise import BFPO
 
-    loss = make_loss(recipe.loss)
+    loss = make_loss(recipe.loss.model_dump())
     return (loss.labeling if isinstance(loss, BFPO) else None), loss.beta
 
 

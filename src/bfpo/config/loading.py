@@ -5,11 +5,13 @@ ignored is worse than one that is refused.
 """
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Tag, ValidationError
+from pydantic_core import ErrorDetails
 
 from bfpo.config.recipes import Section, Source
 from bfpo.errors import RecipeError, did_you_mean
@@ -129,15 +131,21 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[st
 def check_recipe(content: dict[str, Any], kind: type[RecipeType], where: str) -> RecipeType:
     """Turn a mapping into a recipe.
 
+    Args:
+        content: Sections and keys, as read from a file.
+        kind: Class of the recipe.
+        where: Name of the file, for errors.
+
     Raises:
-        RecipeError: With every fault found: the key, what was got, what is allowed.
+        RecipeError: If any key or value is wrong; the message lists all of them, with the key, what was got and what
+            is allowed.
     """
     _refuse_renamed(content, where)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        faults = "\n".join(f"  {_fault(fault, kind)}" for fault in error.errors())
-        raise RecipeError(f"{where}:\n{faults}") from None
+        lines = "\n".join(f"  {_describe(fault, content, kind)}" for fault in error.errors())
+        raise RecipeError(f"{where}:\n{lines}") from None
 
 
 def load_recipe(path: str | Path, kind: type[RecipeType], overrides: list[str] | None = None) -> RecipeType:
@@ -206,43 +214,60 @@ def _refuse_renamed(content: Any, where: str, path: str = "") -> None:
                 _refuse_renamed(value, where, f"{path}{key}.")
 
 
-def _fault(fault: Any, kind: type[Section]) -> str:
-    location = [part for part in fault["loc"] if part not in ("str", "list[str]")]
-    key = ".".join(map(str, location))
+def _describe(fault: ErrorDetails, content: Any, kind: type[Section]) -> str:
+    """Return one of pydantic's errors as a line: the key, what is wrong, what is allowed."""
+    location = fault["loc"]
+    key = ".".join(map(str, _input_keys(location, content, missing=fault["type"] == "missing")))
     if fault["type"] == "extra_forbidden":
-        known = _fields_at(kind, location[:-1])
-        return f"{key}: unknown key; {_place_of(str(location[-1]), kind)}{did_you_mean(str(location[-1]), known)}"
+        *home, last = location
+        section, label = _section_at(kind, home)
+        owner = f" of '{label}'" if label else ""
+        hint = did_you_mean(str(last), list(section.model_fields))
+        return f"{key}: unknown key{owner}; {_other_places(str(last), key, kind)}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
     got = f" (got {fault['input']!r})" if fault["type"] not in ("missing", "value_error") else ""
     return f"{key or 'recipe'}: {message}{got}"
 
 
-def _place_of(key: str, kind: type[Section]) -> str:
-    """Say where a key belongs that stands in the wrong section."""
-    homes = [
-        f"{name}.{key}"
-        for name, model in _sections(kind).items()
-        if key in model.model_fields and model is not Source
-    ]
-    return f"it belongs at '{homes[0]}'; " if homes else ""
-
-
-def _sections(kind: type[Section]) -> dict[str, type[Section]]:
-    found = {}
-    for name, field in kind.model_fields.items():
-        for candidate in (field.annotation, *_arguments(field.annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, Section):
-                found[name] = candidate
-    return found
-
-
-def _arguments(annotation: Any) -> list[Any]:
-    arguments = get_args(annotation)
-    return [inner for argument in arguments for inner in (argument, *_arguments(argument))]
-
-
-def _fields_at(kind: type[Section], location: list[Any]) -> list[str]:
+def _input_keys(location: Sequence[int | str], content: Any, *, missing: bool) -> list[int | str]:
+    """Return an error's location without the labels that pydantic gives to the members of unions."""
+    keys: list[int | str] = []
     for part in location:
-        if isinstance(part, str):
-            kind = _sections(kind).get(part, kind)
-    return list(kind.model_fields)
+        in_list = isinstance(content, list) and isinstance(part, int)
+        in_mapping = isinstance(content, Mapping) and part in content
+        if in_list or in_mapping:
+            content = content[part]
+            keys.append(part)
+    return [*keys, location[-1]] if missing else keys
+
+
+def _section_at(kind: type[Section], location: Sequence[int | str]) -> tuple[type[Section], str]:
+    """Return the section that a location leads to, and its label where it is one of several."""
+    section, label = kind, ""
+    members: dict[str, type[Section]] = {}
+    for part in location:
+        if part in section.model_fields:
+            members = dict(_sections_in(section.model_fields[str(part)].annotation))
+            section, label = members.get("", section), ""
+        elif part in members:
+            section, label = members[str(part)], str(part)
+    return section, label
+
+
+def _other_places(key: str, here: str, kind: type[Section]) -> str:
+    """Return a hint where an unknown key belongs; "" where no section has it, or another loss has it."""
+    places = [
+        f"'{name}.{key}'"
+        for name, field in kind.model_fields.items()
+        if any(key in section.model_fields for _, section in _sections_in(field.annotation) if section is not Source)
+    ]
+    return f"it belongs at {' or '.join(places)}; " if places and f"'{here}'" not in places else ""
+
+
+def _sections_in(annotation: Any, label: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Yield the sections of a field's annotation, by their labels in a union; "" where there is no choice."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield label, annotation
+    tags = [data.tag for data in getattr(annotation, "__metadata__", ()) if isinstance(data, Tag)]
+    for argument in get_args(annotation):
+        yield from _sections_in(argument, *tags[:1] or [label])

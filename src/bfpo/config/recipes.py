@@ -6,18 +6,17 @@ the fields of the loss; both are checked where they are used. Nothing here needs
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+from bfpo.config.losses import BFPOSection, LossSection
+
+# `as` exports the names again: recipes of other packages are made of them.
+from bfpo.config.section import Count as Count
+from bfpo.config.section import Fraction as Fraction
+from bfpo.config.section import Section as Section
+from bfpo.config.section import Share as Share
+
 ReferenceKind = Literal["auto", "adapter", "shared", "cache"]
-
-
-class Section(BaseModel):
-    """A part of a recipe; extra keys are forbidden."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Source(Section):
@@ -41,7 +40,7 @@ class Source(Section):
     """Which pairs `fraction` and `limit` take: a seeded sample, or the first ones as the official code does."""
     seed: int = 42
     """Seed of the sample."""
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default={})
     """Renames, `{what the adapter expects: what the file calls it}`."""
     assume_safe: bool = False
     """Label an unlabeled set safe throughout; written into `safety_label_source` as `assumed`."""
@@ -58,13 +57,13 @@ class DataRecipe(Section):
 
     data: Annotated[list[Source], Field(min_length=1)]
     """The main stream: the safety-labeled set."""
-    buffer: list[Source] = []
+    buffer: list[Source] = Field(default=[])
     """The buffer stream: the helpfulness set. Empty means single-stream training."""
-    eval: list[Source] = []
+    eval: list[Source] = Field(default=[])
     """Evaluation pairs. Alternative: `holdout`."""
     holdout: Share = 0.0
     """Share of the prompts held out from `data` and `buffer` for evaluation, chosen by the prompt's hash."""
-    benchmarks: list[str] = []
+    benchmarks: list[str] = Field(default=[])
     """Prompt files (txt, csv, json, jsonl) that will be evaluated on later: checked for leaks."""
     conflicts: Literal["drop", "keep", "error"] = "drop"
     """What to do with answers that carry both safety labels and pairs that stand in both orders."""
@@ -166,7 +165,7 @@ class SftRecipe(Section):
     """How tokens are fed; it decides time and memory, not numbers."""
     max_eval: Count | None = 2000
     """Evaluate on at most so many completions, a seeded sample; null for all."""
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field(default={})
     """`transformers.TrainingArguments` names."""
 
     @model_validator(mode="after")
@@ -193,8 +192,8 @@ class TrainRecipe(DataRecipe):
     """What the loss reads as safety: the bits, or the probabilities in `*_safety_score`."""
     text: TextSection = TextSection()
     """From conversations to token ids."""
-    loss: dict[str, Any] = {"name": "bfpo"}
-    """`name` and the fields of that loss; see `bfpo.losses.LOSSES`."""
+    loss: LossSection = BFPOSection()
+    """`name` of the loss, and its hyperparameters."""
     train_only: list[str] | None = None
     """Patterns (regular expressions, searched in the name) of the parameters to train; default all."""
     lora: LoraSection | None = None
@@ -207,7 +206,7 @@ class TrainRecipe(DataRecipe):
     """How tokens are fed; it decides time and memory, not numbers."""
     max_eval: Count | None = 2000
     """Evaluate on at most so many pairs of each stream, a seeded sample; null for all."""
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field(default={})
     """`transformers.TrainingArguments` names."""
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Importing a user's own loss, adapter or judge by its path."""
+"""Importing what a recipe names as `module:Name`: custom losses, adapters and judges."""
 
 import sys
 from importlib import import_module
@@ -9,20 +9,24 @@ from bfpo.errors import RecipeError
 
 
 def import_object(path: str, what: str) -> Any:
-    """Import the object that `module:name` names; a module in the current directory is found, too.
+    """Return the object that `module:Name` names.
+
+    The current directory is searched last, because custom code usually is beside the recipe.
 
     Args:
-        path: Import path such as `my_losses:Hinge`.
-        what: Key or option that holds the path, for the error message.
+        path: Import path, such as `my_package.losses:MyLoss`.
+        what: Recipe key or parameter that holds the path, for error messages.
 
     Raises:
-        RecipeError: If the module can't be imported or has no such name.
+        RecipeError: If the path has another form, or the module or the name can't be imported.
     """
-    module, _, name = path.partition(":")
+    module_name, _, name = path.partition(":")
+    if not module_name or module_name.startswith(".") or not name.isidentifier():
+        raise RecipeError(f"{what} is '{path}'; expected 'module:Name', such as 'my_package.my_module:my_name'")
     if str(Path.cwd()) not in sys.path:
-        # A user's own module usually stands beside the recipe.
         sys.path.append(str(Path.cwd()))
     try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        imported: Any = getattr(import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
         raise RecipeError(f"{what} is '{path}'; {error}") from error
+    return imported

@@ -7,8 +7,21 @@ one JSON object per line), so completions generated once can be judged again and
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args, get_type_hints
+
+from pydantic import (
+    BeforeValidator,
+    PlainValidator,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
 
 from bfpo.core.files import content_hash
 from bfpo.core.pairs import Conversation, as_messages
@@ -24,43 +37,68 @@ Key = tuple[str, int]
 
 # Columns of files that earlier versions wrote.
 _RENAMED = {"licence": "license"}
-# Columns that name a row or are compared with another file's.
-_NAMES = {"prompt_id": str, "sample": int, "text": str, "text_hash": str}
+_EXPECTED = {
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+}
+
+Messages = Annotated[Conversation, PlainValidator(as_messages)]
+# A table that isn't ours may have the column and no value in it.
+OptionalText = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 
 
+@dataclass(frozen=True, slots=True)
 class FileRow:
-    """A value that is one line of a file; the fields are the columns, None is null."""
+    """One line of a file: the fields are the columns, None is null.
+
+    Annotate numbers and flags with pydantic's strict types: `from_row` checks every column against its annotation.
+    """
 
     file_name: ClassVar[str]
 
     def to_row(self) -> dict[str, Any]:
-        """Return the value as a line's object."""
-        row = asdict(self)  # type: ignore[call-overload]
+        """Return the columns as an object of JSON."""
+        row = {field.name: getattr(self, field.name) for field in fields(self)}
         if "prompt" in row:
-            row["prompt"] = [message._asdict() for message in self.prompt]  # type: ignore[attr-defined]
-        return dict(row)
+            row["prompt"] = [message._asdict() for message in row["prompt"]]
+        return row
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
-        """Return the value of a line's object; columns that aren't known are left out.
+        """Return the value that an object of JSON describes; unknown columns are ignored.
 
         Raises:
-            DataError: If a column is missing or malformed.
+            DataError: If a column is missing or has a value of another type.
         """
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        kind: Any = cls  # mypy doesn't take the class of a dataclass for hashable
         current = {_RENAMED.get(name, name): value for name, value in row.items()}
-        values = {name: value for name, value in current.items() if name in known}
-        for name, kind in _NAMES.items():
-            # bool is an int to isinstance.
-            if name in values and type(values[name]) is not kind:
-                word = "a string" if kind is str else "a whole number"
-                raise DataError(f"column '{name}' is {values[name]!r}; expected {word}")
-        if "prompt" in values:
-            values["prompt"] = as_messages(values["prompt"])
         try:
-            return cls(**values)
-        except TypeError as error:
-            raise DataError(f"{cls.file_name}: {str(error).partition(' ')[2]}") from None
+            value: Self = _columns_of(kind).validate_python(current)
+        except ValidationError as error:
+            raise DataError(_describe(error.errors()[0], cls)) from None
+        return value
+
+
+@cache
+def _columns_of(kind: type[FileRow]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _describe(fault: ErrorDetails, kind: type[FileRow]) -> str:
+    if fault["type"] == "missing":
+        return f"no column '{fault['loc'][0]}'; {kind.file_name} needs {', '.join(_required_columns(kind))}"
+    if fault["type"] == "value_error":
+        return fault["msg"].removeprefix("Value error, ")
+    column = str(fault["loc"][0])
+    expected = _EXPECTED.get(fault["type"]) or fault.get("ctx", {}).get("expected", fault["msg"])
+    nullable = ", or null" if NoneType in get_args(get_type_hints(kind)[column]) else ""
+    return f"column '{column}' is {fault['input']!r}; expected {expected}{nullable}"
+
+
+def _required_columns(kind: type[FileRow]) -> list[str]:
+    return [field.name for field in fields(kind) if field.default is MISSING]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +117,11 @@ class Prompt(FileRow):
     file_name: ClassVar[str] = "prompts.jsonl"
 
     prompt_id: str
-    prompt: Conversation
+    prompt: Messages
     kind: Kind | None = None
     category: str | None = None
-    source: str = ""
-    license: str = ""
+    source: OptionalText = ""
+    license: OptionalText = ""
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
@@ -112,12 +150,12 @@ class Completion(FileRow):
     file_name: ClassVar[str] = "completions.jsonl"
 
     prompt_id: str
-    sample: int
-    prompt: Conversation
+    sample: StrictInt
+    prompt: Messages
     text: str
     finish_reason: Literal["stop", "length"]
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: StrictInt
+    completion_tokens: StrictInt
     model: str
     engine: str
     settings_hash: str
@@ -158,19 +196,19 @@ class Verdict(FileRow):
     file_name: ClassVar[str] = "verdicts.jsonl"
 
     prompt_id: str
-    sample: int
+    sample: StrictInt
     text_hash: str
     judge: str
     revision: str
-    safe: bool | None
-    p_safe: float | None = None
-    refusal: bool | None = None
-    p_refusal: float | None = None
-    helpfulness: float | None = None
-    severity: float | None = None
-    malformed: bool | None = None
+    safe: StrictBool | None
+    p_safe: StrictFloat | None = None
+    refusal: StrictBool | None = None
+    p_refusal: StrictFloat | None = None
+    helpfulness: StrictFloat | None = None
+    severity: StrictFloat | None = None
+    malformed: StrictBool | None = None
     category: str | None = None
-    score: float | None = None
+    score: StrictFloat | None = None
     reason: str | None = None
 
     @classmethod

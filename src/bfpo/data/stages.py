@@ -179,8 +179,7 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
 
 def without_verdict(completions: Sequence[Completion], path: Path) -> list[Completion]:
     """Return the completions that a file of verdicts and its unfinished part hold no verdict on."""
-    rows = repaired_jsonl(path) + repaired_jsonl(_unfinished(path))
-    done = {Verdict.from_row(row).key for row in rows}
+    done = {verdict.key for verdict in _started(path, Verdict)}
     return [one for one in completions if one.key not in done]
 
 
@@ -252,9 +251,8 @@ def fill(
     """
     wanted: list[Key] = list(every)
     unfinished = _unfinished(path)
-    rows = (repaired_jsonl(path), repaired_jsonl(unfinished))
     done: dict[Key, Made] = {}
-    for made in (kind.from_row(row) for part in rows for row in part):
+    for made in _started(path, kind):
         check(made)
         done[key_of(made)] = made
     missing = [key for key in wanted if key not in done]
@@ -274,6 +272,16 @@ def fill(
         write_jsonl(path, (one.to_row() for one in result + others))
         unfinished.unlink(missing_ok=True)
     return result
+
+
+def _started(path: Path, kind: type[Made]) -> Iterator[Made]:
+    """Yield what a file and its unfinished part hold."""
+    for part in (path, _unfinished(path)):
+        for number, row in enumerate(repaired_jsonl(part), start=1):
+            try:
+                yield kind.from_row(row)
+            except DataError as error:
+                raise DataError(f"{part} row {number}: {error}") from None
 
 
 def _unfinished(path: Path) -> Path:

@@ -214,7 +214,7 @@ def _check_training(recipe: TrainRecipe) -> None:
     from bfpo.losses.build import make_loss
     from bfpo.training.arguments import training_arguments
 
-    make_loss(recipe.loss)
+    make_loss(recipe.loss.model_dump())
     training_arguments({name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"})
 
 

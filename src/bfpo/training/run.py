@@ -52,7 +52,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
-    loss = make_loss(recipe.loss)
+    loss = make_loss(recipe.loss.model_dump())
     prepared = prepare(recipe, limit=limit, log=say)
     select_for(loss, prepared)
     model_section: ModelSection = recipe.model

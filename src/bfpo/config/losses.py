@@ -1,0 +1,210 @@
+"""The `loss:` section of a recipe: one section for each loss, chosen by `name`.
+
+The sections repeat the fields, defaults and ranges of the classes in `bfpo.losses.pairwise`, so that a wrong loss is
+refused without importing torch. tests/config/test_losses.py compares the two.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_serializer, model_validator
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
+
+from bfpo.config.section import Section
+from bfpo.errors import did_you_mean
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
+AboveOne = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=1)]
+TableName = Literal["helpful_ties"]
+
+_CUSTOM = "module:Class"
+
+
+class LabelTableSection(Section):
+    """The four labels of BFPO, by the safety of the chosen and the rejected answer."""
+
+    ss: Number
+    """Both answers are safe."""
+    su: Number
+    """The chosen answer is safe, the rejected one is unsafe."""
+    us: Number
+    """The chosen answer is unsafe, the rejected one is safe."""
+    uu: Number
+    """Both answers are unsafe."""
+
+
+def _table_kind(value: object) -> str | None:
+    if isinstance(value, str):
+        return "name" if value in get_args(TableName) else None
+    if isinstance(value, Mapping):
+        return "cells" if set(value) == set(LabelTableSection.model_fields) else None
+    return "cells" if isinstance(value, LabelTableSection) else None
+
+
+LabelTable = Annotated[
+    Annotated[LabelTableSection, Tag("cells")] | Annotated[TableName, Tag("name")],
+    Discriminator(
+        _table_kind,
+        custom_error_type="label_table",
+        custom_error_message="expected four numbers, {ss: .., su: .., us: .., uu: ..}, or a name "
+        f"({', '.join(get_args(TableName))})",
+    ),
+]
+
+
+class BFPOSection(Section):
+    """Squared distance of the margin from label / beta."""
+
+    name: Literal["bfpo"] = "bfpo"
+    """Bi-factorial preference optimization."""
+    beta: Positive = 0.01
+    """The paper's tau. At 0.01 targets are ±50 and ±100 nats."""
+    b1: AboveOne = 3.0
+    """Weight of the chosen answer's safety; the scale b3 is 1/(b1-1)."""
+    b2: Number = 0.0
+    """Constant in the bracket of the labeling function."""
+    alpha: Number = 0.5
+    """Shift of all labels; 0.5 makes them antisymmetric in safety."""
+    table: LabelTable | None = None
+    """The four labels, `{ss: .., su: .., us: .., uu: ..}` or `helpful_ties`, instead of b1, b2 and alpha."""
+
+    @model_validator(mode="after")
+    def _check_table(self) -> "BFPOSection":
+        if self.table is not None and (self.b1, self.b2, self.alpha) != (3.0, 0.0, 0.5):
+            raise ValueError("'table' replaces b1, b2 and alpha; give either the table or these")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump_labels_once(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = ("table",) if self.table is None else ("b1", "b2", "alpha")
+        return {key: value for key, value in dump(self).items() if key not in unused}
+
+
+class BFPOSoftSection(Section):
+    """Squared distance of the margin from the difference of the RL rewards / beta."""
+
+    name: Literal["bfpo_soft"] = "bfpo_soft"
+    """BFPO on known win rates."""
+    beta: Positive = 0.01
+    """As in `bfpo`."""
+    b1: AboveOne = 3.0
+    """Sets the helpfulness offset A2 = 1/(b1-1)."""
+    alpha: Number = 0.0
+    """Lowers the safety offset: A1 = E_s - 2·alpha. 0 is the paper's objective."""
+
+
+class IPOSection(Section):
+    """Squared distance of the margin from 1/(2·beta)."""
+
+    name: Literal["ipo"] = "ipo"
+    """Identity preference optimization on token sums; ignores safety."""
+    beta: Positive = 0.01
+    """Strength of the pull towards the reference: the target margin is 1/(2·beta) nats."""
+
+
+class IPOAvgSection(Section):
+    """Squared distance of the mean margin per token from 1/(2·beta)."""
+
+    name: Literal["ipo_avg"] = "ipo_avg"
+    """Identity preference optimization on means over tokens; ignores safety."""
+    beta: Positive = 0.1
+    """As in `ipo`, for margins in nats per token."""
+
+
+class DPOSection(Section):
+    """Logistic loss of the margin."""
+
+    name: Literal["dpo"] = "dpo"
+    """Direct preference optimization; ignores safety."""
+    beta: Positive = 0.1
+    """Inverse temperature of the implicit reward."""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of flipped preferences (conservative DPO)."""
+
+
+class SafeDPOSection(Section):
+    """Logistic loss of the margin of pairs reordered by safety."""
+
+    name: Literal["safe_dpo"] = "safe_dpo"
+    """SafeDPO; drops pairs of two unsafe answers."""
+    beta: Positive = 0.1
+    """As in `dpo`."""
+    delta: Annotated[Number, Field(ge=0)] = 10.0
+    """Offset added when the preferred answer is safe and the other is not."""
+
+
+class AdditiveSection(Section):
+    """Squared distance of the margin from an additive label / beta."""
+
+    name: Literal["additive"] = "additive"
+    """Control for the bilinear label of `bfpo`."""
+    beta: Positive = 0.01
+    """As in `bfpo`."""
+    weight: Number = 1.0
+    """Weight of a difference in safety against one in helpfulness."""
+
+
+class MODPOSection(Section):
+    """Logistic loss of the margin less another reward's margin."""
+
+    name: Literal["modpo"] = "modpo"
+    """Multi-objective DPO; needs the column `reward_margin`."""
+    beta: Positive = 0.1
+    """As in `dpo`."""
+    weight: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    """Weight of the pair's own order (helpfulness); the other reward gets 1 - weight."""
+
+
+class CustomLossSection(Section):
+    """Custom loss; its fields are checked when it is imported."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str
+    """Import path, `package.module:Class`, of a subclass of `bfpo.losses.PairLoss`."""
+
+
+LOSS_SECTIONS: dict[str, type[Section]] = {
+    "bfpo": BFPOSection,
+    "bfpo_soft": BFPOSoftSection,
+    "ipo": IPOSection,
+    "ipo_avg": IPOAvgSection,
+    "dpo": DPOSection,
+    "safe_dpo": SafeDPOSection,
+    "additive": AdditiveSection,
+    "modpo": MODPOSection,
+}
+
+
+def _check_name(value: object) -> object:
+    if isinstance(value, Section):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"expected a section such as {{name: bfpo, beta: 0.01}}; got {value!r}")
+    name = value.get("name", "bfpo")
+    if not isinstance(name, str):
+        raise ValueError(f"name is {name!r}; expected one of {', '.join(LOSS_SECTIONS)}, or '{_CUSTOM}'")
+    if name not in LOSS_SECTIONS and ":" not in name:
+        raise ValueError(f"name is '{name}'; {did_you_mean(name, list(LOSS_SECTIONS))}, or '{_CUSTOM}'")
+    return value
+
+
+def _tag(value: Any) -> str:
+    name: str = value.get("name", "bfpo") if isinstance(value, Mapping) else value.name
+    return _CUSTOM if ":" in name else name
+
+
+LossSection = Annotated[
+    Annotated[BFPOSection, Tag("bfpo")]
+    | Annotated[BFPOSoftSection, Tag("bfpo_soft")]
+    | Annotated[IPOSection, Tag("ipo")]
+    | Annotated[IPOAvgSection, Tag("ipo_avg")]
+    | Annotated[DPOSection, Tag("dpo")]
+    | Annotated[SafeDPOSection, Tag("safe_dpo")]
+    | Annotated[AdditiveSection, Tag("additive")]
+    | Annotated[MODPOSection, Tag("modpo")]
+    | Annotated[CustomLossSection, Tag(_CUSTOM)],
+    Discriminator(_tag),
+    BeforeValidator(_check_name),
+]
