@@ -23,9 +23,10 @@ test: env
 test-slow: env
 	$(BIN)/python -m pytest -m slow
 
-# docs/recipes.md is made from the code.
+# docs/recipes.md and docs/readme.svg are made from the code and from committed results.
 docs: env
 	$(BIN)/python docs/make_recipes_page.py
+	$(BIN)/python docs/make_readme_figure.py
 
 check: env
 	$(BIN)/ruff check .

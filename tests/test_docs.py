@@ -85,6 +85,11 @@ def test_the_results_in_the_readme_are_those_of_sixteen_seeds():
     assert f"Holm-adjusted over {len(tested)} variants" in " ".join(README.split())
 
 
+def test_the_figure_of_the_readme_is_what_its_script_draws():
+    drawn = runpy.run_path(str(ROOT / "docs/make_readme_figure.py"))["figure"]()
+    assert (ROOT / "docs/readme.svg").read_text() == drawn, "run python docs/make_readme_figure.py"
+
+
 def test_the_file_tree_names_what_is_there():
     page = (ROOT / "docs/design.md").read_text()
     tree = re.search(r"```text\nsrc/bfpo/\n(.*?)```", page, flags=re.DOTALL)[1]
