@@ -1,4 +1,4 @@
-"""`bfpo chat`: a conversation with a checkpoint in the terminal."""
+"""`bfpo chat`: chat with a checkpoint in the terminal."""
 
 import sys
 
@@ -13,22 +13,22 @@ from bfpo.model.load import load_model, load_tokenizer
 
 
 class PlainStreamer(TextStreamer):
-    """Prints an answer as it comes, with its control characters written out."""
+    """Streams a completion to the terminal, with its control characters escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print a piece of the answer."""
+        """Print a part of the completion."""
         super().on_finalized_text(visible(text), stream_end=stream_end)
 
 
 def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """Read a line, print the model's answer as it comes, until the end of the input.
+    """Read lines and stream the model's answers, until the end of the input.
 
     Args:
         path: Folder or hub id of a model or an adapter.
         system: System message; None for none.
-        max_new_tokens: Longest answer, in tokens.
-        temperature: 0 always takes the likeliest token.
-        seed: Of the sampling.
+        max_new_tokens: Maximum length of an answer, in tokens.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        seed: Seed of the sampling.
 
     Raises:
         ModelError: If the model can't be loaded, or its tokenizer has no chat template.
@@ -37,7 +37,7 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
     section = ModelSection(path=path)
     tokenizer = load_tokenizer(section)
     if tokenizer.chat_template is None:
-        raise ModelError(f"{path} has no chat template: it isn't a chat model")
+        raise ModelError(f"{path} has no chat template, so it isn't a chat model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(section).eval()
     torch.nn.Module.to(model, device)
@@ -45,7 +45,7 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     history = [{"role": "system", "content": system}] if system else []
     set_seed(seed)
-    say(f"{path} on {device}; end with Ctrl-D or /quit, start anew with /new")
+    say(f"{path} on {device}; /new starts a new conversation, /quit or Ctrl-D ends")
     while (line := _read()) is not None:
         if line == "/new":
             history = history[:1] if system else []
@@ -65,7 +65,7 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
 
 
 def _read() -> str | None:
-    """Return the next line that isn't empty; None at the end."""
+    """Return the next non-empty line; None at the end of the input."""
     while True:
         if sys.stdin.isatty():
             console().print("you> ", end="")
