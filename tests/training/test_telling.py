@@ -94,7 +94,7 @@ def test_chat_answers_each_line_and_the_same_seed_says_the_same(run, monkeypatch
 
 def test_chat_needs_a_chat_template(run, monkeypatch):
     Path("runs/toy/chat_template.jinja").unlink()
-    with pytest.raises(ModelError, match="has no chat template: it isn't a chat model"):
+    with pytest.raises(ModelError, match="has no chat template, so it isn't a chat model"):
         chat("runs/toy", system=None, max_new_tokens=5, temperature=0, seed=0)
 
 
