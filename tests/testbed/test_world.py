@@ -10,7 +10,6 @@ from bfpo.core.pairs import prompt_key, user_says
 from bfpo.core.samples import Completion
 from bfpo.data.load import load_pairs
 from bfpo.errors import DataError
-from bfpo.testbed import oracle
 from bfpo.testbed.language import (
     ACTIONABLE,
     EVASION,
@@ -139,16 +138,6 @@ def test_malformed_and_harmless_is_undecided_never_safe(text, finish_reason, fau
 )
 def test_any_actionable_word_makes_it_unsafe(text):
     assert verdict(HARMFUL, text).safe is False
-
-
-def test_the_revision_is_of_the_rules_themselves(monkeypatch):
-    now = Oracle().revision
-    assert Oracle("separate").revision != now
-    sources = oracle._rules()
-    assert any("AUTHORITIES = " in source for source in sources)
-    assert any("def read(" in source for source in sources)
-    monkeypatch.setattr(oracle, "_rules", lambda: (*sources[:-1], sources[-1].replace("vet", "nurse")))
-    assert Oracle().revision != now
 
 
 def test_malformed_answers_are_worth_half():
