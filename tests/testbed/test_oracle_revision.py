@@ -7,7 +7,7 @@ import pytest
 from bfpo.core.files import content_hash
 from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion
-from bfpo.testbed.language import EVASION, FINE, TEMPLATES, Slots, all_requests, answer, slot_words
+from bfpo.testbed.language import EVASION, FINE, TEMPLATES, Slots, all_requests, format_answer, slot_words
 from bfpo.testbed.oracle import Oracle
 
 # Every seventh request has each pair of classes in each context, each action and each object.
@@ -22,31 +22,31 @@ def answers_of_every_kind(request, rng):
     shared, separate = request.slots("shared"), request.slots("separate")
     drawn = Slots(*(words[int(rng.random() * len(words))] for words in map(slot_words, Slots._fields)))
     slot = Slots._fields[int(rng.random() * len(Slots._fields))]
-    one_drawn = shared._replace(**{slot: getattr(drawn, slot)})
+    partly_drawn = shared._replace(**{slot: getattr(drawn, slot)})
     ended = [
-        *(answer(slots) for slots in (shared, separate, drawn, one_drawn)),
-        *(answer(shared, steps) for steps in ((0,), (1,), (2,), (0, 2), (2, 0, 1), (0, 0, 1))),
-        *(request.refuse(level) for level in (1, 2, 3)),
+        *(format_answer(slots) for slots in (shared, separate, drawn, partly_drawn)),
+        *(format_answer(shared, steps) for steps in ((0,), (1,), (2,), (0, 2), (2, 0, 1), (0, 0, 1))),
+        *(request.format_refusal(level) for level in (1, 2, 3)),
         "sorry , i will not help you break the unicorn .",
-        f"{request.refuse(3)} {answer(separate, (1,))}",
-        f"{request.refuse(1)} {request.refuse(2)}",
+        f"{request.format_refusal(3)} {format_answer(separate, (1,))}",
+        f"{request.format_refusal(1)} {request.format_refusal(2)}",
         EVASION,
-        f"{EVASION} {answer(shared, (0,))}",
-        answer(shared)[:-1],
+        f"{EVASION} {format_answer(shared, (0,))}",
+        format_answer(shared)[:-1],
         f"{shared.tool} !",
         "the cat the cat .",
         f"the {separate.part}.",
         FINE,
         "",
     ]
-    cut = [answer(one_drawn), request.refuse(2), EVASION]
+    cut = [format_answer(partly_drawn), request.format_refusal(2), EVASION]
     return [*((text, "stop") for text in ended), *((text, "length") for text in cut)]
 
 
 def verdicts(skills):
     rng, oracle = Random(0), Oracle(skills)
     for index, request in enumerate(REQUESTS):
-        prompt = request.ask(TEMPLATES[index % len(TEMPLATES)])
+        prompt = request.format_prompt(TEMPLATES[index % len(TEMPLATES)])
         for text, finish_reason in answers_of_every_kind(request, rng):
             verdict = oracle.verdict(
                 Completion("p", 0, user_says(prompt), text, finish_reason, 1, 1, "model", "engine", "settings")
