@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta as beta_distribution
 
-from bfpo.stats.intervals import RESAMPLES, combined, harmonic_mean, mean_interval, score_bounds
+from bfpo.stats.intervals import RESAMPLES, combine, harmonic_mean, mean_interval, score_bounds
 from bfpo.stats.paired import paired_mean_bounds, tango_bounds
 from bfpo.stats.tail import worst_mean, worst_mean_bounds
 
@@ -158,7 +158,7 @@ def both(p: float) -> World:
             (values.mean(axis=-1), *score_bounds(values, most=most))
             for values, most in ((safety, n), (helpfulness, np.inf))
         ]
-        return truth, combined(harmonic_mean, *parts)[1:]
+        return truth, combine(harmonic_mean, *parts)[1:]
 
     return world
 
@@ -169,7 +169,7 @@ def index(rates: tuple[float, ...]) -> World:
     def world(rng: np.random.Generator, count: int, n: int) -> tuple[float, Bounds]:
         answers = [(rng.random((count, n)) < p).astype(float) for p in rates]
         parts = [(one.mean(axis=-1), *score_bounds(one, most=n)) for one in answers]
-        return float(np.mean(rates)), combined(lambda *values: np.mean(values, axis=0), *parts)[1:]
+        return float(np.mean(rates)), combine(lambda *values: np.mean(values, axis=0), *parts)[1:]
 
     return world
 

@@ -19,7 +19,7 @@ from bfpo.core.files import file_hash, write_json
 from bfpo.judging.labeled import read_labeled
 from bfpo.judging.linear import fit_head
 from bfpo.stats.intervals import wilson
-from bfpo.stats.judge_error import corrected_rate, fits, judge_errors
+from bfpo.stats.judge_error import corrected_rate, is_consistent, judge_errors
 from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "judge_error.json"
@@ -149,7 +149,7 @@ def _row(
         "judge": plain,
         "corrected": (value, corrected.low, corrected.high),
         "errors": errors._asdict(),
-        "fits": fits(found / n, n, errors),
+        "fits": is_consistent(found / n, n, errors),
         "covered": corrected.low <= truth <= corrected.high,
         "judge_covered": plain.low <= truth <= plain.high,
         "powered_covered": powered[0] <= truth <= powered[1],

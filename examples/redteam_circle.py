@@ -39,7 +39,7 @@ from bfpo.experiments.quickstart import evaluate_against
 from bfpo.experiments.stages import make_base, run_once, write_world
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.redteam.run import run_redteam
-from bfpo.testbed.oracle import Oracle, understand
+from bfpo.testbed.oracle import Oracle, parse_prompt
 from bfpo.testbed.world import WorldOptions
 
 HARMFUL, BENIGN, SAMPLES, STEPS, FITTED_ON = 160, 120, 4, 100, 300
@@ -94,8 +94,8 @@ def circle(folder: Path, seed: int, *, port: int | None = None) -> dict[str, Any
 def write_prompts(rows: list[dict[str, str]], folder: Path) -> None:
     """Write harmful and benign training prompts of the world, none of which is evaluated on."""
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    harmful = [prompt for prompt in prompts if understand(prompt).is_harmful]
-    benign = [prompt for prompt in prompts if not understand(prompt).is_harmful]
+    harmful = [prompt for prompt in prompts if parse_prompt(prompt).is_harmful]
+    benign = [prompt for prompt in prompts if not parse_prompt(prompt).is_harmful]
     for name, several in (("harmful", harmful[:HARMFUL]), ("benign", benign[:BENIGN])):
         (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in several))
 
@@ -157,7 +157,7 @@ def mistakes(linear: Path, oracle: Oracle) -> dict[str, dict[str, int]]:
     for completion, said, right in zip(completions, verdicts, oracle.judge(completions), strict=True):
         if right.safe is None:
             continue
-        kind = "harmful" if understand(completion.prompt[-1].content).is_harmful else "benign"
+        kind = "harmful" if parse_prompt(completion.prompt[-1].content).is_harmful else "benign"
         found[kind]["answers"] += 1
         found[kind]["safe called unsafe"] += right.safe and said.safe is False
         found[kind]["unsafe called safe"] += not right.safe and said.safe is True
@@ -169,7 +169,7 @@ def benign_by_rule(pairs: Path, out: Path) -> Path:
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        if not understand(prompt).is_harmful:
+        if not parse_prompt(prompt).is_harmful:
             row |= {"is_chosen_safe": True, "is_rejected_safe": True, "safety_label_source": "rule"}
     write_jsonl(out, rows)
     return out

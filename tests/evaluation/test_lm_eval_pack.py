@@ -22,7 +22,7 @@ from bfpo.testbed.language import TEMPLATES, all_requests
 # Requests of the testbed's world, which its oracle can read, in XSTest's columns.
 REQUESTS = list(all_requests())[:8]
 XSTEST = [
-    {"prompt": request.ask(TEMPLATES[0]), "type": "homonyms" if number % 2 else "contrast_homonyms"}
+    {"prompt": request.format_prompt(TEMPLATES[0]), "type": "homonyms" if number % 2 else "contrast_homonyms"}
     for number, request in enumerate(REQUESTS)
 ]
 
@@ -62,7 +62,7 @@ def test_rows_are_read_as_the_suite_reads_them_and_answers_measured_as_it_measur
     assert set(found["kind"]) == {"lookalike"}
     doc = found[0]
     assert measured(doc, ["a b c"])["words"] == 3
-    assert measured(doc, [REQUESTS[1].refuse(1)])["over_refusal"] == 1
+    assert measured(doc, [REQUESTS[1].format_refusal(1)])["over_refusal"] == 1
     assert measured(doc, ["a b c"])["over_refusal"] == 0
     assert measured(doc | {"judge": ""}, ["a b c"]) == {"words": 3}
     with pytest.raises(RecipeError, match="published as a file"):

@@ -1,4 +1,4 @@
-"""Win rates: the published raw ones, and what controlling for length does."""
+"""Raw win rates against published ones, and length-controlled win rates."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ PUBLISHED = {
 @pytest.mark.skipif(not DATA.is_dir(), reason="no ../shared/data/alpaca_eval")
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_raw_win_rates_are_the_published_ones(model: str) -> None:
-    found = read_alpaca_annotations(DATA / f"{model}.jsonl.gz")
-    rate = win_rate(found.preferences)
+    annotations = read_alpaca_annotations(DATA / f"{model}.jsonl.gz")
+    rate = win_rate(annotations.preferences)
     assert round(100 * rate.value, 2) == PUBLISHED[model]
     assert rate.low < rate.value < rate.high
 
@@ -35,14 +35,14 @@ def test_length_control_finds_the_rate_at_equal_length() -> None:
     difference = lengths - reference
     p = 1 / (1 + np.exp(1.0 - 2.0 * np.tanh(difference / difference.std())))
     preferences = (rng.random(2000) < p).astype(float)
-    found = length_controlled_win_rate(preferences, lengths, reference, resamples=200)
-    assert found.low < 1 / (1 + np.e) < found.high
-    assert preferences.mean() > found.high
+    rate = length_controlled_win_rate(preferences, lengths, reference, resamples=200)
+    assert rate.low < 1 / (1 + np.e) < rate.high
+    assert preferences.mean() > rate.high
 
 
 def test_length_control_stays_finite_without_a_single_win() -> None:
-    found = length_controlled_win_rate(np.zeros(20), np.arange(20.0), np.zeros(20), resamples=50)
-    assert 0 <= found.low <= found.value <= found.high < 0.01
+    rate = length_controlled_win_rate(np.zeros(20), np.arange(20.0), np.zeros(20), resamples=50)
+    assert 0 <= rate.low <= rate.value <= rate.high < 0.01
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_length_control_stays_finite_without_a_single_win() -> None:
         ({"preference": 1, "instruction": "", "output_1": ""}, "no column 'output_2'"),
     ],
 )
-def test_what_are_not_annotations_is_refused_by_place(tmp_path, row, message):
+def test_rows_that_are_not_annotations_are_rejected_by_place(tmp_path, row, message):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=f"rows.jsonl.*{message}"):
         read_alpaca_annotations(tmp_path / "rows.jsonl")

@@ -16,27 +16,27 @@ def test_worst_mean_by_hand():
     assert worst_mean(np.stack([costs, 2 * costs]), share=0.25) == pytest.approx([0.9, 1.8])
 
 
-def test_worst_mean_is_the_least_over_thresholds():
+def test_worst_mean_is_the_minimum_over_thresholds():
     costs = np.random.default_rng(0).beta(1, 5, 83)
     objective = [b + np.maximum(costs - b, 0).mean() / 0.1 for b in costs]
     assert worst_mean(costs) == pytest.approx(min(objective))
 
 
-def test_no_harmful_answer_leaves_a_bound_for_those_not_seen():
-    found = worst_mean_interval(np.zeros(200))
-    # If all harm not seen were of cost 1: Wilson's upper bound on its rate, as a part of the worst tenth.
-    assert found == pytest.approx((0, 0, wilson(0, 200).high / 0.1))
+def test_the_interval_has_a_width_without_a_harmful_answer():
+    interval = worst_mean_interval(np.zeros(200))
+    # If every unseen harm had cost 1: Wilson's upper bound of its rate, as a part of the worst tenth.
+    assert interval == pytest.approx((0, 0, wilson(0, 200).high / 0.1))
     assert worst_mean_interval(np.zeros(20)).high == 1.0
-    # 12 of 100 are as bad as can be: the worst tenth is all bad here, and need not be elsewhere.
-    found = worst_mean_interval(np.repeat([1.0, 0.0], [12, 88]))
-    assert found == pytest.approx((1.0, wilson(12, 100).low / 0.1, 1.0))
+    # 12 of 100 have the maximum cost: so has the worst tenth of this sample, but perhaps not of another.
+    interval = worst_mean_interval(np.repeat([1.0, 0.0], [12, 88]))
+    assert interval == pytest.approx((1.0, wilson(12, 100).low / 0.1, 1.0))
 
 
 def test_the_share_of_all_is_the_mean_with_its_interval():
     costs = np.random.default_rng(1).beta(2, 5, 60)
-    found = worst_mean_interval(costs, share=1.0)
-    assert found.value == pytest.approx(costs.mean())
-    assert found.low < costs.mean() < found.high
+    interval = worst_mean_interval(costs, share=1.0)
+    assert interval.value == pytest.approx(costs.mean())
+    assert interval.low < costs.mean() < interval.high
 
 
 def test_the_interval_covers_the_worst_tenth():
@@ -47,7 +47,7 @@ def test_the_interval_covers_the_worst_tenth():
     assert 0.92 <= np.mean((low <= 5 / 6) & (high >= 5 / 6)) <= 0.98
 
 
-def test_costs_out_of_range_are_refused():
+def test_costs_out_of_range_are_rejected():
     with pytest.raises(ValueError, match=r"each in \[0, 1\]"):
         worst_mean_interval(np.array([2.0]))
     with pytest.raises(ValueError, match="at least one"):

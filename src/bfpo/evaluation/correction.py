@@ -15,7 +15,7 @@ from bfpo.evaluation.results import CORRECTED, MetricResult
 from bfpo.judging.fit import card_file
 from bfpo.judging.labeled import LabeledAnswer, read_labeled
 from bfpo.judging.spec import JudgeSpec, parse_judge
-from bfpo.stats.judge_error import JudgeErrors, corrected_rate, fits, judge_errors, tells_apart
+from bfpo.stats.judge_error import JudgeErrors, corrected_rate, is_consistent, is_informative, judge_errors
 
 # Rate → what people must have said for it to be corrected.
 QUESTIONS = {"safety": "safe", "refusal": "refusal", "over_refusal": "refusal"}
@@ -180,7 +180,7 @@ def remarks(
             errors = one.errors.get(question)
             if errors is None:
                 told.append(f"{one.judge}: no label says whether answers are '{question}', so that isn't corrected.")
-            elif not tells_apart(errors):
+            elif not is_informative(errors):
                 told.append(
                     f"{one.judge}: people's labels of '{question}' ({errors.yes} yes, {errors.no} no) can't tell how "
                     "often it errs: the corrected rate isn't identified, it may be anything from 0 to 1."
@@ -203,7 +203,9 @@ def remarks(
 
 def _fits(metric: MetricResult, errors: Mapping[str, JudgeErrors]) -> bool:
     of = errors.get(QUESTIONS.get(metric.metric, ""))
-    return of is None or metric.value is None or metric.category is not None or fits(metric.value, metric.n, of)
+    return (
+        of is None or metric.value is None or metric.category is not None or is_consistent(metric.value, metric.n, of)
+    )
 
 
 def _fitted_on(spec: JudgeSpec) -> set[str]:

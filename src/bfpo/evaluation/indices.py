@@ -7,7 +7,7 @@ import numpy as np
 from bfpo.evaluation.results import MetricResult
 from bfpo.evaluation.scoring import BY_PARTS
 from bfpo.evaluation.suite import Suite
-from bfpo.stats.intervals import Interval, Values, combined
+from bfpo.stats.intervals import Interval, Values, combine
 
 
 def index_metrics(suites: Mapping[str, Suite], metrics: Sequence[MetricResult]) -> list[MetricResult]:
@@ -45,7 +45,7 @@ def _index(suite: str, name: str, judge: str, parts: Mapping[tuple[str, str], Me
     if missing := [f"{metric} on {task}" for (task, metric), one in parts.items() if one is None]:
         recipe = f"no number, for want of {', '.join(missing)}"
         return MetricResult(suite, "all", name, None, None, None, n, unscored, BY_PARTS, True, judge, recipe=recipe)
-    value, low, high = map(float, combined(_mean, *map(_upwards, known)))
+    value, low, high = map(float, combine(_mean, *map(_upwards, known)))
     # A part without an interval isn't certain: then the mean has none either.
     sure = all(one.low is not None and one.high is not None for one in known)
     ends = (low, high) if sure else (None, None)

@@ -13,7 +13,7 @@ from bfpo.evaluation.results import MetricResult
 from bfpo.stats.intervals import (
     Interval,
     Values,
-    combined,
+    combine,
     harmonic_mean,
     in_unit_interval,
     mean_interval,
@@ -224,7 +224,7 @@ def to_metrics(suite: str, measured: Sequence[PromptScores]) -> list[MetricResul
     both = safety_and_helpfulness(measured)
     if both is not None:
         safety, helpfulness = both
-        interval = Interval(*map(float, combined(harmonic_mean, interval_of(safety)[0], interval_of(helpfulness)[0])))
+        interval = Interval(*map(float, combine(harmonic_mean, interval_of(safety)[0], interval_of(helpfulness)[0])))
         n, unscored = len(safety.by_prompt) + len(helpfulness.by_prompt), safety.unscored + helpfulness.unscored
         metrics.append(
             MetricResult(suite, "all", HARMONIC_MEAN, *interval, n, unscored, BY_PARTS, True, safety.judge)

@@ -1,4 +1,4 @@
-"""Intervals: what a rate, a mean or a difference may be, given how few prompts were asked.
+"""Confidence intervals of rates, means and differences over a sample of prompts or runs.
 
 The unit is the prompt. Several samples of one prompt are averaged first: they are not independent observations.
 """
@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import f as fisher
-from scipy.stats import t as student
 
 LEVEL = 0.95
-# Two models are told apart where a test's p-value is below this.
+# Two models are called different where a test's p-value is below this.
 SIGNIFICANT = 0.05
 RESAMPLES = 4000
 
@@ -22,7 +20,7 @@ Values = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """An estimate and where the truth may be.
+    """An estimate with its confidence interval.
 
     Args:
         value: The estimate.
@@ -39,34 +37,35 @@ def wilson(successes: int, n: int, *, level: float = LEVEL) -> Interval:
     """Return the Wilson score interval of a rate (Wilson 1927).
 
     Args:
-        successes: From 0 to n.
-        n: Independent trials, at least 1.
-        level: Confidence, in (0, 1).
+        successes: Number of successes, from 0 to n.
+        n: Number of independent trials, at least 1.
+        level: Confidence level, in (0, 1).
 
     Raises:
-        ValueError: If the counts aren't possible.
+        ValueError: If the counts are out of range.
     """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n}; expected 0 <= successes <= n and n >= 1")
     rate = successes / n
-    low, high = _score_bounds(np.array(rate), np.array(float(n)), level)
+    low, high = _wilson_bounds(np.array(rate), np.array(float(n)), level)
     return Interval(rate, float(low), float(high))
 
 
 def score_interval(values: Values, *, most: float = math.inf, level: float = LEVEL) -> Interval:
-    """Return Wilson's interval of a mean over prompts, with the number of trials that its variance speaks of.
+    """Return Wilson's interval of a mean over prompts at the effective sample size.
 
-    A mean m of n values with variance s² is as sure as a rate of m(1 - m)n / s² independent trials: the sample over
-    its design effect (Korn and Graubard 1998; Franco et al. 2019). Where nothing differs, a resampling or a standard
-    error would call the mean certain; there a prompt counts as one trial, the fewest that values in [0, 1] are worth.
+    A mean m of n values with variance s² has the standard error of a rate of m(1 - m)n / s² independent trials: the
+    sample over its design effect (Korn and Graubard 1998; Franco et al. 2019). Where all values are equal, the
+    interval of a bootstrap would have no width; there a prompt counts as one trial, the fewest that values in [0, 1]
+    are worth.
 
     Args:
-        values: One per prompt, in [0, 1], (n,): the mean over the prompt's samples.
-        most: Trials at most: the samples of all prompts together, where each is 0 or 1.
-        level: Confidence, in (0, 1).
+        values: Mean over the samples of each prompt, in [0, 1], (n,).
+        most: Maximum number of trials: the samples of all prompts together, where each is 0 or 1.
+        level: Confidence level, in (0, 1).
 
     Raises:
-        ValueError: If there is no value, or one isn't in [0, 1].
+        ValueError: If there is no value, or one is outside [0, 1].
     """
     if not len(values) or not in_unit_interval(values):
         raise ValueError("expected at least one value, each in [0, 1]")
@@ -79,10 +78,10 @@ def score_bounds(values: Values, *, most: float = math.inf, level: float = LEVEL
     n = values.shape[-1]
     mean = values.mean(axis=-1)
     squares = ((values - mean[..., None]) ** 2).sum(axis=-1)
-    # Rounding leaves crumbs of a variance where all values are one.
+    # Rounding leaves a tiny variance where all values are equal.
     differs = squares > 1e-12 * n
-    worth = np.divide(n * (n - 1) * mean * (1 - mean), squares, out=np.full(np.shape(mean), float(n)), where=differs)
-    return _score_bounds(mean, np.clip(worth, n, max(n, most)), level)
+    trials = np.divide(n * (n - 1) * mean * (1 - mean), squares, out=np.full(np.shape(mean), float(n)), where=differs)
+    return _wilson_bounds(mean, np.clip(trials, n, max(n, most)), level)
 
 
 def in_unit_interval(values: Values) -> bool:
@@ -90,11 +89,11 @@ def in_unit_interval(values: Values) -> bool:
     return bool(((values >= 0) & (values <= 1)).all())
 
 
-def _score_bounds(rate: Values, n: Values, level: float) -> tuple[Values, Values]:
+def _wilson_bounds(rate: Values, n: Values, level: float) -> tuple[Values, Values]:
     z = NormalDist().inv_cdf(0.5 + level / 2)
     center = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    # The bounds at rates of 0 and 1 are 0 and 1 exactly; rounding must not say otherwise.
+    # The bounds at rates of 0 and 1 are exactly 0 and 1; rounding must not change that.
     return np.clip(center - half, 0, rate), np.clip(center + half, rate, 1)
 
 
@@ -107,13 +106,16 @@ def bootstrap(
 ) -> Interval:
     """Return the percentile bootstrap interval of a statistic of one or several independent samples.
 
+    The resamples are those of `scipy.stats.bootstrap(method="percentile", rng=seed)`. That function rejects a sample
+    of one observation, and its bounds can differ in the last digit because it interpolates quantiles differently.
+
     Args:
-        statistic: Takes one array per sample, the observations on its last axis, and reduces that axis.
-        samples: Observations, one per prompt; rows of a 2-D sample (k, n) are resampled together, which makes the
+        statistic: Function of one array per sample, with the observations on the last axis, which it reduces.
+        samples: Observations, one per prompt. The rows of a 2-D sample (k, n) are resampled together, which makes the
             bootstrap a paired one.
-        level: Confidence, in (0, 1).
-        seed: Of the resampling.
-        resamples: How many.
+        level: Confidence level, in (0, 1).
+        seed: Seed of the resampling.
+        resamples: Number of resamples.
 
     Raises:
         ValueError: If a sample is empty.
@@ -121,30 +123,39 @@ def bootstrap(
     if any(sample.shape[-1] == 0 for sample in samples):
         raise ValueError("a bootstrap needs at least one observation in every sample")
     rng = np.random.default_rng(seed)
-    # One sample's resamples at a time, in pieces: n × resamples indices of a large sample would fill the memory.
     sizes = [sample.shape[-1] for sample in samples]
-    piece = max(1, min(resamples, 4_000_000 // max(sizes)))
-    found = []
-    for done in range(0, resamples, piece):
-        count = min(piece, resamples - done)
+    # In batches, because n × resamples indices of a large sample would fill the memory.
+    batch = max(1, min(resamples, 4_000_000 // max(sizes)))
+    distribution = []
+    for start in range(0, resamples, batch):
+        count = min(batch, resamples - start)
+        # `np.take` is faster, but its memory layout changes the last digit of sums.
         drawn = [sample[..., rng.integers(0, n, (count, n))] for sample, n in zip(samples, sizes, strict=True)]
-        found.append(np.asarray(statistic(*drawn), dtype=np.float64))
+        distribution.append(np.asarray(statistic(*drawn), dtype=np.float64))
     tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(distribution), [tail, 1 - tail])
     return Interval(float(statistic(*samples)), float(low), float(high))
 
 
 def mean_interval(values: Values, *, seed: int = 0) -> Interval:
-    """Return the bootstrap interval of a mean over prompts, values (n,), that no range bounds."""
-    return bootstrap(lambda x: x.mean(axis=-1), values, seed=seed)
+    """Return the bootstrap interval of a mean over prompts, for values (n,) without a fixed range."""
+    return bootstrap(lambda drawn: drawn.mean(axis=-1), values, seed=seed)
 
 
 def t_interval(values: Values, *, level: float = LEVEL) -> Interval:
-    """Return Student's interval of a mean over independent runs, values (n,), n at least 2.
+    """Return Student's interval of a mean over independent runs, the mean itself where all values are equal.
+
+    Equals `scipy.stats.ttest_1samp` up to rounding, but doesn't warn about nearly equal values.
+
+    Args:
+        values: One value per run, (n,), n at least 2.
+        level: Confidence level, in (0, 1).
 
     Raises:
         ValueError: If there are fewer than two values.
     """
+    from scipy.stats import t as student
+
     if len(values) < 2:
         raise ValueError(f"{len(values)} values; an interval over runs needs at least two")
     mean = float(values.mean())
@@ -156,16 +167,18 @@ def mean_ellipse(points: Values, *, level: float = LEVEL, corners: int = 72) -> 
     """Return the outline of Hotelling's confidence ellipse of a mean in the plane over independent runs.
 
     Args:
-        points: One per run, (n, 2), n at least 3.
-        level: Confidence that the ellipse covers the mean, for both coordinates together; in (0, 1).
-        corners: Of the outline.
+        points: One point per run, (n, 2), n at least 3.
+        level: Confidence level that the ellipse covers the mean, for both coordinates together, in (0, 1).
+        corners: Number of points of the outline.
 
     Returns:
-        (corners, 2).
+        The outline, (corners, 2).
 
     Raises:
         ValueError: If there are fewer than three runs.
     """
+    from scipy.stats import f as fisher
+
     n = len(points)
     if n < 3:
         raise ValueError(f"{n} points; an ellipse over runs needs at least three")
@@ -177,9 +190,21 @@ def mean_ellipse(points: Values, *, level: float = LEVEL, corners: int = 72) -> 
     return outline
 
 
-def paired_p_value(ours: Values, theirs: Values) -> float:
-    """Return the two-sided p-value of a paired t-test over runs or prompts, (n,) each; 1 when none differs."""
-    differences = ours - theirs
+def paired_p_value(ours: Values, baseline: Values) -> float:
+    """Return the two-sided p-value of a paired t-test over runs or prompts.
+
+    Equals `scipy.stats.ttest_rel` up to rounding, but doesn't warn about nearly equal differences.
+
+    Args:
+        ours: One value per run or prompt, (n,).
+        baseline: Values of the baseline in the same order, (n,).
+
+    Returns:
+        The p-value; 1 if no value differs, 0 if all differ by the same amount.
+    """
+    from scipy.stats import t as student
+
+    differences = ours - baseline
     if not differences.any():
         return 1.0
     spread = differences.std(ddof=1)
@@ -190,7 +215,7 @@ def paired_p_value(ours: Values, theirs: Values) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number by Holm's step-down method (Holm 1979), in their order."""
+    """Return p-values adjusted for their number by Holm's step-down method (Holm 1979), in the same order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -200,7 +225,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def harmonic_mean(a: Values, b: Values) -> Values:
-    """Return the harmonic mean 2ab / (a + b); 0 where both are 0."""
+    """Return the harmonic mean 2ab / (a + b), and 0 where both are 0."""
     total = a + b
     result: Values = np.divide(
         2 * a * b, total, out=np.zeros_like(np.asarray(total, dtype=np.float64)), where=total > 0
@@ -208,24 +233,27 @@ def harmonic_mean(a: Values, b: Values) -> Values:
     return result
 
 
-def combined(
-    of: Callable[..., Values], *parts: tuple[ArrayLike, ArrayLike, ArrayLike]
+def combine(
+    function: Callable[..., Values], *estimates: tuple[ArrayLike, ArrayLike, ArrayLike]
 ) -> tuple[Values, Values, Values]:
     """Return a function of independent estimates with its bounds, by squaring and adding their margins.
 
-    A bound's distance from the value is the root of the sum of squares of how far the function goes when one estimate
-    after the other is put at its bound (Zou and Donner 2008; Newcombe's interval of a difference is one). So it has
-    their good bounds, where a resampling would call what never differed certain.
+    A bound's distance from the value is the root of the sum of squares of how far the function moves when one
+    estimate after the other is set to its bound (Zou and Donner 2008; Newcombe's interval of a difference is one). So
+    the result has a width even where all values are equal, unlike a bootstrap interval.
 
     Args:
-        of: Increasing in each argument.
-        parts: Independent estimates, each with its lower and upper bound, (...); one for each argument.
+        function: Function of one array per estimate, increasing in each.
+        estimates: Independent estimates, each as (value, lower bound, upper bound) of shape (...).
+
+    Returns:
+        The function's value, lower bound and upper bound, (...) each.
     """
-    low, value, high = (np.array([part[side] for part in parts], dtype=np.float64) for side in (1, 0, 2))
-    found = of(*value)
+    low, value, high = (np.array([estimate[side] for estimate in estimates], dtype=np.float64) for side in (1, 0, 2))
+    center = function(*value)
 
     def margin(bounds: Values) -> Values:
-        moved = np.array([of(*value[:i], bounds[i], *value[i + 1 :]) for i in range(len(parts))])
-        return np.asarray(np.sqrt(((moved - found) ** 2).sum(axis=0)))
+        moved = np.array([function(*value[:i], bounds[i], *value[i + 1 :]) for i in range(len(estimates))])
+        return np.asarray(np.sqrt(((moved - center) ** 2).sum(axis=0)))
 
-    return found, found - margin(low), found + margin(high)
+    return center, center - margin(low), center + margin(high)

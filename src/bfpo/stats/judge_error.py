@@ -1,7 +1,7 @@
-"""Rates corrected for a judge's errors, which a calibration set of answers that people labeled tells.
+"""Rates corrected for a judge's errors, which are estimated on a calibration set of human-labeled answers.
 
-A judge that misses yeses and sees yeses that aren't there finds a rate that is off by an amount that no number of
-prompts makes smaller. Knowing how often it does both, the rate that people would find can be had back.
+A judge with false positives and false negatives measures a rate that is biased by an amount that no number of prompts
+makes smaller. With its sensitivity and specificity, the rate that annotators would find can be estimated.
 """
 
 import math
@@ -12,17 +12,17 @@ from typing import NamedTuple
 from bfpo.stats.intervals import LEVEL, Interval, wilson
 
 UNKNOWN = Interval(math.nan, 0.0, 1.0)
-"""What is left when a judge's word tells nothing: the rate may be anything."""
+"""Result of a correction by a judge that is not informative: the rate may be anything from 0 to 1."""
 
 
 class JudgeErrors(NamedTuple):
-    """How often a judge is right about people's yes and about their no.
+    """Sensitivity and specificity of a judge against human labels.
 
     Args:
-        sensitivity: Share of people's yes that the judge calls yes, in [0, 1]; 0 where there is none.
-        yes: Independent answers that it rests on, at least 0.
-        specificity: Share of people's no that the judge calls no, in [0, 1]; 0 where there is none.
-        no: Independent answers that it rests on, at least 0.
+        sensitivity: Share of the answers labeled yes that the judge calls yes, in [0, 1]; 0 if there are none.
+        yes: Number of independent answers behind the sensitivity, at least 0.
+        specificity: Share of the answers labeled no that the judge calls no, in [0, 1]; 0 if there are none.
+        no: Number of independent answers behind the specificity, at least 0.
     """
 
     sensitivity: float
@@ -31,103 +31,107 @@ class JudgeErrors(NamedTuple):
     no: int
 
 
-def judge_errors(pairs: Iterable[tuple[str, bool, bool]]) -> JudgeErrors:
-    """Return a judge's errors from a calibration set.
+def judge_errors(calibration: Iterable[tuple[str, bool, bool]]) -> JudgeErrors:
+    """Return a judge's errors on a calibration set.
 
     Args:
-        pairs: Of each answer: what it answers, what people say, what the judge says. Answers to one prompt count as
-            one together, because they are no independent observations: that is cautious.
+        calibration: Prompt, human label and judge's label of each answer. Answers to one prompt count as one trial
+            together, because they are not independent observations: that is conservative.
     """
-    right: dict[bool, list[bool]] = {True: [], False: []}
+    correct: dict[bool, list[bool]] = {True: [], False: []}
     prompts: dict[bool, set[str]] = {True: set(), False: set()}
-    for prompt, people, judge in pairs:
-        right[people].append(people == judge)
-        prompts[people].add(prompt)
+    for prompt, human, judge in calibration:
+        correct[human].append(human == judge)
+        prompts[human].add(prompt)
     sensitivity, specificity = (
-        sum(right[label]) / len(right[label]) if right[label] else 0.0 for label in (True, False)
+        sum(correct[label]) / len(correct[label]) if correct[label] else 0.0 for label in (True, False)
     )
     return JudgeErrors(sensitivity, len(prompts[True]), specificity, len(prompts[False]))
 
 
-def tells_apart(errors: JudgeErrors, *, level: float = LEVEL) -> bool:
-    """Whether the judge's yes is clearly likelier where people say yes than where they say no.
+def is_informative(errors: JudgeErrors, *, level: float = LEVEL) -> bool:
+    """Return whether the judge says yes clearly more often to answers labeled yes than to those labeled no.
 
-    That is where sensitivity + specificity - 1 is above 0 by its own interval; else its word tells nothing.
+    It does if the interval of sensitivity + specificity - 1 is above 0. Otherwise its labels are not informative.
     """
-    (right_yes, var_yes), (right_no, var_no) = _of_errors(errors)
-    half = NormalDist().inv_cdf(0.5 + level / 2) * math.sqrt(var_yes + var_no)
-    return right_yes + right_no - 1 > half and errors.sensitivity + errors.specificity > 1
+    (sensitivity, sensitivity_variance), (specificity, specificity_variance) = _shrunk_errors(errors)
+    half = NormalDist().inv_cdf(0.5 + level / 2) * math.sqrt(sensitivity_variance + specificity_variance)
+    return sensitivity + specificity - 1 > half and errors.sensitivity + errors.specificity > 1
 
 
 def corrected_rate(rate: float, n: int, errors: JudgeErrors, *, level: float = LEVEL) -> Interval:
-    """Return the rate that people would find, with an interval that holds the uncertainty of all three rates.
+    """Return the rate that annotators would find, with an interval that covers the uncertainty of all three rates.
 
-    The estimate is (rate + specificity - 1) / (sensitivity + specificity - 1), cut to [0, 1] (Rogan & Gladen 1978,
-    doi 10.1093/oxfordjournals.aje.a112510); the interval is that of Lang & Reiczigel (2014,
-    doi 10.1016/j.prevetmed.2013.09.015), widened to hold Wilson's around the estimate: near 0 and 1 cutting leaves
-    next to nothing of it, and a judge can't tell more than people would if they labeled all n.
+    The estimate is (rate + specificity - 1) / (sensitivity + specificity - 1), clipped to [0, 1] (Rogan & Gladen
+    1978, doi 10.1093/oxfordjournals.aje.a112510). The interval is that of Lang & Reiczigel (2014,
+    doi 10.1016/j.prevetmed.2013.09.015), widened to contain Wilson's interval of the estimate: near 0 and 1 clipping
+    leaves almost nothing of it, and a judge can't be more precise than annotators who label all n.
 
-    It holds only if the judge errs on the evaluated answers as on those of the calibration set.
+    It is valid only if the judge errs on the evaluated answers as it does on the calibration set.
 
     Args:
         rate: Share of yes by the judge, in [0, 1].
-        n: Independent prompts that it rests on, at least 1.
-        errors: Of the judge.
-        level: Confidence, in (0, 1).
+        n: Number of independent prompts behind the rate, at least 1.
+        errors: Errors of the judge.
+        level: Confidence level, in (0, 1).
 
     Returns:
-        The rate; `UNKNOWN` where the judge doesn't tell yes and no apart.
+        The rate, or `UNKNOWN` if the judge is not informative.
 
     Raises:
-        ValueError: If a rate or a count isn't possible.
+        ValueError: If a rate or a count is out of range.
     """
     for name, share in (("rate", rate), ("sensitivity", errors.sensitivity), ("specificity", errors.specificity)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} is {share}; expected a share in [0, 1]")
     if n < 1 or errors.yes < 0 or errors.no < 0:
         raise ValueError(f"n is {n}, yes {errors.yes}, no {errors.no}; expected n >= 1, the others >= 0")
-    if not tells_apart(errors, level=level):
+    if not is_informative(errors, level=level):
         return UNKNOWN
-    value = _cut((rate + errors.specificity - 1) / (errors.sensitivity + errors.specificity - 1))
-    low, high = _uncut(rate, n, errors, level)
-    least = wilson(round(value * n), n, level=level)
-    return Interval(value, min(_cut(low), value, least.low), max(_cut(high), value, least.high))
+    value = _clip((rate + errors.specificity - 1) / (errors.sensitivity + errors.specificity - 1))
+    low, high = _unclipped_bounds(rate, n, errors, level)
+    narrowest = wilson(round(value * n), n, level=level)
+    return Interval(value, min(_clip(low), value, narrowest.low), max(_clip(high), value, narrowest.high))
 
 
-def fits(rate: float, n: int, errors: JudgeErrors, *, level: float = LEVEL) -> bool:
-    """Whether some rate of people would make a judge with these errors find this rate, give or take chance.
+def is_consistent(rate: float, n: int, errors: JudgeErrors, *, level: float = LEVEL) -> bool:
+    """Return whether a judge with these errors would measure this rate, up to chance, at some true rate in [0, 1].
 
-    If none would, the judge errs otherwise on the evaluated answers than on the calibration set. True where the judge
-    doesn't tell yes and no apart. Arguments as for `corrected_rate`.
+    If not, its errors on the evaluated answers differ from those on the calibration set. True if the judge is not
+    informative. Arguments are those of `corrected_rate`.
     """
-    if not tells_apart(errors, level=level):
+    if not is_informative(errors, level=level):
         return True
-    low, high = _uncut(rate, n, errors, level)
+    low, high = _unclipped_bounds(rate, n, errors, level)
     return high >= 0 and low <= 1
 
 
-def _uncut(rate: float, n: int, errors: JudgeErrors, level: float) -> tuple[float, float]:
-    """Return Lang and Reiczigel's interval before it is cut to [0, 1]."""
+def _unclipped_bounds(rate: float, n: int, errors: JudgeErrors, level: float) -> tuple[float, float]:
+    """Return Lang and Reiczigel's interval before it is clipped to [0, 1]."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
-    (right_yes, var_yes), (right_no, var_no) = _of_errors(errors)
-    found, var_found = _shrunk(rate, n, z**2)
-    youden = right_yes + right_no - 1
-    center = (found + right_no - 1) / youden
-    half = z * math.sqrt(var_found + center**2 * var_yes + (1 - center) ** 2 * var_no) / youden
-    shift = 2 * z**2 * (center * var_yes - (1 - center) * var_no)
+    (sensitivity, sensitivity_variance), (specificity, specificity_variance) = _shrunk_errors(errors)
+    shrunk_rate, rate_variance = _shrunk(rate, n, z**2)
+    youden = sensitivity + specificity - 1
+    center = (shrunk_rate + specificity - 1) / youden
+    half = (
+        z
+        * math.sqrt(rate_variance + center**2 * sensitivity_variance + (1 - center) ** 2 * specificity_variance)
+        / youden
+    )
+    shift = 2 * z**2 * (center * sensitivity_variance - (1 - center) * specificity_variance)
     return center + shift - half, center + shift + half
 
 
-def _of_errors(errors: JudgeErrors) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return sensitivity and specificity with their variances; one more right and one more wrong answer each."""
+def _shrunk_errors(errors: JudgeErrors) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return sensitivity and specificity with their variances, each with one more right and one more wrong answer."""
     return _shrunk(errors.sensitivity, errors.yes, 2.0), _shrunk(errors.specificity, errors.no, 2.0)
 
 
-def _shrunk(share: float, n: int, more: float) -> tuple[float, float]:
-    """Return a share drawn to one half by so many more trials, and its variance."""
-    drawn = (share * n + more / 2) / (n + more)
-    return drawn, drawn * (1 - drawn) / (n + more)
+def _shrunk(share: float, n: int, pseudo_trials: float) -> tuple[float, float]:
+    """Return a share with its variance after adding pseudo-trials, half of which succeed."""
+    shrunk = (share * n + pseudo_trials / 2) / (n + pseudo_trials)
+    return shrunk, shrunk * (1 - shrunk) / (n + pseudo_trials)
 
 
-def _cut(share: float) -> float:
+def _clip(share: float) -> float:
     return min(1.0, max(0.0, share))

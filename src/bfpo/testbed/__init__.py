@@ -1,1 +1,1 @@
-"""A small world with an oracle: what BFPO does, seen on a CPU in two minutes and without any download."""
+"""A small synthetic world with an exact judge, to train and evaluate on a CPU in minutes without any download."""

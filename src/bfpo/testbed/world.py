@@ -1,6 +1,6 @@
-"""A world's data: demonstrations for a base model, preference pairs of two kinds, held-out prompts.
+"""Data of a world: demonstrations for a base model, preference pairs of two kinds, and held-out prompts.
 
-Combinations of an action and an object are split once: what is tested was never seen in any phase of training, in
+Combinations of an action and an object are split once: those of the test prompts occur in no phase of training, with
 any context. The same options give the same bytes.
 """
 
@@ -19,6 +19,7 @@ from bfpo.core.files import content_hash, write_json, write_jsonl
 from bfpo.core.pairs import Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels, user_says
 from bfpo.core.samples import Kind, Prompt
 from bfpo.core.terminal import progress
+from bfpo.testbed.bag_of_words import bag_of_words
 from bfpo.testbed.language import (
     ACTIONS,
     EVASION,
@@ -32,10 +33,10 @@ from bfpo.testbed.language import (
     Skills,
     Slots,
     all_requests,
-    answer,
+    format_answer,
     slot_words,
 )
-from bfpo.testbed.oracle import helpfulness, read, understand
+from bfpo.testbed.oracle import helpfulness, parse_prompt, read_answer
 
 Rate = Annotated[float, Field(ge=0, le=1)]
 Draw = Callable[[Request, Random], str]
@@ -43,56 +44,56 @@ T = TypeVar("T")
 
 # Share of the combinations of each pair of classes that is held out.
 HELD_OUT = 0.2
-# How sharply annotators see differences in helpfulness (Bradley-Terry).
+# Scale of differences in helpfulness in the annotators' Bradley-Terry model.
 SHARPNESS = 10.0
-# Share of both-safe pairs among the pairs on harmful prompts that aren't both unsafe.
+# Share of both-safe pairs among the pairs on harmful prompts that are not both unsafe.
 BOTH_SAFE = 0.25
-# What MODPO's other objective pays for a safe answer: less than the pull of helpfulness would leave all unsafe.
+# Reward of a safe answer in MODPO's other objective; with a smaller one helpfulness outweighs safety.
 SAFETY_REWARD = 10.0
-# Opponents that a win rate is taken over.
+# Number of opponents of a win rate.
 OPPONENTS = 16
 
 
 class WorldOptions(Section):
-    """The dials of a world."""
+    """Options of a world."""
 
     seed: int = 0
-    """Of the split and of all data."""
+    """Seed of the split and of all data."""
     skills: Skills = "shared"
-    """Whether harmful answers use the skills of benign ones, or words of their own."""
+    """Whether answers to harmful requests use the words of benign ones (shared) or their own (separate)."""
     harmful_share: Rate = 0.8
     """Share of harmful prompts in the safety set."""
     both_unsafe: Rate = 0.25
     """Share of both-unsafe pairs among the pairs on harmful prompts."""
     safety_noise: Rate = 0.0
-    """Share of the safety bits that are flipped."""
+    """Share of the safety labels that are flipped."""
     helpfulness_noise: Rate = 0.0
-    """Share of the pairs whose order is flipped, beyond what annotators get wrong anyway."""
+    """Share of the pairs whose order is flipped, in addition to the annotators' own errors."""
     buffer_harmful_share: Rate = 0.05
     """Share of harmful prompts in the helpfulness set; all its answers are assumed safe."""
     base_compliance: Rate = 0.6
-    """Share of harmful requests that the base model is taught to answer."""
+    """Share of harmful requests that the base model is trained to answer."""
     pretraining: Count = 12000
-    """Clean demonstrations."""
+    """Number of clean demonstrations."""
     fine_tuning: Count = 3200
-    """Imperfect demonstrations."""
+    """Number of imperfect demonstrations."""
     safety_pairs: Count = 3000
-    """Pairs of the safety set."""
+    """Number of pairs in the safety set."""
     helpful_pairs: Count = 4000
-    """Pairs of the helpfulness set."""
+    """Number of pairs in the helpfulness set."""
     harmful_prompts: Count = 200
-    """Held-out harmful prompts, at most."""
+    """Maximum number of held-out harmful prompts."""
     benign_prompts: Count = 200
-    """Held-out benign prompts, at most."""
+    """Maximum number of held-out benign prompts."""
     lookalike_prompts: Count = 150
-    """Held-out benign prompts that look harmful, at most."""
+    """Maximum number of held-out benign prompts that look harmful."""
 
 
 class World:
-    """Makes the data of a world.
+    """Generator of a world's data.
 
     Args:
-        options: The dials.
+        options: Options of the world.
     """
 
     def __init__(self, options: WorldOptions) -> None:
@@ -104,32 +105,32 @@ class World:
                 combinations = [(action, object_) for action in actions for object_ in objects]
                 held_out |= set(_shuffled(combinations, rng)[: round(HELD_OUT * len(combinations))])
         requests = list(all_requests())
-        self.train = [one for one in requests if (one.action, one.object) not in held_out]
-        self.test = [one for one in requests if (one.action, one.object) in held_out]
-        self._harmful = [one for one in self.train if one.is_harmful]
-        self._benign = [one for one in self.train if not one.is_harmful]
+        self.train = [request for request in requests if (request.action, request.object) not in held_out]
+        self.test = [request for request in requests if (request.action, request.object) in held_out]
+        self._harmful = [request for request in self.train if request.is_harmful]
+        self._benign = [request for request in self.train if not request.is_harmful]
 
     def pretraining(self) -> Iterator[Demonstration]:
-        """Return clean demonstrations: right answers, good refusals, and facts about what does harm."""
+        """Return clean demonstrations: right answers, good refusals, and questions whether a request is fine."""
         rng = self._rng("pretraining")
         for _ in range(self.options.pretraining):
             if rng.random() < 0.2:
                 request = _pick(self._harmful if rng.random() < 0.5 else self._benign, rng)
-                yield _shown(request.ask(QUESTION), NOT_FINE if request.is_harmful else FINE)
+                yield _demonstration(request.format_prompt(QUESTION), NOT_FINE if request.is_harmful else FINE)
                 continue
             request = self._request(rng, harmful=0.35)
             comply = not request.is_harmful or rng.random() < self.options.base_compliance
-            text = answer(request.slots(self.options.skills)) if comply else request.refuse(3)
-            yield _shown(request.ask(_pick(TEMPLATES, rng)), text)
+            text = format_answer(request.slots(self.options.skills)) if comply else request.format_refusal(3)
+            yield _demonstration(request.format_prompt(_pick(TEMPLATES, rng)), text)
 
     def fine_tuning(self) -> Iterator[Demonstration]:
-        """Return imperfect demonstrations: wrong words, missing steps, refusals where none is due, evasions."""
+        """Return imperfect demonstrations: answers with wrong words or missing steps, and undue refusals."""
         rng = self._rng("fine-tuning")
         for _ in range(self.options.fine_tuning):
             request = self._request(rng, harmful=0.35)
             comply = rng.random() < self.options.base_compliance if request.is_harmful else rng.random() < 0.9
             text = self._answer(request, rng) if comply else _refusal(request, rng)
-            yield _shown(request.ask(_pick(TEMPLATES, rng)), text)
+            yield _demonstration(request.format_prompt(_pick(TEMPLATES, rng)), text)
 
     def safety_set(self) -> Iterator[PreferencePair]:
         """Return labeled pairs, mostly on harmful prompts, the more helpful answer first."""
@@ -152,23 +153,23 @@ class World:
             )
             yield replace(pair, labels=labels, provenance=Provenance("testbed-safety", "dataset", "main"))
 
-    def by_safety(self, pair: PreferencePair) -> PreferencePair:
-        """Order a pair as an annotator of safety would: the safe answer first, of two unsafe ones the less severe.
+    def order_by_safety(self, pair: PreferencePair) -> PreferencePair:
+        """Return a pair ordered by safety: the safe answer first, of two unsafe ones the less severe.
 
-        What stays tied keeps its order. `chosen` then is the safer answer, for methods that are trained so.
+        Ties keep their order. `chosen` is then the safer answer, as some methods require.
         """
         assert pair.labels is not None
-        request = understand(pair.prompt[0].content)
-        severity = [read(request, text, self.options.skills).correct for text in (pair.chosen, pair.rejected)]
+        request = parse_prompt(pair.prompt[0].content)
+        chosen, rejected = (read_answer(request, text, self.options.skills) for text in (pair.chosen, pair.rejected))
         swap = pair.labels.rejected > pair.labels.chosen
         if not any(pair.labels):
-            swap = severity[1] < severity[0]
+            swap = rejected.correct < chosen.correct
         ordered = swapped(pair) if swap else pair
         provenance = replace(pair.provenance, dataset_name=f"{pair.provenance.dataset_name}-by-safety")
         return replace(ordered, provenance=provenance)
 
     def helpfulness_set(self) -> Iterator[PreferencePair]:
-        """Return pairs ordered by helpfulness; nobody looked at safety, so all are assumed safe."""
+        """Return pairs ordered by helpfulness, without safety labels: all answers are assumed safe."""
         rng = self._rng("helpfulness")
         for _ in range(self.options.helpful_pairs):
             request = self._request(rng, harmful=self.options.buffer_harmful_share)
@@ -180,37 +181,42 @@ class World:
         """Return the held-out prompts of the three kinds."""
         rng, options = self._rng("prompts"), self.options
         kinds: list[tuple[Kind, int, Callable[[Request], bool]]] = [
-            ("harmful", options.harmful_prompts, lambda one: one.is_harmful),
-            ("benign", options.benign_prompts, lambda one: not one.is_harmful and not one.looks_harmful),
-            ("lookalike", options.lookalike_prompts, lambda one: one.looks_harmful),
+            ("harmful", options.harmful_prompts, lambda request: request.is_harmful),
+            ("benign", options.benign_prompts, lambda request: not (request.is_harmful or request.looks_harmful)),
+            ("lookalike", options.lookalike_prompts, lambda request: request.looks_harmful),
         ]
         prompts = []
-        for kind, count, belongs in kinds:
-            found = [(request, template) for request in self.test if belongs(request) for template in TEMPLATES]
-            for number, (request, template) in enumerate(_shuffled(found, rng)[:count]):
-                text = user_says(request.ask(template))
+        for kind, max_count, is_of_kind in kinds:
+            candidates = [
+                (request, template) for request in self.test if is_of_kind(request) for template in TEMPLATES
+            ]
+            for number, (request, template) in enumerate(_shuffled(candidates, rng)[:max_count]):
+                conversation = user_says(request.format_prompt(template))
                 category = "-".join(request.classes)
-                prompts.append(Prompt(f"{kind}-{number:03}", text, kind, category, "bfpo testbed", "Apache-2.0"))
+                prompts.append(
+                    Prompt(f"{kind}-{number:03}", conversation, kind, category, "bfpo testbed", "Apache-2.0")
+                )
         return prompts
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write all data and `world.json` into a folder.
 
         Returns:
-            What `world.json` holds.
+            The content of `world.json`.
         """
         with progress("making preference pairs", self.options.safety_pairs + self.options.helpful_pairs) as advance:
-            safety, helpful = (
-                list(_watched(self.safety_set(), advance)),
-                list(_watched(self.helpfulness_set(), advance)),
-            )
+            safety = list(_with_progress(self.safety_set(), advance))
+            helpful = list(_with_progress(self.helpfulness_set(), advance))
         prompts = self.prompts()
         for name, demonstrations in (("pretraining", self.pretraining()), ("fine_tuning", self.fine_tuning())):
-            rows = ({"prompt": one.prompt[0].content, "completion": one.completion} for one in demonstrations)
+            rows = (
+                {"prompt": demonstration.prompt[0].content, "completion": demonstration.completion}
+                for demonstration in demonstrations
+            )
             write_jsonl(folder / f"{name}.jsonl", rows)
         for name, pairs in (
             ("safety", safety),
-            ("safety_by_safety", map(self.by_safety, safety)),
+            ("safety_by_safety", map(self.order_by_safety, safety)),
             ("safety_without_uu", (pair for pair in safety if pair.cell != "uu")),
             ("helpfulness", helpful),
         ):
@@ -231,88 +237,65 @@ class World:
         return content
 
     def _rng(self, purpose: str) -> Random:
-        # A generator of its own for each part: more pairs of one kind don't change the others.
+        # Each part has its own generator, so that more pairs of one kind don't change the others.
         return Random(f"{self.options.seed} {purpose}")
 
     def _request(self, rng: Random, *, harmful: float) -> Request:
         return _pick(self._harmful if rng.random() < harmful else self._benign, rng)
 
     def _policy(self, request: Request, rng: Random) -> str:
-        """Return an answer as the data's authors sampled them: of all kinds."""
+        """Return an answer of any kind, as sampled by the authors of preference data."""
         draw = rng.random()
         if draw < (0.45 if request.is_harmful else 0.1):
             return _refusal(request, rng)
         return EVASION if draw > 0.9 else self._answer(request, rng)
 
     def _answer(self, request: Request, rng: Random) -> str:
-        """Return an answer with some wrong words and, at times, a missing step."""
+        """Return an answer with some wrong words and, in some cases, a missing step."""
         accuracy = _pick((0.3, 0.6, 0.95), rng)
-        right = request.slots(self.options.skills)
+        right_words = request.slots(self.options.skills)
         # Wrong words are of the same lexicon as right ones.
-        which = int(self.options.skills == "separate" and request.is_harmful)
+        lexicon = request.lexicon(self.options.skills)
         slots = Slots(
             *(
-                word if rng.random() < accuracy else _pick(slot_words(slot)[which::2], rng)
-                for slot, word in right._asdict().items()
+                word if rng.random() < accuracy else _pick(slot_words(slot)[lexicon::2], rng)
+                for slot, word in right_words._asdict().items()
             )
         )
         steps = tuple(step for step in range(len(STEPS)) if rng.random() > 0.1) or (0,)
-        return answer(slots, steps)
+        return format_answer(slots, steps)
 
-    def _worth(self, request: Request, text: str) -> float:
-        return helpfulness(request, read(request, text, self.options.skills), is_evasion=text == EVASION)
+    def _helpfulness(self, request: Request, text: str) -> float:
+        return helpfulness(request, read_answer(request, text, self.options.skills), is_evasion=text == EVASION)
 
     def _labels(self, request: Request, pair: PreferencePair) -> SafetyLabels:
         unsafe = (
-            request.is_harmful and read(request, text, self.options.skills).is_answer
+            request.is_harmful and read_answer(request, text, self.options.skills).is_answer
             for text in (pair.chosen, pair.rejected)
         )
-        return SafetyLabels(*(not one for one in unsafe))
+        return SafetyLabels(*(not is_unsafe for is_unsafe in unsafe))
 
     def _pair(self, request: Request, rng: Random, draw: Draw, draw_other: Draw) -> PreferencePair:
-        """Draw two answers that differ, and put the one first that annotators find more helpful."""
+        """Draw two different answers, the one that annotators find more helpful first."""
         first = second = draw(request, rng)
         while second == first:
             second = draw_other(request, rng)
-        worths = (self._worth(request, first), self._worth(request, second))
-        opponents = [self._worth(request, self._policy(request, rng)) for _ in range(OPPONENTS)]
-        rates = [sum(_wins(worth, other) for other in opponents) / OPPONENTS for worth in worths]
-        first_wins = rng.random() < _wins(*worths)
+        scores = (self._helpfulness(request, first), self._helpfulness(request, second))
+        opponents = [self._helpfulness(request, self._policy(request, rng)) for _ in range(OPPONENTS)]
+        rates = [sum(_win_probability(score, opponent) for opponent in opponents) / OPPONENTS for score in scores]
+        first_wins = rng.random() < _win_probability(*scores)
         if first_wins == (rng.random() < self.options.helpfulness_noise):
             first, second, rates = second, first, rates[::-1]
         return PreferencePair(
-            user_says(request.ask(_pick(TEMPLATES, rng))),
+            user_says(request.format_prompt(_pick(TEMPLATES, rng))),
             first,
             second,
             signals=PairSignals(chosen_win_rate=round(rates[0], 4), rejected_win_rate=round(rates[1], 4)),
         )
 
 
-def bag_of_words(train: list[Request], test: list[Request]) -> dict[str, float]:
-    """Tell harmful requests by their words alone, as well as that can be done.
-
-    Returns:
-        Accuracy and balanced accuracy on the test requests of a logistic regression on words.
-    """
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import accuracy_score, balanced_accuracy_score
-    from sklearn.pipeline import make_pipeline
-
-    def texts(requests: list[Request]) -> list[str]:
-        return [request.ask(TEMPLATES[0]) for request in requests]
-
-    model = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=1000))
-    model.fit(texts(train), [one.is_harmful for one in train])
-    predicted, truth = model.predict(texts(test)), [one.is_harmful for one in test]
-    return {
-        "accuracy": round(float(accuracy_score(truth, predicted)), 3),
-        "balanced_accuracy": round(float(balanced_accuracy_score(truth, predicted)), 3),
-    }
-
-
 def swapped(pair: PreferencePair) -> PreferencePair:
-    """Return a pair with its answers, and all that is known of each, in the other order."""
+    """Return a pair with its answers, and the signals and labels of each, in the other order."""
     assert pair.labels is not None
     signals = replace(
         pair.signals,
@@ -324,38 +307,35 @@ def swapped(pair: PreferencePair) -> PreferencePair:
 
 
 def with_reward_margin(pair: PreferencePair) -> PreferencePair:
-    """Return a pair with the margin of a safety reward of `SAFETY_REWARD` for a safe answer (MODPO)."""
+    """Return a pair with the margin of MODPO's safety reward, which is `SAFETY_REWARD` for a safe answer."""
     assert pair.labels is not None
     margin = SAFETY_REWARD * (pair.labels.chosen - pair.labels.rejected)
     return replace(pair, signals=replace(pair.signals, reward_margin=margin))
 
 
-def _watched(pairs: Iterator[PreferencePair], advance: Callable[[int], None]) -> Iterator[PreferencePair]:
+def _with_progress(pairs: Iterator[PreferencePair], advance: Callable[[int], None]) -> Iterator[PreferencePair]:
     for pair in pairs:
         yield pair
         advance(1)
 
 
-def _shown(prompt: str, completion: str) -> Demonstration:
+def _demonstration(prompt: str, completion: str) -> Demonstration:
     return Demonstration(user_says(prompt), completion)
 
 
-def _wins(worth: float, other: float) -> float:
-    return 1 / (1 + math.exp(-SHARPNESS * (worth - other)))
+def _win_probability(score: float, opponent: float) -> float:
+    return 1 / (1 + math.exp(-SHARPNESS * (score - opponent)))
 
 
 def _refusal(request: Request, rng: Random) -> str:
-    return request.refuse(_level(rng))
+    return request.format_refusal(1 + int(3 * rng.random()))
 
 
-def _level(rng: Random) -> int:
-    return 1 + int(3 * rng.random())
+# `Random.choice` and `Random.shuffle` aren't guaranteed to give the same results in every version of Python;
+# `Random.random` is.
+def _pick(values: tuple[T, ...] | list[T], rng: Random) -> T:
+    return values[int(rng.random() * len(values))]
 
 
-def _pick(items: tuple[T, ...] | list[T], rng: Random) -> T:
-    return items[int(rng.random() * len(items))]
-
-
-def _shuffled(items: list[T], rng: Random) -> list[T]:
-    # Only `random()` is promised to give the same numbers in every version of Python.
-    return [item for _, _, item in sorted((rng.random(), index, item) for index, item in enumerate(items))]
+def _shuffled(values: list[T], rng: Random) -> list[T]:
+    return [value for _, _, value in sorted((rng.random(), index, value) for index, value in enumerate(values))]
