@@ -1,4 +1,4 @@
-"""The work of `bfpo migrate`."""
+"""The command `bfpo migrate`."""
 
 from pathlib import Path
 from typing import Any
@@ -9,84 +9,95 @@ from bfpo.core.files import write_text
 from bfpo.core.terminal import say
 from bfpo.errors import RecipeError
 from bfpo.migration.convert import convert
-from bfpo.migration.draft import Draft, DraftLine, Fate
-from bfpo.migration.stacks import Kind, Stack, kind_of, stack_of
+from bfpo.migration.draft import Draft, KeyOutcome, Outcome
+from bfpo.migration.stacks import RecipeKind, Stack, detect_kind, detect_stack
 
-# As recipes are usually read.
+# The usual order of a recipe's sections.
 ORDER = ("model", "data", "buffer", "eval", "holdout", "text", "loss", "train_only", "lora", "reference", "trainer")
-HEADINGS: dict[Fate, str] = {
+HEADINGS: dict[Outcome, str] = {
     "renamed": "Renamed",
     "computed": "Computed",
-    "not needed": "Not needed any more",
-    "unsupported": "Unsupported: the recipe doesn't do what these asked for",
+    "not needed": "Not needed",
+    "unsupported": "Unsupported: the recipe lacks these settings",
 }
 
 
 def migrate(file: Path, overrides: list[str], out: Path, *, kind: str | None = None) -> None:
-    """Write the recipe that an old file stands for, and show what became of its keys.
+    """Convert a file of another training stack to a recipe, and show the outcome of every key.
 
     Args:
-        file: YAML of official BFPO, alignment-handbook, TRL or LLaMA-Factory.
-        overrides: `key=value` of the old stack, as its launch script gives them.
+        file: YAML file of official BFPO, alignment-handbook, TRL or LLaMA-Factory.
+        overrides: `key=value` of the old stack, as in its launch script.
         out: Recipe to write; must not exist.
-        kind: `train` or `sft`; None to tell by the keys.
+        kind: `train` or `sft`; None to detect it from the keys.
 
     Raises:
-        RecipeError: If the file isn't one of those, `out` exists, or the result would not be a recipe.
+        RecipeError: If the file is not of one of these stacks, `out` exists, or the result is not a valid recipe.
     """
     if kind not in (None, "train", "sft"):
         raise RecipeError(f"--kind is '{kind}'; expected train or sft")
     if out.exists():
-        raise RecipeError(f"--out '{out}' exists; name a file that doesn't")
+        raise RecipeError(f"--out '{out}' exists; name a file that does not exist")
     content = read_recipe(file, overrides)
-    stack = stack_of(content, str(file))
-    content, second = _with_data_file(content)
-    chosen: Kind = "sft" if kind == "sft" else "train" if kind == "train" else kind_of(content, stack, str(file))
+    stack = detect_stack(content, str(file))
+    content, data_file = _merge_data_file(content)
+    recipe_kind = _recipe_kind(kind, content, stack, file)
     try:
-        draft = convert(content, stack, chosen, name=file.stem)
+        draft = convert(content, stack, recipe_kind, name=file.stem)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise RecipeError(f"{file}: a value hasn't the shape that {stack} gives it ({error!r})") from None
-    draft.lines += second
-    draft.recipe = {name: draft.recipe[name] for name in ORDER if name in draft.recipe}
-    check_recipe(draft.recipe, SftRecipe if chosen == "sft" else TrainRecipe, f"{file}, migrated")
-    write_text(out, _as_text(draft, file, stack, chosen))
-    for fate, heading in HEADINGS.items():
-        _show(heading, [line for line in draft.lines if line.fate == fate])
-    say(f"\na recipe of {stack}, now {out}; look at it, then: bfpo {chosen} {out} --dry-run")
+        raise RecipeError(f"{file}: a value does not have the structure that {stack} expects ({error!r})") from None
+    draft.outcomes += data_file
+    draft.recipe = {section: draft.recipe[section] for section in ORDER if section in draft.recipe}
+    check_recipe(draft.recipe, SftRecipe if recipe_kind == "sft" else TrainRecipe, f"{file}, migrated")
+    write_text(out, _format_recipe(draft, file, stack, recipe_kind))
+    for outcome, heading in HEADINGS.items():
+        _show(heading, [key_outcome for key_outcome in draft.outcomes if key_outcome.outcome == outcome])
+    say(f"\nconverted from {stack} to {out}; review it, then run: bfpo {recipe_kind} {out} --dry-run")
 
 
-def _with_data_file(content: dict[str, Any]) -> tuple[dict[str, Any], list[DraftLine]]:
-    """Lay the official `other_data_config` over the file, as the official parser does."""
-    named = content.get("other_data_config")
-    rest = {key: value for key, value in content.items() if key != "other_data_config"}
+def _recipe_kind(kind: str | None, content: dict[str, Any], stack: Stack, file: Path) -> RecipeKind:
+    if kind is not None:
+        return "sft" if kind == "sft" else "train"
+    detected = detect_kind(content, stack, str(file))
+    if detected is None:
+        raise RecipeError(
+            f"{file}: its keys do not show whether it fine-tunes or trains on preferences; add --kind sft or "
+            "--kind train"
+        )
+    return detected
+
+
+def _merge_data_file(content: dict[str, Any]) -> tuple[dict[str, Any], list[KeyOutcome]]:
+    """Replace keys by those of the official `other_data_config`, as the official parser does."""
     if "other_data_config" not in content:
-        return rest, []
-    if named in (None, "None"):
-        return rest, [DraftLine("not needed", "other_data_config", named, "", "names no file")]
-    told = DraftLine("computed", "other_data_config", named, "data, buffer", "its keys replace those of the file")
-    return rest | read_recipe(named), [told]
+        return content, []
+    path = content["other_data_config"]
+    rest = {key: value for key, value in content.items() if key != "other_data_config"}
+    if path in (None, "None"):
+        return rest, [KeyOutcome("not needed", "other_data_config", path, "", "names no file")]
+    reason = "its keys replace those of the file"
+    return rest | read_recipe(path), [KeyOutcome("computed", "other_data_config", path, "data, buffer", reason)]
 
 
-def _as_text(draft: Draft, file: Path, stack: Stack, kind: Kind) -> str:
-    lines = [f"# Made by bfpo migrate from {file.name} ({stack}). To run it: bfpo {kind} THIS"]
+def _format_recipe(draft: Draft, file: Path, stack: Stack, kind: RecipeKind) -> str:
+    lines = [f"# Converted by bfpo migrate from {file.name} ({stack}). Run it with: bfpo {kind} THIS_FILE"]
     lines += [
-        f"# Not carried over: {line.key or line.place}: {line.why}"
-        for line in draft.lines
-        if line.fate == "unsupported"
+        f"# Not carried over: {key_outcome.key or key_outcome.recipe_key}: {key_outcome.reason}"
+        for key_outcome in draft.outcomes
+        if key_outcome.outcome == "unsupported"
     ]
     return "\n".join(lines) + "\n\n" + dump_yaml(draft.recipe)
 
 
-def _show(heading: str, lines: list[DraftLine]) -> None:
-    if not lines:
+def _show(heading: str, key_outcomes: list[KeyOutcome]) -> None:
+    if not key_outcomes:
         return
-    say(f"\n{heading} ({len(lines)})")
-    for line in lines:
-        key = line.key or "by default"
-        place = f" -> {line.place}" if line.place else ""
-        say(f"  {key}: {_shown(line.value)}{place}{f'  ({line.why})' if line.why else ''}")
+    say(f"\n{heading} ({len(key_outcomes)})")
+    for _, key, value, recipe_key, reason in key_outcomes:
+        target = f" -> {recipe_key}" if recipe_key else ""
+        say(f"  {key or 'by default'}: {_shorten(value)}{target}{f'  ({reason})' if reason else ''}")
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 30 else f"{text[:27]}..."

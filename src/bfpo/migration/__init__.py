@@ -1,1 +1,1 @@
-"""Recipes of other stacks as recipes of bfpo, with a word on every key."""
+"""Conversion of configuration files of other training stacks to recipes, with an outcome for every key."""

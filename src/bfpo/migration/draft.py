@@ -1,66 +1,66 @@
-"""A recipe in the making, and what became of every key of the old file."""
+"""A recipe under construction, and the outcome of every key of the old file."""
 
 from typing import Any, Literal, NamedTuple
 
-Fate = Literal["renamed", "computed", "not needed", "unsupported"]
+Outcome = Literal["renamed", "computed", "not needed", "unsupported"]
 
 
-class DraftLine(NamedTuple):
-    """What became of one key.
+class KeyOutcome(NamedTuple):
+    """Outcome of one key.
 
     Args:
-        fate: In one word.
-        key: Of the old file; "" for what the recipe needs and the old file left to a default.
-        value: It had, or what is written where there was no key; a secret is not shown.
-        place: In the recipe; "" for nowhere.
-        why: In a few words.
+        outcome: What happened to the key.
+        key: Key of the old file; "" for a recipe key without a counterpart in the file.
+        value: Value in the old file, or in the recipe if the file has no such key; secrets are masked.
+        recipe_key: Dotted key of the recipe; "" for none.
+        reason: Short explanation; may be empty.
     """
 
-    fate: Fate
+    outcome: Outcome
     key: str
     value: Any
-    place: str
-    why: str
+    recipe_key: str
+    reason: str
 
 
 class Draft:
-    """What is left of an old file, and what the recipe holds so far.
+    """The remaining keys of an old file, and the recipe so far.
 
     Args:
-        content: The old file's keys.
+        content: Keys and values of the old file.
     """
 
     def __init__(self, content: dict[str, Any]) -> None:
-        self.left = dict(content)
+        self.remaining = dict(content)
         self.recipe: dict[str, Any] = {}
-        self.lines: list[DraftLine] = []
+        self.outcomes: list[KeyOutcome] = []
 
     def take(self, key: str) -> Any:
-        """Return a key's value and take it off what is left; None if it isn't there."""
-        return self.left.pop(key, None)
+        """Remove a key from the remaining ones and return its value; None if it is missing."""
+        return self.remaining.pop(key, None)
 
-    def put(self, place: str, value: Any) -> None:
-        """Write a value at a dotted place of the recipe."""
-        *sections, last = place.split(".")
-        home = self.recipe
-        for section in sections:
-            home = home.setdefault(section, {})
-        home[last] = value
+    def put(self, recipe_key: str, value: Any) -> None:
+        """Set a dotted key of the recipe."""
+        *sections, last = recipe_key.split(".")
+        section = self.recipe
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[last] = value
 
-    def rename(self, key: str, place: str) -> None:
-        """Move a key to another place, as it is."""
+    def rename(self, key: str, recipe_key: str) -> None:
+        """Move a key, with its value unchanged."""
         value = self.take(key)
-        self.put(place, value)
-        self.lines.append(DraftLine("renamed", key, value, place, ""))
+        self.put(recipe_key, value)
+        self.outcomes.append(KeyOutcome("renamed", key, value, recipe_key, ""))
 
-    def compute(self, key: str, place: str, value: Any, why: str) -> None:
-        """Write what follows from a key, or from its absence."""
-        if key in self.left:
-            self.lines.append(DraftLine("computed", key, self.take(key), place, why))
+    def compute(self, key: str, recipe_key: str, value: Any, reason: str = "") -> None:
+        """Set a recipe key to what follows from a key, or from its absence."""
+        if key in self.remaining:
+            self.outcomes.append(KeyOutcome("computed", key, self.take(key), recipe_key, reason))
         else:
-            self.lines.append(DraftLine("computed", "", value, place, why))
-        self.put(place, value)
+            self.outcomes.append(KeyOutcome("computed", "", value, recipe_key, reason))
+        self.put(recipe_key, value)
 
-    def told(self, fate: Fate, key: str, place: str, why: str) -> None:
-        """Say what became of a key without writing anything."""
-        self.lines.append(DraftLine(fate, key, self.take(key), place, why))
+    def note(self, outcome: Outcome, key: str, reason: str = "", *, recipe_key: str = "") -> None:
+        """Record the outcome of a key without changing the recipe."""
+        self.outcomes.append(KeyOutcome(outcome, key, self.take(key), recipe_key, reason))

@@ -1,14 +1,14 @@
-"""Whose file it is, and whether it fine-tunes or trains on preferences."""
+"""Which training stack a file is written for, and whether it fine-tunes or trains on preferences."""
 
 from typing import Any, Literal
 
 from bfpo.errors import RecipeError
 
 Stack = Literal["official BFPO", "alignment-handbook", "LLaMA-Factory", "TRL"]
-Kind = Literal["train", "sft"]
+RecipeKind = Literal["train", "sft"]
 
-# Keys that only one of the stacks has; the first stack with a match is taken.
-MARKS: dict[Stack, set[str]] = {
+# Keys that identify a stack; the first stack with a match is taken.
+MARKER_KEYS: dict[Stack, set[str]] = {
     "official BFPO": {"use_selective", "selected_layers", "use_buffer", "buffer_dataset_mixer", "other_data_config"},
     "LLaMA-Factory": {"stage", "finetuning_type", "cutoff_len", "pref_beta", "lora_rank"},
     "alignment-handbook": {"dataset_mixer", "dataset_mixture"},
@@ -24,43 +24,47 @@ DEMONSTRATION_KEYS = {
 }  # fmt: skip
 
 
-def stack_of(content: dict[str, Any], where: str) -> Stack:
-    """Return which stack a file is written for.
+def detect_stack(content: dict[str, Any], file: str) -> Stack:
+    """Return the stack that a file is written for.
+
+    Args:
+        content: Keys and values of the file.
+        file: Name of the file, for errors.
 
     Raises:
-        RecipeError: If it has a key of none of them.
+        RecipeError: If no key identifies a stack.
     """
-    for stack, marks in MARKS.items():
-        if marks & content.keys():
+    for stack, keys in MARKER_KEYS.items():
+        if keys & content.keys():
             return stack
     raise RecipeError(
-        f"{where}: neither of official BFPO, alignment-handbook, TRL nor LLaMA-Factory; its keys are "
+        f"{file}: neither of official BFPO, alignment-handbook, TRL nor LLaMA-Factory; its keys are "
         f"{', '.join(map(str, content)) or 'none'}, and model_name_or_path is not among them"
     )
 
 
-def kind_of(content: dict[str, Any], stack: Stack, where: str) -> Kind:
-    """Return whether a file trains on preferences or fine-tunes.
+def detect_kind(content: dict[str, Any], stack: Stack, file: str) -> RecipeKind | None:
+    """Return whether a file trains on preferences or fine-tunes; None if its keys do not decide.
+
+    Args:
+        content: Keys and values of the file.
+        stack: Stack that the file is written for.
+        file: Name of the file, for errors.
 
     Raises:
-        RecipeError: If it does something else, or can't be told.
+        RecipeError: If the file is for another stage of LLaMA-Factory.
     """
     if stack == "LLaMA-Factory":
-        stages: dict[object, Kind] = {"dpo": "train", "sft": "sft"}
+        stages: dict[object, RecipeKind] = {"dpo": "train", "sft": "sft"}
         stage = content.get("stage")
         if stage not in stages:
-            raise RecipeError(f"{where}: stage is {stage!r}; only dpo and sft have a counterpart")
+            raise RecipeError(f"{file}: stage is {stage!r}; only dpo and sft have a counterpart")
         return stages[stage]
-    splits = str([content.get(name) for name in ("dataset_splits", "dataset_mixture", "dataset_train_split")])
-    signs: dict[Kind, bool] = {
-        "train": bool(PREFERENCE_KEYS & content.keys()) or "pref" in splits or "chosen" in splits,
-        "sft": bool(DEMONSTRATION_KEYS & content.keys()) or "sft" in splits,
-    }
-    found = [kind for kind, there in signs.items() if there]
     if stack == "official BFPO" and "max_seq_length" in content:
         return "sft"
-    if len(found) != 1:
-        raise RecipeError(
-            f"{where}: it doesn't say whether it fine-tunes or trains on preferences; add --kind sft or --kind train"
-        )
-    return found[0]
+    splits = str([content.get(key) for key in ("dataset_splits", "dataset_mixture", "dataset_train_split")])
+    is_preference = bool(PREFERENCE_KEYS & content.keys()) or "pref" in splits or "chosen" in splits
+    is_demonstration = bool(DEMONSTRATION_KEYS & content.keys()) or "sft" in splits
+    if is_preference == is_demonstration:
+        return None
+    return "train" if is_preference else "sft"
