@@ -64,6 +64,11 @@ def say(text: str = "") -> None:
     console().print(visible(text), markup=False, emoji=False)
 
 
+def warn(message: str) -> None:
+    """Print a warning to the standard error."""
+    console(stderr=True).print(visible(f"warning: {message}"), markup=False, emoji=False)
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table; cells may be anything, and what a model or a file wrote in them is not read as markup.
 
