@@ -428,6 +428,6 @@ def _tell(message: str) -> None:
                 first = False
         if not first:
             return
-    from bfpo.core.terminal import visible
+    from bfpo.core.terminal import escape_controls
 
-    typer.echo(f"error: {visible(message)}", err=True)
+    typer.echo(f"error: {escape_controls(message)}", err=True)
