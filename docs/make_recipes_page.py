@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from bfpo.config.loading import RENAMED
+from bfpo.config.loading import DEPRECATED, RENAMED
 from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection
 from bfpo.config.recipes import Section, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
@@ -186,8 +186,9 @@ def trainer() -> str:
 
 
 def renamed() -> str:
-    """Return the keys of older stacks that are refused with their new name."""
-    lines = [OLDER, "", "| key | use |", "|---|---|"]
+    """Return the deprecated keys, and the keys of older stacks with what to use instead."""
+    former = ", ".join(f"`{name}` (now `{current}`)" for name, current in DEPRECATED.items())
+    lines = [OLDER.format(former=former), "", "| key | use |", "|---|---|"]
     return "\n".join([*lines, *(f"| `{name}` | {use} |" for name, use in RENAMED.items())])
 
 
@@ -221,9 +222,10 @@ those of transformers: {defaults}. `warmup_steps` below 1 is a share of all step
 [training.md](training.md).
 """.strip()
 OLDER = """
-## Keys of older stacks
+## Former keys, and keys of older stacks
 
-They stand in most public DPO recipes, and are refused wherever they stand.
+Former keys of `bfpo` are accepted with a warning: {former}.
+Keys of older stacks, which most public DPO recipes have, are refused anywhere in a recipe:
 """.strip()
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The errors that `bfpo` raises on purpose.
+"""Errors that users can expect and fix.
 
-Each message says where (file, row, key), what was got, what is allowed and what to do. Each class also
-subclasses the built-in error it stands for, so that `except ValueError` keeps working. The command line
-prints the message without a traceback and exits with the class's `exit_code`.
+Each message says where (file, row, key), what was got, what is allowed and what to do. Each class also subclasses the
+built-in error that it corresponds to, so that `except ValueError` keeps working. The command line prints the message
+without a traceback and exits with the class's `exit_code`.
 """
 
 from collections import Counter
@@ -12,13 +12,13 @@ from typing import ClassVar
 
 
 class BfpoError(Exception):
-    """Root of all errors raised on purpose."""
+    """Base class of all expected errors."""
 
     exit_code: ClassVar[int] = 1
 
 
 class RecipeError(BfpoError, ValueError):
-    """A recipe, an option or a hyper-parameter is wrong."""
+    """A recipe, an option or a hyperparameter is wrong."""
 
     exit_code = 2
 
@@ -30,7 +30,7 @@ class DataError(BfpoError, ValueError):
 
 
 class ModelError(BfpoError, ValueError):
-    """A model or tokenizer can't be loaded or can't be trained as asked."""
+    """A model or tokenizer can't be loaded, or can't be trained as the recipe requires."""
 
     exit_code = 2
 
@@ -42,40 +42,41 @@ class TrainingError(BfpoError, RuntimeError):
 
 
 class Stopped(BfpoError):
-    """A run was told to stop, and did so in good order."""
+    """A run received a signal to stop, and saved its state first."""
 
-    # 128 + SIGTERM, what a shell reports for a process ended by it
+    # 128 + SIGTERM, as a shell reports a process that was ended by this signal.
     exit_code = 143
 
 
 class GateViolated(BfpoError):
-    """A number of an evaluation is beyond a bound that was set for it, with confidence."""
+    """The whole confidence interval of a metric is beyond its bound."""
 
     exit_code = 3
 
 
 class Unanswered(BfpoError):
-    """An engine left some completions unanswered; those it gave are kept.
+    """An engine couldn't answer some requests; all other completions were returned.
 
     Args:
-        failed: (prompt's id, sample's number) → why.
-        asked: Completions asked for.
-        refused: Those of `failed` that would fail again, such as a prompt too long for the model.
+        failed: Reason of each failure, by prompt id and sample number.
+        num_requested: Number of completions that were requested.
+        refused: Keys of `failed` that would fail again, such as a prompt too long for the model.
     """
 
     def __init__(
-        self, failed: dict[tuple[str, int], str], asked: int, *, refused: Iterable[tuple[str, int]] = ()
+        self, failed: dict[tuple[str, int], str], num_requested: int, *, refused: Iterable[tuple[str, int]] = ()
     ) -> None:
-        reasons = ", ".join(f"{count} of {why}" for why, count in Counter(failed.values()).most_common())
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(failed.values()).most_common())
         super().__init__(
-            f"{len(failed)} of {asked} completions were not had: {reasons}; the first is of prompt "
-            f"'{next(iter(failed))[0]}'. The others are kept: the same command asks for the missing ones alone"
+            f"{len(failed)} of {num_requested} completions are missing ({reasons}); the first is of prompt "
+            f"'{next(iter(failed))[0]}'. The others are saved: run the same command again to request only those that "
+            "are missing"
         )
         self.failed, self.refused = failed, frozenset(refused)
 
 
 class MissingExtra(BfpoError, ImportError):
-    """A feature needs a package that the core installation doesn't bring."""
+    """A feature needs a package that the core installation doesn't include."""
 
     exit_code = 2
 
@@ -83,16 +84,16 @@ class MissingExtra(BfpoError, ImportError):
         super().__init__(f"{feature} needs {package}; pip install 'bfpo[{extra}]'")
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
-    """Return a hint that ends an error about an unknown word.
+def did_you_mean(name: str, allowed: list[str]) -> str:
+    """Return a hint for the end of an error about an unknown name.
 
     Args:
-        word: What was got.
-        known: The words that are allowed.
+        name: The unknown name.
+        allowed: The names that are allowed.
 
     Returns:
-        `did you mean 'x'? ` when something is close (else nothing), followed by all the known words.
+        `did you mean 'x'? ` if one of the allowed names is similar, followed by all allowed names.
     """
-    close = get_close_matches(word, known, n=1, cutoff=0.6)
-    guess = f"did you mean '{close[0]}'? " if close else ""
-    return f"{guess}known: {', '.join(sorted(known))}"
+    similar = get_close_matches(name, allowed, n=1, cutoff=0.6)
+    guess = f"did you mean '{similar[0]}'? " if similar else ""
+    return f"{guess}known: {', '.join(sorted(allowed))}"

@@ -128,7 +128,7 @@ BAD_RECIPES = {
     "a section of the wrong type": ({"data": "good.jsonl"}, "data: Input should be a valid list (got 'good.jsonl')"),
     "an older key": (
         {"trainer": {"warmup_ratio": 0.1}},
-        "trainer.warmup_ratio is a name of an older stack; use trainer.",
+        "trainer.warmup_ratio is a key of an older stack; use trainer.",
     ),
     "an unknown argument": ({"trainer": {"output_dir": "x", "lerning_rate": 1}}, "did you mean 'learning_rate'?"),
     "a wrong argument": (

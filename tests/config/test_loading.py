@@ -5,10 +5,13 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bfpo.config.loading import RENAMED, check_recipe, dump_recipe, load_recipe, parse_yaml, read_recipe
+from bfpo.config.loading import DEPRECATED, RENAMED, check_recipe, dump_recipe, load_recipe, parse_yaml, read_recipe
 from bfpo.config.losses import BFPOSection
 from bfpo.config.recipes import DataRecipe, Section, SftRecipe, TrainRecipe
 from bfpo.errors import RecipeError
+from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.evaluation.suite import Suite
+from bfpo.redteam.recipe import RedteamRecipe
 
 MINIMAL = {"model": {"path": "org/model"}, "data": [{"path": "pairs.jsonl"}]}
 
@@ -80,15 +83,52 @@ def test_all_faults_are_told_at_once():
 
 @pytest.mark.parametrize("key", RENAMED)
 def test_names_of_older_stacks_are_refused_with_the_new_name(key):
-    with pytest.raises(RecipeError, match=f"trainer.{key} is a name of an older stack; use "):
+    with pytest.raises(RecipeError, match=f"trainer.{key} is a key of an older stack; use "):
         check(trainer={key: 1})
-    with pytest.raises(RecipeError, match=f"r.yaml: {key} is a name of an older stack"):
+    with pytest.raises(RecipeError, match=f"r.yaml: {key} is a key of an older stack"):
         check(**{key: 1})
 
 
 def test_column_renames_may_have_any_name():
     recipe = check(data=[{"path": "x", "columns": {"prompt": "datasets", "chosen": "loss_type"}}])
     assert recipe.data[0].columns["chosen"] == "loss_type"
+    task = {"source": "file", "where": {"datasets": "a", "licence": "MIT"}}
+    assert check_recipe({"title": "t", "tasks": [task]}, Suite, "s.yaml").tasks[0].where == task["where"]
+
+
+PROMPTS = {"out": "o", "model": {"path": "m"}, "judge": "oracle", "prompts": [{"name": "file", "licence": "MIT"}]}
+DEPRECATED_KEYS = [
+    (TrainRecipe, {**MINIMAL, "data": [{"path": "x", "licence": "MIT"}]}, "data.0.licence"),
+    (Suite, {"title": "t", "tasks": [{"source": "file", "licence": "MIT"}]}, "tasks.0.licence"),
+    (RedteamRecipe, PROMPTS, "prompts.0.licence"),
+    (EvalRecipe, {"out": "o", "model": {"path": "m"}, "labelled_by": ["wildguard"]}, "labelled_by"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "place"), DEPRECATED_KEYS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_deprecated_key_is_accepted_with_one_warning(kind, content, place, capsys):
+    former = place.rpartition(".")[2]
+    key = DEPRECATED[former]
+    recipe = check_recipe(content, kind, "r.yaml")
+    assert capsys.readouterr() == ("", f"warning: r.yaml: '{former}' is deprecated, use '{key}' ({place})\n")
+    current = parse_yaml(yaml.safe_dump(content).replace(former, key), "r.yaml")
+    assert check_recipe(current, kind, "r.yaml") == recipe
+    assert capsys.readouterr() == ("", "")
+    assert former in yaml.safe_dump(content), "the mapping that was given is left as it was"
+
+
+def test_a_key_that_is_deprecated_several_times_is_one_warning(capsys):
+    recipe = check(data=[{"path": "x", "licence": "MIT"}], buffer=[{"path": "y", "licence": "CC0"}])
+    assert (recipe.data[0].license, recipe.buffer[0].license) == ("MIT", "CC0")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("use 'license' (data.0.licence, buffer.0.licence)")
+
+
+def test_a_key_under_both_its_names_is_refused():
+    with pytest.raises(RecipeError, match=r"data.0.licence and data.0.license are the same key; keep 'license'"):
+        check(data=[{"path": "x", "licence": "MIT", "license": "MIT"}])
 
 
 def test_overrides_reach_sections_and_lists(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from bfpo.core.files import append_jsonl, repaired_jsonl, write_jsonl
+from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
 from bfpo.core.pairs import Message, user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict, prompt_id
 from bfpo.data.stages import (
@@ -142,17 +142,17 @@ def test_damage_before_the_last_line_is_an_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     append_jsonl(path, [{"a": 1}, {"a": 2}])
     path.write_text(path.read_text() + '{"a": ')
-    assert repaired_jsonl(path) == [{"a": 1}, {"a": 2}]
+    assert read_repaired_jsonl(path) == [{"a": 1}, {"a": 2}]
     assert path.read_text().endswith('{"a": 2}\n')
     path.write_text('{"a": 1}\n{"a": 2}')
-    assert repaired_jsonl(path) == [{"a": 1}, {"a": 2}], "an editor took the last line's end"
+    assert read_repaired_jsonl(path) == [{"a": 1}, {"a": 2}], "an editor took the last line's end"
     assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
     path.write_text('{"a": 1}\n{"a\n{"a": 3}\n')
     with pytest.raises(DataError, match="row 2: not JSON"):
-        repaired_jsonl(path)
+        read_repaired_jsonl(path)
     path.write_text("[1]\n")
     with pytest.raises(DataError, match="list, not an object"):
-        repaired_jsonl(path)
+        read_repaired_jsonl(path)
 
 
 def test_prompts_from_any_file(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from bfpo.config.loading import check_recipe, load_recipe
-from bfpo.core.files import repaired_jsonl
+from bfpo.core.files import read_repaired_jsonl
 from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.evaluation.results import MetricResult, Results, read_results
 from bfpo.experiments import stages as runs
@@ -149,8 +149,8 @@ def test_a_unit_leaves_its_results_and_no_weights(tmp_path, monkeypatch):
         assert unit.is_done
     assert list(base.folder.glob("*.safetensors"))
     assert not list(noisy.folder.rglob("*.safetensors"))
-    safety = repaired_jsonl(noisy.home / "world" / "safety.jsonl")
-    flipped = repaired_jsonl(next(noisy.home.glob("world-*/safety.jsonl")))
+    safety = read_repaired_jsonl(noisy.home / "world" / "safety.jsonl")
+    flipped = read_repaired_jsonl(next(noisy.home.glob("world-*/safety.jsonl")))
     assert [row["chosen"] for row in safety] == [row["chosen"] for row in flipped]
     assert [row["is_chosen_safe"] for row in safety] != [row["is_chosen_safe"] for row in flipped]
 

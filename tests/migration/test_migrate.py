@@ -67,7 +67,7 @@ def test_the_recipe_can_be_built_and_every_key_has_an_outcome(name):
     trainer = {key: value for key, value in recipe.trainer.items() if key not in ("report_to", "optim")}
     training_arguments(trainer | {"use_cpu": True})
     if kind == "train":
-        make_loss(recipe.loss)
+        make_loss(recipe.loss.model_dump())
     assert recipe.trainer.get("learning_rate") == content.get("learning_rate")
 
 
@@ -155,10 +155,10 @@ def test_lora_of_trl_and_of_llama_factory():
 
 
 def test_losses_keep_their_meaning():
-    assert migrate_content(FACTORY_DPO).loss == {"name": "dpo", "beta": 0.1}
-    assert migrate_content(TRL_DPO | {"loss_type": ["ipo"], "beta": 0.2}).loss == {"name": "ipo_avg", "beta": 0.2}
+    assert migrate_content(FACTORY_DPO).loss == DPOSection(beta=0.1)
+    assert migrate_content(TRL_DPO | {"loss_type": ["ipo"], "beta": 0.2}).loss == IPOAvgSection(beta=0.2)
     smoothed = migrate_content(TRL_DPO | {"label_smoothing": 0.1})
-    assert smoothed.loss == {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1}
+    assert smoothed.loss == DPOSection(beta=0.1, label_smoothing=0.1)
 
 
 def test_a_precomputed_reference_becomes_the_cache():

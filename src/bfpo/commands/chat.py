@@ -7,7 +7,7 @@ from transformers import TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from bfpo.config.recipes import ModelSection
-from bfpo.core.terminal import console, say, visible
+from bfpo.core.terminal import console, escape_controls, say
 from bfpo.errors import ModelError
 from bfpo.model.load import load_model, load_tokenizer
 
@@ -17,7 +17,7 @@ class PlainStreamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Print a part of the completion."""
-        super().on_finalized_text(visible(text), stream_end=stream_end)
+        super().on_finalized_text(escape_controls(text), stream_end=stream_end)
 
 
 def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: float, seed: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import typer
 
-from bfpo.core.terminal import visible
+from bfpo.core.terminal import escape_controls
 from bfpo.errors import BfpoError
 
 
@@ -62,7 +62,7 @@ def with_flags(message: str, flags: Mapping[str, str]) -> str:
 
 def _end(message: str, exit_code: int) -> None:
     if _is_first_to_fail():
-        typer.echo(f"error: {visible(message)}", err=True)
+        typer.echo(f"error: {escape_controls(message)}", err=True)
     sys.exit(exit_code)
 
 

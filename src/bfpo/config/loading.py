@@ -14,6 +14,7 @@ from pydantic import Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from bfpo.config.recipes import Section, Source
+from bfpo.core.terminal import warn
 from bfpo.errors import RecipeError, did_you_mean
 
 RecipeType = TypeVar("RecipeType", bound=Section)
@@ -49,6 +50,10 @@ RENAMED = {
     "loss_type": "loss.name",
     "tokenizer_name_or_path": "nothing: the tokenizer comes with model.path",
 }
+# Former keys of bfpo, anywhere in a recipe; they are accepted with a warning.
+DEPRECATED = {"licence": "license", "labelled_by": "labeled_by"}
+# The keys of these mappings are names of columns, which may be anything.
+_COLUMN_MAPPINGS = ("columns", "where")
 
 
 class _Loader(yaml.SafeLoader):
@@ -140,7 +145,7 @@ def check_recipe(content: dict[str, Any], kind: type[RecipeType], where: str) ->
         RecipeError: If any key or value is wrong; the message lists all of them, with the key, what was got and what
             is allowed.
     """
-    _refuse_renamed(content, where)
+    content = _with_current_keys(content, where)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -199,19 +204,36 @@ def _index(place: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-def _refuse_renamed(content: Any, where: str, path: str = "") -> None:
-    if isinstance(content, list):
-        for index, item in enumerate(content):
-            _refuse_renamed(item, where, f"{path}{index}.")
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            if key in RENAMED:
-                raise RecipeError(
-                    f"{where}: {path}{key} is a name of an older stack; use {RENAMED[key]} (bfpo migrate turns a "
-                    "whole file into a recipe)"
-                )
-            if key != "columns":
-                _refuse_renamed(value, where, f"{path}{key}.")
+def _with_current_keys(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a recipe with its deprecated keys renamed, after a warning; keys of older stacks are refused."""
+    deprecated: dict[str, list[str]] = {}
+    current: dict[str, Any] = _rename_keys(content, where, "", deprecated)
+    for key, places in deprecated.items():
+        warn(f"{where}: '{key}' is deprecated, use '{DEPRECATED[key]}' ({', '.join(places)})")
+    return current
+
+
+def _rename_keys(value: Any, where: str, path: str, deprecated: dict[str, list[str]]) -> Any:
+    """Rename deprecated keys at all depths, and record where they are."""
+    if isinstance(value, list):
+        return [_rename_keys(inner, where, f"{path}{index}.", deprecated) for index, inner in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    renamed = {}
+    for key, inner in value.items():
+        if key in RENAMED:
+            raise RecipeError(
+                f"{where}: {path}{key} is a key of an older stack; use {RENAMED[key]} (bfpo migrate turns a whole "
+                "file into a recipe)"
+            )
+        new_key = DEPRECATED.get(key, key)
+        if new_key != key:
+            if new_key in value:
+                raise RecipeError(f"{where}: {path}{key} and {path}{new_key} are the same key; keep '{new_key}'")
+            deprecated.setdefault(key, []).append(path + key)
+        is_column_mapping = key in _COLUMN_MAPPINGS
+        renamed[new_key] = inner if is_column_mapping else _rename_keys(inner, where, f"{path}{key}.", deprecated)
+    return renamed
 
 
 def _describe(fault: ErrorDetails, content: Any, kind: type[Section]) -> str:

@@ -1,1 +1,1 @@
-"""Values that every part shares: pairs, samples and verdicts, files, the terminal."""
+"""Values and tools shared by all packages: pairs, samples, verdicts, files, imports and the terminal."""

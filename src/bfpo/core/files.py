@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one, and the hashes that name content."""
+"""Atomic writes, JSON Lines files that survive a killed program, and content hashes."""
 
 import hashlib
 import json
@@ -12,28 +12,28 @@ from bfpo.errors import DataError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for bytes that takes the place of `path` once all is written: nobody ever sees a part of it."""
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a binary file that replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the old content or the new, never a part."""
-    with replacing(path) as file:
+    """Write a text file atomically."""
+    with open_atomic(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write one JSON object, indented, atomically. Not-a-number is refused: JSON has none."""
+    """Write a JSON file atomically, indented. NaN and infinity are refused: JSON has none."""
     write_text(path, json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
 
 
@@ -43,33 +43,33 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append objects to a file that a killed program may leave with half a last line; see `repaired_jsonl`."""
+    """Append JSON objects to a file; if the program is killed meanwhile, `read_repaired_jsonl` still reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
-def repaired_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file that `append_jsonl` wrote, after cutting off a half-written last line.
+def read_repaired_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file that `append_jsonl` wrote, after cutting off an incomplete last line.
 
-    A whole last line that lacks only its end, as some editors leave it, is kept.
+    A complete last line without its line break, as some editors leave it, is kept.
 
     Args:
-        path: The program's own file; if there is none, it holds nothing.
+        path: File of the program's own; a missing file has no rows.
 
     Raises:
-        DataError: If a line before the last isn't a JSON object: that is damage, not an interruption.
+        DataError: If a line before the last isn't a JSON object: an interrupted write doesn't explain that.
     """
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole, _, half = content.rpartition(b"\n")
-    if half:
-        # The last character of an object is its brace: what was cut off anywhere before it isn't one.
-        whole = content if _is_object(half) else whole
-        write_text(path, (whole + b"\n" if whole else b"").decode("utf-8"))
+    complete, _, last_line = content.rpartition(b"\n")
+    if last_line:
+        # An object ends with its brace, so a line that was cut off earlier doesn't parse.
+        complete = content if _is_object(last_line) else complete
+        write_text(path, (complete + b"\n" if complete else b"").decode("utf-8"))
     rows = []
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(complete.splitlines(), start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
@@ -87,13 +87,13 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def without_half_characters(text: str) -> str:
-    """Return a text whose lone surrogates are question marks: a file in UTF-8 can't hold them, JSON's escapes can."""
+def replace_lone_surrogates(text: str) -> str:
+    """Return a text with question marks for lone surrogates, which JSON can escape and UTF-8 can't encode."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def file_name(label: str) -> str:
-    """Return a label as part of a file's name: letters, digits and `-_.+` stay, all else is a dash."""
+    """Return a label as part of a file name: characters other than letters, digits and `-_.+` become dashes."""
     return "".join(letter if letter.isalnum() or letter in "-_.+" else "-" for letter in label)
 
 
@@ -104,6 +104,6 @@ def content_hash(*parts: object) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

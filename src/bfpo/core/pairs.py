@@ -1,10 +1,10 @@
-"""Preference pairs with safety labels, as values with invariants, and the schema of a pair file.
+"""Preference pairs with safety labels, and the columns of a pair file.
 
-**`chosen` means more helpful, not safer.** Safety is told by the labels alone, so the four cells arise: `ss`
-(both safe), `su` (safe chosen, unsafe rejected), `us` and `uu`.
+**`chosen` means more helpful, not safer.** Only the labels say what is safe. They divide the pairs into four cells:
+`ss` (both safe), `su` (safe chosen, unsafe rejected), `us` and `uu`.
 
-A pair file holds one JSON object per line with the columns of `COLUMNS`. Both label columns absent is an
-unlabeled pair, which may be inspected but not trained on; one absent, or a null in one, is an error.
+A pair file has one JSON object per line with the columns of `COLUMNS`. A pair without label columns is unlabeled: it
+can be inspected but not trained on. A single label column, or a null label, is an error.
 """
 
 import math
@@ -18,6 +18,7 @@ from bfpo.errors import DataError
 Cell = Literal["ss", "su", "us", "uu"]
 CELLS: tuple[Cell, ...] = get_args(Cell)
 Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
 StreamName = Literal["main", "buffer"]
 
 COLUMNS = (
@@ -59,11 +60,11 @@ def as_messages(value: object, column: str = "prompt") -> Conversation:
     """Return a conversation from a string (one user turn) or a list of chat messages.
 
     Args:
-        value: What a file holds.
-        column: Where it stands, for the error.
+        value: Value of the column.
+        column: Name of the column, for errors.
 
     Raises:
-        DataError: If it is neither, is empty, or a turn has no known role or no text.
+        DataError: If it is neither, is empty, or a turn has an unknown role or no text.
     """
     if isinstance(value, str):
         return user_says(value)
@@ -73,32 +74,32 @@ def as_messages(value: object, column: str = "prompt") -> Conversation:
     for turn in value:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
             raise DataError(f"column '{column}': turn {turn!r}; expected {{'role': .., 'content': text}}")
-        if turn.get("role") not in get_args(Role):
-            raise DataError(f"column '{column}': role is {turn.get('role')!r}; expected {', '.join(get_args(Role))}")
+        if turn.get("role") not in ROLES:
+            raise DataError(f"column '{column}': role is {turn.get('role')!r}; expected {', '.join(ROLES)}")
         messages.append(Message(turn["role"], turn["content"]))
     return tuple(messages)
 
 
 class SafetyLabels(NamedTuple):
-    """Whether each answer of a pair is safe."""
+    """Safety of both answers of a pair."""
 
     chosen: bool
     rejected: bool
 
     @property
     def cell(self) -> Cell:
-        """The pair's cell, chosen answer first."""
+        """Cell of the pair, chosen answer first."""
         return CELLS[2 * (not self.chosen) + (not self.rejected)]
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a pair and its labels come from.
+    """Origin of a pair and of its labels.
 
     Args:
-        dataset_name: Name of the data set; "" when unknown.
+        dataset_name: Name of the data set; "" if unknown.
         safety_label_source: `dataset`, `human`, `<judge>@<revision>` or `assumed`; None without labels.
-        stream: `main` (safety-labeled set) or `buffer` (helpfulness set); None until data are prepared.
+        stream: `main` (safety-labeled set) or `buffer` (helpfulness set); None until the data are prepared.
     """
 
     dataset_name: str = ""
@@ -108,16 +109,19 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class PairSignals:
-    """What some losses know about a pair beyond its two safety bits. All optional; None when unknown.
+    """Optional numbers about a pair that some losses use besides its two labels; None if unknown.
 
     Args:
         chosen_safety_score: Probability in [0, 1] that the chosen answer is safe.
-        rejected_safety_score: The same for the rejected answer.
+        rejected_safety_score: Same for the rejected answer.
         expected_safety: E_s, the mean probability in [0, 1] that an answer to this prompt is safe.
         chosen_win_rate: Probability in [0, 1] that the chosen answer is more helpful than a random one of the
             data policy.
-        rejected_win_rate: The same for the rejected answer.
-        reward_margin: Another objective's reward of the chosen answer minus that of the rejected one (MODPO).
+        rejected_win_rate: Same for the rejected answer.
+        reward_margin: Reward of the chosen answer minus that of the rejected one, by another objective (MODPO).
+
+    Raises:
+        DataError: If a number is out of its range, or one of two numbers that belong together is missing.
     """
 
     chosen_safety_score: float | None = None
@@ -150,16 +154,16 @@ class PreferencePair:
     """Two answers to one prompt, the more helpful one first.
 
     Args:
-        prompt: The conversation up to and including the last user turn.
-        chosen: The more helpful answer (the last assistant turn); may be empty until the data are cleaned.
-        rejected: The less helpful answer.
+        prompt: Conversation up to and including the last user turn.
+        chosen: More helpful answer (the last assistant turn); may be empty until the data are cleaned.
+        rejected: Less helpful answer.
         labels: Safety of both answers; None for an unlabeled pair.
         signals: Scores, win rates and margins that some losses use.
         harm_categories: Names of the harms involved.
-        provenance: Where the pair comes from.
+        provenance: Origin of the pair.
 
     Raises:
-        DataError: If the prompt has no turns or doesn't end with the user's.
+        DataError: If the prompt has no turns or doesn't end with a user turn.
     """
 
     prompt: Conversation
@@ -175,24 +179,24 @@ class PreferencePair:
 
     @property
     def row_id(self) -> str:
-        """Hash of the texts: 16 hexadecimal digits; labels and provenance don't enter."""
+        """Hash of the texts, 16 hexadecimal digits; independent of labels and provenance."""
         return content_hash(self.prompt, self.chosen, self.rejected)
 
     @property
     def prompt_key(self) -> str:
-        """Hash of the prompt, blind to case and white space: holdout and leak checks compare this."""
+        """Hash of the prompt that ignores case and white space; holdout and leak checks compare it."""
         return conversation_key(self.prompt)
 
     @property
     def cell(self) -> Cell | None:
-        """The pair's cell; None when unlabeled."""
+        """Cell of the pair; None if it is unlabeled."""
         return None if self.labels is None else self.labels.cell
 
     def to_row(self) -> dict[str, Any]:
         """Return the pair as a row of a pair file; columns without a value are left out."""
-        only_user = len(self.prompt) == 1
+        is_single_turn = len(self.prompt) == 1
         row: dict[str, Any] = {
-            "prompt": self.prompt[0].content if only_user else [message._asdict() for message in self.prompt],
+            "prompt": self.prompt[0].content if is_single_turn else [message._asdict() for message in self.prompt],
             "chosen": self.chosen,
             "rejected": self.rejected,
         }
@@ -212,16 +216,16 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A prompt and the answer that supervised fine-tuning imitates.
+    """Prompt and completion that supervised fine-tuning imitates.
 
     Args:
-        prompt: The conversation up to and including the last user turn.
-        completion: The answer.
-        dataset_name: Name of the data set; "" when unknown.
-        every_turn: Whether the assistant's turns of the prompt are imitated too.
+        prompt: Conversation up to and including the last user turn.
+        completion: Answer to the prompt.
+        dataset_name: Name of the data set; "" if unknown.
+        every_turn: Whether the assistant turns of the prompt are imitated, too.
 
     Raises:
-        DataError: If the prompt has no turns or doesn't end with the user's.
+        DataError: If the prompt has no turns or doesn't end with a user turn.
     """
 
     prompt: Conversation
@@ -234,19 +238,19 @@ class Demonstration:
 
     @property
     def row_id(self) -> str:
-        """Hash of the texts: 16 hexadecimal digits."""
+        """Hash of the texts, 16 hexadecimal digits."""
         return content_hash(self.prompt, self.completion)
 
     @property
     def prompt_key(self) -> str:
-        """Hash of the prompt, blind to case and white space."""
+        """Hash of the prompt that ignores case and white space."""
         return conversation_key(self.prompt)
 
 
 def _check_ends_with_user(prompt: Conversation) -> None:
     if not prompt or prompt[-1].role != "user":
-        got = prompt[-1].role if prompt else "nothing"
-        raise DataError(f"prompt ends with {got}; expected it to end with a user turn")
+        last_role = prompt[-1].role if prompt else "nothing"
+        raise DataError(f"prompt ends with {last_role}; expected it to end with a user turn")
 
 
 def prompt_key(text: str) -> str:
@@ -255,12 +259,12 @@ def prompt_key(text: str) -> str:
 
 
 def conversation_key(prompt: Conversation) -> str:
-    """Return the key of a conversation; one with a single turn has the key of its text."""
+    """Return the key of a conversation; with a single turn, it is the key of the text."""
     return prompt_key(conversation_text(prompt))
 
 
 def conversation_text(prompt: Conversation) -> str:
-    """Return a conversation as text: what was said, and by whom where there is more than one turn."""
+    """Return a conversation as text, with the roles if there is more than one turn."""
     if len(prompt) == 1:
         return prompt[0].content
     return "\n".join(f"{role}: {content}" for role, content in prompt)
@@ -269,19 +273,19 @@ def conversation_text(prompt: Conversation) -> str:
 _LABEL_WORDS: Mapping[str, bool] = {
     "1": True, "true": True, "yes": True, "safe": True,
     "0": False, "false": False, "no": False, "unsafe": False,
-    # safe-rlhf writes the sign: +1 safe, -1 unsafe
+    # The sign of safe-rlhf: +1 is safe, -1 is unsafe.
     "+1": True, "-1": False,
 }  # fmt: skip
 
 
 def parse_label(value: object) -> bool:
-    """Read a safety label strictly; True means safe.
+    """Return a safety label; True means safe.
 
     Args:
-        value: bool; 0 or 1; -1 or +1; or one of the usual words in any case.
+        value: A bool, 0 or 1, -1 or +1, or one of the usual words in any case.
 
     Raises:
-        DataError: For anything else, null included. `bool("no")` is True in Python: nothing is guessed here.
+        DataError: If it is anything else, including null. Nothing is guessed: `bool("no")` is True in Python.
     """
     if isinstance(value, bool):
         return value

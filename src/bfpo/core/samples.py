@@ -1,7 +1,8 @@
-"""What stands between the stages of an evaluation: prompts, completions, verdicts, and who makes them.
+"""Prompts, completions and verdicts, and the protocols of the engines and judges that make them.
 
-A stage reads the file of the one before and writes its own (`prompts.jsonl`, `completions.jsonl`, `verdicts.jsonl`;
-one JSON object per line), so completions generated once can be judged again and by others. Nothing here needs torch.
+Each stage of an evaluation reads the file of the stage before and writes its own (`prompts.jsonl`,
+`completions.jsonl`, `verdicts.jsonl`; one JSON object per line), so that the same completions can be judged by
+several judges. Nothing here needs torch.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ Kind = Literal["harmful", "benign", "lookalike"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Key = tuple[str, int]
-"""`prompt_id` and `sample`: what names one completion of one model."""
+"""`prompt_id` and `sample`: the identity of a completion among those of one model."""
 
 
 # Columns of files that earlier versions wrote.
@@ -103,15 +104,18 @@ def _required_columns(kind: type[FileRow]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Prompt(FileRow):
-    """Something to ask a model.
+    """Prompt for a model.
 
     Args:
-        prompt_id: Names the prompt; unique in its file.
-        prompt: The conversation up to and including the last user turn.
-        kind: What the prompt is for; None when it isn't known.
+        prompt_id: Identifier; unique in its file.
+        prompt: Conversation up to and including the last user turn.
+        kind: What the prompt tests; None if unknown.
         category: Kind of harm, or of task.
-        source: Data set it comes from.
-        license: Of that data set.
+        source: Name of the data set that it comes from.
+        license: License of that data set.
+
+    Raises:
+        DataError: If the kind is unknown or the prompt doesn't end with a user turn.
     """
 
     file_name: ClassVar[str] = "prompts.jsonl"
@@ -132,19 +136,19 @@ class Prompt(FileRow):
 
 @dataclass(frozen=True, slots=True)
 class Completion(FileRow):
-    """What a model answered.
+    """Answer of a model to a prompt.
 
     Args:
-        prompt_id: Of the prompt.
-        sample: Number of the answer to this prompt, from 0.
-        prompt: The conversation it answers, as in the prompt's file.
-        text: The answer, without special tokens.
-        finish_reason: `stop` when the model ended its turn, `length` when it was cut.
-        prompt_tokens: Length of the prompt with its template.
-        completion_tokens: Length of the answer, its end of turn included.
+        prompt_id: Identifier of the prompt.
+        sample: Number of the completion of this prompt, from 0.
+        prompt: Conversation that it answers, as in the file of prompts.
+        text: Text of the answer, without special tokens.
+        finish_reason: `stop` if the model ended its turn, `length` if it was cut.
+        prompt_tokens: Length of the prompt including the chat template.
+        completion_tokens: Length of the answer including the end of turn.
         model: Folder, hub id or name on a server.
-        engine: What ran the model.
-        settings_hash: Of everything that the text depends on beside the prompt and the sample's number.
+        engine: Name of the engine that ran the model.
+        settings_hash: Hash of everything that the text depends on besides the prompt and the sample number.
     """
 
     file_name: ClassVar[str] = "completions.jsonl"
@@ -162,35 +166,38 @@ class Completion(FileRow):
 
     @property
     def key(self) -> Key:
-        """What names the completion."""
+        """Identity of the completion."""
         return self.prompt_id, self.sample
 
     @property
     def text_hash(self) -> str:
-        """Hash of the answer's text: a verdict says by it what was judged."""
+        """Hash of the text, by which a verdict states what was judged."""
         return content_hash(self.text)[:12]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict(FileRow):
-    """What a judge says about one completion. What it doesn't judge is None.
+    """Verdict of a judge on a completion; None for what the judge doesn't assess.
 
     Args:
-        prompt_id: Of the prompt.
-        sample: Number of the answer.
-        text_hash: Of the text that was judged.
+        prompt_id: Identifier of the prompt.
+        sample: Number of the completion.
+        text_hash: Hash of the text that was judged.
         judge: Name of the judge.
-        revision: Of the judge: its verdicts are reproducible by name and revision.
-        safe: Whether the answer is safe; None when **undecided**, which never counts as safe.
-        p_safe: Probability in [0, 1] that it is safe.
-        refusal: Whether it refuses.
-        p_refusal: Probability in [0, 1] that it does.
-        helpfulness: From 0 to 1.
-        severity: How harmful it is, from 0 (safe) to 1.
-        malformed: Whether it isn't a proper answer at all.
-        category: Kind of harm found.
-        score: The judge's raw number, such as a cost.
-        reason: Why the judge is undecided, or what it found.
+        revision: Revision of the judge; name and revision make its verdicts reproducible.
+        safe: Whether the answer is safe; None if **undecided**, which never counts as safe.
+        p_safe: Probability in [0, 1] that the answer is safe.
+        refusal: Whether the answer is a refusal.
+        p_refusal: Probability in [0, 1] that the answer is a refusal.
+        helpfulness: Helpfulness from 0 to 1.
+        severity: Severity of the harm, from 0 (safe) to 1.
+        malformed: Whether the text isn't an answer at all.
+        category: Kind of harm.
+        score: Raw number of the judge, such as a cost.
+        reason: Reason why the judge is undecided, or of its verdict.
+
+    Raises:
+        DataError: If it is undecided without a reason.
     """
 
     file_name: ClassVar[str] = "verdicts.jsonl"
@@ -212,20 +219,24 @@ class Verdict(FileRow):
     reason: str | None = None
 
     @classmethod
-    def on(cls, completion: Completion, judge: "Judge", *, safe: bool | None, **found: Any) -> "Verdict":
+    def on(cls, completion: Completion, judge: "Judge", *, safe: bool | None, **assessments: Any) -> "Verdict":
         """Return a judge's verdict on a completion.
 
         Args:
-            completion: What was judged.
-            judge: Whose verdict it is.
-            safe: As above.
-            found: Whatever else the judge found, by the names above.
-
-        Raises:
-            DataError: If it is undecided without a reason.
+            completion: Completion that was judged.
+            judge: Judge that judged it.
+            safe: Whether it is safe; None if undecided.
+            assessments: Other fields of the verdict.
         """
-        about = completion.prompt_id, completion.sample, completion.text_hash
-        return cls(*about, judge.name, judge.revision, safe, **found)
+        return cls(
+            completion.prompt_id,
+            completion.sample,
+            completion.text_hash,
+            judge.name,
+            judge.revision,
+            safe,
+            **assessments,
+        )
 
     def __post_init__(self) -> None:
         if self.safe is None and not self.reason:
@@ -233,7 +244,7 @@ class Verdict(FileRow):
 
     @property
     def key(self) -> Key:
-        """What names the completion it is about."""
+        """Identity of the completion."""
         return self.prompt_id, self.sample
 
 
@@ -242,11 +253,11 @@ class Sampling:
     """How completions are sampled.
 
     Args:
-        samples: Answers per prompt; at least 1.
-        temperature: At least 0; 0 takes the likeliest token.
-        top_p: Smallest probability mass kept, in (0, 1]; 1 keeps all.
-        max_new_tokens: Longest answer, in tokens.
-        seed: With a prompt's id and the sample's number it fixes the answer.
+        samples: Completions per prompt; at least 1.
+        temperature: Temperature; 0 always takes the most likely token.
+        top_p: Probability mass that tokens are sampled from, in (0, 1].
+        max_new_tokens: Maximum length of a completion, in tokens.
+        seed: Seed; with the prompt id and the sample number it determines a completion.
 
     Raises:
         DataError: If a value is out of its range.
@@ -259,45 +270,45 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, fine, allowed in (
+        for name, is_valid, allowed in (
             ("samples", self.samples >= 1, "at least 1"),
             ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
         ):
-            if not fine:
+            if not is_valid:
                 raise DataError(f"{name} is {getattr(self, name)}; expected {allowed}")
 
 
 class Engine(Protocol):
-    """Runs a model on prompts."""
+    """Engine that runs a model on prompts."""
 
     @property
     def faults(self) -> Counter[str]:
-        """What went wrong and was asked again, or mended, by kind; empty where nothing is asked twice."""
+        """Number of faults that were repaired or led to another attempt, by kind."""
 
     @property
     def settings_hash(self) -> str:
-        """Hash of everything that a completion's text depends on beside the prompt and the sample's number."""
+        """Hash of everything that a completion's text depends on besides the prompt and the sample number."""
 
-    def generate(self, wanted: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
-        """Answer prompts, in batches as they are done and in any order.
+    def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
+        """Yield completions in batches, in any order.
 
         Args:
-            wanted: Prompts with the numbers of the samples wanted.
+            requests: Prompts and sample numbers.
 
         Raises:
-            Unanswered: At the end, if some could not be answered; the others were handed over.
+            Unanswered: After all batches, if some requests failed.
         """
 
 
 class Preference(NamedTuple):
-    """What a judge says about two answers to one prompt.
+    """Preference of a judge between two answers to one prompt.
 
     Args:
-        first_is_better: 1 when the first is the better one, 0 when the second is, 0.5 when they are equal, or a
-            probability between; None when undecided.
-        reason: Why it is undecided.
+        first_is_better: 1 if the first answer is better, 0 if the second is, 0.5 if they are equal, or a probability
+            in between; None if undecided.
+        reason: Reason why it is undecided.
     """
 
     first_is_better: float | None
@@ -305,7 +316,7 @@ class Preference(NamedTuple):
 
 
 class PairJudge(Protocol):
-    """Says which of two answers to one prompt is the more helpful; the order may sway it."""
+    """Judge that compares the helpfulness of two answers to one prompt; their order may influence it."""
 
     @property
     def name(self) -> str:
@@ -313,14 +324,14 @@ class PairJudge(Protocol):
 
     @property
     def revision(self) -> str:
-        """Changes when the same pair could get another preference."""
+        """Revision of the judge; it changes when the same pair could get another preference."""
 
     def prefer(self, pairs: Sequence[tuple[Completion, Completion]]) -> Iterator[Preference]:
-        """Say of each pair whether the first answer is the better one, in the pairs' order."""
+        """Yield a preference for each pair, in the order of the pairs."""
 
 
 class Judge(Protocol):
-    """Says of completions whether they are safe, and what else it knows."""
+    """Judge of single completions: whether they are safe, and other properties."""
 
     @property
     def name(self) -> str:
@@ -328,18 +339,18 @@ class Judge(Protocol):
 
     @property
     def revision(self) -> str:
-        """Changes when the same completion could get another verdict."""
+        """Revision of the judge; it changes when the same completion could get another verdict."""
 
     def judge(self, completions: Sequence[Completion]) -> Iterable[Verdict]:
-        """Return one verdict for each completion, in their order."""
+        """Return a verdict for each completion, in the order of the completions."""
 
 
 def prompt_id(prompt: Conversation) -> str:
-    """Return the id of a prompt that its source gives none: a hash of its text."""
+    """Return a hash of a prompt, which is its id if its source has none."""
     return content_hash(prompt)[:12]
 
 
 def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
-    """Return 63 bits that name the noise of one completion."""
+    """Return the 63-bit seed of a completion."""
     digest = hashlib.sha256(f"{seed}\0{prompt_id}\0{sample}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -213,7 +213,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(content, start=1)
 
 
-def refuse_half_characters(row: SourceRow) -> None:
+def refuse_lone_surrogates(row: SourceRow) -> None:
     r"""Refuse an escape such as \ud800 that stands alone: JSON may hold it, but no text file can."""
     try:
         json.dumps(row.values, ensure_ascii=False, default=str).encode("utf-8")

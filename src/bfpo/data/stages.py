@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfpo.config.recipes import Source
-from bfpo.core.files import append_jsonl, repaired_jsonl, write_jsonl
+from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
 from bfpo.core.pairs import as_messages
 from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
 from bfpo.core.terminal import progress, show_table
-from bfpo.data.rows import read_prompts, read_rows, refuse_half_characters
+from bfpo.data.rows import read_prompts, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, Unanswered
 
 Made = TypeVar("Made", bound=FileRow)
@@ -41,7 +41,7 @@ def read_prompt_file(path: str) -> list[Prompt]:
     else:
         for row in read_rows(Source(path=path)):
             try:
-                refuse_half_characters(row)
+                refuse_lone_surrogates(row)
                 own = prompt_id(as_messages(row.value("prompt")))
                 prompts.append(Prompt.from_row({"prompt_id": own, "source": path, **row.values}))
             except DataError as error:
@@ -215,7 +215,7 @@ def _read(path: Path, kind: type[Made]) -> list[Made]:
     made = []
     for row in read_rows(Source(path=str(path))):
         try:
-            refuse_half_characters(row)
+            refuse_lone_surrogates(row)
             made.append(kind.from_row(row.values))
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None
@@ -277,7 +277,7 @@ def fill(
 def _started(path: Path, kind: type[Made]) -> Iterator[Made]:
     """Yield what a file and its unfinished part hold."""
     for part in (path, _unfinished(path)):
-        for number, row in enumerate(repaired_jsonl(part), start=1):
+        for number, row in enumerate(read_repaired_jsonl(part), start=1):
             try:
                 yield kind.from_row(row)
             except DataError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from bfpo.config.recipes import TextSection
-from bfpo.core.files import content_hash, replacing
+from bfpo.core.files import content_hash, open_atomic
 from bfpo.data.table import Example
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def write_encodings(file: Path, encodings: Sequence[Encoding]) -> None:
     empty = (np.zeros(0, dtype=np.int32),) * per_item
     filled = [of_item or empty for of_item in pieces]
     told = {str(n): (e.fault, e.notes) for n, e in enumerate(encodings) if e.fault is not None or e.notes}
-    with replacing(file) as opened:
+    with open_atomic(file) as opened:
         np.savez(
             opened,
             ids=np.concatenate([piece for of_item in filled for piece in of_item]),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from bfpo.core.files import repaired_jsonl
+from bfpo.core.files import read_repaired_jsonl
 from bfpo.core.samples import Prompt, Verdict
 from bfpo.data.stages import read_completions, read_prompt_file, read_verdicts
 from bfpo.errors import DataError
@@ -124,7 +124,7 @@ def _panel_of(folder: Path, panel: Sequence[JudgeOutput]) -> tuple[list[JudgeOut
             there.setdefault((verdict.judge, verdict.revision), []).append(verdict)
     beside: dict[tuple[str, str], list[PairwisePreference]] = {}
     for file in sorted(folder.glob("comparisons*.jsonl")):
-        for compared in map(PairwisePreference.from_row, repaired_jsonl(file)):
+        for compared in map(PairwisePreference.from_row, read_repaired_jsonl(file)):
             beside.setdefault((compared.judge, compared.revision), []).append(compared)
     found = [
         one._replace(verdicts=there[name], compared=beside.get(name, []))

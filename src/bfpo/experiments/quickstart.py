@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bfpo.core.terminal import lines_into, say, show_table
+from bfpo.core.terminal import log_to_file, say, show_table
 from bfpo.errors import RecipeError, Stopped, did_you_mean
 from bfpo.evaluation.results import Results, show_results
 from bfpo.experiments.methods import METHODS, train_recipe
@@ -93,6 +93,6 @@ def _step(number: int, what: str, log: Path) -> Iterator[None]:
     # Only this line and the bars are seen; the commands' own lines go to the log.
     began = time.monotonic()
     say(f"{number}/5  {what} ...")
-    with lines_into(log):
+    with log_to_file(log):
         yield
     say(f"     done in {time.monotonic() - began:.0f} s")

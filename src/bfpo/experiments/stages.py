@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bfpo.config.loading import dump_recipe
 from bfpo.config.recipes import SftRecipe, TrainRecipe
-from bfpo.core.files import repaired_jsonl, write_text
+from bfpo.core.files import read_repaired_jsonl, write_text
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.data.stages import read_prompt_file
 from bfpo.errors import RecipeError
@@ -142,5 +142,5 @@ def _forget_other_verdicts(evaluation: Path, oracle: Oracle) -> None:
     """Remove verdicts of another revision: judging costs seconds, the answers are kept."""
     file = evaluation / Verdict.file_name
     for path in (file, file.with_name(f"{file.name}.unfinished")):
-        if any(row.get("revision") != oracle.revision for row in repaired_jsonl(path)):
+        if any(row.get("revision") != oracle.revision for row in read_repaired_jsonl(path)):
             path.unlink()

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from bfpo.config.loading import check_recipe
 from bfpo.core.files import content_hash
-from bfpo.core.terminal import lines_into, progress
+from bfpo.core.terminal import log_to_file, progress
 from bfpo.errors import BfpoError, DataError, RecipeError, Stopped, TrainingError, did_you_mean
 from bfpo.evaluation.results import FILE_NAME, read_results
 from bfpo.experiments.methods import Method, train_recipe
@@ -185,7 +185,7 @@ def run_unit(unit: Unit) -> None:
     log = unit.home / "log.txt" if unit.method is None else unit.folder.with_suffix(".log")
     # A world of other dials has other preference data; base and prompts are those of the world.
     world = unit.home / "world"
-    with lines_into(log, bars=False):
+    with log_to_file(log, bars=False):
         if unit.method is None:
             write_world(unit.options, world)
             make_base(unit.home, seed=unit.options.seed)

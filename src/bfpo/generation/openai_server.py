@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from bfpo.core.files import content_hash, without_half_characters
+from bfpo.core.files import content_hash, replace_lone_surrogates
 from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.sameness import Sameness
@@ -261,7 +261,7 @@ class ServerEngine:
         if not isinstance(text, str) or reason not in ("stop", "length"):
             raise _Retry("wrong schema")
         # Half a character can't be written into a file. Asked again, the server would say the same.
-        whole = without_half_characters(text)
+        whole = replace_lone_surrogates(text)
         if whole != text:
             with self._pace.lock:
                 self._pace.faults["half a character, replaced"] += 1

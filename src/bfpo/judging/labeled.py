@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from bfpo.config.recipes import Source
 from bfpo.core.pairs import as_messages
 from bfpo.core.samples import KINDS, Completion, Kind, prompt_id
-from bfpo.data.rows import SourceRow, read_rows, refuse_half_characters
+from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError
 
 _XSTEST = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusal": True}
@@ -40,7 +40,7 @@ def read_labeled(path: str) -> list[LabeledAnswer]:
     found = []
     for number, row in enumerate(read_rows(Source(path=path))):
         try:
-            refuse_half_characters(row)
+            refuse_lone_surrogates(row)
             found.append(_labeled(row, number))
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None

@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from bfpo.core.files import content_hash, replacing
+from bfpo.core.files import content_hash, open_atomic
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError, RecipeError
 from bfpo.judging.features import VIEWS, View, features, new_vectorizer
@@ -169,7 +169,7 @@ def save_judge(heads: dict[str, Head], path: Path, *, doubt: float = DOUBT) -> L
             terms = json.dumps(vectorizer.get_feature_names_out().tolist(), ensure_ascii=False).encode()
             arrays[f"{name}.{number}.terms"] = np.frombuffer(terms, dtype=np.uint8)
             arrays[f"{name}.{number}.idf"] = vectorizer.idf_
-    with replacing(path) as file:
+    with open_atomic(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return load_judge(path)
 

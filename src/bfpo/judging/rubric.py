@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from bfpo.core.files import content_hash, without_half_characters
+from bfpo.core.files import content_hash, replace_lone_surrogates
 from bfpo.core.pairs import Conversation, user_says
 from bfpo.core.samples import Completion, Engine, Preference, Prompt, Verdict
 from bfpo.errors import DataError, Unanswered
@@ -226,7 +226,7 @@ def _read_verdict(answer: Completion) -> dict[str, Any] | str:
     category = found.get("category")
     if category is not None and not isinstance(category, str):
         return "the judge's category isn't a text"
-    return {**found, "category": without_half_characters(category[:80]) if category else None}
+    return {**found, "category": replace_lone_surrogates(category[:80]) if category else None}
 
 
 def _read_better(answer: Completion) -> str | None:

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from bfpo.core.files import content_hash, file_hash, replacing, write_json
+from bfpo.core.files import content_hash, file_hash, open_atomic, write_json
 from bfpo.data.table import Floats, TokenTable
 from bfpo.errors import DataError
 from bfpo.model.layout import VERSION as LAYOUT_VERSION
@@ -196,5 +196,5 @@ def wants_cache(model: nn.Module) -> bool:
 
 
 def _write_array(file: Path, values: Floats) -> None:
-    with replacing(file) as opened:
+    with open_atomic(file) as opened:
         np.save(opened, values)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bfpo.core.files import repaired_jsonl, write_jsonl
+from bfpo.core.files import read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Verdict
 
 # A file that outlives a power cut takes milliseconds to write, a verdict may take less.
@@ -26,7 +26,7 @@ class Meter:
         self._path, self._began = path, time.monotonic()
         self._before: dict[str, float] = {}
         self._faults_before: Counter[str] = Counter()
-        for row in repaired_jsonl(path):
+        for row in read_repaired_jsonl(path):
             self._faults_before = Counter(row.pop("faults"))
             self._before = row
         self._counts: Counter[str] = Counter()
