@@ -9,16 +9,32 @@ from .fake_runs import change_results, write_runs
 from .page import Report, draw
 
 
+def copy_runs(folders: list[Path], target: Path) -> list[Path]:
+    return [shutil.copytree(folder, target / folder.name) for folder in folders]
+
+
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory) -> list[Path]:
     """Folders of a baseline and of a run trained from it; tests only read them."""
     return write_runs(tmp_path_factory.mktemp("pristine"))
 
 
+@pytest.fixture(scope="session")
+def pristine_small(tmp_path_factory) -> list[Path]:
+    """The same with few prompts; tests only read them."""
+    return write_runs(tmp_path_factory.mktemp("small"), count=8)
+
+
 @pytest.fixture
 def runs(tmp_path, pristine) -> list[Path]:
-    """The same, copied for one test, which may change them."""
-    return [shutil.copytree(folder, tmp_path / "runs" / folder.name) for folder in pristine]
+    """Folders of a baseline and of a run trained from it, copied for one test, which may change them."""
+    return copy_runs(pristine, tmp_path / "runs")
+
+
+@pytest.fixture
+def small_runs(tmp_path, pristine_small) -> list[Path]:
+    """The same with few prompts."""
+    return copy_runs(pristine_small, tmp_path / "runs")
 
 
 @pytest.fixture(scope="session")
@@ -34,11 +50,11 @@ def two_runs(tmp_path_factory, pristine) -> Report:
 
 
 @pytest.fixture(scope="session")
-def twelve_runs(tmp_path_factory, pristine) -> Report:
+def twelve_runs(tmp_path_factory, pristine_small) -> Report:
     """The report of twelve runs; tests only read it."""
     folder = tmp_path_factory.mktemp("twelve")
     runs = []
     for index in range(12):
-        runs.append(shutil.copytree(pristine[index % 2], folder / f"run-{index}"))
+        runs.append(shutil.copytree(pristine_small[index % 2], folder / f"run-{index}"))
         change_results(runs[-1], run=f"step-{index}")
     return draw(folder / "report", runs)

@@ -149,9 +149,9 @@ def write_training(folder: Path, command: str, loss: dict | None, *, steps: int 
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_runs(folder: Path) -> list[Path]:
-    """Write a fine-tuned baseline and a run that BFPO trained from it; return their folders."""
-    prompts = make_prompts()
+def write_runs(folder: Path, count: int = 40) -> list[Path]:
+    """Write a fine-tuned baseline and a run that BFPO trained from it, with `count` prompts of each kind."""
+    prompts = make_prompts(count)
     before = judge_prompts(prompts, safe=0.3, helpful=0.75, refusing=0.05, seed=1)
     after = judge_prompts(prompts, safe=0.9, helpful=0.85, refusing=0.3, seed=2)
     baseline, trained = folder / "base", folder / "bfpo"

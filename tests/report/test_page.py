@@ -48,12 +48,12 @@ def test_summary_reports_the_numbers(two_runs):
     assert "do not include the variation between training seeds" in prose
 
 
-def test_summary_reports_changes_for_the_worse(tmp_path, runs):
-    comparisons = read_content(runs[1])["comparisons"]
+def test_summary_reports_changes_for_the_worse(tmp_path, small_runs):
+    comparisons = read_content(small_runs[1])["comparisons"]
     for comparison in comparisons:
         comparison["verdict"] = comparison["verdict"] and "worse"
-    change_results(runs[1], comparisons=comparisons)
-    prose = draw(tmp_path / "out", runs).page.prose
+    change_results(small_runs[1], comparisons=comparisons)
+    prose = draw(tmp_path / "out", small_runs).page.prose
     assert "bfpo is less safe and less helpful than base." in prose
     assert "Also worse: severity on harmful prompts" in prose
     assert "distinguishably worse" not in prose
@@ -71,14 +71,14 @@ def test_every_metric_is_in_the_table_with_its_interval(two_runs):
     assert all(label in prose for label in ("Over-refusal", "Severity", "Malformed", "Cut off"))
 
 
-def test_texts_of_models_and_files_are_escaped(tmp_path, runs):
-    change_results(runs[0], run=SCRIPT, model=HOSTILE, judges=[{"name": HOSTILE, "revision": "x"}])
+def test_texts_of_models_and_files_are_escaped(tmp_path, small_runs):
+    change_results(small_runs[0], run=SCRIPT, model=HOSTILE, judges=[{"name": HOSTILE, "revision": "x"}])
     # With only the prompt whose texts are hostile, that prompt is always among those shown.
-    for folder in runs:
+    for folder in small_runs:
         for name in ("prompts", "completions", "verdicts"):
             path = folder / "evaluation" / f"{name}.jsonl"
             path.write_text("".join(f"{line}\n" for line in read_lines(path) if "harmful-000" in line))
-    page = draw(tmp_path / "out", runs, title=HOSTILE, note=HOSTILE).page
+    page = draw(tmp_path / "out", small_runs, title=HOSTILE, note=HOSTILE).page
     assert [tag for tag, _ in page.tags if tag in ("script", "img")] == ["script"]
     assert "{{ 7*7 }}" in page.text
     # Title twice, note, model, judge, recipes, prompt, and two answers.
@@ -135,13 +135,13 @@ def test_labels_and_curves_come_from_the_training_record(two_runs):
     assert prose.count("loss of each stream") >= 1
 
 
-def test_loss_without_a_label_table_is_described(tmp_path, runs):
-    write_training(runs[1], "train", {"name": "dpo", "beta": 0.1})
-    prose = draw(tmp_path / "out", runs).page.prose
+def test_loss_without_a_label_table_is_described(tmp_path, small_runs):
+    write_training(small_runs[1], "train", {"name": "dpo", "beta": 0.1})
+    prose = draw(tmp_path / "out", small_runs).page.prose
     assert "trained with the loss dpo, which has no label table" in prose
     assert "this loss has no target" in prose
-    write_training(runs[1], "train", {"name": "somewhere:Loss"})
-    assert "a custom loss" in draw(tmp_path / "out", runs).page.prose
+    write_training(small_runs[1], "train", {"name": "somewhere:Loss"})
+    assert "a custom loss" in draw(tmp_path / "out", small_runs).page.prose
     assert "somewhere" not in sys.modules
 
 
@@ -154,13 +154,14 @@ def test_one_run_is_shown_without_comparisons(one_run):
     assert 'id="model-comparisons"' not in one_run.html
 
 
-def test_several_runs_are_on_one_plane(tmp_path, runs):
-    prompts = make_prompts()
-    baseline = judge_prompts(prompts, safe=0.3, helpful=0.75, refusing=0.05, seed=1)
-    for name, seed in (("dpo", 3), ("bfpo", 4), ("safe_dpo", 5)):
-        folder = runs[0].parent / f"more-{name}"
-        pairs = judge_prompts(prompts, safe=0.5, helpful=0.1 * seed, refusing=0.3, seed=seed)
-        write_evaluation(folder, name, prompts, pairs, baseline=baseline)
+def test_several_runs_are_on_one_plane(tmp_path, small_runs):
+    runs = list(small_runs)
+    for name, helpfulness in (("dpo", 0.3), ("bfpo", 0.4), ("safe_dpo", 0.5)):
+        folder = shutil.copytree(small_runs[1], small_runs[0].parent / f"more-{name}")
+        metrics = read_content(folder)["metrics"]
+        (row,) = [row for row in metrics if (row["task"], row["metric"]) == ("benign", "helpfulness")]
+        row |= {"value": helpfulness, "low": helpfulness - 0.05, "high": helpfulness + 0.05}
+        change_results(folder, run=name, metrics=metrics)
         runs.append(folder)
     report = draw(tmp_path / "out", runs)
     # Two runs are called bfpo: their folders distinguish them.
@@ -175,13 +176,13 @@ def test_twelve_runs_are_rows(twelve_runs):
     page = twelve_runs.page
     assert [tag for tag, _ in page.tags if tag == "table"]
     assert "step-11" in page.prose
-    assert page.prose.count("Over-refusal lower is better; 40 prompts") >= 1
+    assert page.prose.count("Over-refusal lower is better; 8 prompts") >= 1
 
 
-def test_missing_parts_are_left_out(tmp_path, runs):
+def test_missing_parts_are_left_out(tmp_path, small_runs):
     bare = tmp_path / "bare"
     bare.mkdir()
-    shutil.copy(runs[1] / "evaluation" / "results.json", bare)
+    shutil.copy(small_runs[1] / "evaluation" / "results.json", bare)
     page = draw(tmp_path / "out", [bare]).page
     assert "Learning curves" not in page.text
     assert "label" not in page.prose.lower()
@@ -189,11 +190,11 @@ def test_missing_parts_are_left_out(tmp_path, runs):
     assert "no run.json" in page.prose
 
 
-def test_missing_numbers_are_dashes(tmp_path, runs):
-    metrics = read_content(runs[1])["metrics"]
+def test_missing_numbers_are_dashes(tmp_path, small_runs):
+    metrics = read_content(small_runs[1])["metrics"]
     metrics[0] |= {"value": None, "low": None, "high": None}
-    change_results(runs[1], metrics=metrics, comparisons=[])
-    prose = draw(tmp_path / "out", runs).page.prose
+    change_results(small_runs[1], metrics=metrics, comparisons=[])
+    prose = draw(tmp_path / "out", small_runs).page.prose
     assert "Safety share of answers judged safe; undecided answers count as not safe; higher is better" in prose
     assert f" {MISSING} " in prose
     assert "Not drawn, because one of the two numbers is missing: bfpo." in prose
@@ -221,34 +222,34 @@ def test_csv_tables_contain_unrounded_numbers(two_runs):
     assert {(row["run"], row["against"]) for row in rows} == {("bfpo", "base")}
 
 
-def test_different_judges_are_flagged(tmp_path, runs):
-    change_results(runs[1], judges=[{"name": "another", "revision": "1"}])
-    assert "judged by different judges" in draw(tmp_path / "out", runs).page.prose
+def test_different_judges_are_flagged(tmp_path, small_runs):
+    change_results(small_runs[1], judges=[{"name": "another", "revision": "1"}])
+    assert "judged by different judges" in draw(tmp_path / "out", small_runs).page.prose
 
 
-def test_lone_surrogates_are_shown_escaped(tmp_path, runs):
+def test_lone_surrogates_are_shown_escaped(tmp_path, small_runs):
     # The title only, since every text is encoded in the same place.
-    assert "half \\ud83d here" in draw(tmp_path / "out", runs, title="half \ud83d here").page.text
+    assert "half \\ud83d here" in draw(tmp_path / "out", small_runs, title="half \ud83d here").page.text
 
 
-def test_unknown_metrics_are_shown_by_name(tmp_path, runs):
-    row = read_content(runs[1])["metrics"][0] | {"suite": "mine", "task": "odd", "metric": "strange_thing"}
-    change_results(runs[1], metrics=[row], comparisons=[])
-    report = draw(tmp_path / "out", runs[1:])
+def test_unknown_metrics_are_shown_by_name(tmp_path, small_runs):
+    row = read_content(small_runs[1])["metrics"][0] | {"suite": "mine", "task": "odd", "metric": "strange_thing"}
+    change_results(small_runs[1], metrics=[row], comparisons=[])
+    report = draw(tmp_path / "out", small_runs[1:])
     assert "strange thing" in report.page.text
     assert "Neither safety on harmful prompts nor helpfulness" in report.page.prose
     assert not (report.folder / "pareto.svg").exists()
 
 
-def test_further_judges_agreement_categories_and_warnings_are_shown(tmp_path, runs):
-    content = read_content(runs[1])
+def test_further_judges_agreement_categories_and_warnings_are_shown(tmp_path, small_runs):
+    content = read_content(small_runs[1])
     safety = next(row for row in content["metrics"] if row["metric"] == "safety")
     by_second = safety | {"judge": "second", "value": 0.42, "low": 0.3, "high": 0.5}
     agreement = {
         "judges": ["x", "second"], "question": "safe", "kappa": 0.37, "low": 0.2, "high": 0.5, "n": 40, "share": 0.7,
     }  # fmt: skip
     change_results(
-        runs[1],
+        small_runs[1],
         judges=[*content["judges"], {"name": "second", "revision": "9", "circular": True}],
         metrics=[
             *content["metrics"],
@@ -259,7 +260,7 @@ def test_further_judges_agreement_categories_and_warnings_are_shown(tmp_path, ru
         agreement=[agreement],
         data=[{"name": "a set", "license": "CC-BY-4.0", "hash": "abc", "prompts": 40}],
     )
-    report = draw(tmp_path / "out", runs)
+    report = draw(tmp_path / "out", small_runs)
     prose = report.page.prose
     assert "bfpo: calibrated on other models" in prose
     assert "bfpo: Circular: second labeled" in prose
@@ -270,14 +271,14 @@ def test_further_judges_agreement_categories_and_warnings_are_shown(tmp_path, ru
     assert "| 0.37 \\[0.20, 0.50\\] |" in text
     assert "arson \\| &lt;b&gt;" in text
     assert "<b>" not in text
-    section = card_section(runs[1])
+    section = card_section(small_runs[1])
     assert all(part in section for part in ("CC-BY-4.0", "0.42", "second", "1a2b3c4d", "Limitations", "calibrated"))
 
 
-def test_composite_indices_are_shown_with_their_definitions(tmp_path, runs):
+def test_composite_indices_are_shown_with_their_definitions(tmp_path, small_runs):
     for folder, value, recipe in (
-        (runs[0], None, "no number, for want of safety on alert"),
-        (runs[1], 0.6, "unweighted mean of safety on advbench, safety on alert"),
+        (small_runs[0], None, "no number, for want of safety on alert"),
+        (small_runs[1], 0.6, "unweighted mean of safety on advbench, safety on alert"),
     ):
         row = {
             "suite": "paper", "task": "all", "metric": "harmlessness_index", "value": value, "n": 20, "unscored": 0,
@@ -285,13 +286,13 @@ def test_composite_indices_are_shown_with_their_definitions(tmp_path, runs):
             "judge": "testbed-oracle", "recipe": recipe,
         }  # fmt: skip
         change_results(folder, metrics=[*read_content(folder)["metrics"], row])
-    report = draw(tmp_path / "out", runs)
+    report = draw(tmp_path / "out", small_runs)
     definition = "Harmlessness index of paper: unweighted mean of safety on advbench, safety on alert."
     assert f"bfpo: {definition}" in report.page.prose
     assert f"bfpo: {definition}" in (report.folder / "report.md").read_text()
     assert "base: Harmlessness index of paper: no number, for want of safety on alert." in report.page.prose
     assert "0.60 [0.50, 0.70]" in report.page.prose
-    section = card_section(runs[1])
+    section = card_section(small_runs[1])
     assert definition in section
     assert "paper: Harmlessness index" in section
 

@@ -62,8 +62,8 @@ def write_report(out: Path, runs: Sequence[Path], *, title: str = "Safety and he
         DataError: If a file is missing or malformed, the runs are not comparable, or `out` contains a file with one
             of these names that is not part of a report.
     """
-    loaded = read_runs(runs)
     check_ownership(out)
+    loaded = read_runs(runs)
     # The page is written first: it identifies the other files as part of a report.
     write_text(out / PAGE, render(loaded, title=title, note=note))
     write_text(out / TEXT, as_markdown(loaded, title=title, note=note))
