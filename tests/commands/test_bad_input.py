@@ -158,9 +158,9 @@ def test_a_bad_recipe_ends_with_one_message(changes, message, run, folder):
     ("content", "message"),
     [
         ("data: [", "recipe.yaml is not valid YAML"),
-        ("- data\n", "recipe recipe.yaml holds list; expected sections such as data: and model:"),
-        ("", "recipe recipe.yaml holds NoneType; expected sections"),
-        ("data: []\ndata: []\n", "recipe.yaml: line 2: key 'data' stands twice; keep one"),
+        ("- data\n", "recipe recipe.yaml is a list; expected sections such as data: and model:"),
+        ("", "recipe recipe.yaml is empty; expected sections"),
+        ("data: []\ndata: []\n", "recipe.yaml: line 2: duplicate key 'data'; keep one"),
     ],
 )
 def test_a_recipe_that_is_none_ends_with_one_message(content, message, run, folder):

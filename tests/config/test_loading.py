@@ -27,11 +27,11 @@ def test_scientific_notation_is_a_number(text, number):
     assert parse_yaml(f"rate: {text}", "r.yaml") == {"rate": number}
 
 
-def test_words_that_only_look_like_numbers_stay_words():
+def test_strings_that_only_look_like_numbers_stay_strings():
     assert parse_yaml("a: e7\nb: 5e\nc: v1e6", "r.yaml") == {"a": "e7", "b": "5e", "c": "v1e6"}
 
 
-def test_no_is_a_word_and_false_is_false():
+def test_no_is_a_string_and_false_is_false():
     assert parse_yaml("a: no\nb: off\nc: false\nd: True\ne: yes", "r.yaml") == {
         "a": "no",
         "b": "off",
@@ -42,8 +42,8 @@ def test_no_is_a_word_and_false_is_false():
     assert check(data=[{"path": "x", "assume_safe": "yes"}]).data[0].assume_safe is True
 
 
-def test_a_key_that_stands_twice_is_refused():
-    with pytest.raises(RecipeError, match=r"r.yaml: line 3: key 'beta' stands twice"):
+def test_a_duplicate_key_is_refused():
+    with pytest.raises(RecipeError, match=r"r.yaml: line 3: duplicate key 'beta'"):
         parse_yaml("loss:\n  beta: 1\n  beta: 2\n", "r.yaml")
 
 
@@ -70,12 +70,12 @@ def test_broken_yaml_names_file_and_line():
         ({"buffer_weight": -1}, "buffer_weight: .*greater than or equal to 0"),
     ],
 )
-def test_faults_say_where_what_and_what_is_allowed(changes, message):
+def test_errors_say_where_what_was_got_and_what_is_allowed(changes, message):
     with pytest.raises(RecipeError, match=message):
         check(**changes)
 
 
-def test_all_faults_are_told_at_once():
+def test_all_errors_are_reported_at_once():
     with pytest.raises(RecipeError) as caught:
         check(holdout=2, bufer=[], conflicts="x")
     assert all(key in str(caught.value) for key in ("holdout", "bufer", "conflicts"))
@@ -158,9 +158,7 @@ def test_wrong_overrides_are_refused(tmp_path, override, message):
         read_recipe(file, [override])
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("", "holds NoneType"), ("- a\n", "holds list"), ("just words", "holds str")]
-)
+@pytest.mark.parametrize(("text", "message"), [("", "is empty"), ("- a\n", "is a list"), ("just words", "is a str")])
 def test_a_file_without_sections_is_refused(tmp_path, text, message):
     file = tmp_path / "r.yaml"
     file.write_text(text)

@@ -63,7 +63,7 @@ def test_tensors_and_arrays_give_the_same_as_numbers():
 
 
 @pytest.mark.parametrize("b1", [1, 0.5, -3, math.nan, math.inf])
-def test_impossible_b1_is_refused(b1):
+def test_invalid_b1_is_refused(b1):
     with pytest.raises(RecipeError, match="b1 is"):
         LabelingFunction.from_parameters(b1=b1)
 

@@ -91,7 +91,7 @@ def test_bfpo_is_least_at_its_target_and_nowhere_else(h, bits, beta):
 
 
 @given(st.floats(-50, 50), st.floats(-50, 50))
-def test_margin_does_not_see_a_shift_of_both_answers(shift, ref_shift):
+def test_margin_is_invariant_to_a_shift_of_both_answers(shift, ref_shift):
     pairs = batch([1.5, -2, 0, 3])
     moved = replace(
         pairs,
@@ -133,7 +133,7 @@ def test_gradient_agrees_with_finite_differences(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_are_unreduced_and_blind_to_order_in_the_batch(name):
+def test_losses_are_unreduced_and_ignore_the_order_in_the_batch(name):
     loss = LOSSES[name]()
     pairs = batch([0.3, -0.7, 1.1, 0.2], [(1, 1), (1, 0), (0, 1), (1, 1)], **OPTIONAL)
     order = torch.tensor([2, 0, 3, 1])
@@ -237,14 +237,14 @@ def test_bfpo_loss_function_is_the_class():
 
 
 def test_shapes_that_differ_are_refused():
-    four, one = torch.zeros(4), torch.zeros(4, 1)
+    vector, column = torch.zeros(4), torch.zeros(4, 1)
     with pytest.raises(ValueError, match=r"Shape mismatch: chosen_logps is \(4,\), rejected_safe is \(4, 1\)"):
-        PairLogps(four, four, four, four, four, one)
+        PairLogps(vector, vector, vector, vector, vector, column)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [0, -1, math.nan, math.inf])
-def test_impossible_beta_is_refused(name, beta):
+def test_invalid_beta_is_refused(name, beta):
     with pytest.raises(RecipeError, match="beta"):
         make_loss({"name": name, "beta": beta})
 
@@ -281,7 +281,7 @@ def test_recipe_options_build_the_loss():
     assert [named(*bits) for bits in ((1, 1), (1, 0), (0, 1), (0, 0))] == [0.5, 1, -0.5, 0.5]
 
 
-def test_a_loss_of_ones_own_is_named_by_its_import_path(tmp_path, monkeypatch):
+def test_a_custom_loss_is_named_by_its_import_path(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(
         "from dataclasses import dataclass\n"
         "from bfpo.losses.pairwise import PairLoss\n"

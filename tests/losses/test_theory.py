@@ -102,12 +102,12 @@ def population_loss(problem: TabularProblem, logps: torch.Tensor, loss: PairLoss
         rejected_safe.double(),
     )
     shape = columns[0].shape
-    known = {
+    optional = {
         "expected_safety": torch.tensor(problem.expected_safety, dtype=torch.float64).expand(shape),
         "chosen_win_rate": win_rates[chosen].expand(shape),
         "rejected_win_rate": win_rates[rejected].expand(shape),
     }
-    losses = loss(PairLogps(*(column.expand(shape) for column in columns), **known))
+    losses = loss(PairLogps(*(column.expand(shape) for column in columns), **optional))
     return (losses * torch.tensor(weights)).sum(-1)
 
 

@@ -92,7 +92,7 @@ def test_a_second_adapter_on_top_is_refused(base):
 
 
 def test_patterns_and_an_adapter_exclude_each_other(base, make_model):
-    with pytest.raises(RecipeError, match="train_only and lora exclude each other"):
+    with pytest.raises(RecipeError, match="train_only and lora can't be combined"):
         recipe(model={"path": base}, lora={}, train_only=["down"])
     adapted = add_adapter(make_model(), lora_config(LoraSection(r=2)), seed=0)
     with pytest.raises(RecipeError, match="train_only and an adapter exclude each other"):

@@ -1,7 +1,7 @@
 """Reading recipes: YAML, overrides, and errors that say what is wrong and what to write instead.
 
-Unknown keys are refused with the nearest known one, and keys of older stacks with their new name: a key that is
-ignored is worse than one that is refused.
+Unknown keys are refused with the most similar known key, and keys of older stacks with what to use instead: ignoring
+a key is worse than refusing it.
 """
 
 import re
@@ -19,8 +19,7 @@ from bfpo.errors import RecipeError, did_you_mean
 
 RecipeType = TypeVar("RecipeType", bound=Section)
 
-# Keys of older stacks, wherever they stand in a recipe. Every public DPO recipe has some of them, and a key that is
-# ignored is worse than one that is refused.
+# Keys of older stacks, refused anywhere in a recipe. Every public DPO recipe has some of them.
 RENAMED = {
     "warmup_ratio": "trainer.warmup_steps (a number below 1 is a share of all steps)",
     "evaluation_strategy": "trainer.eval_strategy",
@@ -57,9 +56,9 @@ _COLUMN_MAPPINGS = ("columns", "where")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `5e-7` is a number, `no` is a word, and a key that stands twice is an error.
+    """YAML in which `5e-7` is a number, `no` is a string, and a duplicate key is an error.
 
-    `eval_strategy: no` means the word; YAML 1.1 would make it false. true and false stay what they are.
+    In YAML 1.1 `eval_strategy: no` would be false. Only true and false are booleans here.
     """
 
 
@@ -73,35 +72,39 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a word that `_Loader` would take for a number."""
+    """YAML that quotes strings which `_Loader` would read as numbers."""
 
 
-for _one in (_Loader, _Dumper):
-    _one.add_implicit_resolver(
+for _dialect in (_Loader, _Dumper):
+    _dialect.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
         list("-+.0123456789"),
     )
 
 
-def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
         if key.value in seen and key.value != "<<":
-            raise RecipeError(f"line {key.start_mark.line + 1}: key '{key.value}' stands twice; keep one")
+            raise RecipeError(f"line {key.start_mark.line + 1}: duplicate key '{key.value}'; keep one")
         seen.add(key.value)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML by the recipe's rules.
+    """Parse a text in the YAML dialect of recipes.
+
+    Args:
+        text: YAML.
+        where: Name of the file, for errors.
 
     Raises:
-        RecipeError: With `where` and the line, if the text isn't YAML.
+        RecipeError: If the text isn't valid YAML or has a duplicate key; the message has the line.
     """
     try:
         return yaml.load(text, _Loader)
@@ -112,14 +115,14 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Read a recipe file and apply overrides, without checking the keys yet.
+    """Read a recipe file and apply overrides, without checking its keys.
 
     Args:
-        path: A YAML file.
-        overrides: Strings `key.sub=value`; the value is YAML. `data.0.limit=10` reaches into lists.
+        path: YAML file.
+        overrides: Changes of the form `key.sub=value`, where the value is YAML; `data.0.limit=10` reaches into lists.
 
     Raises:
-        RecipeError: If the file is missing, isn't a YAML mapping, or an override has no place to go.
+        RecipeError: If the file is missing or isn't a YAML mapping, or an override can't be applied.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -127,14 +130,15 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[st
         raise RecipeError(f"recipe {path}: {error}") from None
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
-        raise RecipeError(f"recipe {path} holds {type(content).__name__}; expected sections such as data: and model:")
+        got = "empty" if content is None else f"a {type(content).__name__}"
+        raise RecipeError(f"recipe {path} is {got}; expected sections such as data: and model:")
     for override in overrides or []:
-        _apply(content, override)
+        _apply_override(content, override)
     return content
 
 
 def check_recipe(content: dict[str, Any], kind: type[RecipeType], where: str) -> RecipeType:
-    """Turn a mapping into a recipe.
+    """Check a mapping and return it as a recipe.
 
     Args:
         content: Sections and keys, as read from a file.
@@ -142,8 +146,7 @@ def check_recipe(content: dict[str, Any], kind: type[RecipeType], where: str) ->
         where: Name of the file, for errors.
 
     Raises:
-        RecipeError: If any key or value is wrong; the message lists all of them, with the key, what was got and what
-            is allowed.
+        RecipeError: If any key or value is wrong; the message lists each with what was got and what is allowed.
     """
     content = _with_current_keys(content, where)
     try:
@@ -154,53 +157,53 @@ def check_recipe(content: dict[str, Any], kind: type[RecipeType], where: str) ->
 
 
 def load_recipe(path: str | Path, kind: type[RecipeType], overrides: list[str] | None = None) -> RecipeType:
-    """Read, override and check a recipe; see `read_recipe` and `check_recipe`."""
+    """Read a recipe file, apply overrides and check it; see `read_recipe` and `check_recipe`."""
     return check_recipe(read_recipe(path, overrides), kind, str(path))
 
 
 def dump_recipe(recipe: Section) -> str:
     """Return a recipe as YAML that reads back as the same recipe.
 
-    Non-ASCII characters are escaped: YAML folds some of them (NEL, say) when they stand as they are.
+    Non-ASCII characters are escaped, because YAML folds some of them (such as NEL).
     """
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def dump_yaml(content: dict[str, Any]) -> str:
-    """Return a mapping as YAML that `parse_yaml` reads back as the same."""
+    """Return a mapping as YAML that `parse_yaml` reads back as the same mapping."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
-    keys, equals, value = override.partition("=")
-    if not equals or not keys:
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key_path, equals, value = override.partition("=")
+    if not equals or not key_path:
         raise RecipeError(f"override '{override}': expected key.sub=value")
-    place: Any = content
-    *path, last = keys.split(".")
-    for key in path:
-        place = _step(place, key, override)
+    section: Any = content
+    *keys, last = key_path.split(".")
+    for key in keys:
+        section = _descend(section, key, override)
     parsed = parse_yaml(value, f"override '{override}'")
-    if isinstance(place, list):
-        place[_index(place, last, override)] = parsed
-    elif isinstance(place, dict):
-        place[last] = parsed
+    if isinstance(section, list):
+        section[_index(section, last, override)] = parsed
+    elif isinstance(section, dict):
+        section[last] = parsed
     else:
-        raise RecipeError(f"override '{override}': '{'.'.join(path)}' is {place!r}, not a section")
+        raise RecipeError(f"override '{override}': '{'.'.join(keys)}' is {section!r}, not a section")
 
 
-def _step(place: Any, key: str, override: str) -> Any:
-    if isinstance(place, list):
-        return place[_index(place, key, override)]
-    if not isinstance(place, dict):
-        raise RecipeError(f"override '{override}': '{key}' is asked of {place!r}, which is not a section")
-    if place.get(key) is None:
-        place[key] = {}
-    return place[key]
+def _descend(section: Any, key: str, override: str) -> Any:
+    if isinstance(section, list):
+        return section[_index(section, key, override)]
+    if not isinstance(section, dict):
+        raise RecipeError(f"override '{override}': '{key}' can't be a key of {section!r}, which is not a section")
+    if section.get(key) is None:
+        section[key] = {}
+    return section[key]
 
 
-def _index(place: list[Any], key: str, override: str) -> int:
-    if not key.isdecimal() or int(key) >= len(place):
-        raise RecipeError(f"override '{override}': '{key}' is not an index below {len(place)}")
+def _index(entries: list[Any], key: str, override: str) -> int:
+    if not key.isdecimal() or int(key) >= len(entries):
+        raise RecipeError(f"override '{override}': '{key}' is not an index below {len(entries)}")
     return int(key)
 
 

@@ -1,7 +1,7 @@
-"""Recipes: one YAML file, one command, one model. Here is what may stand in them.
+"""The keys of recipes: one YAML file, one command, one model.
 
-The string behind each field is its documentation. `trainer:` holds `transformers.TrainingArguments` names and `loss:`
-the fields of the loss; both are checked where they are used. Nothing here needs torch.
+The string after each field is its documentation. The keys of `trainer:` are those of `transformers.TrainingArguments`
+and are checked when the arguments are made; everything else is checked here, without torch.
 """
 
 from typing import Annotated, Any, Literal
@@ -20,123 +20,123 @@ ReferenceKind = Literal["auto", "adapter", "shared", "cache"]
 
 
 class Source(Section):
-    """One data set and how to read it."""
+    """Data set, and how to read it."""
 
     path: str | list[str]
-    """Hub id (`org/name`), or local file, or pattern such as `data/*.csv`, or a list of files."""
+    """Hub id (`org/name`), local file, pattern such as `data/*.csv`, or a list of files."""
     adapter: str = "pairs"
-    """How a raw row becomes a preference pair; a key of `bfpo.data.adapters.ADAPTERS`."""
+    """How a row is converted into a preference pair: a key of `bfpo.data.adapters.ADAPTERS`, or `module:function`."""
     name: str | None = None
     """Hub configuration."""
     revision: str | None = None
-    """Hub revision; pin it, or the data may change under you."""
+    """Hub revision; without it the data may change between runs."""
     split: str | None = None
     """Hub split; default `train`."""
     fraction: Fraction | None = None
-    """Share of the pairs to take."""
+    """Share of the pairs that is used."""
     limit: Count | None = None
-    """Number of pairs to take at most, after `fraction`."""
+    """Maximum number of pairs, after `fraction`."""
     sample: Literal["random", "head"] = "random"
-    """Which pairs `fraction` and `limit` take: a seeded sample, or the first ones as the official code does."""
+    """Which pairs `fraction` and `limit` select: a seeded sample, or the first ones as in the official code."""
     seed: int = 42
     """Seed of the sample."""
     columns: dict[str, str] = Field(default={})
-    """Renames, `{what the adapter expects: what the file calls it}`."""
+    """Renamed columns, `{name for the adapter: name in the file}`."""
     assume_safe: bool = False
-    """Label an unlabeled set safe throughout; written into `safety_label_source` as `assumed`."""
+    """Label all answers of an unlabeled set safe; `safety_label_source` is then `assumed`."""
     partial_refusals: Literal["refusal", "compliance", "drop"] = "refusal"
-    """`xstest_completions` only: what a partial refusal counts as."""
+    """For `xstest_completions`: what a partial refusal counts as."""
     use: Literal["chosen", "rejected", "both", "safer"] = "chosen"
-    """`bfpo sft` only: which answers of a pair to imitate. `safer` takes the safe one and drops both-unsafe pairs."""
+    """For `bfpo sft`: which answers of a pair are imitated. `safer`: the safe one, and none of two unsafe ones."""
     license: str | None = None
-    """License of the data, where the adapter doesn't know it."""
+    """License of the data; default the adapter's."""
 
 
 class DataRecipe(Section):
-    """What is trained on and evaluated on."""
+    """Data for training and evaluation."""
 
     data: Annotated[list[Source], Field(min_length=1)]
-    """The main stream: the safety-labeled set."""
+    """Main stream: the safety-labeled set."""
     buffer: list[Source] = Field(default=[])
-    """The buffer stream: the helpfulness set. Empty means single-stream training."""
+    """Buffer stream: the helpfulness set. Without it, training has a single stream."""
     eval: list[Source] = Field(default=[])
-    """Evaluation pairs. Alternative: `holdout`."""
+    """Evaluation pairs; alternatively `holdout`."""
     holdout: Share = 0.0
-    """Share of the prompts held out from `data` and `buffer` for evaluation, chosen by the prompt's hash."""
+    """Share of the prompts of `data` and `buffer` held out for evaluation, chosen by a hash of the prompt."""
     benchmarks: list[str] = Field(default=[])
-    """Prompt files (txt, csv, json, jsonl) that will be evaluated on later: checked for leaks."""
+    """Files of prompts (txt, csv, json, jsonl) for later evaluations; training prompts must not be among them."""
     conflicts: Literal["drop", "keep", "error"] = "drop"
-    """What to do with answers that carry both safety labels and pairs that stand in both orders."""
+    """What to do with answers labeled both safe and unsafe, and with pairs that occur in both orders."""
     leaks: Literal["error", "drop"] = "error"
-    """What to do with training prompts that stand in `eval` or `benchmarks`."""
+    """What to do with training prompts that are also in `eval` or `benchmarks`."""
     max_dropped: Share = 0.1
-    """Largest share of a source's pairs that may be dropped before the run stops."""
+    """Maximum share of a source's pairs that may be dropped; more stops the run."""
 
 
 class NewModel(Section):
-    """A randomly initialized Llama-type model with its own tokenizer, for places without a hub."""
+    """Randomly initialized Llama-type model with its own tokenizer, for use without a hub."""
 
     shape: Literal["nano", "tiny", "small", "base"] = "tiny"
-    """Size: `bfpo.model.new.SHAPES` has the numbers."""
+    """Size of the model; see `bfpo.model.new.SHAPES`."""
     vocab_size: Annotated[int, Field(ge=300)] = 4096
-    """Entries of the byte-level BPE tokenizer."""
+    """Vocabulary size of the byte-level BPE tokenizer."""
     texts: list[Source] | None = None
-    """What the tokenizer is trained on; default the recipe's own training data."""
+    """Training texts of the tokenizer; default the recipe's training data."""
     seed: int = 42
     """Seed of the initial weights."""
 
 
 class TextSection(Section):
-    """From conversations to token ids."""
+    """How conversations are converted to token ids."""
 
     max_length: Annotated[int, Field(ge=8)] = 1024
-    """Longest prompt plus completion, in tokens."""
+    """Maximum length of prompt plus completion, in tokens."""
     truncation: Literal["keep_start", "keep_end"] = "keep_start"
     """`keep_start` cuts the end of the completion; `keep_end` cuts the beginning of the prompt."""
     chat_template: str | None = None
-    """Jinja template or a file with one; default the tokenizer's own."""
+    """Jinja template, or a file with one; default the tokenizer's."""
 
 
 class LayoutSection(Section):
-    """How the tokens of a micro-batch are fed."""
+    """How the tokens of a micro-batch are laid out."""
 
     kind: Literal["packed", "padded"] = "packed"
-    """`packed`: one row without padding, each prompt once; `padded`: a row for each completion. Same numbers."""
+    """`packed`: one row without padding, each prompt once. `padded`: one row per completion. Equal numbers."""
     max_tokens_per_pack: Count = 8192
-    """Tokens fed at a time; a micro-batch with more is split into several packs. `packed` only."""
+    """For `packed`: maximum number of tokens in a pack; a larger micro-batch is split into several packs."""
 
 
 class LoraSection(Section):
-    """Low-rank adapters (LoRA) instead of training the weights themselves. Dropout is always 0."""
+    """Low-rank adapters (LoRA) that are trained instead of the weights. Dropout is always 0."""
 
     r: Annotated[int, Field(ge=1)] = 16
     """Rank."""
     alpha: Annotated[int, Field(ge=1)] = 32
-    """Scale: updates are multiplied by alpha / r."""
+    """Scale; updates are multiplied by alpha / r."""
     target_modules: str | list[str] = "all-linear"
-    """Names of the layers that get adapters; `all-linear` means every linear layer but the head."""
+    """Names of the layers with adapters; `all-linear` means every linear layer except the head."""
 
 
 class ModelSection(Section):
-    """The model that supervised fine-tuning starts from."""
+    """Model that supervised fine-tuning starts from."""
 
     path: str | None = None
-    """Hub id or folder, of a model or of an adapter that is then trained further."""
+    """Hub id or folder of a model, or of an adapter to train further."""
     new: NewModel | None = None
-    """Or a random model made on the spot."""
+    """A new, randomly initialized model instead."""
     revision: str | None = None
     """Hub revision."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. Training in pure bfloat16 loses small updates; `trainer: {bf16: true}` doesn't."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention of transformers, for everything but packed rows, which bring their own."""
+    """Attention implementation of transformers; packed rows use their own."""
     trust_remote_code: bool = False
-    """Run code that comes with the model. Off unless you have read that code."""
+    """Whether to run code that comes with the model; read that code first."""
     load_in_4bit: bool = False
-    """Quantize the frozen weights to 4 bits (QLoRA); needs `lora` or an adapter at `path`, and a GPU."""
+    """Whether to quantize the frozen weights to 4 bits (QLoRA); needs a GPU, and `lora` or an adapter at `path`."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "ModelSection":
+    def _check_origin(self) -> "ModelSection":
         origins = [name for name in ("path", "new", "sft") if getattr(self, name, None) is not None]
         allowed = [name for name in ("path", "new", "sft") if name in type(self).model_fields]
         if len(origins) != 1:
@@ -148,73 +148,74 @@ class SftRecipe(Section):
     """`bfpo sft`: supervised fine-tuning on completions."""
 
     model: ModelSection
-    """What to start from."""
+    """Model to start from."""
     data: Annotated[list[Source], Field(min_length=1)]
     """Pairs (see `use`), or prompts with completions (`adapter: demonstrations`)."""
     holdout: Share = 0.0
-    """Share of the prompts held out for evaluation, chosen by the prompt's hash."""
+    """Share of the prompts held out for evaluation, chosen by a hash of the prompt."""
     max_dropped: Share = 0.1
-    """Largest share of the completions that may be dropped before the run stops."""
+    """Maximum share of a source's completions that may be dropped; more stops the run."""
     text: TextSection = TextSection()
-    """From conversations to token ids."""
+    """How conversations are converted to token ids."""
     train_only: list[str] | None = None
     """Patterns of the parameters to train; default all."""
     lora: LoraSection | None = None
-    """Train low-rank adapters instead; not together with `train_only`."""
+    """Low-rank adapters to train instead of the weights; can't be combined with `train_only`."""
     layout: LayoutSection = LayoutSection()
-    """How tokens are fed; it decides time and memory, not numbers."""
+    """How tokens are laid out; affects time and memory, not the numbers."""
     max_eval: Count | None = 2000
-    """Evaluate on at most so many completions, a seeded sample; null for all."""
+    """Maximum number of evaluated completions, a seeded sample; null for all."""
     trainer: dict[str, Any] = Field(default={})
-    """`transformers.TrainingArguments` names."""
+    """Arguments of `transformers.TrainingArguments`."""
 
     @model_validator(mode="after")
-    def _one_way_to_train(self) -> "SftRecipe":
-        _check_what_is_trained(self)
+    def _check_trained_parameters(self) -> "SftRecipe":
+        _check_trained_parameters(self)
         return self
 
 
 class TrainModel(ModelSection):
-    """The model that preference training starts from; it is also the reference."""
+    """Model that preference training starts from; it is also the reference."""
 
     sft: SftRecipe | None = None
-    """Or a model fine-tuned on the spot by this recipe; made once and cached by content."""
+    """A model that this recipe fine-tunes first; it is cached by the recipe's content."""
 
 
 class TrainRecipe(DataRecipe):
     """`bfpo train`: preference training."""
 
     model: TrainModel
-    """What to start from."""
+    """Model to start from."""
     buffer_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the buffer's mean loss."""
+    """Weight of the mean loss of the buffer stream."""
     safety: Literal["labels", "scores"] = "labels"
-    """What the loss reads as safety: the bits, or the probabilities in `*_safety_score`."""
+    """What the loss uses as safety: the labels, or the probabilities in `*_safety_score`."""
     text: TextSection = TextSection()
-    """From conversations to token ids."""
+    """How conversations are converted to token ids."""
     loss: LossSection = BFPOSection()
-    """`name` of the loss, and its hyperparameters."""
+    """Name and hyperparameters of the loss."""
     train_only: list[str] | None = None
-    """Patterns (regular expressions, searched in the name) of the parameters to train; default all."""
+    """Patterns of the parameters to train, regular expressions that are searched in the names; default all."""
     lora: LoraSection | None = None
-    """Train low-rank adapters instead; the reference is the adapter switched off. Not together with `train_only`."""
+    """Low-rank adapters to train instead of the weights; can't be combined with `train_only`."""
     reference: ReferenceKind = "auto"
-    """`adapter` switched off, weights `shared` with the policy, or a `cache` of numbers; `auto` chooses what fits."""
+    """`adapter`: the policy with its adapter disabled. `shared`: a copy of the trained weights, with the other
+    weights of the policy. `cache`: log-probabilities on disk. `auto`: the one that fits what is trained."""
     cache_dir: str | None = None
-    """Where `reference: cache` keeps its numbers; default `cache/reference` beside the output folder."""
+    """Folder of `reference: cache`; default `cache/reference` beside the output folder."""
     layout: LayoutSection = LayoutSection()
-    """How tokens are fed; it decides time and memory, not numbers."""
+    """How tokens are laid out; affects time and memory, not the numbers."""
     max_eval: Count | None = 2000
-    """Evaluate on at most so many pairs of each stream, a seeded sample; null for all."""
+    """Maximum number of evaluated pairs of each stream, a seeded sample; null for all."""
     trainer: dict[str, Any] = Field(default={})
-    """`transformers.TrainingArguments` names."""
+    """Arguments of `transformers.TrainingArguments`."""
 
     @model_validator(mode="after")
-    def _one_way_to_train(self) -> "TrainRecipe":
-        _check_what_is_trained(self)
+    def _check_trained_parameters(self) -> "TrainRecipe":
+        _check_trained_parameters(self)
         return self
 
 
-def _check_what_is_trained(recipe: SftRecipe | TrainRecipe) -> None:
+def _check_trained_parameters(recipe: SftRecipe | TrainRecipe) -> None:
     if recipe.lora is not None and recipe.train_only is not None:
-        raise ValueError("train_only and lora exclude each other; with lora only the adapter is trained")
+        raise ValueError("train_only and lora can't be combined: with lora only the adapter is trained")

@@ -1,6 +1,6 @@
-"""Preference losses, the labeling function that gives them their targets, and the theory behind them.
+"""Preference losses, the labeling function that defines their targets, and the theory behind them.
 
-Public names are loaded on first use: reading a recipe needs the labeling function and no torch.
+Public names are imported on first use, so that the labeling function can be used without torch.
 """
 
 from importlib import import_module

@@ -1,12 +1,12 @@
-"""The labeling function: what margin each of the four safe/unsafe cases should get.
+"""The labeling function: the label of each of the four combinations of safe and unsafe answers.
 
-BFPO regresses the log-ratio margin of a pair onto `label / beta`, and the label depends on nothing but the
-two safety bits. So the labeling function is a 2×2 table, one number per cell. The paper's parametrization
+BFPO regresses the log-ratio margin of a pair onto `label / beta`. The label depends only on the two safety labels, so
+the labeling function is a 2×2 table with one number per cell. The paper's parametrization is one way to fill it in:
 
     label(s_chosen, s_rejected) = b3 · (b1 · s_chosen - s_rejected + b2) - alpha
 
-is one way to fill it in. Cells are named by the safety of the chosen answer first: `su` is safe chosen, unsafe
-rejected. `chosen` means more helpful, not safer.
+The first letter of a cell is the safety of the chosen answer: `su` is safe chosen, unsafe rejected. `chosen` means
+more helpful, not safer.
 """
 
 import math
@@ -19,13 +19,13 @@ from bfpo.errors import RecipeError
 
 @dataclass(frozen=True, slots=True)
 class LabelingFunction:
-    """A 2×2 table of labels.
+    """2×2 table of labels.
 
     Args:
-        ss: Label when both answers are safe.
-        su: Label when the chosen answer is safe and the rejected one is unsafe.
-        us: Label when the chosen answer is unsafe and the rejected one is safe.
-        uu: Label when both answers are unsafe.
+        ss: Label if both answers are safe.
+        su: Label if the chosen answer is safe and the rejected one is unsafe.
+        us: Label if the chosen answer is unsafe and the rejected one is safe.
+        uu: Label if both answers are unsafe.
 
     Raises:
         RecipeError: If a number is not finite.
@@ -54,16 +54,16 @@ class LabelingFunction:
     def from_parameters(
         cls, b1: float = 3.0, b2: float = 0.0, alpha: float = 0.5, *, b3: float | None = None
     ) -> "LabelingFunction":
-        """Fill the table in from the paper's constants.
+        """Return the table that the paper's constants define.
 
         Args:
-            b1: Weight of the chosen answer's safety against the rejected one's; above 1.
+            b1: Weight of the chosen answer's safety relative to the rejected one's; above 1.
             b2: Constant inside the bracket; adds 2·b2/(b1-1) to the safety offset A1 of the RL objective.
-            alpha: Subtracted from every label; replaces A1 = E_s by E_s - 2·alpha (see docs/method.md).
-            b3: Scale. Default 1/(b1-1), which makes the helpfulness offset A2 = 1/(b1-1).
+            alpha: Shift, subtracted from every label; replaces A1 = E_s by E_s - 2·alpha (see docs/method.md).
+            b3: Scale; default 1/(b1-1), which makes the helpfulness offset A2 = 1/(b1-1).
 
         Raises:
-            RecipeError: If b1 ≤ 1 (the scale would be infinite or flip every sign), or a number is not finite.
+            RecipeError: If b1 ≤ 1 (the scale would be infinite or change every sign), or a number is not finite.
         """
         for name, value in (("b1", b1), ("b2", b2), ("alpha", alpha), ("b3", b3 if b3 is not None else 0.0)):
             if not math.isfinite(value):
@@ -82,11 +82,12 @@ class LabelingFunction:
         """Return the label of a pair, by bilinear interpolation between the four cells.
 
         Args:
-            chosen_safe: bool, probability in [0, 1], or an array or tensor of those, shape (B,).
-            rejected_safe: The same for the rejected answer.
+            chosen_safe: Whether the chosen answer is safe, or the probability in [0, 1] that it is; a number, or an
+                array or tensor of shape (B,).
+            rejected_safe: Same for the rejected answer.
 
         Returns:
-            The label; with 0 and 1 exactly the cell's number. Shape as the arguments.
+            The label, in the shape of the arguments; for 0 and 1 exactly the number of the cell.
         """
         chosen, rejected = 1.0 * chosen_safe, 1.0 * rejected_safe
         return (
@@ -105,6 +106,6 @@ class LabelingFunction:
 
 
 TABLES = {"helpful_ties": LabelingFunction(ss=0.5, su=1.0, us=-0.5, uu=0.5)}
-"""Tables by name, beside the paper's. `helpful_ties`: of two answers of equal safety the more helpful one is
-preferred, also where both are unsafe, and a helpful unsafe answer is pushed below a safe one half as far.
-docs/testbed.md tells what it was better at, and what it cost."""
+"""Named alternatives to the paper's table. `helpful_ties`: of two equally safe answers the more helpful one is
+preferred, also if both are unsafe, and a helpful unsafe answer is pushed half as far below a safe one.
+docs/testbed.md has its results."""

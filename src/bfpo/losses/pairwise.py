@@ -1,10 +1,11 @@
 """Preference losses: pure functions of log-probabilities and labels, unreduced, `(B,)` in and `(B,)` out.
 
-A loss is a frozen dataclass whose fields are its hyper-parameters and whose call is its equation. To add one,
-write the class and one line in `LOSSES`; a loss of your own is named in a recipe by its import path
-(`loss: {name: "my_package.losses:MyLoss"}`) and needs no change here.
+A loss is a frozen dataclass whose fields are its hyperparameters and whose call is its equation. To add one, write
+the class, a line in `LOSSES` and a section in `bfpo.config.losses`. A custom loss needs no change here: a recipe
+names it by its import path (`loss: {name: "my_package.losses:MyLoss"}`).
 
-Notation: h is the margin, policy log-ratio gap minus reference log-ratio gap, in nats (token sums).
+Notation: h is the margin, the log-ratio of chosen and rejected under the policy minus that under the reference, in
+nats (sums over tokens).
 """
 
 import math
@@ -23,21 +24,21 @@ from bfpo.losses.labeling import LabelingFunction
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairLogps:
-    """All that a loss may look at, for a batch of B pairs. Every tensor has shape (B,).
+    """Inputs of a loss for a batch of B pairs. Every tensor has shape (B,).
 
     Args:
         chosen_logps: Policy log-probability of the chosen completion, summed over its tokens, in nats.
-        rejected_logps: The same for the rejected completion.
-        ref_chosen_logps: The reference's value for the chosen completion.
-        ref_rejected_logps: The reference's value for the rejected completion.
+        rejected_logps: Same for the rejected completion.
+        ref_chosen_logps: Reference log-probability of the chosen completion.
+        ref_rejected_logps: Reference log-probability of the rejected completion.
         chosen_safe: 0 or 1, or the probability in [0, 1] that the chosen answer is safe.
-        rejected_safe: The same for the rejected answer.
-        chosen_lengths: Number of scored tokens of the chosen completion; None when unknown.
-        rejected_lengths: The same for the rejected completion.
-        expected_safety: E_s of the pair's prompt or data set, in [0, 1]; None when unknown.
-        chosen_win_rate: Probability in [0, 1] of beating a random answer of the data policy; None when unknown.
-        rejected_win_rate: The same for the rejected answer.
-        reward_margin: Another objective's reward, chosen minus rejected; None when unknown.
+        rejected_safe: Same for the rejected answer.
+        chosen_lengths: Number of scored tokens of the chosen completion; None if unknown.
+        rejected_lengths: Same for the rejected completion.
+        expected_safety: E_s of the pair's prompt or data set, in [0, 1]; None if unknown.
+        chosen_win_rate: Probability in [0, 1] of beating a random answer of the data policy; None if unknown.
+        rejected_win_rate: Same for the rejected answer.
+        reward_margin: Reward by another objective, chosen minus rejected; None if unknown.
 
     Raises:
         ValueError: If shapes differ.
@@ -67,14 +68,14 @@ class PairLogps:
 
     @property
     def margin(self) -> Tensor:
-        """h: how much further than the reference the policy prefers the chosen answer, nats, (B,)."""
+        """h: how much more than the reference the policy prefers the chosen answer, nats, (B,)."""
         return (self.chosen_logps - self.ref_chosen_logps) - (self.rejected_logps - self.ref_rejected_logps)
 
-    def known(self, name: str) -> Tensor:
-        """Return an optional column, or say that the data lack it.
+    def require(self, name: str) -> Tensor:
+        """Return an optional input that the loss needs.
 
         Raises:
-            DataError: If the column is unknown.
+            DataError: If the data don't have it.
         """
         value = getattr(self, name)
         if value is None:
@@ -85,11 +86,11 @@ class PairLogps:
 
 @dataclass(frozen=True)
 class PairLoss(ABC):
-    """What every preference loss has. Subclasses give the equation.
+    """Base class of preference losses. Subclasses define the equation.
 
     Args:
-        beta: Strength of the pull towards the reference; above 0. With token-summed log-probabilities a
-            squared loss aims at margins of label / beta nats.
+        beta: Strength of the pull towards the reference; above 0. The target margin of a squared loss on sums over
+            tokens is label / beta nats.
 
     Raises:
         RecipeError: If beta isn't a finite number above 0.
@@ -97,27 +98,27 @@ class PairLoss(ABC):
 
     beta: float = 0.1
 
-    # Optional columns of a pair file without which the loss isn't defined.
+    # Optional columns of a pair file that the loss needs.
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        _require(self, "beta", self.beta > 0, "a finite number above 0")
+        _check(self, "beta", self.beta > 0, "a finite number above 0")
 
     @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return the loss of each pair, unreduced, (B,)."""
 
     def target(self, pairs: PairLogps) -> Tensor | None:
-        """Return the margin at which each pair's loss is least, nats, (B,); None when there is none."""
+        """Return the margin that minimizes each pair's loss, nats, (B,); None if there is none."""
         return None
 
     def direction(self, pairs: PairLogps) -> Tensor:
-        """Return the sign of the margin that the loss pushes towards, in {-1, 0, 1}, (B,)."""
+        """Return the sign of the margin that the loss favors, in {-1, 0, 1}, (B,)."""
         target = self.target(pairs)
         return torch.ones_like(pairs.margin) if target is None else target.sign()
 
     def keeps(self, labels: SafetyLabels) -> bool:
-        """Return whether pairs with these labels are trained on; the others are dropped and counted."""
+        """Return whether pairs with these labels are trained on; other pairs are dropped and counted."""
         return True
 
 
@@ -130,16 +131,19 @@ class BFPO(PairLoss):
         b1: Weight of the chosen answer's safety; above 1. b3 = 1/(b1-1).
         b2: Constant in the bracket of the labeling function.
         alpha: Shift of all labels; 0.5 makes them antisymmetric in safety.
-        table: The four labels themselves, instead of b1, b2 and alpha; a recipe may name one of
+        table: The four labels, instead of b1, b2 and alpha; a recipe can also name one of
             `bfpo.losses.labeling.TABLES`.
+
+    Raises:
+        RecipeError: If a number is out of its range, or both the table and b1, b2 or alpha are set.
 
     Source:
         Paper, supervised loss; official `src/alignment/trainer/bfpo.py` @a1febab (which has b2 = 0).
 
     Example:
         >>> import torch
-        >>> zero, one = torch.zeros(1), torch.ones(1)
-        >>> BFPO(beta=0.1)(PairLogps(zero, zero, zero, zero, chosen_safe=one, rejected_safe=zero))
+        >>> logps, safe, unsafe = torch.zeros(1), torch.ones(1), torch.zeros(1)
+        >>> BFPO(beta=0.1)(PairLogps(logps, logps, logps, logps, chosen_safe=safe, rejected_safe=unsafe))
         tensor([100.])
     """
 
@@ -152,8 +156,8 @@ class BFPO(PairLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.table is not None and (self.b1, self.b2, self.alpha) != (3.0, 0.0, 0.5):
-            raise RecipeError("loss: 'table' replaces b1, b2 and alpha; give the one or the others")
-        self.labeling  # noqa: B018 - an impossible b1 is refused here, not at the first step
+            raise RecipeError("loss: 'table' replaces b1, b2 and alpha; give either the table or these")
+        self.labeling  # noqa: B018 - an invalid b1 is refused here, not at the first step
 
     @property
     def labeling(self) -> LabelingFunction:
@@ -172,7 +176,7 @@ class BFPO(PairLoss):
 
 @dataclass(frozen=True)
 class IPO(PairLoss):
-    """Identity preference optimization on token sums: `(h - 1/(2·beta))²`; blind to safety.
+    """Identity preference optimization on token sums: `(h - 1/(2·beta))²`; ignores safety.
 
     Source:
         Azar et al., arXiv 2310.12036, eq. 17; the summed form is that of TRL 0.7.7 and of the official BFPO code.
@@ -191,9 +195,9 @@ class IPO(PairLoss):
 
 @dataclass(frozen=True)
 class IPOAvg(PairLoss):
-    """Identity preference optimization on per-token means: `(h_avg - 1/(2·beta))²`; blind to safety.
+    """Identity preference optimization on per-token means: `(h_avg - 1/(2·beta))²`; ignores safety.
 
-    h_avg divides each answer's log-ratio by its own length, so beta is not comparable with `ipo`'s.
+    h_avg divides each answer's log-ratio by its length, so beta is not comparable with that of `ipo`.
 
     Source:
         TRL 1.16 `trainer/dpo_trainer.py`, loss type `ipo`.
@@ -201,14 +205,14 @@ class IPOAvg(PairLoss):
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return `(h_avg - 1/(2·beta))²`."""
-        chosen = (pairs.chosen_logps - pairs.ref_chosen_logps) / pairs.known("chosen_lengths")
-        rejected = (pairs.rejected_logps - pairs.ref_rejected_logps) / pairs.known("rejected_lengths")
+        chosen = (pairs.chosen_logps - pairs.ref_chosen_logps) / pairs.require("chosen_lengths")
+        rejected = (pairs.rejected_logps - pairs.ref_rejected_logps) / pairs.require("rejected_lengths")
         return (chosen - rejected - 1 / (2 * self.beta)) ** 2
 
 
 @dataclass(frozen=True)
 class DPO(PairLoss):
-    """Direct preference optimization: `-log σ(beta·h)`; blind to safety.
+    """Direct preference optimization: `-log σ(beta·h)`; ignores safety.
 
     Args:
         beta: Inverse temperature of the implicit reward; above 0.
@@ -223,7 +227,7 @@ class DPO(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "a number from 0 to below 0.5")
+        _check(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "a number from 0 to below 0.5")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return `-(1-ε)·log σ(beta·h) - ε·log σ(-beta·h)`."""
@@ -233,14 +237,14 @@ class DPO(PairLoss):
 
 @dataclass(frozen=True)
 class SafeDPO(PairLoss):
-    """SafeDPO: DPO on pairs re-ordered by safety, with an offset between safe and unsafe answers.
+    """SafeDPO: DPO on pairs reordered by safety, with an offset between safe and unsafe answers.
 
-    A pair whose rejected answer alone is safe is swapped; both-unsafe pairs are dropped before the plan, and
-    their loss is NaN here. Labels must be 0 or 1.
+    A pair is swapped if only its rejected answer is safe. Pairs of two unsafe answers are dropped before training,
+    and their loss is NaN here. Labels must be 0 or 1.
 
     Args:
         beta: As in DPO.
-        delta: Offset added when the preferred answer is safe and the other is not; at least 0.
+        delta: Offset if the preferred answer is safe and the other is not; at least 0.
 
     Source:
         Kim et al., arXiv 2505.20065 (their flag is 1 = unsafe; ours is 1 = safe).
@@ -250,19 +254,19 @@ class SafeDPO(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self, "delta", self.delta >= 0, "a finite number of at least 0")
+        _check(self, "delta", self.delta >= 0, "a finite number of at least 0")
 
     def keeps(self, labels: SafetyLabels) -> bool:
         """Drop pairs in which both answers are unsafe."""
         return labels.chosen or labels.rejected
 
     def direction(self, pairs: PairLogps) -> Tensor:
-        """Return -1 where the pair is swapped, else 1."""
+        """Return -1 for swapped pairs, 1 for the others."""
         swapped = (pairs.chosen_safe < 0.5) & (pairs.rejected_safe >= 0.5)
         return torch.where(swapped, -1.0, 1.0).to(pairs.margin)
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        """Return `-log σ(beta·h̃ - delta·[only one is safe])` with h̃ the margin of the re-ordered pair."""
+        """Return `-log σ(beta·h̃ - delta·[only one is safe])` with h̃ the margin of the reordered pair."""
         mixed = (pairs.chosen_safe - pairs.rejected_safe).abs()
         loss = -logsigmoid(self.beta * self.direction(pairs) * pairs.margin - self.delta * mixed)
         both_unsafe = (pairs.chosen_safe < 0.5) & (pairs.rejected_safe < 0.5)
@@ -273,12 +277,12 @@ class SafeDPO(PairLoss):
 class Additive(PairLoss):
     """Squared loss with an additive label: `(h - (1/2 + weight·(s_c - s_r))/beta)²`.
 
-    The control for the bilinear label: at weight 1 it differs from BFPO in the numbers of three cells
-    (1/2, 3/2, -1/2, 1/2).
+    This is the control for the bilinear label: at weight 1 the labels are 1/2, 3/2, -1/2, 1/2, so three cells differ
+    from BFPO.
 
     Args:
         beta: As in BFPO.
-        weight: What a difference in safety is worth against one in helpfulness; finite.
+        weight: Weight of a difference in safety relative to one in helpfulness; finite.
     """
 
     beta: float = 0.01
@@ -286,7 +290,7 @@ class Additive(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self, "weight", True, "a finite number")
+        _check(self, "weight", True, "a finite number")
 
     def target(self, pairs: PairLogps) -> Tensor:
         """Return (1/2 + weight·(s_c - s_r))/beta."""
@@ -303,7 +307,8 @@ class MODPO(PairLoss):
 
     Args:
         beta: As in DPO.
-        weight: Weight of the pair's own order (helpfulness), in (0, 1]; the other reward gets 1 - weight.
+        weight: Weight of the order of the pair (helpfulness), in (0, 1]; the weight of the other reward is 1 -
+            weight.
 
     Source:
         Zhou et al., arXiv 2310.03708; official `src/trainer/modpo_trainer.py`.
@@ -314,26 +319,26 @@ class MODPO(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self, "weight", 0 < self.weight <= 1, "a number above 0, at most 1")
+        _check(self, "weight", 0 < self.weight <= 1, "a number above 0, at most 1")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return `-log σ((beta·h - (1-weight)·m)/weight)`."""
-        other = (1 - self.weight) * pairs.known("reward_margin")
+        other = (1 - self.weight) * pairs.require("reward_margin")
         return -logsigmoid((self.beta * pairs.margin - other) / self.weight)
 
 
 @dataclass(frozen=True)
 class BFPOSoft(PairLoss):
-    """BFPO on known win rates: `(h - (g(chosen) - g(rejected))/beta)²`, our step beyond the paper.
+    """BFPO on known win rates: `(h - (g(chosen) - g(rejected))/beta)²`; an extension of the paper.
 
-    g = (p_safe + E_s - 2·alpha)·(p_help + 1/(b1-1)) is the reward of the paper's RL objective itself. Its
-    difference is regressed onto directly, so the minimizer is the optimum of that objective without the
-    assumption that safety and helpfulness are uncorrelated (docs/method.md).
+    g = (p_safe + E_s - 2·alpha)·(p_help + 1/(b1-1)) is the reward of the paper's RL objective. The margin is
+    regressed onto its difference, so the minimizer is the optimum of that objective without the assumption that
+    safety and helpfulness are uncorrelated (docs/method.md).
 
     Args:
         beta: As in BFPO.
-        b1: Sets the helpfulness offset A2 = 1/(b1-1); above 1.
-        alpha: Lowers the safety offset: A1 = E_s - 2·alpha. 0 is the paper's objective.
+        b1: Constant of the helpfulness offset A2 = 1/(b1-1); above 1.
+        alpha: Constant of the safety offset A1 = E_s - 2·alpha; 0 is the paper's objective.
     """
 
     beta: float = 0.01
@@ -343,14 +348,14 @@ class BFPOSoft(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self, "b1", self.b1 > 1, "a finite number above 1")
-        _require(self, "alpha", True, "a finite number")
+        _check(self, "b1", self.b1 > 1, "a finite number above 1")
+        _check(self, "alpha", True, "a finite number")
 
     def target(self, pairs: PairLogps) -> Tensor:
         """Return (g(chosen) - g(rejected))/beta."""
-        a1, a2 = pairs.known("expected_safety") - 2 * self.alpha, 1 / (self.b1 - 1)
-        chosen = (pairs.chosen_safe + a1) * (pairs.known("chosen_win_rate") + a2)
-        rejected = (pairs.rejected_safe + a1) * (pairs.known("rejected_win_rate") + a2)
+        a1, a2 = pairs.require("expected_safety") - 2 * self.alpha, 1 / (self.b1 - 1)
+        chosen = (pairs.chosen_safe + a1) * (pairs.require("chosen_win_rate") + a2)
+        rejected = (pairs.rejected_safe + a1) * (pairs.require("rejected_win_rate") + a2)
         return (chosen - rejected) / self.beta
 
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -370,15 +375,15 @@ def bfpo_loss(
     b1: float = 3.0,
     alpha: float = 0.5,
 ) -> Tensor:
-    """Return the BFPO loss as a plain function, unreduced, (B,).
+    """Return the BFPO loss of each pair, unreduced, (B,).
 
     Args:
         chosen_logps: Policy log-probability of the chosen completion, token sum, nats, (B,).
-        rejected_logps: The same for the rejected completion.
-        ref_chosen_logps: The reference's value for the chosen completion.
-        ref_rejected_logps: The reference's value for the rejected completion.
-        is_chosen_safe: bool, 0/1 or probability, (B,).
-        is_rejected_safe: The same for the rejected answer.
+        rejected_logps: Same for the rejected completion.
+        ref_chosen_logps: Reference log-probability of the chosen completion.
+        ref_rejected_logps: Reference log-probability of the rejected completion.
+        is_chosen_safe: Safety of the chosen answer: bool, 0 or 1, or a probability, (B,).
+        is_rejected_safe: Same for the rejected answer.
         beta: The paper's tau; above 0.
         b1: Weight of the chosen answer's safety; above 1.
         alpha: Shift of all labels.
@@ -397,9 +402,9 @@ def bfpo_loss(
     return BFPO(beta=beta, b1=b1, alpha=alpha)(pairs)
 
 
-def _require(loss: PairLoss, name: str, holds: bool, allowed: str) -> None:
+def _check(loss: PairLoss, name: str, in_range: bool, allowed: str) -> None:
     value = getattr(loss, name)
-    if not (math.isfinite(value) and holds):
+    if not (math.isfinite(value) and in_range):
         raise RecipeError(f"{type(loss).__name__}.{name} is {value}; expected {allowed}")
 
 

@@ -1,11 +1,11 @@
-"""What BFPO converges to on a finite problem: one prompt, K answers, exact and without training.
+"""The policy that BFPO converges to on one prompt with K answers, exactly and without training.
 
-Two policies are compared. One is the optimum of the paper's RL objective, with the bilinear reward
-(safe + a1)·(win rate + a2) and a KL penalty; it has a closed form. The other minimizes the supervised loss over
-all tabular policies. docs/method.md derives when they agree and what the difference is otherwise.
+Two policies are compared. The first is the optimum of the paper's RL objective, with the bilinear reward
+(safe + a1)·(win rate + a2) and a KL penalty; it has a closed form. The second minimizes the supervised loss over all
+tabular policies. docs/method.md derives when they are equal, and their difference otherwise.
 
-Every population loss here is a weighted least-squares problem in the log-ratios u(y) = log π(y)/π_ref(y), and a
-constant added to u changes neither the loss nor, after normalization, the policy.
+Every population loss here is a weighted least-squares problem in the log-ratios u(y) = log π(y)/π_ref(y). A constant
+added to u changes neither the loss nor, after normalization, the policy.
 """
 
 from dataclasses import dataclass, fields
@@ -20,13 +20,13 @@ from bfpo.losses.labeling import LabelingFunction
 Array: TypeAlias = NDArray[np.float64]
 PreferenceKind = Literal["bradley_terry", "unstructured"]
 
-# Rounding error allowed in probabilities that come from a user's own arithmetic.
+# Rounding error that is allowed in given probabilities.
 _TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TabularProblem:
-    """One prompt with K answers, and all that is to be known about them. Arrays are copied and made read-only.
+    """One prompt with K answers and their probabilities. Arrays are copied and made read-only.
 
     Args:
         reference: π_ref, probability of each answer, (K,); above 0, sums to 1.
@@ -75,7 +75,7 @@ class TabularProblem:
 
     @property
     def win_rates(self) -> Array:
-        """p_h(y) = E_{y'~μ} p_h(y > y'), probability of being more helpful than a random answer, (K,)."""
+        """p_h(y) = E_{y'~μ} p_h(y > y'), the probability of being more helpful than a random answer, (K,)."""
         return self.preferences @ self.data_policy
 
     @property
@@ -88,7 +88,7 @@ def bilinear_reward(problem: TabularProblem, *, a1: float | None = None, a2: flo
     """Return (safe + a1)·(win rate + a2) for each answer, (K,).
 
     Args:
-        problem: The answers.
+        problem: Prompt and answers.
         a1: Offset of safety; default E_s.
         a2: Offset of the win rate; corresponds to 1/(b1-1) of the labeling function.
 
@@ -102,8 +102,8 @@ def bilinear_reward(problem: TabularProblem, *, a1: float | None = None, a2: flo
 def rl_objective(problem: TabularProblem, policy: Array, *, reward: Array, beta: float) -> float:
     """Return J(π) = E_{y~π} reward(y) - beta·KL(π ‖ π_ref) for policy and reward of shape (K,) and beta above 0."""
     policy = _vector(problem, policy, "policy")
-    seen = policy > 0  # 0·log 0 is 0
-    divergence = float(policy[seen] @ np.log(policy[seen] / problem.reference[seen]))
+    support = policy > 0  # 0·log 0 is 0
+    divergence = float(policy[support] @ np.log(policy[support] / problem.reference[support]))
     return float(policy @ _vector(problem, reward, "reward")) - _positive(beta) * divergence
 
 
@@ -113,16 +113,16 @@ def rl_optimum(problem: TabularProblem, reward: Array, *, beta: float) -> Array:
 
 
 def supervised_minimizer(problem: TabularProblem, labeling: LabelingFunction, *, beta: float) -> Array:
-    """Return the tabular policy with the least BFPO loss, (K,).
+    """Return the tabular policy that minimizes the BFPO loss, (K,).
 
-    The loss is the one that is trained on, in the limit of infinite data: two answers are drawn independently
-    from μ, the more helpful one is decided by p_h and becomes `chosen`, and the pair contributes
-    `(h - label / beta)²`. Safety labels that are probabilities are drawn independently for both answers; the
-    label enters through its mean, which is what a bilinear labeling function gives at the two probabilities.
+    This is the training loss in the limit of infinite data: two answers are drawn independently from μ, p_h decides
+    which one is more helpful and becomes `chosen`, and the pair contributes `(h - label / beta)²`. If the safety
+    labels are probabilities, they are drawn independently for both answers. Only the mean of the label matters, which
+    is the value of the bilinear labeling function at the two probabilities.
 
     Args:
-        problem: The answers.
-        labeling: The labeling function; all four cells 1/2 is IPO.
+        problem: Prompt and answers.
+        labeling: Labeling function; IPO if all four cells are 1/2.
         beta: The paper's tau; above 0.
     """
     label = labeling(problem.safe[:, None], problem.safe[None, :])
@@ -130,9 +130,9 @@ def supervised_minimizer(problem: TabularProblem, labeling: LabelingFunction, *,
 
 
 def soft_minimizer(problem: TabularProblem, reward: Array, *, beta: float) -> Array:
-    """Return the tabular policy with the least `bfpo_soft` loss, (K,).
+    """Return the tabular policy that minimizes the `bfpo_soft` loss, (K,).
 
-    Pairs come as for `supervised_minimizer`; the margin is regressed onto the difference of rewards over beta.
+    Pairs are drawn as for `supervised_minimizer`; the margin is regressed onto the difference of rewards over beta.
     """
     reward = _vector(problem, reward, "reward")
     return _least_squares(problem, (reward[:, None] - reward[None, :]) / _positive(beta))
@@ -141,8 +141,8 @@ def soft_minimizer(problem: TabularProblem, reward: Array, *, beta: float) -> Ar
 def covariance_gap(problem: TabularProblem) -> Array:
     """Return Cov_{y'~μ}(p_h(y > y'), safe(y')) for each answer y, (K,).
 
-    This is what beta times the log-ratio of the supervised minimizer has in excess of the bilinear reward, up to
-    a constant. The two policies are therefore the same where it doesn't depend on y.
+    Up to a constant, this is beta times the log-ratio of the supervised minimizer minus the bilinear reward. The two
+    policies are therefore equal if it doesn't depend on y.
     """
     both = problem.preferences @ (problem.data_policy * problem.safe)
     return both - problem.expected_safety * problem.win_rates
@@ -157,12 +157,12 @@ def bradley_terry(scores: Array) -> Array:
 def random_problem(
     rng: np.random.Generator, answers: int = 6, *, kind: PreferenceKind = "bradley_terry"
 ) -> TabularProblem:
-    """Draw a problem in which safety may go with winning or against it; labels are 0 or 1.
+    """Return a random problem in which safety and winning may be correlated in any way; labels are 0 or 1.
 
     Args:
-        rng: Source of randomness.
-        answers: K, at least 2.
-        kind: Preferences from a score per answer, or drawn freely for each pair of answers.
+        rng: Random generator.
+        answers: Number of answers, K; at least 2.
+        kind: Whether preferences come from a score per answer, or are drawn independently for each pair of answers.
     """
     return TabularProblem(
         reference=_probabilities(rng, answers),
@@ -175,10 +175,15 @@ def random_problem(
 def random_factorized_problem(
     rng: np.random.Generator, levels: int = 4, *, kind: PreferenceKind = "bradley_terry"
 ) -> TabularProblem:
-    """Draw a problem in which safety and helpfulness are independent under μ: `covariance_gap` is 0.
+    """Return a random problem in which safety and helpfulness are independent under μ, so that `covariance_gap` is 0.
 
-    Each level of helpfulness comes once safe and once unsafe, K = 2·levels, and the share of safe answers under
-    μ is the same at all levels. The reference policy is arbitrary. `kind` is as in `random_problem`, for levels.
+    Each level of helpfulness has a safe and an unsafe answer, and the share of safe answers under μ is the same at
+    all levels. The reference policy is arbitrary.
+
+    Args:
+        rng: Random generator.
+        levels: Number of levels, K / 2.
+        kind: As in `random_problem`, for levels.
     """
     return TabularProblem(
         reference=_probabilities(rng, 2 * levels),
@@ -189,12 +194,12 @@ def random_factorized_problem(
 
 
 def _least_squares(problem: TabularProblem, target: Array) -> Array:
-    """Minimize Σ_ij μ_i·μ_j·p_ij·(u_i - u_j - target_ij)² over u; i is chosen, j rejected."""
+    """Return the policy whose u minimizes Σ_ij μ_i·μ_j·p_ij·(u_i - u_j - target_ij)²; i is chosen, j rejected."""
     weight = np.outer(problem.data_policy, problem.data_policy) * problem.preferences
     pull = weight * target
     right = pull.sum(axis=1) - pull.sum(axis=0)
-    # p_ij + p_ji = 1 makes the normal matrix diag(μ) - μμᵀ, singular along constants. Fixing the constant by
-    # μ·u = 0 adds μμᵀ, so that what is left to solve is diag(μ)·u = right.
+    # With p_ij + p_ji = 1 the normal matrix is diag(μ) - μμᵀ, which is singular along constants. Fixing the constant
+    # by μ·u = 0 adds μμᵀ, which leaves diag(μ)·u = right.
     return _tilt(problem, right / problem.data_policy)
 
 
@@ -220,7 +225,7 @@ def _positive(beta: float) -> float:
 
 
 def _probabilities(rng: np.random.Generator, size: int) -> Array:
-    # The floor keeps every answer in play: none is so rare that rounding decides its log-ratio.
+    # The floor keeps answers from being so rare that rounding decides their log-ratios.
     draw: Array = (rng.dirichlet(np.ones(size)) + 0.05) / (1 + 0.05 * size)
     return draw
 
