@@ -339,7 +339,7 @@ def fit_judge(
     """Train the linear judge on labeled answers, in a minute, and measure it on held-out prompts."""
     from bfpo.commands.judge import fit_judge as fit
 
-    fit(labeled, out, doubt=doubt)
+    fit(labeled, out, abstain_threshold=doubt)
 
 
 @judge_app.command("eval")
@@ -353,7 +353,7 @@ def evaluate_judges(
     """Hold judges to human labels: confusion, calibration, agreement, thresholds."""
     from bfpo.judging.evaluate import evaluate_judges as evaluate
 
-    evaluate(labeled, judge, threshold=threshold, false_safe=false_safe, out=out)
+    evaluate(labeled, judge, threshold=threshold, max_false_safe=false_safe, out=out)
 
 
 @data_app.command("inspect")
