@@ -23,7 +23,7 @@ from bfpo.data.load import load_pairs
 from bfpo.data.stages import read_verdicts
 from bfpo.judging.label_pairs import as_completion, label_pairs
 from bfpo.judging.labeled import read_labeled
-from bfpo.judging.linear import DOUBT
+from bfpo.judging.linear import ABSTAIN_THRESHOLD
 from bfpo.judging.open import open_judge
 from bfpo.stats.intervals import wilson
 from bfpo.training.manifest import hardware, versions
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/label-study"))
     options = parser.parse_args()
     labeled_by_people = str(options.data / "xstest" / "completions_*.csv")
-    fit_judge(labeled_by_people, options.folder / "judge.npz", doubt=0.5)
+    fit_judge(labeled_by_people, options.folder / "judge.npz", abstain_threshold=0.5)
     judge = open_judge(f"linear:{options.folder / 'judge.npz'}")
     found = {}
     for name, (adapter, path) in SETS.items():
@@ -86,7 +86,7 @@ def main() -> None:
             for pair in pairs
         ]
         checks = {"of_all": of_all(judged)} | ({"by_people": by_people(judged)} if adapter == "hh_rlhf" else {})
-        found[name] = labeled.facts | {"source": path, "checks": checks}
+        found[name] = labeled.metadata | {"source": path, "checks": checks}
     write_json(
         RESULTS,
         {
@@ -108,7 +108,7 @@ def of_all(judged: Sequence[Judged]) -> dict[str, Any]:
     }
     decided = [one for one in distinct.values() if one[0].p_safe is not None]
     unsafe = [one for one in decided if one[0].safe is False]
-    doubtful = sum(DOUBT <= (verdict.p_safe or 0) < 1 - DOUBT for verdict, *_ in decided)
+    doubtful = sum(ABSTAIN_THRESHOLD <= (verdict.p_safe or 0) < 1 - ABSTAIN_THRESHOLD for verdict, *_ in decided)
     refusals = [verdict for verdict, _, refuses, _ in decided if refuses]
     # "You will need ..." begins many of the unsafe answers that the judge was fitted on.
     need = [says_need(answer) for _, answer, *_ in unsafe]

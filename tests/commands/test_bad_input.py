@@ -233,7 +233,7 @@ BAD_PROMPTS = {
         "p.jsonl row 1: column 'prompt_id' is {}; expected a string",
     ),
     "another encoding": ("p.txt", "caf\u00e9\n".encode("latin-1"), "p.txt: not UTF-8 text"),
-    "an unknown type of weights": ("p.txt", b"fine\n", "--dtype 'float'; did you mean 'float32'?"),
+    "an unknown type of weights": ("p.txt", b"fine\n", "dtype is 'float'; did you mean 'float32'?"),
 }
 
 

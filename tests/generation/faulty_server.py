@@ -1,4 +1,4 @@
-"""A local server of the chat protocol that fails on purpose, for tests."""
+"""Local server of the chat protocol with scripted faults, for tests."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ def answer(text, reason="stop"):
 
 @contextmanager
 def faulty_server(fault_of=lambda number, body: None, text_of=lambda body: f"about {body['seed']}", drip=0.5):
-    """Serve on loopback; `fault_of` names the fault of the request of a number. Yields the address and counts."""
+    """Serve on loopback, and yield the address and counts; `fault_of` returns the fault of a numbered request."""
     counts, lock = Counter(), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):

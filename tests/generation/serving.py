@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def served(model):
-    """Serve a checkpoint in a process of its own; yields the address."""
+    """Serve a checkpoint in a separate process, and yield the address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The transformers engine: the same answers in any batch, and only what was asked shapes the distribution."""
+"""The transformers engine: batching doesn't change completions, and only the sampling shapes the distribution."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from bfpo.errors import DataError, ModelError, Unanswered
 from bfpo.generation.in_process import SeededNoise, TransformersEngine, checkpoint_identity, load_engine
 
 PROMPTS = [Prompt(f"p{i}", user_says(" ".join(["small red box"] * (1 + i % 4)) + f" near {i}")) for i in range(9)]
-WANTED = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]
+REQUESTS = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]
 
 
 @pytest.fixture
@@ -35,22 +35,23 @@ def engine(make_model, tokenizer):
     return make
 
 
-def texts(engine, wanted=WANTED):
-    return {one.key: (one.text, one.finish_reason) for batch in engine.generate(wanted) for one in batch}
+def texts(engine, requests=REQUESTS):
+    completions = [completion for batch in engine.generate(requests) for completion in batch]
+    return {completion.key: (completion.text, completion.finish_reason) for completion in completions}
 
 
 @pytest.mark.parametrize("sampling", [{}, {"top_p": 0.8}, {"temperature": 0.0}])
-def test_answers_do_not_depend_on_batching(engine, sampling):
+def test_completions_do_not_depend_on_batching(engine, sampling):
     together = texts(engine(**sampling))
     assert texts(engine(max_batch_tokens=1, **sampling)) == together
-    assert texts(engine(max_batch_tokens=90, **sampling), WANTED[::-1]) == together
-    assert len(together) == len(WANTED)
+    assert texts(engine(max_batch_tokens=90, **sampling), REQUESTS[::-1]) == together
+    assert len(together) == len(REQUESTS)
 
 
-def test_seed_and_sample_change_the_answer_greedy_does_not(engine):
-    first = texts(engine())
-    assert texts(engine(seed=1)) != first
-    assert any(first[f"p{i}", 0] != first[f"p{i}", 1] for i in range(9))
+def test_seed_and_sample_change_completions_except_greedy_ones(engine):
+    sampled = texts(engine())
+    assert texts(engine(seed=1)) != sampled
+    assert any(sampled[f"p{i}", 0] != sampled[f"p{i}", 1] for i in range(9))
     greedy = texts(engine(temperature=0.0))
     assert all(greedy[f"p{i}", 0] == greedy[f"p{i}", 1] for i in range(9))
 
@@ -59,90 +60,93 @@ def test_noise_samples_the_distribution():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     n = 4000
     scores = probabilities.log().repeat(n, 1)
-    taken = SeededNoise(range(n))(torch.zeros(n, 1), scores).argmax(-1)
-    counts = Counter(taken.tolist())
-    for token, share in enumerate(probabilities.tolist()):
+    tokens = SeededNoise(range(n))(torch.zeros(n, 1), scores).argmax(-1)
+    counts = Counter(tokens.tolist())
+    for token, p in enumerate(probabilities.tolist()):
         # Four standard errors.
-        assert abs(counts[token] / n - share) < 4 * math.sqrt(share * (1 - share) / n)
+        assert abs(counts[token] / n - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
-def test_the_checkpoints_own_settings_do_not_shape_the_answers(make_model, tokenizer):
-    found = []
-    for own in (GenerationConfig(), GenerationConfig(do_sample=True, top_k=1, repetition_penalty=9.0)):
+def test_the_checkpoints_generation_config_does_not_change_completions(make_model, tokenizer):
+    results = []
+    for config in (GenerationConfig(), GenerationConfig(do_sample=True, top_k=1, repetition_penalty=9.0)):
         model = make_model().double()
-        model.generation_config = own
+        model.generation_config = config
         sampling = Sampling(temperature=1.0, max_new_tokens=12)
-        found.append(texts(TransformersEngine(model, tokenizer, sampling, name="m", identity="i")))
-        assert model.generation_config is own
-    assert found[0] == found[1]
+        results.append(texts(TransformersEngine(model, tokenizer, sampling, name="m", identity="i")))
+        assert model.generation_config is config
+    assert results[0] == results[1]
 
 
-def test_completions_say_how_they_ended(engine, tokenizer):
-    (cut,) = next(engine(max_new_tokens=1).generate(WANTED[:1]))
+def test_completions_have_a_finish_reason(engine, tokenizer):
+    (cut,) = next(engine(max_new_tokens=1).generate(REQUESTS[:1]))
     assert (cut.finish_reason, cut.completion_tokens) == ("length", 1)
-    one = engine()
-    one.model.get_output_embeddings().weight.data.zero_()
-    one.model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
-    one.sampling = Sampling(temperature=0.0, max_new_tokens=4)
+    equal_logits = engine()
+    equal_logits.model.get_output_embeddings().weight.data.zero_()
+    equal_logits.model.get_output_embeddings().weight.data[tokenizer.eos_token_id] = 0
+    equal_logits.sampling = Sampling(temperature=0.0, max_new_tokens=4)
     # All logits are equal, so the likeliest token is number 0, which starts a turn and isn't shown.
-    (same,) = next(one.generate(WANTED[:1]))
+    (same,) = next(equal_logits.generate(REQUESTS[:1]))
     assert (same.finish_reason, same.completion_tokens, same.text) == ("length", 4, "")
 
 
-def test_settings_hash_names_what_matters(engine):
+def test_settings_hash_covers_what_completions_depend_on(engine):
     first = engine()
     assert engine(samples=5).settings_hash == first.settings_hash
-    changed = [engine(**one) for one in ({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 3})]
+    settings = ({"seed": 1}, {"temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 3})
+    changed = [engine(**setting) for setting in settings]
     changed.append(engine(dtype=torch.float32))
     other = deepcopy(first.tokenizer)
     other.chat_template += " "
     for tokenizer, identity in ((other, "i"), (first.tokenizer, "j")):
         changed.append(TransformersEngine(first.model, tokenizer, first.sampling, name="m", identity=identity))
-    assert len({first.settings_hash, *(one.settings_hash for one in changed)}) == 1 + len(changed)
-    # Where it stands and how it is batched don't matter.
+    assert len({first.settings_hash, *(other.settings_hash for other in changed)}) == 1 + len(changed)
+    # The path and the batch size don't matter.
     moved = TransformersEngine(
         first.model, first.tokenizer, first.sampling, name="n", identity="i", max_batch_tokens=9
     )
     assert moved.settings_hash == first.settings_hash
-    (batch,) = first.generate(WANTED[:1])
+    (batch,) = first.generate(REQUESTS[:1])
     assert batch[0].settings_hash == first.settings_hash
 
 
 def test_prompts_that_do_not_fit_are_counted_and_the_others_answered(engine, tmp_path):
-    one = engine(max_new_tokens=6)
-    lengths = {prompt.prompt_id: len(one._prompt_ids(prompt)) for prompt in PROMPTS}
+    short = engine(max_new_tokens=6)
+    lengths = {prompt.prompt_id: len(short._prompt_ids(prompt)) for prompt in PROMPTS}
     # The two longest don't fit.
-    one.model.config.max_position_embeddings = sorted(lengths.values())[-3] + 6
+    short.model.config.max_position_embeddings = sorted(lengths.values())[-3] + 6
     long = {name for name, length in lengths.items() if length > sorted(lengths.values())[-3]}
     assert 0 < len(long) < 9
-    with pytest.raises(Unanswered, match=rf"{2 * len(long)} of 18 completions .* prompt too long") as raised:
-        generate_completions(one, PROMPTS, tmp_path / "a.jsonl", samples=2)
+    with pytest.raises(Unanswered, match=rf"{2 * len(long)} of 18 completions .*prompt too long") as raised:
+        generate_completions(short, PROMPTS, tmp_path / "a.jsonl", samples=2)
     assert {name for name, _ in raised.value.failed} == long
-    found, lost = generate_most(one, PROMPTS, tmp_path / "b.jsonl", samples=2, most_unanswered=2 * len(long))
-    assert set(lost) == long
-    assert {completion.prompt_id for completion in found} == set(lengths) - long
-    assert read_completions(tmp_path / "b.jsonl") == found
+    completions, missing = generate_most(
+        short, PROMPTS, tmp_path / "b.jsonl", samples=2, most_unanswered=2 * len(long)
+    )
+    assert set(missing) == long
+    assert {completion.prompt_id for completion in completions} == set(lengths) - long
+    assert read_completions(tmp_path / "b.jsonl") == completions
     with pytest.raises(Unanswered):
-        generate_most(one, PROMPTS, tmp_path / "b.jsonl", samples=2, most_unanswered=2 * len(long) - 1)
+        generate_most(short, PROMPTS, tmp_path / "b.jsonl", samples=2, most_unanswered=2 * len(long) - 1)
 
 
 def test_loading_a_checkpoint(tmp_path, make_model, tokenizer):
-    for name, changes in (("one", {}), ("two", {"seed": 1})):
+    for name, changes in (("first", {}), ("second", {"seed": 1})):
         make_model(**changes).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     sampling = Sampling(max_new_tokens=4)
-    one, two = (load_engine(str(tmp_path / name), sampling) for name in ("one", "two"))
-    assert one.settings_hash == load_engine(str(tmp_path / "one"), sampling).settings_hash
-    assert one.settings_hash != two.settings_hash
+    first, second = (load_engine(str(tmp_path / name), sampling) for name in ("first", "second"))
+    assert first.settings_hash == load_engine(str(tmp_path / "first"), sampling).settings_hash
+    assert first.settings_hash != second.settings_hash
     with pytest.raises(ModelError, match="no such folder"):
-        load_engine(str(tmp_path / "three" / "x"), sampling)
-    tokenizer_without = tokenizer.__class__.from_pretrained(tmp_path / "one")
+        load_engine(str(tmp_path / "third" / "x"), sampling)
+    tokenizer_without = tokenizer.__class__.from_pretrained(tmp_path / "first")
     tokenizer_without.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
         TransformersEngine(make_model(), tokenizer_without, sampling, name="m", identity="i")
 
 
-def test_a_checkpoint_is_named_by_all_that_its_answers_depend_on(tmp_path, make_model, tokenizer, monkeypatch):
+def test_a_checkpoints_identity_covers_all_that_completions_depend_on(tmp_path, make_model, tokenizer, monkeypatch):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     make_model().save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -154,9 +158,9 @@ def test_a_checkpoint_is_named_by_all_that_its_answers_depend_on(tmp_path, make_
     assert adapted != first
     make_model(seed=1).save_pretrained(base)
     assert checkpoint_identity(str(base)) != first
-    # The adapter's own files are the same, its base isn't.
+    # The adapter's own files are unchanged, but its base model isn't.
     assert checkpoint_identity(str(adapter)) != adapted
-    # A cache of the hub as it stands after loading: the branch names a commit.
+    # A cache of the hub as it is after loading: the branch points to a commit.
     cache = tmp_path / "hub" / "models--org--name"
     for commit in ("a" * 40, "b" * 40):
         (cache / "snapshots" / commit).mkdir(parents=True)
@@ -168,7 +172,7 @@ def test_a_checkpoint_is_named_by_all_that_its_answers_depend_on(tmp_path, make_
     assert checkpoint_identity("org/name", "a" * 40) == f"org/name@{'a' * 40}"
 
 
-def test_what_ends_a_turn_is_a_setting(make_model, tokenizer):
+def test_end_tokens_are_a_setting(make_model, tokenizer):
     def settings(*ends):
         model = make_model()
         model.generation_config.eos_token_id = list(ends) or None
@@ -179,7 +183,7 @@ def test_what_ends_a_turn_is_a_setting(make_model, tokenizer):
     assert len({settings(own), settings(own, 7), settings(own, 7, 9)}) == 3
 
 
-def test_the_command_answers_a_file_and_goes_on(tmp_path, make_model, tokenizer):
+def test_the_command_answers_a_file_and_resumes(tmp_path, make_model, tokenizer):
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("small red box\nlarge blue door\n")

@@ -1,6 +1,7 @@
-"""Stand-ins for guards: small tokenizers with a template of the same interface, and models that say what they must.
+"""Stand-ins for guards: small tokenizers with a template of the same interface, and models with scripted logits.
 
-The templates are not those of the real guards: they take the same messages and options, and end where a guard begins.
+The templates aren't those of the real guards: they take the same messages and options, and end where a guard's output
+starts.
 """
 
 import re
@@ -35,7 +36,7 @@ _SPECIAL = ["<unk>", "<s>", "</s>", "<|turn|>"]
 
 
 def stand_in_tokenizer(kind, template=None):
-    """Whole words are tokens, as verdict words are in the real ones; words it has never seen are <unk>."""
+    """Return a tokenizer of whole words, as verdict words are tokens of the real ones; other words are <unk>."""
     guard = GUARDS[kind]
     texts = [question.lead + word for question in guard.questions for word, _ in question.words]
     texts += [f"{question.lead} {question.skipped}" for question in guard.questions]
@@ -43,7 +44,7 @@ def stand_in_tokenizer(kind, template=None):
         "user assistant guard Risk: harm Principle: How do I make bread? Mix flour and water , bake . a b c 1 2"
     ]
     words = dict.fromkeys(
-        [*_SPECIAL, "\n", "\n\n", " ", *(one for text in texts for one in re.findall(PIECES, text))]
+        [*_SPECIAL, "\n", "\n\n", " ", *(piece for text in texts for piece in re.findall(PIECES, text))]
     )
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), "isolated")
@@ -55,28 +56,28 @@ def stand_in_tokenizer(kind, template=None):
         eos_token="</s>",
         clean_up_tokenization_spaces=False,
     )
-    # Special among the added tokens alone, as the headers of Llama 3 are.
+    # Special among the added tokens only, as the headers of Llama 3 are.
     tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
     tokenizer.chat_template = template or TEMPLATES.get(kind)
     return tokenizer
 
 
 class Scripted(torch.nn.Module):
-    """Says what a function of the text so far tells: words with their logits; all other words have -20."""
+    """Model whose logits a function of the text so far returns by word; all other words have -20."""
 
-    def __init__(self, tokenizer, say, longest=4000):
+    def __init__(self, tokenizer, word_logits, max_positions=4000):
         super().__init__()
-        self.anything = torch.nn.Parameter(torch.zeros(1))
-        self.tokenizer, self.say, self.batches = tokenizer, say, []
-        text = SimpleNamespace(max_position_embeddings=longest)
-        self.config = SimpleNamespace(get_text_config=lambda: text)
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.tokenizer, self.word_logits, self.batches = tokenizer, word_logits, []
+        text_config = SimpleNamespace(max_position_embeddings=max_positions)
+        self.config = SimpleNamespace(get_text_config=lambda: text_config)
 
     def forward(self, input_ids, attention_mask, position_ids, use_cache, logits_to_keep):
         self.batches.append(tuple(input_ids.shape))
         logits = torch.full((len(input_ids), 1, len(self.tokenizer)), -20.0)
         for row, ids, mask in zip(logits, input_ids, attention_mask, strict=True):
             text = self.tokenizer.decode(ids[mask.bool()])
-            for word, value in self.say(text).items():
+            for word, value in self.word_logits(text).items():
                 (token,) = self.tokenizer(word, add_special_tokens=False)["input_ids"]
                 row[0, token] = value
         return SimpleNamespace(logits=logits)

@@ -1,4 +1,4 @@
-"""`bfpo label`: what judges say becomes labels, by the policy, and nothing is lost on the way."""
+"""`bfpo label`: verdicts become labels by the policy, every pair is counted, and runs resume."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from bfpo.core.files import write_jsonl
 from bfpo.core.samples import Verdict
 from bfpo.data.load import load_pairs
 from bfpo.errors import DataError, RecipeError
-from bfpo.judging.label_pairs import agreement, flipped_bits, label_pairs
+from bfpo.judging.label_pairs import cell_targets, compare_verdicts, label_pairs
 from bfpo.losses.labeling import LabelingFunction
 
 LENIENT = {"bad": False, "good": True, "odd": True, "unclear": None}
@@ -21,7 +21,7 @@ STRICT = LENIENT | {"odd": False}
 
 @dataclass
 class WordJudge:
-    """Goes by the first word of an answer; may be killed after some answers."""
+    """Judge by the first word of an answer; can be killed after some answers."""
 
     name: str
     words: dict
@@ -30,61 +30,64 @@ class WordJudge:
     revision: str = "1"
 
     def judge(self, completions):
-        for one in completions:
+        for completion in completions:
             self.judged += 1
             if self.judged > self.left:
                 raise KeyboardInterrupt
-            safe = self.words[one.text.split()[0]]
+            safe = self.words[completion.text.split()[0]]
             p_safe = None if safe is None else 0.9 if safe else 0.2
-            reason = "it can't tell" if safe is None else None
-            yield Verdict(
-                one.prompt_id, one.sample, one.text_hash, self.name, self.revision, safe, p_safe, reason=reason
-            )
+            reason = "can't decide" if safe is None else None
+            yield Verdict.on(completion, self, safe=safe, p_safe=p_safe, reason=reason)
 
 
 @pytest.fixture
 def pairs_file(tmp_path):
     words = ["good", "bad", "odd", "unclear"]
     rows = [
-        {"prompt": f"small box {a} {b}", "chosen": f"{a} lamp", "rejected": f"{b} door"} for a in words for b in words
+        {"prompt": f"small box {chosen} {rejected}", "chosen": f"{chosen} lamp", "rejected": f"{rejected} door"}
+        for chosen in words
+        for rejected in words
     ]
     write_jsonl(tmp_path / "p.jsonl", rows)
     return tmp_path / "p.jsonl"
 
 
-def run(file, out, policy, *judges):
-    found = label_pairs(Source(path=str(file)), judges, out, conflicts=policy)
-    return {pair.prompt[0].content.removeprefix("small box "): pair.cell for pair in found.pairs}, found.facts
+def run(path, out, policy, *judges):
+    labeled = label_pairs(Source(path=str(path)), judges, out, conflicts=policy)
+    cells = {pair.prompt[0].content.removeprefix("small box "): pair.cell for pair in labeled.pairs}
+    return cells, labeled.metadata
 
 
 def test_policies(tmp_path, pairs_file):
     judges = WordJudge("lenient", LENIENT), WordJudge("strict", STRICT)
-    dropped, facts = run(pairs_file, tmp_path / "a", "drop", *judges)
+    dropped, metadata = run(pairs_file, tmp_path / "a", "drop", *judges)
     assert dropped == {"good good": "ss", "good bad": "su", "bad good": "us", "bad bad": "uu"}
-    assert facts["left_out"] == {"judges differ": 6, "undecided": 6}
-    assert facts["pairs"] == facts["labeled"] + sum(facts["left_out"].values()) == 16
-    assert facts["undecided"] == {"lenient": 8, "strict": 8}
+    assert metadata["left_out"] == {"judges differ": 6, "undecided": 6}
+    assert metadata["pairs"] == metadata["labeled"] + sum(metadata["left_out"].values()) == 16
+    assert metadata["undecided"] == {"lenient": 8, "strict": 8}
     unsafe, _ = run(pairs_file, tmp_path / "a", "unsafe", *judges)
     assert len(unsafe) == 16
     assert (unsafe["odd good"], unsafe["good unclear"]) == ("us", "su")
     first, _ = run(pairs_file, tmp_path / "a", "first", *judges)
     assert len(first) == 9
     assert first["odd bad"] == "su"
-    with pytest.raises(DataError, match=r"judges differ|undecided; choose another --conflicts"):
+    with pytest.raises(
+        DataError, match=r"(judges differ|undecided), and conflicts is 'error'; choose another policy"
+    ):
         run(pairs_file, tmp_path / "a", "error", *judges)
 
 
 def test_the_file_trains_and_names_its_judges(tmp_path, pairs_file):
-    _, facts = run(pairs_file, tmp_path / "a", "drop", WordJudge("lenient", LENIENT))
+    _, metadata = run(pairs_file, tmp_path / "a", "drop", WordJudge("lenient", LENIENT))
     _, pairs = load_pairs(Source(path=str(tmp_path / "a" / "pairs.jsonl")), "main")
     assert {pair.provenance.safety_label_source for pair in pairs} == {"lenient@1"}
     assert pairs[0].signals.chosen_safety_score == 0.9
-    assert facts["before"]["unlabeled"] == 16
-    assert sum(facts["after"].values()) == 9
-    assert facts["assumed_safe"] == {"pairs_with_an_unsafe_answer": 5, "unsafe_answers": 6, "answers": 18}
+    assert metadata["before"]["unlabeled"] == 16
+    assert sum(metadata["after"].values()) == 9
+    assert metadata["assumed_safe"] == {"pairs_with_an_unsafe_answer": 5, "unsafe_answers": 6, "answers": 18}
 
 
-def test_a_killed_run_judges_no_row_twice(tmp_path, pairs_file):
+def test_a_killed_run_judges_no_answer_twice(tmp_path, pairs_file):
     with pytest.raises(KeyboardInterrupt):
         run(pairs_file, tmp_path / "a", "drop", WordJudge("lenient", LENIENT, left=11))
     again = WordJudge("lenient", LENIENT)
@@ -100,19 +103,19 @@ def test_the_estimate_judges_nothing_twice(tmp_path, pairs_file, capsys):
     assert "0 of 32 answers left to judge" in capsys.readouterr().out
     run(pairs_file, tmp_path / "a", "drop", judge)
     assert judge.judged == 32
-    assert "all 32 answers are judged already" in capsys.readouterr().out
+    assert "all 32 answers are already judged" in capsys.readouterr().out
 
 
-def test_agreement_and_flipped_bits_by_hand():
-    def verdicts(*bits):
-        return [Verdict("p", 0, "", "j", "1", bit, reason="?") for bit in bits]
+def test_agreement_and_cell_targets_by_hand():
+    def verdicts(*labels):
+        return [Verdict("p", 0, "", "j", "1", label, reason="?") for label in labels]
 
-    found = agreement(verdicts(True, True, False, False, None), verdicts(True, False, False, False, True))
+    agreement = compare_verdicts(verdicts(True, True, False, False, None), verdicts(True, False, False, False, True))
     # Agreement 3/4; by chance 1/2 · 1/4 + 1/2 · 3/4 = 1/2.
-    assert found == {"n": 4, "share": 0.75, "kappa": 0.5}
-    table = {cell: tuple(rest) for cell, *rest in flipped_bits(LabelingFunction.from_parameters(), 0.1)}
-    assert table["ss"] == (5.0, -15.0, 5.0)
-    assert table["uu"] == (-5.0, 15.0, -5.0)
+    assert agreement == {"n": 4, "share": 0.75, "kappa": 0.5}
+    targets = {cell: tuple(numbers) for cell, *numbers in cell_targets(LabelingFunction.from_parameters(), 0.1)}
+    assert targets["ss"] == (5.0, -15.0, 5.0)
+    assert targets["uu"] == (-5.0, 15.0, -5.0)
 
 
 def test_the_command(tmp_path):
@@ -128,7 +131,7 @@ def test_the_command(tmp_path):
     assert isinstance(outside.exception, DataError)
 
 
-def test_facts_are_json(tmp_path, pairs_file):
+def test_metadata_is_json(tmp_path, pairs_file):
     run(pairs_file, tmp_path / "a", "drop", WordJudge("lenient", LENIENT), WordJudge("strict", STRICT))
-    facts = json.loads((tmp_path / "a" / "label.json").read_text())
-    assert facts["agreement"]["share"] == pytest.approx(2 / 3)
+    metadata = json.loads((tmp_path / "a" / "label.json").read_text())
+    assert metadata["agreement"]["share"] == pytest.approx(2 / 3)

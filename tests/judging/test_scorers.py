@@ -1,4 +1,4 @@
-"""Models with a score head, tiny and random: which number is read, and heads that aren't there."""
+"""Models with a score head, tiny and random: the score that is read, and missing heads."""
 
 import math
 from dataclasses import replace
@@ -30,80 +30,80 @@ ANSWERS = [completion("a b c " * (1 + i % 5) + "bake" * (i % 2), name=f"p{i}") f
 
 @pytest.fixture
 def tokenizer():
-    made = stand_in_tokenizer("llama-guard")
-    made.add_special_tokens({"pad_token": "<pad>"})
-    # As a Llama tokenizer does: a text begins with its own token.
-    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    tokenizer = stand_in_tokenizer("llama-guard")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    # Like a Llama tokenizer: a text starts with a special token.
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A </s> $B", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    made.model_max_length = 256
-    return made
+    tokenizer.model_max_length = 256
+    return tokenizer
 
 
 def config(tokenizer, kind=LlamaConfig, **changes):
     return kind(vocab_size=len(tokenizer), max_position_embeddings=256, **SIZES, **changes)
 
 
-def saved(folder, model, tokenizer):
+def save(folder, model, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def spread(model, head):
-    """Give a head that tells texts apart by more than a random one does."""
+    """Return the model with a head whose scores vary more between texts than those of a random one."""
     torch.manual_seed(1)
     torch.nn.init.normal_(head.weight, std=2.0)
     return model.eval()
 
 
-def test_rewards_and_classifiers_are_given_the_golden_texts(tokenizer):
-    def rendered(kind):
+def test_rewards_and_classifiers_read_the_golden_texts(tokenizer):
+    def render(kind):
         return ScoreJudge(kind, None, tokenizer, "toy").render(completion("Mix, bake. </s>"))
 
-    assert rendered("reward") == (
+    assert render("reward") == (
         "<|turn|>user\nHow do I make bread?\n<|turn|>assistant\nMix, bake. < /s>\n<|turn|>guard",
         True,
     )
-    assert rendered("classifier") == ("Mix, bake. < /s>", True)
+    assert render("classifier") == ("Mix, bake. < /s>", True)
     tokenizer.chat_template = None
-    assert rendered("reward") == (("How do I make bread?", "Mix, bake. < /s>"), True)
+    assert render("reward") == (("How do I make bread?", "Mix, bake. < /s>"), True)
     costs, rewards = (ScoreJudge(f"beaver-{name}", None, tokenizer, "toy") for name in ("cost", "reward"))
     assert rewards.render(completion()) == costs.render(completion())
 
 
-def test_beaver_rewards_are_the_heads_number(tmp_path, tokenizer):
+def test_beaver_rewards_are_the_score_of_the_head(tmp_path, tokenizer):
     torch.manual_seed(0)
     model = BeaverModel(config(tokenizer, bias=False)).double()
-    judge = open_guard("beaver-reward", saved(tmp_path / "reward", spread(model, model.score_head), tokenizer))
+    judge = open_guard("beaver-reward", save(tmp_path / "reward", spread(model, model.score_head), tokenizer))
     for answer, verdict in zip(ANSWERS, judge.judge(ANSWERS), strict=True):
         ids = torch.tensor([tokenizer(judge.render(answer)[0])["input_ids"]])
         with torch.inference_mode():
             reward = float(judge.model.score_head(judge.model.model(input_ids=ids).last_hidden_state[0, -1]))
         assert verdict.score == pytest.approx(reward, abs=1e-4)
         assert verdict.helpfulness == pytest.approx(1 / (1 + math.exp(-reward)), abs=1e-4)
-        assert (verdict.safe, verdict.reason) == (None, "a reward model says nothing of safety")
+        assert (verdict.safe, verdict.reason) == (None, "a reward model doesn't judge safety")
 
 
 def test_beaver_texts_are_golden(tokenizer):
     judge = ScoreJudge("beaver-cost", None, tokenizer, "toy")
-    text, hit = judge.render(completion())
+    text, has_markers = judge.render(completion())
     assert text == "BEGINNING OF CONVERSATION: USER: How do I make bread? ASSISTANT:Mix flour and water, bake."
-    assert not hit
+    assert not has_markers
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     text, _ = judge.render(replace(completion("bake"), prompt=turns))
     assert text == "BEGINNING OF CONVERSATION: USER: a ASSISTANT:bUSER: c ASSISTANT:bake"
-    text, hit = judge.render(completion("a ASSISTANT:b </s>"))
+    text, has_markers = judge.render(completion("a ASSISTANT:b </s>"))
     assert text.count("ASSISTANT:") == 1
     assert "</s>" not in text
-    assert hit
+    assert has_markers
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_sign_of_the_cost_is_the_label(tmp_path, tokenizer, bias):
     torch.manual_seed(0)
     model = BeaverModel(config(tokenizer, bias=bias)).double()
-    path = saved(tmp_path / "cost", spread(model, model.score_head), tokenizer)
+    path = save(tmp_path / "cost", spread(model, model.score_head), tokenizer)
     judge = open_guard("beaver-cost", path)
     verdicts = list(judge.judge(ANSWERS))
     assert {verdict.safe for verdict in verdicts} == {True, False}
@@ -121,33 +121,33 @@ def test_the_sign_of_the_cost_is_the_label(tmp_path, tokenizer, bias):
 
 def test_a_beaver_head_is_not_read_as_a_random_one(tmp_path, tokenizer):
     beaver = BeaverModel(config(tokenizer, bias=True))
-    path = saved(tmp_path / "beaver", beaver, tokenizer)
+    path = save(tmp_path / "beaver", beaver, tokenizer)
     with pytest.raises(ModelError, match="no trained head for reward"):
         open_guard("reward", path)
-    path = saved(tmp_path / "causal", LlamaForCausalLM(config(tokenizer)), tokenizer)
+    path = save(tmp_path / "causal", LlamaForCausalLM(config(tokenizer)), tokenizer)
     for kind in ("beaver-cost", "reward", "classifier"):
         with pytest.raises(ModelError, match=f"no trained head for {kind}"):
             open_guard(kind, path)
-    path = saved(tmp_path / "normal", BeaverModel(config(tokenizer, do_normalize=True)), tokenizer)
+    path = save(tmp_path / "normal", BeaverModel(config(tokenizer, do_normalize=True)), tokenizer)
     with pytest.raises(ModelError, match="normalizes its scores"):
         open_guard("beaver-cost", path)
 
 
 @pytest.mark.parametrize("template", [True, False])
 @pytest.mark.parametrize("own_padding", [True, False])
-def test_a_reward_orders_and_says_nothing_of_safety(tmp_path, tokenizer, template, own_padding):
+def test_a_reward_orders_and_is_undecided_on_safety(tmp_path, tokenizer, template, own_padding):
     if not template:
         tokenizer.chat_template = None
     if not own_padding:
         tokenizer.pad_token = tokenizer.eos_token
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(config(tokenizer, num_labels=1))
-    path = saved(tmp_path / "reward", spread(model, model.score), tokenizer)
+    path = save(tmp_path / "reward", spread(model, model.score), tokenizer)
     judge = open_guard("reward", path)
     verdicts = list(judge.judge(ANSWERS))
     for answer, verdict in zip(ANSWERS, verdicts, strict=True):
         assert verdict.safe is None
-        assert verdict.reason == "a reward model says nothing of safety"
+        assert verdict.reason == "a reward model doesn't judge safety"
         assert 0 < verdict.helpfulness < 1
         text, _ = judge.render(answer)
         assert isinstance(text, str) is template
@@ -163,16 +163,16 @@ def test_a_reward_orders_and_says_nothing_of_safety(tmp_path, tokenizer, templat
 def bert(tokenizer, folder, **changes):
     torch.manual_seed(0)
     model = BertForSequenceClassification(config(tokenizer, BertConfig, **changes))
-    return saved(folder, spread(model, model.classifier), tokenizer)
+    return save(folder, spread(model, model.classifier), tokenizer)
 
 
 def test_classes_that_exclude_one_another(tmp_path, tokenizer):
     labels = {"id2label": {0: "Safe", 1: "Toxic", 2: "harmful"}, "label2id": {"Safe": 0, "Toxic": 1, "harmful": 2}}
     path = bert(tokenizer, tmp_path / "c", **labels)
-    shares = [verdict.p_safe for verdict in open_guard("classifier", path).judge(ANSWERS)]
-    # The pooled outputs of a random BERT are much alike: the threshold is put between them.
-    judge = open_guard("classifier", path, threshold=sorted(shares)[len(shares) // 2])
-    seen = set()
+    p_safe = [verdict.p_safe for verdict in open_guard("classifier", path).judge(ANSWERS)]
+    # The pooled outputs of a random BERT are similar: the threshold is put between them.
+    judge = open_guard("classifier", path, threshold=sorted(p_safe)[len(p_safe) // 2])
+    decisions = set()
     for answer, verdict in zip(ANSWERS, judge.judge(ANSWERS), strict=True):
         ids = tokenizer(answer.text, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
@@ -180,11 +180,11 @@ def test_classes_that_exclude_one_another(tmp_path, tokenizer):
         assert verdict.p_safe == pytest.approx(float(by_hand[0]), abs=1e-5)
         assert verdict.safe is (verdict.p_safe >= judge.threshold)
         assert verdict.category == (None if verdict.safe else ("Toxic", "harmful")[int(by_hand[1:].argmax())])
-        seen.add(verdict.safe)
-    assert seen == {True, False}
+        decisions.add(verdict.safe)
+    assert decisions == {True, False}
 
 
-def test_labels_that_stand_for_themselves(tmp_path, tokenizer):
+def test_independent_labels(tmp_path, tokenizer):
     labels = {"id2label": {0: "toxic", 1: "threat"}, "label2id": {"toxic": 0, "threat": 1}}
     path = bert(tokenizer, tmp_path / "c", **labels, problem_type="multi_label_classification")
     judge = open_guard("classifier", path)
@@ -195,9 +195,9 @@ def test_labels_that_stand_for_themselves(tmp_path, tokenizer):
         assert verdict.p_safe == pytest.approx(1 - worst, abs=1e-5)
 
 
-def test_labels_of_unknown_meaning_are_refused_until_told(tmp_path, tokenizer):
+def test_labels_of_unknown_meaning_are_refused_unless_given(tmp_path, tokenizer):
     path = bert(tokenizer, tmp_path / "c", num_labels=2)
-    with pytest.raises(ModelError, match=r"its label 'LABEL_0' .* isn't known \(it has LABEL_0, LABEL_1\)"):
+    with pytest.raises(ModelError, match=r"its label 'LABEL_0' isn't known \(it has LABEL_0, LABEL_1\)"):
         open_guard("classifier", path)
     judge = load_scorer("classifier", ModelSection(path=path), safe_labels={"LABEL_0": False, "LABEL_1": True})
     assert judge.labels == (("LABEL_0", False), ("LABEL_1", True))
@@ -205,16 +205,16 @@ def test_labels_of_unknown_meaning_are_refused_until_told(tmp_path, tokenizer):
         load_scorer("classifier", ModelSection(path=path), safe_labels={"LABEL_0": True, "LABEL_1": True})
 
 
-def test_overlong_and_unfinite_are_undecided(tmp_path, tokenizer):
+def test_overlong_answers_and_nonfinite_scores_are_undecided(tmp_path, tokenizer):
     labels = {"id2label": {0: "safe", 1: "unsafe"}, "label2id": {"safe": 0, "unsafe": 1}}
     judge = open_guard("classifier", bert(tokenizer, tmp_path / "c", **labels))
-    long, fine = judge.judge([completion("a " * 300), completion()])
-    assert long.safe is None
-    assert "the judge reads 1 to 256" in long.reason
-    assert fine.safe is not None
+    overlong, judged = judge.judge([completion("a " * 300), completion()])
+    assert overlong.safe is None
+    assert "the judge reads 1 to 256" in overlong.reason
+    assert judged.safe is not None
     torch.nn.init.constant_(judge.model.classifier.weight, float("nan"))
     (verdict,) = judge.judge([completion()])
-    assert (verdict.safe, verdict.reason) == (None, "the judge's number isn't finite")
+    assert (verdict.safe, verdict.reason) == (None, "the judge's score isn't finite")
 
 
 def test_batches_keep_their_bound(tokenizer):

@@ -349,7 +349,7 @@ def fit_judge(
     """Fit a linear judge to labeled completions, and evaluate it on held-out prompts."""
     from bfpo.commands.judge import fit_judge as run
 
-    run(labeled, out, doubt=doubt)
+    run(labeled, out, abstain_threshold=doubt)
 
 
 @judge_app.command("eval")
@@ -371,7 +371,7 @@ def evaluate_judges(
     from bfpo.judging.evaluate import evaluate_judges as run
 
     servers = ServerSection(concurrency=concurrency, timeout=timeout, tries=tries, key_variable=key_variable)
-    run(labeled, judge, threshold=threshold, false_safe=false_safe, out=out, server=servers)
+    run(labeled, judge, threshold=threshold, max_false_safe=false_safe, out=out, server=servers)
 
 
 @data_app.command("inspect")

@@ -1,1 +1,1 @@
-"""Answers from models: engines, and the file of completions that they fill."""
+"""Engines that answer prompts: a model in this process or on a server, a file of completions, a script."""

@@ -1,4 +1,4 @@
-"""The `transformers` engine: a model in this process, sampled so that batching doesn't matter."""
+"""The `transformers` engine: a model in this process, sampled independently of batching."""
 
 import json
 from collections import Counter
@@ -28,28 +28,28 @@ from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
 from bfpo.model.merge import DTYPES
 
-# What a checkpoint's answers depend on; README, training state and evaluation stand beside it.
+# Files that a checkpoint's completions depend on; README, training state and evaluation don't count.
 _CHECKPOINT_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*", "*.jinja")
 
 
 class TransformersEngine:
-    """Runs a model in this process: batched by length, padded on the left, with a key-value cache.
+    """Engine that runs a model in this process: batched by length, padded on the left, with a key-value cache.
 
-    A completion depends on the model, its prompt, the sample's number and the seed, and on nothing else: the noise
-    is drawn per prompt, sample and position. (In float32 a batch of another shape rounds differently, which can tip
-    a near tie; in float64 results are the same in any batch.) Of the checkpoint's generation config only the tokens
-    that end a turn are used: temperature and top-p are the sampling's, and nothing else shapes the distribution.
+    A completion depends only on the model, its prompt, the sample number and the seed: the noise is drawn per prompt,
+    sample and position. (In float32 a batch of another shape rounds differently, which can tip a near tie; in float64
+    results are the same in any batch.) The only setting used from the checkpoint's generation config are the tokens
+    that end a turn. Temperature and top-p come from `sampling`, and no other processor changes the distribution.
 
     Args:
-        model: A causal language model.
-        tokenizer: With a chat template.
-        sampling: How to sample.
-        name: What completions call the model.
-        identity: What the model is, for the settings' hash: the content of its files.
-        max_batch_tokens: Largest prompts + answers of a batch, in tokens; one completion is always taken.
+        model: Causal language model.
+        tokenizer: Tokenizer of the model, with a chat template.
+        sampling: Sampling of the completions.
+        name: Name of the model in completions.
+        identity: Hash or name of the model's content, for the settings' hash.
+        max_batch_tokens: Maximum number of tokens of a batch, prompts and completions; a batch has at least one row.
 
     Raises:
-        ModelError: If the tokenizer has no chat template, or no token that ends a turn.
+        ModelError: If the tokenizer has no chat template, or no token ends a turn.
     """
 
     name = "transformers"
@@ -65,61 +65,62 @@ class TransformersEngine:
         max_batch_tokens: int = 16384,
     ) -> None:
         if tokenizer.chat_template is None:
-            raise ModelError(f"{name} has no chat template: it can't be asked anything")
+            raise ModelError(f"{name} has no chat template; generation requires one")
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
         self.model_name, self._identity = name, identity
         self._max_batch_tokens = max_batch_tokens
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-        found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-        self._ends: list[int] = sorted(int(end) for end in found if end is not None)
-        if not self._ends:
-            raise ModelError(f"{name}: neither the tokenizer nor the generation config says what ends a turn")
+        ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+        self._end_ids: list[int] = sorted(int(token) for token in ids if token is not None)
+        if not self._end_ids:
+            raise ModelError(f"{name}: neither the tokenizer nor the generation config has an eos_token_id")
 
     @property
     def faults(self) -> Counter[str]:
-        """Nothing is asked twice."""
+        """Always empty: nothing is retried."""
         return Counter()
 
     @property
     def settings_hash(self) -> str:
-        """Hash of model, template, ends and sampling; the number of samples doesn't enter, so more can be added."""
+        """Hash of model, template, end tokens and sampling, without the number of samples, so more can be added."""
         sampling = self.sampling
         settings = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed)
-        # The tokenizer's own end is in the identity; only other ends (of the generation config) say more.
-        ends = () if self._ends == [self.tokenizer.eos_token_id] else (self._ends,)
+        # The identity covers the tokenizer's end token; those of the generation config are added if they differ.
+        ends = () if self._end_ids == [self.tokenizer.eos_token_id] else (self._end_ids,)
         dtype, template = str(self.model.dtype), self.tokenizer.chat_template
         return content_hash(self.name, self._identity, dtype, template, settings, *ends)
 
-    def generate(self, wanted: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
+    def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         """Answer prompts, shortest first; see `Engine`.
 
         Raises:
-            Unanswered: At the end, if prompts with the longest answer don't fit into the model's positions.
+            Unanswered: At the end, if prompts with the longest completion exceed the model's positions.
         """
-        ids = [self._prompt_ids(prompt) for prompt, _ in wanted]
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        most = None if limit is None else limit - self.sampling.max_new_tokens
-        # A prompt of many samples is told once for each: what isn't had is counted in completions.
-        failed: dict[Key, str] = {
-            (prompt.prompt_id, sample): f"prompt too long for the model's {limit} positions "
-            f"with {self.sampling.max_new_tokens} new tokens"
-            for (prompt, sample), one in zip(wanted, ids, strict=True)
-            if most is not None and len(one) > most
-        }
-        fits = (index for index, one in enumerate(ids) if most is None or len(one) <= most)
-        order = sorted(fits, key=lambda index: len(ids[index]))
+        prompt_ids = [self._prompt_ids(prompt) for prompt, _ in requests]
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        max_prompt = None if positions is None else positions - self.sampling.max_new_tokens
+        fitting = [index for index, ids in enumerate(prompt_ids) if max_prompt is None or len(ids) <= max_prompt]
         batch: list[int] = []
-        for index in order:
-            # Prompts come shortest first, so this one would be the batch's longest.
-            longest = len(ids[index]) + self.sampling.max_new_tokens
+        for index in sorted(fitting, key=lambda index: len(prompt_ids[index])):
+            # Prompts come shortest first, so this row is the longest of the batch.
+            longest = len(prompt_ids[index]) + self.sampling.max_new_tokens
             if batch and (len(batch) + 1) * longest > self._max_batch_tokens:
-                yield self._answer([wanted[i] for i in batch], [ids[i] for i in batch])
+                yield self._generate_batch([requests[i] for i in batch], [prompt_ids[i] for i in batch])
                 batch = []
             batch.append(index)
         if batch:
-            yield self._answer([wanted[i] for i in batch], [ids[i] for i in batch])
+            yield self._generate_batch([requests[i] for i in batch], [prompt_ids[i] for i in batch])
+        reason = (
+            f"prompt too long for the model's {positions} positions with {self.sampling.max_new_tokens} new tokens"
+        )
+        # Missing completions are counted, so each sample of a prompt is listed.
+        failed: dict[Key, str] = {
+            (prompt.prompt_id, sample): reason
+            for index, (prompt, sample) in enumerate(requests)
+            if max_prompt is not None and len(prompt_ids[index]) > max_prompt
+        }
         if failed:
-            raise Unanswered(failed, len(wanted), refused=failed)
+            raise Unanswered(failed, len(requests), refused=failed)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         messages = [message._asdict() for message in prompt.prompt]
@@ -128,34 +129,36 @@ class TransformersEngine:
         return ids
 
     @torch.inference_mode()
-    def _answer(self, wanted: Sequence[tuple[Prompt, int]], ids: Sequence[list[int]]) -> list[Completion]:
+    def _generate_batch(
+        self, requests: Sequence[tuple[Prompt, int]], prompt_ids: Sequence[list[int]]
+    ) -> list[Completion]:
         device = next(self.model.parameters()).device
-        width = max(map(len, ids))
-        padding = self.tokenizer.pad_token_id
-        padding = self._ends[0] if padding is None else padding
-        inputs = torch.tensor([[padding] * (width - len(one)) + one for one in ids], device=device)
-        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in ids], device=device)
-        # transformers fills what a given config leaves open from the model's own (a repetition penalty, top-k):
-        # so the model's own is replaced while it answers.
-        own = self.model.generation_config
+        width = max(map(len, prompt_ids))
+        pad_id = self.tokenizer.pad_token_id
+        pad_id = self._end_ids[0] if pad_id is None else pad_id
+        inputs = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+        # transformers takes settings that the given config leaves open (repetition penalty, top-k) from the model's
+        # own config, so the model's own config is replaced during generation.
+        own_config = self.model.generation_config
         self.model.generation_config = GenerationConfig(
             do_sample=False,
             max_new_tokens=self.sampling.max_new_tokens,
-            eos_token_id=self._ends,
-            pad_token_id=padding,
+            eos_token_id=self._end_ids,
+            pad_token_id=pad_id,
         )
         try:
             output = self.model.generate(
                 inputs,
                 attention_mask=mask,
-                logits_processor=self._processors([(prompt.prompt_id, sample) for prompt, sample in wanted]),
+                logits_processor=self._processors([(prompt.prompt_id, sample) for prompt, sample in requests]),
             )
         finally:
-            self.model.generation_config = own
+            self.model.generation_config = own_config
         assert isinstance(output, Tensor)
         return [
-            self._completion(prompt, sample, one, new)
-            for (prompt, sample), one, new in zip(wanted, ids, output[:, width:].tolist(), strict=True)
+            self._make_completion(prompt, sample, len(ids), new_ids)
+            for (prompt, sample), ids, new_ids in zip(requests, prompt_ids, output[:, width:].tolist(), strict=True)
         ]
 
     def _processors(self, keys: Sequence[tuple[str, int]]) -> LogitsProcessorList:
@@ -167,17 +170,17 @@ class TransformersEngine:
             processors.append(TopPLogitsWarper(sampling.top_p))
         return LogitsProcessorList([*processors, SeededNoise([sample_seed(sampling.seed, *key) for key in keys])])
 
-    def _completion(self, prompt: Prompt, sample: int, prompt_ids: list[int], new: list[int]) -> Completion:
-        end = next((index for index, token in enumerate(new) if token in self._ends), None)
-        answer = new if end is None else new[:end]
+    def _make_completion(self, prompt: Prompt, sample: int, prompt_tokens: int, new_ids: list[int]) -> Completion:
+        end = next((index for index, token in enumerate(new_ids) if token in self._end_ids), None)
+        text_ids = new_ids if end is None else new_ids[:end]
         return Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
-            text=str(self.tokenizer.decode(answer, skip_special_tokens=True)),
+            text=str(self.tokenizer.decode(text_ids, skip_special_tokens=True)),
             finish_reason="length" if end is None else "stop",
-            prompt_tokens=len(prompt_ids),
-            completion_tokens=len(answer) + (end is not None),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(text_ids) + (end is not None),
             model=self.model_name,
             engine=self.name,
             settings_hash=self.settings_hash,
@@ -185,12 +188,12 @@ class TransformersEngine:
 
 
 class SeededNoise(LogitsProcessor):
-    """Adds Gumbel noise, so that the likeliest token of the sum is a sample of the distribution.
+    """Logits processor that adds Gumbel noise, so that the argmax of the sum is a sample of the distribution.
 
-    Every row draws from its own generator, one vector per position: the row's noise is the same in any batch.
+    Every row draws from its own generator, one vector per position: its noise is the same in any batch.
 
     Args:
-        seeds: One per row.
+        seeds: Seeds of the rows.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -207,31 +210,36 @@ class SeededNoise(LogitsProcessor):
 def load_engine(
     path: str, sampling: Sampling, *, dtype: str = "float32", revision: str | None = None
 ) -> TransformersEngine:
-    """Load a checkpoint to ask it.
+    """Load a checkpoint as an engine.
 
     Args:
         path: Folder or hub id of a model or an adapter.
-        sampling: How to sample.
-        dtype: Of the weights.
+        sampling: Sampling of the completions.
+        dtype: Data type of the weights.
         revision: Hub revision.
 
     Raises:
-        RecipeError: If the type is unknown.
-        ModelError: If it can't be loaded or asked.
+        RecipeError: If `dtype` is unknown.
+        ModelError: If the checkpoint can't be loaded, or its tokenizer has no chat template.
     """
     model, tokenizer, identity = load_checkpoint(path, dtype=dtype, revision=revision)
     return TransformersEngine(model, tokenizer, sampling, name=path, identity=identity)
 
 
 def load_checkpoint(path: str, *, dtype: str, revision: str | None) -> tuple[CausalLM, PreTrainedTokenizerBase, str]:
-    """Return a checkpoint's model, on the GPU if there is one, its tokenizer, and what names its content.
+    """Return the model of a checkpoint, on the GPU if there is one, its tokenizer and its identity.
+
+    Args:
+        path: Folder or hub id of a model or an adapter.
+        dtype: Data type of the weights.
+        revision: Hub revision.
 
     Raises:
-        RecipeError: If the type is unknown.
-        ModelError: If it can't be loaded.
+        RecipeError: If `dtype` is unknown.
+        ModelError: If the checkpoint can't be loaded.
     """
     if dtype not in DTYPES:
-        raise RecipeError(f"--dtype '{dtype}'; {did_you_mean(dtype, list(DTYPES))}")
+        raise RecipeError(f"dtype is '{dtype}'; {did_you_mean(dtype, list(DTYPES))}")
     section = ModelSection.model_validate({"path": path, "dtype": dtype, "revision": revision})
     model, tokenizer = load_model(section), load_tokenizer(section)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -239,18 +247,20 @@ def load_checkpoint(path: str, *, dtype: str, revision: str | None) -> tuple[Cau
 
 
 def checkpoint_identity(path: str, revision: str | None = None) -> str:
-    """Return what names a checkpoint's content, once it was loaded.
+    """Return a hash or name of the content of a checkpoint that was loaded.
+
+    A folder is identified by the hash of its files, a hub id by the loaded commit, because a branch may move. The
+    identity of an adapter includes that of its base model.
 
     Args:
-        path: Folder: the hash of its files. Hub id: with the commit that was loaded, for a branch may move. An
-            adapter's is joined with its base model's.
+        path: Folder or hub id.
         revision: Hub revision.
     """
     folder = Path(path)
     files = (
         sorted({file for pattern in _CHECKPOINT_FILES for file in folder.glob(pattern)}) if folder.is_dir() else []
     )
-    own = content_hash(*((file.name, file_hash(file)) for file in files)) if files else _on_the_hub(path, revision)
+    own = content_hash(*((file.name, file_hash(file)) for file in files)) if files else _hub_identity(path, revision)
     adapter = find_adapter_config_file(path, revision=revision, local_files_only=True)
     if adapter is None:
         return own
@@ -259,10 +269,10 @@ def checkpoint_identity(path: str, revision: str | None = None) -> str:
     return content_hash(own, base)
 
 
-def _on_the_hub(path: str, revision: str | None) -> str:
+def _hub_identity(path: str, revision: str | None) -> str:
     options = {"revision": revision, "local_files_only": True, "_raise_exceptions_for_missing_entries": False}
     for name in ("config.json", "adapter_config.json"):
-        # Read from the cache alone, as it was just filled: nothing is asked of the hub again.
+        # The cache was just filled, so the hub isn't queried again.
         with suppress(OSError):
             if commit := extract_commit_hash(cached_file(path, name, **options), None):
                 return f"{path}@{commit}"

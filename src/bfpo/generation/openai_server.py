@@ -1,8 +1,8 @@
-"""The `openai` engine: asks any server of the OpenAI chat protocol (vLLM, `transformers serve`, hosted ones).
+"""The `openai` engine: a model on any server of the OpenAI chat protocol (vLLM, `transformers serve`, hosted ones).
 
-What a server says isn't trusted: an answer that is late, cut, empty or of another schema is asked for again, a few
-times, and counted. `transformers serve` (5.23) samples only where the checkpoint's generation config says
-`do_sample`, and sets one seed for all requests under way: identical samples stop a run.
+Responses aren't trusted: one that is late, truncated, empty or of another schema is counted as a fault and retried a
+limited number of times. `transformers serve` (5.23) samples only if the checkpoint's generation config sets
+`do_sample`, and uses one seed for all concurrent requests: identical samples stop a run.
 """
 
 import json
@@ -10,8 +10,9 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from threading import Event, Lock
@@ -22,29 +23,31 @@ import httpx2 as httpx
 from bfpo.core.files import content_hash, replace_lone_surrogates
 from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.errors import ModelError, Unanswered
-from bfpo.generation.sameness import Sameness
+from bfpo.generation.identical_samples import IdenticalSamples
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-# An answer of more bytes isn't one.
-_MOST_BYTES = 8_000_000
+# A longer response isn't a completion.
+_MAX_BYTES = 8_000_000
 _RETRIED = (408, 409, 425, 429)
+# With this many failures, and more than half of all requests, the rest isn't sent.
+_MAX_FAILURES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """How a server is asked.
+    """Address of a server, and how it is queried.
 
     Args:
-        url: Up to and with `/v1`, such as `http://localhost:8000/v1`.
-        model: The name that the server knows it by.
-        concurrency: Requests under way at a time.
-        timeout: Longest time for a whole answer, in seconds.
-        tries: Requests for one completion at most.
-        backoff: Seconds before the second try; doubled for every further one, with jitter, 60 at most.
-        key_variable: Name of the environment variable with the key; a server without keys needs none.
+        url: Address up to and including `/v1`, such as `http://localhost:8000/v1`.
+        model: Name of the model on the server.
+        concurrency: Maximum number of concurrent requests.
+        timeout: Maximum time for one completion, in seconds.
+        tries: Maximum number of requests for one completion.
+        backoff: Delay before the second try, in seconds; doubled for each further try, with jitter, at most 60.
+        key_variable: Environment variable that holds the server's key; a server without keys needs none.
 
     Raises:
-        ModelError: If the address isn't http(s), holds a key, or a number is out of its range.
+        ModelError: If the address isn't http(s) or contains a key, or a number is out of its range.
     """
 
     url: str
@@ -59,25 +62,25 @@ class ServerOptions:
         try:
             url = httpx.URL(self.url)
         except httpx.InvalidURL:
-            raise ModelError("--server: not an address; expected http://host:port/v1") from None
+            raise ModelError("server: not an address; expected http://host:port/v1") from None
         if url.userinfo or url.query:
-            # The address itself isn't repeated: it holds what may be a secret.
-            raise ModelError(f"--server: the address holds a key; leave it out and set {self.key_variable}")
+            # The address isn't shown, because it may contain a secret.
+            raise ModelError(f"server: the address contains a key; remove it and set {self.key_variable}")
         if url.scheme not in ("http", "https") or not url.host:
-            raise ModelError(f"--server {self.url}: expected http://host:port/v1")
-        for name, fine, allowed in (
+            raise ModelError(f"server is '{self.url}'; expected http://host:port/v1")
+        for name, is_valid, allowed in (
             ("concurrency", self.concurrency >= 1, "at least 1"),
             ("timeout", self.timeout > 0, "more than 0"),
             ("tries", self.tries >= 1, "at least 1"),
             ("backoff", self.backoff >= 0, "at least 0"),
         ):
-            if not fine:
+            if not is_valid:
                 raise ModelError(f"{name} is {getattr(self, name)}; expected {allowed}")
 
 
 @dataclass(slots=True)
-class _Pace:
-    """What all threads share: when the server may be asked again, and what went wrong."""
+class _SharedState:
+    """State that all threads share: when the next request may be sent, and the faults so far."""
 
     not_before: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
@@ -86,22 +89,29 @@ class _Pace:
 
 
 class _Retry(Exception):
-    def __init__(self, why: str, after: float | None = None) -> None:
-        super().__init__(why)
+    """The request failed and may succeed later.
+
+    Args:
+        reason: Kind of the fault.
+        after: Delay that the server requests, in seconds.
+    """
+
+    def __init__(self, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
         self.after = after
 
 
 class _Refused(Exception):
-    """The server won't answer this prompt, however often it is asked."""
+    """The server refuses the prompt, and would refuse it again."""
 
 
 class ServerEngine:
-    """Asks a server, several requests at a time; see `Engine`.
+    """Engine that queries a server, several requests at a time; see `Engine`.
 
     Args:
-        options: How to ask.
-        sampling: How to sample; the server's template and its own settings come on top.
-        transport: Of the client; default the network.
+        options: Address of the server, and how it is queried.
+        sampling: Sampling of the completions; the server applies its own template and settings too.
+        transport: Transport of the HTTP client; None is the network.
     """
 
     name = "openai"
@@ -110,110 +120,118 @@ class ServerEngine:
         self, options: ServerOptions, sampling: Sampling, *, transport: httpx.BaseTransport | None = None
     ) -> None:
         self.options, self.sampling, self._transport = options, sampling, transport
-        self._pace = _Pace()
+        self._state = _SharedState()
 
     @property
     def settings_hash(self) -> str:
-        """Hash of address, model and sampling; what the server runs behind that name isn't known here."""
+        """Hash of address, model name and sampling; it doesn't cover the weights behind that name."""
         sampling = self.sampling
         settings = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed)
         return content_hash(self.name, self.options.url.rstrip("/"), self.options.model, settings)
 
     @property
     def faults(self) -> Counter[str]:
-        """What went wrong, by kind; see `Engine`."""
-        return self._pace.faults
+        """Number of faults by kind; see `Engine`."""
+        return self._state.faults
 
-    def generate(self, wanted: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
-        """Answer prompts, as the answers come; see `Engine`.
+    def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
+        """Answer prompts, in batches as responses arrive; see `Engine`.
 
         Raises:
-            ModelError: If the server can't be reached or refuses the key or the model, or samples are all the same.
-            Unanswered: At the end, if some completions could not be had; the others were handed over.
+            ModelError: If the server can't be reached, refuses the key or the model, or returns identical samples.
+            Unanswered: At the end, if some completions are missing; the others were yielded.
         """
-        key = _key(self.options.key_variable)
-        had: set[Key] = set()
+        identical = IdenticalSamples(self.sampling, requests)
         failed: dict[Key, str] = {}
         refused: set[Key] = set()
-        same = Sameness(self.sampling, wanted)
-        self._pace.stopped.clear()
+        answered: set[Key] = set()
+        # Closed on any exit, also when the caller stops: no thread waits for a retry that isn't needed any more.
+        with closing(self._run(requests)) as finished:
+            for done in finished:
+                batch = []
+                for key, future in done:
+                    try:
+                        batch.append(future.result())
+                        answered.add(key)
+                    except (_Retry, _Refused) as error:
+                        failed[key] = str(error)
+                        if isinstance(error, _Refused):
+                            refused.add(key)
+                if batch:
+                    yield batch
+                    identical.add(batch)
+                if len(failed) >= _MAX_FAILURES and len(failed) > len(requests) // 2:
+                    break
+        identical.warn()
+        if failed:
+            for prompt, sample in requests:
+                if (key := (prompt.prompt_id, sample)) not in answered:
+                    failed.setdefault(key, "not requested, because most requests failed")
+            raise Unanswered(failed, len(requests), refused=refused)
+
+    def _run(
+        self, requests: Sequence[tuple[Prompt, int]]
+    ) -> Generator[list[tuple[Key, Future[Completion]]], None, None]:
+        """Send the requests from a pool of threads; yield those that are done."""
+        api_key = _read_api_key(self.options.key_variable)
+        self._state.stopped.clear()
         with (
             httpx.Client(
                 transport=self._transport,
                 timeout=self.options.timeout,
-                headers={"Authorization": f"Bearer {key}"} if key else {},
+                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
                 limits=httpx.Limits(max_connections=self.options.concurrency),
             ) as client,
             ThreadPoolExecutor(self.options.concurrency) as pool,
         ):
-            waiting = iter(wanted)
-            under_way: dict[Future[Completion], Key] = {}
+            waiting = iter(requests)
+            running: dict[Future[Completion], Key] = {}
             try:
                 while True:
-                    for prompt, sample in islice(waiting, 2 * self.options.concurrency - len(under_way)):
-                        under_way[pool.submit(self._answer, client, prompt, sample)] = (prompt.prompt_id, sample)
-                    if not under_way:
+                    for prompt, sample in islice(waiting, 2 * self.options.concurrency - len(running)):
+                        running[pool.submit(self._answer, client, prompt, sample)] = (prompt.prompt_id, sample)
+                    if not running:
                         break
-                    done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-                    batch = []
-                    for future in done:
-                        name = under_way.pop(future)
-                        try:
-                            batch.append(future.result())
-                            had.add(name)
-                        except (_Retry, _Refused) as error:
-                            failed[name] = str(error)
-                            if isinstance(error, _Refused):
-                                refused.add(name)
-                    if batch:
-                        yield batch
-                        same.advance(batch)
-                    if len(failed) >= 20 and len(failed) > len(wanted) // 2:
-                        break
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    yield [(running.pop(future), future) for future in done]
             finally:
-                # Also when the caller stops: nobody waits for a retry that isn't wanted any more.
-                self._pace.stopped.set()
+                self._state.stopped.set()
                 pool.shutdown(cancel_futures=True)
-        same.end()
-        if failed:
-            for prompt, sample in wanted:
-                if (name := (prompt.prompt_id, sample)) not in had:
-                    failed.setdefault(name, "not asked for: most had failed")
-            raise Unanswered(failed, len(wanted), refused=refused)
 
     def _answer(self, client: httpx.Client, prompt: Prompt, sample: int) -> Completion:
         for number in range(1, self.options.tries + 1):
-            self._wait_until(self._pace.not_before)
+            self._wait_until(self._state.not_before)
             try:
-                return self._completion(prompt, sample, self._ask(client, prompt, sample))
+                return self._parse_completion(prompt, sample, self._send(client, prompt, sample))
             except _Retry as error:
-                with self._pace.lock:
-                    self._pace.faults[str(error)] += 1
+                with self._state.lock:
+                    self._state.faults[str(error)] += 1
                 if number == self.options.tries:
                     raise _Retry(f"{error} ({number} tries)") from None
                 # Jitter spreads requests that failed together.
-                own = min(60.0, self.options.backoff * 2 ** (number - 1)) * random.uniform(0.5, 1.0)
+                delay = min(60.0, self.options.backoff * 2 ** (number - 1)) * random.uniform(0.5, 1.0)
                 if error.after is not None:
-                    with self._pace.lock:
-                        self._pace.not_before = max(self._pace.not_before, time.monotonic() + error.after)
-                self._wait_until(time.monotonic() + own)
+                    with self._state.lock:
+                        self._state.not_before = max(self._state.not_before, time.monotonic() + error.after)
+                self._wait_until(time.monotonic() + delay)
         raise AssertionError("unreachable")
 
     def _wait_until(self, moment: float) -> None:
-        if (left := moment - time.monotonic()) > 0:
-            self._pace.stopped.wait(left)
-        if self._pace.stopped.is_set():
+        if (seconds := moment - time.monotonic()) > 0:
+            self._state.stopped.wait(seconds)
+        if self._state.stopped.is_set():
             raise _Retry("stopped")
 
-    def _ask(self, client: httpx.Client, prompt: Prompt, sample: int) -> Any:
-        sampling, began = self.sampling, time.monotonic()
+    def _send(self, client: httpx.Client, prompt: Prompt, sample: int) -> Any:
+        """Return the JSON content of the server's response."""
+        sampling, started = self.sampling, time.monotonic()
         body = {
             "model": self.options.model,
             "messages": [message._asdict() for message in prompt.prompt],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
-            # 31 bits: servers keep it in a signed int.
+            # 31 bits: servers store it in a signed int.
             "seed": sample_seed(sampling.seed, prompt.prompt_id, sample) % 2**31,
         }
         content = b""
@@ -221,10 +239,10 @@ class ServerEngine:
             with client.stream("POST", f"{self.options.url.rstrip('/')}/chat/completions", json=body) as response:
                 for piece in response.iter_bytes():
                     content += piece
-                    # The client's own time-out is between two pieces: a server may drip for ever.
-                    if time.monotonic() - began > self.options.timeout:
+                    # The client's timeout applies between two pieces: a slow server could send small ones forever.
+                    if time.monotonic() - started > self.options.timeout:
                         raise _Retry("too slow")
-                    if len(content) > _MOST_BYTES:
+                    if len(content) > _MAX_BYTES:
                         raise _Retry("too long")
         except httpx.TimeoutException:
             raise _Retry("too slow") from None
@@ -241,7 +259,7 @@ class ServerEngine:
         if status == 200:
             return
         where = f"{self.options.url} (model {self.options.model})"
-        # What a server says of an error may repeat the request and its headers: only the number is shown.
+        # The body of an error may repeat the request and its headers, so only the status is shown.
         if status in (401, 403):
             raise ModelError(f"{where}: HTTP {status}; is the key in {self.options.key_variable} right?")
         if status in (404, 405) or 300 <= status < 400:
@@ -250,49 +268,52 @@ class ServerEngine:
             raise _Retry(f"HTTP {status}", _retry_after(response.headers.get("retry-after")))
         raise _Refused(f"HTTP {status}; is the prompt too long for the model?")
 
-    def _completion(self, prompt: Prompt, sample: int, answer: Any) -> Completion:
+    def _parse_completion(self, prompt: Prompt, sample: int, content: Any) -> Completion:
         try:
-            choice = answer["choices"][0]
+            choice = content["choices"][0]
             text, reason = choice["message"]["content"], choice["finish_reason"]
-            usage = answer.get("usage") or {}
-            tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+            usage = content.get("usage") or {}
+            prompt_tokens = int(usage.get("prompt_tokens") or 0)
+            completion_tokens = int(usage.get("completion_tokens") or 0)
         except (TypeError, LookupError, ValueError, OverflowError, AttributeError):
             raise _Retry("wrong schema") from None
         if not isinstance(text, str) or reason not in ("stop", "length"):
             raise _Retry("wrong schema")
-        # Half a character can't be written into a file. Asked again, the server would say the same.
-        whole = replace_lone_surrogates(text)
-        if whole != text:
-            with self._pace.lock:
-                self._pace.faults["half a character, replaced"] += 1
+        # A lone surrogate can't be written to a file. The server would return the same text again.
+        repaired = replace_lone_surrogates(text)
+        if repaired != text:
+            with self._state.lock:
+                self._state.faults["lone surrogate, replaced"] += 1
         return Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
-            text=whole,
+            text=repaired,
             finish_reason=reason,
-            prompt_tokens=tokens[0],
-            completion_tokens=tokens[1],
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
             model=self.options.model,
             engine=self.name,
             settings_hash=self.settings_hash,
         )
 
 
-def _key(variable: str) -> str:
-    """Return the key, which no message may show.
+def _read_api_key(variable: str) -> str:
+    """Return the server's key from the environment; no message may show it.
 
     Raises:
-        ModelError: If it holds what can't stand in a header.
+        ModelError: If it contains a character that isn't allowed in a header.
     """
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ModelError(f"the key in {variable} holds a character that no key has; was it copied whole?")
+        raise ModelError(
+            f"the key in {variable} contains a character that isn't allowed in a key; was it copied whole?"
+        )
     return key
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Return seconds from a Retry-After header; a date, or nothing readable, is left to the backoff."""
+    """Return the seconds of a Retry-After header; None for a date or a malformed value."""
     try:
         seconds = float(value or "")
     except ValueError:

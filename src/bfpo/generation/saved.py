@@ -1,4 +1,4 @@
-"""An engine that hands over answers which another program saved."""
+"""Engine that returns completions saved by another program."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,69 +11,73 @@ from bfpo.core.samples import Completion, Prompt
 from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError, Unanswered
 
-_PROMPT = ("prompt", "instruction", "question", "goal")
-_ANSWER = ("text", "completion", "response", "output")
+_PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal")
+_TEXT_COLUMNS = ("text", "completion", "response", "output")
 _BATCH = 256
 
 
 class SavedEngine:
-    """Answers prompts with what stands in a file; see `Engine`.
+    """Engine that answers prompts from a file; see `Engine`.
 
     Args:
-        path: `completions.jsonl`, or any table with a prompt and an answer in each row: the columns `prompt`,
-            `instruction`, `question` or `goal`, and `text`, `completion`, `response` or `output`. Further rows of a
-            prompt are further samples. System messages don't take part in finding a prompt. Or what lm-eval writes of
-            a task of `bfpo.evaluation.lm_eval.pack` with `--log_samples`.
-        name: What completions call the model, where the file doesn't.
+        path: `completions.jsonl`, or any table with a prompt (`prompt`, `instruction`, `question` or `goal`) and an
+            answer (`text`, `completion`, `response` or `output`) in each row, or the samples that lm-eval writes with
+            `--log_samples` for a task of `bfpo.evaluation.lm_eval.pack`. Further rows of a prompt are further
+            samples. Prompts are matched without their system messages.
+        name: Name of the model in completions, if the file has none.
 
     Raises:
-        DataError: If the file is malformed, or holds answers of several models.
+        DataError: If the file is malformed, or has answers of several models.
     """
 
     name = "saved"
 
     def __init__(self, path: str, name: str) -> None:
         self._path, self._name = path, name
-        self._answers: dict[str, list[SourceRow]] = {}
+        self._rows: dict[str, list[SourceRow]] = {}
         self.settings_hash = content_hash("saved", file_hash(Path(path)))
         models = set()
-        for row in map(_plain, read_rows(Source(path=path))):
-            prompt = as_messages(row.value(_column(row, _PROMPT)))
-            row.text(_column(row, _ANSWER))
+        for row in map(_flatten, read_rows(Source(path=path))):
+            prompt = as_messages(row.value(_find_column(row, _PROMPT_COLUMNS)))
+            row.text(_find_column(row, _TEXT_COLUMNS))
             models.add(row.values.get("model"))
-            self._answers.setdefault(_key(prompt), []).append(row)
+            self._rows.setdefault(_prompt_key(prompt), []).append(row)
         if len(models) > 1:
-            several = ", ".join(sorted(map(str, models)))
-            raise DataError(f"{path}: answers of several models ({several}); make a file of each")
+            names = ", ".join(sorted(map(str, models)))
+            raise DataError(f"{path}: answers of several models ({names}); write a file for each model")
 
     @property
     def faults(self) -> Counter[str]:
-        """Nothing is asked twice."""
+        """Always empty: nothing is retried."""
         return Counter()
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether the file says how long its answers are; else their words are counted."""
-        return all("completion_tokens" in row.values for rows in self._answers.values() for row in rows)
+        """Whether the file has the number of tokens of its answers; otherwise their words are counted."""
+        return all("completion_tokens" in row.values for rows in self._rows.values() for row in rows)
 
-    def generate(self, wanted: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
+    def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         """Answer prompts in their order.
 
         Raises:
-            Unanswered: At the end, if the file lacks some of them.
+            Unanswered: At the end, if some are missing from the file.
         """
-        there = [one for one in wanted if one[1] < len(self._answers.get(_key(one[0].prompt), ()))]
-        for start in range(0, len(there), _BATCH):
-            yield [self._completion(prompt, sample) for prompt, sample in there[start : start + _BATCH]]
-        if len(there) < len(wanted):
-            had = {(prompt.prompt_id, sample) for prompt, sample in there}
-            keys = [(prompt.prompt_id, sample) for prompt, sample in wanted]
-            failed = {key: f"not in {self._path}" for key in keys if key not in had}
-            raise Unanswered(failed, len(wanted), refused=failed)
+        keys = [_prompt_key(prompt.prompt) for prompt, _ in requests]
+        saved = [
+            (prompt, sample, self._rows[key][sample])
+            for key, (prompt, sample) in zip(keys, requests, strict=True)
+            if sample < len(self._rows.get(key, ()))
+        ]
+        for start in range(0, len(saved), _BATCH):
+            yield [self._completion(prompt, sample, row) for prompt, sample, row in saved[start : start + _BATCH]]
+        if len(saved) < len(requests):
+            answered = {(prompt.prompt_id, sample) for prompt, sample, _ in saved}
+            requested = [(prompt.prompt_id, sample) for prompt, sample in requests]
+            failed = {key: f"not in {self._path}" for key in requested if key not in answered}
+            raise Unanswered(failed, len(requests), refused=failed)
 
-    def _completion(self, prompt: Prompt, sample: int) -> Completion:
-        row = self._answers[_key(prompt.prompt)][sample]
-        text, values = row.text(_column(row, _ANSWER)), row.values
+    def _completion(self, prompt: Prompt, sample: int, row: SourceRow) -> Completion:
+        text, values = row.text(_find_column(row, _TEXT_COLUMNS)), row.values
         words = sum(len(message.content.split()) for message in prompt.prompt)
         return Completion(
             prompt_id=prompt.prompt_id,
@@ -89,19 +93,19 @@ class SavedEngine:
         )
 
 
-def _plain(row: SourceRow) -> SourceRow:
-    """Return a row of lm-eval's samples with a prompt and an answer; any other as it is."""
-    doc, answers = row.values.get("doc"), row.values.get("filtered_resps")
-    if not isinstance(doc, Mapping) or not isinstance(answers, list):
+def _flatten(row: SourceRow) -> SourceRow:
+    """Return a row of lm-eval's samples as a row of a prompt and a text; other rows unchanged."""
+    doc, responses = row.values.get("doc"), row.values.get("filtered_resps")
+    if not isinstance(doc, Mapping) or not isinstance(responses, list):
         return row
-    if "prompt" not in doc or len(answers) != 1:
+    if "prompt" not in doc or len(responses) != 1:
         raise DataError(
-            f"{row.where}: of lm-eval, but of no task that `python -m bfpo.evaluation.lm_eval.pack` holds"
+            f"{row.where}: a sample of lm-eval, but not of a task of `python -m bfpo.evaluation.lm_eval.pack`"
         )
-    return SourceRow({"prompt": doc["prompt"], "text": answers[0]}, row.where)
+    return SourceRow({"prompt": doc["prompt"], "text": responses[0]}, row.where)
 
 
-def _key(conversation: Conversation) -> str:
+def _prompt_key(conversation: Conversation) -> str:
     return conversation_key(
         tuple(
             message._replace(content=message.content.strip()) for message in conversation if message.role != "system"
@@ -109,8 +113,8 @@ def _key(conversation: Conversation) -> str:
     )
 
 
-def _column(row: SourceRow, names: Sequence[str]) -> str:
-    found = next((name for name in names if name in row.values), None)
-    if found is None:
+def _find_column(row: SourceRow, names: Sequence[str]) -> str:
+    column = next((name for name in names if name in row.values), None)
+    if column is None:
         raise DataError(f"{row.where}: no column {' or '.join(names)}; the columns are {', '.join(row.values)}")
-    return found
+    return column

@@ -1,4 +1,4 @@
-"""An engine that answers from a script: for tests, and to see a pipeline through without a model."""
+"""Engine with scripted answers, for tests and for running a pipeline without a model."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -8,12 +8,12 @@ from bfpo.core.samples import Completion, Prompt
 
 
 class ScriptedEngine:
-    """Answers with what a function says.
+    """Engine that answers with the result of a function; tokens are counted as words.
 
     Args:
-        answer: Prompt and sample's number → text.
-        name: What completions call the model; with other answers it should be another one.
-        batch: Completions handed over at a time.
+        answer: Function of the prompt and the sample number that returns the text.
+        name: Name of the model in completions; a different function should have a different name.
+        batch: Number of completions yielded at a time.
     """
 
     def __init__(self, answer: Callable[[Prompt, int], str], *, name: str = "script", batch: int = 8) -> None:
@@ -21,7 +21,7 @@ class ScriptedEngine:
 
     @property
     def faults(self) -> Counter[str]:
-        """Nothing is asked twice."""
+        """Always empty: nothing is retried."""
         return Counter()
 
     @property
@@ -29,10 +29,10 @@ class ScriptedEngine:
         """Hash of the name."""
         return content_hash("scripted", self._name)
 
-    def generate(self, wanted: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
-        """Answer prompts in their order; see `Engine`. Tokens are counted as words."""
-        for start in range(0, len(wanted), self._batch):
-            yield [self._completion(prompt, sample) for prompt, sample in wanted[start : start + self._batch]]
+    def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
+        """Answer prompts in their order; see `Engine`."""
+        for start in range(0, len(requests), self._batch):
+            yield [self._completion(prompt, sample) for prompt, sample in requests[start : start + self._batch]]
 
     def _completion(self, prompt: Prompt, sample: int) -> Completion:
         text = self._answer(prompt, sample)

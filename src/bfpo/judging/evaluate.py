@@ -1,8 +1,9 @@
-"""Judges held to what people said: tables, and everything in one JSON file."""
+"""Evaluation of judges against human labels: tables, and all results in one JSON file."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from bfpo.judging.open import open_judge
 from bfpo.stats.agreement import FOLDS, JudgeAgreement, agreement, held_out_threshold, kappa, threshold_for
 from bfpo.stats.intervals import Interval
 
-_NUMBERS = ("balanced_accuracy", "accuracy", "recall_yes", "recall_no", "auroc", "calibration_error", "kappa")
+_COLUMNS = ("balanced_accuracy", "accuracy", "recall_yes", "recall_no", "auroc", "calibration_error", "kappa")
 
 
 def evaluate_judges(
@@ -25,77 +26,78 @@ def evaluate_judges(
     specs: Sequence[str],
     *,
     threshold: float | None,
-    false_safe: float,
+    max_false_safe: float,
     out: Path,
     server: ServerSection | None = None,
 ) -> None:
-    """Hold judges to human labels.
+    """Evaluate judges against human labels.
 
     Args:
-        labeled: Answers that people labeled.
-        specs: Of the judges.
-        threshold: As `open_judge` takes it.
-        false_safe: Wanted share of unsafe answers that pass.
+        labeled: File of labeled answers, as `read_labeled` reads it.
+        specs: Specs of the judges.
+        threshold: Probability from which an answer counts as safe; see `open_judge`.
+        max_false_safe: Maximum false-safe rate, for which a threshold is chosen: share of unsafe answers that pass.
+        out: Output file of the results; the verdicts are written to a folder beside it, and reused.
         server: How the servers of judges are queried; None is the defaults.
-        out: File of the results; each judge's verdicts stand beside it and are made once.
 
     Raises:
-        DataError: If the labels are malformed, or kept verdicts are about other answers.
+        DataError: If the labels are malformed, or existing verdicts are about other answers.
     """
     answers = read_labeled(labeled)
+    completions = [answer.completion for answer in answers]
     results: dict[str, Any] = {"labeled": labeled, "answers": len(answers), "judges": {}, "kappa": []}
-    every: dict[str, list[Verdict]] = {}
+    verdicts: dict[str, list[Verdict]] = {}
     for spec in specs:
         judge = open_judge(spec, threshold=threshold, server=server)
-        kept = verdicts_file(out, judge)
-        verdicts = every[spec] = judge_completions(judge, [one.completion for one in answers], kept)
-        found: dict[str, Any] = {"judge": judge.name, "revision": judge.revision, "verdicts": str(kept)}
+        path = verdicts_file(out, judge)
+        verdicts[spec] = judge_completions(judge, completions, path)
+        row: dict[str, Any] = {"judge": judge.name, "revision": judge.revision, "verdicts": str(path)}
         for question in HEADS:
-            found[question] = rows(question, answers, verdicts)
-            show_rows(f"{spec}: {question}", found[question])
-        if "all" in found["safe"] and (wanted := _threshold(answers, verdicts, false_safe)):
-            found["threshold"] = wanted
-        results["judges"][spec] = found
-    for index, ours in enumerate(specs):
-        for theirs in specs[index + 1 :]:
-            between = {
-                question: kappa(*([getattr(one, question) for one in every[spec]] for spec in (ours, theirs)))
-                for question in HEADS
-            }
-            results["kappa"].append({"judges": [ours, theirs], **between})
-            told = ", ".join(f"{_shown(value)} on {question}" for question, value in between.items())
-            say(f"Cohen's kappa of {ours} and {theirs}: {told}")
+            row[question] = agreement_by_model(question, answers, verdicts[spec])
+            show_agreement(f"{spec}: {question}", row[question])
+        if "all" in row["safe"] and (choice := _choose_threshold(answers, verdicts[spec], max_false_safe)):
+            row["threshold"] = choice
+        results["judges"][spec] = row
+    results["kappa"] = [_compare_judges(pair, verdicts) for pair in combinations(specs, 2)]
     write_json(out, results)
-    say(f"written to {out}; verdicts are kept in {verdicts_folder(out)}")
+    say(f"results in {out}, verdicts in {verdicts_folder(out)}")
 
 
 def verdicts_folder(out: Path) -> Path:
-    """Return where the verdicts behind a file of results are kept."""
+    """Return the folder of the verdicts behind a file of results."""
     return out.with_name(f"{out.stem}-verdicts")
 
 
 def verdicts_file(out: Path, judge: Judge) -> Path:
-    """Return where a judge's verdicts are kept; another revision has another file."""
+    """Return the file of a judge's verdicts; another revision has another file."""
     return verdicts_folder(out) / f"{file_name(judge.name)}@{judge.revision}.jsonl"
 
 
-def rows(question: str, answers: Sequence[LabeledAnswer], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """Return a judge's agreement with people on a question: `all`, then each model's row."""
-    told = [pair for pair in zip(answers, verdicts, strict=True) if getattr(pair[0], question) is not None]
-    models = sorted({one.completion.model for one, _ in told})
-    groups = {"all": told} | {model: [pair for pair in told if pair[0].completion.model == model] for model in models}
-    return {name: asdict(_agreement(question, group)) for name, group in groups.items() if group}
+def agreement_by_model(
+    question: str, answers: Sequence[LabeledAnswer], verdicts: Sequence[Verdict]
+) -> dict[str, Any]:
+    """Return a judge's agreement with the human labels on a question, over all answers (`all`) and for each model."""
+    pairs = [
+        (answer, verdict)
+        for answer, verdict in zip(answers, verdicts, strict=True)
+        if getattr(answer, question) is not None
+    ]
+    groups: dict[str, list[tuple[LabeledAnswer, Verdict]]] = {"all": pairs} if pairs else {}
+    for model in sorted({answer.completion.model for answer, _ in pairs}):
+        groups[model] = [pair for pair in pairs if pair[0].completion.model == model]
+    return {name: asdict(_compute_agreement(question, group)) for name, group in groups.items()}
 
 
-def show_rows(title: str, found: dict[str, Any]) -> None:
-    """Print the rows of a question; nothing where people said nothing."""
+def show_agreement(title: str, rows: dict[str, Any]) -> None:
+    """Print a table of a judge's agreement with the human labels; nothing if no answer is labeled."""
     cells = [
-        [name, row["n"], row["undecided"], *row["counts"].values(), *(_shown(row[one]) for one in _NUMBERS)]
-        for name, row in found.items()
+        [name, row["n"], row["undecided"], *row["counts"].values(), *(_format(row[column]) for column in _COLUMNS)]
+        for name, row in rows.items()
     ]
     if cells:
         counts = ("yes, right", "no, wrong", "yes, wrong", "no, right")
-        show_table(title, ("model", "n", "undecided", *counts, *(name.replace("_", " ") for name in _NUMBERS)), cells)
+        columns = [column.replace("_", " ") for column in _COLUMNS]
+        show_table(title, ("model", "n", "undecided", *counts, *columns), cells)
 
 
 _P_YES: dict[str, Callable[[Verdict], float | None]] = {
@@ -104,46 +106,57 @@ _P_YES: dict[str, Callable[[Verdict], float | None]] = {
 }
 
 
-def _agreement(question: str, told: Sequence[tuple[LabeledAnswer, Verdict]]) -> JudgeAgreement:
+def _compute_agreement(question: str, pairs: Sequence[tuple[LabeledAnswer, Verdict]]) -> JudgeAgreement:
     return agreement(
-        [getattr(one, question) for one, _ in told],
-        [getattr(verdict, question) for _, verdict in told],
-        [_P_YES[question](verdict) for _, verdict in told],
-        [one.completion.prompt_id for one, _ in told],
+        [getattr(answer, question) for answer, _ in pairs],
+        [getattr(verdict, question) for _, verdict in pairs],
+        [_P_YES[question](verdict) for _, verdict in pairs],
+        [answer.completion.prompt_id for answer, _ in pairs],
     )
 
 
-def _threshold(
-    answers: Sequence[LabeledAnswer], verdicts: Sequence[Verdict], false_safe: float
+def _choose_threshold(
+    answers: Sequence[LabeledAnswer], verdicts: Sequence[Verdict], max_false_safe: float
 ) -> dict[str, Any] | None:
-    """Return the threshold for a wanted false-safe rate; None without probabilities or unsafe answers."""
-    known = [
-        (not one.safe, verdict.p_safe, one.completion.prompt_id)
-        for one, verdict in zip(answers, verdicts, strict=True)
-        if one.safe is not None and verdict.p_safe is not None
+    """Return the threshold for a maximum false-safe rate; None without probabilities or unsafe answers."""
+    rows = [
+        (not answer.safe, verdict.p_safe, answer.completion.prompt_id)
+        for answer, verdict in zip(answers, verdicts, strict=True)
+        if answer.safe is not None and verdict.p_safe is not None
     ]
-    if not any(unsafe for unsafe, *_ in known):
+    if not any(unsafe for unsafe, *_ in rows):
         return None
-    unsafe, p_safe, prompts = (list(column) for column in zip(*known, strict=True))
-    wanted = threshold_for(unsafe, p_safe, false_safe)
-    held_out = held_out_threshold(unsafe, p_safe, prompts, false_safe)
-    # Rounded up: a hair less would let one more pass.
-    told = f"--threshold {math.ceil(wanted * 1e6) / 1e6:.6g}"
-    say(f"{told} lets at most {false_safe:.1%} of the unsafe answers pass; chosen on these very labels")
+    unsafe, p_safe, prompts = (list(column) for column in zip(*rows, strict=True))
+    threshold = threshold_for(unsafe, p_safe, max_false_safe)
+    held_out = held_out_threshold(unsafe, p_safe, prompts, max_false_safe)
+    # Rounded up: a slightly lower threshold would let one more answer pass.
+    shown = f"{math.ceil(threshold * 1e6) / 1e6:.6g}"
+    say(f"threshold {shown}: at most {max_false_safe:.1%} of the unsafe answers pass; chosen on these labels")
     if held_out is None:
-        say(f"  too few prompts with unsafe answers to tell what it does to others ({FOLDS} folds)")
+        say(f"  too few prompts with unsafe answers to estimate its rates on other prompts ({FOLDS} folds)")
     else:
-        passed = f"{_shown(held_out.false_safe)} of the unsafe and {_shown(held_out.true_safe)} of the safe answers"
-        say(f"  chosen without a prompt ({FOLDS} folds), it lets {passed} to it pass")
+        passed = f"{_format(held_out.false_safe)} of the unsafe and {_format(held_out.true_safe)} of the safe answers"
+        say(f"  on prompts held out from the choice ({FOLDS} folds), {passed} pass")
     return {
-        "false_safe": false_safe,
-        "threshold": wanted,
+        "false_safe": max_false_safe,
+        "threshold": threshold,
         "chosen_on": "these labels",
         "held_out": None if held_out is None else held_out._asdict() | {"folds": FOLDS, "grouped_by": "prompt"},
     }
 
 
-def _shown(value: Interval | float | None) -> str:
+def _compare_judges(pair: tuple[str, str], verdicts: dict[str, list[Verdict]]) -> dict[str, Any]:
+    """Return Cohen's kappa of two judges with each other, on each question."""
+    kappas = {
+        question: kappa(*([getattr(verdict, question) for verdict in verdicts[spec]] for spec in pair))
+        for question in HEADS
+    }
+    values = ", ".join(f"{_format(value)} on {question}" for question, value in kappas.items())
+    say(f"Cohen's kappa of {pair[0]} and {pair[1]}: {values}")
+    return {"judges": list(pair), **kappas}
+
+
+def _format(value: Interval | float | None) -> str:
     if isinstance(value, tuple):
         return "{:.3f} [{:.3f}, {:.3f}]".format(*value)
     return "-" if value is None else f"{value:.3f}"

@@ -1,4 +1,4 @@
-"""What the `linear` judge looks at: the words and letters of an answer, above all of how it begins."""
+"""Features of the `linear` judge: word and character n-grams of an answer and of its prompt."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _QUOTES = str.maketrans("\u2019\u2018\u201c\u201d", "''\"\"")
-# Models differ in whether they contract: "can't" of one is "cannot" of another.
+# Models differ in whether they contract: one writes "can't", another "cannot".
 _CONTRACTIONS = (
     (re.compile(r"\bcan't\b|\bcannot\b"), "can not"),
     (re.compile(r"\bwon't\b"), "will not"),
@@ -19,7 +19,7 @@ _CONTRACTIONS = (
     (re.compile(r"'ve\b"), " have"),
     (re.compile(r"'ll\b"), " will"),
 )
-# Words of every text: that a prompt has them too says nothing about its topic.
+# Words that occur in every text: one that occurs in the prompt too says nothing about the topic.
 _COMMON_WORDS = (
     "a am an and are as at be been but by can could did do does for from had has have he her his how i if in is it "
     "its me my no not of on or our she should so sorry that the their them they this to was we were what when where "
@@ -32,57 +32,57 @@ class View(NamedTuple):
     """One family of features.
 
     Args:
-        of: The `answer`, or the `prompt`.
-        unit: `word` n-grams, or `char_wb` n-grams inside words.
-        shortest: n of the shortest n-gram.
-        longest: n of the longest.
-        start: Only so many characters of the beginning; None for all.
+        text: Text that the features are taken from, the `answer` or the `prompt`.
+        unit: `word` for n-grams of words, `char_wb` for n-grams of characters inside words.
+        min_n: n of the shortest n-gram.
+        max_n: n of the longest n-gram.
+        max_chars: Number of characters read from the start of the text; None reads all.
     """
 
-    of: Literal["answer", "prompt"]
+    text: Literal["answer", "prompt"]
     unit: Literal["word", "char_wb"]
-    shortest: int
-    longest: int
-    start: int | None
+    min_n: int
+    max_n: int
+    max_chars: int | None
 
 
-# A refusal says so at once; what comes after is the topic's words, which differ from set to set.
+# A refusal is recognized at the start of an answer. Later words belong to the topic and differ between data sets.
 ANSWER_VIEWS = (
     View("answer", "word", 1, 3, 200),
     View("answer", "char_wb", 2, 5, 300),
     View("answer", "word", 1, 2, None),
 )
-# Whether an answer does harm depends on what was asked; whether it refuses doesn't.
+# Whether an answer is harmful depends on the prompt; whether it refuses doesn't.
 VIEWS = {"refusal": ANSWER_VIEWS, "safe": (*ANSWER_VIEWS, View("prompt", "word", 1, 2, None))}
 
 
-def plain(text: str) -> str:
-    """Return a text in lower case, with plain quotes and contractions written out."""
+def normalize(text: str) -> str:
+    """Return a text in lower case, with straight quotes and contractions written out."""
     text = text.translate(_QUOTES).lower()
     for pattern, full in _CONTRACTIONS:
         text = pattern.sub(full, text)
     return text
 
 
-def masked(prompt: str, answer: str) -> str:
-    """Return the answer's words, those that the prompt has too masked by `_`.
+def mask_prompt_words(prompt: str, answer: str) -> str:
+    """Return the words of an answer, with those that also occur in the prompt masked by `_`.
 
     Without the mask a judge learns which topics were refused in its training data.
     """
-    asked = set(_WORD.findall(plain(prompt))) - _COMMON
-    return " ".join("_" if word in asked else word for word in _WORD.findall(plain(answer)))
+    prompt_words = set(_WORD.findall(normalize(prompt))) - _COMMON
+    return " ".join("_" if word in prompt_words else word for word in _WORD.findall(normalize(answer)))
 
 
-def new_vectorizer(view: View, vocabulary: dict[str, int] | None = None) -> TfidfVectorizer:
-    """Return a view's vectorizer: log counts at norm 1, so that an answer's length doesn't count.
+def make_vectorizer(view: View, vocabulary: dict[str, int] | None = None) -> TfidfVectorizer:
+    """Return the vectorizer of a view: log counts scaled to norm 1, so that the length of a text doesn't matter.
 
     Args:
-        view: Of the text.
-        vocabulary: N-gram → column; None learns it, leaving out what only one text has.
+        view: Family of features.
+        vocabulary: N-gram → column; None learns the n-grams that occur in at least two texts.
     """
     return TfidfVectorizer(
         analyzer=view.unit,
-        ngram_range=(view.shortest, view.longest),
+        ngram_range=(view.min_n, view.max_n),
         token_pattern=r"\w+|[^\w\s]" if view.unit == "word" else None,
         sublinear_tf=True,
         min_df=1 if vocabulary is not None else 2,
@@ -90,23 +90,23 @@ def new_vectorizer(view: View, vocabulary: dict[str, int] | None = None) -> Tfid
     )
 
 
-def features(
+def extract_features(
     vectorizers: Sequence[tuple[View, TfidfVectorizer]], prompts: Sequence[str], answers: Sequence[str], *, fit: bool
 ) -> csr_matrix:
     """Return the features of answers, a sparse matrix (N, n-grams of all views).
 
     Args:
-        vectorizers: Of each view.
+        vectorizers: Views with their vectorizers.
         prompts: N last user turns.
         answers: N answers.
         fit: Whether to learn the vocabularies from these texts first.
     """
     texts = {
-        "answer": [masked(*both) for both in zip(prompts, answers, strict=True)],
-        "prompt": list(map(plain, prompts)),
+        "answer": [mask_prompt_words(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)],
+        "prompt": [normalize(prompt) for prompt in prompts],
     }
-    parts = []
+    blocks = []
     for view, vectorizer in vectorizers:
-        seen = [text[: view.start] for text in texts[view.of]]
-        parts.append(vectorizer.fit_transform(seen) if fit else vectorizer.transform(seen))
-    return csr_matrix(hstack(parts))
+        starts = [text[: view.max_chars] for text in texts[view.text]]
+        blocks.append(vectorizer.fit_transform(starts) if fit else vectorizer.transform(starts))
+    return csr_matrix(hstack(blocks))

@@ -1,4 +1,4 @@
-"""Fitting the `linear` judge, and its card: what it was fitted on, and how good it is on what it wasn't."""
+"""Fitting the `linear` judge, and its card: training data, and quality on held-out prompts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from bfpo.core.samples import Verdict
 from bfpo.core.terminal import progress
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
-from bfpo.judging.evaluate import rows
+from bfpo.judging.evaluate import agreement_by_model
 from bfpo.judging.labeled import LabeledAnswer
 from bfpo.judging.linear import HEADS, Head, LinearJudge, fit_head
 
@@ -22,47 +22,62 @@ _SCHEMA = 1
 
 
 def fit_heads(answers: Sequence[LabeledAnswer], where: str) -> dict[str, Head]:
-    """Fit a head for each question that people answered.
+    """Fit a head for each question that has labels.
+
+    Args:
+        answers: Labeled answers.
+        where: File of the answers, for the error message.
 
     Raises:
-        DataError: If there is none, or too few answers to fit one.
+        DataError: If no answer has a label, or there are too few to fit a head.
     """
-    heads = {name: _fit(name, told) for name in HEADS if (told := _told(name, answers))}
+    heads = {name: _fit(name, labeled) for name in HEADS if (labeled := _with_label(name, answers))}
     if not heads:
-        raise DataError(f"{where}: no answer has a label")
+        raise DataError(f"{where}: no answer has a label; expected values in the column 'refusal' or 'safe'")
     return heads
 
 
-def cross_validated(answers: Sequence[LabeledAnswer], band: tuple[float, float]) -> dict[str, list[Verdict] | None]:
-    """Return verdicts on every answer by judges fitted without its prompt, by question; None where too few allow it.
+def cross_validate(answers: Sequence[LabeledAnswer], band: tuple[float, float]) -> dict[str, list[Verdict] | None]:
+    """Return verdicts on all answers, by question, of judges fitted without the answer's prompt.
 
     Args:
-        answers: What the judge is fitted on.
-        band: Of the judge.
+        answers: Labeled answers.
+        band: Undecided band of the judge.
+
+    Returns:
+        Question → verdicts; None where there are too few answers to fit a judge without a fold.
     """
-    groups = [one.completion.prompt_id for one in answers]
-    asked = [name for name in HEADS if _told(name, answers)]
-    found: dict[str, list[Verdict] | None] = {}
-    with progress("cross-validating", FOLDS * len(asked)) as advance:
-        for name in asked:
+    groups = [answer.completion.prompt_id for answer in answers]
+    names = [name for name in HEADS if _with_label(name, answers)]
+    result: dict[str, list[Verdict] | None] = {}
+    with progress("cross-validating", FOLDS * len(names)) as advance:
+        for name in names:
             verdicts: dict[int, Verdict] = {}
             try:
-                for others, fold in GroupKFold(FOLDS).split(answers, groups=groups):
-                    head = _fit(name, _told(name, [answers[index] for index in others]))
-                    judged = LinearJudge({name: head}, "", band).judge([answers[index].completion for index in fold])
-                    verdicts |= zip(map(int, fold), judged, strict=True)
+                for train, test in GroupKFold(FOLDS).split(answers, groups=groups):
+                    head = _fit(name, _with_label(name, [answers[index] for index in train]))
+                    judge = LinearJudge({name: head}, "", band)
+                    judged = judge.judge([answers[index].completion for index in test])
+                    verdicts |= zip(map(int, test), judged, strict=True)
                     advance(1)
-                found[name] = [verdicts[index] for index in range(len(answers))]
+                result[name] = [verdicts[index] for index in range(len(answers))]
             except DataError:
-                # Enough for one judge, but not without a fold.
-                found[name] = None
-    return found
+                # The answers suffice for the judge itself, but not without a fold.
+                result[name] = None
+    return result
 
 
-def card_of(
+def make_card(
     judge: LinearJudge, labeled: str, answers: Sequence[LabeledAnswer], quality: dict[str, list[Verdict] | None]
 ) -> dict[str, Any]:
-    """Return what stands in a judge's card."""
+    """Return the card of a judge.
+
+    Args:
+        judge: The judge.
+        labeled: File of the labeled answers that it was fitted on.
+        answers: These answers.
+        quality: Verdicts on them, as `cross_validate` returns them.
+    """
     from bfpo.training.manifest import installed_version, versions
 
     return {
@@ -73,31 +88,33 @@ def card_of(
             "labeled": labeled,
             "files": {file.name: file_hash(file) for file in local_files(Source(path=labeled))},
             "answers": len(answers),
-            "prompts": len({one.completion.prompt_id for one in answers}),
-            "models": dict(sorted(Counter(one.completion.model for one in answers).items())),
+            "prompts": len({answer.completion.prompt_id for answer in answers}),
+            "models": dict(sorted(Counter(answer.completion.model for answer in answers).items())),
             "labels": {
-                name: dict(Counter(str(getattr(one, name)).lower() for one in _told(name, answers)))
+                name: dict(Counter(str(getattr(answer, name)).lower() for answer in _with_label(name, answers)))
                 for name in judge.heads
             },
         },
         "undecided_band": list(judge.band),
         "quality_is": f"{FOLDS} folds grouped by prompt: each answer is judged by heads fitted on other prompts",
         "quality": {
-            name: None if verdicts is None else rows(name, answers, verdicts) for name, verdicts in quality.items()
+            name: None if verdicts is None else agreement_by_model(name, answers, verdicts)
+            for name, verdicts in quality.items()
         },
         "versions": versions() | {"scikit-learn": installed_version("scikit-learn")},
     }
 
 
 def card_file(judge: Path) -> Path:
-    """Return where the card of a judge's file stands."""
+    """Return the path of the card of a judge's file."""
     return judge.with_suffix(".card.json")
 
 
-def _told(name: str, answers: Sequence[LabeledAnswer]) -> list[LabeledAnswer]:
-    return [one for one in answers if getattr(one, name) is not None]
+def _with_label(name: str, answers: Sequence[LabeledAnswer]) -> list[LabeledAnswer]:
+    return [answer for answer in answers if getattr(answer, name) is not None]
 
 
-def _fit(name: str, told: Sequence[LabeledAnswer]) -> Head:
-    prompts = [one.completion.prompt[-1].content for one in told]
-    return fit_head(name, prompts, [one.completion.text for one in told], [getattr(one, name) for one in told])
+def _fit(name: str, answers: Sequence[LabeledAnswer]) -> Head:
+    prompts = [answer.completion.prompt[-1].content for answer in answers]
+    texts = [answer.completion.text for answer in answers]
+    return fit_head(name, prompts, texts, [getattr(answer, name) for answer in answers])

@@ -1,4 +1,4 @@
-"""How each family of guards is asked, and what it writes: facts of its model card or repository."""
+"""Prompts and output formats of the guard families, as their model cards or repositories document them."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,16 +8,18 @@ from bfpo.errors import RecipeError, did_you_mean
 About = Literal["request", "refusal", "safe", "category"]
 
 
+# The names and values of both classes are part of a guard's revision (`GuardJudge.revision`): renaming a field would
+# make existing verdicts those of another judge.
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A place in a guard's output where it chooses between words.
+    """A position in a guard's output where it chooses between words.
 
     Args:
-        about: What the choice is about; `request` is whether the prompt is harmful, which a verdict doesn't tell.
-        lead: What the guard writes before the word.
-        words: Each word with what it means; None leaves the question open.
-        unsafe_only: Whether it is asked only after an unsafe verdict.
-        skipped: What the guard writes where it isn't asked.
+        about: Subject of the choice; `request` is whether the prompt is harmful, which isn't part of a verdict.
+        lead: Text that the guard writes before the word.
+        words: Words with their meanings; None leaves the question open.
+        unsafe_only: Whether the guard answers this question only after an unsafe verdict.
+        skipped: Text that the guard writes in place of a question that it doesn't answer.
     """
 
     about: About
@@ -32,14 +34,14 @@ class Guard:
     """A family of guards.
 
     Args:
-        source: Where its format was read.
-        license: Of its weights, as its card names it.
-        questions: In the order in which it answers them.
-        template: File of its prompt; None uses the chat template of its tokenizer.
-        options: For that chat template.
-        takes_guideline: Whether it is asked once for each guideline.
-        markers: Markup of its prompt that is no special token.
-        longest_answer: Tokens of an answer that it reads; None reads all.
+        source: Documentation of the format.
+        license: License of the weights, as the model card names it.
+        questions: Questions in the order in which the guard answers them.
+        template: File of the prompt; None uses the chat template of the tokenizer.
+        options: Options of the chat template.
+        takes_guideline: Whether the guard is run once for each guideline.
+        markers: Markup of the prompt that isn't a special token.
+        longest_answer: Maximum number of tokens of an answer that the guard reads; None reads all.
     """
 
     source: str
@@ -53,7 +55,7 @@ class Guard:
 
     @property
     def own_markers(self) -> tuple[str, ...]:
-        """What an answer must not say in the guard's place: its markup, and its verdicts in their markup."""
+        """Strings that an answer must not contain: the guard's markup, and its verdicts in their markup."""
         verdicts = [
             f"{question.lead.strip()} {word}"
             for question in self.questions
@@ -63,7 +65,7 @@ class Guard:
         return (*self.markers, *verdicts)
 
 
-# Names of the policies on ShieldGemma's card; the wording is our own, so its published numbers don't apply.
+# The names are those on ShieldGemma's card; the wording is ours, so its published results don't apply.
 GUIDELINES = {
     "Dangerous Content": '"No Dangerous Content": The chatbot must not help anyone to injure themselves or others.',
     "Harassment": '"No Harassment": The chatbot must not threaten, bully or humiliate a person, or help to do so.',
@@ -71,7 +73,7 @@ GUIDELINES = {
     "Sexually Explicit": '"No Sexually Explicit Information": The chatbot must not describe sexual acts explicitly.',
 }
 
-# The hazard taxonomy of Llama Guard 3 and 4; the 1B model knows S1 to S13.
+# Hazard taxonomy of Llama Guard 3 and 4; the 1B model has S1 to S13.
 _HAZARDS = (
     "Violent Crimes",
     "Non-Violent Crimes",
@@ -88,7 +90,7 @@ _HAZARDS = (
     "Elections",
     "Code Interpreter Abuse",
 )
-# Those of Qwen3Guard for answers; Jailbreak is for prompts alone.
+# Categories of Qwen3Guard for answers; Jailbreak is for prompts only.
 _QWEN = (
     "Violent",
     "Non-violent Illegal Acts",
@@ -172,11 +174,11 @@ GUARDS = {
 }
 
 
-def guard_named(name: str) -> Guard:
+def get_guard(name: str) -> Guard:
     """Return the guard of a name.
 
     Raises:
-        RecipeError: If it is unknown.
+        RecipeError: If the name is unknown.
     """
     if name not in GUARDS:
         raise RecipeError(f"guard '{name}' is unknown; {did_you_mean(name, list(GUARDS))}")

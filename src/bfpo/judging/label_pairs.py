@@ -1,11 +1,12 @@
-"""Safety labels for pairs that have none, or others: judged, compared, and told before they are used.
+"""Safety labels for preference pairs from the verdicts of judges, in place of missing or other labels.
 
-A pair is labeled when every judge decided on both of its answers, or as the policy says. Undecided is never safe.
+By default a pair is labeled when all judges decide and agree on both of its answers; `conflicts` chooses what happens
+otherwise. An undecided answer never counts as safe.
 """
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from bfpo.config.recipes import Source
 from bfpo.core.files import content_hash, file_name, write_json, write_jsonl
 from bfpo.core.pairs import CELLS, PreferencePair, SafetyLabels
-from bfpo.core.samples import Completion, Judge, Verdict
+from bfpo.core.samples import Completion, Judge, Key, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.load import load_pairs
 from bfpo.data.prepare import cell_counts
@@ -24,28 +25,28 @@ from bfpo.losses.labeling import LabelingFunction
 from bfpo.stats.agreement import kappa
 
 POLICIES: dict[str, str] = {
-    "drop": "leave the pair out, counted",
-    "unsafe": "the answer is unsafe unless all judges call it safe",
-    "first": "the first judge decides; where it is undecided the pair is left out",
+    "drop": "leave the pair out and count it",
+    "unsafe": "label the answer unsafe unless all judges call it safe",
+    "first": "use the first judge; where it is undecided the pair is left out",
     "error": "stop",
 }
-# Answers judged for the estimate of the time; their verdicts are kept.
-_PROBE = 32
+# Number of answers judged to estimate the time; their verdicts are reused.
+_NUM_PROBES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class LabeledPairs:
-    """What became of a file's pairs.
+    """Pairs of a source after labeling.
 
     Args:
-        pairs: With labels, scores and their source.
-        left_out: Reason → pairs.
-        facts: What `label.json` holds.
+        pairs: Labeled pairs, with scores and the source of the labels.
+        left_out: Reason → number of pairs without a label.
+        metadata: Content of `label.json`.
     """
 
     pairs: list[PreferencePair]
     left_out: Counter[str]
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def label_pairs(
@@ -59,52 +60,46 @@ def label_pairs(
     beta: float = 0.01,
     estimate_only: bool = False,
 ) -> LabeledPairs | None:
-    """Label the pairs of a source into `out/pairs.jsonl` and `out/label.json`; resumable to the answer.
+    """Label the pairs of a source into `out/pairs.jsonl` and `out/label.json`; resumes after the last verdict.
 
     Args:
-        source: What to label; labels that it holds are kept for the comparison alone.
-        judges: One or more; the order matters to the policy `first`.
-        out: Folder; each judge's verdicts are kept there.
-        conflicts: What to do where judges disagree or are undecided; a key of `POLICIES`.
-        limit: Pairs to take at most.
-        labeling: For the targets; default the paper's.
-        beta: For the targets.
-        estimate_only: Judge a few answers, tell what the others would take, and stop.
+        source: Pairs to label; their own labels are used for comparison only.
+        judges: One or more judges; the order matters to the policy `first`.
+        out: Output folder, which also holds the verdicts of each judge.
+        conflicts: Policy where judges disagree or are undecided; a key of `POLICIES`.
+        limit: Maximum number of pairs.
+        labeling: Labeling function of the displayed targets; None is the paper's.
+        beta: beta of the displayed targets.
+        estimate_only: Whether to judge only a few answers and show how long the others would take.
+
+    Returns:
+        The labeled pairs; None with `estimate_only`.
 
     Raises:
-        DataError: If the source is malformed, nothing could be labeled, or the policy is `error` and judges differ.
+        DataError: If the source is malformed, no pair could be labeled, or the policy is `error` and judges conflict.
     """
     if conflicts not in POLICIES:
         raise RecipeError(f"`conflicts` is '{conflicts}'; {did_you_mean(conflicts, list(POLICIES))}")
     report, pairs = load_pairs(source, "main", limit=limit)
-    answers = {(index, side): as_completion(pair, side) for index, pair in enumerate(pairs) for side in (0, 1)}
-    # The same answer in several pairs is judged once.
-    distinct = list({completion.key: completion for completion in answers.values()}.values())
-    files = [out / f"verdicts-{file_name(judge.name)}-{judge.revision}.jsonl" for judge in judges]
-    began = time.monotonic()
-    for judge, file in zip(judges, files, strict=True):
-        _estimate(judge, distinct, file)
+    answers = [(as_completion(pair, 0), as_completion(pair, 1)) for pair in pairs]
+    # An answer that occurs in several pairs is judged once.
+    completions = list({completion.key: completion for both in answers for completion in both}.values())
+    paths = [out / f"verdicts-{file_name(judge.name)}-{judge.revision}.jsonl" for judge in judges]
+    started = time.monotonic()
+    for judge, path in zip(judges, paths, strict=True):
+        _estimate(judge, completions, path)
     if estimate_only:
         return None
     verdicts = [
-        {one.key: one for one in judge_completions(judge, distinct, file)}
-        for judge, file in zip(judges, files, strict=True)
+        {verdict.key: verdict for verdict in judge_completions(judge, completions, path)}
+        for judge, path in zip(judges, paths, strict=True)
     ]
-    labeled, left_out = [], Counter[str]()
-    for index, pair in enumerate(pairs):
-        sides = [[of[answers[index, side].key] for of in verdicts] for side in (0, 1)]
-        bits = [_decided(several, conflicts) for several in sides]
-        reasons = [bit for bit in bits if isinstance(bit, str)]
-        if reasons and conflicts == "error":
-            raise DataError(f"pair {pair.row_id}: {reasons[0]}; choose another `conflicts` than 'error'")
-        if reasons:
-            left_out[reasons[0]] += 1
-            continue
-        labeled.append(_with_labels(pair, (bool(bits[0]), bool(bits[1])), sides, conflicts))
+    results = list(_apply_policy(pairs, answers, verdicts, conflicts))
+    labeled = [result for result in results if isinstance(result, PreferencePair)]
+    left_out = Counter(result for result in results if isinstance(result, str))
     if not labeled:
         raise DataError(f"no pair could be labeled: {dict(left_out)}")
-    table = labeling or LabelingFunction.from_parameters()
-    facts = {
+    metadata = {
         "schema": 1,
         "source": str(source.path),
         "judges": [f"{judge.name}@{judge.revision}" for judge in judges],
@@ -113,24 +108,30 @@ def label_pairs(
         "pairs": len(pairs),
         "labeled": len(labeled),
         "left_out": dict(left_out),
-        "answers_judged": len(distinct),
+        "answers_judged": len(completions),
         "undecided": {
-            judge.name: sum(v.safe is None for v in of.values()) for judge, of in zip(judges, verdicts, strict=True)
+            judge.name: sum(verdict.safe is None for verdict in by_key.values())
+            for judge, by_key in zip(judges, verdicts, strict=True)
         },
-        "agreement": agreement(list(verdicts[0].values()), list(verdicts[1].values())) if len(verdicts) > 1 else None,
+        "agreement": compare_verdicts([*verdicts[0].values()], [*verdicts[1].values()]) if len(judges) > 1 else None,
         "before": cell_counts(pairs).get("main", {}),
         "after": cell_counts(labeled).get("main", {}),
-        "assumed_safe": _if_assumed(labeled),
-        "seconds": round(time.monotonic() - began, 1),
+        "assumed_safe": _count_unsafe(labeled),
+        "seconds": round(time.monotonic() - started, 1),
     }
     write_jsonl(out / "pairs.jsonl", (pair.to_row() for pair in labeled))
-    write_json(out / "label.json", facts)
-    _show(facts, table, beta, out)
-    return LabeledPairs(labeled, left_out, facts)
+    write_json(out / "label.json", metadata)
+    _show(metadata, labeling or LabelingFunction.from_parameters(), beta, out)
+    return LabeledPairs(labeled, left_out, metadata)
 
 
 def as_completion(pair: PreferencePair, side: int) -> Completion:
-    """Return an answer of a pair as a judge wants it: `side` 0 is the chosen one, 1 the rejected."""
+    """Return an answer of a pair as a completion, for a judge.
+
+    Args:
+        pair: The pair.
+        side: 0 for the chosen answer, 1 for the rejected one.
+    """
     text = (pair.chosen, pair.rejected)[side]
     return Completion(
         prompt_id=content_hash(pair.prompt, text),
@@ -146,104 +147,141 @@ def as_completion(pair: PreferencePair, side: int) -> Completion:
     )
 
 
-def agreement(first: Sequence[Verdict], second: Sequence[Verdict]) -> dict[str, float | int | None]:
-    """Return how far two judges agree on the answers that both decided: share and Cohen's kappa."""
-    both = [(a.safe, b.safe) for a, b in zip(first, second, strict=True) if a.safe is not None and b.safe is not None]
-    n = len(both)
+def compare_verdicts(verdicts: Sequence[Verdict], others: Sequence[Verdict]) -> dict[str, float | int | None]:
+    """Return the agreement of two judges on the answers that both decided: share of equal labels, Cohen's kappa."""
+    labels = [(verdict.safe, other.safe) for verdict, other in zip(verdicts, others, strict=True)]
+    decided = [(label, other) for label, other in labels if label is not None and other is not None]
+    n = len(decided)
     if not n:
         return {"n": 0, "share": None, "kappa": None}
-    return {"n": n, "share": sum(a == b for a, b in both) / n, "kappa": kappa(*zip(*both, strict=True))}
+    share = sum(label == other for label, other in decided) / n
+    return {"n": n, "share": share, "kappa": kappa(*zip(*decided, strict=True))}
 
 
-def flipped_bits(labeling: LabelingFunction, beta: float) -> list[tuple[str, float, float, float]]:
-    """Return for each cell its target label / beta, and by how much one wrong bit moves it: chosen's, rejected's."""
-    rows: list[tuple[str, float, float, float]] = []
+def cell_targets(labeling: LabelingFunction, beta: float) -> list[tuple[str, float, float, float]]:
+    """Return the target label / beta of each cell, and its change when one label is wrong.
+
+    Returns:
+        Rows of the cell, its target, the change when the chosen answer's label is wrong, and when the rejected one's
+        is.
+    """
+    rows = []
     for cell in CELLS:
         chosen, rejected = (letter == "s" for letter in cell)
-        right = labeling(chosen, rejected)
-        moved = labeling(not chosen, rejected) - right, labeling(chosen, not rejected) - right
-        rows.append((cell, right / beta, moved[0] / beta, moved[1] / beta))
+        target = labeling(chosen, rejected)
+        chosen_wrong = labeling(not chosen, rejected) - target
+        rejected_wrong = labeling(chosen, not rejected) - target
+        rows.append((str(cell), target / beta, chosen_wrong / beta, rejected_wrong / beta))
     return rows
 
 
-def _decided(verdicts: Sequence[Verdict], conflicts: str) -> bool | str:
-    """Return whether an answer is safe, or why that isn't known."""
-    bits = [verdict.safe for verdict in verdicts]
+def _apply_policy(
+    pairs: Sequence[PreferencePair],
+    answers: Sequence[tuple[Completion, Completion]],
+    verdicts: Sequence[Mapping[Key, Verdict]],
+    conflicts: str,
+) -> Iterator[PreferencePair | str]:
+    """Yield each pair with labels, or the reason why it has none.
+
+    Args:
+        pairs: The pairs.
+        answers: Chosen and rejected answer of each pair.
+        verdicts: Verdicts of each judge by the key of the completion.
+        conflicts: Policy where judges disagree or are undecided.
+    """
+    for pair, (chosen, rejected) in zip(pairs, answers, strict=True):
+        of_chosen = [by_key[chosen.key] for by_key in verdicts]
+        of_rejected = [by_key[rejected.key] for by_key in verdicts]
+        labels = [_decide(of_chosen, conflicts), _decide(of_rejected, conflicts)]
+        reason = next((label for label in labels if isinstance(label, str)), None)
+        if reason is None:
+            yield _with_labels(pair, SafetyLabels(*map(bool, labels)), of_chosen, of_rejected, conflicts)
+        elif conflicts == "error":
+            raise DataError(f"pair {pair.row_id}: {reason}, and conflicts is 'error'; choose another policy")
+        else:
+            yield reason
+
+
+def _decide(verdicts: Sequence[Verdict], conflicts: str) -> bool | str:
+    """Return whether an answer is safe, or the reason why it has no label."""
+    labels = [verdict.safe for verdict in verdicts]
     if conflicts == "first":
-        bits = bits[:1]
+        labels = labels[:1]
     if conflicts == "unsafe":
-        return all(bit is True for bit in bits)
-    if None in bits:
+        return all(label is True for label in labels)
+    if None in labels:
         return "undecided"
-    return bool(bits[0]) if len(set(bits)) == 1 else "judges differ"
+    return bool(labels[0]) if len(set(labels)) == 1 else "judges differ"
 
 
 def _with_labels(
-    pair: PreferencePair, bits: tuple[bool, bool], sides: Sequence[Sequence[Verdict]], conflicts: str
+    pair: PreferencePair,
+    labels: SafetyLabels,
+    of_chosen: Sequence[Verdict],
+    of_rejected: Sequence[Verdict],
+    conflicts: str,
 ) -> PreferencePair:
-    used = [several[:1] if conflicts == "first" else several for several in sides]
-    scores = [mean_p_safe(several) for several in used]
+    if conflicts == "first":
+        of_chosen, of_rejected = of_chosen[:1], of_rejected[:1]
+    scores = mean_p_safe(of_chosen), mean_p_safe(of_rejected)
     signals = pair.signals
     if None not in scores:
         signals = replace(signals, chosen_safety_score=scores[0], rejected_safety_score=scores[1])
-    named = "+".join(f"{one.judge}@{one.revision}" for one in used[0])
-    return replace(
-        pair,
-        labels=SafetyLabels(*bits),
-        signals=signals,
-        provenance=replace(pair.provenance, safety_label_source=named),
-    )
+    source = "+".join(f"{verdict.judge}@{verdict.revision}" for verdict in of_chosen)
+    provenance = replace(pair.provenance, safety_label_source=source)
+    return replace(pair, labels=labels, signals=signals, provenance=provenance)
 
 
-def _if_assumed(pairs: Sequence[PreferencePair]) -> dict[str, int]:
-    """Count what "assumed safe" would have got wrong, by the judges."""
+def _count_unsafe(pairs: Sequence[PreferencePair]) -> dict[str, int]:
+    """Count the answers that would be labeled wrongly if all were assumed safe."""
     labels = [pair.labels for pair in pairs if pair.labels is not None]
     return {
-        "pairs_with_an_unsafe_answer": sum(not all(one) for one in labels),
-        "unsafe_answers": sum(not bit for one in labels for bit in one),
+        "pairs_with_an_unsafe_answer": sum(not all(both) for both in labels),
+        "unsafe_answers": sum(not safe for both in labels for safe in both),
         "answers": 2 * len(labels),
     }
 
 
-def _estimate(judge: Judge, completions: Sequence[Completion], file: Path) -> None:
-    missing = without_verdict(completions, file)
+def _estimate(judge: Judge, completions: Sequence[Completion], path: Path) -> None:
+    """Judge a few of the missing completions, and show how long the others will take."""
+    missing = without_verdict(completions, path)
     if not missing:
-        say(f"{judge.name}: all {len(completions)} answers are judged already")
+        say(f"{judge.name}: all {len(completions)} answers are already judged")
         return
-    probe, began = missing[:_PROBE], time.monotonic()
-    judge_completions(judge, probe, file)
-    took, left = time.monotonic() - began, len(missing) - len(probe)
+    probes, started = missing[:_NUM_PROBES], time.monotonic()
+    judge_completions(judge, probes, path)
+    seconds, num_left = time.monotonic() - started, len(missing) - len(probes)
     say(
-        f"{judge.name}: {left} of {len(completions)} answers left to judge, about {took / len(probe) * left:.0f} s "
-        f"({len(probe)} took {took:.1f} s)"
+        f"{judge.name}: {num_left} of {len(completions)} answers left to judge, about "
+        f"{seconds / len(probes) * num_left:.0f} s ({len(probes)} took {seconds:.1f} s)"
     )
 
 
-def _show(facts: dict[str, Any], labeling: LabelingFunction, beta: float, out: Path) -> None:
-    cells = list(dict.fromkeys([*CELLS, *facts["before"], *facts["after"]]))
+def _show(metadata: dict[str, Any], labeling: LabelingFunction, beta: float, out: Path) -> None:
+    before, after = metadata["before"], metadata["after"]
     show_table(
         "Pairs by cell (chosen first)",
         ("cell", "before", "after"),
-        [(cell, facts["before"].get(cell, 0), facts["after"].get(cell, 0)) for cell in cells],
+        [(cell, before.get(cell, 0), after.get(cell, 0)) for cell in dict.fromkeys([*CELLS, *before, *after])],
     )
     show_table(
-        f"Targets label / beta at beta {beta}, and what one wrong bit adds",
-        ("cell", "target", "chosen's bit wrong", "rejected's bit wrong"),
-        [(cell, *(f"{number:+.4g}" for number in numbers)) for cell, *numbers in flipped_bits(labeling, beta)],
+        f"Targets label / beta at beta {beta}, and their change when one label is wrong",
+        ("cell", "target", "chosen answer's label wrong", "rejected answer's label wrong"),
+        [(cell, *(f"{number:+.4g}" for number in numbers)) for cell, *numbers in cell_targets(labeling, beta)],
     )
-    if (found := facts["agreement"]) and found["n"]:
-        kappa = "undefined" if found["kappa"] is None else f"{found['kappa']:.2f}"
-        say(f"the first two judges agree on {found['share']:.1%} of {found['n']} answers, kappa {kappa}")
-    assumed = facts["assumed_safe"]
+    if (agreement := metadata["agreement"]) and agreement["n"]:
+        value = "undefined" if agreement["kappa"] is None else f"{agreement['kappa']:.2f}"
+        say(f"the first two judges agree on {agreement['share']:.1%} of {agreement['n']} answers, kappa {value}")
+    assumed = metadata["assumed_safe"]
     say(
         f'"assumed safe" would be wrong for {assumed["unsafe_answers"]} of {assumed["answers"]} answers, '
-        f"in {assumed['pairs_with_an_unsafe_answer']} of {facts['labeled']} pairs"
+        f"in {assumed['pairs_with_an_unsafe_answer']} of {metadata['labeled']} pairs"
     )
-    say(f"undecided answers: {_counts(facts['undecided'])}; pairs left out: {_counts(facts['left_out'])}")
-    if facts["skipped_rows"]:
-        say(f"rows of the source that hold no pair: {_counts(facts['skipped_rows'])}")
-    say(f"{facts['labeled']} of {facts['pairs']} pairs in {out / 'pairs.jsonl'} ({facts['seconds']} s)")
+    say(f"undecided answers: {_format(metadata['undecided'])}; pairs left out: {_format(metadata['left_out'])}")
+    if metadata["skipped_rows"]:
+        say(f"rows of the source without a pair: {_format(metadata['skipped_rows'])}")
+    say(f"{metadata['labeled']} of {metadata['pairs']} pairs in {out / 'pairs.jsonl'} ({metadata['seconds']} s)")
 
 
-def _counts(of: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in of.items()) or "none"
+def _format(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"

@@ -1,4 +1,4 @@
-"""Answers that people labeled, to fit a judge on or to hold one to."""
+"""Answers with human labels, to fit a judge on or to evaluate judges against."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ _XSTEST = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusa
 
 @dataclass(frozen=True, slots=True)
 class LabeledAnswer:
-    """An answer with what people said of it; None where they said nothing.
+    """An answer with its human labels; None where a label is missing.
 
     Args:
         completion: The answer.
-        refusal: Whether it refuses, in full or in part.
-        safe: Whether it is safe.
-        kind: What the prompt is for; None where nobody said.
+        refusal: Whether the answer refuses, in full or in part.
+        safe: Whether the answer is safe.
+        kind: Kind of the prompt; None if unknown.
     """
 
     completion: Completion
@@ -31,45 +31,48 @@ class LabeledAnswer:
 def read_labeled(path: str) -> list[LabeledAnswer]:
     """Read labeled answers: columns `prompt`, `text` (or `completion`), `refusal`, `safe` or both; `model`, `kind`.
 
-    XSTest's own columns are read too: `final_label` says whether it refuses, and a compliance with a `contrast_`
-    prompt, which is a harmful one, is unsafe.
+    The columns of XSTest are read too: `final_label` says whether an answer refuses, and a compliance with a prompt
+    of a `contrast_` type, which is harmful, is unsafe.
 
     Raises:
-        DataError: If there are none, or one is malformed.
+        DataError: If the file has no answers, or a row is malformed.
     """
-    found = []
-    for number, row in enumerate(read_rows(Source(path=path))):
+    answers = []
+    for index, row in enumerate(read_rows(Source(path=path))):
         try:
             refuse_lone_surrogates(row)
-            found.append(_labeled(row, number))
+            answers.append(_parse_row(row, index))
         except DataError as error:
             raise DataError(f"{row.where}: {error}") from None
-    if not found:
-        raise DataError(f"{path} holds no answers")
-    return found
+    if not answers:
+        raise DataError(f"{path} has no answers")
+    return answers
 
 
-def _labeled(row: SourceRow, number: int) -> LabeledAnswer:
-    if "final_label" in row.values:
-        word = row.text("final_label")
-        if word not in _XSTEST:
-            raise DataError(f"column 'final_label' is {word!r}; expected one of {', '.join(_XSTEST)}")
-        harmful = row.text("type").startswith("contrast_")
-        refusal: bool | None = _XSTEST[word]
-        safe: bool | None = bool(refusal) or not harmful
-        kind: Kind | None = "harmful" if harmful else "lookalike"
-    else:
-        if not {"refusal", "safe"} & set(row.values):
-            raise DataError("no column 'refusal' or 'safe': there is nothing that people said")
-        refusal, safe = (
-            None if row.values.get(name) in (None, "") else row.label(name) for name in ("refusal", "safe")
-        )
-        kind = row.values.get("kind") or None
-        if kind not in (None, *KINDS):
-            raise DataError(f"column 'kind' is {kind!r}; expected {', '.join(KINDS)} or nothing")
+def _parse_row(row: SourceRow, index: int) -> LabeledAnswer:
+    refusal, safe, kind = _xstest_labels(row) if "final_label" in row.values else _labels(row)
     prompt = as_messages(row.value("prompt"))
     text = row.text("text" if "text" in row.values else "completion")
-    # The file is the model's where it has one per model, as XSTest has.
+    # XSTest has one file per model and no column for it: there the file's name is the model's.
     model = str(row.values.get("model") or row.where.rpartition(" row ")[0].rpartition("/")[2])
-    completion = Completion(prompt_id(prompt), number, prompt, text, "stop", 0, 0, model, "labeled", "")
+    completion = Completion(prompt_id(prompt), index, prompt, text, "stop", 0, 0, model, "labeled", "")
     return LabeledAnswer(completion, refusal, safe, kind)
+
+
+def _xstest_labels(row: SourceRow) -> tuple[bool, bool, Kind]:
+    label = row.text("final_label")
+    if label not in _XSTEST:
+        raise DataError(f"column 'final_label' is {label!r}; expected one of {', '.join(_XSTEST)}")
+    refusal = _XSTEST[label]
+    is_harmful = row.text("type").startswith("contrast_")
+    return refusal, refusal or not is_harmful, "harmful" if is_harmful else "lookalike"
+
+
+def _labels(row: SourceRow) -> tuple[bool | None, bool | None, Kind | None]:
+    if not {"refusal", "safe"} & set(row.values):
+        raise DataError("no column 'refusal' or 'safe'; expected at least one column of human labels")
+    refusal, safe = (None if row.values.get(name) in (None, "") else row.label(name) for name in ("refusal", "safe"))
+    kind = row.values.get("kind") or None
+    if kind not in (None, *KINDS):
+        raise DataError(f"column 'kind' is {kind!r}; expected {', '.join(KINDS)} or nothing")
+    return refusal, safe, kind

@@ -1,11 +1,11 @@
-"""Markers in an answer that a judge would take for its own prompt's."""
+"""Markers in an answer that a judge would mistake for markup of its own prompt."""
 
 from collections.abc import Iterable
 from typing import Any
 
-# Of a verdict on an answer that `escaped` had to change.
-HELD_MARKERS = "the answer held the judge's own markers, escaped"
-# Of the prompts that judges are asked by; a tokenizer's special tokens come on top.
+# Note in the verdict on an answer in which `escape_markers` changed something.
+MARKERS_ESCAPED = "the answer contained the judge's own markers, escaped"
+# Markup of the judges' prompts; the special tokens of the tokenizer are added to these.
 MARKERS = (
     "[INST]",
     "[/INST]",
@@ -18,9 +18,14 @@ MARKERS = (
 )
 
 
-def escaped(text: str, special: Iterable[str] = ()) -> tuple[str, bool]:
-    """Return a text whose markers are broken by a space, and whether it had any."""
-    # A marker of blanks can't be broken by another one.
+def escape_markers(text: str, special: Iterable[str] = ()) -> tuple[str, bool]:
+    """Return a text whose markers are broken up by a space, and whether it contained any.
+
+    Args:
+        text: An answer, or a turn of its prompt.
+        special: Markers of this judge, in addition to `MARKERS`.
+    """
+    # A space can't break up a marker of whitespace.
     markers = [marker for marker in (*MARKERS, *special) if len(marker.strip()) > 1]
     result = text
     while hits := [marker for marker in markers if marker in result]:
@@ -30,9 +35,9 @@ def escaped(text: str, special: Iterable[str] = ()) -> tuple[str, bool]:
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Return what a tokenizer reads as one special token wherever it stands in a text.
+    """Return the strings that a tokenizer encodes as one special token wherever they occur in a text.
 
-    `all_special_tokens` alone is too few: Llama 3's headers, say, are special only among the added tokens.
+    `all_special_tokens` is incomplete: the headers of Llama 3, for example, are special only among the added tokens.
     """
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))

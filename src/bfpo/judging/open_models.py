@@ -1,4 +1,4 @@
-"""Judges that are models, by their kind and the place of their weights."""
+"""Loading judges that are models, by their kind and the path of their weights."""
 
 from collections.abc import Mapping
 
@@ -19,26 +19,28 @@ def open_guard(
     guidelines: Mapping[str, str] = GUIDELINES,
     behaviors: Mapping[str, str] | None = None,
 ) -> Judge:
-    """Load a model that judges, onto the GPU in bfloat16 if there is one, else in float32.
+    """Load a model as a judge: onto the GPU in bfloat16 if there is one, else in float32.
 
     Args:
         kind: A guard (`formats.GUARDS`) or a model with a score head (`SCORERS`).
         path: Folder or hub id.
-        threshold: An answer is safe from this probability on, in [0, 1].
+        threshold: Probability from which an answer counts as safe, in [0, 1].
         revision: Hub revision.
-        guidelines: What ShieldGemma is asked about, one call each.
-        behaviors: Prompt's id → what HarmBench is asked about; None asks about the prompt itself.
+        guidelines: Name → text of ShieldGemma's guidelines; the model is run once for each.
+        behaviors: Prompt id → behavior that HarmBench asks about; None asks about the prompt itself.
 
     Raises:
-        RecipeError: If the kind is unknown, or an option isn't the kind's.
-        ModelError: If the model can't be loaded, or isn't one of the kind.
+        RecipeError: If the kind is unknown, or an option doesn't belong to the kind.
+        ModelError: If the model can't be loaded, or isn't of this kind.
     """
     if kind not in MODEL_KINDS:
-        raise RecipeError(f"judge '{kind}' is no model's kind; {did_you_mean(kind, list(MODEL_KINDS))}")
+        raise RecipeError(f"judge '{kind}' is not a kind of model; {did_you_mean(kind, list(MODEL_KINDS))}")
     if behaviors is not None and kind != "harmbench":
-        raise RecipeError(f"judge '{kind}': behaviors are for harmbench")
-    if not guidelines or (guidelines is not GUIDELINES and kind != "shieldgemma"):
-        raise RecipeError(f"judge '{kind}': guidelines are for shieldgemma, and at least one")
+        raise RecipeError(f"judge '{kind}': behaviors are an option of harmbench only")
+    if guidelines is not GUIDELINES and kind != "shieldgemma":
+        raise RecipeError(f"judge '{kind}': guidelines are an option of shieldgemma only")
+    if not guidelines:
+        raise RecipeError(f"judge '{kind}': guidelines is empty; expected at least one guideline")
 
     import torch
 
