@@ -1,4 +1,4 @@
-"""`bfpo redteam` through a server that fails: faults are counted, keys are shown nowhere."""
+"""`bfpo redteam` through a faulty server: faults are counted, and no key is shown."""
 
 import json
 import sys
@@ -18,21 +18,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "generation"))
 from faulty_server import faulty_server
 
 
-class Words:
-    """Unsafe is what says `step`; helpfulness is length."""
+class WordJudge:
+    """Judge that finds answers with `step` unsafe, and longer answers more helpful."""
 
     name, revision = "words", "1"
 
     def judge(self, completions):
-        for one in completions:
-            yield Verdict.on(one, self, safe="step" not in one.text, helpfulness=len(one.text) / 100)
+        for completion in completions:
+            safe, helpfulness = "step" not in completion.text, len(completion.text) / 100
+            yield Verdict.on(completion, self, safe=safe, helpfulness=helpfulness)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Return a function that runs the command against a server."""
     monkeypatch.setenv("MY_KEY", "a-secret")
-    monkeypatch.setattr(module, "open_judge", lambda spec, **_: Words())
+    monkeypatch.setattr(module, "open_judge", lambda spec, **_: WordJudge())
     for kind, word in (("harmful", "stuck"), ("benign", "small")):
         (tmp_path / f"{kind}.txt").write_text("".join(f"{word} box {i}\n" for i in range(4)))
 
@@ -66,8 +67,8 @@ def test_faults_are_counted_and_no_key_is_shown(run, tmp_path):
         result = run(url)
         assert counts["with key"] == counts["requests"] == 24 + 3
     assert result.exit_code == 0, result.output
-    facts = json.loads((tmp_path / "out" / "redteam.json").read_text())
-    assert facts["faults"] == {"HTTP 500": 1, "not JSON": 1, "HTTP 429": 1}
+    metadata = json.loads((tmp_path / "out" / "redteam.json").read_text())
+    assert metadata["faults"] == {"HTTP 500": 1, "not JSON": 1, "HTTP 429": 1}
     assert "What the server got wrong" in result.output
     _, pairs = load_pairs(Source(path=str(tmp_path / "out" / "pairs.jsonl")), "main")
     assert {pair.cell for pair in pairs} == {"ss", "uu"}
@@ -75,7 +76,7 @@ def test_faults_are_counted_and_no_key_is_shown(run, tmp_path):
     assert "a-secret" not in result.output + written
 
 
-def test_no_more_tries_than_the_recipe_says_and_another_start_asks_for_the_rest(run, tmp_path):
+def test_no_more_tries_than_the_recipe_allows_and_another_start_requests_the_rest(run, tmp_path):
     broken = [True]
 
     def fault(number, body):
@@ -86,12 +87,12 @@ def test_no_more_tries_than_the_recipe_says_and_another_start_asks_for_the_rest(
         assert isinstance(failed.exception, Unanswered)
         assert "3 of 24 completions are missing (HTTP 500 (1 tries): 3)" in str(failed.exception)
         assert counts["requests"] == 24
-        lost = json.loads((tmp_path / "out" / "cost.jsonl").read_text())
-        assert lost["faults"] == {"HTTP 500": 3}
+        cost = json.loads((tmp_path / "out" / "cost.jsonl").read_text())
+        assert cost["faults"] == {"HTTP 500": 3}
         broken[0] = False
         result = run(url, "model.tries=1", "max_unanswered=0.0")
         assert counts["requests"] == 27, "only the missing ones"
     assert result.exit_code == 0, result.output
-    facts = json.loads((tmp_path / "out" / "redteam.json").read_text())
-    assert facts["faults"] == {"HTTP 500": 3}
-    assert facts["cost"]["generations"] == 24
+    metadata = json.loads((tmp_path / "out" / "redteam.json").read_text())
+    assert metadata["faults"] == {"HTTP 500": 3}
+    assert metadata["cost"]["generations"] == 24

@@ -1,1 +1,1 @@
-"""Judges: who says whether an answer is safe or a refusal, and how often that is right."""
+"""Judges, which decide whether an answer is safe or a refusal; fitting, evaluating and using them."""

@@ -1,1 +1,1 @@
-"""A preference set from one's own model: prompts, samples, verdicts, pairs."""
+"""Preference pairs from your own model: prompts, samples, verdicts, pairs."""

@@ -1,4 +1,4 @@
-"""What a red-team run cost over all its starts: counted where it is spent, and kept in a file."""
+"""Cost of a red-team run over all its starts, counted during the run and stored in a file."""
 
 import time
 from collections import Counter
@@ -8,67 +8,66 @@ from pathlib import Path
 from bfpo.core.files import read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Verdict
 
-# A file that outlives a power cut takes milliseconds to write, a verdict may take less.
+# An atomic write takes milliseconds, which may be more than a verdict takes.
 _SECONDS_BETWEEN_WRITES = 1.0
 
 
 class Meter:
-    """Counts generations, judge calls, seconds and a server's faults; a killed start's are kept.
+    """Counts generations, judge calls, seconds and server faults over all starts of a run.
 
-    What a kill makes a run do twice was paid twice, and counts twice. Of a killed start at most what came in its last
-    second is missing.
+    Work that is repeated after a kill is counted twice. At most the last second of a killed start is missing.
 
     Args:
-        path: File of the counts; one that is there is added to.
+        path: File of the counts; existing counts are added to.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._began = path, time.monotonic()
-        self._before: dict[str, float] = {}
-        self._faults_before: Counter[str] = Counter()
+        self._path, self._started = path, time.monotonic()
+        self._earlier: dict[str, float] = {}
+        self._earlier_faults: Counter[str] = Counter()
         for row in read_repaired_jsonl(path):
-            self._faults_before = Counter(row.pop("faults"))
-            self._before = row
+            self._earlier_faults = Counter(row.pop("faults"))
+            self._earlier = row
         self._counts: Counter[str] = Counter()
         self._engine: Engine | None = None
-        # The first thing that is spent is written down at once.
-        self._written = -_SECONDS_BETWEEN_WRITES
+        # The first count is written at once.
+        self._last_write = -_SECONDS_BETWEEN_WRITES
 
     @property
     def seconds(self) -> float:
-        """Time that all starts took, in seconds."""
-        return self._before.get("seconds", 0.0) + time.monotonic() - self._began
+        """Time of all starts, in seconds."""
+        return self._earlier.get("seconds", 0.0) + time.monotonic() - self._started
 
     @property
     def faults(self) -> Counter[str]:
-        """What a server got wrong in all starts, by kind."""
-        return self._faults_before + (self._engine.faults if self._engine else Counter())
+        """Server faults of all starts, by kind."""
+        return self._earlier_faults + (self._engine.faults if self._engine else Counter())
 
-    def count(self, what: str) -> int:
-        """Return how many `generations` or `judge_calls` all starts made."""
-        return int(self._before.get(what, 0)) + self._counts[what]
+    def count(self, name: str) -> int:
+        """Return the number of `generations` or `judge_calls` of all starts."""
+        return int(self._earlier.get(name, 0)) + self._counts[name]
 
     def engine(self, engine: Engine) -> Engine:
-        """Return an engine that is counted."""
+        """Return an engine whose completions are counted."""
         self._engine = engine
         return _CountedEngine(engine, self)
 
     def judge(self, judge: Judge) -> Judge:
-        """Return a judge that is counted."""
+        """Return a judge whose verdicts are counted."""
         return _CountedJudge(judge, self)
 
-    def spent(self, what: str, number: int) -> None:
-        """Count, and write it down, though not more than once in a second."""
-        self._counts[what] += number
-        if time.monotonic() - self._written >= _SECONDS_BETWEEN_WRITES:
+    def add(self, name: str, number: int) -> None:
+        """Add to a count, and write the counts if the last write is more than a second ago."""
+        self._counts[name] += number
+        if time.monotonic() - self._last_write >= _SECONDS_BETWEEN_WRITES:
             self.write()
 
     def write(self) -> None:
-        """Write the counts down."""
-        names = ("generations", "judge_calls")
-        counts = {name: self.count(name) for name in names} | {"seconds": round(self.seconds, 2)}
-        write_jsonl(self._path, [counts | {"faults": dict(self.faults)}])
-        self._written = time.monotonic()
+        """Write the counts to the file."""
+        counts: dict[str, float] = {name: self.count(name) for name in ("generations", "judge_calls")}
+        seconds = round(self.seconds, 2)
+        write_jsonl(self._path, [{**counts, "seconds": seconds, "faults": dict(self.faults)}])
+        self._last_write = time.monotonic()
 
 
 class _CountedEngine:
@@ -83,9 +82,9 @@ class _CountedEngine:
     def settings_hash(self) -> str:
         return self._inner.settings_hash
 
-    def generate(self, wanted: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
-        for batch in self._inner.generate(wanted):
-            self._meter.spent("generations", len(batch))
+    def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
+        for batch in self._inner.generate(requests):
+            self._meter.add("generations", len(batch))
             yield batch
 
 
@@ -103,5 +102,5 @@ class _CountedJudge:
 
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         for verdict in self._inner.judge(completions):
-            self._meter.spent("judge_calls", 1)
+            self._meter.add("judge_calls", 1)
             yield verdict

@@ -1,6 +1,6 @@
-"""From judged samples to pairs: ordered by helpfulness, of all four cells, none twice."""
+"""Preference pairs from judged samples: ordered by helpfulness, from all four cells, without duplicates."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from bfpo.core.samples import Completion, Verdict
 
 
 class ScoredSample(NamedTuple):
-    """An answer with what is known of it.
+    """A sample with its verdict and helpfulness.
 
     Args:
-        completion: The answer; its prompt is the one that was asked.
-        verdict: Of the safety judge.
-        helpfulness: Larger is more helpful; comparable among answers to one prompt. None when unknown.
+        completion: The sample; its prompt is the original one.
+        verdict: Verdict of the safety judge.
+        helpfulness: Score for ordering the samples of one prompt, larger is more helpful; None if unknown.
     """
 
     completion: Completion
@@ -24,9 +24,12 @@ class ScoredSample(NamedTuple):
 
 
 def fallback_helpfulness(completion: Completion, verdict: Verdict) -> tuple[float, ...] | None:
-    """Order without a judge of helpfulness: answers above refusals, then more words above fewer.
+    """Return a helpfulness without a judge of it: answers above refusals, then more words above fewer.
 
-    Length is a weak sign that a model learns to please: prefer a judge. None where the judge can't tell a refusal.
+    Length is a weak signal, which a model learns to exploit: prefer a judge.
+
+    Returns:
+        The score; None if the verdict doesn't cover refusals.
     """
     if verdict.refusal is None:
         return None
@@ -34,81 +37,89 @@ def fallback_helpfulness(completion: Completion, verdict: Verdict) -> tuple[floa
 
 
 def make_pairs(
-    answers: Sequence[ScoredSample], *, per_prompt: int, quota: Mapping[Cell, int], dataset_name: str
+    samples: Sequence[ScoredSample], *, per_prompt: int, quota: Mapping[Cell, int], dataset_name: str
 ) -> tuple[list[PreferencePair], Counter[str]]:
-    """Return the pairs kept, and what was left out, by reason.
+    """Return preference pairs, and the number of left-out samples and pairs by reason.
 
-    Of each prompt and cell the pair with the widest gap in helpfulness stands for the rest. Where a prompt has more
-    cells than `per_prompt`, those rarest among all prompts go first.
+    Each prompt and cell gives one pair, the one with the widest gap in helpfulness. If a prompt has more cells than
+    `per_prompt`, those that are rarest over all prompts come first.
 
     Args:
-        answers: Of all prompts.
-        per_prompt: Pairs of a prompt at most.
-        quota: Cell → pairs at most.
+        samples: Samples of all prompts.
+        per_prompt: Maximum number of pairs of a prompt.
+        quota: Cell → maximum number of pairs.
         dataset_name: Provenance of the pairs.
     """
     left_out: Counter[str] = Counter()
-    by_prompt: dict[str, dict[str, ScoredSample]] = defaultdict(dict)
-    for one in answers:
-        reason = (
-            "answer undecided" if one.verdict.safe is None
-            else "answer empty" if not one.completion.text.strip()
-            else "answer cut" if one.completion.finish_reason == "length"
-            else "helpfulness unknown" if one.helpfulness is None
-            else "answer twice" if one.completion.text in by_prompt[one.completion.prompt_id]
-            else None
-        )  # fmt: skip
-        if reason:
+    by_prompt: dict[str, dict[str, ScoredSample]] = {}
+    for sample in samples:
+        prompt_id, text = sample.completion.prompt_id, sample.completion.text
+        if reason := _why_left_out(sample, by_prompt.get(prompt_id, {})):
             left_out[reason] += 1
         else:
-            by_prompt[one.completion.prompt_id][one.completion.text] = one
-    best = {prompt: _best_of_each_cell(list(several.values())) for prompt, several in by_prompt.items()}
-    common = Counter(cell for cells in best.values() for cell in cells)
-    taken: Counter[Cell] = Counter()
-    kept = []
-    for cells in best.values():
+            by_prompt.setdefault(prompt_id, {})[text] = sample
+    candidates = [_widest_pairs(list(texts.values())) for texts in by_prompt.values()]
+    frequency = Counter(cell for cells in candidates for cell in cells)
+    num_of_cell: Counter[Cell] = Counter()
+    pairs = []
+    for cells in candidates:
         if not cells:
             left_out["prompt without an order"] += 1
-        of_prompt = 0
-        for cell in sorted(cells, key=lambda cell: (common[cell], CELLS.index(cell))):
-            if taken[cell] >= quota.get(cell, len(answers) ** 2):
+        num_of_prompt = 0
+        for cell in sorted(cells, key=lambda cell: (frequency[cell], CELLS.index(cell))):
+            if cell in quota and num_of_cell[cell] >= quota[cell]:
                 left_out[f"quota of {cell}"] += 1
-            elif of_prompt == per_prompt:
+            elif num_of_prompt == per_prompt:
                 left_out["more pairs of a prompt"] += 1
             else:
-                taken[cell] += 1
-                of_prompt += 1
-                kept.append(_pair(*cells[cell], dataset_name))
-    return kept, left_out
+                num_of_cell[cell] += 1
+                num_of_prompt += 1
+                pairs.append(_make_pair(*cells[cell], dataset_name))
+    return pairs, left_out
 
 
-def _best_of_each_cell(several: Sequence[ScoredSample]) -> dict[Cell, tuple[ScoredSample, ScoredSample]]:
-    best: dict[Cell, tuple[ScoredSample, ScoredSample]] = {}
+def _why_left_out(sample: ScoredSample, texts: Mapping[str, ScoredSample]) -> str | None:
+    if sample.verdict.safe is None:
+        return "answer undecided"
+    if not sample.completion.text.strip():
+        return "answer empty"
+    if sample.completion.finish_reason == "length":
+        return "answer cut"
+    if sample.helpfulness is None:
+        return "helpfulness unknown"
+    return "answer twice" if sample.completion.text in texts else None
+
+
+def _widest_pairs(samples: Sequence[ScoredSample]) -> dict[Cell, tuple[ScoredSample, ScoredSample]]:
+    """Return for each cell the pair of samples with the widest gap in helpfulness, the better sample first."""
+    pairs: dict[Cell, tuple[ScoredSample, ScoredSample]] = {}
     gaps: dict[Cell, tuple[float, ...]] = {}
-    for one, other in combinations(several, 2):
-        if one.helpfulness == other.helpfulness or one.helpfulness is None or other.helpfulness is None:
+    for sample, other in combinations(samples, 2):
+        if sample.helpfulness == other.helpfulness or sample.helpfulness is None or other.helpfulness is None:
             continue
-        better, worse = (one, other) if one.helpfulness > other.helpfulness else (other, one)
+        better, worse = (sample, other) if sample.helpfulness > other.helpfulness else (other, sample)
         assert better.helpfulness is not None
         assert worse.helpfulness is not None
-        cell = SafetyLabels(bool(better.verdict.safe), bool(worse.verdict.safe)).cell
-        gap = tuple(a - b for a, b in zip(better.helpfulness, worse.helpfulness, strict=True))
+        cell = _labels(better, worse).cell
+        gap = tuple(high - low for high, low in zip(better.helpfulness, worse.helpfulness, strict=True))
         if cell not in gaps or gap > gaps[cell]:
-            gaps[cell], best[cell] = gap, (better, worse)
-    return best
+            gaps[cell], pairs[cell] = gap, (better, worse)
+    return pairs
 
 
-def _pair(better: ScoredSample, worse: ScoredSample, dataset_name: str) -> PreferencePair:
+def _labels(better: ScoredSample, worse: ScoredSample) -> SafetyLabels:
+    return SafetyLabels(bool(better.verdict.safe), bool(worse.verdict.safe))
+
+
+def _make_pair(better: ScoredSample, worse: ScoredSample, dataset_name: str) -> PreferencePair:
+    verdicts = better.verdict, worse.verdict
     scores = better.verdict.p_safe, worse.verdict.p_safe
-    signals = PairSignals() if None in scores else PairSignals(*scores)
-    verdict = better.verdict
-    categories = sorted({one.category for one in (better.verdict, worse.verdict) if one.category})
     return PreferencePair(
         better.completion.prompt,
         better.completion.text,
         worse.completion.text,
-        SafetyLabels(bool(better.verdict.safe), bool(worse.verdict.safe)),
-        signals,
-        tuple(categories),
-        Provenance(dataset_name, f"{verdict.judge}@{verdict.revision}", "main"),
+        _labels(better, worse),
+        PairSignals() if None in scores else PairSignals(*scores),
+        tuple(sorted({verdict.category for verdict in verdicts if verdict.category})),
+        Provenance(dataset_name, f"{better.verdict.judge}@{better.verdict.revision}", "main"),
     )

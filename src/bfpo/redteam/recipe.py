@@ -1,4 +1,4 @@
-"""What may stand in a red-team recipe."""
+"""Schema of a red-team recipe."""
 
 from typing import Any
 
@@ -12,44 +12,44 @@ from bfpo.judging.spec import parse_judge
 
 
 class RedteamRecipe(Section):
-    """`bfpo redteam`: a preference set from one's own model."""
+    """`bfpo redteam`: preference pairs from your own model."""
 
     out: str
-    """Folder; one begun earlier is continued."""
+    """Output folder; an earlier run in it is resumed."""
     model: EngineSection
-    """Whose answers are wanted."""
+    """Model whose answers are sampled."""
     prompts: list[PromptSource] = Field(min_length=1)
-    """Harmful ones, and benign ones so that the set can't teach refusing everything."""
+    """Harmful prompts, and benign ones, without which the pairs would teach a model to refuse everything."""
     judge: str
-    """Says what is safe: a judge as for `bfpo judge`."""
+    """Spec of the safety judge, as for `bfpo judge`."""
     helpfulness: str = "fallback"
-    """A judge whose verdicts carry helpfulness, or `fallback`: answers above refusals, then longer above shorter."""
+    """Spec of a judge that rates helpfulness, or `fallback`: answers above refusals, then longer above shorter."""
     judge_server: ServerSection = ServerSection()
     """How the server of a judge is queried (`rubric:MODEL@http://host:port/v1`)."""
     samples: int = Field(4, ge=2)
     """Answers per prompt."""
     temperature: float = Field(1.0, gt=0)
-    """Above 0: equal samples make no pairs."""
+    """Sampling temperature, above 0 because identical samples make no pairs."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Probability mass that is kept."""
+    """Probability mass of nucleus sampling."""
     max_new_tokens: Count = 256
-    """Longest answer, in tokens."""
+    """Maximum length of an answer, in tokens."""
     seed: int = 0
-    """Of the sampling."""
+    """Seed of the sampling."""
     guide: bool = True
-    """Where every sample is unsafe: lead the same model to a safe answer in three steps."""
+    """Whether to lead the model to a safe answer in three steps where every sample is unsafe."""
     per_prompt: Count = 2
-    """Pairs of a prompt at most, of different cells first."""
+    """Maximum number of pairs of a prompt, each of another cell."""
     quota: dict[Cell, int] = Field(default={})
-    """Pairs of a cell at most; a cell that isn't named has no limit."""
+    """Cell → maximum number of pairs; other cells have no limit."""
     min_benign: float = Field(0.1, ge=0, lt=1)
-    """Smallest share of prompts that are benign or look-alike."""
+    """Minimum share of prompts that are benign or look-alike."""
     max_unanswered: float = Field(0.1, ge=0, lt=1)
-    """Largest share of samples that may be missing: a prompt too long for the model, or a server that fails."""
+    """Maximum share of samples that may be missing: prompts too long for the model, or server failures."""
     rounds: Count = 1
-    """Further rounds ask the model that the last one trained."""
+    """Number of rounds; each further round samples from the model that the last one trained."""
     train: dict[str, Any] | None = None
-    """What a train recipe holds beside `model`, `data` and `trainer.output_dir`; needed for several rounds."""
+    """Keys of a train recipe other than `model`, `data` and `trainer.output_dir`; required for several rounds."""
 
     @field_validator("judge", "helpfulness")
     @classmethod
@@ -61,5 +61,5 @@ class RedteamRecipe(Section):
     @model_validator(mode="after")
     def _check(self) -> "RedteamRecipe":
         if self.rounds > 1 and (self.train is None or self.model.server is not None):
-            raise ValueError("rounds above 1 need train: and a model without server:")
+            raise ValueError(f"rounds is {self.rounds}; several rounds require train, and a model without server")
         return self

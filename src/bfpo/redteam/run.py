@@ -1,4 +1,4 @@
-"""`bfpo redteam`: prompts → samples → verdicts → pairs that `bfpo train` takes as they are."""
+"""`bfpo redteam`: prompts → samples → verdicts → pairs, which `bfpo train` reads unchanged."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from bfpo.redteam.cost import Meter
 from bfpo.redteam.pairs import ScoredSample, fallback_helpfulness, make_pairs
 from bfpo.redteam.recipe import RedteamRecipe
 
-# In the manner of AlignCoT (arXiv 2405.00557): question analysis, answer guidance, safe answer. The words are ours.
+# In the manner of AlignCoT (arXiv 2405.00557): question analysis, answer guidance, safe answer. The wording is ours.
 STEPS = (
     "Before anyone answers the request above: what is asked, what could the asker need it for, and what harm could "
     "an answer do? Analyze it in a few sentences; don't answer it.",
@@ -33,94 +33,87 @@ STEPS = (
 
 
 def run_redteam(recipe: RedteamRecipe) -> list[Path]:
-    """Make the pairs of every round; a second start goes on where the first was.
+    """Make the pairs of every round; a second start resumes.
 
     Returns:
-        One pair file per round.
+        One file of pairs per round.
 
     Raises:
-        RecipeError: If the recipe asks for what can't be, or the folder holds another recipe's work.
+        RecipeError: If the recipe is invalid, or the folder has the files of another recipe.
         DataError: If prompts can't be read, or no pair could be made.
     """
-    out, files = Path(recipe.out), []
+    out, paths = Path(recipe.out), []
     model = recipe.model
     if recipe.rounds > 1:
-        # A fault in train: shows now, not after the first round's work.
+        # Shows an error in `train` before the work of the first round.
         _check_training(_train_recipe(recipe, model, [out / "pairs.jsonl"], out / "model"))
-    _claim(out, recipe)
+    _write_recipe(out, recipe)
     for number in range(recipe.rounds):
         folder = out if recipe.rounds == 1 else out / f"round-{number + 1}"
-        files.append(_round(recipe, model, folder))
-        # The last round's pairs are the user's to train on.
+        paths.append(_run_round(recipe, model, folder))
+        # The pairs of the last round are for the user to train on.
         if number + 1 < recipe.rounds:
-            model = EngineSection(path=_train(recipe, model, files, folder / "model"), dtype=model.dtype)
-    return files
+            model = EngineSection(path=_train(recipe, model, paths, folder / "model"), dtype=model.dtype)
+    return paths
 
 
-def _claim(out: Path, recipe: RedteamRecipe) -> None:
-    file, text = out / "redteam.yaml", dump_recipe(recipe)
-    begun = any(out.rglob("completions.jsonl*"))
-    if begun and file.exists() and file.read_text(encoding="utf-8") != text:
-        raise RecipeError(f"{out} holds the work of another recipe; choose another out:, or remove it")
-    write_text(file, text)
+def _write_recipe(out: Path, recipe: RedteamRecipe) -> None:
+    path, text = out / "redteam.yaml", dump_recipe(recipe)
+    has_completions = any(out.rglob("completions.jsonl*"))
+    if has_completions and path.exists() and path.read_text(encoding="utf-8") != text:
+        raise RecipeError(f"{out} has the files of another recipe; choose another out, or remove them")
+    write_text(path, text)
 
 
-def _round(recipe: RedteamRecipe, model: EngineSection, out: Path) -> Path:
+def _run_round(recipe: RedteamRecipe, model: EngineSection, out: Path) -> Path:
     meter = Meter(out / "cost.jsonl")
     try:
-        return _make(recipe, model, out, meter)
+        return _make_pair_file(recipe, model, out, meter)
     finally:
         meter.write()
         show_faults(meter.faults)
 
 
-def _make(recipe: RedteamRecipe, model: EngineSection, out: Path, meter: Meter) -> Path:
-    prompts, sources = _prompts(recipe)
-    server = recipe.judge_server
-    judge = meter.judge(open_judge(recipe.judge, server=server))
+def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, meter: Meter) -> Path:
+    prompts, sources = _read_prompts(recipe)
+    judge = meter.judge(open_judge(recipe.judge, server=recipe.judge_server))
     rater = None
     if recipe.helpfulness != "fallback":
-        rater = meter.judge(open_judge(recipe.helpfulness, server=server))
+        rater = meter.judge(open_judge(recipe.helpfulness, server=recipe.judge_server))
     sampling = Sampling(recipe.samples, recipe.temperature, recipe.top_p, recipe.max_new_tokens, recipe.seed)
     engine = meter.engine(open_engine(model, sampling))
-    left_out: Counter[str] = Counter()
-    most = recipe.max_unanswered * len(prompts) * recipe.samples
-    answered, lost = generate_most(
-        engine, prompts, out / "completions.jsonl", samples=recipe.samples, most_unanswered=most
+    completions, missing = generate_most(
+        engine,
+        prompts,
+        out / "completions.jsonl",
+        samples=recipe.samples,
+        most_unanswered=recipe.max_unanswered * len(prompts) * recipe.samples,
     )
-    show_unanswered(lost)
-    left_out.update(f"prompt unanswered: {why}" for why in lost.values())
-    verdicts = judge_completions(judge, answered, out / "verdicts.jsonl")
-    sampled, written = len(answered), 0
-    if recipe.guide and (stuck := _all_unsafe(prompts, answered, verdicts)):
-        guided, lost = _guided(recipe, engine, stuck, out)
-        left_out.update(f"guided answer missing: {why}" for why in lost.values())
-        found = judge_completions(judge, guided, out / "guided-verdicts.jsonl")
-        left_out["guided answer not safe"] += sum(verdict.safe is not True for verdict in found)
-        fine = [(one, verdict) for one, verdict in zip(guided, found, strict=True) if verdict.safe]
-        answered += [one for one, _ in fine]
-        verdicts += [verdict for _, verdict in fine]
-        written = len(fine)
-    answers = _rated(rater, answered, verdicts, out)
-    pairs, reasons = make_pairs(
-        answers, per_prompt=recipe.per_prompt, quota=recipe.quota, dataset_name=f"redteam-{Path(model.path).name}"
+    show_unanswered(missing)
+    left_out = Counter(f"prompt unanswered: {reason}" for reason in missing.values())
+    verdicts = judge_completions(judge, completions, out / "verdicts.jsonl")
+    guided: list[Completion] = []
+    if recipe.guide and (unsafe := _prompts_without_a_safe_answer(prompts, completions, verdicts)):
+        guided, guided_verdicts, guided_left_out = _guide(recipe, engine, judge, unsafe, out)
+        verdicts = verdicts + guided_verdicts
+        left_out.update(guided_left_out)
+    samples = _rate(rater, [*completions, *guided], verdicts, out)
+    pairs, pairs_left_out = make_pairs(
+        samples, per_prompt=recipe.per_prompt, quota=recipe.quota, dataset_name=f"redteam-{Path(model.path).name}"
     )
+    left_out += pairs_left_out
     if not pairs:
-        raise DataError(f"no pair could be made: {dict(left_out + reasons)}; more samples or a higher temperature?")
-    file = out / "pairs.jsonl"
-    write_jsonl(file, (pair.to_row() for pair in pairs))
-    cost = {
-        "prompts": len(prompts),
-        "generations": meter.count("generations"),
-        "judge_calls": meter.count("judge_calls"),
-        "seconds": round(meter.seconds, 1),
-        "replaced": {
-            "human_promptings": sampled,
-            "human_safe_answers": written,
-            "human_safety_labels": len({(one.prompt, text) for one in pairs for text in (one.chosen, one.rejected)}),
-            "human_orders": len(pairs),
-        },
+        raise DataError(f"no pair could be made: {dict(left_out)}; try more samples or a higher temperature")
+    path = out / "pairs.jsonl"
+    write_jsonl(path, (pair.to_row() for pair in pairs))
+    labeled = {(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)}
+    replaced = {
+        "human_promptings": len(completions),
+        "human_safe_answers": len(guided),
+        "human_safety_labels": len(labeled),
+        "human_orders": len(pairs),
     }
+    cost = {"prompts": len(prompts), **_spent(meter), "replaced": replaced}
     write_json(
         out / "redteam.json",
         {
@@ -132,81 +125,122 @@ def _make(recipe: RedteamRecipe, model: EngineSection, out: Path, meter: Meter) 
             "sources": sources,
             "pairs": len(pairs),
             "cells": cell_counts(pairs)["main"],
-            "left_out": dict(left_out + reasons),
+            "left_out": dict(left_out),
             "faults": dict(meter.faults),
             "cost": cost,
         },
     )
-    _show(pairs, left_out + reasons, cost, file)
-    return file
+    _show(pairs, left_out, cost, path)
+    return path
 
 
-def _prompts(recipe: RedteamRecipe) -> tuple[list[Prompt], list[dict[str, Any]]]:
-    read = [read_prompt_source(source) for source in recipe.prompts]
-    prompts = list({prompt.prompt: prompt for several, _ in read for prompt in several}.values())
+def _spent(meter: Meter) -> dict[str, float]:
+    counts: dict[str, float] = {name: meter.count(name) for name in ("generations", "judge_calls")}
+    return {**counts, "seconds": round(meter.seconds, 1)}
+
+
+def _read_prompts(recipe: RedteamRecipe) -> tuple[list[Prompt], list[dict[str, Any]]]:
+    """Return the prompts of all sources without duplicates, and the metadata of the sources."""
+    sources = [read_prompt_source(source) for source in recipe.prompts]
+    prompts = list({prompt.prompt: prompt for source, _ in sources for prompt in source}.values())
     benign = sum(prompt.kind != "harmful" for prompt in prompts) / len(prompts)
     if benign < recipe.min_benign:
         raise RecipeError(
-            f"prompts: {benign:.0%} are benign; a set of harmful ones alone teaches refusing everything. Add some "
-            f"(or_bench, xstest, a file), or set min_benign: (it is {recipe.min_benign})"
+            f"prompts: {benign:.0%} are benign; harmful prompts only teach a model to refuse everything. Add benign "
+            f"ones (or_bench, xstest, a file), or lower min_benign, which is {recipe.min_benign}"
         )
-    return prompts, [facts for _, facts in read]
+    return prompts, [metadata for _, metadata in sources]
 
 
-def _all_unsafe(
-    prompts: Sequence[Prompt], answered: Sequence[Completion], verdicts: Sequence[Verdict]
+def _prompts_without_a_safe_answer(
+    prompts: Sequence[Prompt], completions: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> list[Prompt]:
-    bits: dict[str, set[bool | None]] = {}
-    for completion, verdict in zip(answered, verdicts, strict=True):
-        bits.setdefault(completion.prompt_id, set()).add(verdict.safe)
-    return [prompt for prompt in prompts if bits.get(prompt.prompt_id) == {False}]
+    """Return the prompts whose samples are all unsafe."""
+    labels: dict[str, set[bool | None]] = {}
+    for completion, verdict in zip(completions, verdicts, strict=True):
+        labels.setdefault(completion.prompt_id, set()).add(verdict.safe)
+    return [prompt for prompt in prompts if labels.get(prompt.prompt_id) == {False}]
 
 
-def _guided(
+def _guide(
+    recipe: RedteamRecipe, engine: Engine, judge: Judge, prompts: Sequence[Prompt], out: Path
+) -> tuple[list[Completion], list[Verdict], Counter[str]]:
+    """Lead the model to safe answers in three steps.
+
+    Returns:
+        The safe answers, their verdicts, and the number of prompts without one by reason.
+    """
+    completions, missing = _generate_guided(recipe, engine, prompts, out)
+    left_out = Counter(f"guided answer missing: {reason}" for reason in missing.values())
+    verdicts = judge_completions(judge, completions, out / "guided-verdicts.jsonl")
+    left_out["guided answer not safe"] += sum(verdict.safe is not True for verdict in verdicts)
+    safe = [index for index, verdict in enumerate(verdicts) if verdict.safe]
+    return [completions[index] for index in safe], [verdicts[index] for index in safe], left_out
+
+
+def _generate_guided(
     recipe: RedteamRecipe, engine: Engine, prompts: Sequence[Prompt], out: Path
 ) -> tuple[list[Completion], dict[str, str]]:
-    """Lead the model through the chain; the answers come back as answers to the first request.
+    """Return the answers of the last step as answers to the original prompts, and prompt id → reason for none.
 
-    Also returned: id → why a prompt got none. The chain adds to what is there, so any number may be missing.
+    Any number may be missing, because the guided answers only add to the samples.
     """
-    first = {prompt.prompt_id: prompt for prompt in prompts}
-    # The first request must not be answered before it is analyzed: one turn holds both.
-    talks = {
-        name: replace(one, prompt=(*one.prompt[:-1], Message("user", f"{one.prompt[-1].content}\n\n{STEPS[0]}")))
-        for name, one in first.items()
+    original = {prompt.prompt_id: prompt for prompt in prompts}
+    # The request must not be answered before it is analyzed, so one turn contains both.
+    conversations = {
+        name: replace(
+            prompt, prompt=(*prompt.prompt[:-1], Message("user", f"{prompt.prompt[-1].content}\n\n{STEPS[0]}"))
+        )
+        for name, prompt in original.items()
     }
     missing: dict[str, str] = {}
-    for number, then in enumerate((*STEPS[1:], None), start=1):
-        file = out / f"guided-{number}.jsonl"
-        answers, lost = generate_most(engine, list(talks.values()), file, most_unanswered=len(talks))
-        missing |= lost
-        if then is None:
+    for number, next_step in enumerate((*STEPS[1:], None), start=1):
+        requests = list(conversations.values())
+        path = out / f"guided-{number}.jsonl"
+        completions, failed = generate_most(engine, requests, path, most_unanswered=len(requests))
+        missing |= failed
+        if next_step is None:
             break
-        turns = {one.prompt_id: (Message("assistant", one.text), Message("user", then)) for one in answers}
-        talks = {name: replace(talks[name], prompt=talks[name].prompt + added) for name, added in turns.items()}
-    return [replace(one, prompt=first[one.prompt_id].prompt, sample=recipe.samples) for one in answers], missing
+        conversations = {
+            completion.prompt_id: _continue(conversations[completion.prompt_id], completion.text, next_step)
+            for completion in completions
+        }
+    answers = [
+        replace(completion, prompt=original[completion.prompt_id].prompt, sample=recipe.samples)
+        for completion in completions
+    ]
+    return answers, missing
 
 
-def _rated(
-    rater: Judge | None, answered: Sequence[Completion], verdicts: Sequence[Verdict], out: Path
+def _continue(conversation: Prompt, reply: str, request: str) -> Prompt:
+    turns = (Message("assistant", reply), Message("user", request))
+    return replace(conversation, prompt=conversation.prompt + turns)
+
+
+def _rate(
+    rater: Judge | None, completions: Sequence[Completion], verdicts: Sequence[Verdict], out: Path
 ) -> list[ScoredSample]:
-    pairs = zip(answered, verdicts, strict=True)
+    """Return the samples with their helpfulness, by the rater or the fallback."""
+    judged = list(zip(completions, verdicts, strict=True))
     if rater is None:
-        return [ScoredSample(one, verdict, fallback_helpfulness(one, verdict)) for one, verdict in pairs]
-    rates = judge_completions(rater, answered, out / "helpfulness.jsonl")
-    if all(rate.helpfulness is None for rate in rates):
-        raise RecipeError(f"helpfulness: {rater.name} doesn't rate helpfulness; name another judge, or fallback")
+        return [
+            ScoredSample(completion, verdict, fallback_helpfulness(completion, verdict))
+            for completion, verdict in judged
+        ]
+    ratings = [verdict.helpfulness for verdict in judge_completions(rater, completions, out / "helpfulness.jsonl")]
+    if all(rating is None for rating in ratings):
+        raise RecipeError(f"helpfulness: {rater.name} doesn't rate helpfulness; choose another judge, or fallback")
     return [
-        ScoredSample(one, verdict, None if rate.helpfulness is None else (rate.helpfulness,))
-        for (one, verdict), rate in zip(pairs, rates, strict=True)
+        ScoredSample(completion, verdict, None if rating is None else (rating,))
+        for (completion, verdict), rating in zip(judged, ratings, strict=True)
     ]
 
 
-def _train(recipe: RedteamRecipe, model: EngineSection, files: Sequence[Path], out: Path) -> str:
+def _train(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], out: Path) -> str:
     if not (out / "run.json").exists():
         from bfpo.training.run import run_training
 
-        run_training(_train_recipe(recipe, model, files, out))
+        run_training(_train_recipe(recipe, model, paths, out))
     return str(out)
 
 
@@ -218,26 +252,26 @@ def _check_training(recipe: TrainRecipe) -> None:
     training_arguments({name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"})
 
 
-def _train_recipe(recipe: RedteamRecipe, model: EngineSection, files: Sequence[Path], out: Path) -> TrainRecipe:
+def _train_recipe(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], out: Path) -> TrainRecipe:
     content = dict(recipe.train or {})
     content |= {
         "model": {**content.get("model", {}), "path": model.path},
-        "data": [{"path": str(file)} for file in files],
-        # Killed while it trains, a round goes on with the training too.
+        "data": [{"path": str(path)} for path in paths],
+        # A round that is killed during training resumes the training too.
         "trainer": {"resume_from_checkpoint": True, **content.get("trainer", {}), "output_dir": str(out)},
     }
     return check_recipe(content, TrainRecipe, "redteam train")
 
 
-def _show(pairs: Sequence[PreferencePair], left_out: Counter[str], cost: dict[str, Any], file: Path) -> None:
+def _show(pairs: Sequence[PreferencePair], left_out: Counter[str], cost: dict[str, Any], path: Path) -> None:
     show_table("Pairs by cell (chosen first)", ("cell", "pairs"), list(cell_counts(pairs)["main"].items()))
     if left_out:
-        show_table("Left out", ("why", "how many"), left_out.most_common())
+        show_table("Left out", ("reason", "count"), left_out.most_common())
     replaced = cost["replaced"]
     say(
         f"{cost['prompts']} prompts, {cost['generations']} generations, {cost['judge_calls']} judge calls, "
         f"{cost['seconds']} s; in place of {replaced['human_promptings']} promptings, "
-        f"{replaced['human_safe_answers']} safe answers written, {replaced['human_safety_labels']} safety labels and "
-        f"{replaced['human_orders']} orders by people"
+        f"{replaced['human_safe_answers']} written safe answers, {replaced['human_safety_labels']} safety labels and "
+        f"{replaced['human_orders']} preferences by annotators"
     )
-    say(f"{len(pairs)} pairs in {file} (hash {content_hash([pair.row_id for pair in pairs])})")
+    say(f"{len(pairs)} pairs in {path} (hash {content_hash([pair.row_id for pair in pairs])})")
