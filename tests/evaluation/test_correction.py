@@ -194,7 +194,7 @@ def test_another_judge_s_corrected_rates_do_not_stand_among_those_of_the_first(t
 
 def test_a_dry_run_tells_that_judges_read_the_labeled_answers_too(toy, monkeypatch, capsys):
     write_jsonl(Path("people.jsonl"), labeled())
-    monkeypatch.setattr(plan, "engine_of", lambda recipe: toy.engines["careful"])
+    monkeypatch.setattr(plan, "open_model", lambda recipe: toy.engines["careful"])
     plan.show_plan(check_recipe(toy.recipe(calibration="people.jsonl"), EvalRecipe, "recipe"))
     assert "each judge reads up to 80 answers that people labeled" in " ".join(capsys.readouterr().out.split())
     assert not Path("out").exists()

@@ -56,7 +56,7 @@ def test_four_methods_two_judges_comparisons_and_a_page(tmp_path, monkeypatch):
 
     before = evaluated("base")
     # The quickstart's own evaluation asks the same prompts and gets the same answers.
-    own, _ = runs.evaluate_run(base, world / "prompts.jsonl", Oracle())
+    own = runs.evaluate_run(base, world / "prompts.jsonl", Oracle())
     assert own.answers == before.answers
     assert own.metric("harmful", "safety").value == before.metric("harmful", "safety").value
     assert before.metric("harmful", "safety").n == 16

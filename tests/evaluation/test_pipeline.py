@@ -167,7 +167,7 @@ def test_two_judges_of_one_name_are_told_apart(toy):
     results = evaluate(toy.recipe(judges=["one", "same"]))
     assert [judge["name"] for judge in results.judges] == ["one", "one@22222222"]
     assert Path("out/careful/verdicts-one-22222222.jsonl").is_file()
-    with pytest.raises(DataError, match="stands there already"):
+    with pytest.raises(DataError, match="judges: one@1 is already listed"):
         evaluate(toy.recipe(judges=["one", "one"], out="out/twice"))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bfpo.core.files import repaired_jsonl
 from bfpo.core.samples import Prompt, Verdict
@@ -15,8 +16,20 @@ from bfpo.evaluation.results import FILE_NAME, MetricComparison, Results, read_r
 from bfpo.evaluation.suite import Task, with_prompts_of
 
 
-def read_base(path: str, template_policy: str | None) -> tuple[Path, Results]:
-    """Return the folder and the results of an evaluation to compare with.
+class Baseline(NamedTuple):
+    """The evaluation to compare with.
+
+    Args:
+        folder: Its folder.
+        results: Its results.
+    """
+
+    folder: Path
+    results: Results
+
+
+def read_baseline(path: str, template_policy: str | None) -> Baseline:
+    """Read the results of an evaluation to compare with.
 
     Args:
         path: Folder of the base; an `evaluation` folder in it is taken.
@@ -33,10 +46,10 @@ def read_base(path: str, template_policy: str | None) -> tuple[Path, Results]:
             f"base {folder}: its prompts were put to the model under the policy '{base.template_policy}', this run's "
             f"under '{template_policy}'; such runs don't compare, evaluate both under one policy"
         )
-    return folder, base
+    return Baseline(folder, base)
 
 
-def compare_with_base(
+def compare_with_baseline(
     folder: Path,
     base: Results,
     results: Results,

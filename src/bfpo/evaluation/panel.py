@@ -46,7 +46,13 @@ Measures = dict[tuple[str, str], list[PromptScores]]
 """Suite and judge → what was measured."""
 
 
-def measure_all(tasks: Sequence[Task], completions: Sequence[Completion], panel: Sequence[JudgeOutput]) -> Measures:
+def measure_all(
+    tasks: Sequence[Task],
+    completions: Sequence[Completion],
+    panel: Sequence[JudgeOutput],
+    *,
+    by_category: bool = True,
+) -> Measures:
     """Measure every suite by every judge: over all prompts of a kind, over each task, and over its categories.
 
     What needs no judge (tokens, cut answers) is measured beside the first judge alone.
@@ -61,17 +67,20 @@ def measure_all(tasks: Sequence[Task], completions: Sequence[Completion], panel:
             own = [task for task in tasks if task.suite == suite]
             measured = _measure({prompt.prompt_id: prompt for task in own for prompt in task.prompts}, judged, judge)
             for task in own:
-                measured += _of_task(task, judged, judge)
+                measured += _of_task(task, judged, judge, by_category=by_category)
                 measured += wins(task, judge)
             found[suite, judge.label] = [one for one in measured if number == 0 or one.measure.needs_judge]
     return found
 
 
-def _of_task(task: Task, judged: Mapping[str, list[JudgedCompletion]], judge: JudgeOutput) -> list[PromptScores]:
+def _of_task(
+    task: Task, judged: Mapping[str, list[JudgedCompletion]], judge: JudgeOutput, *, by_category: bool
+) -> list[PromptScores]:
     found = []
     if task.name not in KINDS:
         found += _measure({prompt.prompt_id: prompt for prompt in task.prompts}, judged, judge, task=task.name)
-    for category in sorted({prompt.category for prompt in task.prompts if prompt.category}):
+    categories = {prompt.category for prompt in task.prompts if prompt.category} if by_category else set()
+    for category in sorted(categories):
         those = {prompt.prompt_id: prompt for prompt in task.prompts if prompt.category == category}
         measured = _measure(those, judged, judge, task=task.name, category=category)
         found += [one for one in measured if one.measure.needs_judge]

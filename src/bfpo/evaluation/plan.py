@@ -10,8 +10,9 @@ from bfpo.core.samples import Completion, Prompt
 from bfpo.core.terminal import say, show_table
 from bfpo.evaluation.correction import read_calibration
 from bfpo.evaluation.lm_eval.suite import capabilities_of, count_rows
-from bfpo.evaluation.pipeline import engine_of, judge_of, questions, read_questions, release, verdicts_file
+from bfpo.evaluation.pipeline import read_suites, release_memory, unique_prompts, verdicts_file
 from bfpo.evaluation.recipe import EvalRecipe, Price
+from bfpo.evaluation.subject import open_model, open_recipe_judge
 from bfpo.evaluation.win_rates import check_judges, references_of
 from bfpo.judging.spec import JudgePart, JudgeSpec, parse_judge
 
@@ -48,9 +49,9 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
 
     A model in this process answers a few prompts and its judges read them, to tell the time. No server is asked.
     """
-    suites, tasks = read_questions(recipe)
+    suites, tasks = read_suites(recipe)
     counted = count_rows(recipe, capabilities_of(recipe, suites))
-    prompts = questions(tasks)
+    prompts = unique_prompts(tasks)
     show_table(
         f"{len(prompts):,} prompts, answers to each: {recipe.sampling.samples}",
         ("task", "kind", "prompts", "of", "license", "from"),
@@ -80,7 +81,7 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
         ],
     )
     if recipe.calibration is not None:
-        labeled = read_calibration(recipe.calibration)
+        labeled = read_calibration(recipe.calibration).answers
         say(f"not counted above: each judge reads up to {len(labeled):,} answers that people labeled (calibration)")
     say("dry run: nothing was kept. Tokens are estimated, 4 characters each; what a server takes isn't known.")
     return stages
@@ -110,7 +111,7 @@ def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt], references: Mapping[s
     ]
     labels: list[str] = []
     for spec in map(parse_judge, recipe.judges):
-        judge = judge_of(recipe, spec)
+        judge = open_recipe_judge(recipe, spec)
         label = judge.name if judge.name not in labels else f"{judge.name}@{judge.revision[:8]}"
         there = min(_lines(out / verdicts_file(label, first=not labels)), answers)
         labels.append(label)
@@ -125,7 +126,7 @@ def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt], references: Mapping[s
         if references and compares is not None:
             stages.append(_comparing(recipe, spec, label, references, sees_both=compares == "both"))
         del judge
-        release()
+        release_memory()
     return stages
 
 
@@ -167,12 +168,12 @@ def _answering(recipe: EvalRecipe, probe: Sequence[Prompt]) -> tuple[float | Non
     """Return the seconds of an answer and a few answers; nothing where there is nothing to probe."""
     if not probe:
         return None, []
-    engine = engine_of(recipe)
+    engine = open_model(recipe)
     began = time.monotonic()
     made = [one for batch in engine.generate([(prompt, 0) for prompt in probe]) for one in batch]
     seconds = (time.monotonic() - began) / len(made)
     del engine
-    release()
+    release_memory()
     return seconds, made
 
 

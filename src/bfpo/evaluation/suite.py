@@ -143,6 +143,15 @@ class Task:
     references: dict[str, Completion] = field(default_factory=dict)
 
 
+def tasks_by_kind(suite: str, prompts: Sequence[Prompt]) -> list[Task]:
+    """Return a task for each kind of prompts, named after the kind; prompts without a kind are left out."""
+    by_kind: dict[Kind, list[Prompt]] = {}
+    for prompt in prompts:
+        if prompt.kind is not None:
+            by_kind.setdefault(prompt.kind, []).append(prompt)
+    return [Task(suite, kind, kind, of_kind) for kind, of_kind in by_kind.items()]
+
+
 def shipped_suites() -> list[str]:
     """Return the names of the suites that come with the program."""
     folder = files("bfpo.evaluation").joinpath("suites")
