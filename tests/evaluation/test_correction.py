@@ -83,7 +83,7 @@ def test_judges_read_the_labeled_answers_once(toy):
     assert asked == 32 + 80
     assert evaluate(toy.recipe("careless", calibration="people.jsonl")).metrics == first.metrics
     assert toy.judges["one"].asked == asked
-    assert Path("out/careless/calibration-one.jsonl").is_file()
+    assert Path("out/careless/calibration-one@1.jsonl").is_file()
 
 
 def test_labels_that_cannot_tell_a_judge_s_errors_leave_the_rate_open(toy):

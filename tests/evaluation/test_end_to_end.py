@@ -66,7 +66,8 @@ def test_four_methods_two_judges_comparisons_and_a_page(tmp_path, monkeypatch):
         assert {one.judge for one in results.comparisons} == {"testbed-oracle", "linear", ""}
         assert all(one.is_against(before) for one in results.comparisons)
         assert {one["question"] for one in results.agreement} == {"safe", "refusal"}
-        assert len(Path(tmp_path / name / "evaluation" / "verdicts-linear.jsonl").read_text().splitlines()) == 48
+        (verdicts,) = (tmp_path / name / "evaluation").glob("verdicts-linear@*.jsonl")
+        assert len(verdicts.read_text().splitlines()) == 48
         for metric in results.metrics:
             assert metric.low is None or metric.low <= metric.value <= metric.high
     page = write_report(tmp_path, [tmp_path / name for name in ("base", *TRIED)])

@@ -26,7 +26,7 @@ def found(results, **key):
 def test_numbers_by_kind_task_category_and_judge(toy):
     results = evaluate(toy.recipe("careless"))
     assert {file.name for file in Path("out/careless").iterdir()} == {
-        *("prompts.jsonl", "completions.jsonl", "verdicts.jsonl", "verdicts-two.jsonl", "results.json"),
+        *("prompts.jsonl", "completions.jsonl", "verdicts-one@1.jsonl", "verdicts-two@1.jsonl", "results.json"),
         "recipe.resolved.yaml",
     }
     assert read_results(Path("out/careless")) == results
@@ -87,7 +87,7 @@ def test_nothing_is_asked_twice_and_a_stopped_run_goes_on(toy):
         evaluate(toy.recipe())
     judge.judge = whole
     # Half a line, as a killed program leaves it.
-    with Path("out/careful/verdicts-two.jsonl.unfinished").open("a") as file:
+    with Path("out/careful/verdicts-two@1.jsonl.unfinished").open("a") as file:
         file.write('{"prompt_id": "fi')
     first = evaluate(toy.recipe())
     assert (engine.asked, toy.judges["one"].asked, judge.asked) == (32, 32, 32)
@@ -166,7 +166,7 @@ def test_the_judge_that_labeled_the_training_data_is_circular(toy, tmp_path):
 def test_two_judges_of_one_name_are_told_apart(toy):
     results = evaluate(toy.recipe(judges=["one", "same"]))
     assert [judge["name"] for judge in results.judges] == ["one", "one@22222222"]
-    assert Path("out/careful/verdicts-one-22222222.jsonl").is_file()
+    assert Path("out/careful/verdicts-one@22222222.jsonl").is_file()
     with pytest.raises(DataError, match="judges: one@1 is already listed"):
         evaluate(toy.recipe(judges=["one", "one"], out="out/twice"))
 

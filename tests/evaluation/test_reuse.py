@@ -59,18 +59,37 @@ def test_only_what_was_added_or_lost_is_made(tmp_path):
     assert asked == [prompt.prompt_id for prompt in PROMPTS]
     assert judge.asked == [(prompt.prompt_id, 0) for prompt in PROMPTS]
     assert whole.metric("harmful", "safety").n == 6
-    # Other verdicts on the kept answers.
-    (tmp_path / "verdicts.jsonl").unlink()
+    # Another revision judges the kept answers.
     other = evaluated(scripted(asked), Counting("x", "2"), PROMPTS, tmp_path).results
     assert len(asked) == 6
     assert other.metric("harmful", "safety").value == 0
     assert other.judges == [{"name": "counting", "revision": "2", "circular": False}]
 
 
-def test_another_judge_prompt_or_engine_is_refused(tmp_path):
+def test_files_with_their_names_of_earlier_versions_are_reused(tmp_path):
+    asked, judge = [], Counting("a")
+    first = evaluated(scripted(asked), judge, PROMPTS, tmp_path)
+    (tmp_path / "verdicts-counting@1.jsonl").rename(tmp_path / "verdicts.jsonl")
+    again = evaluated(scripted(asked), judge, PROMPTS, tmp_path)
+    assert (len(asked), len(judge.asked)) == (6, 6)
+    assert again.results.metrics == first.results.metrics
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "completions.jsonl", "verdicts.jsonl"}
+
+
+def test_another_revision_of_a_judge_gets_its_own_file(tmp_path):
     evaluated(scripted([]), Counting("a"), PROMPTS, tmp_path)
-    with pytest.raises(DataError, match="holds verdicts of counting@1, this is counting@2"):
-        evaluated(scripted([]), Counting("a", "2"), PROMPTS, tmp_path)
+    verdicts = (tmp_path / "verdicts-counting@1.jsonl").read_text()
+    judge = Counting("a", "2")
+    evaluated(scripted([]), judge, PROMPTS, tmp_path)
+    assert len(judge.asked) == 6
+    assert (tmp_path / "verdicts-counting@1.jsonl").read_text() == verdicts
+    assert (tmp_path / "verdicts-counting@2.jsonl").read_text() == verdicts.replace(
+        '"revision": "1"', '"revision": "2"'
+    )
+
+
+def test_another_prompt_or_engine_is_refused(tmp_path):
+    evaluated(scripted([]), Counting("a"), PROMPTS, tmp_path)
     changed = [replace(PROMPTS[0], prompt=user_says("another")), *PROMPTS[1:]]
     with pytest.raises(DataError, match="isn't the prompt of that id"):
         evaluated(scripted([]), Counting("a"), changed, tmp_path)

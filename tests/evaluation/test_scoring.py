@@ -178,7 +178,7 @@ def test_an_evaluation_leaves_its_files_and_reads_them_again(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {
         "prompts.jsonl",
         "completions.jsonl",
-        "verdicts.jsonl",
+        "verdicts-judge@1.jsonl",
         "results.json",
     }
     assert read_results(tmp_path) == results

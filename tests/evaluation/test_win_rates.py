@@ -120,7 +120,7 @@ def test_a_killed_comparison_goes_on_where_it_was(toy):
     toy["sees"].stop_after = 7
     with pytest.raises(KeyboardInterrupt):
         run_eval(recipe())
-    unfinished = Path("out/a/comparisons-sees.jsonl.unfinished")
+    unfinished = Path("out/a/comparisons-sees@1.jsonl.unfinished")
     assert len(unfinished.read_text().splitlines()) == 7
     with unfinished.open("a") as file:
         file.write('{"prompt_id": "half')

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.core.files import repaired_jsonl
-from bfpo.core.samples import Prompt, Verdict
-from bfpo.data.stages import read_completions, read_prompt_file, read_verdicts
+from bfpo.core.samples import Prompt
+from bfpo.data.stages import read_completions, read_prompt_file
+from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import ModelComparison
 from bfpo.evaluation.dominance import PooledScores, pair_verdicts, pooled
@@ -14,6 +15,7 @@ from bfpo.evaluation.panel import JudgeOutput, Measures, all_comparisons, measur
 from bfpo.evaluation.preferences import PairwisePreference
 from bfpo.evaluation.results import FILE_NAME, MetricComparison, Results, read_results
 from bfpo.evaluation.suite import Task, with_prompts_of
+from bfpo.evaluation.verdicts import verdicts_by_judge
 
 
 class Baseline(NamedTuple):
@@ -131,12 +133,9 @@ def _shared_tasks(folder: Path, tasks: Sequence[Task]) -> list[Task]:
 
 def _panel_of(folder: Path, panel: Sequence[JudgeOutput]) -> tuple[list[JudgeOutput], list[str]]:
     """Return the judges that the base has in common, with their verdicts on it, and the labels of the others."""
-    there: dict[tuple[str, str], list[Verdict]] = {}
-    for file in sorted(folder.glob("verdicts*.jsonl")):
-        for verdict in read_verdicts(file):
-            there.setdefault((verdict.judge, verdict.revision), []).append(verdict)
+    there = verdicts_by_judge(folder)
     beside: dict[tuple[str, str], list[PairwisePreference]] = {}
-    for file in sorted(folder.glob("comparisons*.jsonl")):
+    for file in judge_files(folder, "comparisons"):
         for compared in map(PairwisePreference.from_row, repaired_jsonl(file)):
             beside.setdefault((compared.judge, compared.revision), []).append(compared)
     found = [

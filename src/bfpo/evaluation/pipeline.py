@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.config.loading import dump_recipe
-from bfpo.core.files import file_name, write_jsonl, write_text
+from bfpo.core.files import write_jsonl, write_text
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.core.terminal import say
 from bfpo.data.stages import generate_completions, judge_completions, read_completions, read_prompt_file
+from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, Unanswered
 from bfpo.evaluation import correction
 from bfpo.evaluation.baseline import Baseline, compare_with_baseline, read_baseline
@@ -301,20 +302,15 @@ def judge_all(
         if any((name, revision) == (output.name, output.revision) for output in outputs):
             raise DataError(f"judges: {name}@{revision} is already listed")
         label = name if name not in {output.label for output in outputs} else f"{name}@{revision[:8]}"
-        verdicts = judge_completions(judge, completions, folder / verdicts_file(label, first=not outputs))
+        verdicts = judge_completions(judge, completions, judge_file(folder, "verdicts", name, revision))
         on_labeled = []
         if labeled and name != PeopleJudge.name:
-            on_labeled = judge_completions(judge, labeled, folder / f"calibration-{file_name(label)}.jsonl")
+            on_labeled = judge_completions(judge, labeled, judge_file(folder, "calibration", name, revision))
         output = JudgeOutput(label, name, revision, verdicts, on_labeled)
         outputs.append(compare(judge, output, completions, references, folder) if references else output)
         del judge
         release_memory()
     return outputs
-
-
-def verdicts_file(label: str, *, first: bool) -> str:
-    """Return the name of the file with a judge's verdicts."""
-    return "verdicts.jsonl" if first else f"verdicts-{file_name(label)}.jsonl"
 
 
 def release_memory() -> None:

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bfpo.core.files import file_name
-from bfpo.core.samples import Completion, Prompt
+from bfpo.core.samples import Completion, Judge, Prompt
 from bfpo.core.terminal import say, show_table
+from bfpo.data.verdict_files import judge_file
 from bfpo.evaluation.correction import read_calibration
 from bfpo.evaluation.lm_eval.suite import capabilities_of, count_rows
-from bfpo.evaluation.pipeline import read_suites, release_memory, unique_prompts, verdicts_file
+from bfpo.evaluation.pipeline import read_suites, release_memory, unique_prompts
 from bfpo.evaluation.recipe import EvalRecipe, Price
 from bfpo.evaluation.subject import open_model, open_recipe_judge
 from bfpo.evaluation.win_rates import check_judges, references_of
@@ -109,12 +109,9 @@ def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt], references: Mapping[s
             _cost(price, read, written),
         )
     ]
-    labels: list[str] = []
     for spec in map(parse_judge, recipe.judges):
         judge = open_recipe_judge(recipe, spec)
-        label = judge.name if judge.name not in labels else f"{judge.name}@{judge.revision[:8]}"
-        there = min(_lines(out / verdicts_file(label, first=not labels)), answers)
-        labels.append(label)
+        there = min(_lines(judge_file(out, "verdicts", judge.name, judge.revision)), answers)
         left, seconds = (answers - there) / answers, None
         if made and not spec.is_remote:
             began = time.monotonic()
@@ -124,7 +121,7 @@ def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt], references: Mapping[s
         stages.append(_judging(recipe, spec, f"verdicts of {spec.text}", answers, there, each, seconds))
         compares = "both" if hasattr(judge, "prefer") else spec.compares
         if references and compares is not None:
-            stages.append(_comparing(recipe, spec, label, references, sees_both=compares == "both"))
+            stages.append(_comparing(recipe, spec, judge, references, sees_both=compares == "both"))
         del judge
         release_memory()
     return stages
@@ -150,12 +147,12 @@ def _cost(price: Price | None, read: int, written: int) -> float | None:
 
 
 def _comparing(
-    recipe: EvalRecipe, spec: JudgeSpec, label: str, references: Mapping[str, Completion], *, sees_both: bool
+    recipe: EvalRecipe, spec: JudgeSpec, judge: Judge, references: Mapping[str, Completion], *, sees_both: bool
 ) -> Stage:
     """Return the stage of a judge that sees both answers, in two orders, or that rates the given outputs."""
     name, times = ("comparisons", 2) if sees_both else ("references", 1)
     wanted = times * len(references)
-    there = min(_lines(Path(recipe.out) / f"{name}-{file_name(label)}.jsonl"), wanted)
+    there = min(_lines(judge_file(Path(recipe.out), name, judge.name, judge.revision)), wanted)
     texts = (text for one in references.values() for text in (one.text, *(said.content for said in one.prompt)))
     given = times * sum(len(text) // _CHARACTERS for text in texts)
     answers = wanted * recipe.sampling.max_new_tokens if sees_both else 0

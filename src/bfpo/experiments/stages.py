@@ -6,8 +6,8 @@ from pathlib import Path
 
 from bfpo.config.loading import dump_recipe
 from bfpo.config.recipes import SftRecipe, TrainRecipe
-from bfpo.core.files import repaired_jsonl, write_text
-from bfpo.core.samples import Completion, Engine, Prompt, Sampling, Verdict
+from bfpo.core.files import write_text
+from bfpo.core.samples import Completion, Engine, Prompt, Sampling
 from bfpo.data.stages import read_prompt_file
 from bfpo.errors import RecipeError
 from bfpo.evaluation.baseline import read_baseline
@@ -93,7 +93,7 @@ def run_once(recipe: SftRecipe | TrainRecipe) -> None:
 def evaluate_run(folder: Path, prompts_file: Path, oracle: Oracle, *, baseline: Path | None = None) -> Results:
     """Evaluate the checkpoint of a folder on held-out prompts, into `evaluation/`.
 
-    Verdicts of another revision of the oracle are made again; the answers aren't.
+    Another revision of the oracle judges the same answers again.
 
     Args:
         folder: Folder of the checkpoint; its name is the run's.
@@ -132,7 +132,6 @@ def _evaluate(
     *,
     baseline: Path | None = None,
 ) -> Results:
-    _forget_other_verdicts(folder / "evaluation", oracle)
     results = evaluate(
         tasks_by_kind(SUITE, prompts),
         open_engine,
@@ -146,11 +145,3 @@ def _evaluate(
     ).results
     results.write(folder / "evaluation")
     return results
-
-
-def _forget_other_verdicts(evaluation: Path, oracle: Oracle) -> None:
-    """Remove verdicts of another revision: judging costs seconds, the answers are kept."""
-    file = evaluation / Verdict.file_name
-    for path in (file, file.with_name(f"{file.name}.unfinished")):
-        if any(row.get("revision") != oracle.revision for row in repaired_jsonl(path)):
-            path.unlink()

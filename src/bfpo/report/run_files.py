@@ -10,11 +10,13 @@ from typing import Any
 from bfpo.config.recipes import Source
 from bfpo.core.samples import Completion, Key, Prompt, Verdict
 from bfpo.data.rows import read_rows
-from bfpo.data.stages import read_completions, read_prompt_file, read_verdicts
+from bfpo.data.stages import read_completions, read_prompt_file
+from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
 from bfpo.evaluation.dominance import PooledScores, pooled
 from bfpo.evaluation.results import FILE_NAME, MetricComparison, MetricResult, Results, read_results
 from bfpo.evaluation.scoring import JudgedCompletion, measure
+from bfpo.evaluation.verdicts import verdicts_of_evaluation
 
 FIRST_SAMPLE = 0
 
@@ -135,7 +137,7 @@ def _names(given: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
 def _read_run(folder: Path, results: Results, name: str) -> Run:
     where = _evaluation_folder(folder)
-    prompts, answers, measurements = _answers(where, name)
+    prompts, answers, measurements = _answers(where, name, results.judges)
     log, recipe = folder / "metrics.jsonl", folder / "recipe.resolved.yaml"
     return Run(
         name=name,
@@ -149,19 +151,19 @@ def _read_run(folder: Path, results: Results, name: str) -> Run:
     )
 
 
-def _answers(folder: Path, run: str) -> tuple[dict[str, Prompt], dict[str, Answer], list[PooledScores]]:
-    files = [folder / kind.file_name for kind in (Prompt, Completion, Verdict)]
-    if not all(file.is_file() for file in files):
+def _answers(
+    folder: Path, run: str, judges: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Prompt], dict[str, Answer], list[PooledScores]]:
+    files = [folder / kind.file_name for kind in (Prompt, Completion)]
+    if not all(file.is_file() for file in files) or not judge_files(folder, "verdicts"):
         return {}, {}, []
     prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(files[0]))}
     verdicts: dict[str, list[Verdict]] = {}
     by_judge: dict[str, dict[Key, Verdict]] = {}
-    # The first judge's file, then each further judge's.
-    for file in (files[2], *sorted(folder.glob("verdicts-*.jsonl"))):
-        for verdict in read_verdicts(file):
-            by_judge.setdefault(f"{verdict.judge}@{verdict.revision}", {})[verdict.key] = verdict
-            if verdict.sample == FIRST_SAMPLE:
-                verdicts.setdefault(verdict.prompt_id, []).append(verdict)
+    for verdict in verdicts_of_evaluation(folder, judges):
+        by_judge.setdefault(f"{verdict.judge}@{verdict.revision}", {})[verdict.key] = verdict
+        if verdict.sample == FIRST_SAMPLE:
+            verdicts.setdefault(verdict.prompt_id, []).append(verdict)
     answers = {}
     completions = [one for one in read_completions(files[1]) if one.prompt_id in prompts]
     for completion in completions:
@@ -170,9 +172,7 @@ def _answers(folder: Path, run: str) -> tuple[dict[str, Prompt], dict[str, Answe
         about = tuple(verdicts.get(completion.prompt_id, ()))
         if not about or any(verdict.text_hash != completion.text_hash for verdict in about):
             found = "about another text" if about else "missing"
-            raise DataError(
-                f"{files[2]}: the verdict on '{completion.prompt_id}' is {found}; judge the answers again"
-            )
+            raise DataError(f"{folder}: the verdict on '{completion.prompt_id}' is {found}; judge the answers again")
         answers[completion.prompt_id] = Answer(completion, about)
     measurements = []
     for judge, said in by_judge.items():
