@@ -65,7 +65,7 @@ def test_four_methods_two_judges_comparisons_and_a_page(tmp_path, monkeypatch):
         assert [judge["name"] for judge in results.judges] == ["testbed-oracle", "linear"]
         assert {one.judge for one in results.comparisons} == {"testbed-oracle", "linear", ""}
         assert all(one.is_against(before) for one in results.comparisons)
-        assert {one["question"] for one in results.agreement} == {"safe", "refusal"}
+        assert {one.question for one in results.agreement} == {"safe", "refusal"}
         (verdicts,) = (tmp_path / name / "evaluation").glob("verdicts-linear@*.jsonl")
         assert len(verdicts.read_text().splitlines()) == 48
         for metric in results.metrics:

@@ -96,7 +96,7 @@ def test_a_suite_of_lm_eval_alone_needs_no_judge_and_is_run_once(stand_in, capsy
     assert "Wilson" in accuracy.interval
     assert (f1.value, f1.unscored, f1.interval) == (None, 1, "none: lm-eval found no number on some rows")
     assert part.category == "part"
-    assert results.data[0]["name"] == "able/one_task"
+    assert results.data[0].name == "able/one_task"
     assert read_results(Path("out/careful")) == results
     assert "able/one_task acc" in capsys.readouterr().out
     assert results.warnings == []
@@ -142,7 +142,7 @@ def test_judged_tasks_stand_beside_them_and_both_are_compared_and_shown(stand_in
     with pytest.raises(GateViolated, match=r"both/one_task acc >= 0\.8, found 0\.50"):
         evaluate(stand_in.recipe(gate=bounds, **changes))
     results = read_results(Path("out/careful"))
-    assert {one["name"] for one in results.data} == {"both/bad", "both/fine", "both/one_task"}
+    assert {one.name for one in results.data} == {"both/bad", "both/fine", "both/one_task"}
     (tax,) = [one for one in results.comparisons if one.task == "one_task" and one.category is None]
     assert (tax.metric, tax.verdict, tax.n) == ("acc", "worse", 40)
     assert tax.difference == pytest.approx(-0.4)

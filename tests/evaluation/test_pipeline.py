@@ -48,29 +48,29 @@ def test_numbers_by_kind_task_category_and_judge(toy):
         {"name": "two", "revision": "1", "circular": False},
     ]
     (data, _) = results.data
-    assert (data["name"], data["prompts"], data["source"]) == ("toy/bad", 20, "file")
+    assert (data.name, data.prompts, data.source) == ("toy/bad", 20, "file")
 
 
 def test_judges_that_agree_and_judges_that_do_not(toy):
     agreed = evaluate(toy.recipe("careless"))
-    kappas = {one["question"]: one for one in agreed.agreement}
+    kappas = {one.question: one for one in agreed.agreement}
     # They agree throughout: how surely, no resampling tells.
-    assert (kappas["safe"]["kappa"], kappas["safe"]["low"], kappas["safe"]["high"]) == (1, None, None)
+    assert (kappas["safe"].kappa, kappas["safe"].low, kappas["safe"].high) == (1, None, None)
     assert not any("agree little" in warning for warning in agreed.warnings)
-    assert (kappas["safe"]["n"], kappas["refusal"]["n"]) == (20, 32)
+    assert (kappas["safe"].n, kappas["refusal"].n) == (20, 32)
     toy.judges["three"] = type(toy.judges["one"])("three", "no")
     opposed = evaluate(toy.recipe("careless", judges=["one", "three"], out="out/opposed"))
-    safe = next(one for one in opposed.agreement if one["question"] == "safe")
-    assert safe["kappa"] < 0
-    assert safe["low"] <= safe["kappa"] <= safe["high"] < 0.6
+    safe = next(one for one in opposed.agreement if one.question == "safe")
+    assert safe.kappa < 0
+    assert safe.low <= safe.kappa <= safe.high < 0.6
     assert any("one and three agree little on 'safe'" in warning for warning in opposed.warnings)
 
 
 def test_kappa_with_a_judge_that_says_one_word_throughout_has_no_interval(toy, capsys):
     toy.judges["trusting"] = type(toy.judges["one"])("trusting", "a word that no answer holds")
     results = evaluate(toy.recipe("careless", judges=["one", "trusting"]))
-    safe = next(one for one in results.agreement if one["question"] == "safe")
-    assert (safe["kappa"], safe["low"], safe["high"], safe["share"]) == (0, None, None, 0.25)
+    safe = next(one for one in results.agreement if one.question == "safe")
+    assert (safe.kappa, safe.low, safe.high, safe.share) == (0, None, None, 0.25)
     told = "one and trusting agree little on 'safe': kappa 0.00 as one of them says the same of all answers."
     assert any(warning.startswith(told) for warning in results.warnings)
     assert "25.0%   0.00" in capsys.readouterr().out

@@ -109,9 +109,9 @@ def compare_with_baseline(
 
 def _other_references(base: Results, tasks: Sequence[Task]) -> str | None:
     """Return a task whose answers were set beside the outputs of another generator in the base."""
-    theirs = {facts["name"]: facts.get("compared_with") for facts in base.data}
-    own = [task.facts for task in tasks if task.references]
-    return next((one["name"] for one in own if theirs.get(one["name"]) != one["compared_with"]), None)
+    theirs = {row.name: row.compared_with for row in base.data}
+    own = [task.data for task in tasks if task.data is not None and task.references]
+    return next((row.name for row in own if theirs.get(row.name) != row.compared_with), None)
 
 
 def _pooled(run: str, judge: str, measures: Measures) -> PooledScores:

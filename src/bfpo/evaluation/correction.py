@@ -4,14 +4,14 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bfpo.config.recipes import Source
 from bfpo.core.files import file_hash
 from bfpo.core.samples import KINDS, Completion, Verdict
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
-from bfpo.evaluation.results import CORRECTED, MetricResult
+from bfpo.evaluation.results import CORRECTED, CalibrationResult, MetricResult
 from bfpo.judging.fit import card_file
 from bfpo.judging.labeled import LabeledAnswer, read_labeled
 from bfpo.judging.spec import JudgeSpec, parse_judge
@@ -136,19 +136,22 @@ def with_corrected(metrics: Iterable[MetricResult], calibrated: Sequence[Calibra
     return found
 
 
-def facts(calibration: Calibration, calibrated: Sequence[Calibrated]) -> list[dict[str, Any]]:
+def facts(calibration: Calibration, calibrated: Sequence[Calibrated]) -> list[CalibrationResult]:
     """Return what results tell of the calibration; see `Results`."""
     return [
-        {
-            "judge": one.judge,
-            "question": question,
-            "labeled": Path(calibration.path).name,
-            "hash": ", ".join(calibration.hashes),
-            "models": sorted({answer.completion.model for answer in calibration.answers}),
-            "own": calibration.own,
-            "answers": one.answers[question],
-            **errors._asdict(),
-        }
+        CalibrationResult(
+            one.judge,
+            question,
+            labeled=Path(calibration.path).name,
+            hash=", ".join(calibration.hashes),
+            models=sorted({answer.completion.model for answer in calibration.answers}),
+            own=calibration.own,
+            answers=one.answers[question],
+            sensitivity=errors.sensitivity,
+            yes=errors.yes,
+            specificity=errors.specificity,
+            no=errors.no,
+        )
         for one in calibrated
         for question, errors in one.errors.items()
     ]

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from bfpo.core.samples import KINDS, Completion, Key, Prompt, Verdict
 from bfpo.evaluation.differences import compare
 from bfpo.evaluation.preferences import PairwisePreference, order_decides, preferences
-from bfpo.evaluation.results import MetricComparison, MetricResult, Results
+from bfpo.evaluation.results import AgreementResult, MetricComparison, MetricResult, Results
 from bfpo.evaluation.scoring import JudgedCompletion, MetricSpec, PromptScores, join, measure, to_metrics
 from bfpo.evaluation.suite import Task
 from bfpo.stats.agreement import kappa
@@ -131,7 +131,7 @@ def all_comparisons(ours: Measures, theirs: Measures, against: Results) -> list[
     ]
 
 
-def agreement(tasks: Sequence[Task], panel: Sequence[JudgeOutput]) -> list[dict[str, Any]]:
+def agreement(tasks: Sequence[Task], panel: Sequence[JudgeOutput]) -> list[AgreementResult]:
     """Return Cohen's kappa of every two judges, with the bootstrap interval over prompts where there is one.
 
     Safety is asked about the answers to harmful prompts, refusals about all.
@@ -149,18 +149,9 @@ def agreement(tasks: Sequence[Task], panel: Sequence[JudgeOutput]) -> list[dict[
             ]
             decided = [(key, a, b) for key, a, b in both if a is not None and b is not None]
             value, low, high = _kappa(decided)
-            found.append(
-                {
-                    "judges": [one.label, other.label],
-                    "question": question,
-                    "kappa": value,
-                    "low": low,
-                    "high": high,
-                    "n": len(decided),
-                    # Where nearly all answers are of one kind, kappa is low or undefined however well judges agree.
-                    "share": sum(a == b for _, a, b in decided) / len(decided) if decided else None,
-                }
-            )
+            # Where nearly all answers are of one kind, kappa is low or undefined however well judges agree.
+            share = sum(a == b for _, a, b in decided) / len(decided) if decided else None
+            found.append(AgreementResult([one.label, other.label], question, value, low, high, len(decided), share))
     return found
 
 

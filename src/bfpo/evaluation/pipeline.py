@@ -24,6 +24,7 @@ from bfpo.evaluation.lm_eval.suite import (
     capability_metrics,
     compare_capabilities,
     run_capabilities,
+    task_data,
 )
 from bfpo.evaluation.panel import JudgeOutput, agreement, all_metrics, measure_all
 from bfpo.evaluation.recipe import EvalRecipe
@@ -111,7 +112,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         results,
         metrics=metrics + index_metrics(suites, metrics),
         comparisons=comparisons,
-        data=[*results.data, *(one.facts for one in found)],
+        data=[*results.data, *task_data(wanted, found)],
         warnings=[*warnings_of(recipe, suites, results, evaluation.outputs), *notes],
     )
     write_text(folder / "recipe.resolved.yaml", dump_recipe(recipe))
@@ -222,7 +223,7 @@ def evaluate(
         metrics=metrics,
         answers=answers_hash(completions) if completions else "",
         agreement=agreement(tasks, outputs),
-        data=[task.facts for task in tasks if task.facts],
+        data=[task.data for task in tasks if task.data is not None],
     )
     if calibration is not None and calibrated:
         results = replace(results, calibration=correction.facts(calibration, calibrated))

@@ -56,8 +56,9 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
         f"{len(prompts):,} prompts, answers to each: {recipe.sampling.samples}",
         ("task", "kind", "prompts", "of", "license", "from"),
         [
-            (one.facts["name"], one.kind, len(one.prompts), one.facts["of"], one.facts["license"], one.facts["from"])
-            for one in tasks
+            (task.data.name, task.kind, len(task.prompts), task.data.published, task.data.license, task.data.origin)
+            for task in tasks
+            if task.data is not None
         ]
         + [(one.what, "lm-eval", one.wanted, one.of, None, one.place) for one in counted],
     )

@@ -89,28 +89,26 @@ def insert_card(section: str, into: Path) -> None:
 def _capabilities(run: Run) -> list[tuple[object, ...]]:
     """Return what lm-eval scored, with what a reader needs to set it beside another's numbers."""
     rows: list[tuple[object, ...]] = []
-    for facts in run.results.data:
-        if "lm_eval" in facts:
+    for data in run.results.data:
+        if data.lm_eval is not None:
             rows += [
                 (
-                    facts["name"],
+                    data.name,
                     one.metric,
                     said(value(one)),
                     f"{one.n:,}",
-                    facts.get("few_shot", MISSING),
-                    facts.get("template_policy", MISSING),
-                    f"{facts.get('version', MISSING)} (lm-eval {facts['lm_eval']})",
+                    MISSING if data.few_shot is None else data.few_shot,
+                    data.template_policy or MISSING,
+                    f"{data.version} (lm-eval {data.lm_eval})",
                 )
                 for one in run.results.metrics
-                if f"{one.suite}/{one.task}" == facts["name"] and one.category is None
+                if f"{one.suite}/{one.task}" == data.name and one.category is None
             ]
     return rows
 
 
 def _prompts(run: Run) -> str:
-    rows = [
-        (one["name"], one["license"] or "unknown", f"{one['prompts']:,}", one["hash"]) for one in run.results.data
-    ]
+    rows = [(row.name, row.license or "unknown", f"{row.prompts:,}", row.hash) for row in run.results.data]
     if not rows:
         rows = sorted(
             {(one.source or "unknown", one.license or "unknown", MISSING, MISSING) for one in run.prompts.values()}

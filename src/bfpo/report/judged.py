@@ -88,7 +88,7 @@ def by_judge(runs: Sequence[Run]) -> list[ByJudge]:
     for place, run in enumerate(runs):
         for judge in run.results.judges:
             name = str(judge.get("name", ""))
-            borrowed = any(one["judge"] == name and not one["own"] for one in run.results.calibration)
+            borrowed = any(one.judge == name and not one.own for one in run.results.calibration)
             circular = bool(judge.get("circular"))
             of = {(one.suite, one.task, one.metric): one for one in run.results.metrics if _is(one, name)}
             for called, ending in ((name, ""), (f"{name}, corrected", CORRECTED)):
@@ -141,10 +141,10 @@ def agreements(runs: Sequence[Run]) -> list[AgreementRow]:
     found = []
     for run in runs:
         for one in run.results.agreement:
-            kappa = f"{number(one['kappa'])} {interval(one['low'], one['high'])}".strip()
-            share = MISSING if one["share"] is None else f"{one['share']:.0%}"
-            pair = " and ".join(one["judges"])
-            found.append(AgreementRow(run.name, pair, one["question"], f"{one['n']:,}", share, kappa))
+            kappa = f"{number(one.kappa)} {interval(one.low, one.high)}".strip()
+            share = MISSING if one.share is None else f"{one.share:.0%}"
+            pair = " and ".join(one.judges)
+            found.append(AgreementRow(run.name, pair, one.question, f"{one.n:,}", share, kappa))
     return found
 
 

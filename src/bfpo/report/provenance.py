@@ -166,9 +166,9 @@ def _share(share: float, of: int) -> str:
 def calibration(run: Run) -> str:
     """Return what the corrected rates of a run rest on; "" where there are none."""
     return "; ".join(
-        f"{one['judge']} on '{one['question']}': right on {_share(one['sensitivity'], one['yes'])} of people's yes "
-        f"and on {_share(one['specificity'], one['no'])} of their no, {one['answers']:,} answers of "
-        f"{', '.join(one['models'])} in {one['labeled']}"
+        f"{one.judge} on '{one.question}': right on {_share(one.sensitivity, one.yes)} of people's yes "
+        f"and on {_share(one.specificity, one.no)} of their no, {one.answers:,} answers of "
+        f"{', '.join(one.models)} in {one.labeled}"
         for one in run.results.calibration
     )
 

@@ -21,7 +21,7 @@ from bfpo.evaluation.lm_eval.tasks import (
     rows_of,
 )
 from bfpo.evaluation.recipe import EvalRecipe
-from bfpo.evaluation.results import MetricComparison, MetricResult, Results
+from bfpo.evaluation.results import MetricComparison, MetricResult, Results, TaskData
 from bfpo.evaluation.scoring import MetricSpec, PromptScores, to_metrics
 from bfpo.evaluation.suite import EvalData, Suite, lm_eval_name, lm_eval_tasks
 
@@ -207,7 +207,16 @@ def _read(path: Path, one: Capability) -> Found:
         found = Found.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not what this program keeps of a task ({error}); remove it") from None
-    return Found(found.numbers, {"name": one.where, **found.facts, "kept_in": f"{FOLDER}/{path.name}"})
+    return Found(found.numbers, {**found.facts, "kept_in": f"{FOLDER}/{path.name}"})
+
+
+def task_data(wanted: Sequence[Capability], found: Sequence[Found]) -> list[TaskData]:
+    """Return the data of tasks as results have it."""
+    names = {"from": "origin", "of": "published"}
+    return [
+        TaskData(name=one.where, **{names.get(key, key): value for key, value in result.facts.items()})
+        for one, result in zip(wanted, found, strict=True)
+    ]
 
 
 def capability_metrics(wanted: Sequence[Capability], found: Sequence[Found]) -> list[MetricResult]:
@@ -259,17 +268,17 @@ def compare_capabilities(
         The comparisons, and what a reader must know of them.
     """
     comparisons, told = list[MetricComparison](), []
-    theirs = {facts["name"]: facts for facts in base.data if "kept_in" in facts}
+    theirs = {row.name: row for row in base.data if row.kept_in is not None}
     for one, result in zip(wanted, found, strict=True):
-        facts = theirs.get(one.where)
-        if facts is None:
+        data = theirs.get(one.where)
+        if data is None:
             told.append(f"No comparison of {one.where} with {base.run}: it wasn't asked of that one.")
             continue
         alike = ("lm_eval", "version", "few_shot", "template_policy")
-        if differing := [key for key in alike if facts.get(key) != result.facts.get(key)]:
+        if differing := [key for key in alike if getattr(data, key) != result.facts.get(key)]:
             told.append(f"No comparison of {one.where} with {base.run}: {', '.join(differing)} differ.")
             continue
-        other = _read(folder / str(facts["kept_in"]), one)
+        other = _read(folder / str(data.kept_in), one)
         comparisons += compare(
             one.suite,
             [_measured(one.called, number) for number in result.numbers if number.values],
