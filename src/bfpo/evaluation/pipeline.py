@@ -20,11 +20,11 @@ from bfpo.evaluation.correction import Calibration, read_calibration
 from bfpo.evaluation.gate import Bound, check_bounds, enforce, read_gate
 from bfpo.evaluation.indices import index_metrics
 from bfpo.evaluation.lm_eval.suite import (
-    capabilities_of,
-    capability_metrics,
-    compare_capabilities,
-    run_capabilities,
-    task_data,
+    compare_lm_eval_tasks,
+    find_lm_eval_tasks,
+    lm_eval_data,
+    lm_eval_metrics,
+    run_lm_eval_tasks,
 )
 from bfpo.evaluation.panel import JudgeOutput, agreement, all_metrics, measure_all
 from bfpo.evaluation.recipe import EvalRecipe
@@ -76,9 +76,14 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     bounds = _read_bounds(recipe, gate)
     suites, tasks = read_suites(recipe)
     # Everything that can be refused is refused before hours of work.
-    wanted = capabilities_of(recipe, suites)
+    lm_eval_tasks = find_lm_eval_tasks(recipe, suites)
     check_judges(recipe, tasks)
-    check_bounds(bounds, tasks, {one.where: one.name for one in wanted}, corrected=recipe.calibration is not None)
+    check_bounds(
+        bounds,
+        tasks,
+        {task.full_name: task.spec for task in lm_eval_tasks},
+        corrected=recipe.calibration is not None,
+    )
     calibration = None if recipe.calibration is None else read_calibration(recipe.calibration)
     fitted_on = [] if calibration is None else correction.fitted_on_warnings(calibration, recipe.judges)
     policy = template_policy(recipe, suites, tasks)
@@ -86,7 +91,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     folder = Path(recipe.out)
     if tasks:
         write_prompts(folder, unique_prompts(tasks))
-    found = run_capabilities(recipe, wanted, folder)
+    lm_eval_results = run_lm_eval_tasks(recipe, lm_eval_tasks, folder)
     release_memory()
     evaluation = evaluate(
         tasks,
@@ -103,16 +108,16 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         baseline=baseline,
     )
     results = evaluation.results
-    metrics = [*results.metrics, *capability_metrics(wanted, found)]
+    metrics = [*results.metrics, *lm_eval_metrics(lm_eval_tasks, lm_eval_results)]
     comparisons, notes = results.comparisons, results.warnings + fitted_on
     if baseline is not None:
-        of_lm_eval, told = compare_capabilities(wanted, found, *baseline)
-        comparisons, notes = comparisons + of_lm_eval, notes + told
+        more_comparisons, more_notes = compare_lm_eval_tasks(lm_eval_tasks, lm_eval_results, baseline)
+        comparisons, notes = comparisons + more_comparisons, notes + more_notes
     results = replace(
         results,
         metrics=metrics + index_metrics(suites, metrics),
         comparisons=comparisons,
-        data=[*results.data, *task_data(wanted, found)],
+        data=[*results.data, *lm_eval_data(lm_eval_tasks, lm_eval_results)],
         warnings=[*warnings_of(recipe, suites, results, evaluation.outputs), *notes],
     )
     write_text(folder / "recipe.resolved.yaml", dump_recipe(recipe))

@@ -9,7 +9,7 @@ from bfpo.core.samples import Completion, Judge, Prompt
 from bfpo.core.terminal import say, show_table
 from bfpo.data.verdict_files import judge_file
 from bfpo.evaluation.correction import read_calibration
-from bfpo.evaluation.lm_eval.suite import capabilities_of, count_rows
+from bfpo.evaluation.lm_eval.suite import find_lm_eval_tasks, plan_lm_eval_tasks
 from bfpo.evaluation.pipeline import read_suites, release_memory, unique_prompts
 from bfpo.evaluation.recipe import EvalRecipe, Price
 from bfpo.evaluation.subject import open_model, open_recipe_judge
@@ -50,7 +50,7 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
     A model in this process answers a few prompts and its judges read them, to tell the time. No server is asked.
     """
     suites, tasks = read_suites(recipe)
-    counted = count_rows(recipe, capabilities_of(recipe, suites))
+    planned_rows = plan_lm_eval_tasks(recipe, find_lm_eval_tasks(recipe, suites))
     prompts = unique_prompts(tasks)
     show_table(
         f"{len(prompts):,} prompts, answers to each: {recipe.sampling.samples}",
@@ -60,11 +60,17 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
             for task in tasks
             if task.data is not None
         ]
-        + [(one.what, "lm-eval", one.wanted, one.of, None, one.place) for one in counted],
+        + [
+            (planned.task, "lm-eval", planned.rows.selected, planned.rows.total, None, planned.rows.origin)
+            for planned in planned_rows
+        ],
     )
     check_judges(recipe, tasks)
     stages = _stages(recipe, prompts, references_of(tasks)) if prompts else []
-    stages += [Stage(f"rows of {one.what}", one.wanted, one.there, 0, 0, None) for one in counted]
+    stages += [
+        Stage(f"rows of {planned.task}", planned.rows.selected, planned.existing, 0, 0, None)
+        for planned in planned_rows
+    ]
     show_table(
         "What is asked",
         ("what", "wanted", "there", "tokens read", "written, at most", "minutes", "cost, at most"),
