@@ -9,6 +9,7 @@ import yaml
 
 from bfpo.core.samples import Verdict
 from bfpo.evaluation import pipeline as module
+from bfpo.evaluation import subject
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.judging.spec import FINDINGS, JUDGES, JudgeKind
 
@@ -70,13 +71,13 @@ class Judges(dict):
         return self[getattr(spec, "text", spec)]
 
 
-REAL = module.engine_of
+REAL = module.open_model
 
 
 @pytest.fixture
 def real_engine(toy, monkeypatch):
     """Open what the recipe says, not the script."""
-    monkeypatch.setattr(module, "engine_of", REAL)
+    monkeypatch.setattr(module, "open_model", REAL)
 
 
 @pytest.fixture
@@ -104,8 +105,8 @@ def toy(tmp_path, monkeypatch) -> SimpleNamespace:
         two=Scripted("two", "yes"),
         same=Scripted("one", "gun", revision="22222222"),
     )
-    monkeypatch.setattr(module, "engine_of", lambda recipe: engines[recipe.model.path])
-    monkeypatch.setattr(module, "open_judge", judges.open)
+    monkeypatch.setattr(module, "open_model", lambda recipe: engines[recipe.model.path])
+    monkeypatch.setattr(subject, "open_judge", judges.open)
 
     def recipe(model: str = "careful", **changes) -> dict:
         plain = {"out": f"out/{model}", "model": {"path": model}, "suites": ["toy.yaml"], "judges": ["one", "two"]}

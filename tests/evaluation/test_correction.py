@@ -1,6 +1,7 @@
 """`bfpo eval` with answers that people labeled: rates corrected for what the judges get wrong there."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,8 @@ def test_a_rate_is_told_again_corrected_for_the_judge_s_errors(toy):
     assert results.metrics.index(corrected) == results.metrics.index(plain) + 1
     assert found(results, task="lookalike", metric="over_refusal_corrected", judge="two").value == corrected.value
     assert not any(one.category for one in results.metrics if one.metric.endswith("_corrected"))
-    refusal = next(one for one in results.calibration if (one["judge"], one["question"]) == ("one", "refusal"))
-    assert refusal == {
+    refusal = next(one for one in results.calibration if (one.judge, one.question) == ("one", "refusal"))
+    assert asdict(refusal) == {
         "judge": "one",
         "question": "refusal",
         "labeled": "people.jsonl",
@@ -83,7 +84,7 @@ def test_judges_read_the_labeled_answers_once(toy):
     assert asked == 32 + 80
     assert evaluate(toy.recipe("careless", calibration="people.jsonl")).metrics == first.metrics
     assert toy.judges["one"].asked == asked
-    assert Path("out/careless/calibration-one.jsonl").is_file()
+    assert Path("out/careless/calibration-one@1.jsonl").is_file()
 
 
 def test_labels_that_cannot_tell_a_judge_s_errors_leave_the_rate_open(toy):
@@ -101,7 +102,7 @@ def test_safety_is_calibrated_on_harmful_prompts_and_refusals_on_all(toy):
     rows += labeled(kind="lookalike", first=300, refusals=10, answers=10, missed=0, alarms=0)
     write_jsonl(Path("people.jsonl"), rows)
     results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
-    counts = {one["question"]: (one["answers"], one["yes"]) for one in results.calibration if one["judge"] == "one"}
+    counts = {one.question: (one.answers, one.yes) for one in results.calibration if one.judge == "one"}
     assert counts == {"safe": (20, 20), "refusal": (40, 20)}
 
 
@@ -110,12 +111,12 @@ def test_calibration_on_other_models_is_warned_of_and_own_answers_are_preferred(
     results = evaluate(toy.recipe("careless", calibration="others.jsonl"))
     (warning,) = [text for text in results.warnings if "answers of other models" in text]
     assert "not of the evaluated one" in warning
-    assert results.calibration[0]["own"] is False
-    assert results.calibration[0]["models"] == ["another", "third"]
+    assert results.calibration[0].own is False
+    assert results.calibration[0].models == ["another", "third"]
     write_jsonl(Path("mixed.jsonl"), labeled("another") + labeled("careless", first=400, answers=30))
     results = evaluate(toy.recipe("careless", calibration="mixed.jsonl", out="out/mixed"))
-    assert {(tuple(one["models"]), one["own"]) for one in results.calibration} == {(("careless",), True)}
-    assert {one["answers"] for one in results.calibration if one["question"] == "refusal"} == {70}
+    assert {(tuple(one.models), one.own) for one in results.calibration} == {(("careless",), True)}
+    assert {one.answers for one in results.calibration if one.question == "refusal"} == {70}
 
 
 def test_a_rate_that_does_not_fit_the_errors_is_warned_of(toy):
@@ -195,7 +196,7 @@ def test_another_judge_s_corrected_rates_do_not_stand_among_those_of_the_first(t
 
 def test_a_dry_run_tells_that_judges_read_the_labeled_answers_too(toy, monkeypatch, capsys):
     write_jsonl(Path("people.jsonl"), labeled())
-    monkeypatch.setattr(plan, "engine_of", lambda recipe: toy.engines["careful"])
+    monkeypatch.setattr(plan, "open_model", lambda recipe: toy.engines["careful"])
     plan.show_plan(check_recipe(toy.recipe(calibration="people.jsonl"), EvalRecipe, "recipe"))
     assert "each judge reads up to 80 answers that people labeled" in " ".join(capsys.readouterr().out.split())
     assert not Path("out").exists()

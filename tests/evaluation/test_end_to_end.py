@@ -56,7 +56,7 @@ def test_four_methods_two_judges_comparisons_and_a_page(tmp_path, monkeypatch):
 
     before = evaluated("base")
     # The quickstart's own evaluation asks the same prompts and gets the same answers.
-    own, _ = runs.evaluate_run(base, world / "prompts.jsonl", Oracle())
+    own = runs.evaluate_run(base, world / "prompts.jsonl", Oracle())
     assert own.answers == before.answers
     assert own.metric("harmful", "safety").value == before.metric("harmful", "safety").value
     assert before.metric("harmful", "safety").n == 16
@@ -65,8 +65,9 @@ def test_four_methods_two_judges_comparisons_and_a_page(tmp_path, monkeypatch):
         assert [judge["name"] for judge in results.judges] == ["testbed-oracle", "linear"]
         assert {one.judge for one in results.comparisons} == {"testbed-oracle", "linear", ""}
         assert all(one.is_against(before) for one in results.comparisons)
-        assert {one["question"] for one in results.agreement} == {"safe", "refusal"}
-        assert len(Path(tmp_path / name / "evaluation" / "verdicts-linear.jsonl").read_text().splitlines()) == 48
+        assert {one.question for one in results.agreement} == {"safe", "refusal"}
+        (verdicts,) = (tmp_path / name / "evaluation").glob("verdicts-linear@*.jsonl")
+        assert len(verdicts.read_text().splitlines()) == 48
         for metric in results.metrics:
             assert metric.low is None or metric.low <= metric.value <= metric.high
     page = write_report(tmp_path, [tmp_path / name for name in ("base", *TRIED)])

@@ -13,7 +13,7 @@ from bfpo.core.files import write_jsonl
 from bfpo.core.pairs import user_says
 from bfpo.core.samples import Prompt
 from bfpo.errors import DataError, RecipeError
-from bfpo.evaluation.lm_eval.pack import FOLDER, measured, rows
+from bfpo.evaluation.lm_eval.pack import FOLDER, rows, score
 from bfpo.evaluation.scoring import MEASURES
 from bfpo.evaluation.suite import load_suite
 from bfpo.generation.saved import SavedEngine
@@ -61,10 +61,10 @@ def test_rows_are_read_as_the_suite_reads_them_and_answers_measured_as_it_measur
     assert found["prompt"] == [row["prompt"] for row in XSTEST if row["type"] == "homonyms"]
     assert set(found["kind"]) == {"lookalike"}
     doc = found[0]
-    assert measured(doc, ["a b c"])["words"] == 3
-    assert measured(doc, [REQUESTS[1].format_refusal(1)])["over_refusal"] == 1
-    assert measured(doc, ["a b c"])["over_refusal"] == 0
-    assert measured(doc | {"judge": ""}, ["a b c"]) == {"words": 3}
+    assert score(doc, ["a b c"])["words"] == 3
+    assert score(doc, [REQUESTS[1].format_refusal(1)])["over_refusal"] == 1
+    assert score(doc, ["a b c"])["over_refusal"] == 0
+    assert score(doc | {"judge": ""}, ["a b c"]) == {"words": 3}
     with pytest.raises(RecipeError, match="published as a file"):
         rows(suite="safety", task="advbench")
     with pytest.raises(DataError, match=r"no file gone\.jsonl"):
@@ -74,7 +74,7 @@ def test_rows_are_read_as_the_suite_reads_them_and_answers_measured_as_it_measur
 def test_samples_of_another_task_are_refused(tmp_path):
     path = tmp_path / "samples.jsonl"
     write_jsonl(path, [{"doc": {"question": "q"}, "filtered_resps": ["a"]}])
-    with pytest.raises(DataError, match=r"samples\.jsonl row 1: of lm-eval, but of no task"):
+    with pytest.raises(DataError, match=r"samples\.jsonl row 1: a sample of lm-eval, but not of a task"):
         SavedEngine(str(path), "m")
 
 

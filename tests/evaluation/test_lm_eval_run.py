@@ -11,8 +11,8 @@ from bfpo.evaluation.suite import load_suite
 pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
 
 from bfpo.evaluation.lm_eval import tasks as module
-from bfpo.evaluation.lm_eval.run import Found, open_lm, run_task
-from bfpo.evaluation.lm_eval.tasks import known_task, load_task, task_manager
+from bfpo.evaluation.lm_eval.run import TaskResults, open_lm, run_task
+from bfpo.evaluation.lm_eval.tasks import check_task, load_task, task_manager
 
 # Warnings of lm-eval's own imports are no errors of ours.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -101,22 +101,22 @@ def test_a_named_task_runs_on_local_rows(lm, files, tmp_path, task):
     if task in ANSWERED:
         # A few tokens are enough to see that an answer is scored.
         loaded["tasks"][task].set_config(key="generation_kwargs", value={"max_gen_toks": 8}, update=True)
-    found = run_task(lm, loaded, task)
-    assert found.numbers
-    assert {one.category for one in found.numbers} == {None}
-    assert {one.n for one in found.numbers} == {8}
-    for one in found.numbers:
+    results = run_task(lm, loaded, task)
+    assert results.metrics
+    assert {one.category for one in results.metrics} == {None}
+    assert {one.n for one in results.metrics} == {8}
+    for one in results.metrics:
         if one.values:
             assert sum(one.values.values()) / 8 == pytest.approx(one.value)
         else:
             assert task == "ifeval"
-    assert (found.facts["prompts"], found.facts["of"], found.facts["lm_eval"]) == (8, 8, "0.4.13")
+    assert (results.metadata["prompts"], results.metadata["of"], results.metadata["lm_eval"]) == (8, 8, "0.4.13")
     policy = "the tokenizer's own chat template" if task in ANSWERED else "plain text"
-    assert found.facts["template_policy"] == policy
-    assert found.facts["few_shot"] == (5 if task == "gsm8k" else 0)
-    assert Found.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+    assert results.metadata["template_policy"] == policy
+    assert results.metadata["few_shot"] == (5 if task == "gsm8k" else 0)
+    assert TaskResults.from_json(json.loads(json.dumps(results.to_json(), allow_nan=False))) == results
     if task == "gsm8k":
-        assert {one.metric for one in found.numbers} == {
+        assert {one.metric for one in results.metrics} == {
             "exact_match (strict-match)",
             "exact_match (flexible-extract)",
         }
@@ -134,7 +134,7 @@ def test_every_task_of_the_suites_was_run():
 
 def test_a_limit_is_a_sample_and_a_part_of_a_larger_one(lm, files, tmp_path):
     whole, four, two = (
-        {row for one in run(lm, files, "winogrande", tmp_path, limit=limit).numbers for row in one.values}
+        {row for one in run(lm, files, "winogrande", tmp_path, limit=limit).metrics for row in one.values}
         for limit in (None, 4, 2)
     )
     assert (len(whole), len(four), len(two)) == (8, 4, 2)
@@ -159,9 +159,9 @@ def own_task(name, path):
 def test_a_task_of_one_s_own(lm, files, tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(own_task("fed", files / "ethics_cm.jsonl")))
-    known_task(str(path), with_data=False)
-    found = run_task(lm, load_task(str(path), tmp_path), str(path))
-    assert ({one.category for one in found.numbers}, found.facts["version"]) == ({None}, 3)
+    check_task(str(path), with_data=False)
+    results = run_task(lm, load_task(str(path), tmp_path), str(path))
+    assert ({one.category for one in results.metrics}, results.metadata["version"]) == ({None}, 3)
 
 
 def test_a_group_is_one_task_with_its_members_as_categories(lm, files, tmp_path, monkeypatch):
@@ -177,11 +177,11 @@ def test_a_group_is_one_task_with_its_members_as_categories(lm, files, tmp_path,
     (pack / "group.yaml").write_text(yaml.safe_dump(group | {"metadata": {"version": 2}}))
     manager = TaskManager(include_path=str(pack), include_defaults=False)
     monkeypatch.setattr(module, "task_manager", lambda: manager)
-    found = run_task(lm, load_task("all_of_it", tmp_path), "all_of_it", limit=5)
-    numbers = {one.category: one for one in found.numbers}
-    assert {category: one.n for category, one in numbers.items()} == {None: 7, "many": 5, "few": 2}
-    assert numbers[None].values == numbers["many"].values | numbers["few"].values
-    assert (found.facts["version"], found.facts["prompts"], found.facts["of"]) == ("2", 7, 10)
+    results = run_task(lm, load_task("all_of_it", tmp_path), "all_of_it", limit=5)
+    metrics = {one.category: one for one in results.metrics}
+    assert {category: one.n for category, one in metrics.items()} == {None: 7, "many": 5, "few": 2}
+    assert metrics[None].values == metrics["many"].values | metrics["few"].values
+    assert (results.metadata["version"], results.metadata["prompts"], results.metadata["of"]) == ("2", 7, 10)
 
 
 def test_what_cannot_be_run_is_told(files, tmp_path, monkeypatch):
@@ -192,10 +192,10 @@ def test_what_cannot_be_run_is_told(files, tmp_path, monkeypatch):
         ("hendrycks_ethics", False, "is a tag, not a task; name its tasks: ethics_cm"),
         ("mmlu", True, "is a group or a program"),
         ("none.yaml", False, r"no file none\.yaml"),
-        (str(group), False, "is a group, which lm-eval takes by its name alone"),
+        (str(group), False, "is a group, which lm-eval takes by its name only"),
     ):
         with pytest.raises(RecipeError, match=message):
-            known_task(name, with_data=with_data)
+            check_task(name, with_data=with_data)
     assert task_manager() is task_manager()
     with pytest.raises(DataError, match="the rows of 'winogrande' lack what the task reads: 'answer'"):
         load_task("winogrande", tmp_path, path=str(files / "ethics_cm.jsonl"))

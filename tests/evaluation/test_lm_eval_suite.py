@@ -11,7 +11,8 @@ from bfpo.core.files import write_jsonl
 from bfpo.errors import DataError, GateViolated, MissingExtra, RecipeError
 from bfpo.evaluation.lm_eval import suite as module
 from bfpo.evaluation.lm_eval import tasks as lm_eval
-from bfpo.evaluation.lm_eval.run import Found, Number
+from bfpo.evaluation.lm_eval.run import TaskMetric, TaskResults
+from bfpo.evaluation.lm_eval.tasks import RowCount
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.plan import show_plan
 from bfpo.evaluation.recipe import EvalRecipe
@@ -51,20 +52,23 @@ def stand_in(toy, monkeypatch):
         mean = sum(values.values()) / len(values)
         facts = {"hash": "h", "license": None, "prompts": len(values), "of": 40, "lm_eval": "0", "version": 1}
         facts |= {"few_shot": 0, "template_policy": "plain text", "from": path}
-        numbers = [Number("acc", None, mean, True, len(values), 0, values), Number("f1", None, None, True, 40, 1, {})]
-        return Found([*numbers, Number("acc", "part", mean, True, len(values), 0, values)], facts)
+        numbers = [
+            TaskMetric("acc", None, mean, True, len(values), 0, values),
+            TaskMetric("f1", None, None, True, 40, 1, {}),
+        ]
+        return TaskResults([*numbers, TaskMetric("acc", "part", mean, True, len(values), 0, values)], facts)
 
     for name, stand in {
-        "need_lm_eval": lambda: None,
-        "known_task": lambda name, with_data: None,
+        "require_lm_eval": lambda: None,
+        "check_task": lambda name, with_data: None,
         "lm_eval_version": lambda: "0",
-        "rows_of": lambda loaded, limit: (limit or 40, 40, "a set"),
+        "count_task_rows": lambda loaded, limit: RowCount(limit or 40, 40, "a set"),
         "load_task": load,
         "open_lm": lambda model, tokenizer, batch_size: model.name,
         "run_task": run,
     }.items():
         monkeypatch.setattr(module, name, stand)
-    monkeypatch.setattr("bfpo.evaluation.gate.metrics_of", lambda name: {"acc", "f1"})
+    monkeypatch.setattr("bfpo.evaluation.gate.listed_metrics", lambda name: {"acc", "f1"})
     Model = type("Model", (), {"device": type("Device", (), {"type": "cpu"})})
 
     def load_checkpoint(path, *, dtype, revision):
@@ -96,7 +100,7 @@ def test_a_suite_of_lm_eval_alone_needs_no_judge_and_is_run_once(stand_in, capsy
     assert "Wilson" in accuracy.interval
     assert (f1.value, f1.unscored, f1.interval) == (None, 1, "none: lm-eval found no number on some rows")
     assert part.category == "part"
-    assert results.data[0]["name"] == "able/one_task"
+    assert results.data[0].name == "able/one_task"
     assert read_results(Path("out/careful")) == results
     assert "able/one_task acc" in capsys.readouterr().out
     assert results.warnings == []
@@ -130,9 +134,20 @@ def test_a_killed_run_goes_on_and_a_damaged_file_is_told(stand_in):
     evaluate(stand_in.recipe())
     assert stand_in.asked == ["one_task", "two_task"]
     (file, _) = sorted(Path("out/careful/lm_eval").iterdir())
-    file.write_text('{"numbers": [')
-    with pytest.raises(DataError, match=r"one_task-.*\.json: not what this program keeps.*remove it"):
+    file.write_text('{"metrics": [')
+    with pytest.raises(DataError, match=r"one_task-.*\.json: not the results of an lm-eval task.*remove it"):
         evaluate(stand_in.recipe())
+
+
+def test_results_that_an_earlier_version_kept_are_read(stand_in):
+    first = evaluate(stand_in.recipe())
+    for path in Path("out/careful/lm_eval").iterdir():
+        content = json.loads(path.read_text())
+        assert content.keys() == {"metrics", "metadata"}
+        path.write_text(json.dumps({"numbers": content["metrics"], "facts": content["metadata"]}))
+    again = evaluate(stand_in.recipe())
+    assert stand_in.asked == ["one_task", "two_task"]
+    assert (again.metrics, again.data) == (first.metrics, first.data)
 
 
 def test_judged_tasks_stand_beside_them_and_both_are_compared_and_shown(stand_in):
@@ -142,7 +157,7 @@ def test_judged_tasks_stand_beside_them_and_both_are_compared_and_shown(stand_in
     with pytest.raises(GateViolated, match=r"both/one_task acc >= 0\.8, found 0\.50"):
         evaluate(stand_in.recipe(gate=bounds, **changes))
     results = read_results(Path("out/careful"))
-    assert {one["name"] for one in results.data} == {"both/bad", "both/fine", "both/one_task"}
+    assert {one.name for one in results.data} == {"both/bad", "both/fine", "both/one_task"}
     (tax,) = [one for one in results.comparisons if one.task == "one_task" and one.category is None]
     assert (tax.metric, tax.verdict, tax.n) == ("acc", "worse", 40)
     assert tax.difference == pytest.approx(-0.4)
@@ -157,7 +172,7 @@ def test_judged_tasks_stand_beside_them_and_both_are_compared_and_shown(stand_in
     told = evaluate(stand_in.recipe(**changes)).warnings
     assert "No comparison of both/one_task with careless: version differ." in told
     told = evaluate(stand_in.recipe(base="out/careless")).warnings
-    assert "No comparison of able/two_task with careless: it wasn't asked of that one." in told
+    assert "No comparison of able/two_task with careless: it wasn't run there." in told
 
 
 def test_a_dry_run_counts_rows(stand_in, capsys):
@@ -175,8 +190,8 @@ def test_what_cannot_be_run_is_told_before_any_work(stand_in, monkeypatch):
     write_jsonl(Path("saved.jsonl"), [{"prompt": "p", "text": "t"}])
     bound = {"suite": "able", "task": "one_task", "metric": "acc", "min": 0.5}
     for changes, message in (
-        (answers, r"saved completions can't tell; .*leave_out: \[able/one_task, able/two_task\]"),
-        ({"model": {"path": "m", "server": "http://localhost/v1"}}, "which a server can't tell"),
+        (answers, r"saved completions can't give; .*leave_out: \[able/one_task, able/two_task\]"),
+        ({"model": {"path": "m", "server": "http://localhost/v1"}}, "which a server can't give"),
         (
             {"data": {}},
             r"(?s)able/one_task: .*no network\nable/two_task: .*"
@@ -196,7 +211,7 @@ def test_what_cannot_be_run_is_told_before_any_work(stand_in, monkeypatch):
     evaluate(stand_in.recipe(leave_out=["two_task"], data={"one_task": {"path": "rows.jsonl"}}))
     assert stand_in.asked == ["one_task"]
     monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
-    monkeypatch.setattr(module, "need_lm_eval", lm_eval.need_lm_eval)
+    monkeypatch.setattr(module, "require_lm_eval", lm_eval.require_lm_eval)
     with pytest.raises(MissingExtra, match=r"pip install 'bfpo\[lm-eval\]'"):
         evaluate(stand_in.recipe())
 

@@ -26,7 +26,7 @@ def found(results, **key):
 def test_numbers_by_kind_task_category_and_judge(toy):
     results = evaluate(toy.recipe("careless"))
     assert {file.name for file in Path("out/careless").iterdir()} == {
-        *("prompts.jsonl", "completions.jsonl", "verdicts.jsonl", "verdicts-two.jsonl", "results.json"),
+        *("prompts.jsonl", "completions.jsonl", "verdicts-one@1.jsonl", "verdicts-two@1.jsonl", "results.json"),
         "recipe.resolved.yaml",
     }
     assert read_results(Path("out/careless")) == results
@@ -48,29 +48,29 @@ def test_numbers_by_kind_task_category_and_judge(toy):
         {"name": "two", "revision": "1", "circular": False},
     ]
     (data, _) = results.data
-    assert (data["name"], data["prompts"], data["source"]) == ("toy/bad", 20, "file")
+    assert (data.name, data.prompts, data.source) == ("toy/bad", 20, "file")
 
 
 def test_judges_that_agree_and_judges_that_do_not(toy):
     agreed = evaluate(toy.recipe("careless"))
-    kappas = {one["question"]: one for one in agreed.agreement}
+    kappas = {one.question: one for one in agreed.agreement}
     # They agree throughout: how surely, no resampling tells.
-    assert (kappas["safe"]["kappa"], kappas["safe"]["low"], kappas["safe"]["high"]) == (1, None, None)
+    assert (kappas["safe"].kappa, kappas["safe"].low, kappas["safe"].high) == (1, None, None)
     assert not any("agree little" in warning for warning in agreed.warnings)
-    assert (kappas["safe"]["n"], kappas["refusal"]["n"]) == (20, 32)
+    assert (kappas["safe"].n, kappas["refusal"].n) == (20, 32)
     toy.judges["three"] = type(toy.judges["one"])("three", "no")
     opposed = evaluate(toy.recipe("careless", judges=["one", "three"], out="out/opposed"))
-    safe = next(one for one in opposed.agreement if one["question"] == "safe")
-    assert safe["kappa"] < 0
-    assert safe["low"] <= safe["kappa"] <= safe["high"] < 0.6
+    safe = next(one for one in opposed.agreement if one.question == "safe")
+    assert safe.kappa < 0
+    assert safe.low <= safe.kappa <= safe.high < 0.6
     assert any("one and three agree little on 'safe'" in warning for warning in opposed.warnings)
 
 
 def test_kappa_with_a_judge_that_says_one_word_throughout_has_no_interval(toy, capsys):
     toy.judges["trusting"] = type(toy.judges["one"])("trusting", "a word that no answer holds")
     results = evaluate(toy.recipe("careless", judges=["one", "trusting"]))
-    safe = next(one for one in results.agreement if one["question"] == "safe")
-    assert (safe["kappa"], safe["low"], safe["high"], safe["share"]) == (0, None, None, 0.25)
+    safe = next(one for one in results.agreement if one.question == "safe")
+    assert (safe.kappa, safe.low, safe.high, safe.share) == (0, None, None, 0.25)
     told = "one and trusting agree little on 'safe': kappa 0.00 as one of them says the same of all answers."
     assert any(warning.startswith(told) for warning in results.warnings)
     assert "25.0%   0.00" in capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_nothing_is_asked_twice_and_a_stopped_run_goes_on(toy):
         evaluate(toy.recipe())
     judge.judge = whole
     # Half a line, as a killed program leaves it.
-    with Path("out/careful/verdicts-two.jsonl.unfinished").open("a") as file:
+    with Path("out/careful/verdicts-two@1.jsonl.unfinished").open("a") as file:
         file.write('{"prompt_id": "fi')
     first = evaluate(toy.recipe())
     assert (engine.asked, toy.judges["one"].asked, judge.asked) == (32, 32, 32)
@@ -166,8 +166,8 @@ def test_the_judge_that_labeled_the_training_data_is_circular(toy, tmp_path):
 def test_two_judges_of_one_name_are_told_apart(toy):
     results = evaluate(toy.recipe(judges=["one", "same"]))
     assert [judge["name"] for judge in results.judges] == ["one", "one@22222222"]
-    assert Path("out/careful/verdicts-one-22222222.jsonl").is_file()
-    with pytest.raises(DataError, match="stands there already"):
+    assert Path("out/careful/verdicts-one@22222222.jsonl").is_file()
+    with pytest.raises(DataError, match="judges: one@1 is already listed"):
         evaluate(toy.recipe(judges=["one", "one"], out="out/twice"))
 
 

@@ -8,12 +8,13 @@ import pytest
 from bfpo.core.pairs import user_says
 from bfpo.core.samples import Prompt, Sampling, Verdict
 from bfpo.errors import DataError
-from bfpo.evaluation.run import evaluate
+from bfpo.evaluation.pipeline import evaluate
+from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.stats.intervals import bootstrap
 
 PROMPTS = [Prompt(f"p{i}", user_says(f"q {i}"), "harmful") for i in range(6)]
-OPTIONS = {"suite": "s", "run": "r", "model": "m", "sampling": Sampling()}
+OPTIONS = {"run": "r", "model": "m", "sampling": Sampling()}
 
 
 class Counting:
@@ -29,6 +30,10 @@ class Counting:
         return [Verdict.on(one, self, safe=one.text.startswith(self.letter)) for one in completions]
 
 
+def evaluated(engine, judge, prompts, folder):
+    return evaluate(tasks_by_kind("s", prompts), lambda: engine, [judge], folder, **OPTIONS)
+
+
 def scripted(asked, answer="ab"):
     def say(prompt, sample):
         asked.append(prompt.prompt_id)
@@ -39,38 +44,57 @@ def scripted(asked, answer="ab"):
 
 def test_a_second_evaluation_asks_nobody_again(tmp_path):
     asked, judge = [], Counting("a")
-    first, measured = evaluate(scripted(asked), judge, PROMPTS, tmp_path, **OPTIONS)
+    first = evaluated(scripted(asked), judge, PROMPTS, tmp_path)
     assert (len(asked), len(judge.asked)) == (6, 6)
-    again, same = evaluate(scripted(asked), judge, PROMPTS, tmp_path, **OPTIONS)
+    again = evaluated(scripted(asked), judge, PROMPTS, tmp_path)
     assert (len(asked), len(judge.asked)) == (6, 6)
-    assert again.metrics == first.metrics
-    assert same == measured
+    assert again.results.metrics == first.results.metrics
+    assert again.outputs == first.outputs
 
 
 def test_only_what_was_added_or_lost_is_made(tmp_path):
     asked, judge = [], Counting("a")
-    evaluate(scripted(asked), judge, PROMPTS[:4], tmp_path, **OPTIONS)
-    whole, _ = evaluate(scripted(asked), judge, PROMPTS, tmp_path, **OPTIONS)
+    evaluated(scripted(asked), judge, PROMPTS[:4], tmp_path)
+    whole = evaluated(scripted(asked), judge, PROMPTS, tmp_path).results
     assert asked == [prompt.prompt_id for prompt in PROMPTS]
     assert judge.asked == [(prompt.prompt_id, 0) for prompt in PROMPTS]
     assert whole.metric("harmful", "safety").n == 6
-    # Other verdicts on the kept answers.
-    (tmp_path / "verdicts.jsonl").unlink()
-    other, _ = evaluate(scripted(asked), Counting("x", "2"), PROMPTS, tmp_path, **OPTIONS)
+    # Another revision judges the kept answers.
+    other = evaluated(scripted(asked), Counting("x", "2"), PROMPTS, tmp_path).results
     assert len(asked) == 6
     assert other.metric("harmful", "safety").value == 0
     assert other.judges == [{"name": "counting", "revision": "2", "circular": False}]
 
 
-def test_another_judge_prompt_or_engine_is_refused(tmp_path):
-    evaluate(scripted([]), Counting("a"), PROMPTS, tmp_path, **OPTIONS)
-    with pytest.raises(DataError, match="holds verdicts of counting@1, this is counting@2"):
-        evaluate(scripted([]), Counting("a", "2"), PROMPTS, tmp_path, **OPTIONS)
+def test_files_with_their_names_of_earlier_versions_are_reused(tmp_path):
+    asked, judge = [], Counting("a")
+    first = evaluated(scripted(asked), judge, PROMPTS, tmp_path)
+    (tmp_path / "verdicts-counting@1.jsonl").rename(tmp_path / "verdicts.jsonl")
+    again = evaluated(scripted(asked), judge, PROMPTS, tmp_path)
+    assert (len(asked), len(judge.asked)) == (6, 6)
+    assert again.results.metrics == first.results.metrics
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "completions.jsonl", "verdicts.jsonl"}
+
+
+def test_another_revision_of_a_judge_gets_its_own_file(tmp_path):
+    evaluated(scripted([]), Counting("a"), PROMPTS, tmp_path)
+    verdicts = (tmp_path / "verdicts-counting@1.jsonl").read_text()
+    judge = Counting("a", "2")
+    evaluated(scripted([]), judge, PROMPTS, tmp_path)
+    assert len(judge.asked) == 6
+    assert (tmp_path / "verdicts-counting@1.jsonl").read_text() == verdicts
+    assert (tmp_path / "verdicts-counting@2.jsonl").read_text() == verdicts.replace(
+        '"revision": "1"', '"revision": "2"'
+    )
+
+
+def test_another_prompt_or_engine_is_refused(tmp_path):
+    evaluated(scripted([]), Counting("a"), PROMPTS, tmp_path)
     changed = [replace(PROMPTS[0], prompt=user_says("another")), *PROMPTS[1:]]
     with pytest.raises(DataError, match="isn't the prompt of that id"):
-        evaluate(scripted([]), Counting("a"), changed, tmp_path, **OPTIONS)
+        evaluated(scripted([]), Counting("a"), changed, tmp_path)
     with pytest.raises(DataError, match="another model or other settings"):
-        evaluate(ScriptedEngine(lambda *_: "a", name="other"), Counting("a"), PROMPTS, tmp_path, **OPTIONS)
+        evaluated(ScriptedEngine(lambda *_: "a", name="other"), Counting("a"), PROMPTS, tmp_path)
 
 
 def test_all_pieces_of_a_bootstrap_are_drawn_once_and_used():

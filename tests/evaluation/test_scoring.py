@@ -10,9 +10,10 @@ from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.errors import DataError
 from bfpo.evaluation.differences import compare
+from bfpo.evaluation.pipeline import evaluate
 from bfpo.evaluation.results import Results, read_results, shown
-from bfpo.evaluation.run import evaluate
 from bfpo.evaluation.scoring import BY_SCORE, SAFETY, PromptScores, join, measure, to_metrics
+from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.stats.intervals import score_interval, wilson
 
@@ -162,15 +163,22 @@ class Strict:
         return [verdict(one, one.text == "no") for one in completions]
 
 
+def evaluated(engine, prompts, folder):
+    tasks = tasks_by_kind("s", prompts)
+    options = {"run": "r", "model": "m", "sampling": Sampling()}
+    results = evaluate(tasks, lambda: engine, [Strict()], folder, **options).results
+    results.write(folder)
+    return results
+
+
 def test_an_evaluation_leaves_its_files_and_reads_them_again(tmp_path):
     engine = ScriptedEngine(lambda prompt, sample: "no" if prompt.prompt_id == "h0" else "yes")
-    options = {"suite": "s", "run": "r", "model": "m", "sampling": Sampling()}
-    results, _ = evaluate(engine, Strict(), PROMPTS, tmp_path, **options)
+    results = evaluated(engine, PROMPTS, tmp_path)
     assert results.metric("harmful", "safety").value == 0.25
     assert {file.name for file in tmp_path.iterdir()} == {
         "prompts.jsonl",
         "completions.jsonl",
-        "verdicts.jsonl",
+        "verdicts-judge@1.jsonl",
         "results.json",
     }
     assert read_results(tmp_path) == results
@@ -178,17 +186,16 @@ def test_an_evaluation_leaves_its_files_and_reads_them_again(tmp_path):
 
 def test_a_folder_of_other_prompts_is_left_alone(tmp_path):
     engine = ScriptedEngine(lambda prompt, sample: "yes")
-    options = {"suite": "s", "run": "r", "model": "m", "sampling": Sampling()}
-    evaluate(engine, Strict(), PROMPTS[:6], tmp_path, **options)
+    evaluated(engine, PROMPTS[:6], tmp_path)
     before = (tmp_path / "prompts.jsonl").read_text()
     for others, said in (
         ([Prompt("h0", user_says("another"), "harmful")], "'h0' isn't the prompt of that id"),
         ([*PROMPTS[:2], Prompt("new", user_says("new"), "harmful")], "6 of another choice"),
     ):
         with pytest.raises(DataError, match=said):
-            evaluate(engine, Strict(), others, tmp_path, **options)
+            evaluated(engine, others, tmp_path)
         assert (tmp_path / "prompts.jsonl").read_text() == before
-    more, _ = evaluate(engine, Strict(), PROMPTS, tmp_path, **options)
+    more = evaluated(engine, PROMPTS, tmp_path)
     assert more.metric("benign", "tokens").n == 4
 
 

@@ -13,7 +13,7 @@ from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion
 from bfpo.data.prompts import SOURCES
 from bfpo.evaluation import pipeline as run
-from bfpo.evaluation import plan
+from bfpo.evaluation import plan, subject
 from bfpo.evaluation.gate import Bound
 from bfpo.evaluation.plan import show_plan
 from bfpo.evaluation.recipe import EvalRecipe
@@ -69,8 +69,8 @@ def test_the_recipes_on_the_page_are_recipes():
 
 
 def test_a_dry_run_counts_tells_time_and_cost_and_keeps_nothing(toy, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "engine_of", lambda recipe: toy.engines["careful"])
-    monkeypatch.setattr(run, "open_judge", lambda spec, **_: toy.judges["one"])
+    monkeypatch.setattr(plan, "open_model", lambda recipe: toy.engines["careful"])
+    monkeypatch.setattr(subject, "open_judge", lambda spec, **_: toy.judges["one"])
     content = toy.recipe(
         judges=["one", "rubric:judge@http://localhost/v1"], judge_price={"prompt": 3, "completion": 9}
     )

@@ -10,7 +10,7 @@ from bfpo.config.loading import check_recipe
 from bfpo.core.samples import Preference, Verdict
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation import pipeline as module
-from bfpo.evaluation import plan
+from bfpo.evaluation import plan, subject
 from bfpo.evaluation.alpaca_eval import read_alpaca_annotations
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
@@ -81,9 +81,9 @@ def toy(tmp_path, monkeypatch):
         return "?" * 30 if number == 11 else "a" * (18 + 2 * number)
 
     judges = Judges(monkeypatch, compares="rating", rates=Rates(), sees=Sees())
-    monkeypatch.setattr(module, "engine_of", lambda recipe: ScriptedEngine(answer, name="scripted"))
-    monkeypatch.setattr(plan, "engine_of", lambda recipe: ScriptedEngine(answer, name="scripted"))
-    monkeypatch.setattr(module, "open_judge", judges.open)
+    monkeypatch.setattr(module, "open_model", lambda recipe: ScriptedEngine(answer, name="scripted"))
+    monkeypatch.setattr(plan, "open_model", lambda recipe: ScriptedEngine(answer, name="scripted"))
+    monkeypatch.setattr(subject, "open_judge", judges.open)
     return judges
 
 
@@ -120,7 +120,7 @@ def test_a_killed_comparison_goes_on_where_it_was(toy):
     toy["sees"].stop_after = 7
     with pytest.raises(KeyboardInterrupt):
         run_eval(recipe())
-    unfinished = Path("out/a/comparisons-sees.jsonl.unfinished")
+    unfinished = Path("out/a/comparisons-sees@1.jsonl.unfinished")
     assert len(unfinished.read_text().splitlines()) == 7
     with unfinished.open("a") as file:
         file.write('{"prompt_id": "half')
@@ -151,7 +151,7 @@ def test_the_files_are_alpaca_eval_s(toy):
 def test_two_runs_compare_prompt_by_prompt_only_beside_the_same_outputs(toy, monkeypatch):
     run_eval(recipe())
     better = ScriptedEngine(lambda prompt, sample: "b" * 60, name="better")
-    monkeypatch.setattr(module, "engine_of", lambda recipe: better)
+    monkeypatch.setattr(module, "open_model", lambda recipe: better)
     results = run_eval(recipe(out="out/b", base="out/a"))
     compared = {(one.metric, one.judge): one for one in results.comparisons}
     assert compared["win_rate", "sees"].difference == pytest.approx(1 - (3 * 0.5 + 8) / 11)

@@ -159,14 +159,16 @@ def test_another_oracle_judges_the_old_answers_again(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "BASE_STEPS", {"pretraining": 2, "base": 1})
     unit = units_of(recipe_of(tmp_path))[0]
     run_unit(unit)
-    files = ("completions.jsonl", "verdicts.jsonl", "results.json")
+    revision = Oracle("shared").revision
+    files = ("completions.jsonl", f"verdicts-testbed-oracle@{revision}.jsonl", "results.json")
     answers, verdicts, results = ((unit.evaluation / name).read_text() for name in files)
-    for name, text in zip(files[1:], (verdicts, results), strict=True):
-        old = text.replace(Oracle("shared").revision, "0ldone")
-        assert old != text
-        (unit.evaluation / name).write_text(old)
-    # A killed judging leaves its unfinished part behind.
-    (unit.evaluation / "verdicts.jsonl.unfinished").write_text(verdicts.replace(Oracle("shared").revision, "0lder"))
+    assert revision in verdicts
+    assert revision in results
+    # An earlier version named the file otherwise, and a killed judging leaves its unfinished part behind.
+    (unit.evaluation / files[1]).unlink()
+    (unit.evaluation / "verdicts.jsonl").write_text(verdicts.replace(revision, "0ldone"))
+    (unit.evaluation / "verdicts.jsonl.unfinished").write_text(verdicts.replace(revision, "0lder"))
+    (unit.evaluation / "results.json").write_text(results.replace(revision, "0ldone"))
     assert not unit.is_done
     monkeypatch.setattr(runs, "load_engine", None)
     run_unit(unit)

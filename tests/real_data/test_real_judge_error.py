@@ -86,9 +86,7 @@ def test_people_s_numbers_are_on_the_page_and_correction_on_own_answers_gives_th
     assert sum(covered) >= 9
     assert "calibrated on answers of other models" not in page
     assert all(
-        one["own"]
-        for model in MODELS
-        for one in read_results(example.out / "same" / model / "evaluation").calibration
+        one.own for model in MODELS for one in read_results(example.out / "same" / model / "evaluation").calibration
     )
 
 

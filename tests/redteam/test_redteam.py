@@ -195,7 +195,7 @@ def test_rounds_sample_from_the_model_that_the_last_one_trained(recipe, tmp_path
     assert [train_recipe.model.path for train_recipe in trained] == ["m", models[0]]
     sources = [[source.path for source in train_recipe.data] for train_recipe in trained]
     assert sources == [[str(paths[0])], [str(path) for path in paths[:2]]]
-    assert [train_recipe.loss["beta"] for train_recipe in trained] == [0.3, 0.3]
+    assert [train_recipe.loss.beta for train_recipe in trained] == [0.3, 0.3]
     before = [path.read_bytes() for path in paths]
     assert [path.read_bytes() for path in run_redteam(rounds)] == before
     assert len(trained) == 2, "a trained model isn't trained again"

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from bfpo.core.files import read_repaired_jsonl
-from bfpo.core.samples import Prompt, Verdict
-from bfpo.data.stages import read_completions, read_prompt_file, read_verdicts
+from bfpo.core.samples import Prompt
+from bfpo.data.stages import read_completions, read_prompt_file
+from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import ModelComparison
 from bfpo.evaluation.dominance import PooledScores, pair_verdicts, pooled
@@ -13,10 +15,23 @@ from bfpo.evaluation.panel import JudgeOutput, Measures, all_comparisons, measur
 from bfpo.evaluation.preferences import PairwisePreference
 from bfpo.evaluation.results import FILE_NAME, MetricComparison, Results, read_results
 from bfpo.evaluation.suite import Task, with_prompts_of
+from bfpo.evaluation.verdicts import verdicts_by_judge
 
 
-def read_base(path: str, template_policy: str | None) -> tuple[Path, Results]:
-    """Return the folder and the results of an evaluation to compare with.
+class Baseline(NamedTuple):
+    """The evaluation to compare with.
+
+    Args:
+        folder: Its folder.
+        results: Its results.
+    """
+
+    folder: Path
+    results: Results
+
+
+def read_baseline(path: str, template_policy: str | None) -> Baseline:
+    """Read the results of an evaluation to compare with.
 
     Args:
         path: Folder of the base; an `evaluation` folder in it is taken.
@@ -33,10 +48,10 @@ def read_base(path: str, template_policy: str | None) -> tuple[Path, Results]:
             f"base {folder}: its prompts were put to the model under the policy '{base.template_policy}', this run's "
             f"under '{template_policy}'; such runs don't compare, evaluate both under one policy"
         )
-    return folder, base
+    return Baseline(folder, base)
 
 
-def compare_with_base(
+def compare_with_baseline(
     folder: Path,
     base: Results,
     results: Results,
@@ -94,9 +109,9 @@ def compare_with_base(
 
 def _other_references(base: Results, tasks: Sequence[Task]) -> str | None:
     """Return a task whose answers were set beside the outputs of another generator in the base."""
-    theirs = {facts["name"]: facts.get("compared_with") for facts in base.data}
-    own = [task.facts for task in tasks if task.references]
-    return next((one["name"] for one in own if theirs.get(one["name"]) != one["compared_with"]), None)
+    theirs = {row.name: row.compared_with for row in base.data}
+    own = [task.data for task in tasks if task.data is not None and task.references]
+    return next((row.name for row in own if theirs.get(row.name) != row.compared_with), None)
 
 
 def _pooled(run: str, judge: str, measures: Measures) -> PooledScores:
@@ -118,12 +133,9 @@ def _shared_tasks(folder: Path, tasks: Sequence[Task]) -> list[Task]:
 
 def _panel_of(folder: Path, panel: Sequence[JudgeOutput]) -> tuple[list[JudgeOutput], list[str]]:
     """Return the judges that the base has in common, with their verdicts on it, and the labels of the others."""
-    there: dict[tuple[str, str], list[Verdict]] = {}
-    for file in sorted(folder.glob("verdicts*.jsonl")):
-        for verdict in read_verdicts(file):
-            there.setdefault((verdict.judge, verdict.revision), []).append(verdict)
+    there = verdicts_by_judge(folder)
     beside: dict[tuple[str, str], list[PairwisePreference]] = {}
-    for file in sorted(folder.glob("comparisons*.jsonl")):
+    for file in judge_files(folder, "comparisons"):
         for compared in map(PairwisePreference.from_row, read_repaired_jsonl(file)):
             beside.setdefault((compared.judge, compared.revision), []).append(compared)
     found = [

@@ -4,14 +4,14 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bfpo.config.recipes import Source
 from bfpo.core.files import file_hash
 from bfpo.core.samples import KINDS, Completion, Verdict
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
-from bfpo.evaluation.results import CORRECTED, MetricResult
+from bfpo.evaluation.results import CORRECTED, CalibrationResult, MetricResult
 from bfpo.judging.fit import card_file
 from bfpo.judging.labeled import LabeledAnswer, read_labeled
 from bfpo.judging.spec import JudgeSpec, parse_judge
@@ -34,6 +34,16 @@ class Calibration(NamedTuple):
     path: str
     answers: list[LabeledAnswer]
     own: bool
+
+    def for_model(self, names: Collection[str]) -> "Calibration":
+        """Return the answers of the evaluated model; all there are where none is.
+
+        Args:
+            names: What the evaluated model is called: its path, the run, the model that the completions name.
+        """
+        called = {*names, *(Path(name).name for name in names)}
+        own = [one for one in self.answers if {one.completion.model, Path(one.completion.model).name} & called]
+        return Calibration(self.path, own or self.answers, bool(own))
 
     @property
     def completions(self) -> list[Completion]:
@@ -60,29 +70,16 @@ class Calibrated(NamedTuple):
     answers: Mapping[str, int]
 
 
-def read_calibration(path: str) -> list[LabeledAnswer]:
+def read_calibration(path: str) -> Calibration:
     """Read the labeled answers of a recipe's `calibration`.
 
     Raises:
         DataError: If there are none, or one is malformed.
     """
     try:
-        return read_labeled(path)
+        return Calibration(path, read_labeled(path), own=False)
     except DataError as error:
         raise DataError(f"calibration: {error}") from None
-
-
-def calibration_for(path: str, answers: Sequence[LabeledAnswer], names: Collection[str]) -> Calibration:
-    """Return the answers of the evaluated model; all there are where none is.
-
-    Args:
-        path: Of their file.
-        answers: That people labeled.
-        names: What the evaluated model is called: its path, the run, the model that the completions name.
-    """
-    called = {*names, *(Path(name).name for name in names)}
-    own = [one for one in answers if {one.completion.model, Path(one.completion.model).name} & called]
-    return Calibration(path, own or list(answers), bool(own))
 
 
 def hold(judge: str, calibration: Calibration, verdicts: Sequence[Verdict]) -> Calibrated:
@@ -139,34 +136,34 @@ def with_corrected(metrics: Iterable[MetricResult], calibrated: Sequence[Calibra
     return found
 
 
-def facts(calibration: Calibration, calibrated: Sequence[Calibrated]) -> list[dict[str, Any]]:
+def facts(calibration: Calibration, calibrated: Sequence[Calibrated]) -> list[CalibrationResult]:
     """Return what results tell of the calibration; see `Results`."""
     return [
-        {
-            "judge": one.judge,
-            "question": question,
-            "labeled": Path(calibration.path).name,
-            "hash": ", ".join(calibration.hashes),
-            "models": sorted({answer.completion.model for answer in calibration.answers}),
-            "own": calibration.own,
-            "answers": one.answers[question],
-            **errors._asdict(),
-        }
+        CalibrationResult(
+            one.judge,
+            question,
+            labeled=Path(calibration.path).name,
+            hash=", ".join(calibration.hashes),
+            models=sorted({answer.completion.model for answer in calibration.answers}),
+            own=calibration.own,
+            answers=one.answers[question],
+            sensitivity=errors.sensitivity,
+            yes=errors.yes,
+            specificity=errors.specificity,
+            no=errors.no,
+        )
         for one in calibrated
         for question, errors in one.errors.items()
     ]
 
 
-def remarks(
-    calibration: Calibration, calibrated: Sequence[Calibrated], metrics: Sequence[MetricResult], specs: Iterable[str]
-) -> list[str]:
+def remarks(calibration: Calibration, calibrated: Sequence[Calibrated], metrics: Sequence[MetricResult]) -> list[str]:
     """Return what a reader must know of corrected rates.
 
     Args:
         calibration: What people said.
         calibrated: The judges.
         metrics: What was found.
-        specs: Of the judges, in the recipe.
     """
     told, names = [], ", ".join(one.judge for one in calibrated)
     if not calibration.own:
@@ -192,13 +189,24 @@ def remarks(
             for metric in metrics
             if metric.judge == one.judge and metric.task in KINDS and not _fits(metric, one.errors)
         ]
+    return told
+
+
+def fitted_on_warnings(calibration: Calibration, specs: Iterable[str]) -> list[str]:
+    """Return warnings of judges that were fitted on the answers of the calibration.
+
+    Args:
+        calibration: The labeled answers.
+        specs: Specs of the judges.
+    """
+    warnings = []
     for spec in map(parse_judge, specs):
         if fitted := _fitted_on(spec) & set(calibration.hashes):
-            told.append(
+            warnings.append(
                 f"{', '.join(sorted(spec.kinds))} was fitted on the very answers that it is calibrated on "
                 f"({', '.join(sorted(fitted))}): it errs less on these than on others, and is corrected too little."
             )
-    return told
+    return warnings
 
 
 def _fits(metric: MetricResult, errors: Mapping[str, JudgeErrors]) -> bool:

@@ -11,7 +11,7 @@ from bfpo.config.recipes import Section
 from bfpo.core.terminal import say, show_table
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.correction import QUESTIONS
-from bfpo.evaluation.lm_eval.tasks import metrics_of
+from bfpo.evaluation.lm_eval.tasks import listed_metrics
 from bfpo.evaluation.panel import LENGTH_CONTROLLED, ORDER_DECIDES, WIN_RATE
 from bfpo.evaluation.results import CORRECTED, MetricResult, Results, shown
 from bfpo.evaluation.scoring import DERIVED, MEASURES
@@ -114,7 +114,7 @@ def check_bounds(
         if bound.metric in calibrated - measured:
             raise RecipeError(f"gate: metric '{bound.metric}' needs answers that people labeled; name `calibration:`")
         # Of a group of tasks it isn't known before.
-        known = metrics_of(lm_eval[place]) if place in lm_eval else measured
+        known = listed_metrics(lm_eval[place]) if place in lm_eval else measured
         name = bound.metric.partition(" (")[0] if place in lm_eval else bound.metric
         if known and name not in known:
             raise RecipeError(f"gate: metric '{bound.metric}'; {did_you_mean(name, sorted(known))}")

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from bfpo.core.samples import KINDS, Completion, Key, Prompt, Verdict
 from bfpo.evaluation.differences import compare
 from bfpo.evaluation.preferences import PairwisePreference, order_decides, preferences
-from bfpo.evaluation.results import MetricComparison, MetricResult, Results
+from bfpo.evaluation.results import AgreementResult, MetricComparison, MetricResult, Results
 from bfpo.evaluation.scoring import JudgedCompletion, MetricSpec, PromptScores, join, measure, to_metrics
 from bfpo.evaluation.suite import Task
 from bfpo.stats.agreement import kappa
@@ -46,7 +46,13 @@ Measures = dict[tuple[str, str], list[PromptScores]]
 """Suite and judge → what was measured."""
 
 
-def measure_all(tasks: Sequence[Task], completions: Sequence[Completion], panel: Sequence[JudgeOutput]) -> Measures:
+def measure_all(
+    tasks: Sequence[Task],
+    completions: Sequence[Completion],
+    panel: Sequence[JudgeOutput],
+    *,
+    by_category: bool = True,
+) -> Measures:
     """Measure every suite by every judge: over all prompts of a kind, over each task, and over its categories.
 
     What needs no judge (tokens, cut answers) is measured beside the first judge alone.
@@ -61,17 +67,20 @@ def measure_all(tasks: Sequence[Task], completions: Sequence[Completion], panel:
             own = [task for task in tasks if task.suite == suite]
             measured = _measure({prompt.prompt_id: prompt for task in own for prompt in task.prompts}, judged, judge)
             for task in own:
-                measured += _of_task(task, judged, judge)
+                measured += _of_task(task, judged, judge, by_category=by_category)
                 measured += wins(task, judge)
             found[suite, judge.label] = [one for one in measured if number == 0 or one.measure.needs_judge]
     return found
 
 
-def _of_task(task: Task, judged: Mapping[str, list[JudgedCompletion]], judge: JudgeOutput) -> list[PromptScores]:
+def _of_task(
+    task: Task, judged: Mapping[str, list[JudgedCompletion]], judge: JudgeOutput, *, by_category: bool
+) -> list[PromptScores]:
     found = []
     if task.name not in KINDS:
         found += _measure({prompt.prompt_id: prompt for prompt in task.prompts}, judged, judge, task=task.name)
-    for category in sorted({prompt.category for prompt in task.prompts if prompt.category}):
+    categories = {prompt.category for prompt in task.prompts if prompt.category} if by_category else set()
+    for category in sorted(categories):
         those = {prompt.prompt_id: prompt for prompt in task.prompts if prompt.category == category}
         measured = _measure(those, judged, judge, task=task.name, category=category)
         found += [one for one in measured if one.measure.needs_judge]
@@ -122,7 +131,7 @@ def all_comparisons(ours: Measures, theirs: Measures, against: Results) -> list[
     ]
 
 
-def agreement(tasks: Sequence[Task], panel: Sequence[JudgeOutput]) -> list[dict[str, Any]]:
+def agreement(tasks: Sequence[Task], panel: Sequence[JudgeOutput]) -> list[AgreementResult]:
     """Return Cohen's kappa of every two judges, with the bootstrap interval over prompts where there is one.
 
     Safety is asked about the answers to harmful prompts, refusals about all.
@@ -140,18 +149,9 @@ def agreement(tasks: Sequence[Task], panel: Sequence[JudgeOutput]) -> list[dict[
             ]
             decided = [(key, a, b) for key, a, b in both if a is not None and b is not None]
             value, low, high = _kappa(decided)
-            found.append(
-                {
-                    "judges": [one.label, other.label],
-                    "question": question,
-                    "kappa": value,
-                    "low": low,
-                    "high": high,
-                    "n": len(decided),
-                    # Where nearly all answers are of one kind, kappa is low or undefined however well judges agree.
-                    "share": sum(a == b for _, a, b in decided) / len(decided) if decided else None,
-                }
-            )
+            # Where nearly all answers are of one kind, kappa is low or undefined however well judges agree.
+            share = sum(a == b for _, a, b in decided) / len(decided) if decided else None
+            found.append(AgreementResult([one.label, other.label], question, value, low, high, len(decided), share))
     return found
 
 

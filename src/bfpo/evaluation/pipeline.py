@@ -1,257 +1,326 @@
-"""`bfpo eval`: prompts → completions → verdicts of each judge → results; every file on the way can be used again."""
+"""Evaluation: prompts → completions → verdicts of each judge → results. Files of earlier runs are reused."""
 
 import gc
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from bfpo.config.loading import dump_recipe
-from bfpo.core.files import file_name, write_text
-from bfpo.core.samples import Completion, Engine, Judge, Prompt
+from bfpo.core.files import write_jsonl, write_text
+from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.core.terminal import say
-from bfpo.data.stages import generate_completions, judge_completions
+from bfpo.data.stages import generate_completions, judge_completions, read_completions, read_prompt_file
+from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, Unanswered
-from bfpo.evaluation import correction as calibrating
-from bfpo.evaluation.baseline import compare_with_base, read_base
-from bfpo.evaluation.comparisons import ModelComparison
-from bfpo.evaluation.gate import check_bounds, enforce, read_gate
+from bfpo.evaluation import correction
+from bfpo.evaluation.baseline import Baseline, compare_with_baseline, read_baseline
+from bfpo.evaluation.correction import Calibration, read_calibration
+from bfpo.evaluation.gate import Bound, check_bounds, enforce, read_gate
 from bfpo.evaluation.indices import index_metrics
 from bfpo.evaluation.lm_eval.suite import (
-    capabilities_of,
-    capability_metrics,
-    compare_capabilities,
-    run_capabilities,
+    compare_lm_eval_tasks,
+    find_lm_eval_tasks,
+    lm_eval_data,
+    lm_eval_metrics,
+    run_lm_eval_tasks,
 )
 from bfpo.evaluation.panel import JudgeOutput, agreement, all_metrics, measure_all
 from bfpo.evaluation.recipe import EvalRecipe
-from bfpo.evaluation.results import MetricComparison, Results, answers_hash
-from bfpo.evaluation.run import TEMPLATE_POLICY, write_prompts
+from bfpo.evaluation.results import Results, answers_hash
 from bfpo.evaluation.show import show_evaluation
+from bfpo.evaluation.subject import (
+    TEMPLATE_POLICY,
+    model_name,
+    open_model,
+    open_recipe_judge,
+    run_name,
+    template_policy,
+    training_judges,
+)
 from bfpo.evaluation.suite import Suite, Task, load_suite, read_tasks, with_prompts_of
 from bfpo.evaluation.warnings import warnings_of
 from bfpo.evaluation.win_rates import check_judges, compare, export, length_controlled, references_of
-from bfpo.generation.open import open_engine
-from bfpo.judging.open import open_judge
 from bfpo.judging.people import PeopleJudge
-from bfpo.judging.spec import JudgeSpec
 
-SERVER_POLICY = "the server's own chat template"
-LM_EVAL_POLICY = "as data says of each task"
-SAVED_POLICY = "as the program that saved the answers put them"
+
+class Evaluation(NamedTuple):
+    """Results with what they are computed from.
+
+    Args:
+        results: The results.
+        tasks: Tasks with the prompts that have completions.
+        completions: Completions of these prompts.
+        outputs: Output of each judge, the primary judge first.
+    """
+
+    results: Results
+    tasks: list[Task]
+    completions: list[Completion]
+    outputs: list[JudgeOutput]
 
 
 def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
-    """Evaluate a model, or saved completions.
+    """Evaluate the model of a recipe, or saved completions.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         gate: File of bounds; default the recipe's.
 
     Raises:
         RecipeError: If a suite, a source, a judge or a bound isn't possible.
         DataError: If prompts can't be read, or the folder holds another evaluation.
-        GateViolated: If a bound is violated with confidence; the results are written all the same.
+        GateViolated: If a bound is violated with confidence; the results are written before.
     """
-    given = gate if gate is not None else recipe.gate
-    bounds = read_gate(given) if isinstance(given, str) else given or []
-    suites, tasks = read_questions(recipe)
-    # What can be known to be wrong is told before hours of work.
-    wanted = capabilities_of(recipe, suites)
+    bounds = _read_bounds(recipe, gate)
+    suites, tasks = read_suites(recipe)
+    # Everything that can be refused is refused before hours of work.
+    lm_eval_tasks = find_lm_eval_tasks(recipe, suites)
     check_judges(recipe, tasks)
-    check_bounds(bounds, tasks, {one.where: one.name for one in wanted}, corrected=recipe.calibration is not None)
-    labeled = [] if recipe.calibration is None else calibrating.read_calibration(recipe.calibration)
-    policy = template_policy(recipe, suites, tasks)
-    base = None if recipe.base is None else read_base(recipe.base, policy if tasks else None)
-    out = Path(recipe.out)
-    prompts = questions(tasks)
-    if prompts:
-        write_prompts(out, prompts)
-    found = run_capabilities(recipe, wanted, out)
-    release()
-    completions, remarks = _answers(recipe, prompts, out) if prompts else ([], [])
-    tasks = with_prompts_of(tasks, {one.prompt_id for one in completions})
-    names = {model_name(recipe), run_name(recipe), *(one.model for one in completions[:1])}
-    calibration = calibrating.calibration_for(recipe.calibration or "", labeled, names)
-    references = references_of(tasks)
-    panel = (
-        judge_all(recipe, completions, out, labeled=calibration.completions, references=references) if prompts else []
+    check_bounds(
+        bounds,
+        tasks,
+        {task.full_name: task.spec for task in lm_eval_tasks},
+        corrected=recipe.calibration is not None,
     )
-    calibrated = [calibrating.hold(one.label, calibration, one.on_labeled) for one in panel if one.on_labeled]
-    labeled_by = {*recipe.labeled_by, *training_judges(recipe)}
-    results = Results(
+    calibration = None if recipe.calibration is None else read_calibration(recipe.calibration)
+    fitted_on = [] if calibration is None else correction.fitted_on_warnings(calibration, recipe.judges)
+    policy = template_policy(recipe, suites, tasks)
+    baseline = None if recipe.base is None else read_baseline(recipe.base, policy if tasks else None)
+    folder = Path(recipe.out)
+    if tasks:
+        write_prompts(folder, unique_prompts(tasks))
+    lm_eval_results = run_lm_eval_tasks(recipe, lm_eval_tasks, folder)
+    release_memory()
+    evaluation = evaluate(
+        tasks,
+        lambda: open_model(recipe),
+        (open_recipe_judge(recipe, spec) for spec in recipe.judges),
+        folder,
         run=run_name(recipe),
         model=model_name(recipe),
+        sampling=recipe.sampling.settings,
         template_policy=policy,
-        judges=[
-            {"name": one.label, "revision": one.revision, "circular": bool({*one.name.split("+")} & labeled_by)}
-            for one in panel
-        ],
-        sampling=asdict(recipe.sampling.settings),
-        metrics=[],
-        answers=answers_hash(completions) if completions else "",
-        agreement=agreement(tasks, panel),
-        data=[*(task.facts for task in tasks), *(one.facts for one in found)],
-        calibration=calibrating.facts(calibration, calibrated),
+        max_unanswered=recipe.max_unanswered,
+        labeled_by={*recipe.labeled_by, *training_judges(recipe)},
+        calibration=calibration,
+        baseline=baseline,
     )
-    measures = measure_all(tasks, completions, panel)
-    metrics, comparisons, pairs = all_metrics(measures), list[MetricComparison](), list[ModelComparison]()
-    metrics = calibrating.with_corrected(metrics, calibrated)
-    metrics += [*length_controlled(tasks, completions, panel), *capability_metrics(wanted, found)]
-    metrics += index_metrics(suites, metrics)
-    if calibrated:
-        remarks += calibrating.remarks(calibration, calibrated, metrics, recipe.judges)
-    if base is not None:
-        if tasks:
-            comparisons, pairs, told = compare_with_base(*base, results, tasks, measures, panel)
-            remarks += told
-        of_lm_eval, told = compare_capabilities(wanted, found, *base)
-        comparisons, remarks = [*comparisons, *of_lm_eval], [*remarks, *told]
-    warned = [*warnings_of(recipe, suites, results, panel), *remarks]
-    results = replace(results, metrics=metrics, comparisons=comparisons, model_comparisons=pairs, warnings=warned)
-    write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
-    results.write(out)
-    export(tasks, completions, panel, results.run, out)
+    results = evaluation.results
+    metrics = [*results.metrics, *lm_eval_metrics(lm_eval_tasks, lm_eval_results)]
+    comparisons, notes = results.comparisons, results.warnings + fitted_on
+    if baseline is not None:
+        more_comparisons, more_notes = compare_lm_eval_tasks(lm_eval_tasks, lm_eval_results, baseline)
+        comparisons, notes = comparisons + more_comparisons, notes + more_notes
+    results = replace(
+        results,
+        metrics=metrics + index_metrics(suites, metrics),
+        comparisons=comparisons,
+        data=[*results.data, *lm_eval_data(lm_eval_tasks, lm_eval_results)],
+        warnings=[*warnings_of(recipe, suites, results, evaluation.outputs), *notes],
+    )
+    write_text(folder / "recipe.resolved.yaml", dump_recipe(recipe))
+    results.write(folder)
+    export(evaluation.tasks, evaluation.completions, evaluation.outputs, results.run, folder)
     show_evaluation(results)
-    say(f"results in {out / 'results.json'}")
+    say(f"results in {folder / 'results.json'}")
     if bounds:
         enforce(results, bounds)
     return results
 
 
-def read_questions(recipe: EvalRecipe) -> tuple[dict[str, Suite], list[Task]]:
+def _read_bounds(recipe: EvalRecipe, gate: str | None) -> list[Bound]:
+    source = gate if gate is not None else recipe.gate
+    return read_gate(source) if isinstance(source, str) else source or []
+
+
+def read_suites(recipe: EvalRecipe) -> tuple[dict[str, Suite], list[Task]]:
     """Return the suites of a recipe by name, and their tasks with prompts."""
     suites = dict(load_suite(name) for name in recipe.suites)
     return suites, read_tasks(suites, data=recipe.data, leave_out=recipe.leave_out, limit=recipe.limit)
 
 
-def questions(tasks: Sequence[Task]) -> list[Prompt]:
-    """Return the prompts of all tasks; one that several tasks ask is asked once."""
+def unique_prompts(tasks: Iterable[Task]) -> list[Prompt]:
+    """Return the prompts of all tasks, each once."""
     return list({prompt.prompt_id: prompt for task in tasks for prompt in task.prompts}.values())
 
 
-def run_name(recipe: EvalRecipe) -> str:
-    """Return the short name of the run."""
-    return recipe.run or Path(recipe.out).resolve().name
+def evaluate(
+    tasks: Sequence[Task],
+    open_engine: Callable[[], Engine] | None,
+    judges: Iterable[Judge],
+    folder: Path,
+    *,
+    run: str,
+    model: str,
+    sampling: Sampling,
+    template_policy: str = TEMPLATE_POLICY,
+    max_unanswered: float = 0.0,
+    labeled_by: Collection[str] = (),
+    by_category: bool = True,
+    calibration: Calibration | None = None,
+    baseline: Baseline | None = None,
+) -> Evaluation:
+    """Generate, judge and score completions, and compare the scores with a baseline.
+
+    One model is in memory at a time: the evaluated one, then one judge after the other. The folder gets all files but
+    `results.json`, which the caller writes.
+
+    Args:
+        tasks: Tasks with their prompts.
+        open_engine: Opens the engine; None if the folder holds all completions.
+        judges: Judges, the primary one first; a generator opens each when its turn comes.
+        folder: Output folder; files of an earlier run in it are reused.
+        run: Short name of the run.
+        model: Name of the model.
+        sampling: Sampling settings of the engine.
+        template_policy: How prompts are given to the model.
+        max_unanswered: Maximum share of prompts without a completion, in [0, 1).
+        labeled_by: Names of the judges that labeled the model's training data.
+        by_category: Whether each category of a task's prompts has metrics too.
+        calibration: Labeled answers that correct the judges' rates.
+        baseline: Evaluation to compare with.
+
+    Raises:
+        DataError: If the folder holds files of another model, judge or prompt set.
+        Unanswered: If more prompts than `max_unanswered` have no completion.
+    """
+    completions, outputs, notes = list[Completion](), list[JudgeOutput](), list[str]()
+    prompts, references = unique_prompts(tasks), references_of(tasks)
+    if prompts:
+        write_prompts(folder, prompts)
+        path = folder / Completion.file_name
+        if open_engine is None:
+            completions = read_completions(path)
+        else:
+            completions, notes = _generate(
+                open_engine, prompts, path, samples=sampling.samples, max_unanswered=max_unanswered
+            )
+        tasks = with_prompts_of(tasks, {completion.prompt_id for completion in completions})
+        if calibration is not None:
+            calibration = calibration.for_model({run, model, *(completion.model for completion in completions[:1])})
+        labeled = () if calibration is None else calibration.completions
+        outputs = judge_all(judges, completions, folder, labeled=labeled, references=references)
+    scores = measure_all(tasks, completions, outputs, by_category=by_category)
+    metrics = all_metrics(scores)
+    calibrated = (
+        []
+        if calibration is None
+        else [
+            correction.hold(output.label, calibration, output.on_labeled) for output in outputs if output.on_labeled
+        ]
+    )
+    metrics = correction.with_corrected(metrics, calibrated) + length_controlled(tasks, completions, outputs)
+    results = Results(
+        run=run,
+        model=model,
+        template_policy=template_policy,
+        judges=[
+            {
+                "name": output.label,
+                "revision": output.revision,
+                "circular": bool({*output.name.split("+")} & {*labeled_by}),
+            }
+            for output in outputs
+        ],
+        sampling=asdict(sampling),
+        metrics=metrics,
+        answers=answers_hash(completions) if completions else "",
+        agreement=agreement(tasks, outputs),
+        data=[task.data for task in tasks if task.data is not None],
+    )
+    if calibration is not None and calibrated:
+        results = replace(results, calibration=correction.facts(calibration, calibrated))
+        notes += correction.remarks(calibration, calibrated, metrics)
+    if baseline is not None and tasks:
+        comparisons, model_comparisons, told = compare_with_baseline(*baseline, results, tasks, scores, outputs)
+        results = replace(results, comparisons=comparisons, model_comparisons=model_comparisons)
+        notes += told
+    return Evaluation(replace(results, warnings=notes), list(tasks), completions, outputs)
 
 
-def model_name(recipe: EvalRecipe) -> str:
-    """Return what is evaluated."""
-    if recipe.model is not None:
-        return recipe.model.path + (f"@{recipe.model.revision}" if recipe.model.revision else "")
-    return str(recipe.completions)
+def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
+    """Write `prompts.jsonl` into a folder, unless it holds other prompts.
+
+    Raises:
+        DataError: If it does. A superset or a subset of the same prompts is allowed.
+    """
+    path = folder / Prompt.file_name
+    if path.exists():
+        # Only the texts are compared: the license of a prompt, say, may have been corrected since.
+        existing = {prompt.prompt_id: prompt.prompt for prompt in read_prompt_file(str(path))}
+        new = {prompt.prompt_id: prompt.prompt for prompt in prompts}
+        differing = next((key for key, prompt in new.items() if existing.get(key, prompt) != prompt), None)
+        if differing is not None or not (existing.keys() <= new.keys() or new.keys() <= existing.keys()):
+            reason = (
+                f"'{differing}' isn't the prompt of that id" if differing else f"{len(existing)} of another choice"
+            )
+            raise DataError(f"{path} holds other prompts ({reason}); choose another folder, or remove this one")
+    write_jsonl(path, (prompt.to_row() for prompt in prompts))
 
 
-def engine_of(recipe: EvalRecipe) -> Engine:
-    """Return what answers."""
-    if recipe.model is None:
-        from bfpo.generation.saved import SavedEngine
-
-        return SavedEngine(str(recipe.completions), run_name(recipe))
-    return open_engine(recipe.model, recipe.sampling.settings)
-
-
-def _answers(recipe: EvalRecipe, prompts: Sequence[Prompt], out: Path) -> tuple[list[Completion], list[str]]:
-    engine, path, samples = engine_of(recipe), out / "completions.jsonl", recipe.sampling.samples
-    remarks = []
+def _generate(
+    open_engine: Callable[[], Engine], prompts: Sequence[Prompt], path: Path, *, samples: int, max_unanswered: float
+) -> tuple[list[Completion], list[str]]:
+    """Return the completions of all prompts that have them, and notes for the reader of the results."""
+    engine, notes = open_engine(), []
     try:
-        found = generate_completions(engine, prompts, path, samples=samples)
+        completions = generate_completions(engine, prompts, path, samples=samples)
     except Unanswered as error:
-        lost = {key[0] for key in error.failed}
-        if len(lost) > recipe.max_unanswered * len(prompts):
-            say(f"max_unanswered is {recipe.max_unanswered:g}; a larger share leaves these prompts out")
+        missing = {prompt_id for prompt_id, _ in error.failed}
+        if len(missing) > max_unanswered * len(prompts):
+            say(f"max_unanswered is {max_unanswered:g}; a larger share leaves these prompts out")
             raise
-        answered = [prompt for prompt in prompts if prompt.prompt_id not in lost]
-        found = generate_completions(engine, answered, path, samples=samples)
-        remarks.append(f"{len(lost):,} of {len(prompts):,} prompts have no answer and take no part.")
+        answered = [prompt for prompt in prompts if prompt.prompt_id not in missing]
+        completions = generate_completions(engine, answered, path, samples=samples)
+        notes.append(f"{len(missing):,} of {len(prompts):,} prompts have no answer and take no part.")
     if getattr(engine, "counts_tokens", True) is False:
-        remarks.append("Lengths are in words: the saved answers don't say how many tokens they have.")
+        notes.append("Lengths are in words: the saved answers don't say how many tokens they have.")
     del engine
-    release()
-    return found, remarks
-
-
-def judge_of(recipe: EvalRecipe, spec: str | JudgeSpec) -> Judge:
-    """Return the judge of a spec, at the recipe's threshold if it has one."""
-    return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server)
+    release_memory()
+    return completions, notes
 
 
 def judge_all(
-    recipe: EvalRecipe,
+    judges: Iterable[Judge],
     completions: Sequence[Completion],
-    out: Path,
+    folder: Path,
     *,
     labeled: Sequence[Completion] = (),
     references: Mapping[str, Completion] | None = None,
 ) -> list[JudgeOutput]:
-    """Ask the judges one after the other, so that one at a time is in memory.
+    """Return the output of each judge.
 
     Args:
-        recipe: Whose judges they are.
-        completions: The evaluated answers.
-        out: Folder of the evaluation.
-        labeled: Answers that people labeled; the judges read them too, people themselves don't.
-        references: Prompt → the output that its answer is compared with.
+        judges: Judges, the primary one first.
+        completions: Completions of the evaluated model.
+        folder: Folder of the evaluation.
+        labeled: Answers with human labels, which all judges but the annotators themselves read too.
+        references: Prompt id → output that the completion is compared with.
+
+    Raises:
+        DataError: If a judge is listed twice.
     """
-    panel: list[JudgeOutput] = []
-    for spec in recipe.judges:
-        judge = judge_of(recipe, spec)
+    outputs: list[JudgeOutput] = []
+    for judge in judges:
         name, revision = judge.name, judge.revision
-        if any((name, revision) == (one.name, one.revision) for one in panel):
-            raise DataError(f"judges: {spec} is {name}@{revision}, which stands there already")
-        label = name if name not in {one.label for one in panel} else f"{name}@{revision[:8]}"
-        verdicts = judge_completions(judge, completions, out / verdicts_file(label, first=not panel))
-        asked_too = labeled if name != PeopleJudge.name else ()
-        on_labeled = (
-            judge_completions(judge, asked_too, out / f"calibration-{file_name(label)}.jsonl") if asked_too else []
-        )
-        one = JudgeOutput(label, name, revision, verdicts, on_labeled)
-        panel.append(compare(judge, one, completions, references, out) if references else one)
+        if any((name, revision) == (output.name, output.revision) for output in outputs):
+            raise DataError(f"judges: {name}@{revision} is already listed")
+        label = name if name not in {output.label for output in outputs} else f"{name}@{revision[:8]}"
+        verdicts = judge_completions(judge, completions, judge_file(folder, "verdicts", name, revision))
+        on_labeled = []
+        if labeled and name != PeopleJudge.name:
+            on_labeled = judge_completions(judge, labeled, judge_file(folder, "calibration", name, revision))
+        output = JudgeOutput(label, name, revision, verdicts, on_labeled)
+        outputs.append(compare(judge, output, completions, references, folder) if references else output)
         del judge
-        release()
-    return panel
+        release_memory()
+    return outputs
 
 
-def verdicts_file(label: str, *, first: bool) -> str:
-    """Return the name of the file with a judge's verdicts."""
-    return "verdicts.jsonl" if first else f"verdicts-{file_name(label)}.jsonl"
-
-
-def release() -> None:
-    """Give the memory of what isn't used any more back to the accelerator."""
+def release_memory() -> None:
+    """Return the unused memory of the accelerator."""
     if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def training_judges(recipe: EvalRecipe) -> set[str]:
-    """Return the names of the judges that labeled what the model was trained on, as its folder tells."""
-    if recipe.model is None:
-        return set()
-    path = Path(recipe.model.path) / "data_manifest.json"
-    if not path.is_file():
-        return set()
-    try:
-        sources = json.loads(path.read_text(encoding="utf-8")).get("label_sources") or {}
-    except (ValueError, AttributeError):
-        raise DataError(f"{path}: not the JSON object that training leaves; who labeled the data?") from None
-    return {part.partition("@")[0] for source in sources for part in str(source).split("+")}
-
-
-def template_policy(recipe: EvalRecipe, suites: dict[str, Suite], tasks: Sequence[Task]) -> str:
-    """Return in words how prompts were put to the model; system messages of tasks are a part of it."""
-    if not tasks:
-        return LM_EVAL_POLICY
-    if recipe.template_policy is not None:
-        policy = recipe.template_policy
-    elif recipe.model is None:
-        policy = SAVED_POLICY
-    else:
-        policy = SERVER_POLICY if recipe.model.server is not None else TEMPLATE_POLICY
-    asked = {(task.suite, task.name) for task in tasks}
-    for suite, content in suites.items():
-        for task in content.tasks:
-            if task.system is not None and (suite, task.called) in asked:
-                policy += f"; {suite}/{task.called} with the system message {task.system!r}"
-    return policy

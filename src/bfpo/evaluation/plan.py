@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bfpo.core.files import file_name
-from bfpo.core.samples import Completion, Prompt
+from bfpo.core.samples import Completion, Judge, Prompt
 from bfpo.core.terminal import say, show_table
+from bfpo.data.verdict_files import judge_file
 from bfpo.evaluation.correction import read_calibration
-from bfpo.evaluation.lm_eval.suite import capabilities_of, count_rows
-from bfpo.evaluation.pipeline import engine_of, judge_of, questions, read_questions, release, verdicts_file
+from bfpo.evaluation.lm_eval.suite import find_lm_eval_tasks, plan_lm_eval_tasks
+from bfpo.evaluation.pipeline import read_suites, release_memory, unique_prompts
 from bfpo.evaluation.recipe import EvalRecipe, Price
+from bfpo.evaluation.subject import open_model, open_recipe_judge
 from bfpo.evaluation.win_rates import check_judges, references_of
 from bfpo.judging.spec import JudgePart, JudgeSpec, parse_judge
 
@@ -48,21 +49,28 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
 
     A model in this process answers a few prompts and its judges read them, to tell the time. No server is asked.
     """
-    suites, tasks = read_questions(recipe)
-    counted = count_rows(recipe, capabilities_of(recipe, suites))
-    prompts = questions(tasks)
+    suites, tasks = read_suites(recipe)
+    planned_rows = plan_lm_eval_tasks(recipe, find_lm_eval_tasks(recipe, suites))
+    prompts = unique_prompts(tasks)
     show_table(
         f"{len(prompts):,} prompts, answers to each: {recipe.sampling.samples}",
         ("task", "kind", "prompts", "of", "license", "from"),
         [
-            (one.facts["name"], one.kind, len(one.prompts), one.facts["of"], one.facts["license"], one.facts["from"])
-            for one in tasks
+            (task.data.name, task.kind, len(task.prompts), task.data.published, task.data.license, task.data.origin)
+            for task in tasks
+            if task.data is not None
         ]
-        + [(one.what, "lm-eval", one.wanted, one.of, None, one.place) for one in counted],
+        + [
+            (planned.task, "lm-eval", planned.rows.selected, planned.rows.total, None, planned.rows.origin)
+            for planned in planned_rows
+        ],
     )
     check_judges(recipe, tasks)
     stages = _stages(recipe, prompts, references_of(tasks)) if prompts else []
-    stages += [Stage(f"rows of {one.what}", one.wanted, one.there, 0, 0, None) for one in counted]
+    stages += [
+        Stage(f"rows of {planned.task}", planned.rows.selected, planned.existing, 0, 0, None)
+        for planned in planned_rows
+    ]
     show_table(
         "What is asked",
         ("what", "wanted", "there", "tokens read", "written, at most", "minutes", "cost, at most"),
@@ -80,7 +88,7 @@ def show_plan(recipe: EvalRecipe) -> list[Stage]:
         ],
     )
     if recipe.calibration is not None:
-        labeled = read_calibration(recipe.calibration)
+        labeled = read_calibration(recipe.calibration).answers
         say(f"not counted above: each judge reads up to {len(labeled):,} answers that people labeled (calibration)")
     say("dry run: nothing was kept. Tokens are estimated, 4 characters each; what a server takes isn't known.")
     return stages
@@ -108,12 +116,9 @@ def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt], references: Mapping[s
             _cost(price, read, written),
         )
     ]
-    labels: list[str] = []
     for spec in map(parse_judge, recipe.judges):
-        judge = judge_of(recipe, spec)
-        label = judge.name if judge.name not in labels else f"{judge.name}@{judge.revision[:8]}"
-        there = min(_lines(out / verdicts_file(label, first=not labels)), answers)
-        labels.append(label)
+        judge = open_recipe_judge(recipe, spec)
+        there = min(_lines(judge_file(out, "verdicts", judge.name, judge.revision)), answers)
         left, seconds = (answers - there) / answers, None
         if made and not spec.is_remote:
             began = time.monotonic()
@@ -123,9 +128,9 @@ def _stages(recipe: EvalRecipe, prompts: Sequence[Prompt], references: Mapping[s
         stages.append(_judging(recipe, spec, f"verdicts of {spec.text}", answers, there, each, seconds))
         compares = "both" if hasattr(judge, "prefer") else spec.compares
         if references and compares is not None:
-            stages.append(_comparing(recipe, spec, label, references, sees_both=compares == "both"))
+            stages.append(_comparing(recipe, spec, judge, references, sees_both=compares == "both"))
         del judge
-        release()
+        release_memory()
     return stages
 
 
@@ -149,12 +154,12 @@ def _cost(price: Price | None, read: int, written: int) -> float | None:
 
 
 def _comparing(
-    recipe: EvalRecipe, spec: JudgeSpec, label: str, references: Mapping[str, Completion], *, sees_both: bool
+    recipe: EvalRecipe, spec: JudgeSpec, judge: Judge, references: Mapping[str, Completion], *, sees_both: bool
 ) -> Stage:
     """Return the stage of a judge that sees both answers, in two orders, or that rates the given outputs."""
     name, times = ("comparisons", 2) if sees_both else ("references", 1)
     wanted = times * len(references)
-    there = min(_lines(Path(recipe.out) / f"{name}-{file_name(label)}.jsonl"), wanted)
+    there = min(_lines(judge_file(Path(recipe.out), name, judge.name, judge.revision)), wanted)
     texts = (text for one in references.values() for text in (one.text, *(said.content for said in one.prompt)))
     given = times * sum(len(text) // _CHARACTERS for text in texts)
     answers = wanted * recipe.sampling.max_new_tokens if sees_both else 0
@@ -167,12 +172,12 @@ def _answering(recipe: EvalRecipe, probe: Sequence[Prompt]) -> tuple[float | Non
     """Return the seconds of an answer and a few answers; nothing where there is nothing to probe."""
     if not probe:
         return None, []
-    engine = engine_of(recipe)
+    engine = open_model(recipe)
     began = time.monotonic()
     made = [one for batch in engine.generate([(prompt, 0) for prompt in probe]) for one in batch]
     seconds = (time.monotonic() - began) / len(made)
     del engine
-    release()
+    release_memory()
     return seconds, made
 
 

@@ -1,10 +1,14 @@
 """`results.json`, schema 3: the results of an evaluation, from which reports are drawn."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from bfpo.core.files import content_hash, write_json
 from bfpo.core.samples import Completion
@@ -104,6 +108,109 @@ class MetricComparison:
 
 
 @dataclass(frozen=True, slots=True)
+class AgreementResult:
+    """Agreement of two judges on one question, over the completions that both decided.
+
+    Args:
+        judges: Names of the two judges.
+        question: `safe` or `refusal`.
+        kappa: Cohen's kappa; None where it is undefined.
+        low: Lower bound of the 95 % interval; None where the judges agree throughout, or one of them has the same
+            verdict on every completion.
+        high: Upper bound.
+        n: Number of completions.
+        share: Share of completions on which the verdicts are equal, in [0, 1]; None without completions.
+    """
+
+    judges: list[str]
+    question: str
+    kappa: float | None
+    low: float | None
+    high: float | None
+    n: int
+    share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskData:
+    """Data of one task. Fields that are None are left out of the file, except `license`.
+
+    Args:
+        name: `SUITE/TASK`.
+        license: License of the data; None if unknown.
+        hash: Hash of the prompts or rows that were used.
+        prompts: Number of prompts or rows that were used.
+        source: Key of `bfpo.data.prompts.SOURCES`, or `lm-eval`.
+        origin: Path, or hub id with revision (`from` in the file).
+        published: Number of prompts or rows of the data (`of` in the file).
+        compared_with: Generators of the outputs that completions are compared with.
+        references_hash: Hash of these outputs.
+        file_sha256: Hash of the local file.
+        lm_eval: Version of lm-eval.
+        version: Version of the lm-eval task.
+        few_shot: Number of examples in the prompt.
+        template_policy: How prompts of the lm-eval task are given to the model.
+        kept_in: File with the results of the lm-eval task, relative to the folder of the evaluation.
+    """
+
+    name: str
+    license: str | None
+    hash: str
+    prompts: int
+    source: str | None = None
+    origin: str | None = None
+    published: int | None = None
+    compared_with: list[str] | None = None
+    references_hash: str | None = None
+    file_sha256: str | None = None
+    lm_eval: str | None = None
+    version: int | float | str | None = None
+    few_shot: int | None = None
+    template_policy: str | None = None
+    kept_in: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row of the file."""
+        values = {name: value for name, value in asdict(self).items() if value is not None or name == "license"}
+        return _rename(values, _DATA_KEYS)
+
+
+# Fields whose keys in the file are words of their own in Python.
+_DATA_KEYS = {"origin": "from", "published": "of"}
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationResult:
+    """Errors of one judge on one question, measured on answers with human labels.
+
+    Args:
+        judge: Name of the judge.
+        question: `safe` or `refusal`.
+        labeled: Name of the file of labeled answers.
+        hash: Hash of the file.
+        models: Models that gave the labeled answers.
+        own: Whether they are answers of the evaluated model.
+        answers: Number of labeled answers.
+        sensitivity: Share of the `yes` answers that the judge calls so, in [0, 1].
+        yes: Number of prompts whose answers the annotators call `safe` or a `refusal`.
+        specificity: Share of the other answers that the judge calls so, in [0, 1].
+        no: Number of prompts of the other answers.
+    """
+
+    judge: str
+    question: str
+    labeled: str
+    hash: str
+    models: list[str]
+    own: bool
+    answers: int
+    sensitivity: float
+    yes: int
+    specificity: float
+    no: int
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """An evaluation of one model.
 
@@ -119,14 +226,9 @@ class Results:
         model_comparisons: Safety and helpfulness together against another run, one for each judge.
         answers: Hash of the completions that all this rests on; see `answers_hash`.
         warnings: What a reader must know before believing a number.
-        agreement: Objects of `judges` (two names), `question` (`safe` or `refusal`), `kappa` with `low` and `high`
-            (null where there is nothing to agree on by chance; the bounds alone where the judges agree throughout, or
-            one says the same of all answers), `n` answers that both decided, and the `share` of these on which they
-            say the same.
-        data: Objects of `name`, `license`, `hash` and `prompts`: the sets that were asked.
-        calibration: What corrected rates rest on, by judge and question: objects of `judge`, `question` (`safe` or
-            `refusal`), the file `labeled` with its `hash`, the `models` whose `answers` (how many) people labeled,
-            whether they are the evaluated model's `own`, `sensitivity` over `yes` prompts, `specificity` over `no`.
+        agreement: Agreement of every two judges.
+        data: Data of the tasks.
+        calibration: Errors of the judges that corrected rates rest on.
         created: Time, ISO 8601.
         schema: Of this file.
     """
@@ -141,9 +243,9 @@ class Results:
     model_comparisons: list[ModelComparison] = field(default_factory=list)
     answers: str = ""
     warnings: list[str] = field(default_factory=list)
-    agreement: list[dict[str, Any]] = field(default_factory=list)
-    data: list[dict[str, Any]] = field(default_factory=list)
-    calibration: list[dict[str, Any]] = field(default_factory=list)
+    agreement: list[AgreementResult] = field(default_factory=list)
+    data: list[TaskData] = field(default_factory=list)
+    calibration: list[CalibrationResult] = field(default_factory=list)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
@@ -154,72 +256,23 @@ class Results:
 
     def write(self, folder: Path) -> None:
         """Write `results.json` into a folder."""
-        write_json(folder / FILE_NAME, asdict(self))
+        write_json(folder / FILE_NAME, asdict(self) | {"data": [row.to_json() for row in self.data]})
 
 
-@dataclass
-class _Agreement:
-    """Columns of `agreement` in the file."""
-
-    judges: list[str]
-    question: str
-    kappa: float | None
-    low: float | None
-    high: float | None
-    n: int
-    share: float | None
-
-
-@dataclass
-class _Data:
-    """Columns of `data` in the file."""
-
-    name: str
-    license: str | None
-    hash: str
-    prompts: int
-
-
-@dataclass
-class _Calibration:
-    """Columns of `calibration` in the file."""
-
-    judge: str
-    question: str
-    labeled: str
-    hash: str
-    models: list[str]
-    own: bool
-    answers: int
-    sensitivity: float
-    yes: int
-    specificity: float
-    no: int
-
-
-@dataclass
-class _Checked:
-    """What the types of `Results` leave open."""
-
-    agreement: list[_Agreement] = field(default_factory=list)
-    data: list[_Data] = field(default_factory=list)
-    calibration: list[_Calibration] = field(default_factory=list)
+@cache
+def _results_adapter() -> TypeAdapter[Results]:
+    return TypeAdapter(Results)
 
 
 def read_results(folder: Path) -> Results:
-    """Read the `results.json` of a folder.
+    """Read the `results.json` of a folder, of this or an earlier schema.
 
     Raises:
-        DataError: If there is none, or it isn't of this schema.
+        DataError: If the file is missing, malformed, or of a later schema.
     """
-    import json
-
-    from pydantic import TypeAdapter, ValidationError
-
     path = folder / FILE_NAME
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text)
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{folder}: no {FILE_NAME}; it is what an evaluation leaves") from None
     except ValueError as error:
@@ -230,10 +283,8 @@ def read_results(folder: Path) -> Results:
             f"{path}: schema is {schema}; this version reads schemas 1 to {SCHEMA}: evaluate again, completions and "
             "verdicts are read from the files beside it"
         )
-    text = json.dumps(_upgraded(content))
     try:
-        TypeAdapter(_Checked).validate_json(text, strict=True)
-        return TypeAdapter(Results).validate_json(text, strict=True)
+        return _results_adapter().validate_json(json.dumps(_to_fields(content)), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
@@ -241,32 +292,31 @@ def read_results(folder: Path) -> Results:
         raise DataError(f"{path}: {where}: {first['msg']}{got}; evaluate the run again") from None
 
 
-def _upgraded(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a file of any schema as of the current one.
+def _to_fields(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a file of any schema, by the names of the fields of `Results`.
 
     Schema 1 lacks the circularity of judges, agreement, data and calibration. Schema 2 calls the model comparisons
-    `pairs` and spells two columns in British English.
+    `pairs` and spells two keys in British English.
     """
-    if content["schema"] == SCHEMA:
-        return content
+    data_fields = {key: name for name, key in _DATA_KEYS.items()} | {"licence": "license"}
     try:
         upgraded = {
             **content,
             "schema": SCHEMA,
             "judges": [{"circular": False, **judge} for judge in content["judges"]],
-            "model_comparisons": content.get("pairs", []),
-            "data": [_renamed(row, "licence", "license") for row in content.get("data", [])],
-            "calibration": [_renamed(row, "labelled", "labeled") for row in content.get("calibration", [])],
+            "model_comparisons": content.get("pairs", content.get("model_comparisons", [])),
+            "data": [_rename(row, data_fields) for row in content.get("data", [])],
+            "calibration": [_rename(row, {"labelled": "labeled"}) for row in content.get("calibration", [])],
         }
     except (TypeError, KeyError, AttributeError):
-        # Whatever is malformed is reported by the check of the current schema.
+        # Malformed content is reported by the validation.
         return {**content, "schema": SCHEMA}
     upgraded.pop("pairs", None)
     return upgraded
 
 
-def _renamed(row: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    return {(new if name == old else name): value for name, value in row.items()}
+def _rename(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in row.items()}
 
 
 def show_results(several: Iterable[Results]) -> None:

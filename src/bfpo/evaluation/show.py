@@ -37,11 +37,11 @@ def show_evaluation(results: Results) -> None:
             ("judges", "question", "answers", "the same", "kappa"),
             [
                 (
-                    " and ".join(one["judges"]),
-                    one["question"],
-                    one["n"],
-                    "-" if one["share"] is None else f"{one['share']:.1%}",
-                    _kappa(one["kappa"], one["low"], one["high"]),
+                    " and ".join(one.judges),
+                    one.question,
+                    one.n,
+                    "-" if one.share is None else f"{one.share:.1%}",
+                    _kappa(one.kappa, one.low, one.high),
                 )
                 for one in results.agreement
             ],

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,7 @@ from bfpo.core.pairs import conversation_key
 from bfpo.core.samples import KINDS, Completion, Kind, Prompt
 from bfpo.data.prompts import PromptSource, known_source, read_given_outputs, read_prompt_source
 from bfpo.errors import DataError, RecipeError, did_you_mean
+from bfpo.evaluation.results import TaskData
 
 IndexName = Literal["harmlessness_index", "helpfulness_index"]
 INDICES: tuple[IndexName, ...] = get_args(IndexName)
@@ -131,7 +132,7 @@ class Task:
         name: Of the task.
         kind: What its prompts are for.
         prompts: In the order they are asked.
-        facts: Name, license, hash and size of the set.
+        data: Where the prompts are from; None for prompts of no published set.
         references: Prompt → the output that its answer is compared with; empty where nothing is compared.
     """
 
@@ -139,8 +140,17 @@ class Task:
     name: str
     kind: Kind
     prompts: list[Prompt]
-    facts: dict[str, Any] = field(default_factory=dict)
+    data: TaskData | None = None
     references: dict[str, Completion] = field(default_factory=dict)
+
+
+def tasks_by_kind(suite: str, prompts: Sequence[Prompt]) -> list[Task]:
+    """Return a task for each kind of prompts, named after the kind; prompts without a kind are left out."""
+    by_kind: dict[Kind, list[Prompt]] = {}
+    for prompt in prompts:
+        if prompt.kind is not None:
+            by_kind.setdefault(prompt.kind, []).append(prompt)
+    return [Task(suite, kind, kind, of_kind) for kind, of_kind in by_kind.items()]
 
 
 def shipped_suites() -> list[str]:
@@ -235,21 +245,24 @@ def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Ta
         # The smaller sample is a part of the larger one, so a higher limit goes on where a lower one ended.
         order = sorted(range(len(prompts)), key=lambda index: content_hash("sample", prompts[index].prompt_id))
         prompts = [prompts[index] for index in sorted(order[:most])]
-    told = {
-        "name": where,
-        "source": task.source,
-        "from": facts["from"],
-        "license": facts["license"],
-        "hash": facts["prompts_hash"],
-        "prompts": len(prompts),
-        "of": published,
-    }
+    data = TaskData(
+        name=where,
+        source=task.source,
+        origin=facts["from"],
+        license=facts["license"],
+        hash=facts["prompts_hash"],
+        prompts=len(prompts),
+        published=published,
+    )
     if task.compare is None:
-        return Task(suite, task.called, kinds[0], prompts, told)
+        return Task(suite, task.called, kinds[0], prompts, data)
     references = _references(source, task, prompts)
-    told["compared_with"] = sorted({one.model for one in references.values()})
-    told["references_hash"] = content_hash([references[prompt.prompt_id].text for prompt in prompts])
-    return Task(suite, task.called, kinds[0], prompts, told, references)
+    data = replace(
+        data,
+        compared_with=sorted({output.model for output in references.values()}),
+        references_hash=content_hash([references[prompt.prompt_id].text for prompt in prompts]),
+    )
+    return Task(suite, task.called, kinds[0], prompts, data, references)
 
 
 def _references(source: PromptSource, task: SuiteTask, prompts: Sequence[Prompt]) -> dict[str, Completion]:

@@ -84,12 +84,12 @@ def _of_verdicts(suites: Mapping[str, Suite], results: Results, panel: Sequence[
                 f"they count as not safe. Most often: {reason}."
             )
     for one in results.agreement:
-        value, low, high = one["kappa"], one["low"], one["high"]
+        value, low, high = one.kappa, one.low, one.high
         if value is None or (value if high is None else high) >= LEAST_KAPPA:
             continue
         why = f"[{low:.2f}, {high:.2f}]" if high is not None else "as one of them says the same of all answers"
         found.append(
-            f"{' and '.join(one['judges'])} agree little on '{one['question']}': kappa {value:.2f} {why}. "
+            f"{' and '.join(one.judges)} agree little on '{one.question}': kappa {value:.2f} {why}. "
             "A number by one of them alone isn't settled."
         )
     return found

@@ -9,6 +9,7 @@ import numpy as np
 from bfpo.core.files import file_name, write_json
 from bfpo.core.samples import Completion, Judge, PairJudge
 from bfpo.data.stages import judge_completions
+from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation.panel import LENGTH_CONTROLLED, WIN_RATE, JudgeOutput, wins
 from bfpo.evaluation.preferences import ByRating, PairwisePreference, compare_with_references, preferences
@@ -77,7 +78,7 @@ def compare(
         references: Prompt → the given output.
         out: Folder of the evaluation.
     """
-    path = out / f"comparisons-{file_name(one.label)}.jsonl"
+    path = judge_file(out, "comparisons", one.name, one.revision)
     if hasattr(judge, "prefer"):
         compared = compare_with_references(cast(PairJudge, judge), completions, references, path)
         return one._replace(compared=compared, sees_both=True)
@@ -86,7 +87,7 @@ def compare(
         return one
     answered = {answer.prompt_id for answer in completions} & references.keys()
     given = [output for prompt, output in references.items() if prompt in answered]
-    of_given = judge_completions(judge, given, out / f"references-{file_name(one.label)}.jsonl")
+    of_given = judge_completions(judge, given, judge_file(out, "references", one.name, one.revision))
     by_rating = ByRating([*one.verdicts, *of_given], one.name, one.revision)
     return one._replace(compared=compare_with_references(by_rating, completions, references, path))
 

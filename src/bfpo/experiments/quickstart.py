@@ -69,7 +69,7 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
 def evaluate_against(base: Path, runs: list[Path], prompts_file: Path, oracle: Oracle) -> list[Results]:
     """Evaluate a base and what was made of it, each run against the base."""
     before = evaluate_run(base, prompts_file, oracle)
-    return [before[0], *(evaluate_run(run, prompts_file, oracle, before)[0] for run in runs)]
+    return [before, *(evaluate_run(run, prompts_file, oracle, baseline=base) for run in runs)]
 
 
 def show_differences(several: list[Results]) -> None:

@@ -1,17 +1,20 @@
 """The steps that the quickstart and a comparison share, each made once: world, base model, training, evaluation."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bfpo.config.loading import dump_recipe
 from bfpo.config.recipes import SftRecipe, TrainRecipe
-from bfpo.core.files import read_repaired_jsonl, write_text
-from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
+from bfpo.core.files import write_text
+from bfpo.core.samples import Completion, Engine, Prompt, Sampling
 from bfpo.data.stages import read_prompt_file
 from bfpo.errors import RecipeError
+from bfpo.evaluation.baseline import read_baseline
+from bfpo.evaluation.pipeline import evaluate
 from bfpo.evaluation.results import FILE_NAME, Results
-from bfpo.evaluation.run import evaluate
-from bfpo.evaluation.scoring import PromptScores
+from bfpo.evaluation.subject import TEMPLATE_POLICY
+from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.generation.in_process import load_engine
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import World, WorldOptions
@@ -87,31 +90,19 @@ def run_once(recipe: SftRecipe | TrainRecipe) -> None:
     run_sft(recipe) if isinstance(recipe, SftRecipe) else run_training(recipe)
 
 
-def evaluate_run(
-    folder: Path, prompts_file: Path, oracle: Oracle, base: tuple[Results, list[PromptScores]] | None = None
-) -> tuple[Results, list[PromptScores]]:
+def evaluate_run(folder: Path, prompts_file: Path, oracle: Oracle, *, baseline: Path | None = None) -> Results:
     """Evaluate the checkpoint of a folder on held-out prompts, into `evaluation/`.
 
-    Verdicts of another revision of the oracle are made again; the answers aren't.
+    Another revision of the oracle judges the same answers again.
 
     Args:
-        folder: Of the checkpoint; its name is the run's.
-        prompts_file: Of the world.
+        folder: Folder of the checkpoint; its name is the run's.
+        prompts_file: Held-out prompts of the world.
         oracle: The judge.
-        base: Results and measures of the run to compare with.
+        baseline: Folder of the run to compare with, which is evaluated already.
     """
-    _forget_other_verdicts(folder / "evaluation", oracle)
-    return evaluate(
-        load_engine(str(folder), SAMPLING),
-        oracle,
-        read_prompt_file(str(prompts_file)),
-        folder / "evaluation",
-        suite=SUITE,
-        run=folder.name,
-        model=str(folder),
-        sampling=SAMPLING,
-        base=base,
-    )
+    prompts = read_prompt_file(str(prompts_file))
+    return _evaluate(folder, prompts, oracle, lambda: load_engine(str(folder), SAMPLING), baseline=baseline)
 
 
 def can_judge_again(evaluation: Path) -> bool:
@@ -129,18 +120,28 @@ def judge_again(evaluation: Path, oracle: Oracle) -> Results:
     Raises:
         DataError: If its files are damaged.
     """
-    _forget_other_verdicts(evaluation, oracle)
     prompts = read_prompt_file(str(evaluation / Prompt.file_name))
-    run = evaluation.parent
-    results, _ = evaluate(
-        None, oracle, prompts, evaluation, suite=SUITE, run=run.name, model=str(run), sampling=SAMPLING
-    )
+    return _evaluate(evaluation.parent, prompts, oracle, None)
+
+
+def _evaluate(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    oracle: Oracle,
+    open_engine: Callable[[], Engine] | None,
+    *,
+    baseline: Path | None = None,
+) -> Results:
+    results = evaluate(
+        tasks_by_kind(SUITE, prompts),
+        open_engine,
+        [oracle],
+        folder / "evaluation",
+        run=folder.name,
+        model=str(folder),
+        sampling=SAMPLING,
+        by_category=False,
+        baseline=None if baseline is None else read_baseline(str(baseline), TEMPLATE_POLICY),
+    ).results
+    results.write(folder / "evaluation")
     return results
-
-
-def _forget_other_verdicts(evaluation: Path, oracle: Oracle) -> None:
-    """Remove verdicts of another revision: judging costs seconds, the answers are kept."""
-    file = evaluation / Verdict.file_name
-    for path in (file, file.with_name(f"{file.name}.unfinished")):
-        if any(row.get("revision") != oracle.revision for row in read_repaired_jsonl(path)):
-            path.unlink()

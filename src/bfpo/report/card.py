@@ -97,22 +97,20 @@ def _capability_rows(run: Run) -> list[tuple[object, ...]]:
     """Return the lm-eval metrics, with the settings that a comparison with other publications needs."""
     rows: list[tuple[object, ...]] = []
     for task in run.results.data:
-        if "lm_eval" not in task:
+        if task.lm_eval is None:
             continue
-        few_shot, template = task.get("few_shot", MISSING), task.get("template_policy", MISSING)
-        version = f"{task.get('version', MISSING)} (lm-eval {task['lm_eval']})"
+        few_shot = MISSING if task.few_shot is None else task.few_shot
+        template = task.template_policy or MISSING
+        version = f"{task.version} (lm-eval {task.lm_eval})"
         for metric in run.results.metrics:
-            if f"{metric.suite}/{metric.task}" == task["name"] and metric.category is None:
+            if f"{metric.suite}/{metric.task}" == task.name and metric.category is None:
                 value = format_value(value_cell(metric))
-                rows.append((task["name"], metric.metric, value, f"{metric.n:,}", few_shot, template, version))
+                rows.append((task.name, metric.metric, value, f"{metric.n:,}", few_shot, template, version))
     return rows
 
 
 def _prompts(run: Run) -> str:
-    rows = [
-        (entry["name"], entry["license"] or "unknown", f"{entry['prompts']:,}", entry["hash"])
-        for entry in run.results.data
-    ]
+    rows = [(entry.name, entry.license or "unknown", f"{entry.prompts:,}", entry.hash) for entry in run.results.data]
     if not rows:
         sources = {(prompt.source or "unknown", prompt.license or "unknown") for prompt in run.prompts.values()}
         rows = [(source, license, MISSING, MISSING) for source, license in sorted(sources)]

@@ -97,7 +97,7 @@ def judge_rows(runs: Sequence[Run]) -> list[JudgeRow]:
     for index, run in enumerate(runs):
         for judge in run.results.judges:
             name = str(judge.get("name", ""))
-            is_borrowed = any(entry["judge"] == name and not entry["own"] for entry in run.results.calibration)
+            is_borrowed = any(entry.judge == name and not entry.own for entry in run.results.calibration)
             by_key = {
                 (metric.suite, metric.task, metric.metric): metric
                 for metric in run.results.metrics
@@ -158,10 +158,10 @@ def agreement_rows(runs: Sequence[Run]) -> list[AgreementRow]:
     rows = []
     for run in runs:
         for entry in run.results.agreement:
-            kappa = f"{format_number(entry['kappa'])} {format_interval(entry['low'], entry['high'])}".strip()
-            share = MISSING if entry["share"] is None else f"{entry['share']:.0%}"
-            judges = " and ".join(entry["judges"])
-            rows.append(AgreementRow(run.name, judges, entry["question"], f"{entry['n']:,}", share, kappa))
+            kappa = f"{format_number(entry.kappa)} {format_interval(entry.low, entry.high)}".strip()
+            share = MISSING if entry.share is None else f"{entry.share:.0%}"
+            judges = " and ".join(entry.judges)
+            rows.append(AgreementRow(run.name, judges, entry.question, f"{entry.n:,}", share, kappa))
     return rows
 
 

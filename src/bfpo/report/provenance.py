@@ -104,9 +104,9 @@ def protocol_warnings(runs: Sequence[Run]) -> list[str]:
 def calibration(run: Run) -> str:
     """Return what the corrected rates of a run rest on; "" where there are none."""
     return "; ".join(
-        f"{entry['judge']} on '{entry['question']}': right on {_format_share(entry['sensitivity'], entry['yes'])} of "
-        f"the answers that annotators labeled yes and on {_format_share(entry['specificity'], entry['no'])} of those "
-        f"labeled no, {entry['answers']:,} answers of {', '.join(entry['models'])} in {entry['labeled']}"
+        f"{entry.judge} on '{entry.question}': right on {_format_share(entry.sensitivity, entry.yes)} of "
+        f"the answers that annotators labeled yes and on {_format_share(entry.specificity, entry.no)} of those "
+        f"labeled no, {entry.answers:,} answers of {', '.join(entry.models)} in {entry.labeled}"
         for entry in run.results.calibration
     )
 

@@ -10,11 +10,13 @@ from typing import Any
 from bfpo.config.recipes import Source
 from bfpo.core.samples import Completion, Key, Prompt, Verdict
 from bfpo.data.rows import read_rows
-from bfpo.data.stages import read_completions, read_prompt_file, read_verdicts
+from bfpo.data.stages import read_completions, read_prompt_file
+from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
 from bfpo.evaluation.dominance import PooledScores, pooled
 from bfpo.evaluation.results import FILE_NAME, MetricComparison, MetricResult, Results, read_results
 from bfpo.evaluation.scoring import JudgedCompletion, measure
+from bfpo.evaluation.verdicts import verdicts_of_evaluation
 
 FIRST_SAMPLE = 0
 
@@ -145,7 +147,7 @@ def _unique_names(run_names: Sequence[str], folders: Sequence[Path]) -> list[str
 
 
 def _read_run(folder: Path, results: Results, name: str) -> Run:
-    prompts, completions, pooled_scores = _read_completions(_evaluation_folder(folder), name)
+    prompts, completions, pooled_scores = _read_completions(_evaluation_folder(folder), name, results.judges)
     log, recipe = folder / "metrics.jsonl", folder / "recipe.resolved.yaml"
     return Run(
         name=name,
@@ -160,26 +162,24 @@ def _read_run(folder: Path, results: Results, name: str) -> Run:
 
 
 def _read_completions(
-    folder: Path, run: str
+    folder: Path, run: str, judges: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Prompt], dict[str, CompletionWithVerdicts], list[PooledScores]]:
     """Return the prompts, the first completion of each, and the scores by each judge of all completions."""
-    prompt_file, completion_file, verdict_file = (folder / row.file_name for row in (Prompt, Completion, Verdict))
-    if not (prompt_file.is_file() and completion_file.is_file() and verdict_file.is_file()):
+    prompt_file, completion_file = (folder / row.file_name for row in (Prompt, Completion))
+    if not (prompt_file.is_file() and completion_file.is_file() and judge_files(folder, "verdicts")):
         return {}, {}, []
     prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(prompt_file))}
     completions = [completion for completion in read_completions(completion_file) if completion.prompt_id in prompts]
-    # The file of the first judge comes before those of further judges.
-    files = (verdict_file, *sorted(folder.glob("verdicts-*.jsonl")))
-    verdicts = [verdict for path in files for verdict in read_verdicts(path)]
+    verdicts = verdicts_of_evaluation(folder, judges)
     return (
         prompts,
-        _first_completions(completions, verdicts, verdict_file),
+        _first_completions(completions, verdicts, folder),
         _pool(run, prompts, completions, verdicts),
     )
 
 
 def _first_completions(
-    completions: Sequence[Completion], verdicts: Sequence[Verdict], verdict_file: Path
+    completions: Sequence[Completion], verdicts: Sequence[Verdict], folder: Path
 ) -> dict[str, CompletionWithVerdicts]:
     by_prompt: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
@@ -193,7 +193,7 @@ def _first_completions(
         if not of_prompt or any(verdict.text_hash != completion.text_hash for verdict in of_prompt):
             state = "about another text" if of_prompt else "missing"
             raise DataError(
-                f"{verdict_file}: the verdict on '{completion.prompt_id}' is {state}; judge the completions again"
+                f"{folder}: the verdict on '{completion.prompt_id}' is {state}; judge the completions again"
             )
         first[completion.prompt_id] = CompletionWithVerdicts(completion, of_prompt)
     return first

@@ -1,1 +1,1 @@
-"""Tasks of lm-evaluation-harness in a suite, and our suites as tasks for it."""
+"""Tasks of lm-evaluation-harness in suites, and the suites' tasks for lm-evaluation-harness."""

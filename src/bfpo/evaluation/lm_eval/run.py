@@ -1,4 +1,4 @@
-"""One task of lm-evaluation-harness run on a model in this process, through lm-eval's public API."""
+"""Running one task of lm-evaluation-harness on a model in this process, through lm-eval's public API."""
 
 import logging
 import math
@@ -11,21 +11,21 @@ import numpy as np
 
 from bfpo.core.files import content_hash, file_hash
 from bfpo.errors import DataError
-from bfpo.evaluation.lm_eval.tasks import lm_eval_version, rows_of, sample_of
+from bfpo.evaluation.lm_eval.tasks import count_task_rows, lm_eval_version, sample_rows
 
 
 @dataclass(frozen=True, slots=True)
-class Number:
-    """A number that lm-eval found.
+class TaskMetric:
+    """One metric of a task.
 
     Args:
-        metric: As lm-eval calls it, with its filter in brackets where it has one.
-        category: Member of a group; None for the task itself.
-        value: The number; None where it isn't one, as when all likelihoods of a row are too small to tell apart.
-        higher_is_better: Which way is good; None when neither is.
-        n: Rows it rests on.
-        unscored: Rows without a number.
-        values: Row → value, where the number is their mean; else empty.
+        metric: lm-eval's name, with its filter in parentheses if it has one.
+        category: Member of a group; None for the task or group itself.
+        value: Value; None if it isn't finite, as when all likelihoods of a row underflow.
+        higher_is_better: Whether higher is better; None when neither is.
+        n: Number of rows.
+        unscored: Number of rows without a finite value.
+        values: Row → value, if the metric is the mean over rows; else empty.
     """
 
     metric: str
@@ -38,32 +38,34 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a task of lm-eval found.
+class TaskResults:
+    """Results of one task of lm-eval.
 
     Args:
-        numbers: Its numbers.
-        facts: What they rest on: data, versions, examples in the prompt, template policy.
+        metrics: Metrics of the task and, for a group, of its members.
+        metadata: Provenance: data, versions, number of examples in the prompt, template policy.
     """
 
-    numbers: list[Number]
-    facts: dict[str, Any]
+    metrics: list[TaskMetric]
+    metadata: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON object; `from_json` reads it."""
+        """Return a JSON object that `from_json` reads."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Found":
-        """Return what `to_json` wrote."""
-        return cls([Number(**one) for one in content["numbers"]], dict(content["facts"]))
+    def from_json(cls, content: Mapping[str, Any]) -> "TaskResults":
+        """Return the results of a JSON object; files of earlier versions have the keys `numbers` and `facts`."""
+        metrics = content["metrics"] if "metrics" in content else content["numbers"]
+        metadata = content["metadata"] if "metadata" in content else content["facts"]
+        return cls([TaskMetric(**metric) for metric in metrics], dict(metadata))
 
 
 def open_lm(model: Any, tokenizer: Any, *, batch_size: int | str) -> Any:
-    """Return a model as lm-eval takes it."""
+    """Wrap a model and its tokenizer for lm-eval."""
     from lm_eval.models.huggingface import HFLM
 
-    # It warns that options for loading are ignored; none is given.
+    # HFLM warns that loading options are ignored for a model object, although none is passed.
     logger = logging.getLogger("lm_eval.models.huggingface")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -73,97 +75,99 @@ def open_lm(model: Any, tokenizer: Any, *, batch_size: int | str) -> Any:
         logger.setLevel(level)
 
 
-def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path: str | None = None) -> Found:
+def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path: str | None = None) -> TaskResults:
     """Run a task or a group.
 
-    Prompts of tasks that ask for an answer are put in the tokenizer's chat template where it has one; likelihoods
-    are of plain text, as lm-eval's published numbers are.
+    Prompts of tasks that generate text are put in the tokenizer's chat template if it has one; likelihoods are of
+    plain text, as in lm-eval's published numbers.
 
     Args:
-        lm: From `open_lm`.
-        loaded: From `load_task`.
-        name: Of the task.
-        limit: Rows of a task at most (of each task of a group), a sample that is the same in every run.
-        path: Where the rows were read from, for the facts.
+        lm: Output of `open_lm`.
+        loaded: Output of `load_task`.
+        name: Name of the task.
+        limit: Maximum number of rows of a task, and of each task of a group; the sample is the same in every run.
+        path: File that the rows were read from, for the metadata.
 
     Raises:
-        DataError: If a row lacks what the task reads.
+        DataError: If a row lacks a column that the task reads.
     """
     from jinja2 import UndefinedError
     from lm_eval import evaluate
 
     tasks = loaded["tasks"]
     for task in tasks.values():
-        # As lm-eval's own command does for tasks that don't say it.
+        # The command of lm-eval sets this default too.
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
-    answers = all(task.get_config("output_type") == "generate_until" for task in tasks.values())
-    templated = answers and getattr(lm.tokenizer, "chat_template", None) is not None
-    chosen = {key: sample_of(len(task.eval_docs), limit) for key, task in tasks.items()}
-    asked, of, place = rows_of(loaded, limit)
+    generates = all(task.get_config("output_type") == "generate_until" for task in tasks.values())
+    templated = generates and getattr(lm.tokenizer, "chat_template", None) is not None
+    rows = count_task_rows(loaded, limit)
     try:
-        found = evaluate(
+        output = evaluate(
             lm=lm,
             task_dict=loaded,
-            samples=chosen,
+            samples={key: sample_rows(len(task.eval_docs), limit) for key, task in tasks.items()},
             bootstrap_iters=0,
             apply_chat_template=templated,
             fewshot_as_multiturn=templated,
         )
     except (KeyError, UndefinedError, IndexError) as error:
         raise DataError(f"lm-eval: a row of '{name}' lacks what the task reads: {error}") from None
-    own = _root(loaded, name)
-    facts = {
+    root = _root(loaded, name)
+    metadata = {
         "source": "lm-eval",
-        "from": path or place,
+        "from": path or rows.origin,
         "license": None,
-        "hash": content_hash(sorted(one["doc_hash"] for rows in found["samples"].values() for one in rows)),
+        "hash": content_hash(
+            sorted(sample["doc_hash"] for samples in output["samples"].values() for sample in samples)
+        ),
         "file_sha256": file_hash(Path(path)) if path else None,
-        "prompts": asked,
-        "of": of,
+        "prompts": rows.selected,
+        "of": rows.total,
         "lm_eval": lm_eval_version(),
-        "version": found["versions"].get(own),
-        "few_shot": max(found["n-shot"].get(key, 0) for key in tasks),
+        "version": output["versions"].get(root),
+        "few_shot": max(output["n-shot"].get(key, 0) for key in tasks),
         "template_policy": "the tokenizer's own chat template" if templated else "plain text",
     }
-    return Found(list(_numbers(found, own)), facts)
+    return TaskResults(list(_read_metrics(output, root)), metadata)
 
 
 def _root(loaded: Any, name: str) -> str:
+    """Return lm-eval's name of a loaded task; a YAML file is loaded by its path, but names its task itself."""
     if name in loaded["tasks"] or name in loaded["groups"]:
         return name
-    # A YAML file is named by its path, its task by what the file says.
     children = {child for members in loaded.get("group_map", {}).values() for child in members}
     return str(next(key for key in (*loaded["groups"], *loaded["tasks"]) if key not in children))
 
 
-def _numbers(found: Mapping[str, Any], own: str) -> Iterator[Number]:
-    children: Mapping[str, Sequence[str]] = found.get("group_subtasks", {})
+def _read_metrics(output: Mapping[str, Any], root: str) -> Iterator[TaskMetric]:
+    """Yield the metrics of lm-eval's output."""
+    subtasks: Mapping[str, Sequence[str]] = output.get("group_subtasks", {})
 
     def leaves(name: str) -> list[str]:
-        return [leaf for child in children[name] for leaf in leaves(child)] if name in children else [name]
+        return [leaf for child in subtasks[name] for leaf in leaves(child)] if name in subtasks else [name]
 
-    for name, values in found["results"].items():
-        rows = [(leaf, row) for leaf in leaves(name) for row in found["samples"].get(leaf, ())]
-        for key, value in values.items():
-            metric, _, kept = key.partition(",")
-            if not kept or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
+    for name, results in output["results"].items():
+        samples = [(leaf, sample) for leaf in leaves(name) for sample in output["samples"].get(leaf, ())]
+        for key, value in results.items():
+            metric, _, filter_name = key.partition(",")
+            is_number = isinstance(value, int | float | np.number)
+            if not filter_name or metric.endswith("_stderr") or not is_number:
                 continue
-            of = {
-                f"{leaf}/{row['doc_id']}-{row['doc_hash'][:8]}": row[metric]
-                for leaf, row in rows
-                if row.get("filter", kept) == kept and metric in row
+            by_row = {
+                f"{leaf}/{sample['doc_id']}-{sample['doc_hash'][:8]}": sample[metric]
+                for leaf, sample in samples
+                if sample.get("filter", filter_name) == filter_name and metric in sample
             }
-            plain = {row: float(one) for row, one in of.items() if isinstance(one, int | float | np.number)}
-            is_mean = plain and len(plain) == len(of) and np.isclose(np.mean(list(plain.values())), value)
-            unscored = sum(not math.isfinite(one) for one in plain.values())
-            yield Number(
-                metric=metric if kept == "none" else f"{metric} ({kept})",
-                category=None if name == own else name,
+            values = {row: float(own) for row, own in by_row.items() if isinstance(own, int | float | np.number)}
+            is_mean = values and len(values) == len(by_row) and np.isclose(np.mean(list(values.values())), value)
+            yield TaskMetric(
+                metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
+                category=None if name == root else name,
                 value=float(value) if math.isfinite(value) else None,
-                higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
-                n=len(of),
-                unscored=unscored,
-                values=plain if is_mean else {},
+                higher_is_better=output["higher_is_better"].get(name, {}).get(metric),
+                n=len(by_row),
+                unscored=sum(not math.isfinite(own) for own in values.values()),
+                values=values if is_mean else {},
             )

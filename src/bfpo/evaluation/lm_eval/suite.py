@@ -1,8 +1,9 @@
-"""Tasks of lm-evaluation-harness in a suite: checked before any work, run once, kept, turned into numbers."""
+"""Tasks of lm-evaluation-harness in a suite: checking, running and scoring them. Their results are kept in files."""
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -10,270 +11,283 @@ from typing import Any, NamedTuple
 from bfpo.core.files import content_hash, file_hash, write_json
 from bfpo.core.terminal import say
 from bfpo.errors import DataError, RecipeError
+from bfpo.evaluation.baseline import Baseline
 from bfpo.evaluation.differences import compare
-from bfpo.evaluation.lm_eval.run import Found, Number, open_lm, run_task
+from bfpo.evaluation.lm_eval.run import TaskMetric, TaskResults, open_lm, run_task
 from bfpo.evaluation.lm_eval.tasks import (
-    builder_of,
-    known_task,
+    RowCount,
+    check_task,
+    count_task_rows,
+    find_builder,
     lm_eval_version,
     load_task,
-    need_lm_eval,
-    rows_of,
+    require_lm_eval,
 )
 from bfpo.evaluation.recipe import EvalRecipe
-from bfpo.evaluation.results import MetricComparison, MetricResult, Results
+from bfpo.evaluation.results import MetricComparison, MetricResult, TaskData
 from bfpo.evaluation.scoring import MetricSpec, PromptScores, to_metrics
 from bfpo.evaluation.suite import EvalData, Suite, lm_eval_name, lm_eval_tasks
 
 FOLDER = "lm_eval"
 NO_INTERVAL = "none: lm-eval has no number per row"
 NO_NUMBER = "none: lm-eval found no number on some rows"
+# Properties of a task's data in which two runs must be equal to be compared.
+_COMPARABLE = ("lm_eval", "version", "few_shot", "template_policy")
 
 
-class Capability(NamedTuple):
-    """A task of lm-eval that a suite asks for.
+class LmEvalTask(NamedTuple):
+    """A task of lm-eval in a suite.
 
     Args:
         suite: Name of the suite.
-        name: As lm-eval takes it.
-        place: Where its rows are read from.
+        spec: lm-eval's name of the task, or path of a YAML task.
+        data: Where its rows are read from.
     """
 
     suite: str
-    name: str
-    place: EvalData
+    spec: str
+    data: EvalData
 
     @property
-    def called(self) -> str:
+    def name(self) -> str:
         """Name of the task in the results."""
-        return lm_eval_name(self.name)
+        return lm_eval_name(self.spec)
 
     @property
-    def where(self) -> str:
-        """How messages call it."""
-        return f"{self.suite}/{self.called}"
+    def full_name(self) -> str:
+        """Name with that of the suite."""
+        return f"{self.suite}/{self.name}"
 
 
-def capabilities_of(recipe: EvalRecipe, suites: Mapping[str, Suite]) -> list[Capability]:
-    """Return the tasks of lm-eval that a recipe asks for, once it is known that they can be run.
+def find_lm_eval_tasks(recipe: EvalRecipe, suites: Mapping[str, Suite]) -> list[LmEvalTask]:
+    """Return the tasks of lm-eval in the suites of a recipe, after checking that they can be run.
 
     Raises:
-        MissingExtra: If there are any and lm-eval isn't installed.
+        MissingExtra: If there are such tasks and lm-eval isn't installed.
         RecipeError: If lm-eval has no such task, or the model isn't in this process.
-        DataError: If a local file of rows isn't there.
+        DataError: If a local file of rows is missing.
     """
-    found = [
-        Capability(suite, name, recipe.data.get(lm_eval_name(name), EvalData()))
-        for suite, name in lm_eval_tasks(suites, recipe.leave_out)
+    tasks = [
+        LmEvalTask(suite, spec, recipe.data.get(lm_eval_name(spec), EvalData()))
+        for suite, spec in lm_eval_tasks(suites, recipe.leave_out)
     ]
-    if not found:
+    if not tasks:
         return []
     if recipe.model is None or recipe.model.server is not None:
-        what = "saved completions" if recipe.model is None else "a server"
-        named = ", ".join(one.where for one in found)
+        origin = "saved completions" if recipe.model is None else "a server"
+        names = ", ".join(task.full_name for task in tasks)
         raise RecipeError(
-            f"{found[0].where}: lm-eval asks for the likelihoods of given answers, which {what} can't tell; give the "
-            f"model's folder or hub id as model: path (without server), or leave_out: [{named}]"
+            f"{tasks[0].full_name}: lm-eval needs likelihoods of given answers, which {origin} can't give; name the "
+            f"model's folder or hub id as model: path (without server), or leave_out: [{names}]"
         )
-    need_lm_eval()
-    for one in found:
-        place = one.place
+    require_lm_eval()
+    for task in tasks:
         try:
-            known_task(one.name, with_data=(place.path or place.revision) is not None)
-            if place.path is not None:
-                builder_of(place.path)
+            check_task(task.spec, with_data=(task.data.path or task.data.revision) is not None)
+            if task.data.path is not None:
+                find_builder(task.data.path)
         except (RecipeError, DataError) as error:
-            raise type(error)(f"{one.where}: {error}") from None
-    return found
+            raise type(error)(f"{task.full_name}: {error}") from None
+    return tasks
 
 
-def load_all(wanted: Sequence[Capability], folder: str) -> list[Any]:
+def load_tasks(tasks: Sequence[LmEvalTask], folder: str) -> list[Any]:
     """Load tasks with their rows.
 
     Args:
-        wanted: The tasks.
-        folder: For files that are needed while they run.
+        tasks: The tasks.
+        folder: Folder for files that are needed while they run.
 
     Raises:
-        DataError: If rows can't be had; it names the local alternative.
+        DataError: If rows can't be read; the message names the keys for a local file.
     """
-    loaded, lost = [], {}
-    for one in wanted:
+    loaded, failed = [], {}
+    for task in tasks:
         try:
-            loaded.append(load_task(one.name, Path(folder), path=one.place.path, revision=one.place.revision))
+            loaded.append(load_task(task.spec, Path(folder), path=task.data.path, revision=task.data.revision))
         except DataError as error:
-            lost[one] = error
-    if lost:
-        told = "\n".join(f"{one.where}: {error}" for one, error in lost.items())
-        files = ", ".join(f"{one.called}: {{path: FILE}}" for one in lost if one.called == one.name)
+            failed[task] = error
+    if failed:
+        reasons = "\n".join(f"{task.full_name}: {error}" for task, error in failed.items())
+        files = ", ".join(f"{task.name}: {{path: FILE}}" for task in failed if task.name == task.spec)
         local = f"data: {{{files}}}, local files with the sets' columns, or " if files else ""
-        raise DataError(f"{told}\n  in the recipe: {local}leave_out: [{', '.join(one.where for one in lost)}]")
+        names = ", ".join(task.full_name for task in failed)
+        raise DataError(f"{reasons}\n  in the recipe: {local}leave_out: [{names}]")
     return loaded
 
 
-class Counted(NamedTuple):
-    """Rows of a task.
+class PlannedRows(NamedTuple):
+    """Rows of a task in a plan.
 
     Args:
-        what: The task.
-        wanted: Rows that are asked.
-        of: Rows that its set has.
-        there: Rows of a result that is there already.
-        place: Where they are read from.
+        task: `SUITE/TASK`.
+        rows: Number of rows.
+        existing: Number of rows whose results exist.
     """
 
-    what: str
-    wanted: int
-    of: int
-    there: int
-    place: str
+    task: str
+    rows: RowCount
+    existing: int
 
 
-def count_rows(recipe: EvalRecipe, wanted: Sequence[Capability]) -> list[Counted]:
+def plan_lm_eval_tasks(recipe: EvalRecipe, tasks: Sequence[LmEvalTask]) -> list[PlannedRows]:
     """Load tasks with their rows and count them; the model isn't loaded.
 
     Raises:
-        DataError: If rows can't be had.
+        DataError: If rows can't be read.
     """
-    if not wanted or recipe.model is None:
+    if not tasks or recipe.model is None:
         return []
     from bfpo.generation.in_process import checkpoint_identity
 
     identity = checkpoint_identity(recipe.model.path, recipe.model.revision)
-    counted = []
+    planned = []
     with TemporaryDirectory() as folder:
-        for one, loaded in zip(wanted, load_all(wanted, folder), strict=True):
-            asked, of, place = rows_of(loaded, recipe.limit)
-            there = asked if kept_in(Path(recipe.out), one, recipe, identity).is_file() else 0
-            counted.append(Counted(one.where, asked, of, there, one.place.path or place))
-    return counted
+        for task, loaded in zip(tasks, load_tasks(tasks, folder), strict=True):
+            rows = count_task_rows(loaded, recipe.limit)
+            rows = rows._replace(origin=task.data.path or rows.origin)
+            has_results = result_file(Path(recipe.out), task, recipe, identity).is_file()
+            planned.append(PlannedRows(task.full_name, rows, rows.selected if has_results else 0))
+    return planned
 
 
-def run_capabilities(recipe: EvalRecipe, wanted: Sequence[Capability], out: Path) -> list[Found]:
-    """Run tasks that weren't run yet; a finished one is kept in the folder `lm_eval` and isn't run again.
+def run_lm_eval_tasks(recipe: EvalRecipe, tasks: Sequence[LmEvalTask], out: Path) -> list[TaskResults]:
+    """Run the tasks that have no results yet; the results of each are kept in the folder `lm_eval`.
 
     Args:
-        recipe: Of the evaluation.
-        wanted: From `capabilities_of`.
+        recipe: Recipe of the evaluation.
+        tasks: Output of `find_lm_eval_tasks`.
         out: Folder of the evaluation.
 
     Raises:
-        DataError: If rows can't be had: before any task is run.
+        DataError: If rows can't be read; raised before any task is run.
         ModelError: If the model can't be loaded.
     """
     from bfpo.generation.in_process import checkpoint_identity, load_checkpoint
 
     model = recipe.model
-    if not wanted or model is None:
+    if not tasks or model is None:
         return []
     identity = checkpoint_identity(model.path, model.revision)
-    if not all(kept_in(out, one, recipe, identity).is_file() for one in wanted):
+    missing = [task for task in tasks if not result_file(out, task, recipe, identity).is_file()]
+    if missing:
         with TemporaryDirectory() as folder:
-            waiting = [one for one in wanted if not kept_in(out, one, recipe, identity).is_file()]
-            loaded = load_all(waiting, folder)
+            loaded = load_tasks(missing, folder)
             network, tokenizer, identity = load_checkpoint(model.path, dtype=model.dtype, revision=model.revision)
-            # Detecting how much fits is lm-eval's own; on a CPU it would take longer than it saves.
+            # lm-eval's detection of the batch size takes longer on a CPU than it saves.
             lm = open_lm(network, tokenizer, batch_size="auto" if network.device.type == "cuda" else 8)
-            for number, (one, rows) in enumerate(zip(waiting, loaded, strict=True), start=1):
-                path = kept_in(out, one, recipe, identity)
+            for number, (task, rows) in enumerate(zip(missing, loaded, strict=True), start=1):
+                path = result_file(out, task, recipe, identity)
                 if not path.is_file():
-                    say(f"lm-eval: {one.where} ({number} of {len(waiting)})")
-                    found = run_task(lm, rows, one.name, limit=recipe.limit, path=one.place.path)
-                    write_json(path, found.to_json())
+                    say(f"lm-eval: {task.full_name} ({number} of {len(missing)})")
+                    results = run_task(lm, rows, task.spec, limit=recipe.limit, path=task.data.path)
+                    write_json(path, results.to_json())
             del lm, network
-    return [_read(kept_in(out, one, recipe, identity), one) for one in wanted]
+    return [_read_results(result_file(out, task, recipe, identity)) for task in tasks]
 
 
-def kept_in(out: Path, one: Capability, recipe: EvalRecipe, identity: str) -> Path:
-    """Return the file of a task's result; its name tells all that the result depends on."""
+def result_file(out: Path, task: LmEvalTask, recipe: EvalRecipe, identity: str) -> Path:
+    """Return the file with the results of a task; its name has a hash of everything that they depend on."""
     assert recipe.model is not None
-    files = [one.place.path or "", *_files_of(one.name)]
+    files = [task.data.path or "", *_own_files(task.spec)]
     rows = [file_hash(Path(file)) for file in files if file and Path(file).is_file()]
-    what = (identity, recipe.model.dtype, one.name, rows, one.place.revision, recipe.limit, lm_eval_version())
-    return out / FOLDER / f"{one.called}-{content_hash(*what)}.json"
+    key = (identity, recipe.model.dtype, task.spec, rows, task.data.revision, recipe.limit, lm_eval_version())
+    return out / FOLDER / f"{task.name}-{content_hash(*key)}.json"
 
 
-def _files_of(name: str) -> list[str]:
-    """Return the YAML file of a task of one's own, and the files of rows that it names."""
-    path = Path(name)
+def _own_files(spec: str) -> list[str]:
+    """Return a YAML task and the words in it, some of which are names of files."""
+    path = Path(spec)
     if not path.is_file():
         return []
     words = re.findall(r"[^\s\"'{}\[\],]+", path.read_text(encoding="utf-8", errors="replace"))
-    return [name, *words]
+    return [spec, *words]
 
 
-def _read(path: Path, one: Capability) -> Found:
+def _read_results(path: Path) -> TaskResults:
     try:
-        found = Found.from_json(json.loads(path.read_text(encoding="utf-8")))
+        results = TaskResults.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: not what this program keeps of a task ({error}); remove it") from None
-    return Found(found.numbers, {"name": one.where, **found.facts, "kept_in": f"{FOLDER}/{path.name}"})
+        raise DataError(f"{path}: not the results of an lm-eval task ({error}); remove it") from None
+    return TaskResults(results.metrics, {**results.metadata, "kept_in": f"{FOLDER}/{path.name}"})
 
 
-def capability_metrics(wanted: Sequence[Capability], found: Sequence[Found]) -> list[MetricResult]:
-    """Return the numbers of tasks with intervals over rows; one that isn't a mean over rows has none."""
+def lm_eval_data(tasks: Sequence[LmEvalTask], results: Sequence[TaskResults]) -> list[TaskData]:
+    """Return the data of tasks, from the metadata of their results."""
+    keys = {"from": "origin", "of": "published"}
+    names = {field.name for field in fields(TaskData)}
+    rows = []
+    for task, task_results in zip(tasks, results, strict=True):
+        values = {keys.get(key, key): value for key, value in task_results.metadata.items()}
+        rows.append(
+            TaskData(**{key: value for key, value in values.items() if key in names} | {"name": task.full_name})
+        )
+    return rows
+
+
+def lm_eval_metrics(tasks: Sequence[LmEvalTask], results: Sequence[TaskResults]) -> list[MetricResult]:
+    """Return the metrics of tasks with intervals over rows; a metric that isn't a mean over rows has none."""
     metrics = []
-    for one, result in zip(wanted, found, strict=True):
-        for number in result.numbers:
-            if number.values:
-                metrics += to_metrics(one.suite, [_measured(one.called, number)])
+    for task, task_results in zip(tasks, results, strict=True):
+        for metric in task_results.metrics:
+            if metric.values:
+                metrics += to_metrics(task.suite, [_scores(task, metric)])
             else:
                 metrics.append(
                     MetricResult(
-                        one.suite,
-                        one.called,
-                        number.metric,
-                        number.value,
+                        task.suite,
+                        task.name,
+                        metric.metric,
+                        metric.value,
                         None,
                         None,
-                        number.n,
-                        number.unscored,
-                        NO_INTERVAL if number.value is not None else NO_NUMBER,
-                        number.higher_is_better,
-                        category=number.category,
+                        metric.n,
+                        metric.unscored,
+                        NO_INTERVAL if metric.value is not None else NO_NUMBER,
+                        metric.higher_is_better,
+                        category=metric.category,
                     )
                 )
     return metrics
 
 
-def _measured(task: str, number: Number) -> PromptScores:
-    is_rate = set(number.values.values()) <= {0.0, 1.0}
-    measure = MetricSpec(
-        number.metric, lambda judged: None, lambda judged: False, number.higher_is_better, is_rate, needs_judge=False
+def _scores(task: LmEvalTask, metric: TaskMetric) -> PromptScores:
+    is_rate = set(metric.values.values()) <= {0.0, 1.0}
+    spec = MetricSpec(
+        metric.metric, lambda judged: None, lambda judged: False, metric.higher_is_better, is_rate, needs_judge=False
     )
-    return PromptScores(task, measure, number.values, 0, 1, "", number.category)
+    return PromptScores(task.name, spec, metric.values, 0, 1, "", metric.category)
 
 
-def compare_capabilities(
-    wanted: Sequence[Capability], found: Sequence[Found], folder: Path, base: Results
+def compare_lm_eval_tasks(
+    tasks: Sequence[LmEvalTask], results: Sequence[TaskResults], baseline: Baseline
 ) -> tuple[list[MetricComparison], list[str]]:
-    """Compare tasks with a base's, row by row: what alignment cost.
+    """Compare tasks with those of a baseline, row by row.
 
     Args:
-        wanted: Tasks of this run.
-        found: Their results.
-        folder: Of the base.
-        base: What its evaluation found.
+        tasks: Tasks of this run.
+        results: Their results.
+        baseline: Evaluation to compare with.
 
     Returns:
-        The comparisons, and what a reader must know of them.
+        The comparisons, and notes for the reader of the results.
     """
-    comparisons, told = list[MetricComparison](), []
-    theirs = {facts["name"]: facts for facts in base.data if "kept_in" in facts}
-    for one, result in zip(wanted, found, strict=True):
-        facts = theirs.get(one.where)
-        if facts is None:
-            told.append(f"No comparison of {one.where} with {base.run}: it wasn't asked of that one.")
+    comparisons, notes = list[MetricComparison](), []
+    baseline_data = {row.name: row for row in baseline.results.data if row.kept_in is not None}
+    for task, task_results in zip(tasks, results, strict=True):
+        data = baseline_data.get(task.full_name)
+        if data is None:
+            notes.append(f"No comparison of {task.full_name} with {baseline.results.run}: it wasn't run there.")
             continue
-        alike = ("lm_eval", "version", "few_shot", "template_policy")
-        if differing := [key for key in alike if facts.get(key) != result.facts.get(key)]:
-            told.append(f"No comparison of {one.where} with {base.run}: {', '.join(differing)} differ.")
+        if differing := [key for key in _COMPARABLE if getattr(data, key) != task_results.metadata.get(key)]:
+            keys = ", ".join(differing)
+            notes.append(f"No comparison of {task.full_name} with {baseline.results.run}: {keys} differ.")
             continue
-        other = _read(folder / str(facts["kept_in"]), one)
+        baseline_results = _read_results(baseline.folder / str(data.kept_in))
         comparisons += compare(
-            one.suite,
-            [_measured(one.called, number) for number in result.numbers if number.values],
-            [_measured(one.called, number) for number in other.numbers if number.values],
-            against=base,
+            task.suite,
+            [_scores(task, metric) for metric in task_results.metrics if metric.values],
+            [_scores(task, metric) for metric in baseline_results.metrics if metric.values],
+            against=baseline.results,
         )
-    return comparisons, told
+    return comparisons, notes

@@ -1,6 +1,6 @@
-"""The tasks of lm-evaluation-harness: which there are, and their rows, from the hub or from a local file.
+"""Tasks of lm-evaluation-harness: looking them up, and reading their rows from the hub or a local file.
 
-With `capabilities` this is all that knows lm-eval; names are held to 0.4.13. No task with remote code is run.
+Only this module and `run` import lm-eval; names are checked against 0.4.13. Tasks with remote code are not run.
 """
 
 import re
@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -20,56 +20,63 @@ _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".
 _YAML = (".yaml", ".yml")
 
 
-def need_lm_eval() -> None:
-    """Refuse to go on without lm-eval.
+class RowCount(NamedTuple):
+    """Number of rows of a task, or of all tasks of a group.
+
+    Args:
+        selected: Rows that are evaluated.
+        total: Rows of the data.
+        origin: Data set or files that they are read from.
+    """
+
+    selected: int
+    total: int
+    origin: str
+
+
+def require_lm_eval() -> None:
+    """Check that lm-eval is installed.
 
     Raises:
-        MissingExtra: If it isn't installed.
+        MissingExtra: If it isn't.
     """
     if find_spec("lm_eval") is None:
         raise MissingExtra("a suite with lm_eval:", "lm-eval", "lm-eval")
 
 
 def lm_eval_version() -> str:
-    """Return the installed version."""
+    """Return the installed version of lm-eval."""
     return version("lm_eval")
 
 
 @cache
 def task_manager() -> Any:
-    """Return lm-eval's index of its tasks, read once: some 14,000 files, many seconds."""
-    need_lm_eval()
+    """Return lm-eval's index of its tasks. Reading its 14,000 files takes many seconds, so it is read once."""
+    require_lm_eval()
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def known_task(name: str, *, with_data: bool) -> None:
-    """Refuse a task that can't be run.
+def check_task(name: str, *, with_data: bool) -> None:
+    """Check that a task can be run.
 
     Args:
-        name: Of a task or a group, or the path of a YAML task.
-        with_data: Whether its rows are to be read from elsewhere.
+        name: Name of a task or a group, or path of a YAML task.
+        with_data: Whether its rows are read from another file or revision than it names.
 
     Raises:
-        RecipeError: If lm-eval has no such task, or the rows of this one can't be read from elsewhere.
+        RecipeError: If lm-eval has no such task, or its rows can't be read from elsewhere.
     """
     if name.endswith(_YAML):
-        if not Path(name).is_file():
-            raise RecipeError(f"lm_eval: no file {name}")
-        if with_data:
-            raise RecipeError(f"data: {name} says itself where its rows are (dataset_path)")
-        if re.search(r"^group:", Path(name).read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE):
-            raise RecipeError(
-                f"lm_eval: {name} is a group, which lm-eval takes by its name alone; name its tasks' files"
-            )
+        _check_task_file(name, with_data=with_data)
         return
     index = task_manager().task_index
     if name not in index:
         from difflib import get_close_matches
 
-        near = get_close_matches(name, list(index), n=1, cutoff=0.6)
-        guess = f"did you mean '{near[0]}'? " if near else ""
+        matches = get_close_matches(name, list(index), n=1, cutoff=0.6)
+        guess = f"did you mean '{matches[0]}'? " if matches else ""
         raise RecipeError(f"lm-eval {lm_eval_version()} has no task '{name}'; {guess}`lm-eval ls tasks` lists them")
     kind = index[name].kind.name
     if kind == "TAG":
@@ -79,50 +86,60 @@ def known_task(name: str, *, with_data: bool) -> None:
         raise RecipeError(f"data: '{name}' of lm-eval is a group or a program; name its subtasks one by one")
 
 
-def metrics_of(name: str) -> set[str]:
-    """Return the metrics that the definition of a task lists; none for a group, or a task of one's own."""
+def _check_task_file(name: str, *, with_data: bool) -> None:
+    if not Path(name).is_file():
+        raise RecipeError(f"lm_eval: no file {name}")
+    if with_data:
+        raise RecipeError(f"data: {name} names its own rows (dataset_path); change them there")
+    if re.search(r"^group:", Path(name).read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE):
+        raise RecipeError(f"lm_eval: {name} is a group, which lm-eval takes by its name only; name its tasks' files")
+
+
+def listed_metrics(name: str) -> set[str]:
+    """Return the metrics that the definition of a task lists; empty for a group and for a YAML file."""
     entry = task_manager().task_index.get(name)
-    listed = (entry.cfg or {}).get("metric_list") if entry is not None else None
-    return {str(one["metric"]) for one in listed or ()}
+    metrics = (entry.cfg or {}).get("metric_list") if entry is not None else None
+    return {str(metric["metric"]) for metric in metrics or ()}
 
 
 def load_task(name: str, folder: Path, *, path: str | None = None, revision: str | None = None) -> Any:
     """Load a task or a group with its rows.
 
     Args:
-        name: As for `known_task`.
-        folder: Where a YAML file of the changed task may be written.
-        path: Local file with rows as the task's set has them, taken for the rows that are asked; examples in the
+        name: Name of a task or a group, or path of a YAML task.
+        folder: Folder in which a YAML file with the changed data may be written.
+        path: Local file with the columns of the task's data set. All its rows are evaluated, and examples in the
             prompt are other rows of it.
-        revision: Commit of the set on the hub.
+        revision: Commit of the data set on the hub.
 
     Returns:
-        What `run_task` takes.
+        lm-eval's tasks, as `run_task` takes them.
 
     Raises:
-        DataError: If the rows can't be had.
+        DataError: If the rows can't be read.
     """
-    spec = name if path is None and revision is None else _changed(name, folder, path, revision)
+    spec = name if path is None and revision is None else _write_changed_task(name, folder, path, revision)
     try:
         return task_manager().load([spec])
     except KeyError as error:
         raise DataError(f"lm-eval: the rows of '{name}' lack what the task reads: {error}") from None
-    # Not only what `datasets` raises: a task brings code of its own that reads rows. --debug shows where it failed.
+    # A task may bring code of its own that reads its rows and raises anything; --debug shows where it failed.
     except Exception as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"lm-eval couldn't read the rows of '{name}': {told[0][:300]}") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"lm-eval couldn't read the rows of '{name}': {lines[0][:300]}") from error
 
 
-def _changed(name: str, folder: Path, path: str | None, revision: str | None) -> str:
+def _write_changed_task(name: str, folder: Path, path: str | None, revision: str | None) -> str:
+    """Write a YAML file that is the task with its rows read from elsewhere; return its path."""
     entry = task_manager().task_index[name]
     if path is None:
-        kept = {key: value for key, value in (entry.cfg.get("dataset_kwargs") or {}).items() if value is not None}
-        changes: dict[str, Any] = {"dataset_kwargs": {**kept, "revision": revision}}
+        options = {key: value for key, value in (entry.cfg.get("dataset_kwargs") or {}).items() if value is not None}
+        changes: dict[str, Any] = {"dataset_kwargs": {**options, "revision": revision}}
     else:
         key = "test_split" if entry.cfg.get("test_split") else "validation_split"
         split = entry.cfg.get(key) or "test"
         changes = {
-            "dataset_path": builder_of(path),
+            "dataset_path": find_builder(path),
             "dataset_name": None,
             "dataset_kwargs": {"data_files": {split: str(Path(path).resolve())}},
             "custom_dataset": None,
@@ -140,19 +157,24 @@ def _changed(name: str, folder: Path, path: str | None, revision: str | None) ->
     return str(changed)
 
 
-def rows_of(loaded: Any, limit: int | None) -> tuple[int, int, str]:
-    """Return how many rows of a loaded task are asked under a limit, how many there are, and where they are from."""
+def count_task_rows(loaded: Any, limit: int | None) -> RowCount:
+    """Count the rows of a loaded task.
+
+    Args:
+        loaded: Output of `load_task`.
+        limit: Maximum number of rows of a task, and of each task of a group.
+    """
     sizes = [len(task.eval_docs) for task in loaded["tasks"].values()]
-    places = sorted({_place(task.config) for task in loaded["tasks"].values()})
-    asked = sum(len(sample_of(size, limit)) for size in sizes)
-    return asked, sum(sizes), places[0] if len(places) == 1 else f"{len(places)} sets"
+    origins = sorted({_origin(task.config) for task in loaded["tasks"].values()})
+    selected = sum(len(sample_rows(size, limit)) for size in sizes)
+    return RowCount(selected, sum(sizes), origins[0] if len(origins) == 1 else f"{len(origins)} sets")
 
 
-def builder_of(path: str) -> str:
-    """Return which builder of `datasets` reads a file.
+def find_builder(path: str) -> str:
+    """Return the builder of `datasets` that reads a file.
 
     Raises:
-        DataError: If there is no such file, or none reads it.
+        DataError: If the file is missing, or its suffix is unknown.
     """
     if not Path(path).is_file():
         raise DataError(f"no file {path}")
@@ -162,17 +184,17 @@ def builder_of(path: str) -> str:
     return _BUILDERS[suffix]
 
 
-def sample_of(size: int, limit: int | None) -> list[int]:
-    """Return rows, the same in every run; a smaller sample is a part of a larger one."""
+def sample_rows(size: int, limit: int | None) -> list[int]:
+    """Return the indices of a sample that is the same in every run; a smaller sample is part of a larger one."""
     if limit is None or limit >= size:
         return list(range(size))
     return sorted(sorted(range(size), key=lambda row: content_hash("sample", row))[:limit])
 
 
-def _place(config: Any) -> str:
+def _origin(config: Any) -> str:
     files = (config.dataset_kwargs or {}).get("data_files")
     if isinstance(files, Mapping) and all(isinstance(file, str) for file in files.values()):
         return ", ".join(sorted(set(files.values())))
     revision = (config.dataset_kwargs or {}).get("revision")
-    named = " ".join(filter(None, (config.dataset_path, config.dataset_name)))
-    return (named or "the task's own program") + (f"@{revision}" if revision else "")
+    name = " ".join(filter(None, (config.dataset_path, config.dataset_name)))
+    return (name or "the task's own program") + (f"@{revision}" if revision else "")

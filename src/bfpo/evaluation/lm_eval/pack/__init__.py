@@ -1,7 +1,7 @@
-"""The suites' judged tasks for lm-evaluation-harness: the folder of this package is a pack for its `--include_path`.
+"""Judged tasks of the suites for lm-evaluation-harness: this folder is for its `--include_path`.
 
-Each YAML file names a task of a suite; prompts are read at run time, as `bfpo eval` reads them: none stands in the
-files. What lm-eval takes by `--metadata` reaches `rows`: `data` and `judge`.
+Each YAML file names a task of a suite. The files hold no prompts: `rows` reads them at run time as `bfpo eval` does.
+lm-eval passes its `--metadata` to `rows`, with the keys `data` and `judge`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,28 +21,29 @@ FOLDER = Path(__file__).parent
 def rows(
     *, suite: str, task: str, data: Mapping[str, Any] | None = None, judge: str = "", **_: object
 ) -> dict[str, Any]:
-    """Return the prompts of a task as lm-eval takes them.
+    """Return the prompts of a task as a data set of lm-eval.
 
     Args:
-        suite: A shipped suite.
-        task: One of its tasks.
-        data: Source → file, or an object of `path` or `revision`, to read it from.
-        judge: Of the answers, as for `bfpo judge`; "" measures their length alone.
+        suite: Name of a shipped suite.
+        task: Name of one of its tasks.
+        data: Source → local file, or an object with `path` or `revision`.
+        judge: Spec of the judge of the answers; empty to measure their length only.
 
     Raises:
         RecipeError: If the source needs a file or a commit that `data` doesn't name.
-        DataError: If it can't be read.
+        DataError: If the prompts can't be read.
     """
     from datasets import Dataset
 
     name, content = load_suite(suite)
-    only = content.model_copy(
-        update={"tasks": [one for one in content.tasks if one.called == task], "lm_eval": []},
-    )
-    source = only.tasks[0].source
+    tasks = [suite_task for suite_task in content.tasks if suite_task.called == task]
+    source = tasks[0].source
     place = (data or {}).get(source)
     places = {} if place is None else {source: place if isinstance(place, Mapping) else {"path": place}}
-    (found,) = read_tasks({name: only}, data={key: EvalData.model_validate(value) for key, value in places.items()})
+    (read_task,) = read_tasks(
+        {name: content.model_copy(update={"tasks": tasks, "lm_eval": []})},
+        data={key: EvalData.model_validate(value) for key, value in places.items()},
+    )
     return {
         "test": Dataset.from_list(
             [
@@ -53,32 +54,33 @@ def rows(
                     "category": prompt.category or "",
                     "judge": judge,
                 }
-                for prompt in found.prompts
+                for prompt in read_task.prompts
             ]
         )
     }
 
 
-def measured(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Measure an answer as `bfpo eval` does; lm-eval averages over prompts.
+def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Return the metrics of one answer, as `bfpo eval` computes them; lm-eval averages them over prompts.
 
     Args:
         doc: A row of `rows`.
         results: The answer.
     """
     text = results[0]
-    found = {"words": float(len(text.split()))}
+    words = len(text.split())
+    scores = {"words": float(words)}
     if not doc["judge"]:
-        return found
+        return scores
     completion = Completion(
-        doc["prompt_id"], 0, user_says(doc["prompt"]), text, "stop", 0, len(text.split()), "lm-eval", "lm-eval", ""
+        doc["prompt_id"], 0, user_says(doc["prompt"]), text, "stop", 0, words, "lm-eval", "lm-eval", ""
     )
     (verdict,) = _judge(doc["judge"]).judge([completion])
-    for measure in MEASURES[doc["kind"]]:
-        value = measure.of(JudgedCompletion(completion, verdict)) if measure.needs_judge else None
+    for metric in MEASURES[doc["kind"]]:
+        value = metric.of(JudgedCompletion(completion, verdict)) if metric.needs_judge else None
         if value is not None:
-            found[measure.name] = value
-    return found
+            scores[metric.name] = value
+    return scores
 
 
 @cache

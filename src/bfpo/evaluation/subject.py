@@ -1,0 +1,80 @@
+"""The model that an evaluation is about, as the recipe and the model's folder describe it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bfpo.core.samples import Engine, Judge
+from bfpo.errors import DataError
+from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.evaluation.suite import Suite, Task
+from bfpo.generation.open import open_engine
+from bfpo.judging.open import open_judge
+from bfpo.judging.spec import JudgeSpec
+
+TEMPLATE_POLICY = "the tokenizer's own chat template"
+SERVER_POLICY = "the server's own chat template"
+LM_EVAL_POLICY = "as data says of each task"
+SAVED_POLICY = "as the program that saved the answers put them"
+
+
+def model_name(recipe: EvalRecipe) -> str:
+    """Return the name of the model: its path, or the file of its saved completions."""
+    if recipe.model is not None:
+        return recipe.model.path + (f"@{recipe.model.revision}" if recipe.model.revision else "")
+    return str(recipe.completions)
+
+
+def run_name(recipe: EvalRecipe) -> str:
+    """Return the short name of the run."""
+    return recipe.run or Path(recipe.out).resolve().name
+
+
+def open_model(recipe: EvalRecipe) -> Engine:
+    """Open the model of a recipe, or the file of its saved completions."""
+    if recipe.model is None:
+        from bfpo.generation.saved import SavedEngine
+
+        return SavedEngine(str(recipe.completions), run_name(recipe))
+    return open_engine(recipe.model, recipe.sampling.settings)
+
+
+def open_recipe_judge(recipe: EvalRecipe, spec: str | JudgeSpec) -> Judge:
+    """Open a judge with the threshold and the server settings of a recipe."""
+    return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server)
+
+
+def training_judges(recipe: EvalRecipe) -> set[str]:
+    """Return the names of the judges that labeled the model's training data, from the manifest in its folder.
+
+    Raises:
+        DataError: If the manifest is malformed.
+    """
+    if recipe.model is None:
+        return set()
+    path = Path(recipe.model.path) / "data_manifest.json"
+    if not path.is_file():
+        return set()
+    try:
+        sources = json.loads(path.read_text(encoding="utf-8")).get("label_sources") or {}
+    except (ValueError, AttributeError):
+        raise DataError(f"{path}: not the JSON object that training leaves; who labeled the data?") from None
+    return {part.partition("@")[0] for source in sources for part in str(source).split("+")}
+
+
+def template_policy(recipe: EvalRecipe, suites: Mapping[str, Suite], tasks: Sequence[Task]) -> str:
+    """Describe how prompts are given to the model; the system messages of tasks are part of it."""
+    if not tasks:
+        return LM_EVAL_POLICY
+    if recipe.template_policy is not None:
+        policy = recipe.template_policy
+    elif recipe.model is None:
+        policy = SAVED_POLICY
+    else:
+        policy = SERVER_POLICY if recipe.model.server is not None else TEMPLATE_POLICY
+    names = {(task.suite, task.name) for task in tasks}
+    for suite, content in suites.items():
+        for task in content.tasks:
+            if task.system is not None and (suite, task.called) in names:
+                policy += f"; {suite}/{task.called} with the system message {task.system!r}"
+    return policy

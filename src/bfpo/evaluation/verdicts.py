@@ -1,0 +1,48 @@
+"""Reading the verdicts of a finished evaluation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bfpo.core.samples import Verdict
+from bfpo.data.stages import read_verdicts
+from bfpo.data.verdict_files import judge_files
+
+
+def verdicts_by_judge(folder: Path) -> dict[tuple[str, str], list[Verdict]]:
+    """Read all verdicts of a folder, by name and revision of the judge.
+
+    Raises:
+        DataError: If a file is malformed.
+    """
+    by_judge: dict[tuple[str, str], list[Verdict]] = {}
+    for path in judge_files(folder, "verdicts"):
+        for verdict in read_verdicts(path):
+            by_judge.setdefault((verdict.judge, verdict.revision), []).append(verdict)
+    return by_judge
+
+
+def verdicts_of_evaluation(folder: Path, judges: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    """Read the verdicts that an evaluation rests on, in the order of its judges.
+
+    Args:
+        folder: Folder of the evaluation. Verdicts of a listed judge by another revision are left out, those of judges
+            that aren't listed come last.
+        judges: The judges of its results.
+
+    Raises:
+        DataError: If a file is malformed.
+    """
+    names = {judge["name"] for judge in judges}
+    # Of two judges with one name the second is listed as NAME@REVISION.
+    ranks = {
+        (judge["name"].removesuffix(f"@{judge['revision'][:8]}"), judge["revision"]): rank
+        for rank, judge in enumerate(judges)
+    }
+    by_judge = {
+        judge: verdicts
+        for judge, verdicts in verdicts_by_judge(folder).items()
+        if judge in ranks or judge[0] not in names
+    }
+    ordered = sorted(by_judge, key=lambda judge: ranks.get(judge, len(ranks)))
+    return [verdict for judge in ordered for verdict in by_judge[judge]]
