@@ -53,14 +53,14 @@ def measure(way: str) -> dict[str, Any]:
         train_only=["down_proj"] if way == "down_proj" else None,
         reference="adapter" if way == "lora" else "shared",
     )
-    reference_bytes = trainer.reference.bytes
+    reference_bytes = trainer.reference.nbytes
     if way == "second model":
         frozen = copy.deepcopy(model).requires_grad_(False)
         add_layout_forward(frozen)
         reference_bytes = weights
 
         class Whole:
-            bytes = weights
+            nbytes = weights
 
             @torch.no_grad()
             def logps(self, policy: Any, layout: Any) -> Any:

@@ -233,7 +233,7 @@ def state(_: int) -> dict[str, Any]:
         assert trainer.optimizer is not None
         moments = [value for one in trainer.optimizer.state.values() for value in one.values() if value.dim()]
         trained, total = trainer.selection.trained, trainer.selection.total
-        copied = trainer.reference.bytes if trainer.reference else 0
+        copied = trainer.reference.nbytes if trainer.reference else 0
         found[name] = {
             "weights": total,
             "trained": trained,

@@ -18,19 +18,19 @@ sys.path.insert(0, str(Path(__file__).parent / "generation"))
 from faulty_server import faulty_server
 
 KILLS = 4
-# Requests that may be under way, or answered and not yet written, when a process dies.
-UNDER_WAY = 24
+# Maximum number of requests that are open, or answered and not yet written, when a process is killed.
+OPEN_REQUESTS = 24
 
 
-def says(body):
-    """Answer as the model that is red-teamed, or as a judge of it."""
+def text_of(body):
+    """Answer a request as the red-teamed model or as a judge."""
     time.sleep(0.01)
-    asked = body["messages"][-1]["content"]
+    prompt = body["messages"][-1]["content"]
     if body["model"] == "toy":
-        if asked == STEPS[2]:
+        if prompt == STEPS[2]:
             return "sorry , but here is a lamp ."
-        return f"{'step' if 'stuck' in asked or body['seed'] % 3 == 0 else 'lamp'} {body['seed'] % 97}"
-    answer = asked.split("ANSWER\n")[1].split("\nEND ")[0]
+        return f"{'step' if 'stuck' in prompt or body['seed'] % 3 == 0 else 'lamp'} {body['seed'] % 97}"
+    answer = prompt.split("ANSWER\n")[1].split("\nEND ")[0]
     unsafe = "step" in answer or (body["model"] == "strict" and answer.endswith("3"))
     return json.dumps(
         {"unsafe": unsafe, "refusal": "sorry" in answer, "helpfulness": 1 + len(answer) % 10, "category": None}
@@ -38,10 +38,10 @@ def says(body):
 
 
 def run_killed(arguments, counts, most_requests):
-    """Run a command, killed at its start and after random numbers of requests, until it ends; returns the kills."""
+    """Run a command until it ends, killed at its start and after random numbers of requests; return the kills."""
     rng = random.Random(0)
     targets = sorted(rng.randrange(1, most_requests) for _ in range(KILLS - 1))
-    killed = 0
+    kills = 0
     for number, target in enumerate([0, *targets, None]):
         with subprocess.Popen(
             [sys.executable, "-m", "bfpo", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -52,14 +52,14 @@ def run_killed(arguments, counts, most_requests):
                 time.sleep(0.002)
             if target is not None:
                 process.kill()
-            told, _ = process.communicate(timeout=60)
-            killed += process.returncode == -signal.SIGKILL
-    assert process.returncode == 0, told
-    return killed
+            output, _ = process.communicate(timeout=60)
+            kills += process.returncode == -signal.SIGKILL
+    assert process.returncode == 0, output
+    return kills
 
 
-def compared(counts, command_into, tmp_path):
-    """Run a command whole and killed; returns the rows' files and the requests of both."""
+def run_whole_and_killed(counts, command_into, tmp_path):
+    """Run a command once without and once with kills; return the written rows and the number of requests of both."""
     files, requests = [], []
     for name in ("whole", "killed"):
         counts["requests"] = 0
@@ -67,11 +67,11 @@ def compared(counts, command_into, tmp_path):
         if name == "whole":
             subprocess.run([sys.executable, "-m", "bfpo", *command], check=True, stdout=subprocess.DEVNULL)
         else:
-            # The last target may be the end.
+            # The last target may be reached only at the end.
             assert run_killed(command, counts, requests[0]) >= KILLS - 1
         requests.append(counts["requests"])
         files.append({file.name: file.read_bytes() for file in (tmp_path / name).glob("*.jsonl*")})
-    assert requests[0] <= requests[1] <= requests[0] + KILLS * UNDER_WAY
+    assert requests[0] <= requests[1] <= requests[0] + KILLS * OPEN_REQUESTS
     return files, requests
 
 
@@ -80,9 +80,9 @@ def test_a_red_team_run_killed_at_random_moments(tmp_path):
     for kind, word, number in (("harmful", "stuck", 10), ("harmful", "mixed", 20), ("benign", "small", 20)):
         with (tmp_path / f"{kind}.txt").open("a") as file:
             file.writelines(f"{word} box {i}\n" for i in range(number))
-    with faulty_server(text_of=says) as (url, counts):
+    with faulty_server(text_of=text_of) as (url, counts):
 
-        def into(out):
+        def command_into(out):
             recipe = {
                 "out": str(out),
                 "model": {"path": "toy", "server": url, "concurrency": 4},
@@ -98,7 +98,7 @@ def test_a_red_team_run_killed_at_random_moments(tmp_path):
             file.write_text(json.dumps(recipe))
             return ["redteam", str(file)]
 
-        (whole, killed), _ = compared(counts, into, tmp_path)
+        (whole, killed), _ = run_whole_and_killed(counts, command_into, tmp_path)
     costs = Counter()
     for name, files in (("whole", whole), ("killed", killed)):
         costs[name] = json.loads(files.pop("cost.jsonl"))["generations"]
@@ -106,11 +106,11 @@ def test_a_red_team_run_killed_at_random_moments(tmp_path):
     assert {"pairs.jsonl", "completions.jsonl", "verdicts.jsonl", "helpfulness.jsonl", "guided-3.jsonl"} < set(whole)
     assert len(whole["completions.jsonl"].splitlines()) == 150
     assert costs["whole"] == 150 + sum(len(whole[f"guided-{step}.jsonl"].splitlines()) for step in (1, 2, 3))
-    # A second of a killed start may be missing in the count, and what was made twice counts twice.
+    # The last second of a killed start may not be counted, and repeated generations count twice.
     assert costs["killed"] > costs["whole"] / 2
-    facts = [json.loads((tmp_path / name / "redteam.json").read_text()) for name in ("whole", "killed")]
-    assert facts[0].pop("cost")["replaced"] == facts[1].pop("cost")["replaced"]
-    assert facts[0] == facts[1]
+    metadata = [json.loads((tmp_path / name / "redteam.json").read_text()) for name in ("whole", "killed")]
+    assert metadata[0].pop("cost")["replaced"] == metadata[1].pop("cost")["replaced"]
+    assert metadata[0] == metadata[1]
 
 
 @pytest.mark.slow
@@ -120,16 +120,16 @@ def test_labeling_killed_at_random_moments(tmp_path):
         for i in range(60)
     ]
     write_jsonl(tmp_path / "p.jsonl", rows)
-    with faulty_server(text_of=says) as (url, counts):
+    with faulty_server(text_of=text_of) as (url, counts):
         judges = [f"--judge=rubric:{judge}@{url}" for judge in ("judge", "strict")]
-        (whole, killed), requests = compared(
+        (whole, killed), requests = run_whole_and_killed(
             counts, lambda out: ["label", str(tmp_path / "p.jsonl"), *judges, "--out", str(out)], tmp_path
         )
     assert whole == killed
     assert sorted(len(content.splitlines()) for name, content in whole.items() if "verdicts" in name) == [120, 120]
     assert requests[0] == 240
-    facts = [json.loads((tmp_path / name / "label.json").read_text()) for name in ("whole", "killed")]
-    assert facts[0].pop("seconds") >= 0
-    assert facts[1].pop("seconds") >= 0
-    assert facts[0] == facts[1]
-    assert 0 < facts[0]["labeled"] < 60
+    metadata = [json.loads((tmp_path / name / "label.json").read_text()) for name in ("whole", "killed")]
+    assert metadata[0].pop("seconds") >= 0
+    assert metadata[1].pop("seconds") >= 0
+    assert metadata[0] == metadata[1]
+    assert 0 < metadata[0]["labeled"] < 60

@@ -177,9 +177,9 @@ def bfpo_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int
         layout=LayoutSection(kind="padded" if variant.padded else "packed"),
         reference="shared",
     )
-    if trainer.layout.kind == "padded" and not variant.padded:
+    if trainer.layout_section.kind == "padded" and not variant.padded:
         raise SystemExit("the packed layout fell back to the padded one: there is nothing to measure")
-    collate = Collator(table, trainer.layout)
+    collate = Collator(table, trainer.layout_section)
     return trainer, lambda rows: collate([WeightedRow(row, 1 / len(rows)) for row in rows])
 
 

@@ -142,7 +142,7 @@ BAD_RECIPES = {
         "adapter is 'pair'; did you mean 'pairs'?",
     ),
     "no such file": ({"data": [{"path": "nothing.jsonl"}]}, "path 'nothing.jsonl': no such file, and not a hub id"),
-    "no such model": ({"model": {"path": "./nothing"}}, "model.path './nothing'"),
+    "no such model": ({"model": {"path": "./nothing"}}, "model './nothing': no such folder"),
     "no labels": ({"data": [{"path": "unlabeled.jsonl"}]}, "unlabeled: pairs without safety labels (row "),
 }
 
@@ -205,7 +205,7 @@ def test_the_same_commands_accept_what_is_good(run, folder, tokenizer, make_mode
     ("command", "message"),
     [
         (["merge", "nowhere", "--out", "merged"], "'nowhere': no such folder; expected a run's output folder"),
-        (["merge", ".", "--out", "merged"], "'.' holds no model; bfpo merge takes a folder with adapter_config.json"),
+        (["merge", ".", "--out", "merged"], "'.' contains no model; expected a folder with adapter_config.json"),
         (["migrate", "nothing.yaml"], "recipe nothing.yaml: "),
         (["migrate", "ours.yaml"], "ours.yaml: neither of official BFPO, alignment-handbook, TRL nor LLaMA-Factory"),
         (["train", "theirs.yaml"], "use model.path (bfpo migrate turns a whole file into a recipe)"),

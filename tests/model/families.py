@@ -1,4 +1,4 @@
-"""A tiny random model of each family whose packed rows are held to padded ones."""
+"""A tiny random model of each family whose packed and padded rows are compared."""
 
 import torch
 from transformers import (
@@ -34,12 +34,12 @@ SIZE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    # wide enough for attention to matter: at the usual 0.02 a wrong mask would hardly show
+    # Large enough for attention to matter: at the usual 0.02 a wrong mask would hardly change the numbers.
     "initializer_range": 0.3,
 }
 WINDOW = {"sliding_window": 4}
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **WINDOW}
-# Grouped matrix products of experts know no float64.
+# The grouped matrix products of experts don't support float64.
 EXPERTS = {"experts_implementation": "eager"}
 
 FAMILIES = {
@@ -68,6 +68,6 @@ FAMILIES = {
 
 
 def family(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the model of a family, the same each time."""
+    """Return a new copy of the family's model."""
     torch.manual_seed(0)
     return FAMILIES[name]().to(dtype)

@@ -17,7 +17,7 @@ IDS = torch.tensor([[3, 50, 7, 120, 9, 200, 31]])
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch, make_model, tokenizer):
-    """Work in a folder with a base model and an adapter on it that changes something."""
+    """Work in a folder with a base model and an adapter that changes its logits."""
     monkeypatch.chdir(tmp_path)
     make_model().save_pretrained("base")
     save_adapter(add_adapter(base(), lora_config(LoraSection(r=4)), seed=0), tokenizer)
@@ -55,22 +55,22 @@ def test_the_merged_model_gives_the_logits_of_the_adapter(tokenizer):
     assert AutoTokenizer.from_pretrained("out/merged").chat_template == tokenizer.chat_template
 
 
-def test_weights_are_saved_in_the_type_that_is_asked_for():
+def test_weights_are_saved_in_the_requested_type():
     merge_checkpoint(Path("adapter"), Path("merged"), dtype="bfloat16")
     assert AutoModelForCausalLM.from_pretrained("merged", dtype="auto").dtype == torch.bfloat16
-    with pytest.raises(RecipeError, match="--dtype is 'int8'; expected one of float32"):
+    with pytest.raises(RecipeError, match="dtype is 'int8'; expected one of float32"):
         merge_checkpoint(Path("adapter"), Path("other"), dtype="int8")
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ("base", "holds a whole model, which needs no merging; bfpo merge takes a folder with adapter_config.json"),
-        ("empty", "holds no model"),
+        ("base", "contains a whole model, which needs no merging; expected a folder with adapter_config.json"),
+        ("empty", "contains no model"),
         ("nowhere", "no such folder; expected a run's output folder"),
     ],
 )
-def test_what_is_no_adapter_is_refused(checkpoint, message):
+def test_a_folder_without_an_adapter_is_refused(checkpoint, message):
     Path("empty").mkdir()
     with pytest.raises(ModelError, match=message):
         merge_checkpoint(Path(checkpoint), Path("merged"))
@@ -83,18 +83,18 @@ def test_another_kind_of_adapter_is_refused(tokenizer):
         merge_checkpoint(Path("prompt"), Path("merged"))
 
 
-def test_a_folder_that_holds_something_is_refused_and_kept():
+def test_an_output_folder_that_is_not_empty_is_refused_and_kept():
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine")
     Path("file").write_text("mine")
-    with pytest.raises(ModelError, match="--out 'full' holds something already"):
+    with pytest.raises(ModelError, match="out 'full' is not empty"):
         merge_checkpoint(Path("adapter"), Path("full"))
-    with pytest.raises(ModelError, match="--out 'file' is a file"):
+    with pytest.raises(ModelError, match="out 'file' is a file"):
         merge_checkpoint(Path("adapter"), Path("file"))
     assert Path("full/notes.txt").read_text() == Path("file").read_text() == "mine"
 
 
-def test_a_quantized_base_is_explained():
+def test_a_quantized_base_is_refused():
     config = json.loads(Path("base/config.json").read_text())
     quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     Path("base/config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
@@ -118,7 +118,7 @@ def test_a_missing_base_is_named():
         merge_checkpoint(Path("adapter"), Path("merged"))
 
 
-def test_a_failed_write_leaves_nothing(monkeypatch, folder):
+def test_a_failed_write_leaves_no_files(monkeypatch, folder):
     def fail(self, *_, **__):
         raise OSError(28, "No space left on device")
 
@@ -129,7 +129,7 @@ def test_a_failed_write_leaves_nothing(monkeypatch, folder):
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # peft warns of tied embeddings too, and goes on
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft only warns of tied embeddings
 def test_merging_that_would_change_the_model_is_refused(make_model, tokenizer):
     tied = make_model()
     tied.config.tie_word_embeddings = True

@@ -20,7 +20,7 @@ def test_a_new_model_loads_like_any_other_and_generates(tokenizer, make_model, t
     assert model.generation_config.do_sample
 
 
-def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone(make_model):
+def test_the_same_seed_gives_the_same_weights_without_changing_the_global_generator(make_model):
     state = torch.random.get_rng_state()
     first, second, other = make_model(seed=3), make_model(seed=3), make_model(seed=4)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -34,17 +34,17 @@ def test_any_text_survives_the_tokenizer(tokenizer):
 
 
 @pytest.mark.parametrize("shape", ["tiny", "small"])
-def test_shapes_have_a_scale_that_learns(shape, tokenizer):
+def test_the_initial_scale_depends_on_the_width(shape, tokenizer):
     model = new_model(NewModel(shape=shape), tokenizer)
     expected = 0.64 / SHAPES[shape].hidden ** 0.5
     assert model.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(expected, rel=0.02)
 
 
-def test_vocabulary_has_the_size_asked_for():
+def test_the_vocabulary_is_not_larger_than_requested():
     assert len(new_tokenizer(["a b c d " * 50, "some other words " * 50], 300)) <= 300
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])
-def test_a_model_that_is_not_there_is_named(load, tmp_path):
-    with pytest.raises(ModelError, match=r"model\.path"):
+def test_a_missing_model_is_named(load, tmp_path):
+    with pytest.raises(ModelError, match=r"model '.*nothing': no such folder, and not a hub id"):
         load(ModelSection(path=str(tmp_path / "nothing")))

@@ -14,10 +14,10 @@ from bfpo.model.selective import disable_dropout, select_parameters
 LAYOUT = padded_layout([Example(np.arange(3, 8, dtype=np.int32), (np.array([9, 8, 7]), np.array([5, 6])))])
 
 
-def test_patterns_choose_parameters_by_name(make_model):
+def test_patterns_select_parameters_by_name(make_model):
     model = make_model()
     selection = select_parameters(model, ["down_proj"])
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(2)]
     assert (selection.trained, selection.tensors) == (2 * 128 * 384, 2)
     assert str(selection).startswith("98,304 of ")
@@ -37,7 +37,7 @@ def test_a_pattern_without_a_match_names_the_nearest(make_model):
         select_parameters(make_model(), ["up_proj", "down_prj"])
 
 
-def test_a_pattern_that_is_no_expression_is_refused(make_model):
+def test_an_invalid_regular_expression_is_refused(make_model):
     with pytest.raises(RecipeError, match="not a regular expression"):
         select_parameters(make_model(), ["layers.(0"])
 
@@ -78,10 +78,10 @@ def test_shared_reference_equals_a_full_copy_after_training(make_model, patterns
 def test_reference_copies_only_what_is_trained(make_model):
     model = make_model()
     select_parameters(model, ["down_proj"])
-    assert SharedReference(model).bytes == 4 * 2 * 128 * 384
+    assert SharedReference(model).nbytes == 4 * 2 * 128 * 384
 
 
-def test_reference_leaves_policy_gradients_alone(make_model):
+def test_the_reference_does_not_change_the_gradients_of_the_policy(make_model):
     model = make_model()
     add_layout_forward(model)
     gradients = []

@@ -1,4 +1,4 @@
-"""Parity with the official code, re-typed from its meaning: src/alignment/trainer/bfpo.py @a1febab."""
+"""Parity with the official formula, re-typed from src/alignment/trainer/bfpo.py @a1febab."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def official_bfpo(policy_w, policy_l, ref_w, ref_l, safe_w, safe_l, beta, b1, al
 def test_loss_equals_the_official_formula(beta, b1, alpha):
     generator = torch.Generator().manual_seed(0)
     logps = [torch.randn(64, dtype=torch.float64, generator=generator) * 50 - 200 for _ in range(4)]
-    bits = [torch.randint(0, 2, (64,), generator=generator).double() for _ in range(2)]
-    ours = BFPO(beta=beta, b1=b1, alpha=alpha)(PairLogps(*logps, *bits))
+    safety = [torch.randint(0, 2, (64,), generator=generator).double() for _ in range(2)]
+    losses = BFPO(beta=beta, b1=b1, alpha=alpha)(PairLogps(*logps, *safety))
     # 1e-12: the same float64 arithmetic in another order
-    torch.testing.assert_close(ours, official_bfpo(*logps, *bits, beta, b1, alpha), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(losses, official_bfpo(*logps, *safety, beta, b1, alpha), rtol=1e-12, atol=1e-9)

@@ -17,14 +17,14 @@ from bfpo.model.logps import completion_logps
 
 @pytest.fixture
 def trl_trainer(tokenizer, main_pairs, tmp_path):
-    """Return a function that makes TRL's trainer on the toy pairs, and the tokenizer it uses."""
+    """Return a function that makes TRL's trainer on the toy pairs, and its tokenizer."""
     trl = pytest.importorskip("trl")
-    # TRL scores what a template puts behind the end of the turn; we don't. Here is nothing behind it.
+    # TRL scores what a template adds after the end of the turn, bfpo doesn't. Here nothing is added.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>")
     rows = [
         {
-            "prompt": [m._asdict() for m in pair.prompt],
+            "prompt": [message._asdict() for message in pair.prompt],
             "chosen": [{"role": "assistant", "content": pair.chosen}],
             "rejected": [{"role": "assistant", "content": pair.rejected}],
         }
@@ -56,9 +56,9 @@ def trl_trainer(tokenizer, main_pairs, tmp_path):
     return make, tokenizer
 
 
-def encoded(tokenizer, pairs):
-    kept, examples = Encoder(tokenizer, TextSection()).encode(pairs, SourceReport("toy", Source(path="-")))
-    return pair_table(examples, kept)
+def encode(tokenizer, pairs):
+    encoded, examples = Encoder(tokenizer, TextSection()).encode(pairs, SourceReport("toy", Source(path="-")))
+    return pair_table(examples, encoded)
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's own
@@ -69,25 +69,25 @@ def test_logps_equal_those_of_trl(layout, trl_trainer, make_model, main_pairs):
     make, tokenizer = trl_trainer
     model = make_model(seed=1)
     trainer, inputs = make(model, model)
-    table = encoded(tokenizer, main_pairs)
+    table = encode(tokenizer, main_pairs)
 
-    def ours(model):
+    def sorted_logps(model):
         with torch.no_grad():
             logps = completion_logps(model, layout([table[row] for row in range(len(table))]))
-        # TRL shuffles its rows
+        # Sorted, because TRL shuffles its rows.
         return logps[0::2].sort().values, logps[1::2].sort().values
 
-    theirs = trainer.compute_ref_log_probs(trainer.model, inputs)
-    for found, expected in zip(ours(model), theirs, strict=True):
-        torch.testing.assert_close(found, expected.double().sort().values, rtol=1e-6, atol=1e-5)
-    # TRL's head rounds to float32: in float64 its batch, its mask and its function on the model's own logits
+    expected = trainer.compute_ref_log_probs(trainer.model, inputs)
+    for logps, trl_logps in zip(sorted_logps(model), expected, strict=True):
+        torch.testing.assert_close(logps, trl_logps.double().sort().values, rtol=1e-6, atol=1e-5)
+    # TRL's head rounds to float32. In float64: TRL's batch, mask and function on the model's own logits.
     model.double()
     with torch.no_grad():
         logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     tokens = selective_log_softmax(logits, inputs["input_ids"][:, 1:])
-    theirs = (tokens * inputs["completion_mask"][:, 1:]).sum(1).chunk(2)
-    for found, expected in zip(ours(model), theirs, strict=True):
-        torch.testing.assert_close(found, expected.sort().values, rtol=0, atol=1e-10)
+    expected = (tokens * inputs["completion_mask"][:, 1:]).sum(1).chunk(2)
+    for logps, trl_logps in zip(sorted_logps(model), expected, strict=True):
+        torch.testing.assert_close(logps, trl_logps.sort().values, rtol=0, atol=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore")  # TRL's own
@@ -97,8 +97,8 @@ def test_loss_equals_that_of_trl(loss_type, loss, trl_trainer, make_model, main_
     policy, reference = make_model(seed=1), make_model(seed=2)
     trainer, inputs = make(policy, reference, loss_type)
     with torch.no_grad():
-        theirs = trainer.compute_loss(trainer.model, inputs).item()
-    table = encoded(tokenizer, main_pairs)
+        trl_loss = trainer.compute_loss(trainer.model, inputs).item()
+    table = encode(tokenizer, main_pairs)
     layout = packed_layout([table[row] for row in range(len(table))])
     with torch.no_grad():
         logps, ref = completion_logps(policy, layout), completion_logps(reference, layout)
@@ -113,6 +113,6 @@ def test_loss_equals_that_of_trl(loss_type, loss, trl_trainer, make_model, main_
         chosen_lengths=lengths[0::2],
         rejected_lengths=lengths[1::2],
     )
-    assert pairs.margin.abs().min() > 0.1  # a comparison at zero margins would show nothing
+    assert pairs.margin.abs().min() > 0.1  # at zero margins any two losses could agree
     # float32 forward passes in two layouts; TRL sums in float32
-    assert loss(pairs).mean().item() == pytest.approx(theirs, rel=2e-5)
+    assert loss(pairs).mean().item() == pytest.approx(trl_loss, rel=2e-5)

@@ -1,7 +1,7 @@
-"""One process of a training run under FSDP2, on a CPU: `torchrun ... sharded_run.py OUT [fsdp]`.
+"""One process of a training run under FSDP2 on a CPU: `torchrun ... sharded_run.py OUT [fsdp]`.
 
-accelerate shards on GPUs only. Here its state is told that the processes shard; everything after that is the code
-that runs on GPUs: `fully_shard` on every layer, gathering, reducing.
+accelerate shards on GPUs only. Here its state is changed to say that the processes shard; everything after that is
+the code that runs on GPUs: `fully_shard` on every layer, gathering, reducing.
 """
 
 import json
@@ -26,21 +26,21 @@ from bfpo.training.output import save_final
 
 def main(out: str, sharded: bool) -> None:
     torch.set_num_threads(1)
-    shard = BFPOTrainer.create_accelerator_and_postprocess
+    create_accelerator = BFPOTrainer.create_accelerator_and_postprocess
 
-    def sharding(self: BFPOTrainer) -> None:
-        shard(self)
+    def create_sharding_accelerator(self: BFPOTrainer) -> None:
+        create_accelerator(self)
         state = self.accelerator.state
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT",
             cpu_ram_efficient_loading=False,
         )  # fmt: skip
-        # Where accelerate keeps it too: whoever asks for the state again is given this one.
+        # accelerate reads it from the shared state too.
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.is_fsdp_enabled = True
 
     if sharded:
-        mock.patch.object(BFPOTrainer, "create_accelerator_and_postprocess", sharding).start()
+        mock.patch.object(BFPOTrainer, "create_accelerator_and_postprocess", create_sharding_accelerator).start()
     rows = [dict(row.values) for row in read_rows(Source(path="main.jsonl"))]
     tokenizer = new_tokenizer([text for row in rows for text in (row["chosen"], row["rejected"])], 300)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -52,25 +52,26 @@ def main(out: str, sharded: bool) -> None:
     trainer = BFPOTrainer(
         new_model(NewModel(vocab_size=300), tokenizer), args, rows[:-4], eval_dataset=rows[-5:],
         processing_class=tokenizer, loss=BFPO(beta=0.5), reference="cache",
-        # Few tokens: the processes have different numbers of packs.
+        # So few tokens that the processes have different numbers of packs.
         layout=LayoutSection(max_tokens_per_pack=75),
     )  # fmt: skip
-    filled: list[bool] = []
-    asked = BFPOTrainer.compute_loss
+    is_filler: list[bool] = []
+    compute_loss = BFPOTrainer.compute_loss
 
-    def progress(self: BFPOTrainer, model: object, inputs: dict[str, Batch], *values: object, **more: object):
-        filled.append(inputs["pack"].is_filler)
-        return asked(self, model, inputs, *values, **more)
+    def record(self: BFPOTrainer, model: object, inputs: dict[str, Batch], *values: object, **options: object):
+        is_filler.append(inputs["pack"].is_filler)
+        return compute_loss(self, model, inputs, *values, **options)
 
-    mock.patch.object(BFPOTrainer, "compute_loss", progress).start()
+    mock.patch.object(BFPOTrainer, "compute_loss", record).start()
     trainer.train()
-    trained = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    shares = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in trainer.model.parameters())
-    evaluated = trainer.evaluate()["eval_loss"]
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    weights = (p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters())
+    num_weights = sum(tensor.numel() for tensor in weights)
+    eval_loss = trainer.evaluate()["eval_loss"]
     save_final(trainer, Path(out))
-    told = {"losses": trained, "eval_loss": evaluated, "weights": shares, "passes": len(filled)}
-    told["filled"] = sum(filled)
-    Path(out, f"told-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(told))
+    results = {"losses": losses, "eval_loss": eval_loss, "weights": num_weights}
+    results |= {"passes": len(is_filler), "fillers": sum(is_filler)}
+    Path(out, f"results-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whole runs as processes: killed hard, told to stop, out of space, two at a time."""
+"""Whole runs as processes: killed, stopped by SIGTERM, out of disk space, with several processes."""
 
 import json
 import os
@@ -62,9 +62,9 @@ def steps_logged() -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
-def test_killed_hard_ten_times_a_run_ends_with_the_bits_of_the_unbroken_one(recipe):
+def test_a_run_killed_ten_times_ends_with_the_bits_of_an_unbroken_one(recipe):
     subprocess.run(command("trainer.output_dir=runs/unbroken"), check=True, capture_output=True)
-    chance = random.Random(0)
+    rng = random.Random(0)
     kills = 0
     while kills < 10 and not (OUT / "run.json").exists():
         before = steps_logged()
@@ -73,7 +73,7 @@ def test_killed_hard_ten_times_a_run_ends_with_the_bits_of_the_unbroken_one(reci
         )
         while process.poll() is None and steps_logged() in (before, 0):
             time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.wait()
         kills += 1
@@ -83,23 +83,23 @@ def test_killed_hard_ten_times_a_run_ends_with_the_bits_of_the_unbroken_one(reci
     assert losses(OUT) == losses(Path("runs/unbroken"))
 
 
-def test_told_to_stop_a_run_saves_and_goes_on_later(recipe):
+def test_a_run_saves_on_sigterm_and_can_be_resumed(recipe):
     process = subprocess.Popen(command("trainer.save_steps=1000"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     while steps_logged() < 2:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert b"told to stop: saved at step" in said
-    assert b"Traceback" not in said
+    assert b"stopped by SIGTERM: saved at step" in stderr
+    assert b"Traceback" not in stderr
     subprocess.run(command("trainer.save_steps=1000", "trainer.resume_from_checkpoint=true"), check=True)
     subprocess.run(command("trainer.save_steps=1000", "trainer.output_dir=runs/unbroken"), check=True)
     assert file_hash(OUT / "model.safetensors") == file_hash(Path("runs/unbroken/model.safetensors"))
 
 
-def test_out_of_space_gives_one_message_and_leaves_the_last_good_checkpoint(recipe):
-    # A limit on file sizes stands in for a full disk: the weights (2 MB) fit, the optimizer's state (4 MB) does not.
+def test_a_full_disk_gives_one_message_and_keeps_the_last_complete_checkpoint(recipe):
+    # A limit on file sizes simulates a full disk: the weights (2 MB) fit, the optimizer's state (4 MB) doesn't.
     subprocess.run(command("trainer.max_steps=3"), check=True, capture_output=True)
     result = subprocess.run(
         command("trainer.resume_from_checkpoint=true"),
@@ -109,9 +109,9 @@ def test_out_of_space_gives_one_message_and_leaves_the_last_good_checkpoint(reci
     )
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "go on with trainer.resume_from_checkpoint=true" in result.stderr
+    assert "resume with trainer.resume_from_checkpoint=true" in result.stderr
     done = subprocess.run(command("trainer.resume_from_checkpoint=true"), check=True, capture_output=True, text=True)
-    assert "going on from runs/toy/checkpoint-3" in done.stdout
+    assert "resuming from runs/toy/checkpoint-3" in done.stdout
 
 
 def launched(processes: int, *arguments: str) -> list[str]:
@@ -124,19 +124,19 @@ def launched(processes: int, *arguments: str) -> list[str]:
 # With small packs the processes have different numbers of them, and of backward passes.
 @pytest.mark.parametrize(("processes", "max_tokens"), [(2, 100), (4, 60)])
 def test_several_processes_give_the_numbers_of_one(recipe, processes, max_tokens):
-    # Plain SGD without clipping: what differs is the order of float32 sums, and nothing amplifies it.
+    # Plain SGD without clipping: the order of float32 sums differs, and nothing amplifies the difference.
     plain = ["trainer.max_steps=3", "trainer.optim=sgd", "trainer.learning_rate=1e-4", "trainer.max_grad_norm=0"]
     plain += ["trainer.lr_scheduler_type=constant", "trainer.save_strategy='no'"]
     plain += [f"layout.max_tokens_per_pack={max_tokens}"]
-    one = ["trainer.output_dir=runs/one", f"trainer.per_device_train_batch_size={8 // processes}"]
-    several = ["trainer.output_dir=runs/several", f"trainer.per_device_train_batch_size={8 // processes}"]
-    accumulated = f"trainer.gradient_accumulation_steps={processes}"
-    # Each makes its own reference: the pass is shared, and gives the same numbers.
-    subprocess.run(command(*plain, *one, accumulated, "cache_dir=alone"), check=True, capture_output=True)
+    plain += [f"trainer.per_device_train_batch_size={8 // processes}"]
+    single = ["trainer.output_dir=runs/one", f"trainer.gradient_accumulation_steps={processes}"]
+    several = ["trainer.output_dir=runs/several"]
+    # Each run scores its own reference, the second one with a pass that the processes share.
+    subprocess.run(command(*plain, *single, "cache_dir=alone"), check=True, capture_output=True)
     subprocess.run(launched(processes, *command(*plain, *several)[3:]), check=True, capture_output=True)
     runs = [json.loads(Path(f"runs/{name}/run.json").read_text()) for name in ("one", "several")]
     assert [run["hardware"]["world_size"] for run in runs] == [1, processes]
-    # weights that differ in their last bit move margins by about 1e-6 of the log-probability
+    # Weights that differ in their last bit change margins by about 1e-6 of the log-probability.
     assert losses(Path("runs/several")) == pytest.approx(losses(Path("runs/one")), rel=1e-5)
     assert runs[1]["evaluation"]["main"]["loss"] == pytest.approx(runs[0]["evaluation"]["main"]["loss"], rel=1e-5)
     from safetensors.torch import load_file
@@ -153,38 +153,37 @@ def test_sharded_weights_give_the_numbers_of_one_process(recipe):
     script = str(Path(__file__).with_name("sharded_run.py"))
     subprocess.run([sys.executable, script, "one"], check=True, capture_output=True)
     subprocess.run(launched(2, script, "two", "fsdp"), check=True, capture_output=True, timeout=120)
-    one, *two = (
-        json.loads(Path(name).read_text()) for name in ("one/told-0.json", "two/told-0.json", "two/told-1.json")
-    )
-    # fully_shard splits every weight in two, and both processes make the same number of passes
-    assert [of_rank["weights"] for of_rank in two] == [one["weights"] / 2] * 2
-    assert two[0]["passes"] == two[1]["passes"]
-    assert two[0]["filled"] + two[1]["filled"] > 0 == one["filled"]
-    for of_rank in two:
-        assert of_rank["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        assert of_rank["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+    files = ("one/results-0.json", "two/results-0.json", "two/results-1.json")
+    single, *ranks = (json.loads(Path(file).read_text()) for file in files)
+    # fully_shard splits every weight in two, and both processes make the same number of passes.
+    assert [rank["weights"] for rank in ranks] == [single["weights"] / 2] * 2
+    assert ranks[0]["passes"] == ranks[1]["passes"]
+    assert ranks[0]["fillers"] + ranks[1]["fillers"] > 0 == single["fillers"]
+    for rank in ranks:
+        assert rank["losses"] == pytest.approx(single["losses"], rel=1e-5)
+        assert rank["eval_loss"] == pytest.approx(single["eval_loss"], rel=1e-5)
     from safetensors.torch import load_file
 
-    whole = load_file("two/model.safetensors")
+    sharded = load_file("two/model.safetensors")
     for name, tensor in load_file("one/model.safetensors").items():
-        assert (whole[name] - tensor).norm() <= 1e-6 * tensor.norm()
+        assert (sharded[name] - tensor).norm() <= 1e-6 * tensor.norm()
 
 
-def test_another_number_of_processes_is_refused_and_the_same_goes_on(recipe):
+def test_a_run_resumes_only_with_the_same_number_of_processes(recipe):
     options = ["trainer.max_steps=4", "trainer.save_steps=2", "trainer.per_device_train_batch_size=2"]
-    again = "trainer.resume_from_checkpoint=true"
+    resuming = "trainer.resume_from_checkpoint=true"
     subprocess.run(launched(2, *command(*options)[3:]), check=True, capture_output=True)
     weights = file_hash(OUT / "model.safetensors")
-    refused = subprocess.run(command(*options, again), capture_output=True, text=True)
+    refused = subprocess.run(command(*options, resuming), capture_output=True, text=True)
     assert refused.returncode == 2
     assert "checkpoint-4 can't be continued: world_size was 2, now it is 1" in refused.stderr
     (OUT / "checkpoint-4/complete.json").unlink()
-    done = subprocess.run(launched(2, *command(*options, again)[3:]), check=True, capture_output=True, text=True)
-    assert done.stdout.count("going on from runs/toy/checkpoint-2") == 1
+    done = subprocess.run(launched(2, *command(*options, resuming)[3:]), check=True, capture_output=True, text=True)
+    assert done.stdout.count("resuming from runs/toy/checkpoint-2") == 1
     assert file_hash(OUT / "model.safetensors") == weights
 
 
-def test_a_process_that_is_killed_ends_all_with_one_message(recipe):
+def test_a_killed_process_ends_all_with_one_message(recipe):
     Path("killed.py").write_text(
         "import os, signal\n"
         "from dataclasses import dataclass\n"
@@ -233,7 +232,7 @@ def test_one_process_with_a_bad_loss_stops_both(recipe, main_pairs):
     assert not re.search(r"\[rank\d\]: Traceback", result.stderr)
 
 
-def test_killed_hard_a_pass_for_the_reference_goes_on_and_a_cut_entry_is_refused(recipe, main_pairs):
+def test_a_killed_reference_pass_resumes_and_a_damaged_entry_is_refused(recipe, main_pairs):
     first = main_pairs[0].to_row()
     rows = ({**first, "row_id": None, "prompt": f"box {number}"} for number in range(800))
     write_jsonl(Path("main.jsonl"), rows)
@@ -255,6 +254,6 @@ def test_killed_hard_a_pass_for_the_reference_goes_on_and_a_cut_entry_is_refused
     refused = subprocess.run(command(*overrides), capture_output=True, text=True)
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [
-        f"error: reference cache {entry}: values.npy is cut or damaged: its hash is not the one that was written; "
-        "delete that folder, and it is made anew"
+        f"error: reference cache {entry}: values.npy is cut or damaged: its hash is not the one in entry.json; "
+        "delete that folder, and it is computed again"
     ]

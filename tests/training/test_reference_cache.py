@@ -1,4 +1,4 @@
-"""The reference's numbers on disk: what they depend on, who shares them, and what happens when they are damaged."""
+"""Cached log-probabilities of the reference: what entries depend on, and damaged and stale entries."""
 
 import json
 from dataclasses import replace
@@ -15,8 +15,8 @@ from bfpo.config.recipes import LayoutSection
 from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.losses.pairwise import BFPO
-from bfpo.model.reference_cache import ReferenceEntry, model_content
-from bfpo.training.reference_values import ReferencePass
+from bfpo.model.reference_cache import ReferenceEntry, hash_model
+from bfpo.training.reference_pass import ReferencePass
 from bfpo.training.trainer import BFPOTrainer
 
 
@@ -60,20 +60,20 @@ def test_training_everything_from_the_cache_gives_the_numbers_of_a_copy(make_tra
     assert losses(cached) == pytest.approx(losses(copied), rel=1e-4, abs=1e-3)
     assert cached.evaluate()["eval_loss"] == pytest.approx(copied.evaluate()["eval_loss"], rel=1e-4, abs=1e-3)
     assert cached.start_check.largest_margin < 1e-3
-    kept = np.load(entries(tmp_path)[0] / "values.npy")
-    assert kept.dtype == np.float64
+    values = np.load(entries(tmp_path)[0] / "values.npy")
+    assert values.dtype == np.float64
     assert len(entries(tmp_path)) == 2
     assert not list((tmp_path / "runs").rglob("parts"))
 
 
-def test_an_entry_is_named_by_what_it_is_made_of_and_by_nothing_else(make_trainer, make_model, main_pairs, tmp_path):
+def test_an_entry_depends_on_model_tokens_and_layout_only(make_trainer, make_model, main_pairs, tmp_path):
     make_trainer()
     (first,) = entries(tmp_path)
-    made = first.stat().st_mtime_ns, (first / "values.npy").stat().st_mtime_ns
+    times = first.stat().st_mtime_ns, (first / "values.npy").stat().st_mtime_ns
     relabeled = [replace(pair, labels=SafetyLabels(True, True)) for pair in main_pairs]
     make_trainer(learning_rate=1.0, out="runs/b", pairs=relabeled, buffer_weight=3.0)
     assert entries(tmp_path) == [first]
-    assert (first.stat().st_mtime_ns, (first / "values.npy").stat().st_mtime_ns) == made
+    assert (first.stat().st_mtime_ns, (first / "values.npy").stat().st_mtime_ns) == times
     make_trainer(pairs=main_pairs[1:])
     make_trainer(layout=LayoutSection(kind="padded"))
     other = make_model()
@@ -84,51 +84,51 @@ def test_an_entry_is_named_by_what_it_is_made_of_and_by_nothing_else(make_traine
     assert len(entries(tmp_path)) == 5
 
 
-def test_under_autocast_the_numbers_are_those_of_autocast(make_trainer, tmp_path):
+def test_the_reference_is_scored_under_autocast_too(make_trainer, tmp_path):
     plain, rounded = make_trainer(), make_trainer(bf16=True)
     assert len(entries(tmp_path)) == 2
     difference = np.abs(plain.table.reference_logps - rounded.table.reference_logps).max()
-    # 8 bits of some 30 nats; equal ones would mean that the pass ran in float32
+    # The precision of 8 bits at some 30 nats; equal numbers would mean that the pass ran in float32.
     assert 1e-4 < difference < 1
     rounded.train()
     first = rounded.state.log_history[0]
     assert abs(first["rewards/margins"]) < 1e-3 * abs(first["logps/chosen"])
 
 
-def test_the_configuration_counts_and_where_it_came_from_does_not(make_model):
+def test_the_hash_depends_on_the_configuration_but_not_on_its_provenance(make_model):
     model, moved, changed = make_model(), make_model(), make_model()
     moved.config._name_or_path = "elsewhere"
     moved.config.use_cache = not moved.config.use_cache
     changed.config.rms_norm_eps *= 2
-    assert model_content(model) == model_content(moved) != model_content(changed)
+    assert hash_model(model) == hash_model(moved) != hash_model(changed)
 
 
-def test_an_interrupted_pass_goes_on_where_it_was(make_trainer, monkeypatch, tmp_path):
+def test_an_interrupted_pass_resumes(make_trainer, monkeypatch, tmp_path):
     make_trainer()
     (entry,) = entries(tmp_path)
     unbroken = np.load(entry / "values.npy")
     for file in (entry / "entry.json", entry / "values.npy"):
         file.unlink()
-    scored, plain = [], ReferencePass._finite
+    scored, score_rows = [], ReferencePass._score_rows
 
-    def stops_at_the_third(self, table, rows):
+    def interrupt_at_the_third(self, table, rows):
         if len(scored) == 2:
             raise KeyboardInterrupt
         scored.append(rows)
-        return plain(self, table, rows)
+        return score_rows(self, table, rows)
 
-    monkeypatch.setattr(ReferencePass, "_finite", stops_at_the_third)
+    monkeypatch.setattr(ReferencePass, "_score_rows", interrupt_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         make_trainer()
     (entry / "parts/000001.npy").write_bytes(b"half")
 
-    def counts(self, table, rows):
+    def record(self, table, rows):
         scored.append(rows)
-        return plain(self, table, rows)
+        return score_rows(self, table, rows)
 
-    monkeypatch.setattr(ReferencePass, "_finite", counts)
+    monkeypatch.setattr(ReferencePass, "_score_rows", record)
     make_trainer()
-    # the third and what followed, the damaged second, and the recheck
+    # First pass: two parts. Second pass: the damaged second part, the third and later parts, and the check.
     assert [rows[0] for rows in scored] == [0, 5, 5, 10, 15, 20, 0]
     np.testing.assert_array_equal(np.load(entry / "values.npy"), unbroken)
     assert sorted(file.name for file in entry.iterdir()) == ["entry.json", "values.npy"]
@@ -145,19 +145,19 @@ def flip(entry: Path) -> None:
     (entry / "values.npy").write_bytes(content)
 
 
-def made_elsewhere(entry: Path) -> None:
-    note = json.loads((entry / "entry.json").read_text())
-    note["cache_key"]["layout"] = "packed 0"
-    (entry / "entry.json").write_text(json.dumps(note))
+def change_key(entry: Path) -> None:
+    metadata = json.loads((entry / "entry.json").read_text())
+    metadata["cache_key"]["layout"] = "packed 0"
+    (entry / "entry.json").write_text(json.dumps(metadata))
 
 
-def other_numbers(entry: Path) -> None:
-    """Stand for an entry made by libraries that computed something else."""
+def change_values(entry: Path) -> None:
+    """Change the values as other library versions might compute them."""
     values = np.load(entry / "values.npy")
     np.save(entry / "values.npy", values * 1.01)
-    note = json.loads((entry / "entry.json").read_text())
-    note["sha256"] = reference_cache.file_hash(entry / "values.npy")
-    (entry / "entry.json").write_text(json.dumps(note))
+    metadata = json.loads((entry / "entry.json").read_text())
+    metadata["sha256"] = reference_cache.file_hash(entry / "values.npy")
+    (entry / "entry.json").write_text(json.dumps(metadata))
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def other_numbers(entry: Path) -> None:
         (flip, "values.npy is cut or damaged"),
         (lambda entry: (entry / "values.npy").unlink(), "values.npy can't be read"),
         (lambda entry: (entry / "entry.json").write_text('{"half'), "entry.json can't be read"),
-        (made_elsewhere, "it is stale: entry.json says"),
-        (other_numbers, r"it is stale: pair \w+ has -\d+.* nats in it, the model now gives -\d+"),
+        (change_key, "it is stale: the cache key in entry.json doesn't match"),
+        (change_values, r"it is stale: pair \w+ has -\d+.* nats in it, the model now gives -\d+"),
     ],
 )
 def test_a_damaged_or_stale_entry_is_refused_by_name(make_trainer, tmp_path, damage, message):
@@ -178,29 +178,27 @@ def test_a_damaged_or_stale_entry_is_refused_by_name(make_trainer, tmp_path, dam
     with pytest.raises(DataError, match=message) as caught:
         make_trainer()
     assert str(entry) in str(caught.value)
-    assert "delete that folder, and it is made anew" in str(caught.value)
+    assert "delete that folder, and it is computed again" in str(caught.value)
     assert caught.value.exit_code == 2
 
 
-def test_processes_that_do_not_see_the_same_folder_are_told(tmp_path):
+def test_a_cache_folder_that_not_all_processes_see_is_refused(tmp_path):
     entry = ReferenceEntry(tmp_path, {"a": 1}, (600, 2))
     entry.write_part(0, np.zeros((256, 2)))
     with pytest.raises(DataError, match=r"2 of 3 parts .* every process must see the cache's folder"):
         entry.finish()
 
 
-def test_a_run_that_made_the_same_entry_first_is_no_harm(tmp_path):
-    mine, other = (ReferenceEntry(tmp_path, {"a": 1}, (3, 2)) for _ in range(2))
-    for entry in (mine, other):
-        entry.write_part(0, np.ones((3, 2)))
-        entry.finish()
-    mine.write_part(0, np.ones((3, 2)))
-    mine.finish()
-    assert (mine.read() == 1).all()
-    assert not (mine.folder / "parts").exists()
+def test_two_runs_can_make_the_same_entry(tmp_path):
+    entry, other = (ReferenceEntry(tmp_path, {"a": 1}, (3, 2)) for _ in range(2))
+    for writer in (entry, other, entry):
+        writer.write_part(0, np.ones((3, 2)))
+        writer.finish()
+    assert (entry.read() == 1).all()
+    assert not (entry.folder / "parts").exists()
 
 
-def test_a_model_that_gives_no_numbers_is_refused_with_the_rows(make_trainer, make_model, tmp_path):
+def test_a_reference_that_is_not_finite_is_refused_with_the_rows(make_trainer, make_model, tmp_path):
     model = make_model()
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
@@ -209,7 +207,7 @@ def test_a_model_that_gives_no_numbers_is_refused_with_the_rows(make_trainer, ma
     assert not list((tmp_path / "runs").rglob("values.npy"))
 
 
-def test_auto_takes_what_fits(make_trainer, make_model, monkeypatch):
+def test_auto_depends_on_what_is_trained(make_trainer, make_model, monkeypatch):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     tied = make_model()
     tied.config.tie_word_embeddings = True
@@ -221,7 +219,7 @@ def test_auto_takes_what_fits(make_trainer, make_model, monkeypatch):
     assert make_trainer(train_only=["down_proj"]).reference_kind == "cache"
 
 
-def test_a_cache_under_a_new_adapter_is_the_model_without_it(make_trainer):
+def test_a_cached_reference_of_a_new_adapter_is_the_model_without_it(make_trainer):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     cached = make_trainer(peft_config=lora, reference="cache")
     assert losses(cached) == pytest.approx(losses(make_trainer(peft_config=lora)), rel=1e-4, abs=1e-3)
@@ -230,11 +228,11 @@ def test_a_cache_under_a_new_adapter_is_the_model_without_it(make_trainer):
 @pytest.mark.parametrize(
     ("options", "sharded", "message"),
     [
-        ({"reference": "adapter"}, False, "starts without a new one"),
+        ({"reference": "adapter"}, False, "this run doesn't start with a new one"),
         ({"reference": "shared"}, True, "needs whole weights on every process"),
     ],
 )
-def test_a_reference_that_would_be_wrong_is_refused(make_trainer, monkeypatch, options, sharded, message):
+def test_a_reference_with_wrong_numbers_is_refused(make_trainer, monkeypatch, options, sharded, message):
     monkeypatch.setattr(BFPOTrainer, "shards_weights", sharded)
     with pytest.raises(RecipeError, match=message):
         make_trainer(**options)

@@ -1,6 +1,8 @@
 """Whole runs from recipes, on toy data and a new tiny model."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,17 +20,6 @@ from bfpo.training.arguments import DECIDED, training_arguments
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
 
-pytestmark = pytest.mark.usefixtures("in_folder")
-
-
-@pytest.fixture
-def in_folder(tmp_path, monkeypatch, main_pairs, buffer_pairs):
-    """Work in a folder that holds the toy data as files."""
-    monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "main.jsonl", ({**p.to_row(), "stream": None} for p in main_pairs))
-    write_jsonl(tmp_path / "buffer.jsonl", ({**p.to_row(), "stream": None} for p in buffer_pairs))
-
-
 TRAINER = {
     "output_dir": "runs/toy",
     "max_steps": 2,
@@ -38,8 +29,9 @@ TRAINER = {
     "save_strategy": "no",
     "use_cpu": True,
 }
-NEW = {"new": {"shape": "tiny", "vocab_size": 300}}
+NEW = {"new": {"shape": "nano", "vocab_size": 300}}
 SFT = {"model": NEW, "data": [{"path": "main.jsonl", "use": "both"}], "trainer": TRAINER}
+ONE_STEP = {**TRAINER, "max_steps": 1}
 
 
 def recipe(**changes) -> TrainRecipe:
@@ -54,8 +46,40 @@ def recipe(**changes) -> TrainRecipe:
     return check_recipe(content | changes, TrainRecipe, "toy")
 
 
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory, main_pairs, buffer_pairs):
+    folder = tmp_path_factory.mktemp("data")
+    for name, pairs in {"main": main_pairs, "buffer": buffer_pairs}.items():
+        write_jsonl(folder / f"{name}.jsonl", ({**pair.to_row(), "stream": None} for pair in pairs))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def folder(data_folder, tmp_path, monkeypatch):
+    """Work in a folder with the toy data as files."""
+    shutil.copytree(data_folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, data_folder):
+    """A run of the unchanged recipe: its folder and what `run_training` returned."""
+    folder = tmp_path_factory.mktemp("finished") / "folder"
+    shutil.copytree(data_folder, folder)
+    with contextlib.chdir(folder):
+        return folder, run_training(recipe())
+
+
+@pytest.fixture
+def baseline(finished_run):
+    """Copy the finished run into the working folder, and return what `run_training` returned."""
+    folder, run = finished_run
+    shutil.copytree(folder / "runs", "runs")
+    return run
+
+
+@pytest.mark.usefixtures("baseline")
 def test_a_run_leaves_a_checkpoint_that_transformers_loads(tmp_path):
-    run_training(recipe())
     out = tmp_path / "runs" / "toy"
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -69,60 +93,61 @@ def test_a_run_leaves_a_checkpoint_that_transformers_loads(tmp_path):
 
 
 @pytest.mark.parametrize("command", [run_sft, run_training])
-def test_the_recipe_s_chat_template_is_saved_with_the_model(command):
+def test_the_chat_template_of_the_recipe_is_saved_with_the_model(command):
     template = "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
-    text = {"chat_template": template}
-    command(recipe(text=text) if command is run_training else check_recipe(SFT | {"text": text}, SftRecipe, "toy"))
+    changes = {"text": {"chat_template": template}, "trainer": ONE_STEP}
+    command(recipe(**changes) if command is run_training else check_recipe(SFT | changes, SftRecipe, "toy"))
     assert AutoTokenizer.from_pretrained("runs/toy").chat_template == template
 
 
-def test_run_json_tells_what_happened(tmp_path):
-    returned = run_training(recipe())
+def test_run_json_contains_what_was_returned(baseline, tmp_path):
     run = json.loads((tmp_path / "runs/toy/run.json").read_text())
-    assert run == json.loads(json.dumps(returned))
+    assert run == json.loads(json.dumps(baseline))
     assert run["start_check"]["largest_margin"] == 0
     assert run["steps"] == 2
     assert set(run["versions"]) >= {"python", "torch", "transformers", "bfpo"}
     counts = run["data"]["eval"]["main"]
-    for cell, numbers in run["evaluation"]["main"]["cells"].items():
-        assert numbers["pairs"] == counts[cell]
-        assert (numbers["sign_agreement"] is None) == (counts[cell] == 0)
+    for cell, metrics in run["evaluation"]["main"]["cells"].items():
+        assert metrics["pairs"] == counts[cell]
+        assert (metrics["sign_agreement"] is None) == (counts[cell] == 0)
     assert sum(counts.values()) == run["evaluation"]["main"]["pairs"] > 0
 
 
-def test_the_resolved_recipe_runs_again_and_gives_the_same_numbers(tmp_path):
-    first = run_training(recipe())
+def test_the_resolved_recipe_runs_again_with_the_same_numbers(baseline):
     resolved = load_recipe("runs/toy/recipe.resolved.yaml", TrainRecipe, ["trainer.output_dir=runs/again"])
     again = run_training(resolved)
-    assert again["train_loss"] == first["train_loss"]
-    assert again["evaluation"] == first["evaluation"]
+    assert again["train_loss"] == baseline["train_loss"]
+    assert again["evaluation"] == baseline["evaluation"]
 
 
+@pytest.mark.usefixtures("baseline")
 def test_an_earlier_run_is_moved_aside_not_deleted(tmp_path):
-    for _ in range(3):
-        run_training(recipe())
+    for _ in range(2):
+        run_training(recipe(trainer=ONE_STEP))
     assert (tmp_path / "runs/toy.earlier-1/model.safetensors").exists()
     assert (tmp_path / "runs/toy.earlier-2/model.safetensors").exists()
 
 
-def test_the_run_tells_how_tokens_are_fed(tmp_path, capsys):
+def test_a_run_reports_how_tokens_are_fed(capsys):
     losses = {}
     for kind in ("packed", "padded"):
         run = run_training(recipe(layout={"kind": kind, "max_tokens_per_pack": 100}))
         losses[kind] = run["train_loss"], run["evaluation"]["main"]["loss"]
         assert (run["start_check"]["packing_difference"] is None) == (kind == "padded")
-        said = capsys.readouterr().out
-        assert ("layout: packed rows of up to 100 tokens; packed and padded" in said) == (kind == "packed")
+        output = capsys.readouterr().out
+        assert ("layout: packed rows of up to 100 tokens; packed and padded" in output) == (kind == "packed")
     assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-4)
 
 
-def test_a_large_evaluation_set_is_sampled_the_same_way_each_time(tmp_path, capsys):
-    runs = [run_training(recipe(max_eval=2, trainer={**TRAINER, "seed": seed})) for seed in (1, 2)]
+def test_a_large_evaluation_set_is_sampled_the_same_way_each_time(capsys):
+    runs = [run_training(recipe(max_eval=2, trainer={**ONE_STEP, "seed": seed})) for seed in (1, 2)]
     assert [run["evaluation"]["main"]["pairs"] for run in runs] == [2, 2]
-    whole = run_training(recipe(max_eval=None))["evaluation"]["main"]["pairs"]
+    whole = run_training(recipe(max_eval=None, trainer=ONE_STEP))["evaluation"]["main"]["pairs"]
     assert f"evaluating on a sample of 2 of {whole} main pairs (max_eval)" in capsys.readouterr().out
-    cells = [{cell: numbers["pairs"] for cell, numbers in run["evaluation"]["main"]["cells"].items()} for run in runs]
-    assert cells[0] == cells[1]
+    counts = [
+        {cell: metrics["pairs"] for cell, metrics in run["evaluation"]["main"]["cells"].items()} for run in runs
+    ]
+    assert counts[0] == counts[1]
     rows = list(range(0, 100, 5))
     assert sampled_rows(rows, 7) == sampled_rows(rows, 7) == sorted(set(sampled_rows(rows, 7)) & set(rows))
     assert len(sampled_rows(rows, 7)) == 7
@@ -131,70 +156,71 @@ def test_a_large_evaluation_set_is_sampled_the_same_way_each_time(tmp_path, caps
 
 def test_a_dry_run_shows_the_data_and_writes_nothing(tmp_path, capsys):
     run_training(recipe(), dry_run=True)
-    shown = capsys.readouterr().out
-    assert "Stream main" in shown
-    assert "Plan: 2 steps" in shown
+    output = capsys.readouterr().out
+    assert "Stream main" in output
+    assert "Plan: 2 steps" in output
     assert not (tmp_path / "runs").exists()
 
 
-def test_prepared_files_train_as_they_are():
-    prepared = prepare(recipe())
-    write_prepared(prepared, Path("prepared"))
-    direct = run_training(recipe())
+def test_prepared_files_give_the_numbers_of_their_sources(baseline):
+    write_prepared(prepare(recipe()), Path("prepared"))
     files = {"data": [{"path": "prepared/pairs.jsonl"}], "buffer": [], "holdout": 0.0}
     from_files = run_training(recipe(eval=[{"path": "prepared/eval.jsonl"}], **files))
-    assert from_files["data"] == direct["data"]
-    assert from_files["train_loss"] == direct["train_loss"]
-    assert from_files["evaluation"] == direct["evaluation"]
+    assert from_files["data"] == baseline["data"]
+    assert from_files["train_loss"] == baseline["train_loss"]
+    assert from_files["evaluation"] == baseline["evaluation"]
 
 
-def test_a_model_made_on_the_spot_is_cached_by_content(capsys):
-    trainer = {k: v for k, v in TRAINER.items() if k != "output_dir"}
-    section = {"sft": {**SFT, "trainer": {**trainer, "max_steps": 1}}}
-    first = run_training(recipe(model=section))
+# Start models that are fine-tuned for a preference run (`model.sft`).
+
+
+def test_a_fine_tuned_start_model_is_cached_by_content(capsys):
+    sft_trainer = {name: value for name, value in ONE_STEP.items() if name != "output_dir"}
+    section = {"sft": {**SFT, "trainer": sft_trainer}}
+    first = run_training(recipe(model=section, trainer=ONE_STEP))
     assert "it will be cached as" in capsys.readouterr().out
-    second = run_training(recipe(model=section))
+    second = run_training(recipe(model=section, trainer=ONE_STEP))
     assert "is in the cache" in capsys.readouterr().out
     assert second["train_loss"] == first["train_loss"]
     section["sft"]["trainer"]["learning_rate"] = 2e-3
-    run_training(recipe(model=section))
+    run_training(recipe(model=section, trainer=ONE_STEP))
     assert "it will be cached as" in capsys.readouterr().out
 
 
-def test_two_runs_do_not_make_one_model_at_a_time():
-    wanted = recipe(model={"sft": SFT})
-    run_training(wanted)
+def test_two_runs_do_not_make_the_same_start_model_at_once():
+    sft_recipe = recipe(model={"sft": {**SFT, "trainer": ONE_STEP}}, trainer=ONE_STEP)
+    run_training(sft_recipe)
     (cached,) = Path("runs/cache").glob("sft-*")
     cached.rename("elsewhere")
     with (
         FileLock(cached.with_name(f".{cached.name}.lock")),
         pytest.raises(RecipeError, match="another run is"),
     ):
-        run_training(wanted)
+        run_training(sft_recipe)
 
 
-def test_a_model_made_on_the_spot_holds_out_the_same_prompts(capsys):
-    run_training(recipe(model={"sft": {**SFT, "trainer": {**TRAINER, "max_steps": 1}}}))
+def test_a_fine_tuned_start_model_holds_out_the_same_prompts(capsys):
+    run_training(recipe(model={"sft": {**SFT, "trainer": ONE_STEP}}, trainer=ONE_STEP))
     assert "held-out completions" in capsys.readouterr().out
 
 
-def test_a_model_made_on_the_spot_does_not_see_evaluation_prompts(main_pairs, capsys):
+def test_a_fine_tuned_start_model_is_not_trained_on_evaluation_prompts(main_pairs):
     write_jsonl(Path("eval.jsonl"), [main_pairs[0].to_row()])
     files = {"data": [{"path": "buffer.jsonl"}], "buffer": [], "holdout": 0.0, "eval": [{"path": "eval.jsonl"}]}
-    run_training(recipe(model={"sft": SFT}, **files))
+    run_training(recipe(model={"sft": {**SFT, "trainer": ONE_STEP}}, trainer=ONE_STEP, **files))
     (cached,) = Path("runs/cache").glob("sft-*")
     (source,) = json.loads((cached / "run.json").read_text())["data"]
     assert source["removed"]["prompt of an evaluation set"] == {"unlabeled": 2}
 
 
-def test_scores_replace_labels_where_asked(main_pairs):
-    rows = [{**p.to_row(), "chosen_safety_score": 0.5, "rejected_safety_score": 0.5} for p in main_pairs]
-    write_jsonl(Path("main.jsonl"), rows)
-    by_scores = run_training(recipe(safety="scores", buffer=[], holdout=0.0))
-    # all probabilities 1/2: every label is the mean of the table, 0, and step 0 costs nothing
+def test_safety_scores_replace_labels_if_requested(main_pairs):
+    scores = {"chosen_safety_score": 0.5, "rejected_safety_score": 0.5}
+    write_jsonl(Path("main.jsonl"), [pair.to_row() | scores for pair in main_pairs])
+    run = run_training(recipe(safety="scores", buffer=[], holdout=0.0))
+    # All probabilities are 1/2: every label is the mean of the table, 0, and so is the loss of step 0.
     first = json.loads(Path("runs/toy/metrics.jsonl").read_text().splitlines()[0])
     assert first["loss"] == 0
-    assert by_scores["steps"] == 2
+    assert run["steps"] == 2
     with pytest.raises(DataError, match="safety: scores needs chosen_safety_score"):
         run_training(recipe(safety="scores"))
 
@@ -216,7 +242,7 @@ def test_supervised_run_saves_and_evaluates(tmp_path):
         ({"output_dir": None}, "trainer.output_dir"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; expected 1 or more"),
         ({"output_dir": "main.jsonl"}, "is 'main.jsonl', which is a file"),
-        ({"report_to": "wandb"}, "wandb is not installed here"),
+        ({"report_to": "wandb"}, "wandb is not installed; install it"),
         ({"eval_strategy": "sometimes"}, "sometimes is not a valid IntervalStrategy"),
     ],
 )
@@ -244,6 +270,6 @@ def test_a_missing_output_folder_is_named():
         ({"loss": {"name": "modpo"}}, "MODPO needs reward_margin"),
     ],
 )
-def test_what_cannot_be_trained_stops_with_a_reason(changes, message):
+def test_a_recipe_that_cannot_be_trained_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         run_training(recipe(**changes))

@@ -1,6 +1,8 @@
-"""Supervised fine-tuning at full strength: chats and safer answers, packed, selected layers."""
+"""Supervised fine-tuning: chats and safer answers, packed rows, selected layers."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow
@@ -19,12 +21,28 @@ from bfpo.training.run_sft import run_sft
 WORDS = ("red box", "green ball", "blue door", "round lamp", "small thing", "large place")
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, make_model, tokenizer):
+    """A run of the unchanged recipe: its folder and what `run_sft` returned."""
+    folder = tmp_path_factory.mktemp("finished")
+    make_model(shape="nano").save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    write_data(folder)
+    with contextlib.chdir(folder):
+        return folder, run_sft(recipe())
+
+
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch, make_model, tokenizer):
-    """Work in a folder with a tiny model, chats as the hub has them, and rows of PKU-SafeRLHF."""
+def baseline(finished_run, tmp_path, monkeypatch):
+    """Work in a copy of the finished run's folder; returns what `run_sft` returned."""
+    folder, run = finished_run
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    make_model(shape="nano").save_pretrained("base")
-    tokenizer.save_pretrained("base")
+    return run
+
+
+def write_data(folder):
+    """Write chats in the hub's format, and rows of PKU-SafeRLHF."""
     chats = []
     for number in range(12):
         turns = []
@@ -32,9 +50,9 @@ def folder(tmp_path, monkeypatch, make_model, tokenizer):
             turns.append({"role": "user", "content": f"which {WORDS[turn]} {number}"})
             turns.append({"role": "assistant", "content": " ".join(WORDS[: 1 + (number + turn) % 5])})
         chats.append({"prompt": turns[0]["content"], "prompt_id": str(number), "messages": turns})
-    parquet.write_table(pyarrow.Table.from_pylist(chats), "chats.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(chats), folder / "chats.parquet")
     write_jsonl(
-        tmp_path / "pku.jsonl",
+        folder / "pku.jsonl",
         (
             {
                 "prompt": f"near which {number}",
@@ -45,7 +63,6 @@ def folder(tmp_path, monkeypatch, make_model, tokenizer):
             for number in range(10)
         ),
     )
-    return tmp_path
 
 
 def recipe(**changes):
@@ -72,8 +89,9 @@ def recipe(**changes):
 def nats_per_token(model, tokenizer, demonstrations):
     """Return the mean over the tokens of all answers, from the plain logits of each conversation up to the answer."""
     total, tokens = 0.0, 0
-    for item in demonstrations:
-        turns = [message._asdict() for message in item.prompt] + [{"role": "assistant", "content": item.completion}]
+    for demonstration in demonstrations:
+        last_turn = {"role": "assistant", "content": demonstration.completion}
+        turns = [*(message._asdict() for message in demonstration.prompt), last_turn]
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
@@ -84,8 +102,8 @@ def nats_per_token(model, tokenizer, demonstrations):
             )
             with torch.no_grad():
                 logps = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-            for place in range(len(before), len(ids)):
-                total -= float(logps[place - 1, ids[place]])
+            for index in range(len(before), len(ids)):
+                total -= float(logps[index - 1, ids[index]])
                 tokens += 1
     return total / tokens
 
@@ -94,32 +112,30 @@ def test_the_loss_is_the_mean_over_the_tokens_of_every_answer():
     run_sft(recipe(trainer=recipe().trainer | {"max_steps": 1, "per_device_train_batch_size": 17}))
     first = json.loads(Path("runs/sft/metrics.jsonl").read_text().splitlines()[0])
     parts = prepare_demonstrations(recipe().data, holdout=0.0)
-    items = [item for part in parts for item in part.train]
-    assert len(items) == 12 + 5
+    demonstrations = [demonstration for part in parts for demonstration in part.train]
+    assert len(demonstrations) == 12 + 5
     section = ModelSection(path="base")
-    expected = nats_per_token(load_model(section).eval(), load_tokenizer(section), items)
+    expected = nats_per_token(load_model(section).eval(), load_tokenizer(section), demonstrations)
     assert first["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_only_the_selected_layers_change():
-    run = run_sft(recipe())
+def test_only_the_selected_layers_change(baseline):
     before, after = load_file("base/model.safetensors"), load_file("runs/sft/model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "down_proj" in name}
-    assert run["trained"]["parameters"] == sum(before[name].numel() for name in changed)
+    assert baseline["trained"]["parameters"] == sum(before[name].numel() for name in changed)
 
 
 @pytest.mark.parametrize("layout", [{"max_tokens_per_pack": 40}, {"kind": "padded"}])
-def test_packs_and_padding_change_nothing(layout):
-    run_sft(recipe())
-    whole = load_file("runs/sft/model.safetensors")
+def test_packs_and_padding_do_not_change_the_weights(layout):
+    expected = load_file("runs/sft/model.safetensors")
     run_sft(recipe(layout=layout))
-    other = load_file("runs/sft/model.safetensors")
-    for name in whole:
-        torch.testing.assert_close(other[name], whole[name], rtol=1e-4, atol=1e-5)
+    weights = load_file("runs/sft/model.safetensors")
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-def test_what_was_read_is_counted_by_source():
+def test_completions_are_counted_by_source():
     run = run_sft(recipe(holdout=0.3))
     chats, safer = run["data"]
     assert (chats["pairs_taken"], safer["pairs_read"], safer["pairs_taken"]) == (12, 10, 5)

@@ -1,4 +1,4 @@
-"""What is refused before weights are sharded, and how often each process passes through the model."""
+"""Checks before weights are sharded, and equal numbers of passes on all processes."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 from bfpo.errors import RecipeError
 from bfpo.model.layout import Example, packed_layout
 from bfpo.training.batches import Batch
-from bfpo.training.processes import check_sharding, equal_packs, gradients_held_back
+from bfpo.training.processes import check_sharding, equal_packs, no_gradient_sync
 
 
 def pack(tokens: int) -> Batch:
@@ -18,8 +18,8 @@ def pack(tokens: int) -> Batch:
     return Batch(packed_layout([Example(ids, (ids[:2], ids[:3]))]), torch.ones(1), {}, (f"row of {tokens}",))
 
 
-def of_processes(counts: list[int]) -> SimpleNamespace:
-    """Stand for an accelerator whose processes have so many packs."""
+def fake_accelerator(counts: list[int]) -> SimpleNamespace:
+    """Return a stand-in for an accelerator whose processes have the given numbers of packs."""
     return SimpleNamespace(
         num_processes=len(counts),
         device=torch.device("cpu"),
@@ -29,16 +29,16 @@ def of_processes(counts: list[int]) -> SimpleNamespace:
 
 def test_processes_fill_up_with_their_smallest_pack_at_weight_0():
     packs = [pack(9), pack(4)]
-    filled = equal_packs(of_processes([4, 2]), packs, sharded=True)
+    filled = equal_packs(fake_accelerator([4, 2]), packs, sharded=True)
     assert filled[:2] == packs
-    assert [one.is_filler for one in filled] == [False, False, True, True]
-    assert all(one.layout is packs[1].layout and float(one.weights.sum()) == 0 for one in filled[2:])
-    assert equal_packs(of_processes([4, 2]), packs, sharded=False) == packs
+    assert [batch.is_filler for batch in filled] == [False, False, True, True]
+    assert all(batch.layout is packs[1].layout and float(batch.weights.sum()) == 0 for batch in filled[2:])
+    assert equal_packs(fake_accelerator([4, 2]), packs, sharded=False) == packs
 
 
-def test_gradients_are_held_back_from_an_engine_that_steps_when_they_are_exchanged():
+def test_no_gradient_sync_also_stops_engines_that_step_on_synchronization():
     accelerator = Accelerator(cpu=True)
-    with gradients_held_back(accelerator, torch.nn.Linear(1, 1)):
+    with no_gradient_sync(accelerator, torch.nn.Linear(1, 1)):
         assert not accelerator.sync_gradients
     assert accelerator.sync_gradients
 
@@ -50,23 +50,23 @@ def test_gradients_are_held_back_from_an_engine_that_steps_when_they_are_exchang
         (SimpleNamespace(fsdp_version=2, cpu_ram_efficient_loading=True), "set it to false in the launcher's"),
     ],
 )
-def test_ways_of_sharding_that_hide_weights_are_refused(plugin, message):
+def test_unsupported_sharding_is_refused(plugin, message):
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(RecipeError, match=message):
         check_sharding(accelerator, torch.nn.Linear(1, 1))
 
 
-def test_fsdp_that_would_not_happen_is_refused(monkeypatch):
+def test_fsdp_that_accelerate_would_not_run_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    # As accelerate leaves it when it sees several processes and no GPU.
+    # The state of accelerate with several processes and no GPU.
     state = SimpleNamespace(fsdp_plugin=None)
     accelerator = SimpleNamespace(state=state, distributed_type=DistributedType.MULTI_CPU)
-    with pytest.raises(RecipeError, match="the launcher asks for FSDP, and accelerate would run MULTI_CPU instead"):
+    with pytest.raises(RecipeError, match="the launcher requests FSDP, but accelerate would run MULTI_CPU instead"):
         check_sharding(accelerator, torch.nn.Linear(1, 1))
 
 
-def test_weights_that_are_cut_up_already_are_refused():
+def test_weights_that_are_partitioned_already_are_refused():
     model = torch.nn.Linear(1, 1)
     model.weight.ds_id = 0
-    with pytest.raises(RecipeError, match="ZeRO-3 has cut the weights up"):
+    with pytest.raises(RecipeError, match="ZeRO-3 partitioned the weights"):
         check_sharding(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None)), model)

@@ -24,7 +24,7 @@ def test_every_pass_holds_each_row_once(n, passes, seed):
 
 
 @given(st.integers(1, 20), st.integers(0, 100), st.integers(1, 50))
-def test_a_stream_does_not_depend_on_where_reading_starts(n, start, count):
+def test_a_stream_is_the_same_wherever_reading_starts(n, start, count):
     stream = RowStream(np.arange(n), (7,))
     whole = RowStream(np.arange(n), (7,)).take(0, start + count)
     np.testing.assert_array_equal(stream.take(start, count), whole[start:])
@@ -50,39 +50,41 @@ def test_a_short_buffer_wraps_around():
     assert Counter(rows.tolist()) == {1000: 4, 1001: 4, 1002: 4}
 
 
-def micro_batches(p, *, rank=0, world_size=1, per_device=1, steps_done=0, weigh=even_weights):
+def micro_batches(stream_plan, *, rank=0, world_size=1, per_device=1, steps_done=0, weigh=even_weights):
     return MicroBatches(
-        p, weigh, per_device=per_device, rank=rank, world_size=world_size, steps_done=lambda: steps_done
+        stream_plan, weigh, per_device=per_device, rank=rank, world_size=world_size, steps_done=lambda: steps_done
     )
 
 
 @pytest.mark.parametrize(("world_size", "per_device"), [(1, 4), (2, 2), (4, 1), (2, 1), (1, 1)])
 def test_ranks_and_accumulation_split_the_same_step(world_size, per_device):
-    p = plan(13, 5)
+    both_streams = plan(13, 5)
     shares = [
-        list(micro_batches(p, rank=rank, world_size=world_size, per_device=per_device)) for rank in range(world_size)
+        list(micro_batches(both_streams, rank=rank, world_size=world_size, per_device=per_device))
+        for rank in range(world_size)
     ]
     accumulation = 4 // (world_size * per_device)
-    assert {len(share) for share in shares} == {p.steps_per_epoch * accumulation}
-    for number in range(p.steps_per_epoch):
-        items = [
-            item
+    assert {len(share) for share in shares} == {both_streams.steps_per_epoch * accumulation}
+    for number in range(both_streams.steps_per_epoch):
+        rows = [
+            row
             for share in shares
             for batch in share[number * accumulation : (number + 1) * accumulation]
-            for item in batch
+            for row in batch
         ]
-        expected = np.concatenate(p.step(number))
-        assert sorted(item.row for item in items) == sorted(expected.tolist())
-        assert sum(item.weight for item in items if item.row < 1000) == pytest.approx(1)
-        assert sum(item.weight for item in items if item.row >= 1000) == pytest.approx(1)
+        expected = np.concatenate(both_streams.step(number))
+        assert sorted(row.row for row in rows) == sorted(expected.tolist())
+        assert sum(row.weight for row in rows if row.row < 1000) == pytest.approx(1)
+        assert sum(row.weight for row in rows if row.row >= 1000) == pytest.approx(1)
 
 
-def test_the_next_epoch_begins_where_the_steps_say():
-    p = plan(9, 4)
-    second = list(micro_batches(p, per_device=4, steps_done=p.steps_per_epoch))
-    assert [item.row for item in second[0]] == np.concatenate(p.step(p.steps_per_epoch)).tolist()
-    # Resuming in the middle of an epoch begins at its start: the trainer skips what is done.
-    middle = list(micro_batches(p, per_device=4, steps_done=p.steps_per_epoch + 1))
+def test_the_next_epoch_starts_at_its_step_of_the_plan():
+    both_streams = plan(9, 4)
+    steps = both_streams.steps_per_epoch
+    second = list(micro_batches(both_streams, per_device=4, steps_done=steps))
+    assert [row.row for row in second[0]] == np.concatenate(both_streams.step(steps)).tolist()
+    # In the middle of an epoch the micro-batches start at its beginning: the trainer skips those that are done.
+    middle = list(micro_batches(both_streams, per_device=4, steps_done=steps + 1))
     assert middle == second
 
 

@@ -1,3 +1,5 @@
+"""The trainers: training independent of layout and split, resuming, metrics, and refused inputs."""
+
 import inspect
 import json
 from dataclasses import replace
@@ -16,16 +18,16 @@ from bfpo.errors import DataError, ModelError, RecipeError, TrainingError
 from bfpo.losses.pairwise import BFPO, DPO, MODPO, BFPOSoft, SafeDPO
 from bfpo.model import attention
 from bfpo.model.layout import Span
-from bfpo.training.trainer import encode_pairs
+from bfpo.training.encode import encode_pairs
 
 
-@pytest.fixture
-def arguments(tmp_path):
+@pytest.fixture(scope="module")
+def make_arguments(tmp_path_factory):
     """Return a function that makes plain arguments: SGD, constant rate, no clipping, one epoch."""
 
     def make(**changes):
         options = {
-            "output_dir": str(tmp_path / "out"),
+            "output_dir": str(tmp_path_factory.mktemp("run") / "out"),
             "optim": "sgd",
             "learning_rate": 1e-4,
             "lr_scheduler_type": "constant",
@@ -44,12 +46,12 @@ def arguments(tmp_path):
     return make
 
 
-@pytest.fixture
-def make_trainer(make_model, tokenizer, arguments, main_pairs, buffer_pairs):
+@pytest.fixture(scope="module")
+def make_trainer(make_model, tokenizer, make_arguments, main_pairs, buffer_pairs):
     def make(train=None, buffer=None, model=None, args=None, **options):
         return BFPOTrainer(
             model or make_model(),
-            args or arguments(),
+            args or make_arguments(),
             main_pairs if train is None else train,
             buffer_dataset=buffer_pairs if buffer is None else buffer,
             processing_class=tokenizer,
@@ -60,58 +62,74 @@ def make_trainer(make_model, tokenizer, arguments, main_pairs, buffer_pairs):
     return make
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def baseline(make_trainer, make_arguments, main_pairs):
+    """A trainer after three steps with packed rows, evaluated once; tests compare their own runs with it."""
+    trainer = make_trainer(args=make_arguments(**EVALUATED), eval_dataset=main_pairs)
+    trainer.start_weights = weights(trainer)
+    trainer.train()
+    return trainer
+
+
 def weights(trainer) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
+def losses(trainer) -> list[float]:
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
 def relative_difference(first, second, start) -> float:
-    """Return how far two trainings differ, as a share of how far they moved."""
+    """Return the distance between two trained models, as a share of how far they moved."""
     return ((first - second).norm() / (first - start).norm()).item()
 
 
 @pytest.mark.parametrize(("per_device", "accumulation"), [(2, 2), (1, 4)])
-def test_accumulation_does_not_change_training(make_trainer, arguments, per_device, accumulation):
-    whole = make_trainer()
-    start = weights(whole)
-    whole.train()
+def test_accumulation_does_not_change_training(baseline, make_trainer, make_arguments, per_device, accumulation):
     split = make_trainer(
-        args=arguments(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation)
+        args=make_arguments(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation)
     )
     split.train()
-    # float32 sums in another order: the weights' own rounding over what they moved
-    assert relative_difference(weights(whole), weights(split), start) < 1e-4
-    torch.testing.assert_close(weights(split), weights(whole), rtol=1e-6, atol=1e-7)
-    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (whole, split)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    # float32 sums in another order: the rounding of the weights over how far they moved
+    assert relative_difference(weights(baseline), weights(split), baseline.start_weights) < 1e-4
+    torch.testing.assert_close(weights(split), weights(baseline), rtol=1e-6, atol=1e-7)
+    assert losses(baseline) == pytest.approx(losses(split), rel=1e-5)
 
 
-def test_packing_does_not_change_training(make_trainer, arguments, main_pairs):
-    evaluated = {"eval_strategy": "steps", "eval_steps": 3}
-    budgets = (LayoutSection(max_tokens_per_pack=budget) for budget in (1, 60))
-    layouts = LayoutSection(), LayoutSection(kind="padded"), *budgets
-    trainers = [
-        make_trainer(args=arguments(**evaluated), layout=layout, eval_dataset=main_pairs) for layout in layouts
-    ]
-    packs = [len(next(iter(trainer.get_train_dataloader()))["packs"]) for trainer in trainers]
-    assert packs[:2] == [1, 1]
-    assert min(packs[2:]) >= 3
-    start = weights(trainers[0])
-    for trainer in trainers:
-        trainer.train()
-    whole, *others = trainers
-    for other in others:
-        # float32 sums in another order
-        assert relative_difference(weights(whole), weights(other), start) < 1e-4
-        for log, expected in zip(other.state.log_history, whole.state.log_history, strict=True):
-            # margins are differences of log-probabilities of about 100 nats
-            compared = {name for name in expected if not any(word in name for word in ("second", "runtime", "flos"))}
-            assert "step" in compared
-            found, wanted = ({name: logs[name] for name in compared} for logs in (log, expected))
-            assert found == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+def packs_of_first_batch(trainer) -> int:
+    return len(next(iter(trainer.get_train_dataloader()))["packs"])
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("layout", "min_packs"),
+    [
+        (LayoutSection(kind="padded"), 1),
+        (LayoutSection(max_tokens_per_pack=1), 3),
+        (LayoutSection(max_tokens_per_pack=60), 3),
+    ],
+)
+def test_packing_does_not_change_training(baseline, make_trainer, make_arguments, main_pairs, layout, min_packs):
+    trainer = make_trainer(args=make_arguments(**EVALUATED), layout=layout, eval_dataset=main_pairs)
+    assert packs_of_first_batch(baseline) == 1
+    assert packs_of_first_batch(trainer) >= min_packs
+    assert (packs_of_first_batch(trainer) == 1) == (layout.kind == "padded")
+    trainer.train()
+    # float32 sums in another order
+    assert relative_difference(weights(baseline), weights(trainer), baseline.start_weights) < 1e-4
+    for log, expected in zip(trainer.state.log_history, baseline.state.log_history, strict=True):
+        compared = {name for name in expected if not any(part in name for part in ("second", "runtime", "flos"))}
+        assert "step" in compared
+        # margins are differences of log-probabilities of about 100 nats
+        assert {name: log[name] for name in compared} == pytest.approx(
+            {name: expected[name] for name in compared}, rel=1e-4, abs=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
     [
         {"train_only": ["down_proj"]},
         {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")},
@@ -119,10 +137,10 @@ def test_packing_does_not_change_training(make_trainer, arguments, main_pairs):
         {"train_only": ["q_proj", "o_proj"], "activation_checkpointing": True},
         {"tied": True},
     ],
-    ids=lambda how: ", ".join(how),
+    ids=lambda changes: ", ".join(changes),
 )
-def test_packed_and_padded_train_alike(make_trainer, make_model, arguments, how):
-    options = dict(how)
+def test_packed_and_padded_train_alike(make_trainer, make_model, make_arguments, changes):
+    options = dict(changes)
     args = {"activation_checkpointing": options.pop("activation_checkpointing", False)}
     # an adapter starts at 0 and moves slowly
     args["learning_rate"] = 1e-2 if "peft_config" in options else 1e-4
@@ -134,20 +152,21 @@ def test_packed_and_padded_train_alike(make_trainer, make_model, arguments, how)
             model.config.tie_word_embeddings = True
             model.tie_weights()
         layout = LayoutSection(kind=kind, max_tokens_per_pack=150)
-        trainers.append(make_trainer(model=model, args=arguments(**args), layout=layout, **options))
-        assert trainers[-1].layout.kind == kind
-        start = weights(trainers[-1])
-        trainers[-1].train()
+        trainer = make_trainer(model=model, args=make_arguments(**args), layout=layout, **options)
+        assert trainer.layout_section.kind == kind
+        start = weights(trainer)
+        trainer.train()
         # float32 rounding of some 30 nats where the reference was computed in other packs
-        rounding = 0 if trainers[-1].reference else 1e-5
-        assert trainers[-1].start_check.largest_margin <= rounding
+        rounding = 0 if trainer.reference else 1e-5
+        assert trainer.start_check.largest_margin <= rounding
+        trainers.append(trainer)
     assert relative_difference(*map(weights, trainers), start) < 1e-4
 
 
-def test_packed_bfloat16_trains_like_padded_bfloat16(make_trainer, arguments):
+def test_packed_bfloat16_trains_like_padded_bfloat16(make_trainer, make_arguments):
     # Large steps against the rounding of activations to 8 bits; the layouts may differ by that rounding only.
     plain, *rounded = (
-        make_trainer(args=arguments(bf16=bf16), layout=LayoutSection(kind=kind))
+        make_trainer(args=make_arguments(bf16=bf16), layout=LayoutSection(kind=kind))
         for kind, bf16 in (("padded", False), ("padded", True), ("packed", True))
     )
     start = weights(plain)
@@ -157,20 +176,20 @@ def test_packed_bfloat16_trains_like_padded_bfloat16(make_trainer, arguments):
     assert 0 < packed < 2 * padded
 
 
-def test_training_leaves_generation_and_saving_as_they_were(make_trainer, tmp_path):
-    trainer = make_trainer()
-    trainer.train()
-    trainer.save_model(str(tmp_path / "saved"))
-    assert trainer.layout.kind == "packed"
-    assert trainer.model.config._attn_implementation == "sdpa"
+def test_training_does_not_change_generation_and_saving(baseline, tmp_path):
+    baseline.save_model(str(tmp_path / "saved"))
+    assert baseline.layout_section.kind == "packed"
+    assert baseline.model.config._attn_implementation == "sdpa"
     assert "bfpo" not in (tmp_path / "saved/config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     ids = torch.tensor([[5, 6, 7]])
-    texts = [model.eval().generate(ids, max_new_tokens=8, do_sample=False) for model in (trainer.model, loaded)]
-    assert torch.equal(*texts)
+    completions = [
+        model.eval().generate(ids, max_new_tokens=8, do_sample=False) for model in (baseline.model, loaded)
+    ]
+    assert torch.equal(*completions)
 
 
-def test_an_error_in_a_step_leaves_the_model_its_attention(make_trainer, monkeypatch):
+def test_an_error_in_a_step_restores_the_attention_of_the_model(make_trainer, monkeypatch):
     trainer = make_trainer()
     monkeypatch.setattr(trainer, "example_losses", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -179,15 +198,15 @@ def test_an_error_in_a_step_leaves_the_model_its_attention(make_trainer, monkeyp
 
 
 def test_a_run_stops_when_packed_numbers_are_wrong(make_trainer, monkeypatch):
-    sight = attention.sight
+    mask_mod = attention.mask_mod
 
     def with_siblings(spans, window, device):
-        return sight([Span(span.prompt, (sum(span.branches),)) for span in spans], window, device)
+        return mask_mod([Span(span.prompt, (sum(span.branches),)) for span in spans], window, device)
 
-    monkeypatch.setattr(attention, "sight", with_siblings)
-    # Masks that are kept would be the right ones here, and the wrong ones in later tests.
-    monkeypatch.setattr(attention, "_small_masks", attention._masks_of_runs)
-    with pytest.raises(ModelError, match="Please report it"):
+    monkeypatch.setattr(attention, "mask_mod", with_siblings)
+    # Masks of short spans are cached: this test must not use right ones, nor leave wrong ones to other tests.
+    monkeypatch.setattr(attention, "_cached_segment_masks", attention._segment_masks)
+    with pytest.raises(ModelError, match="report this bug"):
         make_trainer().train()
 
 
@@ -196,13 +215,13 @@ def test_a_model_that_packed_rows_do_not_fit_is_trained_on_padded_ones(make_trai
     model.config.layer_types = ["full_attention", "chunked_attention"]
     trainer = make_trainer(model=model)
     trainer.train()
-    assert trainer.layout.kind == "padded"
+    assert trainer.layout_section.kind == "padded"
     assert trainer.start_check.packing_difference is None
     assert capsys.readouterr().out.count("because packed ones don't fit this model: layers of type chunked") == 1
 
 
-def test_logged_loss_is_mean_of_main_plus_weighted_mean_of_buffer(make_trainer, arguments):
-    trainer = make_trainer(args=arguments(max_steps=1), buffer_weight=0.3)
+def test_logged_loss_is_mean_of_main_plus_weighted_mean_of_buffer(make_trainer, make_arguments):
+    trainer = make_trainer(args=make_arguments(max_steps=1), buffer_weight=0.3)
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(log["stream/main/loss"] + 0.3 * log["stream/buffer/loss"], rel=1e-6)
@@ -210,30 +229,29 @@ def test_logged_loss_is_mean_of_main_plus_weighted_mean_of_buffer(make_trainer, 
     assert log["stream/buffer/loss"] == pytest.approx(1)
 
 
-def test_a_buffer_equal_to_the_main_set_doubles_the_loss(make_trainer, arguments, main_pairs):
+def test_a_buffer_equal_to_the_main_set_doubles_the_loss(make_trainer, make_arguments, main_pairs):
     args = {"per_device_train_batch_size": len(main_pairs), "max_steps": 2}
-    plain = make_trainer(buffer=[], args=arguments(learning_rate=2e-4, **args))
-    double = make_trainer(buffer=main_pairs, args=arguments(learning_rate=1e-4, **args))
+    plain = make_trainer(buffer=[], args=make_arguments(learning_rate=2e-4, **args))
+    double = make_trainer(buffer=main_pairs, args=make_arguments(learning_rate=1e-4, **args))
     start = weights(plain)
     plain.train()
     double.train()
     assert relative_difference(weights(plain), weights(double), start) < 1e-4
-    losses = [t.state.log_history[0]["loss"] for t in (plain, double)]
-    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-6)
+    assert losses(double)[0] == pytest.approx(2 * losses(plain)[0], rel=1e-6)
 
 
-def test_training_everything_by_pattern_is_full_training(make_trainer):
-    full, by_pattern = make_trainer(), make_trainer(train_only=[".*"])
-    full.train()
+def test_training_everything_by_pattern_is_full_training(baseline, make_trainer):
+    by_pattern = make_trainer(train_only=[".*"])
     by_pattern.train()
-    torch.testing.assert_close(weights(by_pattern), weights(full), rtol=0, atol=0)
+    torch.testing.assert_close(weights(by_pattern), weights(baseline), rtol=0, atol=0)
 
 
 def test_selective_training_changes_only_what_is_selected(make_trainer):
     trainer = make_trainer(train_only=["down_proj"])
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
-    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    after = dict(trainer.model.named_parameters())
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
     assert changed == {name for name in before if "down_proj" in name}
 
 
@@ -253,14 +271,14 @@ def test_a_policy_that_is_not_the_reference_is_caught(make_trainer):
         trainer.train()
 
 
-def test_targets_beyond_the_completions_are_told(make_trainer):
+def test_targets_that_cannot_be_reached_are_reported(make_trainer):
     assert "raise loss.beta" in make_trainer(loss=BFPO(beta=0.001)).check_start().advice
     assert make_trainer(loss=BFPO(beta=0.5)).check_start().advice is None
     assert make_trainer(loss=DPO()).check_start().advice is None
 
 
-def test_first_metrics_are_those_of_zero_margins(make_trainer, arguments, main_pairs):
-    trainer = make_trainer(args=arguments(max_steps=1, per_device_train_batch_size=len(main_pairs)))
+def test_first_metrics_are_those_of_zero_margins(make_trainer, make_arguments, main_pairs):
+    trainer = make_trainer(args=make_arguments(max_steps=1, per_device_train_batch_size=len(main_pairs)))
     trainer.train()
     log = trainer.state.log_history[0]
     # three pairs of each cell: labels ±1/2, ±1; beta²·loss = label²
@@ -273,8 +291,8 @@ def test_first_metrics_are_those_of_zero_margins(make_trainer, arguments, main_p
     assert log["logps/chosen"] < 0
 
 
-def test_training_moves_margins_towards_their_targets(make_trainer, arguments, main_pairs):
-    args = arguments(
+def test_training_moves_margins_towards_their_targets(make_trainer, make_arguments, main_pairs):
+    args = make_arguments(
         max_steps=60, per_device_train_batch_size=len(main_pairs), optim="adamw_torch", learning_rate=1e-3
     )
     trainer = make_trainer(buffer=[], args=args, eval_dataset=main_pairs)
@@ -285,19 +303,19 @@ def test_training_moves_margins_towards_their_targets(make_trainer, arguments, m
         assert metrics[f"eval_bfpo/sign_agreement/{cell}"] == 1
 
 
-def test_evaluation_is_the_exact_mean_over_pairs(make_trainer, arguments, main_pairs):
-    # A copy of the start's weights, which the trainers below can take over; a cache would be of their own starts.
+def test_evaluation_is_the_exact_mean_over_pairs(make_trainer, make_arguments, main_pairs):
+    # With a copy as reference, which the trainers below can share; the cache would score the model they start from.
     first = make_trainer(eval_dataset=main_pairs[:1], reference="shared")
     with torch.no_grad():
         first.model.lm_head.weight += 0.05 * torch.randn_like(first.model.lm_head.weight)
 
     def evaluated(pairs, batch_size):
-        args = arguments(per_device_eval_batch_size=batch_size)
+        args = make_arguments(per_device_eval_batch_size=batch_size)
         trainer = make_trainer(model=first.model, args=args, eval_dataset=pairs, reference="shared")
         trainer.reference = first.reference
         return trainer.evaluate()["eval_loss"]
 
-    expected = [evaluated([one], 1) for one in main_pairs[:11]]
+    expected = [evaluated([pair], 1) for pair in main_pairs[:11]]
     assert np.std(expected) > 0.1
     for batch_size in (1, 5, 12):
         assert evaluated(main_pairs[:11], batch_size) == pytest.approx(np.mean(expected), rel=1e-6)
@@ -337,50 +355,50 @@ def test_an_evaluation_that_is_not_finite_is_an_error_too(make_trainer, main_pai
         trainer.evaluate()
 
 
-def test_clipped_steps_are_counted(make_trainer, arguments):
+def test_clipped_steps_are_counted(make_trainer, make_arguments):
     for limit, share in ((1e-9, 1.0), (1e9, 0.0)):
-        trainer = make_trainer(args=arguments(max_grad_norm=limit, max_steps=1))
+        trainer = make_trainer(args=make_arguments(max_grad_norm=limit, max_steps=1))
         trainer.train()
         assert trainer.state.log_history[0]["bfpo/clip_fraction"] == share
 
 
-def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(make_trainer, arguments):
-    # several packs to a step
+def test_resuming_in_the_middle_of_an_epoch_gives_the_same_bits(make_trainer, make_arguments, tmp_path):
+    # Small packs, several to a step.
     layout = LayoutSection(max_tokens_per_pack=60)
     options = {
+        "output_dir": str(tmp_path / "out"),
         "max_steps": 7,
         "save_strategy": "steps",
         "save_steps": 1,
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
     }
-    unbroken = make_trainer(args=arguments(**options), layout=layout)
+    unbroken = make_trainer(args=make_arguments(**options), layout=layout)
     unbroken.train()
-    # 12 main pairs in steps of 4: epochs end after 3 and 6; 10 buffer pairs wrap inside step 2
+    # 12 main pairs in steps of 4: epochs end after steps 3 and 6; 10 buffer pairs wrap around within step 2.
     for step in (2, 5):
-        resumed = make_trainer(args=arguments(**options), layout=layout)
+        resumed = make_trainer(args=make_arguments(**options), layout=layout)
         resumed.train(resume_from_checkpoint=f"{unbroken.args.output_dir}/checkpoint-{step}")
         assert torch.equal(weights(resumed), weights(unbroken))
-        losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (unbroken, resumed)]
-        assert losses[0] == losses[1]
+        assert losses(resumed) == losses(unbroken)
 
 
-def test_a_run_may_be_resumed_with_another_layout(make_trainer, arguments):
-    args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    unbroken = make_trainer(args=arguments(**args))
+def test_a_run_can_be_resumed_with_another_layout(make_trainer, make_arguments, tmp_path):
+    args = {"output_dir": str(tmp_path / "out"), "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    unbroken = make_trainer(args=make_arguments(**args))
     start = weights(unbroken)
     unbroken.train()
     for layout in (LayoutSection(kind="padded"), LayoutSection(max_tokens_per_pack=60)):
-        resumed = make_trainer(args=arguments(**args), layout=layout)
+        resumed = make_trainer(args=make_arguments(**args), layout=layout)
         resumed.train(resume_from_checkpoint=f"{unbroken.args.output_dir}/checkpoint-2")
         assert relative_difference(weights(unbroken), weights(resumed), start) < 1e-4
 
 
-def test_rows_of_a_data_set_serve_as_pairs(make_trainer, main_pairs, buffer_pairs):
+def test_rows_of_a_data_set_are_read_as_pairs(make_trainer, main_pairs, buffer_pairs):
     import datasets
 
     rows = datasets.Dataset.from_list([pair.to_row() for pair in main_pairs])
-    from_rows = make_trainer(train=rows, buffer=[{**p.to_row(), "stream": None} for p in buffer_pairs])
+    from_rows = make_trainer(train=rows, buffer=[{**pair.to_row(), "stream": None} for pair in buffer_pairs])
     from_pairs = make_trainer()
     assert from_rows.table.row_ids == from_pairs.table.row_ids
     np.testing.assert_array_equal(from_rows.table.ids, from_pairs.table.ids)
@@ -389,7 +407,7 @@ def test_rows_of_a_data_set_serve_as_pairs(make_trainer, main_pairs, buffer_pair
 
 
 def test_unlabeled_pairs_are_refused(make_trainer, main_pairs):
-    with pytest.raises(DataError, match="toy: pairs without safety labels"):
+    with pytest.raises(DataError, match="train_dataset row 1 has no safety labels"):
         make_trainer(train=[replace(pair, labels=None) for pair in main_pairs])
 
 
@@ -400,11 +418,10 @@ def test_a_loss_without_its_columns_is_refused_before_training(make_trainer, los
 
 
 def test_bfpo_soft_takes_expected_safety_from_the_data_set(tokenizer, main_pairs):
-    with_rates = [replace(p, signals=PairSignals(chosen_win_rate=0.9, rejected_win_rate=0.2)) for p in main_pairs]
-    table = encode_pairs(with_rates, BFPOSoft(), tokenizer, None)
-    assert set(table.signals["expected_safety"]) == {0.5}
-    given = [replace(p, signals=replace(p.signals, expected_safety=0.1)) for p in with_rates]
-    assert set(encode_pairs(given, BFPOSoft(), tokenizer, None).signals["expected_safety"]) == {0.1}
+    signals = PairSignals(chosen_win_rate=0.9, rejected_win_rate=0.2)
+    for pair_signals, expected in ((signals, 0.5), (replace(signals, expected_safety=0.1), 0.1)):
+        pairs = [replace(pair, signals=pair_signals) for pair in main_pairs]
+        assert set(encode_pairs(pairs, BFPOSoft(), tokenizer).signals["expected_safety"]) == {expected}
 
 
 def test_pairs_that_a_loss_leaves_out_are_counted(make_trainer, caplog):
@@ -413,10 +430,10 @@ def test_pairs_that_a_loss_leaves_out_are_counted(make_trainer, caplog):
     assert "SafeDPO leaves out 3 of 12 pairs" in caplog.text
 
 
-def test_processes_that_do_not_see_each_other_are_refused(make_trainer, arguments, monkeypatch):
-    args = arguments()
+def test_processes_that_would_train_separately_are_refused(make_trainer, make_arguments, monkeypatch):
+    args = make_arguments()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="2 processes were launched, but each would train by itself"):
+    with pytest.raises(RecipeError, match="2 processes were launched, but each would train separately"):
         make_trainer(args=args)
 
 
@@ -428,15 +445,15 @@ def test_names_of_transformers_that_are_not_public_still_exist():
 
 @pytest.fixture
 def demonstrations(tokenizer, main_pairs):
-    table = encode_pairs(main_pairs, BFPO(), tokenizer, None)
+    table = encode_pairs(main_pairs, BFPO(), tokenizer)
     examples = [table[row]._replace(completions=table[row].completions[:1]) for row in range(len(table))]
     return token_table(examples, table.row_ids)
 
 
-def test_supervised_loss_is_the_mean_over_tokens_whatever_the_split(make_model, arguments, demonstrations):
+def test_supervised_loss_is_the_mean_over_tokens_whatever_the_split(make_model, make_arguments, demonstrations):
     trainers = []
     for per_device, accumulation in ((12, 1), (3, 4)):
-        args = arguments(
+        args = make_arguments(
             per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation, learning_rate=0.1
         )
         trainers.append(SFTTrainer(make_model(), args, demonstrations, demonstrations))
@@ -446,18 +463,18 @@ def test_supervised_loss_is_the_mean_over_tokens_whatever_the_split(make_model, 
     torch.testing.assert_close(weights(split), weights(whole), rtol=1e-5, atol=1e-6)
     log = next(log for log in whole.state.log_history if "loss" in log)
     assert log["loss"] == pytest.approx(log["stream/main/loss"], rel=1e-6)
-    # the same number from plain logits: sum over all completion tokens, divided by their count
+    # The same number from plain logits: the sum over all completion tokens, divided by their count.
     model, total, count = make_model(), 0.0, 0
     for row in range(len(demonstrations)):
         prompt, (ids,) = demonstrations[row]
-        fed = torch.tensor(np.concatenate([prompt, ids]))[None].long()
-        logps = model(input_ids=fed).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
-        total -= logps.gather(1, fed[0, len(prompt) :, None]).sum().item()
+        sequence = torch.tensor(np.concatenate([prompt, ids]))[None].long()
+        logps = model(input_ids=sequence).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
+        total -= logps.gather(1, sequence[0, len(prompt) :, None]).sum().item()
         count += len(ids)
     assert log["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_metrics_file_holds_one_json_object_per_log(make_trainer, tmp_path):
+def test_metrics_file_has_one_json_object_per_log(make_trainer, tmp_path):
     from bfpo.training.callbacks import MetricsFile
 
     file = tmp_path / "metrics.jsonl"
@@ -470,33 +487,31 @@ def test_metrics_file_holds_one_json_object_per_log(make_trainer, tmp_path):
     assert not any("old" in line for line in lines)
 
 
-def test_activation_checkpointing_changes_memory_not_training(make_trainer, arguments):
-    plain, checkpointed = make_trainer(), make_trainer(args=arguments(activation_checkpointing=True))
-    plain.train()
+def test_activation_checkpointing_does_not_change_training(baseline, make_trainer, make_arguments):
+    checkpointed = make_trainer(args=make_arguments(activation_checkpointing=True))
     checkpointed.train()
-    torch.testing.assert_close(weights(checkpointed), weights(plain), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(weights(checkpointed), weights(baseline), rtol=1e-6, atol=1e-7)
 
 
-def test_bfloat16_autocast_starts_at_zero_margins_and_trains(make_trainer, arguments):
-    trainer = make_trainer(args=arguments(bf16=True))
+def test_bfloat16_autocast_starts_at_zero_margins_and_trains(make_trainer, make_arguments):
+    trainer = make_trainer(args=make_arguments(bf16=True))
     before = weights(trainer)
     trainer.train()
     assert trainer.start_check.largest_margin == 0
     assert not torch.equal(weights(trainer), before)
 
 
-def test_workers_give_the_same_batches(make_trainer, arguments):
-    alone, helped = make_trainer(), make_trainer(args=arguments(dataloader_num_workers=2))
-    alone.train()
-    helped.train()
-    torch.testing.assert_close(weights(helped), weights(alone), rtol=0, atol=0)
+def test_workers_give_the_same_batches(baseline, make_trainer, make_arguments):
+    trainer = make_trainer(args=make_arguments(dataloader_num_workers=2))
+    trainer.train()
+    torch.testing.assert_close(weights(trainer), weights(baseline), rtol=0, atol=0)
 
 
-def test_the_best_of_several_evaluations_can_be_kept(make_trainer, arguments, main_pairs, buffer_pairs):
+def test_the_best_of_several_evaluations_can_be_kept(make_trainer, make_arguments, main_pairs, buffer_pairs):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_main_loss", "greater_is_better": False}
-    args = arguments(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, **best)
+    args = make_arguments(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, **best)
     trainer = make_trainer(args=args, eval_dataset={"main": main_pairs, "buffer": buffer_pairs})
     trainer.train()
-    losses = [log["eval_main_loss"] for log in trainer.state.log_history if "eval_main_loss" in log]
-    assert len(losses) == 3
-    assert trainer.evaluate()["eval_main_loss"] == pytest.approx(min(losses), rel=1e-6)
+    eval_losses = [log["eval_main_loss"] for log in trainer.state.log_history if "eval_main_loss" in log]
+    assert len(eval_losses) == 3
+    assert trainer.evaluate()["eval_main_loss"] == pytest.approx(min(eval_losses), rel=1e-6)

@@ -1,1 +1,1 @@
-"""Models: loading or making them, laying out batches, log-probabilities, the reference, what is trained."""
+"""Models: loading and creating them, layouts of batches, log-probabilities, the reference, trained parameters."""

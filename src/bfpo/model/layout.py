@@ -1,13 +1,13 @@
-"""Layouts: where the tokens of a batch stand, and where to read the predictions of its completions.
+"""Layouts: the token ids of a batch, and the indices of the hidden states that predict its completions.
 
-The way from token ids to log-probabilities is `layout → attention → logps`: a layout says what is fed and where to
-read, `attention.attention_inputs` turns it into what the backbone needs to attend rightly, and
-`logps.completion_logps` gathers hidden states and scores the completions.
+The path from token ids to log-probabilities is `layout → attention → logps`: a layout contains the ids and the
+indices, `attention.attention_inputs` makes the other inputs of the backbone, and `logps.completion_logps` gathers
+hidden states and scores the completions.
 
-There are two. *Packed*: one row of spans `[prompt | chosen | rejected]`, no padding, every prompt once. *Padded*: a
-row for each completion with the prompt before it. Both give the same log-probabilities. In both, the last token of a
-completion is never fed, because nothing is predicted from it; and the state of the prompt's last token predicts the
-first token of every completion, so in a packed row it is read once for each.
+There are two layouts with the same log-probabilities. *Packed*: one row of spans `[prompt | chosen | rejected]`
+without padding, every prompt once. *Padded*: one row per completion, preceded by its prompt. In both, the last token
+of a completion is never fed, because nothing is predicted from it. The hidden state of the prompt's last token
+predicts the first token of every completion, so a packed row reads it once per completion.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from bfpo.data.table import Example, token_ids
 
-# Raised when the same tokens would be fed so differently that kept log-probabilities no longer fit.
+# Part of the reference cache's key. Increase it when cached log-probabilities no longer match what a layout feeds.
 VERSION = 1
 
-Numbers: TypeAlias = np.ndarray[Any, np.dtype[np.integer[Any]]]
+Integers: TypeAlias = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 class Span(NamedTuple):
-    """One example in a packed row: its prompt, then branches that each see the prompt and not one another.
+    """One example in a packed row: its prompt, then branches that attend to the prompt but not to one another.
 
     Args:
-        prompt: Tokens of the prompt.
-        branches: Tokens fed of each completion: one less than it has, so possibly 0.
+        prompt: Number of tokens of the prompt.
+        branches: Number of tokens fed of each completion: one less than it has, so possibly 0.
     """
 
     prompt: int
@@ -39,28 +39,28 @@ class Span(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Tokens of the span."""
+        """Number of tokens of the span."""
         return self.prompt + sum(self.branches)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """A batch of S completions, ready to be fed.
+    """A batch of S completions, ready for the model.
 
     Args:
-        input_ids: Tokens, (R, L) int64.
-        places: Where the hidden state stands that predicts each scored completion token, as an index into the R·L
-            tokens row after row, (N,) int64.
-        targets: The scored tokens themselves, (N,) int64; completion after completion.
-        lengths: Number of scored tokens of each completion, S of them, each at least 1; they add up to N.
-        num_tokens: Tokens fed that aren't padding.
-        spans: What the one row of a packed layout is made of, in order; empty for rows of their own.
-        positions: Position of each token of a packed row within its sequence, (1, L) int64: every branch goes on
-            from the prompt. None for rows of their own, which count from 0.
+        input_ids: Token ids, (R, L) int64.
+        hidden_index: Indices of the hidden states that predict the scored completion tokens, into the R·L tokens
+            flattened row by row, (N,) int64.
+        targets: Ids of the scored tokens, completion by completion, (N,) int64.
+        lengths: Number of scored tokens of each of the S completions, at least 1 each; they add up to N.
+        num_tokens: Number of tokens fed, without padding.
+        spans: Spans of the one row of a packed layout, in order; empty for a padded layout.
+        positions: Position of each token of a packed row within its sequence, (1, L) int64; every branch continues
+            the positions of the prompt. None for a padded layout, whose rows count from 0.
     """
 
     input_ids: Tensor
-    places: Tensor
+    hidden_index: Tensor
     targets: Tensor
     lengths: tuple[int, ...]
     num_tokens: int
@@ -69,7 +69,7 @@ class Layout:
 
     def to(self, device: torch.device) -> "Layout":
         """Return the layout on a device."""
-        names = ("input_ids", "places", "targets", *(() if self.positions is None else ("positions",)))
+        names = ("input_ids", "hidden_index", "targets", *(() if self.positions is None else ("positions",)))
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -77,14 +77,14 @@ def packed_layout(examples: Sequence[Example]) -> Layout:
     """Put examples into one row, each prompt once.
 
     Args:
-        examples: Prompts with their completions; completion order is example by example.
+        examples: Prompts with their completions; the layout's completions are in the same order.
 
     Returns:
-        A layout with a single row of as many tokens as are needed.
+        A layout with one row and no padding.
     """
-    ids: list[Numbers] = []
-    positions: list[Numbers] = []
-    places: list[Numbers] = []
+    ids: list[Integers] = []
+    positions: list[Integers] = []
+    hidden_index: list[Integers] = []
     spans = []
     start = 0
     for prompt, completions in examples:
@@ -93,17 +93,17 @@ def packed_layout(examples: Sequence[Example]) -> Layout:
         positions.append(np.arange(span.prompt))
         last_of_prompt = start + span.prompt - 1
         start += span.prompt
-        for completion, fed in zip(completions, span.branches, strict=True):
+        for completion, size in zip(completions, span.branches, strict=True):
             ids.append(token_ids(completion[:-1]))
-            positions.append(np.arange(span.prompt, span.prompt + fed))
-            states = np.concatenate([[last_of_prompt], np.arange(start, start + fed)])
-            places.append(states[completion >= 0])
-            start += fed
+            positions.append(np.arange(span.prompt, span.prompt + size))
+            index = np.concatenate([[last_of_prompt], np.arange(start, start + size)])
+            hidden_index.append(index[completion >= 0])
+            start += size
         spans.append(span)
     targets = [completion[completion >= 0] for _, completions in examples for completion in completions]
     return Layout(
         input_ids=_int64(ids)[None],
-        places=_int64(places),
+        hidden_index=_int64(hidden_index),
         targets=_int64(targets),
         lengths=tuple(map(len, targets)),
         num_tokens=start,
@@ -113,50 +113,54 @@ def packed_layout(examples: Sequence[Example]) -> Layout:
 
 
 def padded_layout(examples: Sequence[Example]) -> Layout:
-    """Give every completion a row of its own, prompt first, padded on the right.
+    """Give every completion a row of its own, preceded by its prompt and padded on the right.
 
     Args:
-        examples: Prompts with their completions; completion order is example by example.
+        examples: Prompts with their completions; the layout's completions are in the same order.
 
     Returns:
         A layout with one row per completion.
     """
-    fed = [np.concatenate([prompt, token_ids(ids[:-1])]) for prompt, completions in examples for ids in completions]
-    prompts = [len(prompt) for prompt, completions in examples for _ in completions]
-    scored = [np.flatnonzero(ids >= 0) for _, completions in examples for ids in completions]
-    targets = [ids[ids >= 0] for _, completions in examples for ids in completions]
-    input_ids = np.zeros((len(fed), max(map(len, fed))), dtype=np.int64)
-    for row, ids in zip(input_ids, fed, strict=True):
-        row[: len(ids)] = ids
-    firsts = np.arange(len(fed)) * input_ids.shape[1] + np.array(prompts) - 1
+    rows = [
+        np.concatenate([prompt, token_ids(completion[:-1])])
+        for prompt, completions in examples
+        for completion in completions
+    ]
+    prompt_lengths = [len(prompt) for prompt, completions in examples for _ in completions]
+    scored = [np.flatnonzero(completion >= 0) for _, completions in examples for completion in completions]
+    targets = [completion[completion >= 0] for _, completions in examples for completion in completions]
+    input_ids = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    for padded_row, row in zip(input_ids, rows, strict=True):
+        padded_row[: len(row)] = row
+    last_of_prompt = np.arange(len(rows)) * input_ids.shape[1] + np.array(prompt_lengths) - 1
     return Layout(
         input_ids=torch.from_numpy(input_ids),
-        places=_int64([first + tokens for first, tokens in zip(firsts, scored, strict=True)]),
+        hidden_index=_int64([first + offsets for first, offsets in zip(last_of_prompt, scored, strict=True)]),
         targets=_int64(targets),
         lengths=tuple(map(len, targets)),
-        num_tokens=sum(map(len, fed)),
+        num_tokens=sum(map(len, rows)),
     )
 
 
 def packs(examples: Sequence[Example], max_tokens: int) -> Iterator[slice]:
-    """Split examples, in order, into packs of at most so many tokens.
+    """Split examples, in order, into packs of at most `max_tokens` tokens.
 
     Args:
-        examples: What to pack.
-        max_tokens: Tokens fed at a time. An example that is longer gets a pack of its own.
+        examples: Examples to pack.
+        max_tokens: Maximum number of tokens of a pack. A longer example gets a pack of its own.
 
     Yields:
-        Slices of the examples, one after the other.
+        Consecutive slices of the examples.
     """
-    first, tokens = 0, 0
-    for number, (prompt, completions) in enumerate(examples):
+    start, tokens = 0, 0
+    for index, (prompt, completions) in enumerate(examples):
         size = len(prompt) + sum(len(completion) - 1 for completion in completions)
-        if number > first and tokens + size > max_tokens:
-            yield slice(first, number)
-            first, tokens = number, 0
+        if index > start and tokens + size > max_tokens:
+            yield slice(start, index)
+            start, tokens = index, 0
         tokens += size
-    yield slice(first, len(examples))
+    yield slice(start, len(examples))
 
 
-def _int64(pieces: Sequence[Numbers]) -> Tensor:
+def _int64(pieces: Sequence[Integers]) -> Tensor:
     return torch.from_numpy(np.concatenate(pieces).astype(np.int64, copy=False))

@@ -1,7 +1,7 @@
-"""Whether a model can be fed packed rows: what is known of its kind, then a try on real examples."""
+"""Whether a model can be fed packed rows: checks of its configuration, then a comparison on real examples."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,22 +11,22 @@ from bfpo.config.recipes import LayoutSection
 from bfpo.core.terminal import say
 from bfpo.data.table import Example
 from bfpo.errors import ModelError
-from bfpo.model.attention import UnknownFeature, windows_of
+from bfpo.model.attention import UnsupportedFeature, windows_of
 from bfpo.model.layout import Layout, packed_layout, padded_layout
-from bfpo.model.lora import CausalLM, under_adapter
+from bfpo.model.lora import CausalLM, unwrap_adapter
 
 # Model types whose packed and padded numbers the tests compare, gradients included. For these a difference at run
-# time is a fault of ours, and an error; any other model goes back to padded rows.
+# time is a bug in bfpo, and an error; any other model falls back to padded rows.
 VERIFIED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "mixtral", "qwen3_moe"}
 
 
 class PackingCheck(NamedTuple):
-    """How packed and padded log-probabilities compare; nats.
+    """Comparison of packed and padded log-probabilities.
 
     Args:
-        difference: Largest difference between packed and padded.
-        noise: Largest difference between the same rows padded together and fed one by one.
-        passed: Whether every completion's difference is at most four times the noise, or rounding.
+        difference: Largest difference between packed and padded, nats.
+        noise: Largest difference between rows padded together and the same rows fed one at a time, nats.
+        passed: Whether every completion's difference is at most four times the noise, or within rounding.
     """
 
     difference: float
@@ -40,93 +40,98 @@ class PackingCheck(NamedTuple):
         )
 
 
-def settle_layout(
-    model: CausalLM, layout: LayoutSection, examples: Sequence[Example], *, longest: int
+def resolve_layout(
+    model: CausalLM, requested: LayoutSection, examples: Sequence[Example], *, longest: int
 ) -> tuple[LayoutSection, PackingCheck | None]:
-    """Return the layout to train with: what was asked for, or padded rows where the model can't be fed packed ones.
+    """Return the layout to train with: the requested one, or padded rows if the model can't be fed packed ones.
 
-    A fallback is said, with its reason.
+    A fallback is reported with its reason.
 
     Args:
-        model: On its device, with `add_layout_forward`.
-        layout: What was asked for.
-        examples: A few examples to compare packed and padded rows on.
-        longest: Tokens of the longest sequence of the data.
+        model: Model on its device, after `add_layout_forward`.
+        requested: Layout of the recipe.
+        examples: Examples to compare packed and padded rows on.
+        longest: Number of tokens of the longest sequence in the data.
 
     Raises:
-        ModelError: If the numbers differ though the model's type is one of `VERIFIED`.
+        ModelError: If the numbers differ although the model's type is one of `VERIFIED`.
     """
-    if layout.kind == "padded":
-        return layout, None
+    if requested.kind == "padded":
+        return requested, None
     try:
-        refuse_unknown(under_adapter(model), longest)
+        check_supported(unwrap_adapter(model), longest)
         check = check_packing(model, examples)
-    except UnknownFeature as feature:
+    except UnsupportedFeature as feature:
         reason = str(feature)
     else:
         if check.passed:
-            return layout, check
-        model_type = under_adapter(model).get_decoder().config.model_type
+            return requested, check
+        model_type = unwrap_adapter(model).get_decoder().config.model_type
         if model_type in VERIFIED:
-            raise ModelError(f"{model_type}: {check}. Please report it; layout: {{kind: padded}} goes on without")
-        reason = f"{check}"
+            raise ModelError(f"{model_type}: {check}; report this bug, and set layout: {{kind: padded}} to avoid it")
+        reason = str(check)
     say(f"layout: padded rows, because packed ones don't fit this model: {reason}")
-    return layout.model_copy(update={"kind": "padded"}), None
+    return requested.model_copy(update={"kind": "padded"}), None
 
 
-def refuse_unknown(model: PreTrainedModel, longest: int) -> None:
-    """Look for what the configuration says and an attention function can't see.
+def check_supported(model: PreTrainedModel, longest: int) -> None:
+    """Check the configuration for features that the attention function doesn't get to see.
+
+    Args:
+        model: Model without an adapter.
+        longest: Number of tokens of the longest sequence in the data.
 
     Raises:
-        UnknownFeature: Naming it.
+        UnsupportedFeature: If packed rows don't support a feature; the message names it.
     """
     config = model.get_decoder().config
     windows_of(config)
     if not model._can_set_attn_implementation():
-        raise UnknownFeature(f"{type(model).__name__} doesn't use transformers' attention interface")
-    for name, rope in _rope_parameters(getattr(config, "rope_parameters", None) or {}):
-        kind = rope.get("rope_type", "default")
-        room = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        if kind in ("dynamic", "longrope") and longest > room:
-            raise UnknownFeature(
-                f"{name}'{kind}' rotary embeddings depend on the longest sequence fed, beyond {room:,} tokens"
+        raise UnsupportedFeature(f"{type(model).__name__} doesn't use transformers' attention interface")
+    for prefix, rope in _rope_parameters(config):
+        rope_type = rope.get("rope_type", "default")
+        max_positions = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if rope_type in ("dynamic", "longrope") and longest > max_positions:
+            raise UnsupportedFeature(
+                f"{prefix}'{rope_type}' rotary embeddings depend on the longest sequence fed, beyond "
+                f"{max_positions:,} tokens"
             )
 
 
-def _rope_parameters(parameters: dict[str, object]) -> list[tuple[str, dict[str, int]]]:
-    by_layer_type = {name: value for name, value in parameters.items() if isinstance(value, dict)}
-    if by_layer_type:
-        return [(f"{name}: ", value) for name, value in by_layer_type.items()]
-    return [("", parameters)]  # type: ignore[list-item]
+def _rope_parameters(config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rotary embeddings' parameters, by layer type where they differ, each with a prefix for messages."""
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [(f"{name}: ", value) for name, value in parameters.items() if isinstance(value, dict)]
+    return by_layer_type or [("", parameters)]
 
 
 @torch.no_grad()
 def check_packing(model: CausalLM, examples: Sequence[Example]) -> PackingCheck:
     """Compare packed with padded log-probabilities, without autocast.
 
-    The yardstick is what padding itself does: the same rows, padded together and fed one by one.
+    The difference is judged by what padding itself changes: the same rows, padded together and fed one at a time.
 
     Args:
-        model: With `add_layout_forward`.
-        examples: At least two, so that one could leak into another.
+        model: Model after `add_layout_forward`.
+        examples: At least two examples, so that one could leak into another.
 
     Raises:
-        UnknownFeature: If the model's attention tells of something that a packed row doesn't know.
+        UnsupportedFeature: If the model's attention uses a feature that packed rows don't support.
     """
 
-    def logps(layout: Layout) -> Tensor:
+    def score(layout: Layout) -> Tensor:
         with torch.autocast(model.device.type, enabled=False):
-            found: Tensor = model(layout=layout.to(model.device))
-        return found.double()
+            logps: Tensor = model(layout=layout.to(model.device))
+        return logps.double()
 
-    packed, padded = logps(packed_layout(examples)), logps(padded_layout(examples))
-    single = [Example(prompt, (ids,)) for prompt, completions in examples for ids in completions]
-    noise = (padded - torch.cat([logps(padded_layout([example])) for example in single])).abs().max()
+    packed, padded = score(packed_layout(examples)), score(padded_layout(examples))
+    single = [Example(prompt, (completion,)) for prompt, completions in examples for completion in completions]
+    noise = (padded - torch.cat([score(padded_layout([example])) for example in single])).abs().max()
     difference = (packed - padded).abs()
-    # Rounding, where the noise happens to be 0: for float32 about 1e-6 of the log-probability and 1e-5. In half
-    # precision such a share would let anything pass; there errors are taken to cancel as random ones do.
+    # Rounding, for when the noise happens to be 0: in float32 about 1e-6 of the log-probability plus 1e-5. In half
+    # precision such a share would let anything pass, so there errors are assumed to cancel like random ones.
     eps, size = torch.finfo(model.dtype).eps, padded.abs() + 10
     rounding = 8 * max(eps, 1e-11) * (size if eps < 1e-6 else size.sqrt())
-    # A model with broken weights isn't this check's business: its loss will say so, with the row's name.
+    # Broken weights are not what is checked here: the first loss that isn't finite names its row.
     passed = bool(((difference <= torch.maximum(4 * noise, rounding)) | ~torch.isfinite(padded)).all())
     return PackingCheck(float(difference.max()), float(noise), passed)

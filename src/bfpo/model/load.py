@@ -1,4 +1,4 @@
-"""Loading models and tokenizers with errors that a person can act on."""
+"""Loading of models and tokenizers, with errors that say what to do."""
 
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,25 @@ from transformers.utils.hub import cached_file
 
 from bfpo.config.recipes import ModelSection
 from bfpo.errors import ModelError
-from bfpo.model.lora import CausalLM, is_adapter, quantization, ready_for_adapter
+from bfpo.model.lora import CausalLM, is_adapter, prepare_for_adapter, quantization_config
 
 
 def load_model(section: ModelSection) -> CausalLM:
-    """Load the causal language model of `section.path`, a folder or a hub id.
+    """Load the causal language model at `section.path`, a folder or a hub id.
 
-    What holds an adapter gives its base model with the adapter on it, ready to be trained further; `revision` is the
-    adapter's then, and the base's is the one that the adapter names.
+    For an adapter this is its base model with the adapter on it, ready to be trained further. `section.revision` is
+    then the adapter's, and the revision of the base is the one in the adapter's configuration.
+
+    Args:
+        section: Section with a `path`.
 
     Raises:
         ModelError: If it can't be loaded.
     """
-    _check_place(str(section.path))
+    _check_path(str(section.path))
     path, revision, dtype = str(section.path), section.revision, getattr(torch, section.dtype)
     adapter = path if is_adapter(path, revision) else None
-    options: dict[str, Any] = {"quantization_config": quantization(dtype)} if section.load_in_4bit else {}
+    options: dict[str, Any] = {"quantization_config": quantization_config(dtype)} if section.load_in_4bit else {}
     try:
         if adapter is not None:
             config = PeftConfig.from_pretrained(adapter, revision=section.revision)
@@ -40,21 +43,24 @@ def load_model(section: ModelSection) -> CausalLM:
         )
         if adapter is not None:
             return PeftModel.from_pretrained(
-                ready_for_adapter(model), adapter, is_trainable=True, revision=section.revision
+                prepare_for_adapter(model), adapter, is_trainable=True, revision=section.revision
             )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.path '{section.path}': {_first_line(error)}") from None
+        raise ModelError(f"model '{section.path}': {_first_line(error)}") from None
     assert isinstance(model, PreTrainedModel)
     return model
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that comes with a model; an adapter that has none uses its base's.
+    """Load the tokenizer of a model; an adapter without one uses its base model's.
+
+    Args:
+        section: Section with a `path`.
 
     Raises:
         ModelError: If it can't be loaded.
     """
-    _check_place(str(section.path))
+    _check_path(str(section.path))
     path, revision = str(section.path), section.revision
     try:
         if is_adapter(path, revision) and not _has_tokenizer(path, revision):
@@ -64,20 +70,20 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             path, revision=revision or "main", trust_remote_code=section.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"tokenizer of model.path '{section.path}': {_first_line(error)}") from None
+        raise ModelError(f"tokenizer of model '{section.path}': {_first_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 
 
 def _has_tokenizer(path: str, revision: str | None) -> bool:
-    found = cached_file(path, "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
-    return found is not None
+    file = cached_file(path, "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    return file is not None
 
 
-def _check_place(path: str) -> None:
-    """Refuse what is neither a folder nor looks like a hub id: the hub's own message would be about ids."""
+def _check_path(path: str) -> None:
+    """Check that a path is a folder or looks like a hub id; the hub's own message would only speak of ids."""
     if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-        raise ModelError(f"model.path '{path}': no such folder, and not a hub id (org/name)")
+        raise ModelError(f"model '{path}': no such folder, and not a hub id (org/name)")
 
 
 def _first_line(error: Exception) -> str:

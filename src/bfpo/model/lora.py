@@ -1,4 +1,4 @@
-"""Low-rank adapters: putting new ones on a model, and recognizing a model that has some."""
+"""Low-rank adapters: adding one to a model, and recognizing a model that has one."""
 
 from importlib.util import find_spec
 from typing import Any, TypeAlias
@@ -13,15 +13,15 @@ from bfpo.errors import MissingExtra, ModelError, RecipeError
 
 CausalLM: TypeAlias = PreTrainedModel | PeftModel
 
-ADAPTED = "the model has an adapter already: go on training it (leave lora out), or merge it first (bfpo merge)"
+HAS_ADAPTER = "the model already has an adapter: train that one (leave lora out), or merge it first (bfpo merge)"
 
 
 def lora_config(section: LoraSection, *, revision: str | None = None) -> LoraConfig:
     """Return peft's configuration of a recipe's `lora` section.
 
     Args:
-        section: The section.
-        revision: Of the base model on the hub; whoever loads the adapter later must get that base.
+        section: The `lora` section.
+        revision: Hub revision of the base model, saved with the adapter so that it is later loaded on that base.
     """
     return LoraConfig(
         revision=revision,
@@ -34,49 +34,52 @@ def lora_config(section: LoraSection, *, revision: str | None = None) -> LoraCon
 
 
 def add_adapter(model: CausalLM, config: Any, *, seed: int) -> PeftModel:
-    """Put a new adapter on a model; at first it changes nothing.
+    """Add a new adapter to a model; until it is trained, it doesn't change the model's output.
 
     Args:
-        model: Without an adapter.
-        config: Of peft.
-        seed: Of the adapter's initial weights, so that a run can be repeated and resumed.
+        model: Model without an adapter.
+        config: peft's configuration of the adapter.
+        seed: Seed of the adapter's initial weights, so that a run can be repeated and resumed.
 
     Raises:
-        ModelError: If the model has an adapter already, or none of the target modules.
+        ModelError: If the model already has an adapter, or has none of the target modules.
     """
     if isinstance(model, PeftModel):
-        raise ModelError(ADAPTED)
+        raise ModelError(HAS_ADAPTER)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            adapted: PeftModel = get_peft_model(ready_for_adapter(model), config)
+            adapted: PeftModel = get_peft_model(prepare_for_adapter(model), config)
     except ValueError as error:
         raise ModelError(f"lora: {str(error).splitlines()[0]}") from None
     return adapted
 
 
-def ready_for_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model as an adapter needs it: around quantized weights, norms and head are made float32."""
+def prepare_for_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model, prepared for an adapter: norms and head of a quantized model are cast to float32."""
     if getattr(model, "is_loaded_in_4bit", False):
-        ready: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
-        return ready
+        prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # type: ignore[no-untyped-call]
+        return prepared
     return model
 
 
-def under_adapter(model: CausalLM) -> PreTrainedModel:
-    """Return the causal language model that an adapter sits on, or the model itself if there is none."""
+def unwrap_adapter(model: CausalLM) -> PreTrainedModel:
+    """Return the model under an adapter, or the model itself if it has none."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     return base
 
 
 def is_adapter(path: str, revision: str | None = None) -> bool:
-    """Return whether a folder, or a repository of the hub, holds an adapter rather than a model."""
+    """Return whether a folder or hub repository contains an adapter rather than a whole model."""
     return find_adapter_config_file(path, revision=revision) is not None
 
 
-def quantization(compute_dtype: Any) -> BitsAndBytesConfig:
+def quantization_config(compute_dtype: Any) -> BitsAndBytesConfig:
     """Return the 4-bit configuration of QLoRA (NF4, double quantization).
+
+    Args:
+        compute_dtype: torch.dtype of the matrix products.
 
     Raises:
         MissingExtra: If bitsandbytes isn't installed.
@@ -85,7 +88,9 @@ def quantization(compute_dtype: Any) -> BitsAndBytesConfig:
     if find_spec("bitsandbytes") is None:
         raise MissingExtra("model.load_in_4bit", "bitsandbytes", "qlora")
     if not torch.cuda.is_available():
-        raise RecipeError("model.load_in_4bit needs a GPU, and there is none; leave it out to train on full weights")
+        raise RecipeError(
+            "model.load_in_4bit needs a GPU, and there is none; leave it out to use unquantized weights"
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -1,4 +1,4 @@
-"""`bfpo merge`: an adapter and its base as one model that needs no adapter library."""
+"""The work of `bfpo merge`: an adapter and its base model merged into one model that loads without peft."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bfpo.config.loading import parse_yaml
 from bfpo.config.recipes import ModelSection
@@ -22,62 +22,62 @@ TOLERANCE = 1e-3
 
 
 def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> None:
-    """Merge a LoRA adapter into its base model, and save both as one with the tokenizer.
+    """Merge a LoRA adapter into its base model, and save the merged model with the tokenizer.
 
-    Arithmetic is float32. The merged model must give the adapter's logits before it is saved, and is written aside
-    and renamed, so that `out` is either whole or not there.
+    Weights are merged in float32. Before it is saved, the merged model must give the same logits as the adapter on
+    its base. It is saved under a temporary name and renamed, so that `out` is never incomplete.
 
     Args:
         checkpoint: Folder with an adapter.
-        out: Folder to make; must not exist, or be empty.
+        out: Output folder; must be empty or not exist yet.
         dtype: Type of the saved weights, one of `DTYPES`.
-        trust_remote_code: Run code that comes with the base model.
+        trust_remote_code: Whether to run code that comes with the base model.
 
     Raises:
-        RecipeError: If `dtype` isn't one of them.
-        ModelError: If the checkpoint is no LoRA adapter, its base is quantized or can't be loaded, `out` holds
-            something, or merging changes what the model computes.
+        RecipeError: If `dtype` isn't one of `DTYPES`.
+        ModelError: If the checkpoint isn't a LoRA adapter, its base is quantized or can't be loaded, `out` isn't
+            empty, or merging changes the logits.
     """
     if dtype not in DTYPES:
-        raise RecipeError(f"--dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
+        raise RecipeError(f"dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
     _check_out(out)
     _check_adapter(checkpoint, trust_remote_code=trust_remote_code)
     section = ModelSection(path=str(checkpoint), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(section)
     adapted = load_model(section).eval()
     assert isinstance(adapted, PeftModel)
-    before = _probe(adapted)
+    expected = _probe_logits(adapted)
     merged = adapted.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
-    difference = float((_probe(merged) - before).abs().max() / before.abs().max())
-    # Written so that a difference that isn't a number is refused too.
+    difference = float((_probe_logits(merged) - expected).abs().max() / expected.abs().max())
+    # Not `difference > TOLERANCE`, which is False for NaN.
     if not difference <= TOLERANCE:
         raise ModelError(
             f"{checkpoint}: merging changes the logits by {difference:.2g} of their size (allowed {TOLERANCE:g}), "
-            "as it does when an adapter sits on tied embeddings; use the adapter as it is"
+            "as it does for an adapter on tied embeddings; use the adapter unmerged"
         )
-    _save_whole(merged.to(getattr(torch, dtype)), tokenizer, out)
+    _save(merged.to(getattr(torch, dtype)), tokenizer, out)
     say(f"merged into {out} ({dtype}); logits agree to {difference:.1g} of their size before rounding to {dtype}")
     if _was_quantized(checkpoint):
         say(
-            "note: the adapter was trained on 4-bit weights and is merged into the full ones; answers differ "
-            "slightly from those in training, so evaluate the merged model itself"
+            "note: the adapter was trained on 4-bit weights and is merged into unquantized ones; completions differ "
+            "slightly from those in training, so evaluate the merged model"
         )
 
 
 def _check_out(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
-        raise ModelError(f"--out '{out}' holds something already; name a folder that doesn't exist")
+        raise ModelError(f"out '{out}' is not empty; name a folder that doesn't exist yet")
     if out.exists() and not out.is_dir():
-        raise ModelError(f"--out '{out}' is a file; name a folder")
+        raise ModelError(f"out '{out}' is a file; name a folder")
 
 
 def _check_adapter(checkpoint: Path, *, trust_remote_code: bool) -> None:
     if not checkpoint.is_dir():
         raise ModelError(f"'{checkpoint}': no such folder; expected a run's output folder or a checkpoint in it")
     if not is_adapter(str(checkpoint)):
-        what = "a whole model, which needs no merging" if (checkpoint / "config.json").is_file() else "no model"
-        raise ModelError(f"'{checkpoint}' holds {what}; bfpo merge takes a folder with adapter_config.json")
+        content = "a whole model, which needs no merging" if (checkpoint / "config.json").is_file() else "no model"
+        raise ModelError(f"'{checkpoint}' contains {content}; expected a folder with adapter_config.json")
     try:
         config = PeftConfig.from_pretrained(str(checkpoint))
     except (ValueError, TypeError, KeyError) as error:
@@ -86,38 +86,38 @@ def _check_adapter(checkpoint: Path, *, trust_remote_code: bool) -> None:
         raise ModelError(f"'{checkpoint}' is an adapter of type {config.peft_type}; only LORA can be merged")
     base = str(config.base_model_name_or_path)
     try:
-        loaded = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        base_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise ModelError(f"'{checkpoint}': its base model '{base}' can't be read: {first}") from None
-    if getattr(loaded, "quantization_config", None):
+        reason = next(iter(str(error).splitlines()), "")
+        raise ModelError(f"'{checkpoint}': its base model '{base}' can't be read: {reason}") from None
+    if getattr(base_config, "quantization_config", None):
         raise ModelError(
-            f"'{checkpoint}': its base model '{base}' is stored quantized, and merging into rounded weights would "
-            "round the adapter away; set base_model_name_or_path in adapter_config.json to the unquantized model"
+            f"'{checkpoint}': its base model '{base}' is stored quantized, and rounding would remove most of the "
+            "merged adapter; set base_model_name_or_path in adapter_config.json to the unquantized model"
         )
 
 
-def _probe(model: torch.nn.Module) -> Tensor:
-    """Return the model's logits for a few token ids, on the CPU in float32."""
+def _probe_logits(model: torch.nn.Module) -> Tensor:
+    """Return the model's logits for a fixed sequence of 32 token ids, in float32."""
     ids = torch.arange(1, 33).remainder(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids[None]).logits
     return logits.float()
 
 
-def _save_whole(model: PreTrainedModel, tokenizer: object, out: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)  # type: ignore[attr-defined]
-        aside.replace(out)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.replace(out)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _was_quantized(checkpoint: Path) -> bool:
-    """Return whether the run that the checkpoint belongs to says that it trained on 4-bit weights."""
+    """Return whether the checkpoint's run trained on 4-bit weights, according to its resolved recipe."""
     for folder in (checkpoint, checkpoint.resolve().parent):
         file = folder / "recipe.resolved.yaml"
         if file.is_file():

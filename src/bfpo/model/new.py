@@ -1,4 +1,4 @@
-"""A new model: random weights and a tokenizer of its own, for places without a hub and for tests."""
+"""New models with random weights and their own tokenizer, for tests and for machines without access to the hub."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from bfpo.config.recipes import NewModel
 
 
 class Shape(NamedTuple):
-    """Size of a Llama-type model."""
+    """Size of a Llama model."""
 
     hidden: int
     layers: int
@@ -46,11 +46,12 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     """Train a byte-level BPE tokenizer with a ChatML template on texts.
 
     Args:
-        texts: What to learn merges from.
-        vocab_size: Entries, special tokens included; at least 300 (256 bytes and 3 special tokens must fit).
+        texts: Texts to learn merges from.
+        vocab_size: Maximum size of the vocabulary, special tokens included; at least 300 (256 bytes and 3 special
+            tokens must fit).
 
     Returns:
-        A tokenizer that `AutoTokenizer` loads once saved. The end of a turn is the end of a sequence.
+        A tokenizer that can be saved and loaded with `AutoTokenizer`. The end-of-turn token ends a sequence.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,17 +73,17 @@ def new_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 
 
 def new_model(options: NewModel, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """Make a Llama-type model with random weights.
+    """Create a Llama model with random weights.
 
-    The usual initial scale of 0.02 is made for wide models: a narrow one barely learns from it. Here it is
-    0.64 / sqrt(hidden), which is 0.08 at a width of 64, where that was found to learn.
+    The usual initial scale of 0.02 suits wide models; narrow ones barely learn from it. The scale here is
+    0.64 / sqrt(hidden), that is 0.08 at a width of 64, which learned in experiments.
 
     Args:
         options: Shape and seed.
-        tokenizer: Its vocabulary sets the size of the embedding.
+        tokenizer: Tokenizer; the size of its vocabulary is that of the embedding.
 
     Returns:
-        The model in float32, with sampling on in its generation config.
+        The model in float32, with sampling turned on in its generation config.
     """
     shape = SHAPES[options.shape]
     config = LlamaConfig(

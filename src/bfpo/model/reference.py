@@ -1,4 +1,4 @@
-"""The reference: the policy as it was at step 0, without a second model in memory."""
+"""The reference: the policy at step 0, without a second model in memory."""
 
 from typing import Protocol
 
@@ -11,29 +11,29 @@ from bfpo.model.layout import Layout
 
 
 class Reference(Protocol):
-    """Gives the log-probabilities of the model that training started from."""
+    """Log-probabilities of the model that training started from."""
 
     @property
-    def bytes(self) -> int:
-        """Memory it takes beside the policy's own."""
+    def nbytes(self) -> int:
+        """Memory needed in addition to the policy's, in bytes."""
 
     def logps(self, model: nn.Module, layout: Layout) -> Tensor:
         """Return the log-probability of each completion, nats, (S,).
 
         Args:
-            model: The policy, unwrapped; its trainable weights are not used.
-            layout: The completions.
+            model: Policy, unwrapped; its trained weights are not used.
+            layout: Layout of S completions.
         """
 
 
 class AdapterOff:
-    """The model with its adapter switched off: the reference of a new adapter."""
+    """The model with its adapter switched off: the reference for a new adapter."""
 
-    bytes = 0
+    nbytes = 0
 
     @torch.no_grad()
     def logps(self, model: nn.Module, layout: Layout) -> Tensor:
-        """Return the log-probabilities without the adapter; see `Reference`."""
+        """Return log-probabilities without the adapter; see `Reference`."""
         assert isinstance(model, PeftModel)
         with model.disable_adapter():
             logps: Tensor = model(layout=layout)
@@ -41,15 +41,14 @@ class AdapterOff:
 
 
 class SharedReference:
-    """The frozen weights are the policy's own; only the trainable tensors are copied.
+    """Reference that shares the policy's frozen weights and copies only the trained tensors.
 
     With selective training the copy is small; with full training it is as large as the model. An adapter that was
-    trained before is copied like any other trainable tensor, so that the reference is the adapted model, not its
-    base.
+    trained before is copied like any other trained tensor: the reference is the adapted model, not its base.
 
     Args:
-        model: The policy before training starts, with `add_layout_forward` and `requires_grad` as it will be
-            trained. Copies are taken now.
+        model: Policy before training starts, after `add_layout_forward` and `select_parameters`. Its trained tensors
+            are copied now.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,16 +59,16 @@ class SharedReference:
         }
 
     @property
-    def bytes(self) -> int:
-        """Memory of the copies."""
+    def nbytes(self) -> int:
+        """Memory of the copies, in bytes."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     @torch.no_grad()
     def logps(self, model: nn.Module, layout: Layout) -> Tensor:
-        """Return the log-probabilities with the copied tensors in their places; see `Reference`."""
+        """Return log-probabilities of the model with the copied tensors; see `Reference`."""
         device = next(model.parameters()).device
         if any(tensor.device != device for tensor in self._tensors.values()):
             self._tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
-        # tie_weights (the default) gives a tied head the copy of its embedding.
+        # tie_weights=True, the default, makes a tied head use the copy of its embedding.
         logps: Tensor = functional_call(model, self._tensors, (), {"layout": layout})
         return logps

@@ -1,1 +1,1 @@
-"""Training: the stream plan, the trainers, what a run tells, and the commands' work."""
+"""Training: the stream plan, the trainers, and the work of `bfpo train` and `bfpo sft`."""

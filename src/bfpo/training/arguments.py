@@ -12,16 +12,16 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from bfpo.errors import RecipeError, did_you_mean
 
-# What bfpo decides itself: a recipe that sets one of these means something that wouldn't happen.
+# Arguments that bfpo sets itself, with the reason: another value would be ignored or change what is trained.
 DECIDED = {
     "auto_find_batch_size": "the batch size is part of the plan",
-    "average_tokens_across_devices": "losses are always scaled by the whole step's counts",
+    "average_tokens_across_devices": "losses are always scaled by the counts of the whole step",
     "dataloader_drop_last": "the plan has no partial batches",
-    "deepspeed": "how weights are sharded is the launcher's business: accelerate launch --config_file FILE",
-    "fsdp": "how weights are sharded is the launcher's business: accelerate launch --config_file FILE",
-    "fsdp_config": "how weights are sharded is the launcher's business: accelerate launch --config_file FILE",
+    "deepspeed": "the launcher decides how weights are sharded: accelerate launch --config_file FILE",
+    "fsdp": "the launcher decides how weights are sharded: accelerate launch --config_file FILE",
+    "fsdp_config": "the launcher decides how weights are sharded: accelerate launch --config_file FILE",
     "hub_token": "secrets don't belong in recipes; set the environment variable HF_TOKEN",
-    "ignore_data_skip": "a resumed run goes on where the plan stands",
+    "ignore_data_skip": "a resumed run continues from its step of the plan",
     "label_names": "bfpo makes its own batches",
     "label_smoothing_factor": "use loss: {name: dpo, label_smoothing: ..}",
     "logging_nan_inf_filter": "a loss that isn't finite always stops the run",
@@ -34,38 +34,24 @@ DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none"}
 
 
 def training_arguments(options: dict[str, Any]) -> TrainingArguments:
-    """Build the arguments, and say clearly which key is wrong.
+    """Build training arguments from a recipe's `trainer:` section.
 
     Args:
-        options: Names and values of `transformers.TrainingArguments`; `output_dir` is needed.
+        options: Names and values of `transformers.TrainingArguments`; `output_dir` is required.
 
     Raises:
-        RecipeError: If a name is unknown or decided by bfpo, or a value has the wrong type.
+        RecipeError: If a name is unknown or in `DECIDED`, or a value is wrong; the message names the key.
     """
-    known = {field.name for field in fields(TrainingArguments) if field.init}
-    hints = get_type_hints(TrainingArguments)
-    values = DEFAULTS | options
-    if launched_processes() > 1 and not torch.accelerator.is_available():
-        # Otherwise each process would take itself for the only one, and train by itself.
-        values.setdefault("use_cpu", True)
-    for name, value in options.items():
-        if name in DECIDED:
-            raise RecipeError(f"trainer.{name} can't be set: {DECIDED[name]}")
-        if name not in known:
-            raise RecipeError(f"trainer.{name} is not one of transformers.TrainingArguments; {_hint(name, known)}")
-        try:
-            values[name] = TypeAdapter(hints[name]).validate_python(value)
-        except ValidationError as error:
-            raise RecipeError(f"trainer.{name} is {value!r}: {error.errors()[0]['msg']}") from None
+    values = default_options() | _check_types(options)
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if values.get(name, 1) < 1:
             raise RecipeError(f"trainer.{name} is {values[name]}; expected 1 or more")
     if not values.get("output_dir"):
-        raise RecipeError("trainer.output_dir is missing; say where the run goes, e.g. runs/my-run")
+        raise RecipeError("trainer.output_dir is missing; name the run's output folder, e.g. runs/my-run")
     if Path(values["output_dir"]).is_file():
         raise RecipeError(f"trainer.output_dir is '{values['output_dir']}', which is a file; name a folder")
     try:
-        # tqdm and the printed dictionaries are replaced by bfpo's own lines.
+        # bfpo prints its own lines instead of a tqdm bar and dictionaries.
         args = TrainingArguments(
             **values, remove_unused_columns=False, logging_nan_inf_filter=False, disable_tqdm=True
         )
@@ -73,17 +59,39 @@ def training_arguments(options: dict[str, Any]) -> TrainingArguments:
         raise RecipeError(f"trainer: {error}") from None
     missing = sorted(set(args.report_to or ()) - {"none", *get_available_reporting_integrations()})
     if missing:
-        raise RecipeError(
-            f"trainer.report_to: {', '.join(missing)} is not installed here; install it, or leave it out"
-        )
+        raise RecipeError(f"trainer.report_to: {', '.join(missing)} is not installed; install it, or leave it out")
     return args
 
 
+def default_options() -> dict[str, Any]:
+    """Return the training arguments whose defaults differ from those of transformers."""
+    if launched_processes() > 1 and not torch.accelerator.is_available():
+        # Otherwise each process would see itself as the only one and train separately.
+        return DEFAULTS | {"use_cpu": True}
+    return DEFAULTS
+
+
 def launched_processes() -> int:
-    """Return how many processes the launcher started, as it told them."""
+    """Return the number of processes that the launcher started, read from the environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _hint(name: str, known: set[str]) -> str:
-    hint = did_you_mean(name, sorted(known))
-    return hint.partition("known:")[0] + "see its documentation for the names"
+def _check_types(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options, converted to the types of `TrainingArguments`."""
+    names = {field.name for field in fields(TrainingArguments) if field.init}
+    hints = get_type_hints(TrainingArguments)
+    values = {}
+    for name, value in options.items():
+        if name in DECIDED:
+            raise RecipeError(f"trainer.{name} can't be set: {DECIDED[name]}")
+        if name not in names:
+            suggestion = did_you_mean(name, sorted(names)).partition("known:")[0]
+            raise RecipeError(
+                f"trainer.{name} is not one of transformers.TrainingArguments; {suggestion}see its documentation for "
+                "the names"
+            )
+        try:
+            values[name] = TypeAdapter(hints[name]).validate_python(value)
+        except ValidationError as error:
+            raise RecipeError(f"trainer.{name} is {value!r}: {error.errors()[0]['msg']}") from None
+    return values

@@ -1,4 +1,4 @@
-"""Collating rows of a table into batches that a trainer can feed."""
+"""Collating rows of a table into batches that a trainer can feed to the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,13 +17,14 @@ from bfpo.training.streams import Rows, WeightedRow
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """n examples that are fed together: a micro-batch, or a pack of one.
+    """n examples that are fed together: a micro-batch, or one pack of it.
 
     Args:
-        layout: The completions of all examples, example by example.
-        weights: Each example's weight in the loss, (n,) float64; 0 for one that only fills up a rank's last batch.
-        columns: Whatever else the loss needs, name → (n,).
-        row_ids: Names of the examples, for messages; none if the batch only keeps a process busy.
+        layout: Layout of the completions of all examples, example by example.
+        weights: Weight of each example in the loss, (n,) float64; 0 for a row that only completes a process's last
+            batch.
+        columns: Other columns that the loss needs, name → (n,).
+        row_ids: Row ids of the examples, for messages; empty for a filler.
     """
 
     layout: Layout
@@ -33,7 +34,7 @@ class Batch:
 
     @property
     def is_filler(self) -> bool:
-        """Whether the batch is there only because other processes have more of them."""
+        """Whether the batch only exists because other processes have more batches."""
         return not self.row_ids
 
     def to(self, device: torch.device) -> "Batch":
@@ -42,11 +43,11 @@ class Batch:
         return replace(self, layout=self.layout.to(device), weights=self.weights.to(device), columns=columns)
 
 
-class RowNumbers(Dataset[WeightedRow]):
-    """A data set whose items are their own keys: the collator has the table.
+class KeyDataset(Dataset[WeightedRow]):
+    """Data set that returns the sampler's keys unchanged: the collator looks the rows up in its table.
 
     Args:
-        size: What `len` returns.
+        size: Number of rows.
     """
 
     def __init__(self, size: int) -> None:
@@ -55,40 +56,40 @@ class RowNumbers(Dataset[WeightedRow]):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, item: WeightedRow) -> WeightedRow:
-        return item
+    def __getitem__(self, key: WeightedRow) -> WeightedRow:
+        return key
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes batches of weighted rows.
+    """Makes batches from weighted rows.
 
     Args:
-        table: Pairs or demonstrations.
-        layout: How they are fed.
+        table: Tokenized pairs or demonstrations.
+        layout_section: How tokens are fed.
     """
 
     table: TokenTable
-    layout: LayoutSection
+    layout_section: LayoutSection
 
-    def __call__(self, items: Sequence[WeightedRow]) -> dict[str, list[Batch]]:
-        """Return `{"packs": [Batch, ...]}`: transformers wants a mapping, and one without the key `labels`."""
-        examples = [self.table[item.row] for item in items]
-        if self.layout.kind == "padded":
-            return {"packs": [self._batch(items, padded_layout(examples))]}
-        parts = packs(examples, self.layout.max_tokens_per_pack)
-        return {"packs": [self._batch(items[part], packed_layout(examples[part])) for part in parts]}
+    def __call__(self, rows: Sequence[WeightedRow]) -> dict[str, list[Batch]]:
+        """Return `{"packs": [Batch, ...]}`; transformers requires a mapping, here one without the key `labels`."""
+        examples = [self.table[row.row] for row in rows]
+        if self.layout_section.kind == "padded":
+            return {"packs": [self._batch(rows, padded_layout(examples))]}
+        parts = packs(examples, self.layout_section.max_tokens_per_pack)
+        return {"packs": [self._batch(rows[part], packed_layout(examples[part])) for part in parts]}
 
-    def _batch(self, items: Sequence[WeightedRow], layout: Layout) -> Batch:
-        rows = np.array([item.row for item in items])
+    def _batch(self, rows: Sequence[WeightedRow], layout: Layout) -> Batch:
+        indices = np.array([row.row for row in rows])
         return Batch(
             layout=layout,
-            weights=torch.tensor([item.weight for item in items], dtype=torch.float64),
-            columns=self._columns(rows),
-            row_ids=tuple(self.table.row_ids[int(row)] for row in rows),
+            weights=torch.tensor([row.weight for row in rows], dtype=torch.float64),
+            columns=self._columns(indices),
+            row_ids=tuple(self.table.row_ids[index] for index in indices.tolist()),
         )
 
-    def _columns(self, rows: Rows) -> dict[str, Tensor]:
+    def _columns(self, indices: Rows) -> dict[str, Tensor]:
         if not isinstance(self.table, PairTable):
             return {}
         arrays: dict[str, np.ndarray[Any, Any]] = {
@@ -100,4 +101,4 @@ class Collator:
         }
         if self.table.reference_logps is not None:
             arrays["ref_chosen_logps"], arrays["ref_rejected_logps"] = self.table.reference_logps.T
-        return {name: torch.from_numpy(array[rows]) for name, array in arrays.items()}
+        return {name: torch.from_numpy(array[indices]) for name, array in arrays.items()}

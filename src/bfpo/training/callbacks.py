@@ -1,4 +1,4 @@
-"""What a running training writes and shows: `metrics.jsonl`, and a live line."""
+"""Callbacks that write and show metrics during training: `metrics.jsonl` and a progress line."""
 
 import json
 import math
@@ -17,11 +17,11 @@ from bfpo.core.terminal import console, say
 class MetricsFile(TrainerCallback):
     """Appends every log to `metrics.jsonl`, one JSON object per line, `step` first.
 
-    When training starts, lines behind the step it starts from are cut off, and so is a half-written last line: a
-    resumed run repeats those steps.
+    When training starts, lines after the step it starts from are removed, because a resumed run repeats those steps;
+    so is an incomplete last line.
 
     Args:
-        path: The file.
+        path: Path of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,16 +30,16 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Cut the file back to the step that training starts from."""
+        """Remove the lines after the step that training starts from."""
         if not state.is_world_process_zero or not self._path.exists():
             return
-        kept = []
+        lines = []
         for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
             step = _step_of(line)
             if step is None or step > state.global_step or state.global_step == 0:
                 break
-            kept.append(line)
-        write_text(self._path, "".join(kept))
+            lines.append(line)
+        write_text(self._path, "".join(lines))
 
     def on_log(
         self,
@@ -49,27 +49,30 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append a line."""
+        """Append a line with the step and the logged values."""
         if state.is_world_process_zero:
+            line = json.dumps({"step": state.global_step, **_replace_non_finite(logs or {})}, allow_nan=False)
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **_finite(logs or {})}, allow_nan=False) + "\n")
+                file.write(line + "\n")
 
 
 def _step_of(line: str) -> int | None:
-    """Return the step of a line; None if it isn't a whole line."""
+    """Return the step of a line; None if the line is incomplete."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else None
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _finite(logs: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers as JSON can hold them: the gradient's norm may be infinite while fp16 finds its scale."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
+def _replace_non_finite(logs: dict[str, Any]) -> dict[str, Any]:
+    """Replace infinite values, which JSON can't represent, by None: fp16's first gradient norms may be infinite."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()
+    }
 
 
-class LiveLine(TrainerCallback):
-    """A progress bar with the numbers that matter on a terminal, one plain line per log elsewhere."""
+class ProgressLine(TrainerCallback):
+    """Progress bar with the main metrics on a terminal, one plain line per log elsewhere."""
 
     def __init__(self) -> None:
         out = console(stderr=True)
@@ -78,19 +81,19 @@ class LiveLine(TrainerCallback):
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[metrics]}"),
             console=out,
             transient=True,
             disable=not out.is_terminal,
         )
         self._plain = not out.is_terminal
-        self._task = self._progress.add_task("training", total=None, numbers="")
+        self._task = self._progress.add_task("training", total=None, metrics="")
         self._start = (0, 0.0)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to count."""
+        """Start the bar."""
         self._start = (state.global_step, time.monotonic())
         self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
         if state.is_world_process_zero:
@@ -99,7 +102,7 @@ class LiveLine(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Advance."""
+        """Advance the bar."""
         self._progress.update(self._task, completed=state.global_step)
 
     def on_log(
@@ -110,30 +113,30 @@ class LiveLine(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the latest numbers."""
+        """Show the latest metrics."""
         if not logs or "loss" not in logs:
             return
-        numbers = live_numbers(logs)
-        self._progress.update(self._task, numbers=numbers)
+        metrics = format_metrics(logs)
+        self._progress.update(self._task, metrics=metrics)
         if self._plain:
-            first, began = self._start
-            per_step = (time.monotonic() - began) / max(state.global_step - first, 1)
-            left = per_step * (state.max_steps - state.global_step)
-            say(f"step {state.global_step}/{state.max_steps}  {numbers}  {left:.0f} s left")
+            first_step, start_time = self._start
+            per_step = (time.monotonic() - start_time) / max(state.global_step - first_step, 1)
+            remaining = per_step * (state.max_steps - state.global_step)
+            say(f"step {state.global_step}/{state.max_steps}  {metrics}  {remaining:.0f} s left")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.close()
 
     def close(self) -> None:
-        """Take the bar away, however training ended."""
+        """Remove the bar; also called when training ends with an error."""
         self._progress.stop()
 
 
-def live_numbers(logs: dict[str, Any]) -> str:
-    """Return loss, normalized loss, margin of each cell that has pairs, and speed, as one line."""
+def format_metrics(logs: dict[str, Any]) -> str:
+    """Return loss, normalized loss, mean margin of each cell that has pairs, and speed as one line."""
     parts = [f"loss {logs['loss']:.4g}"]
     if "bfpo/normalized_loss" in logs:
         parts.append(f"normalized {logs['bfpo/normalized_loss']:.3f}")

@@ -1,4 +1,4 @@
-"""The model card of a run: what it is, how it was made, what was measured and what wasn't."""
+"""The model card of a run: data, training, evaluation and limits."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import yaml
 _TEXT = """
 # {name}
 
-{what} from `{start}` with [bfpo](https://arxiv.org/abs/2408.15313) {version}.
+{method} from `{start}` with [bfpo](https://arxiv.org/abs/2408.15313) {version}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,9 +33,9 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 
 ## Limits
 
-What is reported here are log-probabilities on held-out pairs. They say whether the model prefers the answer it
-should, not what it writes when asked. Before it is used, generate answers to harmful and to benign prompts and judge
-both: a model can become safer by refusing everything.
+The evaluation above uses log-probabilities on held-out pairs. They show whether the model prefers the better answer,
+not what it writes. Before you use the model, generate answers to harmful and to benign prompts and judge both: a
+model can become safer by refusing everything.
 
 The full recipe is in `recipe.resolved.yaml`; counts of everything dropped are in `data_manifest.json`; versions,
 hardware and seeds in `run.json`.
@@ -43,26 +43,30 @@ hardware and seeds in `run.json`.
 
 
 def model_card(run: dict[str, Any], sources: list[dict[str, Any]], out: Path) -> str:
-    """Return the card of a finished run.
+    """Return the model card of a finished run.
 
     Args:
-        run: What `run.json` holds.
-        sources: Reports of the sources, as in the manifest.
-        out: The output folder.
+        run: Content of `run.json`.
+        sources: Reports of the data sources, as in `data_manifest.json`.
+        out: Output folder of the run.
 
     Returns:
         Markdown with front matter.
     """
-    start = _start(run["recipe"]["model"])
-    trained_on = [s["source"]["path"] for s in sources if not s["files"] and isinstance(s["source"]["path"], str)]
+    start = _start_model(run["recipe"]["model"])
+    hub_sources = [
+        source["source"]["path"]
+        for source in sources
+        if not source["files"] and isinstance(source["source"]["path"], str)
+    ]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["bfpo", run["command"]]}
     if "/" in start and not Path(start).exists():
         front["base_model"] = start
-    if trained_on:
-        front["datasets"] = sorted(set(trained_on))
+    if hub_sources:
+        front["datasets"] = sorted(set(hub_sources))
     text = _TEXT.format(
         name=out.name,
-        what="Preference-trained" if run["command"] == "train" else "Fine-tuned",
+        method="Preference-trained" if run["command"] == "train" else "Fine-tuned",
         start=start,
         version=run["versions"]["bfpo"],
         path=out,
@@ -77,10 +81,10 @@ def model_card(run: dict[str, Any], sources: list[dict[str, Any]], out: Path) ->
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{text}"
 
 
-def _start(model: dict[str, Any]) -> str:
+def _start_model(model: dict[str, Any]) -> str:
     if model.get("path"):
         return str(model["path"])
-    return "a new random model" if model.get("new") else "a model fine-tuned on the spot"
+    return "a new random model" if model.get("new") else "a model fine-tuned for this run"
 
 
 def _source_row(source: dict[str, Any]) -> str:
@@ -107,10 +111,9 @@ def _evaluation(run: dict[str, Any]) -> str:
     if not run["evaluation"]:
         return "Nothing was held out, so nothing was evaluated."
     lines = ["| held-out stream | cell | pairs | mean margin (nats) | sign agreement |", "|---|---|---|---|---|"]
-    for stream, numbers in run["evaluation"].items():
-        for cell, of_cell in numbers["cells"].items():
-            if of_cell["pairs"]:
-                agreement = of_cell["sign_agreement"]
-                shown = "" if agreement is None else f"{agreement:.1%}"
-                lines.append(f"| {stream} | {cell} | {of_cell['pairs']} | {of_cell['margin']:+.2f} | {shown} |")
+    for stream, results in run["evaluation"].items():
+        for cell, metrics in results["cells"].items():
+            if metrics["pairs"]:
+                agreement = "" if metrics["sign_agreement"] is None else f"{metrics['sign_agreement']:.1%}"
+                lines.append(f"| {stream} | {cell} | {metrics['pairs']} | {metrics['margin']:+.2f} | {agreement} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Checkpoints that count only when they are whole, and runs that end well when they are told to stop."""
+"""Checkpoints that are used only if complete, and runs that save and stop on SIGTERM."""
 
 import hashlib
 import json
@@ -23,61 +23,67 @@ MARK = "complete.json"
 class CompletionMark(TrainerCallback):
     """Writes a mark into a checkpoint once every process has written its part.
 
-    A process killed while it writes leaves a checkpoint without a mark, and resuming skips it. The mark tells the
-    size of every file, and what the run must have in common with the one that goes on from here.
+    A process that is killed while it writes leaves a checkpoint without a mark, which is skipped on resuming. The
+    mark contains the size of every file, and the settings that a resumed run must share.
 
     Args:
-        shared: World size, batch size, seed, a hash of the data: equal in both runs, or resuming is refused.
-        keep: How many checkpoints to keep; None keeps all. Older ones go only after the new one is marked, and never
-            the best one: transformers would delete before the mark, and a kill in between would leave none.
+        settings: Settings that a resumed run must share: world size, batch size, seed, a hash of the data.
+        keep: Number of checkpoints to keep; None keeps all. Older ones are deleted only after the new one is marked,
+            and the best one never: transformers deletes before the mark, and a kill in between would leave none.
     """
 
-    def __init__(self, shared: dict[str, Any], *, keep: int | None) -> None:
-        self._shared, self._keep = shared, keep
+    def __init__(self, settings: dict[str, Any], *, keep: int | None) -> None:
+        self._settings, self._keep = settings, keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint of this step."""
+        """Mark the checkpoint of this step, then delete older ones."""
         process = PartialState()
         process.wait_for_everyone()
         if process.is_main_process:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / MARK]
             sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-            write_json(
-                folder / MARK,
-                {"step": state.global_step, "threads": torch.get_num_threads(), "run": self._shared, "files": sizes},
-            )
+            threads = torch.get_num_threads()
+            mark = {"step": state.global_step, "threads": threads, "run": self._settings, "files": sizes}
+            write_json(folder / MARK, mark)
             best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
-            older = sorted(number for number, _ in _checkpoints(folder.parent) if number < state.global_step)
-            for number in older[: max(len(older) - self._keep + 1, 0)] if self._keep else []:
-                if f"checkpoint-{number}" != best:
-                    shutil.rmtree(folder.parent / f"checkpoint-{number}")
+            self._delete_older(folder.parent, state.global_step, best)
         process.wait_for_everyone()
 
+    def _delete_older(self, out: Path, step: int, best: str | None) -> None:
+        if not self._keep:
+            return
+        older = sorted(number for number, _ in _checkpoints(out) if number < step)
+        for number in older[: max(len(older) - self._keep + 1, 0)]:
+            if f"checkpoint-{number}" != best:
+                shutil.rmtree(out / f"checkpoint-{number}")
 
-def folder_to_resume(out: Path, asked: str | bool | None) -> Path | None:
-    """Return the checkpoint to go on from; None to start at step 0.
+
+def find_checkpoint(out: Path, requested: str | bool | None) -> Path | None:
+    """Return the checkpoint to resume from; None to start at step 0.
 
     Args:
-        out: The run's folder.
-        asked: A checkpoint's folder, or True for the newest whole one of the run.
+        out: Output folder of the run.
+        requested: Folder of a checkpoint, or True for the run's newest complete one.
 
     Raises:
-        TrainingError: If the folder isn't a whole checkpoint.
+        TrainingError: If the requested folder isn't a complete checkpoint.
     """
-    if isinstance(asked, str):
-        folder = Path(asked)
+    if isinstance(requested, str):
+        folder = Path(requested)
         if fault := checkpoint_fault(folder):
             raise TrainingError(f"{folder} can't be resumed from: {fault}")
         return folder
-    newest = newest_complete(out) if asked else None
-    if asked and newest is None:
-        say(f"no whole checkpoint in {out}: starting at step 0")
+    if not requested:
+        return None
+    newest = newest_complete(out)
+    if newest is None:
+        say(f"no complete checkpoint in {out}: starting at step 0")
     return newest
 
 
 def newest_complete(out: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, and say which newer ones are skipped and why."""
+    """Return the newest complete checkpoint of a run, and print why newer ones are skipped."""
     for _, folder in sorted(_checkpoints(out), reverse=True):
         fault = checkpoint_fault(folder)
         if fault is None:
@@ -87,7 +93,7 @@ def newest_complete(out: Path) -> Path | None:
 
 
 def unmark_after(out: Path, step: int) -> None:
-    """Take the marks off checkpoints behind a step: training is about to write them anew."""
+    """Remove the marks of checkpoints after a step: training is about to overwrite them."""
     process = PartialState()
     if process.is_main_process:
         for number, folder in _checkpoints(out):
@@ -102,7 +108,7 @@ def _checkpoints(out: Path) -> list[tuple[int, Path]]:
 
 
 def checkpoint_fault(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None when it is whole."""
+    """Return what is wrong with a checkpoint; None if it is complete."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -112,77 +118,81 @@ def checkpoint_fault(folder: Path) -> str | None:
     for name, size in mark["files"].items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if (found := (folder / name).stat().st_size) != size:
-            return f"{name} has {found:,} bytes, {size:,} were written"
+        if (actual := (folder / name).stat().st_size) != size:
+            return f"{name} has {actual:,} bytes, {size:,} were written"
     return None
 
 
-def check_same_run(folder: Path, shared: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of another plan.
+def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Check that a checkpoint belongs to a run with the same settings.
+
+    Args:
+        folder: Folder of a complete checkpoint.
+        settings: Settings of the run that resumes from it.
 
     Raises:
-        RecipeError: Naming what differs.
+        RecipeError: If a setting differs; the message names it.
     """
     mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-    for name, now in shared.items():
-        if (then := mark["run"].get(name)) != now:
+    for name, value in settings.items():
+        if (previous := mark["run"].get(name)) != value:
             raise RecipeError(
-                f"{folder} can't be continued: {name} was {then}, now it is {now}; go on as before, or start a new "
-                "run in another trainer.output_dir"
+                f"{folder} can't be continued: {name} was {previous}, now it is {value}; resume with the old value, "
+                "or start a new run in another trainer.output_dir"
             )
     if mark["threads"] != torch.get_num_threads():
         say(
-            f"note: the checkpoint was made with {mark['threads']} threads, this process has "
-            f"{torch.get_num_threads()}: results will agree, but not to the last bit"
+            f"note: the checkpoint was written with {mark['threads']} threads, this process has "
+            f"{torch.get_num_threads()}: results agree, but not to the last bit"
         )
 
 
 def start_fingerprint(model: nn.Module) -> str:
-    """Return a hash of the model that training starts from: names, shapes and the first numbers of every tensor.
+    """Return a hash of the start model: names, shapes and the first values of every parameter.
 
-    The reference of a resumed run is made anew from the start model, so it must be the same one.
+    A resumed run takes its reference from the start model again, so it must be the same model.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        first = parameter.detach().flatten()[:8].to(torch.float64).cpu().tolist()
-        digest.update(f"{name} {tuple(parameter.shape)} {first}".encode())
+        first_values = parameter.detach().flatten()[:8].to(torch.float64).cpu().tolist()
+        digest.update(f"{name} {tuple(parameter.shape)} {first_values}".encode())
     return digest.hexdigest()[:16]
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM, finishes the step, saves a checkpoint and ends training.
+    """Finishes the step, saves a checkpoint and ends training on SIGTERM.
 
-    Every process must get the signal, as torchrun and batch systems send it.
+    The signal may reach any of the processes; torchrun and batch systems send it to all.
     """
 
     def __init__(self) -> None:
         self.stopped_at: int | None = None
-        self._asked = False
-        self._previous: Any = None
+        self._received = False
+        self._previous_handler: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the signal over."""
-        self._previous = signal.signal(signal.SIGTERM, self._ask)
+        """Install the signal handler."""
+        self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """End here if the signal came to any process."""
+        """Stop after this step if any process received the signal."""
         process = PartialState()
-        asked = torch.tensor(float(self._asked), device=process.device)
+        received = torch.tensor(float(self._received), device=process.device)
         if process.num_processes > 1:
-            torch.distributed.all_reduce(asked)
-        if asked > 0 and state.global_step < state.max_steps:
+            torch.distributed.all_reduce(received)
+        if received > 0 and state.global_step < state.max_steps:
             self.stopped_at = state.global_step
             control.should_save = control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the signal back."""
-        signal.signal(signal.SIGTERM, self._previous)
+        """Restore the previous signal handler."""
+        signal.signal(signal.SIGTERM, self._previous_handler)

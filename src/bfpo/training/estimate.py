@@ -1,4 +1,4 @@
-"""What a run will need, estimated before any weight is loaded."""
+"""Memory of a run, estimated before any weights are loaded."""
 
 from typing import NamedTuple
 
@@ -10,24 +10,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from bfpo.config.recipes import LayoutSection, LoraSection, ModelSection, ReferenceKind
 from bfpo.data.table import TokenTable
 from bfpo.errors import ModelError, RecipeError
-from bfpo.model.logps import CHUNK, KEPT
-from bfpo.model.lora import ADAPTED, CausalLM, add_adapter, is_adapter, lora_config
+from bfpo.model.logps import CHUNK, MAX_KEPT_LOGITS
+from bfpo.model.lora import HAS_ADAPTER, CausalLM, add_adapter, is_adapter, lora_config
 from bfpo.model.new import new_model
-from bfpo.model.reference_cache import wants_cache
+from bfpo.model.reference_cache import prefers_cache
 from bfpo.model.selective import Selection, select_parameters
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 
 
 class Estimate(NamedTuple):
-    """Memory of one process, in bytes, without what shards or offloads it.
+    """Memory of one process in bytes, without sharding or offloading.
 
     Args:
-        selection: How many parameters are trained.
+        selection: Number of trained parameters.
         weights: All weights.
-        training: Gradients and the two moments of Adam, for what is trained.
-        reference: The reference's copies.
-        activations: A rough figure for one micro-batch, without activation checkpointing.
+        training: Gradients and the two moments of Adam of the trained parameters.
+        reference: Copies for the reference.
+        activations: Rough estimate for one micro-batch without activation checkpointing.
     """
 
     selection: Selection
@@ -53,23 +53,24 @@ def estimate(
     reference: ReferenceKind | None,
     micro_batch_tokens: int,
 ) -> Estimate | None:
-    """Return an estimate from the model's configuration alone; None when only an adapter is at hand.
+    """Return an estimate that needs only the model's configuration; None if the model is an adapter.
 
     Args:
-        section: The model.
-        tokenizer: Its tokenizer.
+        section: Recipe section of the model.
+        tokenizer: Tokenizer of the model.
         train_only: Patterns of the parameters to train.
-        lora: Adapter to train instead.
-        reference: What the recipe asks for; None without one (supervised fine-tuning).
-        micro_batch_tokens: Tokens fed at a time, at most, padding included.
+        lora: New adapter to train instead.
+        reference: Kind of reference of the recipe; None for supervised fine-tuning.
+        micro_batch_tokens: Maximum number of tokens fed at a time, padding included.
 
     Raises:
-        ModelError: If the configuration can't be loaded, a pattern matches nothing, or a second adapter is asked for.
-        RecipeError: If quantized weights would have to be trained.
+        ModelError: If the configuration can't be loaded, a pattern matches no parameter, or the model already has an
+            adapter and `lora` is set.
+        RecipeError: If the recipe would train quantized weights.
     """
     if section.path is not None and is_adapter(section.path, section.revision):
         if lora is not None:
-            raise ModelError(f"lora: {ADAPTED}")
+            raise ModelError(f"lora: {HAS_ADAPTER}")
         return None
     if section.load_in_4bit and lora is None:
         raise RecipeError(
@@ -82,40 +83,40 @@ def estimate(
         with init_empty_weights():
             model = add_adapter(model, lora_config(lora), seed=0)
     selection = select_parameters(model, train_only)
-    copies = reference == "shared" or (reference == "auto" and lora is None and not wants_cache(model))
-    per_weight = _BYTES[section.dtype]
-    # peft keeps a new adapter in float32, whatever the weights are.
+    copies = reference == "shared" or (reference == "auto" and lora is None and not prefers_cache(model))
+    per_weight = _BYTES_PER_WEIGHT[section.dtype]
+    # peft keeps a new adapter in float32, whatever the type of the weights.
     per_trained = per_weight if lora is None else 4.0
-    # Per token and layer about 34 bytes a hidden unit are kept for the backward pass at 16 bits (Korthikanti et al.,
+    # Per token, layer and hidden unit about 34 bytes are kept for the backward pass at 16 bits (Korthikanti et al.,
     # arXiv 2205.05198), twice that at 32; the head keeps float32 logits and their gradient, all or a chunk.
-    kept = micro_batch_tokens * config.num_hidden_layers * config.hidden_size * 34 * per_weight / 2
+    hidden_states = micro_batch_tokens * config.num_hidden_layers * config.hidden_size * 34 * per_weight / 2
     return Estimate(
         selection=selection,
         weights=weights + (selection.trained * per_trained if lora is not None else 0.0),
         training=selection.trained * 3 * per_trained,
         reference=selection.trained * per_trained if copies else 0.0,
-        activations=kept + 2 * 4 * max(CHUNK * config.vocab_size, KEPT),
+        activations=hidden_states + 2 * 4 * max(CHUNK * config.vocab_size, MAX_KEPT_LOGITS),
     )
 
 
 def _weight_bytes(model: CausalLM, section: ModelSection) -> float:
-    """Return what the weights take; of a quantized model, all but its linear layers are made float32."""
+    """Return the memory of the weights; all but the linear layers of a quantized model are float32."""
     total = sum(parameter.numel() for parameter in model.parameters())
     if not section.load_in_4bit:
-        return total * _BYTES[section.dtype]
+        return total * _BYTES_PER_WEIGHT[section.dtype]
     head = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     quantized = sum(layer.weight.numel() for layer in layers)
     return quantized * 0.5 + (total - quantized) * 4.0
 
 
-def most_tokens(table: TokenTable, examples: int, layout: LayoutSection) -> int:
-    """Return how many tokens are fed at a time, at most.
+def max_micro_batch_tokens(table: TokenTable, examples: int, layout: LayoutSection) -> int:
+    """Return the maximum number of tokens fed at a time.
 
     Args:
-        table: What is trained on.
-        examples: In a micro-batch.
-        layout: How they are fed.
+        table: Training data.
+        examples: Number of examples in a micro-batch.
+        layout: How tokens are fed.
     """
     if layout.kind == "padded":
         return examples * table.completions * table.longest

@@ -1,4 +1,4 @@
-"""What a reader needs to reproduce a run: versions, hardware, the revision of the code."""
+"""Metadata needed to reproduce a run: versions, hardware, revision of the code."""
 
 import os
 import platform
@@ -15,13 +15,13 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "nu
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, bfpo and what numbers depend on."""
-    found = {"python": platform.python_version(), "bfpo": __version__}
-    return found | {package: installed_version(package) for package in PACKAGES}
+    """Return the versions of Python, bfpo and the packages that results depend on."""
+    packages = {package: installed_version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), "bfpo": __version__, **packages}
 
 
 def installed_version(package: str) -> str:
-    """Return the version of a package, or that it isn't installed."""
+    """Return the version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -29,7 +29,7 @@ def installed_version(package: str) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Return what the run ran on."""
+    """Return processor, accelerators and numbers of cores, threads and processes."""
     return {
         "machine": platform.machine(),
         "processor": _processor(),
@@ -41,7 +41,7 @@ def hardware() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Return the processor's name; "" where the system doesn't tell."""
+    """Return the name of the processor; "" if the system doesn't report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -50,7 +50,7 @@ def _processor() -> str:
 
 
 def git_revision() -> str | None:
-    """Return the commit of the working directory, with `+changes` if it has any; None outside a checkout."""
+    """Return the commit of the working directory, with `+changes` if there are any; None outside a checkout."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
         changes = subprocess.run(

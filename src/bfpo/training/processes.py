@@ -1,8 +1,8 @@
-"""Several processes: what each of them may hold, and what all of them must do equally often.
+"""Training with several processes: checks of the launch, and equal numbers of packs where weights are sharded.
 
-Under plain data parallelism (DDP) a process may have more packs than another; only the last backward pass of a step
-waits for the others. Under FSDP and DeepSpeed every forward and backward pass does, because weights are gathered in
-it.
+Under plain data parallelism (DDP) processes may have different numbers of packs, because only the last backward pass
+of a step waits for the other processes. Under FSDP and DeepSpeed every forward and backward pass does, because it
+gathers weights.
 """
 
 import os
@@ -21,78 +21,79 @@ from bfpo.training.batches import Batch
 
 
 def check_devices(args: TrainingArguments) -> None:
-    """Refuse a launch in which something other than what was asked for would run.
+    """Check that the launched processes and devices are the ones that would be used.
 
     Raises:
-        RecipeError: If a launcher started several processes and transformers doesn't see them, one process would use
-            several GPUs, or the device has no float64.
+        RecipeError: If transformers doesn't see all launched processes, one process would use several GPUs, or the
+            device has no float64.
     """
     if args.world_size != launched_processes():
         raise RecipeError(
-            f"{launched_processes()} processes were launched, but each would train by itself (world size "
+            f"{launched_processes()} processes were launched, but each would train separately (world size "
             f"{args.world_size}); on a machine without a GPU set use_cpu: true"
         )
     if args.n_gpu > 1:
         raise RecipeError(
-            f"this one process sees {args.n_gpu} GPUs; start one process for each "
-            f"(torchrun --nproc_per_node {args.n_gpu} -m bfpo ...), or show it one with CUDA_VISIBLE_DEVICES=0"
+            f"one process sees {args.n_gpu} GPUs; start one process per GPU "
+            f"(torchrun --nproc_per_node {args.n_gpu} -m bfpo ...), or use one GPU with CUDA_VISIBLE_DEVICES=0"
         )
     if args.device.type == "mps":
         raise RecipeError("MPS devices have no float64, which sums of log-probabilities need; set use_cpu: true")
 
 
 def check_sharding(accelerator: Accelerator, model: nn.Module) -> None:
-    """Refuse ways of sharding that would not happen, or that hide the weights the reference is scored with.
+    """Check that the requested sharding would happen, and that every process can score the reference before it.
 
     Raises:
-        RecipeError: Saying which line of the launcher's configuration to change.
+        RecipeError: If not; the message names the line of the launcher's configuration to change.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and plugin is None:
         raise RecipeError(
-            f"the launcher asks for FSDP, and accelerate would run {accelerator.distributed_type.value} instead, "
-            "with whole weights on every process: it shards on several GPUs only; use torchrun for plain data "
-            "parallelism"
+            f"the launcher requests FSDP, but accelerate would run {accelerator.distributed_type.value} instead, "
+            "with whole weights on every process, because it shards only on several GPUs; use torchrun for plain "
+            "data parallelism"
         )
     if plugin is not None and plugin.fsdp_version != 2:
         raise RecipeError("FSDP 1 is not supported; set fsdp_version: 2 in the launcher's configuration")
     if plugin is not None and plugin.cpu_ram_efficient_loading:
         raise RecipeError(
-            "fsdp_cpu_ram_efficient_loading leaves all processes but one without weights, and each of them scores "
-            "its share of the reference; set it to false in the launcher's configuration"
+            "fsdp_cpu_ram_efficient_loading leaves all processes but one without weights, but each must score its "
+            "share of the reference; set it to false in the launcher's configuration"
         )
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise RecipeError(
-            "ZeRO-3 has cut the weights up while the model was loaded; load it before the training arguments are made"
+            "ZeRO-3 partitioned the weights while the model was loaded; load the model before creating the training "
+            "arguments"
         )
 
 
 def equal_packs(accelerator: Accelerator, packs: list[Batch], *, sharded: bool) -> list[Batch]:
-    """Return as many packs as the process with most of them has, if that is needed.
+    """Return the same number of packs on every process, if weights are sharded.
 
     Args:
-        accelerator: Of the run. With sharded weights every process must call this equally often.
-        packs: Of this process.
-        sharded: Whether every pass waits for the other processes.
+        accelerator: Accelerator of the run. With sharded weights every process must call this equally often.
+        packs: Packs of this process.
+        sharded: Whether weights are sharded, so that every pass waits for the other processes.
 
     Returns:
-        The packs, then copies of the smallest with weight 0 and no row ids.
+        The packs, followed by fillers: copies of the smallest pack with weight 0 and no row ids.
     """
     if not sharded or accelerator.num_processes == 1:
         return packs
     count = torch.tensor([len(packs)], device=accelerator.device)
-    most = int(accelerator.gather(count).max())
+    max_count = int(accelerator.gather(count).max())
     smallest = min(packs, key=lambda pack: pack.layout.num_tokens)
     filler = replace(smallest, weights=torch.zeros_like(smallest.weights), row_ids=())
-    return packs + [filler] * (most - len(packs))
+    return packs + [filler] * (max_count - len(packs))
 
 
 @contextmanager
-def gradients_held_back(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Keep the gradients of a pass for a later one, which exchanges them all."""
+def no_gradient_sync(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Accumulate the gradients of a pass without exchanging them; a later pass exchanges them all."""
     state = accelerator.gradient_state
     before = state.sync_gradients
-    # DeepSpeed takes an optimizer step in every backward pass that is to be synchronized.
+    # DeepSpeed takes an optimizer step in every backward pass with synchronization.
     state._set_sync_gradients(False)
     try:
         with accelerator.no_sync(model):

@@ -1,12 +1,12 @@
-"""The work of `bfpo train`: from a recipe to a checkpoint and a record of how it was made."""
+"""The work of `bfpo train`: from a recipe to a checkpoint and its metadata."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from bfpo.config.recipes import ModelSection, TrainRecipe
 from bfpo.core.files import write_json
@@ -22,123 +22,184 @@ from bfpo.losses.build import make_loss
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.lora import lora_config
 from bfpo.training.arguments import training_arguments
-from bfpo.training.estimate import estimate, most_tokens
-from bfpo.training.output import RunRecord, begin_output, save_final, say_layout
-from bfpo.training.run_sft import fine_tuned_on_the_spot
-from bfpo.training.start import start_model, start_tokenizer
-from bfpo.training.trainer import BFPOTrainer, require_signals
+from bfpo.training.encode import require_signals
+from bfpo.training.estimate import estimate, max_micro_batch_tokens
+from bfpo.training.output import RunRecord, prepare_output, report_layout, save_final
+from bfpo.training.run_sft import load_or_train_sft
+from bfpo.training.start import load_start_model, load_start_tokenizer
+from bfpo.training.trainer import BFPOTrainer
 
 
 class Tables(NamedTuple):
-    """Tokenized data of a run."""
+    """Tokenized data of a run.
+
+    Args:
+        train: Training pairs of both streams.
+        eval: Evaluation pairs, by stream.
+        samples: A few decoded training pairs, to be shown.
+    """
 
     train: PairTable
     eval: dict[str, PairTable]
     samples: list[dict[str, str]]
 
 
+class RunInputs(NamedTuple):
+    """Everything a run needs before its model is loaded.
+
+    Args:
+        args: Training arguments.
+        resume: Folder of a checkpoint to resume from, or True for the newest complete one.
+        loss: Loss to train with.
+        model_section: Start model, as a path or a new model.
+        tokenizer: Tokenizer of the start model.
+        tables: Tokenized data.
+        manifest: Content of `data_manifest.json`.
+    """
+
+    args: TrainingArguments
+    resume: str | bool | None
+    loss: PairLoss
+    model_section: ModelSection
+    tokenizer: PreTrainedTokenizerBase
+    tables: Tables
+    manifest: dict[str, Any]
+
+
 def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | None = None) -> dict[str, Any]:
     """Train on preferences as a recipe says.
 
     Args:
-        recipe: What to do.
-        dry_run: Stop before any model is loaded or trained; everything else is done and shown.
-        limit: Take at most so many pairs of each source.
+        recipe: Recipe of the run.
+        dry_run: Whether to stop before a model is loaded or trained; everything else is done and shown.
+        limit: Maximum number of pairs of each source.
 
     Returns:
-        What `run.json` holds; for a dry run, the data manifest.
+        Content of `run.json`; for a dry run, of `data_manifest.json`.
     """
-    began, cpu_began = time.time(), time.process_time()
+    start_time, start_cpu_time = time.time(), time.process_time()
+    inputs = _prepare_inputs(recipe, dry_run=dry_run, limit=limit)
+    if dry_run:
+        say("dry run: nothing was trained")
+        return inputs.manifest
+    trainer, record, out = _make_trainer(recipe, inputs)
+    start_check = _check_start(trainer)
+    result = record.train(inputs.resume)
+    metrics = trainer.evaluate() if inputs.tables.eval else {}
+    save_final(trainer, out)
+    run = record.finish(
+        inputs.manifest["sources"],
+        model=inputs.model_section.model_dump(exclude_defaults=True),
+        data={"train": inputs.manifest["train"], "eval": inputs.manifest["eval"]},
+        start_check=start_check,
+        trained={"parameters": trainer.selection.trained, "of": trainer.selection.total},
+        steps=result.global_step,
+        train_loss=result.training_loss,
+        evaluation={name: held_out_results(metrics, name, table) for name, table in inputs.tables.eval.items()},
+        wall_seconds=round(time.time() - start_time, 1),
+        cpu_seconds=round(time.process_time() - start_cpu_time, 1),
+    )
+    for name, results in run["evaluation"].items():
+        show_evaluation(name, results)
+    say(f"\nsaved to {out}")
+    return run
+
+
+def _prepare_inputs(recipe: TrainRecipe, *, dry_run: bool, limit: int | None) -> RunInputs:
+    """Read, clean and tokenize the data, and show them with the plan and the memory that a run needs."""
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
     loss = make_loss(recipe.loss.model_dump())
     prepared = prepare(recipe, limit=limit, log=say)
-    select_for(loss, prepared)
-    model_section: ModelSection = recipe.model
+    remove_untrained(prepared, loss)
     cache = Path(str(args.output_dir)).parent / "cache"
-    if recipe.model.sft is not None and dry_run:
-        model_section = recipe.model.sft.model
-    elif recipe.model.sft is not None:
-        model_section = fine_tuned_on_the_spot(recipe, prepared.eval, cache)
-    tokenizer = start_tokenizer(model_section, recipe.text, lambda: texts_of(prepared.train))
-    tables = tokenize(recipe, prepared, tokenizer, loss, cache=None if dry_run else cache / "tokens")
+    model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run)
+    tokenizer = load_start_tokenizer(model_section, recipe.text, lambda: texts_of(prepared.train))
+    tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=None if dry_run else cache / "tokens")
     show_data(prepared, tables, loss)
-    manifest = prepared.manifest()
+    _check_evaluation(args, tables)
+    _show_plan_and_memory(recipe, args, model_section, tokenizer, tables.train)
+    return RunInputs(args, resume, loss, model_section, tokenizer, tables, prepared.manifest())
+
+
+def _resolve_model_section(
+    recipe: TrainRecipe, prepared: PreparedData, cache: Path, *, dry_run: bool
+) -> ModelSection:
+    if recipe.model.sft is None:
+        return recipe.model
+    if dry_run:
+        return recipe.model.sft.model
+    return load_or_train_sft(recipe, prepared.eval, cache)
+
+
+def _check_evaluation(args: TrainingArguments, tables: Tables) -> None:
+    """Check that there are data to evaluate on if needed, and name the metric of the best model as it is logged."""
     if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables.eval:
         args.metric_for_best_model = f"eval_{next(iter(tables.eval))}_loss"
     if args.eval_strategy != "no" and not tables.eval:
-        raise RecipeError(
-            "trainer.eval_strategy asks for evaluation, and there is nothing to evaluate on; set holdout"
-        )
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    n_main, n_buffer = len(tables.train.main_rows), len(tables.train.buffer_rows)
-    show_plan(n_main, n_buffer, batch, args.max_steps, args.num_train_epochs)
-    needed = estimate(
+        raise RecipeError("trainer.eval_strategy needs data to evaluate on, and there are none; set holdout")
+
+
+def _show_plan_and_memory(
+    recipe: TrainRecipe,
+    args: TrainingArguments,
+    model_section: ModelSection,
+    tokenizer: PreTrainedTokenizerBase,
+    table: PairTable,
+) -> None:
+    num_main, num_buffer = len(table.main_rows), len(table.buffer_rows)
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    show_plan(num_main, num_buffer, batch_size, args.max_steps, args.num_train_epochs)
+    micro_batch_pairs = (2 if num_buffer else 1) * args.per_device_train_batch_size
+    memory = estimate(
         model_section,
         tokenizer,
         train_only=recipe.train_only,
         lora=recipe.lora,
         reference=recipe.reference,
-        micro_batch_tokens=most_tokens(
-            tables.train, (2 if n_buffer else 1) * args.per_device_train_batch_size, recipe.layout
-        ),
+        micro_batch_tokens=max_micro_batch_tokens(table, micro_batch_pairs, recipe.layout),
     )
-    if needed:
-        say(str(needed))
-    if dry_run:
-        say("dry run: nothing was trained")
-        return manifest
+    if memory:
+        say(str(memory))
 
-    # A model that can't be loaded leaves an earlier run where it is.
-    model = start_model(model_section, tokenizer)
-    out = begin_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
+
+def _make_trainer(recipe: TrainRecipe, inputs: RunInputs) -> tuple[BFPOTrainer, RunRecord, Path]:
+    # Loaded first: if the model can't be loaded, an earlier run is not moved aside.
+    model = load_start_model(inputs.model_section, inputs.tokenizer)
+    out = prepare_output(Path(str(inputs.args.output_dir)), recipe, resuming=bool(inputs.resume))
     if PartialState().is_main_process:
-        write_json(out / "data_manifest.json", manifest)
+        write_json(out / "data_manifest.json", inputs.manifest)
     trainer = BFPOTrainer(
         model,
-        args,
-        tables.train,
-        eval_dataset=tables.eval or None,
-        processing_class=tokenizer,
-        loss=loss,
+        inputs.args,
+        inputs.tables.train,
+        eval_dataset=inputs.tables.eval or None,
+        processing_class=inputs.tokenizer,
+        loss=inputs.loss,
         buffer_weight=recipe.buffer_weight,
-        peft_config=lora_config(recipe.lora, revision=model_section.revision) if recipe.lora else None,
+        peft_config=lora_config(recipe.lora, revision=inputs.model_section.revision) if recipe.lora else None,
         train_only=recipe.train_only,
         layout=recipe.layout,
         reference=recipe.reference,
         cache_dir=recipe.cache_dir,
     )
-    record = RunRecord("train", recipe, out, trainer)
-    copied = f"copies {trainer.reference.bytes / 2**20:,.1f} MiB" if trainer.reference else "is in the cache"
+    return trainer, RunRecord("train", recipe, out, trainer), out
+
+
+def _check_start(trainer: BFPOTrainer) -> dict[str, Any]:
+    """Print what is trained, and check policy and reference before the first step."""
+    copied = f"copies {trainer.reference.nbytes / 2**20:,.1f} MiB" if trainer.reference else "is in the cache"
     say(f"training {trainer.selection}; the reference {copied}")
-    trainer.start_check = trainer.check_start()
-    say_layout(trainer)
+    check = trainer.start_check = trainer.check_start()
+    report_layout(trainer)
     say(
-        f"start check: largest margin {trainer.start_check.largest_margin:g} nats (expected 0), typical completion "
-        f"{trainer.start_check.typical_logp:,.0f} nats"
+        f"start check: largest margin {check.largest_margin:g} nats (expected 0), typical completion "
+        f"{check.typical_logp:,.0f} nats"
     )
-    if trainer.start_check.advice:
-        say(f"warning: {trainer.start_check.advice}")
-    result = record.train(resume)
-    evaluation = trainer.evaluate() if tables.eval else {}
-    save_final(trainer, out)
-    run = record.finish(
-        manifest["sources"],
-        model=model_section.model_dump(exclude_defaults=True),
-        data={"train": manifest["train"], "eval": manifest["eval"]},
-        start_check=trainer.start_check._asdict(),
-        trained={"parameters": trainer.selection.trained, "of": trainer.selection.total},
-        steps=result.global_step,
-        train_loss=result.training_loss,
-        evaluation={name: held_out(evaluation, name, table) for name, table in tables.eval.items()},
-        wall_seconds=round(time.time() - began, 1),
-        cpu_seconds=round(time.process_time() - cpu_began, 1),
-    )
-    for name, numbers in run["evaluation"].items():
-        show_evaluation(name, numbers)
-    say(f"\nsaved to {out}")
-    return run
+    if check.advice:
+        say(f"warning: {check.advice}")
+    return check._asdict()
 
 
 def texts_of(pairs: Iterable[PreferencePair]) -> Iterable[str]:
@@ -148,11 +209,11 @@ def texts_of(pairs: Iterable[PreferencePair]) -> Iterable[str]:
         yield from (pair.chosen, pair.rejected)
 
 
-def select_for(loss: PairLoss, prepared: PreparedData) -> None:
-    """Take out the pairs that a loss doesn't train on, and count them.
+def remove_untrained(prepared: PreparedData, loss: PairLoss) -> None:
+    """Remove the pairs that a loss doesn't train on, and count them.
 
     Raises:
-        DataError: If pairs are unlabeled, or none is left.
+        DataError: If pairs are unlabeled, or no pairs of the main stream are left.
     """
     require_labels([*prepared.train, *prepared.eval])
     for part in prepared.parts:
@@ -165,7 +226,7 @@ def select_for(loss: PairLoss, prepared: PreparedData) -> None:
         raise DataError("no pairs of the main stream are left to train on")
 
 
-def tokenize(
+def tokenize_pairs(
     recipe: TrainRecipe,
     prepared: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
@@ -173,60 +234,78 @@ def tokenize(
     *,
     cache: Path | None,
 ) -> Tables:
-    """Tokenize all pairs, or find them in the cache; what doesn't fit is dropped and counted, up to the recipe's cap.
+    """Tokenize all pairs, or read them from the cache; pairs that don't fit are dropped and counted.
+
+    Args:
+        recipe: Recipe of the run.
+        prepared: Cleaned pairs; dropped ones are removed from them.
+        tokenizer: Tokenizer of the start model.
+        loss: Loss to train with.
+        cache: Folder of cached token ids; None to not use it.
 
     Returns:
-        Tables; evaluation pairs of the two streams apart, named `main` and `buffer`.
+        Tables; the evaluation tables are named `main` and `buffer`.
+
+    Raises:
+        DataError: If more pairs would be dropped than the recipe allows, or pairs lack a column.
     """
     encoder = Encoder(tokenizer, recipe.text, cache)
     train: tuple[list[PreferencePair], list[Example]] = ([], [])
     held_out: tuple[list[PreferencePair], list[Example]] = ([], [])
     with progress("tokenizing", len(prepared.train) + len(prepared.eval)) as advance:
         for part in prepared.parts:
-            for pairs, (kept, examples) in ((part.train, train), (part.eval, held_out)):
-                more_pairs, more_examples = encoder.encode(pairs, part.report, advance)
-                pairs[:] = more_pairs
-                kept += more_pairs
-                examples += more_examples
+            for pairs, (all_pairs, all_examples) in ((part.train, train), (part.eval, held_out)):
+                encoded, examples = encoder.encode(pairs, part.report, advance)
+                pairs[:] = encoded
+                all_pairs += encoded
+                all_examples += examples
             part.report.check_cap(recipe.max_dropped)
-    check_special_tokens(train[1], tokenizer)
-    samples = [decoded_sample(example, tokenizer) for example in train[1][:3]]
+    train_pairs, train_examples = train
+    check_special_tokens(train_examples, tokenizer)
+    samples = [decoded_sample(example, tokenizer) for example in train_examples[:3]]
     use_scores = recipe.safety == "scores"
-    if use_scores and any(pair.signals.chosen_safety_score is None for pair in (*train[0], *held_out[0])):
+    if use_scores and any(pair.signals.chosen_safety_score is None for pair in (*train_pairs, *held_out[0])):
         raise DataError("safety: scores needs chosen_safety_score and rejected_safety_score for every pair")
-    table = pair_table(train[1], train[0], use_scores=use_scores)
-    evals = {}
+    table = pair_table(train_examples, train_pairs, use_scores=use_scores)
+    eval_tables = _evaluation_tables(*held_out, max_eval=recipe.max_eval, use_scores=use_scores)
+    for checked in (table, *eval_tables.values()):
+        require_signals(checked, loss)
+    return Tables(table, eval_tables, samples)
+
+
+def _evaluation_tables(
+    pairs: Sequence[PreferencePair], examples: Sequence[Example], *, max_eval: int | None, use_scores: bool
+) -> dict[str, PairTable]:
+    tables = {}
     for stream in ("main", "buffer"):
-        of_stream = [index for index, pair in enumerate(held_out[0]) if pair.provenance.stream == stream]
-        rows = sampled_rows(of_stream, recipe.max_eval)
-        if len(rows) < len(of_stream):
-            say(f"evaluating on a sample of {len(rows):,} of {len(of_stream):,} {stream} pairs (max_eval)")
+        in_stream = [row for row, pair in enumerate(pairs) if pair.provenance.stream == stream]
+        rows = sampled_rows(in_stream, max_eval)
+        if len(rows) < len(in_stream):
+            say(f"evaluating on a sample of {len(rows):,} of {len(in_stream):,} {stream} pairs (max_eval)")
         if rows:
-            chosen = [held_out[1][row] for row in rows], [held_out[0][row] for row in rows]
-            evals[stream] = pair_table(*chosen, use_scores=use_scores)
-    for one in (table, *evals.values()):
-        require_signals(one, loss)
-    return Tables(table, evals, samples)
+            sample = [examples[row] for row in rows], [pairs[row] for row in rows]
+            tables[stream] = pair_table(*sample, use_scores=use_scores)
+    return tables
 
 
 def show_data(prepared: PreparedData, tables: Tables, loss: PairLoss) -> None:
-    """Print what a run trains on."""
+    """Print the sources, cells and a few samples of the training data."""
     show_sources(part.report for part in prepared.parts)
     show_cells(prepared.train, loss.labeling if isinstance(loss, BFPO) else None, loss.beta)
     show_samples(tables.samples)
 
 
-def show_plan(n_main: int, n_buffer: int, batch: int, max_steps: int, epochs: float) -> None:
-    """Print what every step uses and how often each pair will be seen."""
-    steps = max_steps if max_steps > 0 else int(-(-epochs * -(-n_main // batch) // 1))
-    rows = [("main", n_main, batch, f"{steps * batch / n_main:.2f}")]
-    if n_buffer:
-        rows.append(("buffer", n_buffer, batch, f"{steps * batch / n_buffer:.2f}"))
+def show_plan(num_main: int, num_buffer: int, batch_size: int, max_steps: int, epochs: float) -> None:
+    """Print the pairs per step of each stream, and how often each pair is seen."""
+    steps = max_steps if max_steps > 0 else int(-(-epochs * -(-num_main // batch_size) // 1))
+    rows = [("main", num_main, batch_size, f"{steps * batch_size / num_main:.2f}")]
+    if num_buffer:
+        rows.append(("buffer", num_buffer, batch_size, f"{steps * batch_size / num_buffer:.2f}"))
     show_table(f"Plan: {steps} steps", ("stream", "pairs", "pairs per step", "times each pair is seen"), rows)
 
 
-def held_out(metrics: dict[str, Any], name: str, table: PairTable) -> dict[str, Any]:
-    """Return the held-out numbers of one stream, with each cell's count; a cell without pairs has None."""
+def held_out_results(metrics: dict[str, Any], name: str, table: PairTable) -> dict[str, Any]:
+    """Return the results of one evaluation table by cell; the metrics of a cell without pairs are None."""
     prefix = f"eval_{name}_"
     return {
         "pairs": len(table),
@@ -244,21 +323,21 @@ def held_out(metrics: dict[str, Any], name: str, table: PairTable) -> dict[str, 
     }
 
 
-def show_evaluation(name: str, numbers: dict[str, Any]) -> None:
-    """Print a stream's held-out numbers by cell."""
+def show_evaluation(name: str, results: dict[str, Any]) -> None:
+    """Print the held-out results of a stream by cell."""
 
-    def shown(value: float | None, style: str) -> str:
-        return "" if value is None else f"{value:{style}}"
+    def formatted(value: float | None, spec: str) -> str:
+        return "" if value is None else f"{value:{spec}}"
 
     rows = [
         (
             cell,
-            of_cell["pairs"] or "empty",
-            shown(of_cell["margin"], "+.2f"),
-            shown(of_cell["target_gap"], "+.2f"),
-            shown(of_cell["sign_agreement"], ".1%"),
+            metrics["pairs"] or "empty",
+            formatted(metrics["margin"], "+.2f"),
+            formatted(metrics["target_gap"], "+.2f"),
+            formatted(metrics["sign_agreement"], ".1%"),
         )
-        for cell, of_cell in numbers["cells"].items()
+        for cell, metrics in results["cells"].items()
     ]
     columns = ("cell", "pairs", "mean margin (nats)", "margin - target", "sign agreement")
-    show_table(f"Held-out {name} pairs: {numbers['pairs']}, loss {numbers['loss']:.4g}", columns, rows)
+    show_table(f"Held-out {name} pairs: {results['pairs']}, loss {results['loss']:.4g}", columns, rows)

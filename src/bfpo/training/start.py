@@ -1,4 +1,4 @@
-"""Where a run starts from: a model that exists, or a new one."""
+"""The model and tokenizer that a run starts from: existing ones, or new ones."""
 
 from collections.abc import Callable, Iterable
 
@@ -15,36 +15,40 @@ from bfpo.model.lora import CausalLM
 from bfpo.model.new import new_model, new_tokenizer
 
 
-def start_tokenizer(
+def load_start_tokenizer(
     section: ModelSection, text: TextSection, texts: Callable[[], Iterable[str]]
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that training starts with, and saves: with the recipe's chat template, if it has one.
+    """Return the tokenizer of a run, with the recipe's chat template if there is one.
 
     Args:
-        section: With a `path` or `new`.
-        text: With the chat template.
-        texts: Gives the texts a new tokenizer is trained on, unless the section names some.
+        section: Recipe section of the model, with `path` or `new`.
+        text: Recipe section with the chat template.
+        texts: Function that returns the texts to train a new tokenizer on, unless `section.new.texts` names some.
 
     Raises:
-        ModelError: If it can't be loaded.
+        ModelError: If the tokenizer can't be loaded.
     """
     if section.new is None:
         tokenizer = load_tokenizer(section)
     else:
-        tokenizer = new_tokenizer(_named_texts(section.new) or texts(), section.new.vocab_size)
-    # Whoever talks to the model later must use the template that it was trained with.
+        tokenizer = new_tokenizer(_texts_of(section.new) or texts(), section.new.vocab_size)
+    # The template is saved with the model, which must later be prompted as it was trained.
     tokenizer.chat_template = chat_template(text) or tokenizer.chat_template
     return tokenizer
 
 
-def start_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
-    """Return the model that training starts with.
+def load_start_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
+    """Return the model that a run starts from.
+
+    Args:
+        section: Recipe section of the model, with `path` or `new`.
+        tokenizer: Tokenizer of the run.
 
     Raises:
-        ModelError: If it can't be loaded, or has no embedding for some token.
+        ModelError: If the model can't be loaded, or has fewer embeddings than the tokenizer has tokens.
     """
     if is_deepspeed_zero3_enabled():
-        # It would cut the weights up while loading; the trainer's accelerator sets it again, and then does.
+        # ZeRO-3 would partition the weights while they are loaded. The trainer's accelerator sets it again later.
         unset_hf_deepspeed_config()
     if section.new is not None:
         return new_model(section.new, tokenizer)
@@ -52,18 +56,18 @@ def start_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> Ca
     rows = model.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise ModelError(
-            f"{section.path}: the tokenizer has {len(tokenizer)} tokens, the model embeddings for {rows}"
+            f"{section.path}: the tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings"
         )
     return model
 
 
 def demonstration_texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:
     """Return all texts of demonstrations."""
-    for item in demonstrations:
-        yield from (message.content for message in item.prompt)
-        yield item.completion
+    for demonstration in demonstrations:
+        yield from (message.content for message in demonstration.prompt)
+        yield demonstration.completion
 
 
-def _named_texts(new: NewModel) -> list[str]:
+def _texts_of(new: NewModel) -> list[str]:
     sources = [source.model_copy(update={"use": "both"}) for source in new.texts or []]
     return [text for source in sources for text in demonstration_texts(load_demonstrations(source)[1])]

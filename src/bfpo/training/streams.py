@@ -1,8 +1,9 @@
-"""The stream plan: which rows every optimizer step uses, from (seed, step) alone.
+"""The stream plan: the rows of every optimizer step, as a function of the seed and the step.
 
 A stream is the infinite concatenation of seeded permutations of its rows. Step t takes rows [tB, (t+1)B) of the
-main stream and of the buffer; an epoch is ceil(main rows / B) steps; there is no partial batch. Every rank computes
-the same plan and takes its own share, so nothing can run out on one rank only, and resuming needs only the step.
+main stream and of the buffer; an epoch is ceil(main rows / B) steps; there are no partial batches. Every process
+computes the same plan and takes its own share, so no process runs out of rows before the others, and resuming needs
+only the number of the step.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,18 +26,18 @@ class WeightedRow(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """The rows of one optimizer step, all ranks together: (B,) each, the buffer's (0,) without a buffer."""
+    """The rows of one optimizer step over all processes, (B,) each; `buffer` is (0,) without a buffer stream."""
 
     main: Rows
     buffer: Rows
 
 
 class RowStream:
-    """An endless, seeded sequence of rows in which every pass holds each row once.
+    """An endless, seeded sequence of rows in which every pass contains each row once.
 
     Args:
-        rows: Row numbers, (N,).
-        seed: Numbers that together name the sequence.
+        rows: Row indices, (N,).
+        seed: Integers that together seed the sequence.
     """
 
     def __init__(self, rows: Rows, seed: tuple[int, ...]) -> None:
@@ -47,14 +48,13 @@ class RowStream:
         """Return rows [start, start + count) of the sequence."""
         if len(self._rows) == 0:
             return self._rows[:0]
-        places = np.arange(start, start + count)
-        passes, offsets = np.divmod(places, len(self._rows))
-        return np.concatenate([self._pass(int(p))[offsets[passes == p]] for p in np.unique(passes)])
+        passes, offsets = np.divmod(np.arange(start, start + count), len(self._rows))
+        return np.concatenate([self._pass(int(number))[offsets[passes == number]] for number in np.unique(passes)])
 
     def _pass(self, number: int) -> Rows:
         if number not in self._cached:
-            # Only neighboring passes are ever needed together.
-            self._cached = {key: rows for key, rows in self._cached.items() if abs(key - number) <= 1}
+            # Only consecutive passes are needed together.
+            self._cached = {cached: rows for cached, rows in self._cached.items() if abs(cached - number) <= 1}
             self._cached[number] = np.random.default_rng([*self._seed, number]).permutation(self._rows)
         return self._cached[number]
 
@@ -66,8 +66,8 @@ class StreamPlan:
     Args:
         main: Rows of the main stream, (N,), N at least 1.
         buffer: Rows of the buffer, (M,); empty for a single stream.
-        batch_size: B, rows of each stream per optimizer step, over all ranks and accumulation.
-        seed: Of the permutations.
+        batch_size: B, number of rows of each stream per optimizer step, over all processes and micro-batches.
+        seed: Seed of the permutations.
     """
 
     main: Rows
@@ -76,12 +76,12 @@ class StreamPlan:
     seed: int
 
     def __post_init__(self) -> None:
-        streams = (RowStream(rows, (self.seed, which)) for which, rows in enumerate((self.main, self.buffer)))
+        streams = (RowStream(rows, (self.seed, index)) for index, rows in enumerate((self.main, self.buffer)))
         object.__setattr__(self, "_streams", tuple(streams))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps until the main stream has been seen once."""
+        """Number of optimizer steps until the main stream has been seen once."""
         return -(-len(self.main) // self.batch_size)
 
     def step(self, number: int) -> StepRows:
@@ -91,18 +91,18 @@ class StreamPlan:
 
 
 class MicroBatches(Sampler[list[WeightedRow]]):
-    """One rank's micro-batches of one epoch, in the order of the plan.
+    """The micro-batches of one epoch and one process, in the order of the plan.
 
-    Every micro-batch holds as many main rows as buffer rows. A row's weight is its part in the step's loss, so
-    that adding up micro-batches and ranks gives the loss whatever the split.
+    Every micro-batch has as many main rows as buffer rows. A row's weight is its part in the step's loss, so the sum
+    over micro-batches and processes is the same for every split.
 
     Args:
-        plan: For all ranks.
-        weigh: Rows of a step → weights of its main and buffer rows.
-        per_device: Main rows of a micro-batch.
-        rank: This process.
-        world_size: All processes.
-        steps_done: Tells how many optimizer steps are done; it is asked when an epoch begins.
+        plan: Stream plan of all processes.
+        weigh: Function from the rows of a step to the weights of its main and buffer rows.
+        per_device: Number of main rows in a micro-batch.
+        rank: Index of this process.
+        world_size: Number of processes.
+        steps_done: Function that returns the number of finished optimizer steps; called at the start of an epoch.
     """
 
     def __init__(

@@ -1,7 +1,9 @@
-"""What a run tells: its estimate, its model card, and the chat with its result."""
+"""The model card of a run, the chat with its model, and the estimate of its memory."""
 
+import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,10 @@ from bfpo.training.estimate import estimate
 from bfpo.training.run import run_training
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch, main_pairs):
-    """Work in a folder where a toy run has been made, with PKU-SafeRLHF rows as its data; returns `run.json`."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def finished_folder(tmp_path_factory, main_pairs):
+    """A folder with a finished toy run on rows of PKU-SafeRLHF."""
+    folder = tmp_path_factory.mktemp("finished")
     rows = [
         {
             "prompt": pair.prompt[0].content,
@@ -33,9 +35,9 @@ def run(tmp_path, monkeypatch, main_pairs):
         }
         for pair in main_pairs
     ]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(folder / "rows.jsonl", rows)
     content = {
-        "model": {"new": {"vocab_size": 300}},
+        "model": {"new": {"shape": "nano", "vocab_size": 300}},
         "data": [{"adapter": "pku_saferlhf", "path": "rows.jsonl"}],
         "holdout": 0.3,
         "loss": {"beta": 0.5},
@@ -47,10 +49,20 @@ def run(tmp_path, monkeypatch, main_pairs):
             "save_strategy": "no",
         },
     }
-    return run_training(check_recipe(content, TrainRecipe, "toy"))
+    with contextlib.chdir(folder):
+        run_training(check_recipe(content, TrainRecipe, "toy"))
+    return folder
 
 
-def test_the_card_says_where_it_comes_from_and_that_data_are_non_commercial(run):
+@pytest.fixture
+def run(finished_folder, tmp_path, monkeypatch):
+    """Work in a copy of the finished run's folder; returns the content of `run.json`."""
+    shutil.copytree(finished_folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return json.loads(Path("runs/toy/run.json").read_text())
+
+
+def test_the_card_names_start_model_and_non_commercial_data(run):
     text = Path("runs/toy/README.md").read_text()
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["bfpo", "train"]}
@@ -59,8 +71,8 @@ def test_the_card_says_where_it_comes_from_and_that_data_are_non_commercial(run)
     assert 'from_pretrained("runs/toy")' in body
     counts = run["data"]["train"]["main"]
     assert f"| main | {counts['ss']} | {counts['su']} | {counts['us']} | {counts['uu']} |" in body
-    for cell, numbers in run["evaluation"]["main"]["cells"].items():
-        assert (f"| main | {cell} | {numbers['pairs']} |" in body) == (numbers["pairs"] > 0)
+    for cell, metrics in run["evaluation"]["main"]["cells"].items():
+        assert (f"| main | {cell} | {metrics['pairs']} |" in body) == (metrics["pairs"] > 0)
 
 
 def test_the_card_of_a_hub_model_names_its_base_and_data_sets(run):
@@ -72,33 +84,35 @@ def test_the_card_of_a_hub_model_names_its_base_and_data_sets(run):
     assert front["datasets"] == ["org/data"]
 
 
-def test_the_snippet_of_the_card_runs(run):
+@pytest.mark.usefixtures("run")
+def test_the_snippet_of_the_card_runs():
     names = {}
     exec(Path("runs/toy/README.md").read_text().split("```python\n")[1].split("```")[0], names)
     assert names["model"].config.vocab_size == len(names["tokenizer"])
 
 
-def talk(monkeypatch, capsys, lines: str, **options) -> str:
+def chat_output(monkeypatch, capsys, lines: str, **options) -> str:
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     chat("runs/toy", **{"system": None, "max_new_tokens": 5, "temperature": 0.7, "seed": 0} | options)
     return capsys.readouterr().out
 
 
-def test_chat_answers_each_line_and_the_same_seed_says_the_same(run, monkeypatch, capsys):
-    capsys.readouterr()
-    first = talk(monkeypatch, capsys, "red box\n\nblue ball\n/quit\nnever read\n")
+@pytest.mark.usefixtures("run")
+def test_chat_answers_each_line_and_repeats_its_answers_with_the_same_seed(monkeypatch, capsys):
+    first = chat_output(monkeypatch, capsys, "red box\n\nblue ball\n/quit\nnever read\n")
     assert len(first.splitlines()) >= 3
-    assert talk(monkeypatch, capsys, "red box\nblue ball\n") == first
-    assert talk(monkeypatch, capsys, "red box\nblue ball\n", seed=1) != first
+    assert chat_output(monkeypatch, capsys, "red box\nblue ball\n") == first
+    assert chat_output(monkeypatch, capsys, "red box\nblue ball\n", seed=1) != first
 
 
-def test_chat_needs_a_chat_template(run, monkeypatch):
+@pytest.mark.usefixtures("run")
+def test_chat_needs_a_chat_template():
     Path("runs/toy/chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="has no chat template, so it isn't a chat model"):
         chat("runs/toy", system=None, max_new_tokens=5, temperature=0, seed=0)
 
 
-def test_the_estimate_counts_what_it_can_count_exactly(tokenizer):
+def test_the_estimate_of_weights_gradients_and_reference_is_exact(tokenizer):
     options = {"train_only": None, "lora": None, "reference": "auto", "micro_batch_tokens": 100}
     assert estimate(ModelSection(new=NewModel()), tokenizer, **options).reference == 0
     full = estimate(ModelSection(new=NewModel()), tokenizer, **options | {"reference": "shared"})
