@@ -1,9 +1,13 @@
 """What the command line does with expected errors, and with names of commands."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
 from bfpo.commands.app import app
 from bfpo.commands.errors import options_of, run_app, with_flags
+from bfpo.core.files import append_jsonl
 
 # Names that later commands will have, and that nothing else may take.
 RESERVED = {"score", "dual", "online", "certify", "serve", "export", "watch", "init"}
@@ -53,3 +57,58 @@ def test_names_of_later_commands_are_free():
     names |= {group.name for group in app.registered_groups}
     assert {"train", "eval", "experiment", "judge"} <= names
     assert not names & RESERVED
+
+
+def run_with(error, tmp_path, monkeypatch, capsys, *options):
+    """Run a command whose work ends with an error; return its exit code and what it prints."""
+
+    def fail(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr("bfpo.report.card.card_section", fail)
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, ["card", str(tmp_path), *options])
+    return ended.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a.json"),
+            "runs/a.json: No space left on device; what",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "error: No space left on device; what was finished is kept",
+        ),
+        (RuntimeError("I/O error: No space left on device (os error 28)\nat"), "(os error 28); what was finished"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "error: x: Permission denied\n"),
+        (RuntimeError("gloo: connection closed"), "the connection to another process was lost"),
+        (KeyError("name"), "error: unexpected KeyError: 'name'; this is a bug in bfpo, please report it"),
+    ],
+)
+def test_no_error_ends_in_a_traceback(error, message, tmp_path, monkeypatch, capsys):
+    code, printed = run_with(error, tmp_path, monkeypatch, capsys)
+    assert code == 1
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_debug_shows_the_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("bfpo.report.card.card_section", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_app(app, ["--debug", "card", str(tmp_path)])
+
+
+def test_a_nul_in_an_argument_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, ["judge", "run", "a\0b", "--judge", "oracle"])
+    assert ended.value.code == 2
+    assert "contains a NUL character" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_reported_with_the_path():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        append_jsonl(Path("/dev/full"), [{"text": "x" * 100_000}])

@@ -1,5 +1,6 @@
 """How expected errors end a command: one message, named by the command line's options, and an exit code."""
 
+import errno
 import os
 import re
 import sys
@@ -8,7 +9,9 @@ from collections.abc import Mapping, Sequence
 import typer
 
 from bfpo.core.terminal import escape_controls
-from bfpo.errors import BfpoError
+from bfpo.errors import BfpoError, RecipeError
+
+_DISK_FULL = re.compile(r"No space left on device|os error 28|PytorchStreamWriter failed writing")
 
 
 def run_app(app: typer.Typer, arguments: Sequence[str]) -> None:
@@ -21,21 +24,43 @@ def run_app(app: typer.Typer, arguments: Sequence[str]) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
+        if any("\0" in argument for argument in arguments):
+            raise RecipeError("an argument contains a NUL character; remove it")
         app(args=arguments)
-    except BfpoError as error:
+    except Exception as error:
         if debug:
             raise
-        _end(with_flags(str(error), options_of(app, arguments)), error.exit_code)
-    except OSError as error:
-        if debug or error.filename is None:
-            raise
-        _end(f"{error.filename}: {error.strerror}", 1)
-    except RuntimeError as error:
-        # torch has no class for a lost connection: these are gloo's message and NCCL's class.
-        is_lost = "gloo" in str(error) or type(error).__name__ == "DistBackendError"
-        if debug or not is_lost:
-            raise
-        _end("the connection to another process was lost: that process has ended, its reason is above", 1)
+        message, exit_code = _describe(error)
+        _end(with_flags(message, options_of(app, arguments)), exit_code)
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """Return the message and the exit code of an error."""
+    if isinstance(error, BfpoError):
+        return str(error), error.exit_code
+    # Weights are written by libraries that raise errors of their own for a full disk.
+    if isinstance(error, OSError) or _DISK_FULL.search(str(error)):
+        return _describe_os_error(error), 1
+    # torch has no class for a lost connection: these are gloo's message and NCCL's class.
+    if isinstance(error, RuntimeError) and ("gloo" in str(error) or type(error).__name__ == "DistBackendError"):
+        return "the connection to another process was lost: that process has ended, its reason is above", 1
+    cause = f"unexpected {type(error).__name__}: {_first_line(error)[:300]}"
+    return f"{cause}; this is a bug in bfpo, please report it with the traceback that --debug shows", 1
+
+
+def _describe_os_error(error: Exception) -> str:
+    message = _first_line(error)
+    is_full = bool(_DISK_FULL.search(message))
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        is_full = error.errno == errno.ENOSPC
+    if not is_full:
+        return message
+    return f"{message}; what was finished is kept: free some space and run the same command again"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def options_of(app: typer.Typer, arguments: Sequence[str]) -> dict[str, str]:

@@ -12,12 +12,23 @@ from bfpo.errors import DataError
 
 
 @contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the path in an error of the operating system that has none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with _naming(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -45,7 +56,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append JSON objects to a file; if the program is killed meanwhile, `read_repaired_jsonl` still reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", newline="\n") as file:
+    with _naming(path), path.open("a", encoding="utf-8", newline="\n") as file:
         file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
