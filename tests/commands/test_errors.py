@@ -11,6 +11,7 @@ from bfpo.core.files import append_jsonl
 
 # Names that later commands will have, and that nothing else may take.
 RESERVED = {"score", "dual", "online", "certify", "serve", "export", "watch", "init"}
+FULL = "No space left on device"
 
 
 @pytest.mark.parametrize(
