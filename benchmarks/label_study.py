@@ -21,6 +21,7 @@ from bfpo.core.pairs import PreferencePair
 from bfpo.core.samples import Verdict
 from bfpo.data.load import load_pairs
 from bfpo.data.stages import read_verdicts
+from bfpo.data.verdict_files import judge_file
 from bfpo.judging.label_pairs import as_completion, label_pairs
 from bfpo.judging.labeled import read_labeled
 from bfpo.judging.linear import ABSTAIN_THRESHOLD
@@ -78,7 +79,7 @@ def main() -> None:
         source, out = Source(path=str(options.data / path), adapter=adapter), options.folder / name
         labeled = label_pairs(source, [judge], out)
         assert labeled is not None
-        (file,) = out.glob("verdicts-*.jsonl")
+        file = judge_file(out, "verdicts", judge.name, judge.revision)
         verdicts = {one.key: one for one in read_verdicts(file)}
         _, pairs = load_pairs(source, "main")
         judged = [

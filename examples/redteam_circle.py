@@ -153,7 +153,8 @@ def redteam_recipe(folder: Path, name: str, judge: str, model: dict[str, Any]) -
 def mistakes(linear: Path, oracle: Oracle) -> dict[str, dict[str, int]]:
     """Count for harmful and benign prompts what the judge called otherwise than the oracle, where that decides."""
     found = {"harmful": Counter[str](), "benign": Counter[str]()}
-    completions, verdicts = read_completions(linear / "completions.jsonl"), read_verdicts(linear / "verdicts.jsonl")
+    (path,) = linear.glob("verdicts-linear@*.jsonl")
+    completions, verdicts = read_completions(linear / "completions.jsonl"), read_verdicts(path)
     for completion, said, right in zip(completions, verdicts, oracle.judge(completions), strict=True):
         if right.safe is None:
             continue

@@ -103,7 +103,9 @@ def test_a_red_team_run_killed_at_random_moments(tmp_path):
     for name, files in (("whole", whole), ("killed", killed)):
         costs[name] = json.loads(files.pop("cost.jsonl"))["generations"]
     assert whole == killed
-    assert {"pairs.jsonl", "completions.jsonl", "verdicts.jsonl", "helpfulness.jsonl", "guided-3.jsonl"} < set(whole)
+    assert {"pairs.jsonl", "completions.jsonl", "guided-3.jsonl"} < set(whole)
+    judged = {name.partition("@")[0] for name in whole if "@" in name}
+    assert judged == {"verdicts-rubric-judge", "verdicts-rubric-strict", "guided-verdicts-rubric-judge"}
     assert len(whole["completions.jsonl"].splitlines()) == 150
     assert costs["whole"] == 150 + sum(len(whole[f"guided-{step}.jsonl"].splitlines()) for step in (1, 2, 3))
     # The last second of a killed start may not be counted, and repeated generations count twice.

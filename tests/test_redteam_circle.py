@@ -15,6 +15,7 @@ from bfpo.config.recipes import Source
 from bfpo.core.pairs import CELLS
 from bfpo.data.load import load_pairs
 from bfpo.data.stages import read_completions, read_verdicts
+from bfpo.data.verdict_files import judge_file
 from bfpo.evaluation.results import read_results
 from bfpo.experiments import stages as runs
 from bfpo.judging.linear import load_judge
@@ -74,7 +75,8 @@ def test_the_circle_runs_offline(gone_round, capsys):
         assert facts["judge"] == f"{judge.name}@{judge.revision}"
         assert [(one["prompts"], len(one["file_sha256"])) for one in facts["sources"]] == [(24, 64), (16, 64)]
         made = {(one.prompt, one.text): one for one in read_completions(out / "completions.jsonl")}
-        safe = {one.key: one.safe for one in read_verdicts(out / "verdicts.jsonl")}
+        verdicts = read_verdicts(judge_file(out, "verdicts", judge.name, judge.revision))
+        safe = {verdict.key: verdict.safe for verdict in verdicts}
         assert len(safe) == asked * example.SAMPLES
         for pair in pairs:
             sides = [made[pair.prompt, text] for text in (pair.chosen, pair.rejected)]

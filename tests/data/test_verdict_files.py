@@ -21,6 +21,7 @@ def test_name_and_revision_name_the_file(tmp_path):
     "old",
     [
         "verdicts.jsonl",
+        "helpfulness.jsonl",
         "verdicts-linear.jsonl",
         "verdicts-linear-abcdef12.jsonl",
         "verdicts-linear-abcdef123456.jsonl",

@@ -107,10 +107,23 @@ def test_verdicts_are_kept_by_judge_and_revision(tmp_path, monkeypatch):
     newer = HashJudge("a", "2")
     run_evaluation(tmp_path, monkeypatch, newer)
     assert newer.judged == len(rows)
-    assert {path.name for path in (tmp_path / "eval-verdicts").iterdir()} == {"a@1.jsonl", "a@2.jsonl", "b-c@1.jsonl"}
+    names = {path.name for path in (tmp_path / "eval-verdicts").iterdir()}
+    assert names == {"verdicts-a@1.jsonl", "verdicts-a@2.jsonl", "verdicts-b-c@1.jsonl"}
     write_jsonl(tmp_path / "labeled.jsonl", [rows[0] | {"text": "another"}, *rows[1:]])
     with pytest.raises(DataError, match="is about another text"):
         run_evaluation(tmp_path, monkeypatch, newer)
+
+
+def test_verdicts_of_earlier_versions_are_found(tmp_path, monkeypatch):
+    write_labeled(tmp_path / "labeled.jsonl")
+    results = run_evaluation(tmp_path, monkeypatch, HashJudge("b/c"))
+    folder = tmp_path / "eval-verdicts"
+    (folder / "verdicts-b-c@1.jsonl").rename(folder / "b-c@1.jsonl")
+    again = HashJudge("b/c")
+    renamed = run_evaluation(tmp_path, monkeypatch, again)["judges"]["b/c"]
+    assert again.judged == 0
+    assert renamed == results["judges"]["b/c"] | {"verdicts": str(folder / "b-c@1.jsonl")}
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_a_label_under_few_prompts_has_a_wide_interval():

@@ -96,6 +96,15 @@ def test_a_killed_run_judges_no_answer_twice(tmp_path, pairs_file):
     assert killed == run(pairs_file, tmp_path / "b", "drop", WordJudge("lenient", LENIENT))[0]
 
 
+def test_verdicts_of_earlier_versions_are_found(tmp_path, pairs_file):
+    cells, _ = run(pairs_file, tmp_path / "a", "drop", WordJudge("lenient", LENIENT))
+    (tmp_path / "a" / "verdicts-lenient@1.jsonl").rename(tmp_path / "a" / "verdicts-lenient-1.jsonl")
+    again = WordJudge("lenient", LENIENT)
+    assert run(pairs_file, tmp_path / "a", "drop", again)[0] == cells
+    assert again.judged == 0
+    assert not (tmp_path / "a" / "verdicts-lenient@1.jsonl").exists()
+
+
 def test_the_estimate_judges_nothing_twice(tmp_path, pairs_file, capsys):
     judge = WordJudge("lenient", LENIENT)
     assert label_pairs(Source(path=str(pairs_file)), [judge], tmp_path / "a", limit=20, estimate_only=True) is None

@@ -1,4 +1,4 @@
-"""Judge specs: what is parsed once, and what is read from the value instead of from the text."""
+"""Judge specs: parsing, and the properties that are read from the parsed value."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_every_spelling_is_parsed():
         ("judges", "or 'module:name' of a custom judge"),
     ],
 )
-def test_what_is_no_spec_is_refused(spec, message):
+def test_malformed_specs_are_refused(spec, message):
     with pytest.raises(RecipeError, match=message):
         open_judge(spec)
     with pytest.raises(RecipeError, match="judges"):
@@ -79,13 +79,18 @@ def test_a_majority_is_priced_by_all_its_language_models():
     )
 
 
-def test_a_served_judge_is_remote_wherever_it_stands_in_a_spec():
+def test_a_served_judge_is_remote_at_any_position_in_a_spec():
     assert parse_judge("linear:a.npz+rubric:m@https://host/v1").is_remote
     assert not parse_judge("linear:mail@http.npz").is_remote
     assert not parse_judge("rubric:folder").is_remote
+    (served,) = parse_judge("rubric:org/model@http://host:1/v1").parts
+    assert (served.model, served.server) == ("org/model", "http://host:1/v1")
+    for spec in ("rubric:me@folder", "linear:mail@http.npz"):
+        (local,) = parse_judge(spec).parts
+        assert (local.model, local.server) == (local.path, None)
 
 
-def test_what_a_judge_answers_and_compares_follows_from_its_kind():
+def test_findings_and_comparisons_follow_from_the_kind():
     assert parse_judge("wildguard:a").findings == {"safe", "refusal"}
     assert parse_judge("llama-guard:a").findings == {"safe"}
     assert parse_judge("reward:a").findings == {"helpfulness"}

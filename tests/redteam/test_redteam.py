@@ -151,6 +151,54 @@ def test_prompts_that_are_too_long_are_left_out_and_reported(recipe, tmp_path, m
     assert metadata["cost"]["replaced"]["human_safe_answers"] == 0
 
 
+@pytest.fixture
+def judges(monkeypatch):
+    """Open judges of two revisions by their specs, and return them; each counts its verdicts."""
+    judges = {}
+
+    class CountingJudge(WordJudge):
+        def __init__(self, revision):
+            self.revision, self.judged = revision, 0
+
+        def judge(self, completions):
+            for verdict in super().judge(completions):
+                self.judged += 1
+                yield verdict
+
+    def open_judge(spec, **_):
+        judges[spec] = CountingJudge(spec.partition(":")[2])
+        return judges[spec]
+
+    monkeypatch.setattr(module, "open_judge", open_judge)
+    return judges
+
+
+def test_a_rater_that_is_the_safety_judge_reuses_its_verdicts(recipe, judges, tmp_path):
+    recipe = recipe.model_copy(update={"judge": "words:1", "helpfulness": "words:1"})
+    (path,) = run_redteam(recipe)
+    assert path.exists()
+    metadata = json.loads((tmp_path / "out" / "redteam.json").read_text())
+    assert metadata["helpfulness"] == metadata["judge"] == "words@1"
+    assert metadata["cost"]["judge_calls"] == 9 + 1
+    assert sorted(path.name for path in (tmp_path / "out").glob("*verdicts*")) == [
+        "guided-verdicts-words@1.jsonl",
+        "verdicts-words@1.jsonl",
+    ]
+
+
+def test_verdicts_of_earlier_versions_are_found(recipe, judges, tmp_path):
+    recipe = recipe.model_copy(update={"judge": "words:1", "helpfulness": "words:2"})
+    (path,) = run_redteam(recipe)
+    assert [judges[spec].judged for spec in ("words:1", "words:2")] == [9 + 1, 9 + 1]
+    before, out = path.read_bytes(), tmp_path / "out"
+    (out / "verdicts-words@1.jsonl").rename(out / "verdicts.jsonl")
+    (out / "guided-verdicts-words@1.jsonl").rename(out / "guided-verdicts.jsonl")
+    (out / "verdicts-words@2.jsonl").rename(out / "helpfulness.jsonl")
+    assert run_redteam(recipe)[0].read_bytes() == before
+    assert [judges[spec].judged for spec in ("words:1", "words:2")] == [0, 0]
+    assert not list(out.glob("*@*"))
+
+
 def test_a_judge_that_never_decides_makes_no_pairs(recipe, tmp_path, monkeypatch):
     class UndecidedJudge(WordJudge):
         def judge(self, completions):
@@ -160,7 +208,8 @@ def test_a_judge_that_never_decides_makes_no_pairs(recipe, tmp_path, monkeypatch
     monkeypatch.setattr(module, "open_judge", lambda spec, **_: UndecidedJudge())
     with pytest.raises(DataError, match=r"no pair could be made: \{'answer undecided': 9\}"):
         run_redteam(recipe)
-    assert len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()) == 9, "the verdicts are kept"
+    verdicts = tmp_path / "out" / "verdicts-words@1.jsonl"
+    assert len(verdicts.read_text().splitlines()) == 9, "the verdicts are kept"
 
 
 def test_rounds_sample_from_the_model_that_the_last_one_trained(recipe, tmp_path, monkeypatch):

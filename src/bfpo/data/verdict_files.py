@@ -14,7 +14,7 @@ def judge_file(folder: Path, stem: str, name: str, revision: str) -> Path:
 
     Args:
         folder: Folder that holds the completions.
-        stem: What the judge did: `verdicts`, `calibration`, `references` or `comparisons`.
+        stem: What the judge did: `verdicts`, `guided-verdicts`, `calibration`, `references` or `comparisons`.
         name: Name of the judge.
         revision: Revision of the judge.
     """
@@ -35,8 +35,11 @@ def judge_files(folder: Path, stem: str) -> list[Path]:
 
 def _old_names(stem: str, name: str, revision: str) -> list[str]:
     label = file_name(name)
+    # The verdicts of the judge that rated helpfulness in `bfpo redteam`.
+    ratings = ["helpfulness.jsonl"] if stem == "verdicts" else []
     return [
         f"{stem}.jsonl",
+        *ratings,
         f"{stem}-{label}.jsonl",
         f"{stem}-{file_name(f'{name}@{revision[:8]}')}.jsonl",
         f"{stem}-{label}-{revision}.jsonl",

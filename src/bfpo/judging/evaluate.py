@@ -7,10 +7,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from bfpo.core.files import file_name, write_json
-from bfpo.core.samples import Judge, Verdict
+from bfpo.core.files import write_json
+from bfpo.core.samples import Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.stages import judge_completions
+from bfpo.data.verdict_files import judge_file
 from bfpo.generation.open import ServerSection
 from bfpo.judging.labeled import LabeledAnswer, read_labeled
 from bfpo.judging.linear import HEADS
@@ -49,7 +50,7 @@ def evaluate_judges(
     verdicts: dict[str, list[Verdict]] = {}
     for spec in specs:
         judge = open_judge(spec, threshold=threshold, server=server)
-        path = verdicts_file(out, judge)
+        path = judge_file(verdicts_folder(out), "verdicts", judge.name, judge.revision)
         verdicts[spec] = judge_completions(judge, completions, path)
         row: dict[str, Any] = {"judge": judge.name, "revision": judge.revision, "verdicts": str(path)}
         for question in HEADS:
@@ -66,11 +67,6 @@ def evaluate_judges(
 def verdicts_folder(out: Path) -> Path:
     """Return the folder of the verdicts behind a file of results."""
     return out.with_name(f"{out.stem}-verdicts")
-
-
-def verdicts_file(out: Path, judge: Judge) -> Path:
-    """Return the file of a judge's verdicts; another revision has another file."""
-    return verdicts_folder(out) / f"{file_name(judge.name)}@{judge.revision}.jsonl"
 
 
 def agreement_by_model(

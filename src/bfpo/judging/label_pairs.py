@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.config.recipes import Source
-from bfpo.core.files import content_hash, file_name, write_json, write_jsonl
+from bfpo.core.files import content_hash, write_json, write_jsonl
 from bfpo.core.pairs import CELLS, PreferencePair, SafetyLabels
 from bfpo.core.samples import Completion, Judge, Key, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.load import load_pairs
 from bfpo.data.prepare import cell_counts
 from bfpo.data.stages import judge_completions, without_verdict
+from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.judging.ensemble import mean_p_safe
 from bfpo.losses.labeling import LabelingFunction
@@ -84,7 +85,7 @@ def label_pairs(
     answers = [(as_completion(pair, 0), as_completion(pair, 1)) for pair in pairs]
     # An answer that occurs in several pairs is judged once.
     completions = list({completion.key: completion for both in answers for completion in both}.values())
-    paths = [out / f"verdicts-{file_name(judge.name)}-{judge.revision}.jsonl" for judge in judges]
+    paths = [judge_file(out, "verdicts", judge.name, judge.revision) for judge in judges]
     started = time.monotonic()
     for judge, path in zip(judges, paths, strict=True):
         _estimate(judge, completions, path)

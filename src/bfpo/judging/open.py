@@ -50,7 +50,7 @@ def _open_part(part: JudgePart, threshold: float | None, server: ServerSection) 
         oracle: Judge = import_object(_ORACLE, "judge")(path or "shared")
         return oracle
     if kind == "rubric":
-        return _open_rubric(path, server)
+        return _open_rubric(part, server)
     if kind == "people":
         from bfpo.judging.people import PeopleJudge
 
@@ -67,11 +67,10 @@ def _open_part(part: JudgePart, threshold: float | None, server: ServerSection) 
     return load_judge(Path(path), threshold=threshold)
 
 
-def _open_rubric(path: str, server: ServerSection) -> Judge:
+def _open_rubric(part: JudgePart, server: ServerSection) -> Judge:
     from bfpo.judging.rubric import RubricJudge
 
     # The likeliest verdict, which is a short line.
     sampling = Sampling(temperature=0.0, max_new_tokens=128)
-    model, at, address = path.partition("@http")
-    section = EngineSection(path=model, server=f"http{address}" if at else None, **server.model_dump())
-    return RubricJudge(open_engine(section, sampling), model)
+    section = EngineSection(path=part.model, server=part.server, **server.model_dump())
+    return RubricJudge(open_engine(section, sampling), part.model)

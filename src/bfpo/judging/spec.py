@@ -90,6 +90,16 @@ class JudgePart:
         return self.kind not in JUDGES
 
     @property
+    def model(self) -> str:
+        """Folder or hub id of the model; on a server, its name there."""
+        return self.path.partition("@http")[0] if self.is_remote else self.path
+
+    @property
+    def server(self) -> str | None:
+        """Address of the server; None if the judge runs in this process."""
+        return self.path.removeprefix(f"{self.model}@") if self.is_remote else None
+
+    @property
     def is_remote(self) -> bool:
         """Whether the judge is a model on a server."""
         return self.kind == "rubric" and "@http" in self.path

@@ -15,6 +15,7 @@ from bfpo.core.terminal import say, show_table
 from bfpo.data.prepare import cell_counts
 from bfpo.data.prompts import read_prompt_source
 from bfpo.data.stages import generate_most, judge_completions, show_faults, show_unanswered
+from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
 from bfpo.generation.open import EngineSection, open_engine
 from bfpo.judging.open import open_judge
@@ -91,13 +92,13 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
     )
     show_unanswered(missing)
     left_out = Counter(f"prompt unanswered: {reason}" for reason in missing.values())
-    verdicts = judge_completions(judge, completions, out / "verdicts.jsonl")
+    verdicts = judge_completions(judge, completions, judge_file(out, "verdicts", judge.name, judge.revision))
     guided: list[Completion] = []
     if recipe.guide and (unsafe := _prompts_without_a_safe_answer(prompts, completions, verdicts)):
         guided, guided_verdicts, guided_left_out = _guide(recipe, engine, judge, unsafe, out)
         verdicts = verdicts + guided_verdicts
         left_out.update(guided_left_out)
-    samples = _rate(rater, [*completions, *guided], verdicts, out)
+    samples = _rate(rater, judge, [*completions, *guided], verdicts, out)
     pairs, pairs_left_out = make_pairs(
         samples, per_prompt=recipe.per_prompt, quota=recipe.quota, dataset_name=f"redteam-{Path(model.path).name}"
     )
@@ -172,7 +173,8 @@ def _guide(
     """
     completions, missing = _generate_guided(recipe, engine, prompts, out)
     left_out = Counter(f"guided answer missing: {reason}" for reason in missing.values())
-    verdicts = judge_completions(judge, completions, out / "guided-verdicts.jsonl")
+    path = judge_file(out, "guided-verdicts", judge.name, judge.revision)
+    verdicts = judge_completions(judge, completions, path)
     left_out["guided answer not safe"] += sum(verdict.safe is not True for verdict in verdicts)
     safe = [index for index, verdict in enumerate(verdicts) if verdict.safe]
     return [completions[index] for index in safe], [verdicts[index] for index in safe], left_out
@@ -218,16 +220,28 @@ def _continue(conversation: Prompt, reply: str, request: str) -> Prompt:
 
 
 def _rate(
-    rater: Judge | None, completions: Sequence[Completion], verdicts: Sequence[Verdict], out: Path
+    rater: Judge | None, judge: Judge, completions: Sequence[Completion], verdicts: Sequence[Verdict], out: Path
 ) -> list[ScoredSample]:
-    """Return the samples with their helpfulness, by the rater or the fallback."""
+    """Return the samples with their helpfulness, by the rater or the fallback.
+
+    Args:
+        rater: Judge of the helpfulness; None uses the fallback. If it is the safety judge, its verdicts are reused.
+        judge: Safety judge.
+        completions: The samples.
+        verdicts: Verdicts of the safety judge on them.
+        out: Folder of the run.
+    """
     judged = list(zip(completions, verdicts, strict=True))
     if rater is None:
         return [
             ScoredSample(completion, verdict, fallback_helpfulness(completion, verdict))
             for completion, verdict in judged
         ]
-    ratings = [verdict.helpfulness for verdict in judge_completions(rater, completions, out / "helpfulness.jsonl")]
+    if (rater.name, rater.revision) == (judge.name, judge.revision):
+        rated = list(verdicts)
+    else:
+        rated = judge_completions(rater, completions, judge_file(out, "verdicts", rater.name, rater.revision))
+    ratings = [verdict.helpfulness for verdict in rated]
     if all(rating is None for rating in ratings):
         raise RecipeError(f"helpfulness: {rater.name} doesn't rate helpfulness; choose another judge, or fallback")
     return [
