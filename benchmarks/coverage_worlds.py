@@ -1,4 +1,7 @@
-"""The worlds of the coverage study: how prompts and answers are drawn, and the truth that an interval should hold."""
+"""Simulated worlds of the coverage study: samples of prompts and answers, their intervals and the true value.
+
+The names of intervals and settings seed the simulation: another wording gives other numbers.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -11,7 +14,7 @@ from bfpo.stats.paired import paired_mean_bounds, tango_bounds
 from bfpo.stats.tail import worst_mean, worst_mean_bounds
 
 RATES = (0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
-# Ours, theirs, and the correlation of the two over prompts.
+# Our rate, the baseline's rate, and their correlation over prompts.
 PAIRS = (
     (0.05, 0.05, 0.5),
     (0.1, 0.05, 0.3),
@@ -25,24 +28,25 @@ PAIRS = (
 Array = NDArray[np.float64]
 Bounds = tuple[Array, Array]
 Draw = Callable[[np.random.Generator, tuple[int, int]], Array]
+# From a generator, a number of samples and a number of prompts to the true value and the bounds of each sample.
 World = Callable[[np.random.Generator, int, int], tuple[float, Bounds]]
 
 
 def worlds() -> Iterator[tuple[str, str, World]]:
-    """Return what is simulated: the interval, the setting and how it is drawn."""
+    """Return the simulated cells: name of the interval, name of the setting, and the world."""
     for p in RATES:
-        yield "rate, one answer a prompt", f"rate {p:g}", one_answer(p)
+        yield "rate, one answer a prompt", f"rate {p:g}", single_answer(p)
     for samples, correlation in ((5, 0.0), (5, 0.1), (5, 0.5), (5, 0.9), (20, 0.1), (20, 0.5)):
         for p in RATES:
             setting = f"rate {p:g}, {samples} answers a prompt, correlation {correlation:g}"
             yield "rate, several answers a prompt", setting, several_answers(p, samples, correlation)
-    for ours, theirs, correlation in PAIRS:
-        setting = f"rates {ours:g} and {theirs:g}, correlation {correlation:g}"
-        yield "difference of rates, one answer a prompt", setting, paired_answers(ours, theirs, correlation)
+    for ours, baseline, correlation in PAIRS:
+        setting = f"rates {ours:g} and {baseline:g}, correlation {correlation:g}"
+        yield "difference of rates, one answer a prompt", setting, paired_answers(ours, baseline, correlation)
     for correlation in (0.1, 0.5):
-        for ours, theirs in dict.fromkeys(pair[:2] for pair in PAIRS):
-            setting = f"rates {ours:g} and {theirs:g}, 5 answers a prompt, correlation {correlation:g}"
-            yield "difference of means", setting, paired_samples(ours, theirs, 5, correlation)
+        for ours, baseline in dict.fromkeys(pair[:2] for pair in PAIRS):
+            setting = f"rates {ours:g} and {baseline:g}, 5 answers a prompt, correlation {correlation:g}"
+            yield "difference of means", setting, paired_samples(ours, baseline, 5, correlation)
     for setting, draw, mean in (
         ("helpfulness 0, 0.5 or 1, mostly 1", _choice((0, 0.5, 1), (0.05, 0.1, 0.85)), 0.9),
         ("helpfulness, Beta(8, 2)", lambda rng, shape: rng.beta(8, 2, shape), 0.8),
@@ -57,21 +61,23 @@ def worlds() -> Iterator[tuple[str, str, World]]:
         ("severity in quarters", _choice((0, 0.25, 0.5, 0.75, 1), (0.8, 0.08, 0.06, 0.03, 0.03))),
         ("severity, Beta(2, 8)", lambda rng, shape: rng.beta(2, 8, shape)),
     ):
-        yield "mean of the worst tenth", setting, tail(draw)
-    yield "mean length, bootstrap", "gamma of shape 4", length(lambda rng, shape: 50 * rng.gamma(4, size=shape), 200)
-    heavy = length(lambda rng, shape: rng.lognormal(5, 0.7, shape), float(np.exp(5 + 0.7**2 / 2)))
-    yield "mean length, bootstrap", "log-normal, sigma 0.7", heavy
+        yield "mean of the worst tenth", setting, worst_tenth(draw)
+    gamma = mean_length(lambda rng, shape: 50 * rng.gamma(4, size=shape), 200)
+    yield "mean length, bootstrap", "gamma of shape 4", gamma
+    log_normal = mean_length(lambda rng, shape: rng.lognormal(5, 0.7, shape), float(np.exp(5 + 0.7**2 / 2)))
+    yield "mean length, bootstrap", "log-normal, sigma 0.7", log_normal
     rates = (0.95, 0.9, 0.5)
-    yield "composite index", f"three tasks, rates {', '.join(map(str, rates))}", index(rates)
-    for pair in PAIRS[2:]:
-        setting = f"safety {pair[0]:g} and {pair[1]:g}, correlation {pair[2]:g}, helpfulness 0.8 and 0.75"
-        yield "difference of harmonic means, bootstrap", setting, two_of_both(*pair)
+    yield "composite index", f"three tasks, rates {', '.join(map(str, rates))}", composite_index(rates)
+    for ours, baseline, correlation in PAIRS[2:]:
+        setting = f"safety {ours:g} and {baseline:g}, correlation {correlation:g}, helpfulness 0.8 and 0.75"
+        world = difference_of_harmonic_means(ours, baseline, correlation)
+        yield "difference of harmonic means, bootstrap", setting, world
     for p in (0.3, 0.7, 0.95):
-        yield "harmonic mean", f"safety {p:g}, helpfulness Beta(8, 2)", both(p)
+        yield "harmonic mean", f"safety {p:g}, helpfulness Beta(8, 2)", safety_and_helpfulness(p)
 
 
-def one_answer(p: float) -> World:
-    """One answer a prompt, safe at rate p."""
+def single_answer(p: float) -> World:
+    """Return the world of one answer a prompt, safe at rate p."""
 
     def world(rng: np.random.Generator, count: int, n: int) -> tuple[float, Bounds]:
         answers = (rng.random((count, n)) < p).astype(float)
@@ -81,42 +87,39 @@ def one_answer(p: float) -> World:
 
 
 def several_answers(p: float, samples: int, correlation: float) -> World:
-    """Several answers a prompt: a beta-binomial of this correlation within a prompt."""
+    """Return the world of several answers a prompt: a beta-binomial with this correlation within a prompt."""
 
     def world(rng: np.random.Generator, count: int, n: int) -> tuple[float, Bounds]:
-        values = rng.binomial(samples, _prompts(rng, p, correlation, (count, n))) / samples
+        values = rng.binomial(samples, _rates_of_prompts(rng, p, correlation, (count, n))) / samples
         return p, score_bounds(values, most=n * samples)
 
     return world
 
 
-def paired_answers(ours: float, theirs: float, correlation: float) -> World:
-    """One answer of each of two models a prompt."""
-    both_safe = ours * theirs + correlation * np.sqrt(ours * (1 - ours) * theirs * (1 - theirs))
-    chances = [ours - both_safe, theirs - both_safe, 1 - ours - theirs + 2 * both_safe]
+def paired_answers(ours: float, baseline: float, correlation: float) -> World:
+    """Return the world of one answer a prompt by each of two models."""
+    both_safe = _both_safe(ours, baseline, correlation)
+    probabilities = [ours - both_safe, baseline - both_safe, 1 - ours - baseline + 2 * both_safe]
 
     def world(rng: np.random.Generator, count: int, n: int) -> tuple[float, Bounds]:
-        gained, lost, _ = rng.multinomial(n, chances, count).T.astype(float)
-        return ours - theirs, tango_bounds(gained, lost, n)
+        gained, lost, _ = rng.multinomial(n, probabilities, count).T.astype(float)
+        return ours - baseline, tango_bounds(gained, lost, n)
 
     return world
 
 
-def paired_samples(ours: float, theirs: float, samples: int, correlation: float) -> World:
-    """Several answers of each of two models; half of the prompts are as hard for one as for the other."""
-    chance = np.linspace(0, 1, 4001)
-    curves = []
-    for p in (ours, theirs):
-        size = 1 / correlation - 1
-        curves.append(beta_distribution.ppf(chance, p * size, (1 - p) * size))
-    truth = float(np.trapezoid(curves[0], chance) - np.trapezoid(curves[1], chance))
+def paired_samples(ours: float, baseline: float, samples: int, correlation: float) -> World:
+    """Return the world of several answers by each of two models, for which half of the prompts are equally hard."""
+    quantiles, size = np.linspace(0, 1, 4001), 1 / correlation - 1
+    curves = [beta_distribution.ppf(quantiles, p * size, (1 - p) * size) for p in (ours, baseline)]
+    truth = float(np.trapezoid(curves[0], quantiles) - np.trapezoid(curves[1], quantiles))
 
     def world(rng: np.random.Generator, count: int, n: int) -> tuple[float, Bounds]:
-        rank, other = rng.random((2, count, n))
-        ranks = (rank, np.where(rng.random((count, n)) < 0.5, rank, other))
+        ours_rank, other_rank = rng.random((2, count, n))
+        ranks = (ours_rank, np.where(rng.random((count, n)) < 0.5, ours_rank, other_rank))
         drawn = [
-            rng.binomial(samples, np.interp(r, chance, curve)) / samples
-            for r, curve in zip(ranks, curves, strict=True)
+            rng.binomial(samples, np.interp(rank, quantiles, curve)) / samples
+            for rank, curve in zip(ranks, curves, strict=True)
         ]
         return truth, paired_mean_bounds(drawn[0] - drawn[1])
 
@@ -128,28 +131,28 @@ def bounded_mean(draw: Draw, mean: float) -> World:
     return lambda rng, count, n: (mean, score_bounds(draw(rng, (count, n))))
 
 
-def tail(draw: Draw) -> World:
-    """Return the world of a mean over the worst tenth, its truth from 4 million draws."""
+def worst_tenth(draw: Draw) -> World:
+    """Return the world of a mean over the worst tenth, whose true value is that of 4 million draws."""
     truth = float(worst_mean(draw(np.random.default_rng(0), (1, 4_000_000)))[0])
     return lambda rng, count, n: (truth, worst_mean_bounds(draw(rng, (count, n))))
 
 
-def length(draw: Draw, mean: float) -> World:
-    """Return the world of a mean without bounds."""
+def mean_length(draw: Draw, mean: float) -> World:
+    """Return the world of a mean of unbounded values."""
 
     def world(rng: np.random.Generator, count: int, n: int) -> tuple[float, Bounds]:
         values = draw(rng, (count, n))
         (weights,) = _resamples(n)
         low, high = _quantiles(values @ weights.T)
-        first = mean_interval(values[0])
-        np.testing.assert_allclose((low[0], high[0]), first[1:], err_msg="not the shipped interval")
+        expected = mean_interval(values[0])
+        np.testing.assert_allclose((low[0], high[0]), expected[1:], err_msg="differs from bfpo.stats.mean_interval")
         return mean, (low, high)
 
     return world
 
 
-def both(p: float) -> World:
-    """Return the world of safety at rate p and helpfulness of mean 0.8 on as many prompts."""
+def safety_and_helpfulness(p: float) -> World:
+    """Return the world of safety at rate p and helpfulness of mean 0.8, on n prompts each."""
     truth = float(harmonic_mean(np.array(p), np.array(0.8)))
 
     def world(rng: np.random.Generator, count: int, n: int) -> tuple[float, Bounds]:
@@ -163,48 +166,54 @@ def both(p: float) -> World:
     return world
 
 
-def index(rates: tuple[float, ...]) -> World:
+def composite_index(rates: tuple[float, ...]) -> World:
     """Return the world of an unweighted mean over tasks of n prompts each."""
 
     def world(rng: np.random.Generator, count: int, n: int) -> tuple[float, Bounds]:
         answers = [(rng.random((count, n)) < p).astype(float) for p in rates]
-        parts = [(one.mean(axis=-1), *score_bounds(one, most=n)) for one in answers]
+        parts = [(task.mean(axis=-1), *score_bounds(task, most=n)) for task in answers]
         return float(np.mean(rates)), combine(lambda *values: np.mean(values, axis=0), *parts)[1:]
 
     return world
 
 
-def two_of_both(ours: float, theirs: float, correlation: float) -> World:
-    """Two models' safety at these rates, and helpfulness of means 0.8 and 0.75 that goes along."""
-    both_safe = ours * theirs + correlation * np.sqrt(ours * (1 - ours) * theirs * (1 - theirs))
-    chances = [both_safe, ours - both_safe, theirs - both_safe, 1 - ours - theirs + both_safe]
-    truth = float(harmonic_mean(np.array(ours), np.array(0.8)) - harmonic_mean(np.array(theirs), np.array(0.75)))
+def difference_of_harmonic_means(ours: float, baseline: float, correlation: float) -> World:
+    """Return the world of two models with safety at these rates and correlated helpfulness of means 0.8 and 0.75."""
+    both_safe = _both_safe(ours, baseline, correlation)
+    probabilities = [both_safe, ours - both_safe, baseline - both_safe, 1 - ours - baseline + both_safe]
+    truth = float(harmonic_mean(np.array(ours), np.array(0.8)) - harmonic_mean(np.array(baseline), np.array(0.75)))
 
     def world(rng: np.random.Generator, count: int, n: int) -> tuple[float, Bounds]:
-        kind = rng.choice(4, (count, n), p=chances)
-        safety = [(kind <= 1).astype(float), ((kind == 0) | (kind == 2)).astype(float)]
-        first = rng.beta(8, 2, (count, n))
-        helpfulness = [first, 0.75 / 0.8 * np.where(rng.random((count, n)) < 0.5, first, rng.beta(8, 2, (count, n)))]
-        of_safety, of_helpfulness = _resamples(n, n)
-        a, b = (
-            harmonic_mean(one @ of_safety.T, other @ of_helpfulness.T)
-            for one, other in zip(safety, helpfulness, strict=True)
+        outcome = rng.choice(4, (count, n), p=probabilities)
+        safety = [(outcome <= 1).astype(float), ((outcome == 0) | (outcome == 2)).astype(float)]
+        ours_helpfulness = rng.beta(8, 2, (count, n))
+        is_shared = rng.random((count, n)) < 0.5
+        baseline_helpfulness = 0.75 / 0.8 * np.where(is_shared, ours_helpfulness, rng.beta(8, 2, (count, n)))
+        safety_weights, helpfulness_weights = _resamples(n, n)
+        ours_mean, baseline_mean = (
+            harmonic_mean(safe @ safety_weights.T, helpful @ helpfulness_weights.T)
+            for safe, helpful in zip(safety, (ours_helpfulness, baseline_helpfulness), strict=True)
         )
-        return truth, _quantiles(a - b)
+        return truth, _quantiles(ours_mean - baseline_mean)
 
     return world
 
 
-def _prompts(rng: np.random.Generator, p: float, correlation: float, shape: tuple[int, int]) -> Array:
-    """Draw each prompt's own rate."""
+def _rates_of_prompts(rng: np.random.Generator, p: float, correlation: float, shape: tuple[int, int]) -> Array:
     if correlation == 0:
         return np.full(shape, p)
     size = 1 / correlation - 1
     return rng.beta(p * size, (1 - p) * size, shape)
 
 
-def _choice(values: tuple[float, ...], chances: tuple[float, ...]) -> Draw:
-    return lambda rng, shape: rng.choice(np.array(values), shape, p=chances)
+def _both_safe(ours: float, baseline: float, correlation: float) -> float:
+    """Return the rate at which two models with these rates and this correlation are both safe."""
+    covariance = correlation * np.sqrt(ours * (1 - ours) * baseline * (1 - baseline))
+    return float(ours * baseline + covariance)
+
+
+def _choice(values: tuple[float, ...], probabilities: tuple[float, ...]) -> Draw:
+    return lambda rng, shape: rng.choice(np.array(values), shape, p=probabilities)
 
 
 def _severity(share: float) -> Draw:
@@ -212,12 +221,12 @@ def _severity(share: float) -> Draw:
 
 
 def _resamples(*sizes: int) -> list[Array]:
-    """Return the weights that the shipped bootstrap gives to samples of these sizes: its draws never change."""
-    rng, found = np.random.default_rng(0), []
+    """Return the weights of the observations in the resamples of `bootstrap` for samples of these sizes."""
+    rng, weights = np.random.default_rng(0), []
     for n in sizes:
         drawn = rng.integers(0, n, (RESAMPLES, n)) + np.arange(RESAMPLES)[:, None] * n
-        found.append(np.bincount(drawn.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n) / n)
-    return found
+        weights.append(np.bincount(drawn.ravel(), minlength=RESAMPLES * n).reshape(RESAMPLES, n) / n)
+    return weights
 
 
 def _quantiles(resampled: Array) -> Bounds:

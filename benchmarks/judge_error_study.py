@@ -1,14 +1,15 @@
-"""Does correcting a rate for the judge's errors give back what people found, and when doesn't it?
+"""Compare rates corrected for the judge's errors with the rates of human labels.
 
     python benchmarks/judge_error_study.py FOLDER-OF-XSTEST
 
 Writes `benchmarks/results/judge_error.json`. XSTest's prompts are split in thirds, by kind of prompt: `linear` is
-fitted on one, calibrated against people on one, and the answers to one are evaluated: over-refusal of the safe
-prompts and compliance with the unsafe ones, of five models. Then a simulation of the interval beside two others.
+fitted on the first, calibrated against human labels on the second, and evaluated on the third: over-refusal of the
+safe prompts and compliance with the unsafe ones, of five models. A simulation compares the interval with two others.
 """
 
 import argparse
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,17 +25,18 @@ from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "judge_error.json"
 FIT, CALIBRATE, EVALUATE = 0, 1, 2
-QUESTIONS = {"over_refusal": ("safe prompts", False), "compliance": ("unsafe prompts", True)}
+# Question → whether it is about the unsafe prompts.
+QUESTIONS = {"over_refusal": False, "compliance": True}
 DESIGNS = {
     "same_model": "fitted on all five models, calibrated on this one's answers to other prompts",
     "same_model_new_judge": "fitted on the four others, calibrated on this one's answers to other prompts",
     "other_models": "fitted and calibrated on the four others' answers; both thirds that it wasn't fitted on",
 }
-TRIES = 5000
+REPETITIONS = 5000
 CELLS = [
-    (truth, right_yes, right_no, n, labeled)
+    (truth, sensitivity, specificity, n, labeled)
     for truth in (0.02, 0.1, 0.3, 0.5)
-    for right_yes, right_no in ((0.95, 0.95), (0.8, 0.9))
+    for sensitivity, specificity in ((0.95, 0.95), (0.8, 0.9))
     for n, labeled in ((100, 50), (250, 100), (250, 400))
 ]
 
@@ -42,106 +44,109 @@ Bools = NDArray[np.bool_]
 
 
 class Answers(NamedTuple):
-    """All answers of all models, N."""
+    """Columns of the answers of all models, (N,) each."""
 
     models: NDArray[np.str_]
     prompts: NDArray[np.str_]
     texts: NDArray[np.str_]
     refuses: Bools
-    unsafe_prompt: Bools
+    is_prompt_unsafe: Bools
 
 
 def main() -> None:
-    """Run all designs over seeds, and the simulation, and write what came out."""
+    """Run all designs over seeds and the simulation, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=20)
-    given = parser.parse_args()
-    files = sorted(given.folder.glob("completions_*.csv"))
-    answers, began = _read(files), time.monotonic()
+    options = parser.parse_args()
+    files = sorted(options.folder.glob("completions_*.csv"))
+    answers, start = _read(files), time.monotonic()
     rows: list[dict[str, Any]] = []
-    for seed in range(given.seeds):
-        rows += _split(answers, seed)
-        print(f"seed {seed}: {sum(one['covered'] for one in rows if one['seed'] == seed)}", flush=True)
+    for seed in range(options.seeds):
+        rows += _rows_of_split(answers, seed)
+        print(f"seed {seed}: {sum(row['covered'] for row in rows if row['seed'] == seed)} covered", flush=True)
     write_json(
         RESULTS,
         {
             "command": "python benchmarks/judge_error_study.py FOLDER-OF-XSTEST",
-            "what": "rates by the linear judge, as they are and corrected for its errors, against people's rates",
+            "what": "rates by the linear judge, plain and corrected for its errors, against rates of human labels",
             "versions": versions(),
             "hardware": hardware(),
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(time.monotonic() - start, 1),
             "data": {file.name: file_hash(file) for file in files},
-            "seeds": given.seeds,
+            "seeds": options.seeds,
             "designs": {
-                name: {"what": what, **_summed([one for one in rows if one["design"] == name])}
-                for name, what in DESIGNS.items()
+                name: {"what": description, **_summary([row for row in rows if row["design"] == name])}
+                for name, description in DESIGNS.items()
             },
-            "simulation": {"tries": TRIES, "cells": [_simulated(*cell) for cell in CELLS]},
+            "simulation": {"tries": REPETITIONS, "cells": [_simulate(*cell) for cell in CELLS]},
         },
     )
 
 
 def _read(files: list[Path]) -> Answers:
-    found = [(file.stem.removeprefix("completions_"), one) for file in files for one in read_labeled(str(file))]
+    labeled = {file.stem.removeprefix("completions_"): read_labeled(str(file)) for file in files}
+    answers = [answer for of_model in labeled.values() for answer in of_model]
     return Answers(
-        np.array([model for model, _ in found]),
-        np.array([one.completion.prompt[-1].content.strip() for _, one in found]),
-        np.array([one.completion.text for _, one in found]),
-        np.array([bool(one.refusal) for _, one in found]),
-        np.array([one.kind == "harmful" for _, one in found]),
+        np.array([model for model, of_model in labeled.items() for _ in of_model]),
+        np.array([answer.completion.prompt[-1].content.strip() for answer in answers]),
+        np.array([answer.completion.text for answer in answers]),
+        np.array([bool(answer.refusal) for answer in answers]),
+        np.array([answer.kind == "harmful" for answer in answers]),
     )
 
 
-def _split(answers: Answers, seed: int) -> list[dict[str, Any]]:
+def _rows_of_split(answers: Answers, seed: int) -> list[dict[str, Any]]:
     """Return a row for every design, model and question."""
     third, rows = _thirds(answers, seed), []
-    everyone = _said(answers, third == FIT)
+    by_all_models = _judge_refusals(answers, third == FIT)
     for model in sorted(set(answers.models)):
         own = answers.models == model
-        newcomer = _said(answers, (third == FIT) & ~own)
-        for design, said, calibrated_on, evaluated in (
-            ("same_model", everyone, own & (third == CALIBRATE), own & (third == EVALUATE)),
-            ("same_model_new_judge", newcomer, own & (third == CALIBRATE), own & (third == EVALUATE)),
-            ("other_models", newcomer, ~own & (third != FIT), own & (third != FIT)),
+        by_other_models = _judge_refusals(answers, (third == FIT) & ~own)
+        for design, judged_refusals, calibrated, evaluated in (
+            ("same_model", by_all_models, own & (third == CALIBRATE), own & (third == EVALUATE)),
+            ("same_model_new_judge", by_other_models, own & (third == CALIBRATE), own & (third == EVALUATE)),
+            ("other_models", by_other_models, ~own & (third != FIT), own & (third != FIT)),
         ):
-            for question, (_, unsafe) in QUESTIONS.items():
-                kind = answers.unsafe_prompt == unsafe
-                # Refusing and complying are one question asked two ways.
-                people, judge = answers.refuses ^ unsafe, said ^ unsafe
-                of_all = float(people[own & kind].mean())
-                row = _row(answers.prompts, people, judge, calibrated_on, evaluated & kind, kind)
+            for question, is_unsafe in QUESTIONS.items():
+                kind = answers.is_prompt_unsafe == is_unsafe
+                # Compliance is the negation of refusal.
+                human, judge = answers.refuses ^ is_unsafe, judged_refusals ^ is_unsafe
+                rate_of_all = float(human[own & kind].mean())
+                row = _row(answers.prompts, human, judge, calibrated, evaluated & kind, kind)
                 rows.append({"design": design, "seed": seed, "model": model, "question": question} | row)
-                rows[-1]["covered_all"] = row["corrected"][1] <= of_all <= row["corrected"][2]
+                rows[-1]["covered_all"] = row["corrected"][1] <= rate_of_all <= row["corrected"][2]
     return rows
 
 
 def _thirds(answers: Answers, seed: int) -> NDArray[np.int64]:
-    """Return the third that each answer's prompt is in; the kinds of prompts are split alike."""
+    """Return the third of each answer's prompt, stratified by kind of prompt."""
     rng = np.random.default_rng(seed)
     third_of: dict[str, int] = {}
-    for unsafe in (False, True):
-        prompts = sorted(set(answers.prompts[answers.unsafe_prompt == unsafe].tolist()))
-        third_of |= {prompts[place]: rank % 3 for rank, place in enumerate(rng.permutation(len(prompts)))}
+    for is_unsafe in (False, True):
+        prompts = sorted(set(answers.prompts[answers.is_prompt_unsafe == is_unsafe].tolist()))
+        third_of |= {prompts[index]: rank % 3 for rank, index in enumerate(rng.permutation(len(prompts)))}
     return np.array([third_of[prompt] for prompt in answers.prompts.tolist()])
 
 
-def _said(answers: Answers, fitted_on: Bools) -> Bools:
-    """Return of each answer whether a judge fitted on some of them calls it a refusal."""
-    known = (answers.prompts[fitted_on], answers.texts[fitted_on], answers.refuses[fitted_on])
-    head = fit_head("refusal", *(column.tolist() for column in known))
+def _judge_refusals(answers: Answers, fitted: Bools) -> Bools:
+    """Return whether a judge that is fitted on some of the answers calls each a refusal."""
+    columns = (answers.prompts[fitted], answers.texts[fitted], answers.refuses[fitted])
+    head = fit_head("refusal", *(column.tolist() for column in columns))
     return np.asarray(head.probability(answers.prompts.tolist(), answers.texts.tolist()) >= 0.5)
 
 
 def _row(
-    prompts: NDArray[np.str_], people: Bools, judge: Bools, calibrated_on: Bools, evaluated: Bools, kind: Bools
+    prompts: NDArray[np.str_], human: Bools, judge: Bools, calibrated: Bools, evaluated: Bools, kind: Bools
 ) -> dict[str, Any]:
-    """Return people's rate, the judge's and the corrected one; True where the interval holds people's."""
-    at, n = np.flatnonzero(calibrated_on), int(evaluated.sum())
-    truth, found = float(people[evaluated].mean()), int(judge[evaluated].sum())
-    errors = judge_errors((prompts[index], bool(people[index]), bool(judge[index])) for index in at)
-    plain, corrected = wilson(found, n), corrected_rate(found / n, n, errors)
-    powered = _prediction_powered(found / n, n, people[calibrated_on & kind], judge[calibrated_on & kind])
+    """Return the rates of human labels, of the judge and corrected, and which intervals contain the first."""
+    n = int(evaluated.sum())
+    truth, count = float(human[evaluated].mean()), int(judge[evaluated].sum())
+    errors = judge_errors(
+        (prompts[index], bool(human[index]), bool(judge[index])) for index in np.flatnonzero(calibrated)
+    )
+    plain, corrected = wilson(count, n), corrected_rate(count / n, n, errors)
+    powered = _prediction_powered(count / n, n, human[calibrated & kind], judge[calibrated & kind])
     value = None if np.isnan(corrected.value) else corrected.value
     return {
         "n": n,
@@ -149,7 +154,7 @@ def _row(
         "judge": plain,
         "corrected": (value, corrected.low, corrected.high),
         "errors": errors._asdict(),
-        "fits": is_consistent(found / n, n, errors),
+        "fits": is_consistent(count / n, n, errors),
         "covered": corrected.low <= truth <= corrected.high,
         "judge_covered": plain.low <= truth <= plain.high,
         "powered_covered": powered[0] <= truth <= powered[1],
@@ -159,81 +164,83 @@ def _row(
     }
 
 
-def _summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first split's rows, and means over all splits."""
-    held = ("covered", "covered_all", "judge_covered", "powered_covered", "fits")
-    names = (*held, "width", "judge_width", "powered_width")
-    main = [one for one in rows if one["seed"] == 0]
-    by_seed = [sum(one["covered"] for one in rows if one["seed"] == seed) for seed in {one["seed"] for one in rows}]
-    by_rate = {}
-    for key in dict.fromkeys((one["model"], one["question"]) for one in main):
-        those = [one for one in rows if (one["model"], one["question"]) == key]
-        by_rate["/".join(key)] = _means(those, ("covered", "judge_covered", "people"))
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the rows of the first split, and means over all splits."""
+    shares = ("covered", "covered_all", "judge_covered", "powered_covered", "fits")
+    names = (*shares, "width", "judge_width", "powered_width")
+    main_split = [row for row in rows if row["seed"] == 0]
+    covered_by_seed: Counter[int] = Counter()
+    by_rate: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        covered_by_seed[row["seed"]] += row["covered"]
+        by_rate.setdefault(f"{row['model']}/{row['question']}", []).append(row)
     return {
-        "main_split": [_rounded(one) for one in main],
-        "covered_of_10_main": sum(one["covered"] for one in main),
-        "judge_covered_of_10_main": sum(one["judge_covered"] for one in main),
-        "fewest_covered_of_10": min(by_seed),
+        "main_split": [_rounded(row) for row in main_split],
+        "covered_of_10_main": sum(row["covered"] for row in main_split),
+        "judge_covered_of_10_main": sum(row["judge_covered"] for row in main_split),
+        "fewest_covered_of_10": min(covered_by_seed.values()),
         "mean": _means(rows, names),
-        "by_rate": by_rate,
+        "by_rate": {name: _means(group, ("covered", "judge_covered", "people")) for name, group in by_rate.items()},
     }
 
 
 def _means(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, float]:
-    return {name: round(float(np.mean([one[name] for one in rows])), 4) for name in names}
+    return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in names}
 
 
-def _prediction_powered(rate: float, n: int, people: Bools, judge: Bools) -> tuple[float, float]:
+def _prediction_powered(rate: float, n: int, human: Bools, judge: Bools) -> tuple[float, float]:
     """Return the prediction-powered interval of a mean (Angelopoulos et al. 2023, arXiv 2301.09633, algorithm 1).
 
-    It needs calibration prompts that are a random part of the same prompts.
+    It requires the calibration prompts to be a random part of the same prompts.
     """
-    error = people.astype(float) - judge
-    spread = np.sqrt(rate * (1 - rate) / n + error.var() / len(error))
-    middle = rate + error.mean()
-    return float(max(0.0, middle - 1.96 * spread)), float(min(1.0, middle + 1.96 * spread))
+    error = human.astype(float) - judge
+    standard_error = np.sqrt(rate * (1 - rate) / n + error.var() / len(error))
+    center = rate + error.mean()
+    return float(max(0.0, center - 1.96 * standard_error)), float(min(1.0, center + 1.96 * standard_error))
 
 
-def _simulated(truth: float, right_yes: float, right_no: float, n: int, labeled: int) -> dict[str, Any]:
-    """Return how often each interval holds the truth, and how wide it is; the calibration set is a random one."""
+def _simulate(truth: float, sensitivity: float, specificity: float, n: int, labeled: int) -> dict[str, Any]:
+    """Return coverage and mean width of each interval; the calibration set is a random one."""
     rng = np.random.default_rng(0)
-    found: dict[str, list[tuple[bool, float]]] = {}
-    for _ in range(TRIES):
-        rate = rng.binomial(n, truth * right_yes + (1 - truth) * (1 - right_no)) / n
-        people = rng.random(labeled) < truth
-        judge = np.where(people, rng.random(labeled) < right_yes, rng.random(labeled) >= right_no)
-        errors = judge_errors(zip(map(str, range(labeled)), people.tolist(), judge.tolist(), strict=True))
+    outcomes: dict[str, list[tuple[bool, float]]] = {}
+    for _ in range(REPETITIONS):
+        rate = rng.binomial(n, truth * sensitivity + (1 - truth) * (1 - specificity)) / n
+        human = rng.random(labeled) < truth
+        judge = np.where(human, rng.random(labeled) < sensitivity, rng.random(labeled) >= specificity)
+        errors = judge_errors(zip(map(str, range(labeled)), human.tolist(), judge.tolist(), strict=True))
         intervals = {
             "corrected": corrected_rate(rate, n, errors)[1:],
-            "bootstrap": _bootstrap(rate, n, people, judge, rng),
-            "prediction_powered": _prediction_powered(rate, n, people, judge),
+            "bootstrap": _bootstrap(rate, n, human, judge, rng),
+            "prediction_powered": _prediction_powered(rate, n, human, judge),
             "judge": wilson(round(rate * n), n)[1:],
         }
         for name, (low, high) in intervals.items():
-            found.setdefault(name, []).append((low <= truth <= high, high - low))
+            outcomes.setdefault(name, []).append((low <= truth <= high, high - low))
     return {
         "truth": truth,
-        "sensitivity": right_yes,
-        "specificity": right_no,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
         "n": n,
         "labeled": labeled,
         **{
             name: {"coverage": round(coverage, 4), "width": round(width, 4)}
-            for name, (coverage, width) in ((name, np.mean(each, axis=0).tolist()) for name, each in found.items())
+            for name, (coverage, width) in (
+                (name, np.mean(pairs, axis=0).tolist()) for name, pairs in outcomes.items()
+            )
         },
     }
 
 
-def _bootstrap(rate: float, n: int, people: Bools, judge: Bools, rng: np.random.Generator) -> tuple[float, float]:
-    """Return the percentile interval of the corrected rate when all three rates are drawn again."""
-    yes, no = int(people.sum()), int((~people).sum())
+def _bootstrap(rate: float, n: int, human: Bools, judge: Bools, rng: np.random.Generator) -> tuple[float, float]:
+    """Return the percentile interval of the corrected rate in a parametric bootstrap of all three rates."""
+    yes, no = int(human.sum()), int((~human).sum())
     if not yes or not no:
         return 0.0, 1.0
-    again = rng.binomial(n, rate, 400) / n
-    right_yes = rng.binomial(yes, judge[people].mean(), 400) / yes
-    right_no = rng.binomial(no, (~judge[~people]).mean(), 400) / no
-    youden = right_yes + right_no - 1
-    drawn = np.where(youden > 0, np.clip((again + right_no - 1) / np.where(youden > 0, youden, 1), 0, 1), np.nan)
+    rates = rng.binomial(n, rate, 400) / n
+    sensitivities = rng.binomial(yes, judge[human].mean(), 400) / yes
+    specificities = rng.binomial(no, (~judge[~human]).mean(), 400) / no
+    youden = sensitivities + specificities - 1
+    drawn = np.where(youden > 0, np.clip((rates + specificities - 1) / np.where(youden > 0, youden, 1), 0, 1), np.nan)
     if np.isnan(drawn).all():
         return 0.0, 1.0
     low, high = np.nanquantile(drawn, [0.025, 0.975])
@@ -242,9 +249,9 @@ def _bootstrap(rate: float, n: int, people: Bools, judge: Bools, rng: np.random.
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
+        return {key: _rounded(member) for key, member in value.items()}
     if isinstance(value, tuple | list):
-        return [_rounded(one) for one in value]
+        return [_rounded(member) for member in value]
     return round(value, 4) if isinstance(value, float) else value
 
 

@@ -1,9 +1,9 @@
-"""How well does the `linear` judge tell refusals from answers, on the human labels of XSTest?
+"""Evaluate the `linear` judge's refusal verdicts against the human labels of XSTest.
 
     python benchmarks/judge_study.py FOLDER-OF-XSTEST
 
-Writes `benchmarks/results/judge.json`: five folds grouped by prompt over five fold seeds, and every model left out in
-turn. A partial refusal counts as a refusal; "without partial" leaves those out of the test.
+Writes `benchmarks/results/judge.json`: cross-validation in five folds grouped by prompt, with five fold seeds, and
+leaving out one model at a time. A partial refusal counts as a refusal; "without partial" omits these from the test.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SEEDS = 5
 
 
 def main() -> None:
-    """Run both ways of holding out and write what came out."""
+    """Run both cross-validations and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
@@ -39,26 +39,26 @@ def main() -> None:
     models = np.array([row["model"] for row in rows])
 
     def probabilities(train: Sequence[int], test: Sequence[int]) -> np.ndarray:
-        head = fit_head("refusal", *([of[i] for i in train] for of in (prompts, answers, refuses)))
+        head = fit_head("refusal", *([column[i] for i in train] for column in (prompts, answers, refuses)))
         return head.probability([prompts[i] for i in test], [answers[i] for i in test])
 
-    def measured(p: np.ndarray, which: np.ndarray) -> dict[str, Any]:
-        at = np.flatnonzero(which)
-        said = (p[at] >= 0.5).tolist()
-        found = asdict(agreement(refuses[at].tolist(), said, p[at].tolist(), [prompts[i] for i in at]))
-        return {name: _rounded(value) for name, value in found.items()}
+    def metrics(p: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+        judge = (p[mask] >= 0.5).tolist()
+        masked_prompts = [prompts[i] for i in np.flatnonzero(mask)]
+        results = asdict(agreement(refuses[mask].tolist(), judge, p[mask].tolist(), masked_prompts))
+        return {name: _rounded(value) for name, value in results.items()}
 
-    every, began, seeds = np.ones(len(rows), dtype=bool), time.monotonic(), []
+    everything, start, seeds = np.ones(len(rows), dtype=bool), time.monotonic(), []
     groups = np.unique(prompts, return_inverse=True)[1]
-    out = np.zeros(len(rows))
+    left_out = np.zeros(len(rows))
     for model in sorted(set(models)):
-        out[models == model] = probabilities(np.flatnonzero(models != model), np.flatnonzero(models == model))
-        print(f"without {model}: {measured(out, models == model)['accuracy']}", flush=True)
+        left_out[models == model] = probabilities(np.flatnonzero(models != model), np.flatnonzero(models == model))
+        print(f"without {model}: {metrics(left_out, models == model)['accuracy']}", flush=True)
     for seed in range(SEEDS):
         p = np.zeros(len(rows))
         for train, test in GroupKFold(5, shuffle=True, random_state=seed).split(p, groups=groups):
             p[test] = probabilities(train, test)
-        seeds.append({"seed": seed, "all": measured(p, every), "without_partial": measured(p, ~partial)})
+        seeds.append({"seed": seed, "all": metrics(p, everything), "without_partial": metrics(p, ~partial)})
         print(f"seed {seed}: {seeds[-1]['all']['balanced_accuracy']}", flush=True)
     write_json(
         RESULTS,
@@ -67,24 +67,24 @@ def main() -> None:
             "what": "refusal (full or partial) against compliance, the linear judge, human labels of XSTest",
             "versions": versions(),
             "hardware": hardware(),
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(time.monotonic() - start, 1),
             "data": {file.name: file_hash(file) for file in files},
             "grouped_by_prompt": {
                 name: {
-                    metric: round(float(np.mean([one[name][metric][0] for one in seeds])), 4)
+                    metric: round(float(np.mean([seed[name][metric][0] for seed in seeds])), 4)
                     for metric in ("balanced_accuracy", "accuracy")
                 }
                 for name in ("all", "without_partial")
             },
             "seeds": seeds,
             "leave_one_model_out": {
-                "all": measured(out, every),
-                **{model: measured(out, models == model) for model in sorted(set(models))},
+                "all": metrics(left_out, everything),
+                **{model: metrics(left_out, models == model) for model in sorted(set(models))},
             },
             "missed_by_kind": {
-                "full refusals called compliance": int((refuses & ~partial & (out < 0.5)).sum()),
-                "partial refusals called compliance": int((partial & (out < 0.5)).sum()),
-                "compliance called refusal": int((~refuses & (out >= 0.5)).sum()),
+                "full refusals called compliance": int((refuses & ~partial & (left_out < 0.5)).sum()),
+                "partial refusals called compliance": int((partial & (left_out < 0.5)).sum()),
+                "compliance called refusal": int((~refuses & (left_out >= 0.5)).sum()),
                 "partial refusals": int(partial.sum()),
             },
         },
@@ -98,7 +98,7 @@ def _read(file: Path) -> list[dict[str, str]]:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, tuple):
-        return [round(float(one), 4) for one in value]
+        return [round(float(number), 4) for number in value]
     return round(value, 4) if isinstance(value, float) else value
 
 

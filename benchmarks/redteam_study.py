@@ -1,9 +1,9 @@
-"""The red-team circle of `examples/redteam_circle.py` over seeds.
+"""Run the red-team circle of `examples/redteam_circle.py` on several seeds.
 
     python benchmarks/redteam_study.py [--seeds 4] [--folder runs/redteam-study] [--serve PORT]
 
-Writes `benchmarks/results/redteam.json`; with `--serve`, where the base answers through `transformers serve`,
-`redteam_served.json`. A second start goes on where the first was.
+Writes `benchmarks/results/redteam.json`, or `redteam_served.json` with `--serve`, which generates the base's answers
+through `transformers serve`. After an interruption the same command resumes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
-    """Run the seeds and write what came out."""
+    """Run the seeds and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("runs/redteam-study"))
@@ -37,7 +37,7 @@ def main() -> None:
         RESULTS / ("redteam_served.json" if options.serve else "redteam.json"),
         {
             "command": f"python benchmarks/redteam_study.py --seeds {options.seeds}{serve}",
-            "what": "intervals are over held-out prompts of one world and run each",
+            "what": "each interval is over held-out prompts of one world and one run",
             "versions": versions(),
             "hardware": hardware(),
             "seeds": seeds,

@@ -1,10 +1,10 @@
-"""Measure what the reference costs in memory, each way of training in a process of its own.
+"""Measure the memory that the reference takes in several setups, each in its own process.
 
     python benchmarks/reference_memory.py            # about a minute; writes benchmarks/results/reference_memory.json
 
-A `base` model (see bfpo.model.new.SHAPES) is trained for three steps. `static` is the resident memory after the first
-step, when weights, gradients, optimizer state and reference are all there; `second model` trains in full with a whole
-frozen copy as reference, as is usual elsewhere.
+A `base` model (see bfpo.model.new.SHAPES) is trained for three steps. `resident_mib` is the resident memory after
+them, with weights, gradients, optimizer state and reference. `second model` trains all weights with a full frozen
+copy as reference, as other libraries do.
 """
 
 import copy
@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-WAYS = ("second model", "full", "down_proj", "lora")
+SETUPS = ("second model", "full", "down_proj", "lora")
 RESULT = Path(__file__).parent / "results" / "reference_memory.json"
 
 
-def measure(way: str) -> dict[str, Any]:
+def measure(setup: str) -> dict[str, Any]:
     """Train three steps in this process and return its memory in MiB."""
     import torch
     from transformers import PrinterCallback, TrainingArguments
@@ -49,30 +49,30 @@ def measure(way: str) -> dict[str, Any]:
         rows,
         processing_class=tokenizer,
         loss=BFPO(beta=0.5),
-        peft_config=lora_config(LoraSection()) if way == "lora" else None,
-        train_only=["down_proj"] if way == "down_proj" else None,
-        reference="adapter" if way == "lora" else "shared",
+        peft_config=lora_config(LoraSection()) if setup == "lora" else None,
+        train_only=["down_proj"] if setup == "down_proj" else None,
+        reference="adapter" if setup == "lora" else "shared",
     )
     reference_bytes = trainer.reference.nbytes
-    if way == "second model":
+    if setup == "second model":
         frozen = copy.deepcopy(model).requires_grad_(False)
         add_layout_forward(frozen)
         reference_bytes = weights
 
-        class Whole:
+        class SecondModel:
             nbytes = weights
 
             @torch.no_grad()
             def logps(self, policy: Any, layout: Any) -> Any:
                 return frozen(layout=layout)
 
-        trainer.reference = Whole()
+        trainer.reference = SecondModel()
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     status = Path("/proc/self/status").read_text()
     resident = int(status.split("VmRSS:")[1].split()[0]) / 1024
     return {
-        "way": way,
+        "way": setup,
         "weights_mib": round(weights / 2**20, 1),
         "trained_share": round(trainer.selection.trained / trainer.selection.total, 4),
         "reference_mib": round(reference_bytes / 2**20, 1),
@@ -81,7 +81,7 @@ def measure(way: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure every way in a fresh process and write the results."""
+    """Measure every setup in a fresh process and write the results."""
     if len(sys.argv) == 2:
         print(json.dumps(measure(sys.argv[1])))
         return
@@ -89,9 +89,9 @@ def main() -> None:
     from bfpo.training.manifest import hardware, versions
 
     measured = []
-    for way in WAYS:
+    for setup in SETUPS:
         process = subprocess.run(
-            [sys.executable, "-W", "ignore", __file__, way], check=True, capture_output=True, text=True
+            [sys.executable, "-W", "ignore", __file__, setup], check=True, capture_output=True, text=True
         )
         measured.append(json.loads(process.stdout.splitlines()[-1]))
         print(measured[-1])

@@ -1,9 +1,9 @@
-"""Check the arithmetic of docs/scaling.md at small scale: bytes and seconds a pair, a training state, traffic.
+"""Check the formulas of docs/scaling.md at small scale: bytes and seconds per pair, training state, traffic.
 
     python benchmarks/scaling_check.py      # about six minutes; writes benchmarks/results/scaling.json
 
-Each measurement runs in a process of its own, so that its peak is its own. `expected` is what the formula of the docs
-gives. Pairs are random: 60 / 120 / 120 tokens for prompt / chosen / rejected, about 4 letters a token.
+Each measurement runs in its own process, because peak memory is measured per process. `expected` is the value of the
+formula in the docs. Pairs are random: 60 / 120 / 120 tokens for prompt / chosen / rejected, about 4 letters a token.
 """
 
 import json
@@ -33,11 +33,11 @@ def resident() -> int:
 
 
 def peak() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def table_of(count: int) -> Any:
+def random_table(count: int) -> Any:
     """Return a table of random pairs, filled array by array."""
     from bfpo.data.table import PairTable
 
@@ -57,48 +57,48 @@ def table_of(count: int) -> Any:
 
 
 def tokens_and_plan(count: int) -> dict[str, Any]:
-    """Measure what stays in memory while a run trains, and what the plan costs."""
+    """Measure the memory of the token table and of the stream plan, and the time of hashing and planning."""
     from bfpo.training.streams import StreamPlan
 
     before = resident()
-    table = table_of(count)
-    of_table = resident() - before
-    began = time.process_time()
-    fingerprint_of = table.tokens_hash
-    hashed = time.process_time() - began
+    table = random_table(count)
+    table_bytes = resident() - before
+    start = time.process_time()
+    assert table.tokens_hash
+    hash_seconds = time.process_time() - start
 
-    def plan_of_steps(steps: int) -> StreamPlan:
+    def plan_steps(steps: int) -> StreamPlan:
         plan = StreamPlan(table.main_rows, table.buffer_rows, 64, SEED)
         for step in range(steps):
             plan.step(step)
         return plan
 
-    began = time.process_time()
-    plan = plan_of_steps(1)
-    first = time.process_time() - began
-    began = time.process_time()
+    start = time.process_time()
+    plan = plan_steps(1)
+    first_step_seconds = time.process_time() - start
+    start = time.process_time()
     for step in range(1, 1001):
         plan.step(step)
-    later = time.process_time() - began
+    later_steps_seconds = time.process_time() - start
     tracemalloc.start()
-    plan = plan_of_steps(1001)
-    of_plan = tracemalloc.get_traced_memory()[0]
-    assert fingerprint_of
+    plan = plan_steps(1001)
+    plan_bytes = tracemalloc.get_traced_memory()[0]
     return {
         "pairs": count,
-        "table_bytes_a_pair": of_table / count,
+        "table_bytes_a_pair": table_bytes / count,
         "expected_table_bytes_a_pair": 4 * sum(TOKENS) + 4 * 8 + 3 * 8 + 2 + 65 + 8,
-        "hash_seconds": hashed,
-        "plan_first_step_seconds": first,
-        "plan_step_microseconds": later * 1e3,
-        "plan_bytes_a_pair": of_plan / count,
-        # row numbers, and the passes over each stream that were begun
+        "hash_seconds": hash_seconds,
+        "plan_first_step_seconds": first_step_seconds,
+        # Of a thousand steps.
+        "plan_step_microseconds": later_steps_seconds * 1e3,
+        "plan_bytes_a_pair": plan_bytes / count,
+        # Row numbers, and the passes over each stream so far.
         "expected_plan_bytes_a_pair": 8 + 8 * -(-1001 * 64 // (count // 2)),
     }
 
 
 def mapped(count: int) -> dict[str, Any]:
-    """Measure a table whose token ids stay in a file: steps of 64 + 64 pairs, each read for the first time."""
+    """Measure a table with memory-mapped token ids in steps of 64 + 64 pairs, each pair read for the first time."""
     from dataclasses import replace
 
     from bfpo.training.streams import StreamPlan
@@ -106,21 +106,21 @@ def mapped(count: int) -> dict[str, Any]:
     steps = 200
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ids.npy"
-        table = table_of(count)
+        table = random_table(count)
         np.save(path, table.ids)
-        # Out of the page cache, so that the file is really read.
+        # Removed from the page cache, so that the file is read from disk.
         with path.open("rb+") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         table = replace(table, ids=np.load(path, mmap_mode="r"))
         plan = StreamPlan(table.main_rows, table.buffer_rows, 64, SEED)
         plan.step(0)
-        before, began, tokens = resident(), time.perf_counter(), 0
+        before, start, tokens = resident(), time.perf_counter(), 0
         for step in range(steps):
             for row in (row for rows in plan.step(step) for row in rows):
                 prompt, (chosen, rejected) = table[row]
                 tokens += len(np.concatenate([prompt, chosen, rejected]))
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         return {
             "pairs": count,
             "milliseconds_a_step": seconds / steps * 1e3,
@@ -132,38 +132,38 @@ def mapped(count: int) -> dict[str, Any]:
 
 
 def cache(count: int) -> dict[str, Any]:
-    """Measure an entry of the reference cache: its bytes, and what reading it costs."""
+    """Measure the bytes of an entry of the reference cache, and the time to write, join and read it."""
     from bfpo.model.reference_cache import ReferenceEntry
 
     values = np.random.default_rng(SEED).normal(size=(count, 2))
     with tempfile.TemporaryDirectory() as folder:
         entry = ReferenceEntry(Path(folder), {"made": "up"}, (count, 2))
-        began = time.process_time()
+        start = time.process_time()
         for number, rows in enumerate(entry.parts):
             entry.write_part(number, values[rows])
-        written = time.process_time() - began
-        began = time.process_time()
+        write_seconds = time.process_time() - start
+        start = time.process_time()
         entry.finish()
-        joined = time.process_time() - began
+        join_seconds = time.process_time() - start
         size = sum(file.stat().st_size for file in entry.folder.rglob("*"))
         del values
-        before, began = resident(), time.process_time()
+        before, start = resident(), time.process_time()
         read = entry.read()
-        seconds, held = time.process_time() - began, resident() - before
+        read_seconds, read_bytes = time.process_time() - start, resident() - before
         assert read.shape == (count, 2)
     return {
         "pairs": count,
         "bytes_a_pair": size / count,
         "expected_bytes_a_pair": 16,
-        "write_seconds": written,
-        "join_seconds": joined,
-        "read_seconds": seconds,
-        "read_bytes_held": held,
+        "write_seconds": write_seconds,
+        "join_seconds": join_seconds,
+        "read_seconds": read_seconds,
+        "read_bytes_held": read_bytes,
     }
 
 
 def start_up(count: int) -> dict[str, Any]:
-    """Measure reading, cleaning and tokenizing a file of pairs, as `bfpo train` does before it trains."""
+    """Measure reading, cleaning and tokenizing a file of pairs, as `bfpo train` does before training."""
     from bfpo.config.loading import check_recipe
     from bfpo.config.recipes import DataRecipe, Source, TextSection
     from bfpo.data.load import SourceReport
@@ -179,34 +179,34 @@ def start_up(count: int) -> dict[str, Any]:
         sample: list[str] = []
         with path.open("w") as file:
             for _ in range(count):
-                texts = [" ".join(words[place] for place in rng.integers(0, len(words), size)) for size in TOKENS]
+                texts = [" ".join(words[index] for index in rng.integers(0, len(words), size)) for size in TOKENS]
                 sample += texts if len(sample) < 3000 else []
                 row = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
                 file.write(json.dumps(row | {"is_chosen_safe": True, "is_rejected_safe": False}) + "\n")
         tokenizer = new_tokenizer(sample, 8000)
-        before, began = resident(), time.process_time()
+        before, start = resident(), time.process_time()
         prepared = prepare(check_recipe({"data": [{"path": str(path)}]}, DataRecipe, "scaling"))
-        read = time.process_time() - began
-        held = resident() - before
-        began = time.process_time()
-        kept, examples = Encoder(tokenizer, TextSection()).encode(
+        read_seconds = time.process_time() - start
+        read_bytes = resident() - before
+        start = time.process_time()
+        pairs, examples = Encoder(tokenizer, TextSection()).encode(
             prepared.train, SourceReport("pairs", Source(path="-"), taken=count)
         )
-        table = pair_table(examples, kept)
-        tokenized = time.process_time() - began
+        table = pair_table(examples, pairs)
+        tokenize_seconds = time.process_time() - start
         return {
             "pairs": count,
             "file_bytes_a_pair": path.stat().st_size / count,
-            "read_seconds": read,
-            "read_bytes_a_pair": held / count,
-            "tokenize_seconds": tokenized,
+            "read_seconds": read_seconds,
+            "read_bytes_a_pair": read_bytes / count,
+            "tokenize_seconds": tokenize_seconds,
             "tokens_a_pair": len(table.ids) / count,
             "peak_bytes_a_pair": (peak() - before) / count,
         }
 
 
 def state(_: int) -> dict[str, Any]:
-    """Add up the bytes of weights, gradients and optimizer after a step in full, and of the selective reference."""
+    """Sum the bytes of weights, gradients, optimizer and reference after a step, training all or selected weights."""
     from transformers import PrinterCallback, TrainingArguments
 
     from bfpo import BFPOTrainer
@@ -218,7 +218,7 @@ def state(_: int) -> dict[str, Any]:
         for n in range(8)
     ]
     tokenizer = new_tokenizer(["a b c"], 300)
-    found: dict[str, Any] = {}
+    states: dict[str, Any] = {}
     for name, train_only in (("full", None), ("selective", ["down_proj"])):
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
@@ -231,33 +231,34 @@ def state(_: int) -> dict[str, Any]:
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         assert trainer.optimizer is not None
-        moments = [value for one in trainer.optimizer.state.values() for value in one.values() if value.dim()]
+        moments = [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
         trained, total = trainer.selection.trained, trainer.selection.total
-        copied = trainer.reference.nbytes if trainer.reference else 0
-        found[name] = {
+        reference_bytes = trainer.reference.nbytes if trainer.reference else 0
+        states[name] = {
             "weights": total,
             "trained": trained,
-            "bytes": sum(p.nbytes for p in model.parameters())
-            + sum(m.nbytes for m in moments)
-            + copied
+            "bytes": sum(parameter.nbytes for parameter in model.parameters())
+            + sum(moment.nbytes for moment in moments)
+            + reference_bytes
             + 4 * trained,
             "expected_bytes": 4 * total + (12 if name == "full" else 16) * trained,
         }
-    return found
+    return states
 
 
 def traffic(_: int) -> dict[str, Any]:
-    """Count what two processes hand to DDP's all-reduce in a step: one number for each trained weight."""
+    """Count the bytes that DDP all-reduces between two processes in a step: one number for each trained weight."""
     import torch
     from torch.multiprocessing.spawn import spawn
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_one_of_two, (folder,), nprocs=2)
-        return json.loads((Path(folder) / "counted.json").read_text())  # type: ignore[no-any-return]
+        spawn(_count_traffic, (folder,), nprocs=2)
+        return json.loads((Path(folder) / "traffic.json").read_text())  # type: ignore[no-any-return]
 
 
-def _one_of_two(rank: int, folder: str) -> None:
+def _count_traffic(rank: int, folder: str) -> None:
+    """Take a step as one of two processes; the first writes the bytes that it sent."""
     import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
@@ -269,33 +270,34 @@ def _one_of_two(rank: int, folder: str) -> None:
     from bfpo.model.new import new_model, new_tokenizer
     from bfpo.model.selective import select_parameters
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model = new_model(NewModel(shape="small"), new_tokenizer(["a b c"], 300))
     selection = select_parameters(model, ["down_proj"])
     add_layout_forward(model)
     wrapped = DistributedDataParallel(model)
-    counted = []
+    bucket_bytes = []
 
-    def count(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        counted.append(bucket.buffer().nbytes)
-        # Waited for here: a callback in gloo's own thread can meet the end of the process, and hang.
+    def reduce_and_count(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        bucket_bytes.append(bucket.buffer().nbytes)
+        # Synchronous, because a callback in gloo's own thread can hang when the process ends.
         dist.all_reduce(bucket.buffer())
-        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
 
-    wrapped.register_comm_hook(None, count)
+    wrapped.register_comm_hook(None, reduce_and_count)
     ids = np.arange(5, dtype=np.int32)
     wrapped(layout=packed_layout([Example(ids, (ids, ids[:3]))])).sum().backward()
     if rank == 0:
-        told = {"trained": selection.trained, "bytes": sum(counted), "expected_bytes": 4 * selection.trained}
-        (Path(folder) / "counted.json").write_text(json.dumps(told))
-    # Who leaves first must not take the other's connection away.
+        expected_bytes = 4 * selection.trained
+        traffic = {"trained": selection.trained, "bytes": sum(bucket_bytes), "expected_bytes": expected_bytes}
+        (Path(folder) / "traffic.json").write_text(json.dumps(traffic))
+    # The process that ends first would close the other's connection.
     dist.barrier()
     dist.destroy_process_group()
 
 
-MEASURED: dict[str, tuple[Callable[[int], dict[str, Any]], tuple[int, ...]]] = {
+MEASUREMENTS: dict[str, tuple[Callable[[int], dict[str, Any]], tuple[int, ...]]] = {
     "tokens_and_plan": (tokens_and_plan, SIZES),
     "mapped": (mapped, SIZES),
     "cache": (cache, SIZES),
@@ -306,15 +308,15 @@ MEASURED: dict[str, tuple[Callable[[int], dict[str, Any]], tuple[int, ...]]] = {
 
 
 def main() -> None:
-    """Measure everything, each in a fresh process, and write the results."""
+    """Run every measurement in a fresh process and write the results."""
     if len(sys.argv) == 3:
-        print(json.dumps(MEASURED[sys.argv[1]][0](int(sys.argv[2]))))
+        print(json.dumps(MEASUREMENTS[sys.argv[1]][0](int(sys.argv[2]))))
         return
     from bfpo.core.files import write_json
     from bfpo.training.manifest import hardware, versions
 
     results: dict[str, Any] = {}
-    for name, (_, sizes) in MEASURED.items():
+    for name, (_, sizes) in MEASUREMENTS.items():
         for size in sizes:
             process = subprocess.run(
                 [sys.executable, "-W", "ignore", __file__, name, str(size)],

@@ -1,11 +1,11 @@
-"""Measure a training step of BFPOTrainer against one of TRL's DPOTrainer: time, memory, errors.
+"""Compare a training step of BFPOTrainer with one of TRL's DPOTrainer: time, memory, numerical error.
 
-    python benchmarks/step_speed.py            # about 25 minutes; goes on where it was interrupted
+    python benchmarks/step_speed.py            # about 25 minutes; resumes after an interruption
     python benchmarks/step_speed.py --quick    # under a minute; the last line is the ratio on HH-RLHF
     python benchmarks/step_speed.py --cuda     # on one GPU, models of 1 and 7 B
-    python benchmarks/step_speed.py --docs     # only make the tables and the plot of docs/performance.md anew
+    python benchmarks/step_speed.py --docs     # only update the tables and the plot of docs/performance.md
 
-What is measured, and how, is told in docs/performance.md. Real data are looked for in ../shared/data (see --data).
+docs/performance.md describes the measurements. Real data are read from ../shared/data (see --data).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "step_speed.json"
@@ -34,16 +34,16 @@ EXACTNESS_PAIRS = 8
 
 
 def main() -> None:
-    """Read the command line and measure."""
+    """Parse the command line and run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group()
-    for name, text in (
+    mode = parser.add_mutually_exclusive_group()
+    for name, help_text in (
         ("quick", "HH-RLHF only, a few rounds, nothing written"),
         ("cuda", "measure on one GPU"),
-        ("docs", "measure nothing, write docs/performance.md from the results"),
+        ("docs", "only write docs/performance.md from the results"),
     ):
-        what.add_argument(f"--{name}", action="store_true", help=text)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the real data")
+        mode.add_argument(f"--{name}", action="store_true", help=help_text)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of real data")
     options = parser.parse_args()
     if options.docs:
         from speed.report import update_docs
@@ -51,11 +51,12 @@ def main() -> None:
         update_docs(json.loads(RESULTS.read_text()), DOCS)
         return
     if not options.data.is_dir():
-        raise SystemExit(f"--data: there is no folder {options.data}")
+        raise SystemExit(f"--data: {options.data} is not a folder")
     if options.cuda:
         measure_on_cuda(options.data)
         return
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also read when torch is loaded: these numbers are a CPU's
+    # These are measurements of a CPU. torch reads this variable, too, when it is imported.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if options.quick:
         measure_quickly(options.data)
     else:
@@ -63,19 +64,19 @@ def main() -> None:
 
 
 def measure_quickly(data: Path) -> None:
-    """Print the ratio of TRL's step to ours on HH-RLHF, 4 pairs, the 9 M model."""
+    """Print the ratio of TRL's step time to ours on HH-RLHF with 4 pairs and the 9 M model."""
     from speed.data import make_pairs
     from speed.measure import Group, measure_together
-    from speed.report import ratios, show_interval, speed_table
+    from speed.report import format_range, ratios, speed_table
 
     group = Group("hh", "9M", 4, PLAIN, rounds=3)
     result = measure_together(group, make_pairs(group.data, data, count=group.pairs, seed=SEED))
     print(speed_table(result))
-    print(f"{group.name}: {show_interval(ratios(result, 'TRL', 'bfpo'))} x as fast as TRL")
+    print(f"{group.name}: {format_range(ratios(result, 'TRL', 'bfpo'))} x as fast as TRL")
 
 
 def measure_all(data: Path) -> None:
-    """Measure every group that the results file lacks, and write it after each."""
+    """Measure every group that is missing in the results file, and write the file after each."""
     from speed.data import make_pairs
     from speed.exactness import largest_errors
     from speed.measure import Group, in_fresh_process, measure_memory, measure_together
@@ -95,59 +96,58 @@ def measure_all(data: Path) -> None:
         Group("hh", "9M", 8, PLAIN, rounds=3, keeps_memory=False),
         Group("hh", "25M", 4, PLAIN, rounds=3, keeps_memory=False),
     )
-    results = begun(RESULTS, "python benchmarks/step_speed.py")
+    results = load_results(RESULTS, "python benchmarks/step_speed.py")
     for group in groups:
         if group.name not in results["groups"]:
             table = make_pairs(group.data, data, count=group.pairs, seed=SEED)
-            write(RESULTS, results, "groups", group.name, in_fresh_process(measure_together, group, table))
+            add_result(RESULTS, results, "groups", group.name, in_fresh_process(measure_together, group, table))
     for group in groups[:2]:
         if group.name not in results["memory"]:
             group = replace(group, variants=MEMORY, rounds=MEMORY_ROUNDS)
             table = make_pairs(group.data, data, count=group.pairs, seed=SEED)
-            write(RESULTS, results, "memory", group.name, measure_memory(group, table))
+            add_result(RESULTS, results, "memory", group.name, measure_memory(group, table))
         if group.name not in results["exactness"]:
             table = make_pairs(group.data, data, count=EXACTNESS_PAIRS, seed=SEED)
             errors = largest_errors(SHAPES[group.shape], table, list(range(EXACTNESS_PAIRS)))
-            write(RESULTS, results, "exactness", group.name, errors)
+            add_result(RESULTS, results, "exactness", group.name, errors)
 
 
 def measure_on_cuda(data: Path) -> None:
-    """Measure the groups that fit on the GPU, and print them."""
+    """Measure the groups that fit on the GPU and print the results."""
     import torch
     from transformers.utils import is_flash_attn_2_available
 
     if not torch.cuda.is_available():
-        raise SystemExit("--cuda: PyTorch sees no GPU here; the CPU numbers need no option")
+        raise SystemExit("--cuda: PyTorch finds no GPU; leave the option out to measure on the CPU")
     from speed.data import make_pairs
     from speed.measure import Group, measure_in_turn
     from speed.report import speed_table, utilization
 
-    theirs = ("TRL, SDPA", *(["TRL, FlashAttention"] if is_flash_attn_2_available() else []))
-    variants = (*theirs, "bfpo, checkpointed", "bfpo, not checkpointed")
+    trl_variants = ("TRL, SDPA", *(["TRL, FlashAttention"] if is_flash_attn_2_available() else []))
+    variants = (*trl_variants, "bfpo, checkpointed", "bfpo, not checkpointed")
     groups = [
         Group(name, shape, 8, variants, rounds=10, selective=selective, needs_gib=needs_gib)
         for shape, selective, needs_gib in (("1B", False, 40), ("7B", True, 75), ("7B", False, 130))
         for name in ("hh", "ultrafeedback")
     ]
     device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
-    results = begun(CUDA_RESULTS, "python benchmarks/step_speed.py --cuda")
+    results = load_results(CUDA_RESULTS, "python benchmarks/step_speed.py --cuda")
     for group in groups:
         if group.needs_gib > memory:
-            print(f"{group.name}: left out, it needs {group.needs_gib} GiB and the GPU has {memory:.0f}")
+            print(f"{group.name}: skipped; it needs {group.needs_gib} GiB and the GPU has {memory:.0f}")
             continue
         if group.name not in results["groups"]:
             table = make_pairs(group.data, data, count=group.pairs, seed=SEED)
-            write(CUDA_RESULTS, results, "groups", group.name, measure_in_turn(group, table))
+            add_result(CUDA_RESULTS, results, "groups", group.name, measure_in_turn(group, table))
         result = results["groups"][group.name]
         print(f"\n{group.name}\n{speed_table(result)}")
         for name, peak in result["peak_mib"].items():
-            print(
-                f"{name}: {utilization(result, name, device)} of the GPU's data sheet, peak {peak:,} MiB above static"
-            )
+            share = utilization(result, name, device)
+            print(f"{name}: {share} of the GPU's peak in its data sheet, peak memory {peak:,} MiB above static")
 
 
-def begun(path: Path, command: str) -> dict[str, Any]:
-    """Return the results that a file holds if they were measured on the same code and machine, else empty ones."""
+def load_results(path: Path, command: str) -> dict[str, Any]:
+    """Return the results of a file if they were measured with the same code and machine, else empty results."""
     from bfpo.training.manifest import hardware, versions
 
     head = {
@@ -161,12 +161,12 @@ def begun(path: Path, command: str) -> dict[str, Any]:
         results = json.loads(path.read_text())
         if {key: results.get(key) for key in head} == head:
             return results
-        print(f"{path.name} was measured on other code or another machine: starting anew")
+        print(f"{path.name} was measured with other code or on another machine: starting over")
     return head | {"groups": {}, "memory": {}, "exactness": {}}
 
 
 def source_revision() -> str:
-    """Return the last commit that touched `src`, with `+changes` if there are any since."""
+    """Return the last commit that changed `src`, with `+changes` if there are uncommitted changes."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -176,11 +176,11 @@ def source_revision() -> str:
     return git("log", "-1", "--format=%H", "--", "src") + ("+changes" if git("status", "--porcelain", "src") else "")
 
 
-def write(path: Path, results: dict[str, Any], part: str, name: str, measured: Any) -> None:
-    """Add what was measured to the results and write them."""
+def add_result(path: Path, results: dict[str, Any], part: str, name: str, result: Any) -> None:
+    """Add a measurement to the results and write them."""
     from bfpo.core.files import write_json
 
-    results[part][name] = measured
+    results[part][name] = result
     write_json(path, results)
     print(f"{part}: {name}: written to {path.name}", flush=True)
 

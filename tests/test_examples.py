@@ -1,6 +1,7 @@
-"""The scripts of examples/ run as their first lines say and print what the library computes."""
+"""The scripts of examples/ run by their documented commands and print what the library computes."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_four_actions_prints_the_exact_policies_and_draws_them(tmp_path):
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, EXAMPLES / "four_actions.py"],
         cwd=tmp_path,
         env=os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"},
@@ -25,7 +26,8 @@ def test_four_actions_prints_the_exact_policies_and_draws_them(tmp_path):
         check=True,
     )
     printed = {
-        line[:18].strip(): [float(word) for word in line[18:].split()] for line in done.stdout.splitlines()[1:-1]
+        line[:18].strip(): [float(number) for number in line[18:].split()]
+        for line in process.stdout.splitlines()[1:-1]
     }
 
     uniform = np.full(4, 0.25)
@@ -40,6 +42,12 @@ def test_four_actions_prints_the_exact_policies_and_draws_them(tmp_path):
     assert unshifted[0] > unshifted[3]
     assert shifted[0] < shifted[3]
     assert ElementTree.parse(tmp_path / "four_actions.svg").getroot().tag.endswith("svg")
+
+
+def test_four_actions_names_the_command_that_installs_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"needs matplotlib; pip install 'bfpo\[dev\]'"):
+        runpy.run_path(str(EXAMPLES / "four_actions.py"))
 
 
 OFFICIAL = """
@@ -63,17 +71,17 @@ def test_a_buffered_run_has_the_losses_of_the_official_arithmetic(tmp_path, monk
         arguments = ["--official", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["official_parity.py", *arguments])
     monkeypatch.setattr(official_parity, "STEPS", 4)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         official_parity.main()
-    assert ended.value.code == code
+    assert exit_info.value.code == code
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[-7:-2]] == ["step", "0", "1", "2", "3"]
-    assert printed[-2].startswith("largest difference of a loss: ")
+    assert printed[-2].startswith("largest relative difference of a loss: ")
 
 
-def test_a_folder_that_is_no_checkout_is_named(tmp_path, monkeypatch):
+def test_a_folder_that_is_no_checkout_is_rejected(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import official_parity
 
-    with pytest.raises(SystemExit, match="--official wants a checkout of wx-zhang/bfpo"):
-        official_parity.of_checkout(tmp_path)
+    with pytest.raises(SystemExit, match="--official expects a checkout of wx-zhang/bfpo"):
+        official_parity.checkout_loss(tmp_path)

@@ -1,1 +1,1 @@
-"""The parts of `benchmarks/step_speed.py`."""
+"""Modules of `benchmarks/step_speed.py`."""

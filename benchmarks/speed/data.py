@@ -1,4 +1,4 @@
-"""Pairs to step on: real ones from local files, and synthetic ones with the lengths of sets that are not at hand."""
+"""Pairs of the benchmark: real ones from local files, synthetic ones with the lengths of other data sets."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,16 +31,16 @@ class LogNormal(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """Lengths of a set's prompts and answers."""
+    """Distributions of the lengths of a data set's prompts and completions."""
 
     prompt: LogNormal
     chosen: LogNormal
     rejected: LogNormal
 
 
-# Assumed, not measured: neither set can be downloaded here. The means of the first (148, 332 and 278 tokens) agree
-# with the size that its card states, 6.6 kB a row, at 4.3 bytes a token; those of the second (23, 90 and 90) are
-# those of short questions with answers of a paragraph.
+# Assumed, not measured, because neither data set could be downloaded. The means of the first (148, 332 and 278
+# tokens) agree with the size in its card, 6.6 kB per row, at 4.3 bytes per token; those of the second (23, 90 and 90)
+# are typical of short questions with answers of a paragraph.
 PROFILES = {
     "ultrafeedback": Profile(LogNormal(90, 1.0), LogNormal(260, 0.7), LogNormal(210, 0.75)),
     "pku": Profile(LogNormal(20, 0.5), LogNormal(70, 0.7), LogNormal(70, 0.7)),
@@ -52,9 +52,9 @@ def make_pairs(name: str, folder: Path, *, count: int, seed: int) -> PairTable:
 
     Args:
         name: A key of `REAL` or `PROFILES`.
-        folder: Where the real data are.
+        folder: Folder of the real data.
         count: Number of pairs.
-        seed: Of the sample, the order, and all that is drawn.
+        seed: Seed of the sample, its order, and synthetic pairs.
     """
     rng = np.random.default_rng(seed)
     if name in PROFILES:
@@ -62,23 +62,23 @@ def make_pairs(name: str, folder: Path, *, count: int, seed: int) -> PairTable:
     options = REAL[name]
     source = Source(**options | {"path": str(folder / options["path"])})
     report, pairs = load_pairs(source, "main")
-    # Byte pairs learned from the very texts: about as many tokens as a large vocabulary would need for them.
+    # The BPE is trained on these texts, so that they have about as many tokens as with a large vocabulary.
     tokenizer = new_tokenizer(_texts(pairs), VOCABULARY)
     sample = [pairs[index] for index in rng.permutation(len(pairs))[:count]]
-    kept, examples = Encoder(tokenizer, TextSection(max_length=MAX_LENGTH)).encode(sample, report)
-    if len(kept) < count:
-        raise SystemExit(f"{name}: {len(kept)} pairs, and {count} are needed; ask for fewer rounds")
-    return pair_table(examples, kept)
+    encoded, examples = Encoder(tokenizer, TextSection(max_length=MAX_LENGTH)).encode(sample, report)
+    if len(encoded) < count:
+        raise SystemExit(f"{name}: {len(encoded)} pairs; expected at least {count}, reduce the number of rounds")
+    return pair_table(examples, encoded)
 
 
 def synthetic_pairs(profile: Profile, count: int, rng: np.random.Generator) -> PairTable:
-    """Return pairs of random tokens with lengths drawn from a profile, cut to `MAX_LENGTH`."""
+    """Return pairs of random tokens with lengths drawn from a profile, truncated to `MAX_LENGTH`."""
     examples = []
     for _ in range(count):
-        lengths = [round(rng.lognormal(np.log(drawn.median), drawn.sigma)) for drawn in profile]
+        lengths = [round(rng.lognormal(np.log(length.median), length.sigma)) for length in profile]
         prompt = min(max(lengths[0], 4), MAX_LENGTH // 2)
-        answers = [min(max(length, 2), MAX_LENGTH - prompt) for length in lengths[1:]]
-        ids = [rng.integers(3, VOCABULARY, length, dtype=np.int32) for length in (prompt, *answers)]
+        completions = [min(max(length, 2), MAX_LENGTH - prompt) for length in lengths[1:]]
+        ids = [rng.integers(3, VOCABULARY, length, dtype=np.int32) for length in (prompt, *completions)]
         examples.append(Example(ids[0], (ids[1], ids[2])))
     pair = PreferencePair(
         (Message("user", "-"),),

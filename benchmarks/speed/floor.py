@@ -1,4 +1,4 @@
-"""The least time a step can take: its useful matrix products at the rate that this machine reaches on them."""
+"""Lower bound of the time of a step: its useful matrix products at the rate that this machine reaches on them."""
 
 from collections.abc import Callable
 
@@ -10,21 +10,21 @@ from bfpo.data.table import PairTable
 
 
 def num_tokens(table: PairTable, rows: list[int]) -> int:
-    """Return the tokens that must be fed: each prompt once, and all of an answer but its last token."""
+    """Return the number of input tokens: each prompt once, and each completion without its last token."""
     return sum(prompt + chosen + rejected - 2 for prompt, chosen, rejected in table.lengths[rows].tolist())
 
 
 def useful_flops(model: nn.Module, table: PairTable, rows: list[int], *, selective: bool) -> float:
-    """Return the floating-point operations of a step that no layout can save.
+    """Return the floating-point operations of a step that every layout needs.
 
-    Weights of the body: 2 a token in each forward pass (policy and reference), 2 for the gradient of the input, 2
-    for that of a weight that is trained. The head: the same, at completion tokens only. Attention: products of
-    queries with keys and of weights with values, for causal pairs of positions within a pair's own tokens.
+    Per weight of the body and token: 2 in each forward pass (policy and reference), 2 for the gradient of the input,
+    2 for that of the weight if it is trained. The head: the same, at completion tokens only. Attention: products of
+    queries with keys and of weights with values, for causal pairs of positions within the tokens of a pair.
 
     Args:
-        model: A Llama-type model.
-        table: Pairs.
-        rows: Those of one step.
+        model: Llama-type model.
+        table: Token table.
+        rows: Rows of one step.
         selective: Whether only `down_proj` is trained.
     """
     config = model.config
@@ -38,26 +38,26 @@ def useful_flops(model: nn.Module, table: PairTable, rows: list[int], *, selecti
     return (
         (6 * body + 2 * trained) * num_tokens(table, rows)
         + (6 if selective else 8) * head * scored
-        # Forward twice (4 a pair of positions and unit of width each), backward once (8).
+        # Per pair of positions and unit of width: 4 in each of two forward passes, 8 in the backward pass.
         + 16 * width * attended
     )
 
 
 def _causal_pairs(prompt: int, chosen: int, rejected: int) -> int:
     pairs = prompt * (prompt + 1) // 2
-    for fed in (chosen - 1, rejected - 1):
-        pairs += fed * prompt + fed * (fed + 1) // 2
+    for length in (chosen - 1, rejected - 1):
+        pairs += length * prompt + length * (length + 1) // 2
     return pairs
 
 
 def matmul_rate(
     model: nn.Module, dtype: torch.dtype, timed: Callable[[Callable[[], object]], float], *, tokens: int = 1024
 ) -> float:
-    """Return the FLOP/s of matrix products in the shapes of the model's body; the best of three runs of each."""
-    hidden, wide = model.config.hidden_size, model.config.intermediate_size
+    """Return the FLOP/s of matrix products with the shapes of the model's body, from the best of three runs each."""
+    hidden, intermediate = model.config.hidden_size, model.config.intermediate_size
     device = next(model.parameters()).device
     flops = seconds = 0.0
-    for n_in, n_out in ((hidden, hidden), (hidden, wide), (wide, hidden)):
+    for n_in, n_out in ((hidden, hidden), (hidden, intermediate), (intermediate, hidden)):
         left = torch.ones(tokens, n_in, dtype=dtype, device=device)
         right = torch.ones(n_out, n_in, dtype=dtype, device=device)
         seconds += min(timed(lambda left=left, right=right: linear(left, right)) for _ in range(3))

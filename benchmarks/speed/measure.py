@@ -1,4 +1,4 @@
-"""Timing variants side by side, and their memory each in a process of its own."""
+"""Timing of variants on the same batches, and memory of each variant in its own process."""
 
 import ctypes
 import gc
@@ -27,14 +27,14 @@ class Group:
     """Variants that are compared on the same batches.
 
     Args:
-        data: A set; see `data`.
-        shape: A key of `SHAPES`.
-        batch_size: Pairs of a step.
+        data: Name of the data set; see `data`.
+        shape: Key of `SHAPES`.
+        batch_size: Number of pairs per step.
         variants: Keys of `VARIANTS`.
-        rounds: Batches; every variant steps once on each.
+        rounds: Number of batches; every variant takes one step on each.
         selective: Whether all variants train `down_proj` only.
-        keeps_memory: Whether freed memory stays with the process; see `keep_memory`.
-        needs_gib: Memory of the device that the largest variant needs.
+        keeps_memory: Whether the process keeps freed memory; see `keep_memory`.
+        needs_gib: Device memory that the largest variant needs, in GiB.
     """
 
     data: str
@@ -48,13 +48,13 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Names the group in results."""
+        """Name of the group in the results."""
         name = f"{self.data}, {self.shape}, {self.batch_size} pairs"
         return name + ", down_proj" * self.selective + SYSTEM_MALLOC * (not self.keeps_memory)
 
     @property
     def pairs(self) -> int:
-        """Number of pairs that all rounds need."""
+        """Number of pairs of all rounds."""
         return self.rounds * self.batch_size
 
     def batches(self) -> list[list[int]]:
@@ -63,75 +63,77 @@ class Group:
         return [rows[start : start + self.batch_size] for start in range(0, self.pairs, self.batch_size)]
 
     def variant(self, name: str) -> Variant:
-        """Return a variant as this group runs it."""
+        """Return a variant with this group's settings."""
         return replace(VARIANTS[name], selective=True) if self.selective else VARIANTS[name]
 
 
 def cpu_seconds(run: Callable[[], object]) -> float:
-    """Return the CPU time of a call: what other processes do meanwhile hardly counts."""
+    """Return the CPU time of a call, which other processes hardly affect."""
     gc.collect()
-    began = time.process_time()
+    start = time.process_time()
     run()
-    return time.process_time() - began
+    return time.process_time() - start
 
 
 def cuda_seconds(run: Callable[[], object]) -> float:
     """Return the time between two events on the GPU around a call."""
     gc.collect()
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    began.record()
+    start.record()
     run()
-    ended.record()
+    end.record()
     torch.cuda.synchronize()
-    return began.elapsed_time(ended) / 1000
+    return start.elapsed_time(end) / 1000
 
 
 def keep_memory() -> None:
-    """Let glibc's malloc keep what is freed, for the rest of this process.
+    """Make glibc's malloc keep freed memory for the rest of this process.
 
-    By default large tensors are handed back to the kernel and every new one is faulted in page by page. In a virtual
-    machine under load that doubled the time of steps that make large temporary tensors: TRL's, not ours.
+    By default the memory of large tensors is returned to the kernel, and that of every new one is faulted in page by
+    page. In a virtual machine under load this doubled the time of TRL's steps, which have large temporary tensors; it
+    didn't affect ours.
     """
     libc = ctypes.CDLL("libc.so.6")
     m_trim_threshold, m_mmap_max = -1, -4
     if not (libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, -1)):
-        raise SystemExit("malloc doesn't take settings here; the benchmark needs glibc")
+        raise SystemExit("mallopt failed; the benchmark needs glibc's malloc")
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a new process."""
+    """Call a function in a new process and return its result."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *arguments).result()
 
 
 def measure_together(group: Group, table: PairTable) -> dict[str, Any]:
-    """Time all variants of a group by turns, batch by batch, on one thread of the CPU."""
+    """Time all variants of a group in rotation, batch by batch, on one thread of the CPU."""
     torch.set_num_threads(1)
     if group.keeps_memory:
         keep_memory()
-    steps = {name: _ready(group, name, table, [shortest(table, group.batch_size)]) for name in group.variants}
-    model = steps[group.variants[0]][1]
+    steps, models = {}, {}
+    for name in group.variants:
+        steps[name], models[name] = _warmed_up(group, name, table, [shortest(table, group.batch_size)])
     dtypes = {VARIANTS[name].matmul_dtype for name in group.variants}
     rates: dict[str, list[float]] = {_name(dtype): [] for dtype in dtypes}
     seconds: dict[str, list[float]] = {name: [] for name in group.variants}
-    for number, rows in enumerate(group.batches()):
+    for index, rows in enumerate(group.batches()):
         for dtype in dtypes:
-            rates[_name(dtype)].append(matmul_rate(model, dtype, cpu_seconds))
-        for name in _rotated(group.variants, number):
-            seconds[name].append(cpu_seconds(lambda step=steps[name][0], rows=rows: step(rows)))
-        print(f"  {group.name}: round {number + 1} of {group.rounds}", flush=True)
-    flops = {name: _flops(steps[name][1], group, name, table) for name in group.variants}
+            rates[_name(dtype)].append(matmul_rate(models[group.variants[0]], dtype, cpu_seconds))
+        for name in _rotated(group.variants, index):
+            seconds[name].append(cpu_seconds(lambda step=steps[name], rows=rows: step(rows)))
+        print(f"  {group.name}: round {index + 1} of {group.rounds}", flush=True)
+    flops = {name: _flops(models[name], group, name, table) for name in group.variants}
     return _result(group, table, rates, seconds, flops)
 
 
 def measure_in_turn(group: Group, table: PairTable) -> dict[str, Any]:
-    """Time the variants one after the other on the GPU, where two may not fit, each after a pass unmeasured."""
+    """Time the variants one after the other on the GPU, where two may not fit, each after a warm-up pass."""
     seconds: dict[str, list[float]] = {}
     rates: dict[str, list[float]] = {}
     flops, peaks = {}, {}
     for name in group.variants:
-        step, model = _ready(group, name, table, group.batches())
+        step, model = _warmed_up(group, name, table, group.batches())
         static = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         seconds[name] = [cuda_seconds(lambda step=step, rows=rows: step(rows)) for rows in group.batches()]
@@ -145,9 +147,10 @@ def measure_in_turn(group: Group, table: PairTable) -> dict[str, Any]:
     return _result(group, table, rates, seconds, flops) | {"peak_mib": peaks}
 
 
-def _ready(group: Group, name: str, table: PairTable, warm_up: list[list[int]]) -> tuple[Step, Any]:
+def _warmed_up(group: Group, name: str, table: PairTable, batches: list[list[int]]) -> tuple[Step, Any]:
+    """Return a variant's step function, called on these batches already, and its model."""
     step, model = make_step(group.variant(name), SHAPES[group.shape], table, batch_size=group.batch_size)
-    for rows in warm_up:
+    for rows in batches:
         step(rows)
     return step, model
 
@@ -158,14 +161,14 @@ def _flops(model: Any, group: Group, name: str, table: PairTable) -> list[float]
 
 
 def _result(group: Group, table: PairTable, rates: Any, seconds: Any, flops: Any) -> dict[str, Any]:
-    fed = table.lengths[:, :1] + table.lengths[:, 1:]
+    sequence_lengths = table.lengths[:, :1] + table.lengths[:, 1:]
     return {
         "data": group.data,
         "shape": group.shape,
         "batch_size": group.batch_size,
         "mean_lengths": [round(float(mean), 1) for mean in table.lengths[: group.pairs].mean(axis=0)],
         "num_tokens": [num_tokens(table, rows) for rows in group.batches()],
-        "padded_slots": [2 * len(rows) * int(fed[rows].max()) for rows in group.batches()],
+        "padded_slots": [2 * len(rows) * int(sequence_lengths[rows].max()) for rows in group.batches()],
         "matmul_flops_per_second": rates,
         "seconds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
         "useful_flops": flops,
@@ -177,40 +180,41 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _rotated(names: tuple[str, ...], number: int) -> Iterator[str]:
-    start = number % len(names)
+def _rotated(names: tuple[str, ...], index: int) -> Iterator[str]:
+    start = index % len(names)
     yield from names[start:] + names[:start]
 
 
 def shortest(table: PairTable, count: int) -> list[int]:
-    """Return the rows of the shortest pairs: enough to create optimizer state, and quickly done."""
+    """Return the rows of the shortest pairs: enough to create the optimizer's state, and fast."""
     return [int(row) for row in np.argsort(table.lengths.sum(axis=1), kind="stable")[:count]]
 
 
 def measure_memory(group: Group, table: PairTable) -> dict[str, dict[str, float]]:
-    """Return the memory of each variant of a group, measured in a fresh process each; MiB."""
-    measured = {}
+    """Return the memory of each variant of a group in MiB, each measured in a fresh process."""
+    memory = {}
     for name in group.variants:
-        measured[name] = in_fresh_process(_memory_of, group, name, table)
-        print(f"  {group.name}: memory of {name}: {measured[name]}", flush=True)
-    return measured
+        memory[name] = in_fresh_process(_memory_of_variant, group, name, table)
+        print(f"  {group.name}: memory of {name}: {memory[name]}", flush=True)
+    return memory
 
 
-def _memory_of(group: Group, name: str, table: PairTable) -> dict[str, float]:
-    """Step in this process. `static` is what stays between steps, `peak` the most that is needed above it."""
+def _memory_of_variant(group: Group, name: str, table: PairTable) -> dict[str, float]:
+    """Take the steps in this process; return the memory between steps (static) and the peak above it."""
     torch.set_num_threads(1)
-    step, _ = _ready(group, name, table, [shortest(table, group.batch_size)])
+    step, _ = _warmed_up(group, name, table, [shortest(table, group.batch_size)])
     gc.collect()
-    # What the allocator keeps for itself would hide a part of the peak.
+    # Memory that the allocator keeps would reduce the measured peak.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
-    static = _status("VmRSS")
+    # Resets the high-water mark to the resident memory.
+    Path("/proc/self/clear_refs").write_text("5")
+    static = _status_mib("VmRSS")
     for rows in group.batches():
         step(rows)
-    return {"static_mib": round(static, 1), "peak_mib": round(_status("VmHWM") - static, 1)}
+    return {"static_mib": round(static, 1), "peak_mib": round(_status_mib("VmHWM") - static, 1)}
 
 
-def _status(field: str) -> float:
-    """Return a field of the process's status in MiB."""
+def _status_mib(field: str) -> float:
+    """Return a memory field of this process's status in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024

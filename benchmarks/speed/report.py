@@ -1,4 +1,4 @@
-"""Tables and the plot of docs/performance.md, made from results alone."""
+"""Tables and plot of docs/performance.md, made from the results file only."""
 
 import re
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ NAMES = {
     "ultrafeedback": "UltraFeedback profile",
     "pku": "PKU-SafeRLHF profile",
 }
-# bf16 matrix products without sparsity, from the makers' data sheets.
+# FLOP/s of bf16 matrix products without sparsity, from the vendors' data sheets.
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 SYSTEM_MALLOC = ", system malloc"
@@ -24,12 +24,12 @@ HH_8, HH_25M = "hh, 9M, 8 pairs", "hh, 25M, 4 pairs"
 
 
 class Target(NamedTuple):
-    """A ratio that is demanded: TRL's time to ours."""
+    """Minimum ratio of TRL's time to ours."""
 
     group: str
-    theirs: str
+    baseline: str
     ours: str
-    at_least: float
+    min_ratio: float
 
 
 SPEED_TARGETS = (
@@ -48,31 +48,33 @@ MEMORY_TARGETS = {HH: 4.0, XSTEST: 2.0}
 FLOOR_TARGET, FLOOR_GROUPS = 0.70, (HH, HH_8, HH_25M, XSTEST)
 
 
-def ratios(result: dict[str, Any], theirs: str, ours: str) -> list[float]:
-    """Return how many times as long one variant took as the other, round by round."""
-    return [t / o for t, o in zip(result["seconds"][theirs], result["seconds"][ours], strict=True)]
+def ratios(result: dict[str, Any], baseline: str, variant: str) -> list[float]:
+    """Return the ratio of the baseline's time to the variant's in each round."""
+    seconds = result["seconds"]
+    rounds = zip(seconds[baseline], seconds[variant], strict=True)
+    return [baseline_seconds / variant_seconds for baseline_seconds, variant_seconds in rounds]
 
 
 def floor_shares(result: dict[str, Any], name: str) -> list[float]:
-    """Return which share of a step's time its useful matrix products need at the measured rate, round by round."""
+    """Return the share of a step's time that its useful matrix products take at the measured rate, by round."""
     rates = result["matmul_flops_per_second"][result["matmul_dtype"][name]]
-    measured = zip(result["useful_flops"][name], rates, result["seconds"][name], strict=True)
-    return [flops / rate / seconds for flops, rate, seconds in measured]
+    rounds = zip(result["useful_flops"][name], rates, result["seconds"][name], strict=True)
+    return [flops / rate / seconds for flops, rate, seconds in rounds]
 
 
-def show_interval(values: Sequence[float]) -> str:
-    """Return the median, and the range, as text."""
+def format_range(values: Sequence[float]) -> str:
+    """Return the median and the range as text."""
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; all columns but the first are aligned to the right."""
-    head = ("---", *["---:"] * (len(columns) - 1))
-    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, head, *rows))
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with all columns but the first aligned to the right."""
+    alignment = ("---", *["---:"] * (len(columns) - 1))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (columns, alignment, *rows))
 
 
 def speed_table(result: dict[str, Any]) -> str:
-    """Return a group's table: variant by variant, against the first of TRL's."""
+    """Return a group's table of variants, with ratios to the first of TRL's."""
     first, rows = next(iter(result["seconds"])), []
     for name, seconds in result["seconds"].items():
         tokens = [count / second for count, second in zip(result["num_tokens"], seconds, strict=True)]
@@ -80,61 +82,61 @@ def speed_table(result: dict[str, Any]) -> str:
             (
                 name,
                 f"{1000 * median(seconds):,.0f}",
-                "1" if name == first else show_interval(ratios(result, first, name)),
+                "1" if name == first else format_range(ratios(result, first, name)),
                 f"{median(tokens):,.0f}",
                 f"{median(floor_shares(result, name)):.0%}",
             )
         )
-    return markdown(
+    return markdown_table(
         ("variant", "ms a step", f"times as fast as {first}", "useful tokens/s", "share of the floor"), rows
     )
 
 
 def utilization(result: dict[str, Any], name: str, device: str) -> str:
-    """Return useful operations over what a GPU's data sheet promises, as text; for GPUs of `BF16_PEAK`."""
+    """Return the share of useful operations in the peak of the GPU's data sheet as text; see `BF16_PEAK`."""
     peak = next((peak for key, peak in BF16_PEAK.items() if key in device), None)
     if peak is None:
         return "an unknown share"
-    measured = zip(result["useful_flops"][name], result["seconds"][name], strict=True)
-    return f"{median(flops / seconds for flops, seconds in measured) / peak:.0%}"
+    rounds = zip(result["useful_flops"][name], result["seconds"][name], strict=True)
+    return f"{median(flops / seconds for flops, seconds in rounds) / peak:.0%}"
 
 
 def title(group: str) -> str:
-    """Return a group's name as the docs say it."""
+    """Return a group's name in the docs."""
     data, rest = group.split(", ", 1)
     return f"{NAMES[data]}, {rest}"
 
 
 def targets_table(results: dict[str, Any]) -> str:
-    """Return the targets with what was measured, and by how much one is missed."""
+    """Return the table of targets with the measured values, and by how much a target is missed."""
     groups, rows = results["groups"], []
-    for group, theirs, ours, demanded in SPEED_TARGETS:
-        values = ratios(groups[group], theirs, ours)
+    for group, baseline, ours, min_ratio in SPEED_TARGETS:
+        values = ratios(groups[group], baseline, ours)
         system = groups.get(group + SYSTEM_MALLOC)
-        default = show_interval(ratios(system, theirs, ours)) if system and theirs in system["seconds"] else ""
-        text = f"{show_interval(values)}, n = {len(values)}"
-        what = f"{title(group)}: {theirs} / {ours}"
-        rows.append((what, f"≥ {demanded}", text, verdict(median(values), demanded), default))
-    for group, demanded in MEMORY_TARGETS.items():
+        default = format_range(ratios(system, baseline, ours)) if system and baseline in system["seconds"] else ""
+        measured = f"{format_range(values)}, n = {len(values)}"
+        label = f"{title(group)}: {baseline} / {ours}"
+        rows.append((label, f"≥ {min_ratio}", measured, verdict(median(values), min_ratio), default))
+    for group, min_ratio in MEMORY_TARGETS.items():
         peaks = {name: memory["peak_mib"] for name, memory in results["memory"][group].items()}
-        found = peaks["TRL"] / peaks["bfpo"]
-        what = f"{title(group)}: peak memory, TRL / bfpo"
-        rows.append((what, f"≥ {demanded}", f"{found:.2f}, n = 1", verdict(found, demanded), ""))
+        ratio = peaks["TRL"] / peaks["bfpo"]
+        label = f"{title(group)}: peak memory, TRL / bfpo"
+        rows.append((label, f"≥ {min_ratio}", f"{ratio:.2f}, n = 1", verdict(ratio, min_ratio), ""))
     for group in FLOOR_GROUPS:
         shares = floor_shares(groups[group], "bfpo")
-        text = f"{median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}), n = {len(shares)}"
-        what = f"{title(group)}: share of the floor, bfpo"
-        rows.append((what, f"≥ {FLOOR_TARGET:.0%}", text, verdict(median(shares), FLOOR_TARGET), ""))
-    return markdown(("work", "demanded", "measured", "", "with malloc's defaults"), rows)
+        measured = f"{median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}), n = {len(shares)}"
+        label = f"{title(group)}: share of the floor, bfpo"
+        rows.append((label, f"≥ {FLOOR_TARGET:.0%}", measured, verdict(median(shares), FLOOR_TARGET), ""))
+    return markdown_table(("work", "demanded", "measured", "", "with malloc's defaults"), rows)
 
 
-def verdict(found: float, demanded: float) -> str:
+def verdict(value: float, target: float) -> str:
     """Return whether a target is met, or by how much it is missed."""
-    return "met" if found >= demanded else f"missed by {1 - found / demanded:.0%}"
+    return "met" if value >= target else f"missed by {1 - value / target:.0%}"
 
 
 def speed_section(results: dict[str, Any]) -> str:
-    """Return one table per group."""
+    """Return a section with one table per group."""
     parts = []
     for name, result in results["groups"].items():
         if name.endswith(SYSTEM_MALLOC):
@@ -152,32 +154,32 @@ def speed_section(results: dict[str, Any]) -> str:
 
 
 def memory_table(results: dict[str, Any]) -> str:
-    """Return peak and static memory of each variant, group by group."""
+    """Return the table of peak and static memory by group and variant."""
     rows = [
         (title(group), name, f"{memory['peak_mib']:,.0f}", f"{memory['static_mib']:,.0f}")
-        for group, measured in results["memory"].items()
-        for name, memory in measured.items()
+        for group, variants in results["memory"].items()
+        for name, memory in variants.items()
     ]
-    return markdown(("data", "variant", "peak, MiB", "static, MiB"), rows)
+    return markdown_table(("data", "variant", "peak, MiB", "static, MiB"), rows)
 
 
 def exactness_table(results: dict[str, Any]) -> str:
-    """Return the largest errors of float32 log-probabilities."""
-    ways = ("TRL", "bfpo, padded", "bfpo")
+    """Return the table of the largest errors of float32 log-probabilities."""
+    layouts = ("TRL", "bfpo, padded", "bfpo")
     rows = [
         (
             title(group).split(",")[0],
-            str(found["pairs"]),
-            f"{found['median_logp']:,.0f}",
-            *(f"{found[w]:.1e}" for w in ways),
+            str(errors["pairs"]),
+            f"{errors['median_logp']:,.0f}",
+            *(f"{errors[layout]:.1e}" for layout in layouts),
         )
-        for group, found in results["exactness"].items()
+        for group, errors in results["exactness"].items()
     ]
-    return markdown(("data", "pairs", "median log-probability", *ways), rows)
+    return markdown_table(("data", "pairs", "median log-probability", *layouts), rows)
 
 
 def made_on(results: dict[str, Any]) -> str:
-    """Return what the numbers were measured on."""
+    """Return a sentence on the machine, the versions and the command of the measurements."""
     versions, hardware = results["versions"], results["hardware"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "trl"))
     return (
@@ -196,43 +198,43 @@ SECTIONS = {
 
 
 def with_results(text: str, results: dict[str, Any]) -> str:
-    """Return the text of the docs with every section between markers made anew."""
-    for name, make in SECTIONS.items():
+    """Return the text of the docs with every section between markers replaced."""
+    for name, make_section in SECTIONS.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         if not re.search(pattern, text, flags=re.DOTALL):
             raise SystemExit(f"docs/performance.md has no markers for '{name}'")
-        made = f"\n{make(results)}\n\n"
-        text = re.sub(pattern, lambda found, made=made: found[1] + made + found[2], text, flags=re.DOTALL)
+        section = f"\n{make_section(results)}\n\n"
+        text = re.sub(pattern, lambda match, section=section: match[1] + section + match[2], text, flags=re.DOTALL)
     return text
 
 
 def update_docs(results: dict[str, Any], page: Path) -> None:
-    """Write the sections of the page that come from results, and the plot beside it."""
+    """Write the page's sections that come from the results, and the plot next to it."""
     write_text(page, with_results(page.read_text(encoding="utf-8"), results))
     plot(results, page.with_suffix(".svg"))
     print(f"{page.name} and {page.with_suffix('.svg').name} written")
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw how many times as fast our step is, group by group, with the range over rounds."""
+    """Draw the speed-up of our step by group, with the range over rounds."""
     import matplotlib
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams |= {"svg.hashsalt": "bfpo", "svg.fonttype": "none"}
     groups = [name for name in results["groups"] if not name.endswith(SYSTEM_MALLOC)]
     figure, axes = plt.subplots(figsize=(8, 0.6 * len(groups) + 1.5), layout="constrained")
-    for offset, theirs, color in ((0.2, "TRL", "#4c72b0"), (-0.2, "TRL, completion-only head", "#dd8452")):
-        values = [ratios(results["groups"][group], theirs, "bfpo") for group in groups]
-        middles = [median(found) for found in values]
-        places = [len(groups) - index + offset for index in range(len(groups))]
+    for offset, baseline, color in ((0.2, "TRL", "#4c72b0"), (-0.2, "TRL, completion-only head", "#dd8452")):
+        values = [ratios(results["groups"][group], baseline, "bfpo") for group in groups]
+        medians = [median(group_ratios) for group_ratios in values]
+        heights = [len(groups) - index + offset for index in range(len(groups))]
         spread = [
-            [middle - min(found) for middle, found in zip(middles, values, strict=True)],
-            [max(found) - middle for middle, found in zip(middles, values, strict=True)],
+            [center - min(group_ratios) for center, group_ratios in zip(medians, values, strict=True)],
+            [max(group_ratios) - center for center, group_ratios in zip(medians, values, strict=True)],
         ]
-        axes.barh(places, middles, height=0.36, color=color, label=f"against {theirs}")
-        axes.errorbar(middles, places, xerr=spread, fmt="none", ecolor="#333333", capsize=3, linewidth=1)
-        demanded = {target.group: target.at_least for target in SPEED_TARGETS if target[1:3] == (theirs, "bfpo")}
-        marks = [(demanded[group], place) for group, place in zip(groups, places, strict=True) if group in demanded]
+        axes.barh(heights, medians, height=0.36, color=color, label=f"against {baseline}")
+        axes.errorbar(medians, heights, xerr=spread, fmt="none", ecolor="#333333", capsize=3, linewidth=1)
+        targets = {target.group: target.min_ratio for target in SPEED_TARGETS if target[1:3] == (baseline, "bfpo")}
+        marks = [(targets[group], height) for group, height in zip(groups, heights, strict=True) if group in targets]
         axes.plot(*zip(*marks, strict=True), "k|", markersize=14, markeredgewidth=2, label=None)
     axes.plot([], [], "k|", markersize=12, markeredgewidth=2, label="demanded")
     axes.axvline(1, color="#999999", linewidth=1)

@@ -1,4 +1,4 @@
-"""What is compared: TRL's DPOTrainer and our BFPOTrainer in several settings, each as a function doing one step."""
+"""Variants of the benchmark: TRL's DPOTrainer and BFPOTrainer in several settings, each as a step function."""
 
 import copy
 import tempfile
@@ -52,15 +52,15 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do a step.
+    """Trainer with settings of a step.
 
     Args:
-        trainer: Whose.
-        precision: Arithmetic: float32; float32 weights under bf16 autocast; or bf16 weights.
-        checkpointing: Recompute activations in the backward pass.
-        selective: Train `down_proj` only.
-        padded: Our padded layout instead of the packed one.
-        compact_head: Force the branch of TRL's head that scores completion tokens only.
+        trainer: Library of the trainer.
+        precision: float32, float32 weights under bf16 autocast, or bf16 weights.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        selective: Whether only `down_proj` is trained.
+        padded: Whether our layout is the padded one instead of the packed one.
+        compact_head: Whether TRL's head is forced to score completion tokens only.
         attention: Attention function of transformers; None is the default.
     """
 
@@ -74,7 +74,7 @@ class Variant:
 
     @property
     def matmul_dtype(self) -> torch.dtype:
-        """Type of the numbers that are multiplied."""
+        """Data type of the matrix products."""
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
 
@@ -87,7 +87,7 @@ VARIANTS = {
     "bfpo": Variant("bfpo"),
     "bfpo, bf16": Variant("bfpo", precision="autocast"),
     "bfpo, selective bf16": Variant("bfpo", precision="autocast", selective=True),
-    # On a GPU TRL's head scores completion tokens only by itself.
+    # On a GPU TRL's head scores completion tokens only by default.
     "TRL, SDPA": Variant("trl", precision="bf16", checkpointing=True),
     "TRL, FlashAttention": Variant("trl", precision="bf16", checkpointing=True, attention="flash_attention_2"),
     "bfpo, checkpointed": Variant("bfpo", precision="bf16", checkpointing=True),
@@ -108,7 +108,7 @@ def new_model(shape: Shape, variant: Variant) -> PreTrainedModel:
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    # On the device where it will be: seven billion random numbers take minutes on a CPU.
+    # Created on its final device, because seven billion random numbers take minutes on a CPU.
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return AutoModelForCausalLM.from_config(
             config,
@@ -118,9 +118,9 @@ def new_model(shape: Shape, variant: Variant) -> PreTrainedModel:
 
 
 def make_step(variant: Variant, shape: Shape, table: PairTable, *, batch_size: int) -> tuple[Step, PreTrainedModel]:
-    """Return a function that does a whole optimizer step on some rows of a table, and its model.
+    """Return a function that takes an optimizer step on some rows of a table, and its model.
 
-    A step is what the trainer does with a batch: collate, `training_step` (reference, policy, backward), clip, AdamW.
+    A step is the trainer's work on a batch: collate, `training_step` (reference, policy, backward), clip, AdamW.
     """
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -129,13 +129,13 @@ def make_step(variant: Variant, shape: Shape, table: PairTable, *, batch_size: i
     trainer, collate = build(variant, model, table, batch_size)
     if variant.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    # As `train()` does. It has to come before the next trainer is made: accelerate's state is one for all of them.
+    # As in `train()`. It must precede the construction of the next trainer, because accelerate's state is global.
     trainer.create_optimizer()
     prepared, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.current_gradient_accumulation_steps = 1
 
     def step(rows: list[int]) -> None:
-        with patch.object(trl.trainer.utils, "_use_triton", _always if variant.compact_head else ON_TRITON):
+        with patch.object(trl.trainer.utils, "_use_triton", _always if variant.compact_head else _USE_TRITON):
             trainer.training_step(prepared, collate(rows))
         trainer.accelerator.clip_grad_norm_(prepared.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
@@ -144,7 +144,7 @@ def make_step(variant: Variant, shape: Shape, table: PairTable, *, batch_size: i
     return step, model
 
 
-ON_TRITON = trl.trainer.utils._use_triton
+_USE_TRITON = trl.trainer.utils._use_triton
 
 
 def _always(device: torch.device) -> bool:
@@ -156,7 +156,7 @@ def _arguments(variant: Variant, batch_size: int) -> dict[str, Any]:
         "output_dir": tempfile.gettempdir(),
         "per_device_train_batch_size": batch_size,
         "bf16": variant.precision == "autocast",
-        # Turned on by `make_step`: outside of `train()` no trainer does it.
+        # Enabled in `make_step`, because trainers enable it in `train()` only.
         "gradient_checkpointing": False,
         "learning_rate": 1e-6,
         "report_to": "none",
@@ -167,7 +167,7 @@ def _arguments(variant: Variant, batch_size: int) -> dict[str, Any]:
 
 
 def bfpo_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int) -> tuple[Any, Any]:
-    """Return our trainer, and a function that collates rows for it."""
+    """Return our trainer and a function that collates rows for it."""
     trainer = BFPOTrainer(
         model,
         TrainingArguments(**_arguments(variant, batch_size)),
@@ -178,20 +178,20 @@ def bfpo_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int
         reference="shared",
     )
     if trainer.layout_section.kind == "padded" and not variant.padded:
-        raise SystemExit("the packed layout fell back to the padded one: there is nothing to measure")
+        raise SystemExit("the trainer fell back to the padded layout; the benchmark needs the packed one")
     collate = Collator(table, trainer.layout_section)
     return trainer, lambda rows: collate([WeightedRow(row, 1 / len(rows)) for row in rows])
 
 
 def trl_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int) -> tuple[Any, Any]:
-    """Return TRL's trainer, and a function that collates rows for it."""
+    """Return TRL's trainer and a function that collates rows for it."""
     datasets.disable_progress_bars()
     reference = copy.deepcopy(model).requires_grad_(False)
     if variant.selective:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("down_proj" in name)
-    # TRL tokenizes in its constructor; its collator is then given the same tokens as ours.
-    text = ["a text to make a tokenizer from"]
+    # TRL's constructor tokenizes a data set; the batches have the same tokens as ours.
+    text = ["a text to train a tokenizer on"]
     trainer = DPOTrainer(
         model,
         reference,
