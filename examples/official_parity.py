@@ -1,17 +1,17 @@
-"""Train the same tiny model twice, by the official code's arithmetic and by BFPOTrainer, and compare every loss.
+"""Train the same tiny model by the official code's arithmetic and by BFPOTrainer, and compare the losses.
 
-    python examples/official_parity.py                    # with the official formula, typed again below
+    python examples/official_parity.py                    # with a copy of the official formula, see below
     python examples/official_parity.py --official PATH    # with the function of a checkout of wx-zhang/bfpo
 
-Two streams, ten steps of two micro-batches, AdamW, cosine schedule with warm-up, clipping: the shape of the official
-run. The official side is a plain loop: a policy, a frozen copy as reference, one padded row for each answer, and
+Two streams, ten steps of two micro-batches, AdamW, cosine schedule with warm-up, clipping, like the official run. The
+official side is a plain loop: a policy, a frozen copy as reference, one row for each answer, and
 
 * per micro-batch mean loss of the main pairs plus mean loss of the buffer pairs, one backward pass of the sum
   (src/alignment/trainer/trainer.py, `training_step`), divided by the number of micro-batches by accelerate;
 * log-probabilities summed over the answer's tokens (TRL 0.7.7's DPOTrainer, copied in src/alignment/trainer/dpo.py).
 
-Both sides get the same rows in the same order, that of our plan; the official shuffling is another. In float64, so
-that what is left of a difference is rounding.
+Both sides get the same rows in the order of our plan, because the official code shuffles differently. In float64, so
+that only rounding differs.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from bfpo.model.new import new_model, new_tokenizer
 BETA, B1, ALPHA = 0.1, 3.0, 0.5
 STEPS, PER_DEVICE, ACCUMULATION, WARMUP = 10, 2, 2, 1
 LEARNING_RATE = 1e-3
-# transformers adds up the losses that it logs in float32, and its norms are taken in float32.
-ALLOWED = 1e-6
+# transformers sums the logged losses and computes gradient norms in float32.
+TOLERANCE = 1e-6
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def typed_again(
+def official_loss(
     safe_w: Tensor, safe_l: Tensor, policy_w: Tensor, policy_l: Tensor, ref_w: Tensor, ref_l: Tensor
 ) -> Tensor:
     """Return the official loss of each pair: src/alignment/trainer/bfpo.py @7f7d002, lines 30 and 125 to 137."""
@@ -51,30 +51,30 @@ def typed_again(
     return ((policy_w - policy_l) - (ref_w - ref_l) - factor / BETA) ** 2
 
 
-def of_checkout(path: Path) -> Loss:
-    """Return the loss of a checkout's `BFPOTrainer.bfpo`, taken out of the file, whose imports need old packages."""
+def checkout_loss(path: Path) -> Loss:
+    """Return the loss of a checkout's `BFPOTrainer.bfpo`, extracted because the file's imports need old packages."""
     file = path / "src" / "alignment" / "trainer" / "bfpo.py"
     if not file.is_file():
-        raise SystemExit(f"error: {file} is not there; --official wants a checkout of wx-zhang/bfpo")
+        raise SystemExit(f"error: {file} doesn't exist; --official expects a checkout of wx-zhang/bfpo")
     methods = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
     method = next((node for node in methods if node.name == "bfpo"), None)
     if method is None:
         raise SystemExit(f"error: {file} has no method `bfpo`")
-    # Its annotations name what isn't imported here.
+    # Its annotations use names that are not imported here.
     method.returns = None
     for argument in method.args.args:
         argument.annotation = None
     names: dict[str, Any] = {"torch": torch}
     exec(compile(ast.Module([method], []), str(file), "exec"), names)
     trainer = SimpleNamespace(beta=BETA, b1=B1, alpha=ALPHA, b3=1 / (B1 - 1))
-    # It looks rewards up with the labels as integer indices.
+    # It uses the labels as integer indices.
     return lambda safe_w, safe_l, *logps: names["bfpo"](trainer, safe_w.long(), safe_l.long(), *logps)[0]
 
 
 def toy_pairs(count: int, first: int) -> list[dict[str, Any]]:
-    """Return pairs of answers of several lengths, in all four cells."""
+    """Return pairs with answers of several lengths, in all four cells."""
     words = ("red", "green", "blue", "box", "ball", "door", "near", "under", "behind")
-    texts = [" ".join(some) for some in itertools.permutations(words, 4)]
+    texts = [" ".join(permutation) for permutation in itertools.permutations(words, 4)]
     return [
         {
             "prompt": f"say {texts[7 * number]} {number}",
@@ -88,19 +88,20 @@ def toy_pairs(count: int, first: int) -> list[dict[str, Any]]:
 
 
 def answer_logps(model: Any, trainer: BFPOTrainer, rows: list[int]) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of both answers, each fed after its own copy of the prompt, (n,) and (n,)."""
-    found: list[list[Tensor]] = [[], []]
+    """Return the summed log-probabilities of the chosen and the rejected answers, (n,) and (n,)."""
+    sums: list[list[Tensor]] = [[], []]
     for row in rows:
         prompt, answers = trainer.table[row]
-        for which, answer in enumerate(answers):
+        for side, answer in enumerate(answers):
             ids = torch.tensor([*prompt, *answer])
             logps = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-            found[which].append(logps.gather(1, ids[1:, None])[len(prompt) - 1 :].sum())
-    return torch.stack(found[0]), torch.stack(found[1])
+            sums[side].append(logps.gather(1, ids[1:, None])[len(prompt) - 1 :].sum())
+    chosen, rejected = sums
+    return torch.stack(chosen), torch.stack(rejected)
 
 
 def official_run(model: Any, trainer: BFPOTrainer, loss: Loss) -> list[float]:
-    """Train as the official code does, on the rows of the trainer's plan; return the loss of each step."""
+    """Train like the official code on the rows of the trainer's plan; return the loss of each step."""
     reference = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS)
@@ -109,17 +110,18 @@ def official_run(model: Any, trainer: BFPOTrainer, loss: Loss) -> list[float]:
     for step in range(STEPS):
         step_loss = 0.0
         for micro in range(ACCUMULATION):
-            share = slice(micro * PER_DEVICE, (micro + 1) * PER_DEVICE)
-            streams = []
+            micro_batch = slice(micro * PER_DEVICE, (micro + 1) * PER_DEVICE)
+            stream_losses = []
             for stream in trainer.plan.step(step):
-                rows = stream[share].tolist()
-                policy = answer_logps(model, trainer, rows)
+                rows = stream[micro_batch].tolist()
+                policy_logps = answer_logps(model, trainer, rows)
                 with torch.no_grad():
-                    known = answer_logps(reference, trainer, rows)
-                streams.append(loss(safe[0, rows], safe[1, rows], *policy, *known).mean())
-            part = (streams[0] + streams[1]) / ACCUMULATION
-            part.backward()
-            step_loss += float(part.detach())
+                    reference_logps = answer_logps(reference, trainer, rows)
+                losses_of_pairs = loss(safe[0, rows], safe[1, rows], *policy_logps, *reference_logps)
+                stream_losses.append(losses_of_pairs.mean())
+            micro_loss = sum(stream_losses) / ACCUMULATION
+            micro_loss.backward()
+            step_loss += float(micro_loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -129,11 +131,11 @@ def official_run(model: Any, trainer: BFPOTrainer, loss: Loss) -> list[float]:
 
 
 def main() -> None:
-    """Run both and print how they compare."""
+    """Train both ways and print the differences."""
     parser = argparse.ArgumentParser(description="Compare BFPOTrainer with the official arithmetic, step by step.")
-    parser.add_argument("--official", type=Path, help="a checkout of wx-zhang/bfpo, whose own function is then used")
-    asked = parser.parse_args().official
-    loss = typed_again if asked is None else of_checkout(asked)
+    parser.add_argument("--official", type=Path, help="checkout of wx-zhang/bfpo, to use its function")
+    checkout = parser.parse_args().official
+    loss = official_loss if checkout is None else checkout_loss(checkout)
     torch.set_num_threads(1)
     main_pairs, buffer_pairs = toy_pairs(20, 0), toy_pairs(14, 20)
     tokenizer = new_tokenizer([text for pair in main_pairs for text in (pair["prompt"], pair["chosen"])], 300)
@@ -150,17 +152,20 @@ def main() -> None:
             loss=BFPO(beta=BETA, b1=B1, alpha=ALPHA), reference="shared",
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        theirs = official_run(untrained, trainer, loss)
+        official = official_run(untrained, trainer, loss)
         trainer.train()
-    ours = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    ours = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"{'step':>4}  {'BFPOTrainer':>14}  {'official':>14}  {'difference':>10}")
-    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        print(f"{step:>4}  {mine:>14.8f}  {other:>14.8f}  {abs(mine - other):>10.1e}")
-    largest = max(abs(mine - other) / other for mine, other in zip(ours, theirs, strict=True))
-    print(f"largest difference of a loss: {largest:.1e} of its size (allowed {ALLOWED:.0e})")
+    for step, (our_loss, their_loss) in enumerate(zip(ours, official, strict=True)):
+        print(f"{step:>4}  {our_loss:>14.8f}  {their_loss:>14.8f}  {abs(our_loss - their_loss):>10.1e}")
+    largest = max(
+        abs(our_loss - their_loss) / their_loss for our_loss, their_loss in zip(ours, official, strict=True)
+    )
+    print(f"largest relative difference of a loss: {largest:.1e} (tolerance {TOLERANCE:.0e})")
     weights = zip(model.parameters(), untrained.parameters(), strict=True)
-    print(f"largest difference of a weight: {max((a - b).detach().abs().max().item() for a, b in weights):.1e}")
-    raise SystemExit(largest > ALLOWED)
+    weight_difference = max((a - b).detach().abs().max().item() for a, b in weights)
+    print(f"largest difference of a weight: {weight_difference:.1e}")
+    raise SystemExit(largest > TOLERANCE)
 
 
 if __name__ == "__main__":

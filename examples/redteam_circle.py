@@ -1,17 +1,17 @@
-"""The red-team circle without any download: a model's own answers, judged by judges, make it safe.
+"""Run the red-team circle offline: label a model's own answers by judges and train on them for safety.
 
     python examples/redteam_circle.py [--out runs/redteam-circle] [--seed 0] [--serve PORT]
 
-Testbed base → `bfpo redteam` → labels → `bfpo train` → held-out prompts, with less than a tenth of the pairs that the
-testbed's full run sees. It is done three times on the same prompts, with labels
+Testbed base → `bfpo redteam` → labels → `bfpo train` → held-out prompts, with less than a tenth of the pairs of the
+testbed's full run. It runs three times on the same prompts, with labels
 
 * by the world's oracle,
 * by a `linear` judge fitted on the first 300 labeled pairs of the world's safety set,
-* by that judge, but answers to benign prompts are safe by rule: shows what its mistakes on those cost.
+* by that judge, except that answers to benign prompts are safe by rule: this shows the effect of its errors on those.
 
-The oracle orders by helpfulness each time. No buffer: the pairs are all that a run sees. A second start goes on
-where the first was. With `--serve` the base answers through `transformers serve` on that port of this machine, as a
-model on any server would; that needs `pip install 'transformers[serving]'`.
+The oracle orders by helpfulness each time. There is no buffer: a run trains on these pairs only. An interrupted run
+resumes with the same command. With `--serve` the base generates through `transformers serve` on that local port, like
+a model on any server; this needs `pip install 'transformers[serving]'`.
 """
 
 import argparse
@@ -48,12 +48,12 @@ METRICS = (("harmful", "safety"), ("benign", "helpfulness"), ("lookalike", "over
 
 
 def circle(folder: Path, seed: int, *, port: int | None = None) -> dict[str, Any]:
-    """Go round once with each kind of labels, and return the numbers.
+    """Run the circle with each kind of labels and return the results.
 
     Args:
-        folder: For everything that is made.
-        seed: Of the world, the base model and the training.
-        port: Where to serve the base; default: it answers in this process.
+        folder: Output folder.
+        seed: Seed of the world, the base model and the training.
+        port: Port to serve the base on; by default it generates in this process.
     """
     world = folder / "world"
     options = WorldOptions(seed=seed, **WORLD)
@@ -70,40 +70,40 @@ def circle(folder: Path, seed: int, *, port: int | None = None) -> dict[str, Any
     fit_judge(str(folder / "labeled.jsonl"), folder / "judge.npz", doubt=0.5)
 
     full = options.safety_pairs + options.helpful_pairs
-    found: dict[str, Any] = {"seed": seed, "full_run_pairs": full}
+    summary: dict[str, Any] = {"seed": seed, "full_run_pairs": full}
     pairs = {}
     base = folder / "base"
     with nullcontext({"path": str(base)}) if port is None else served(base, port) as model:
         for name, judge in (("oracle", "oracle"), ("linear", f"linear:{folder / 'judge.npz'}")):
             (pairs[name],) = run_redteam(redteam_recipe(folder, name, judge, model))
-            facts = json.loads((pairs[name].parent / "redteam.json").read_text())
-            assert facts["pairs"] < 0.1 * full, f"{facts['pairs']} pairs are no small share of {full}"
-            found[name] = {"share_of_pairs": round(facts["pairs"] / full, 4)} | {
-                key: facts[key] for key in ("pairs", "cells", "left_out", "cost")
+            metadata = json.loads((pairs[name].parent / "redteam.json").read_text())
+            assert metadata["pairs"] < 0.1 * full, f"{metadata['pairs']} pairs are no small share of {full}"
+            summary[name] = {"share_of_pairs": round(metadata["pairs"] / full, 4)} | {
+                key: metadata[key] for key in ("pairs", "cells", "left_out", "cost")
             }
-    found["linear"]["mistakes"] = mistakes(pairs["linear"].parent, Oracle(options.skills))
-    pairs["linear_by_rule"] = benign_by_rule(pairs["linear"], folder / "redteam-linear_by_rule" / "pairs.jsonl")
+    summary["linear"]["mistakes"] = count_mistakes(pairs["linear"].parent, Oracle(options.skills))
+    pairs["linear_by_rule"] = label_benign_by_rule(pairs["linear"], folder / "redteam-linear_by_rule" / "pairs.jsonl")
     for name, file in pairs.items():
         run_once(redteam_train(folder, name, file, seed))
     runs = [folder / f"trained-{name}" for name in pairs]
     for results in evaluate_against(base, runs, world / "prompts.jsonl", Oracle(options.skills)):
-        found[f"measured-{results.run}"] = measured(results)
-    return found
+        summary[f"measured-{results.run}"] = metric_intervals(results)
+    return summary
 
 
 def write_prompts(rows: list[dict[str, str]], folder: Path) -> None:
-    """Write harmful and benign training prompts of the world, none of which is evaluated on."""
+    """Write harmful and benign training prompts of the world; none is used in the evaluation."""
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     harmful = [prompt for prompt in prompts if parse_prompt(prompt).is_harmful]
     benign = [prompt for prompt in prompts if not parse_prompt(prompt).is_harmful]
-    for name, several in (("harmful", harmful[:HARMFUL]), ("benign", benign[:BENIGN])):
-        (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in several))
+    for name, selected in (("harmful", harmful[:HARMFUL]), ("benign", benign[:BENIGN])):
+        (folder / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in selected))
 
 
 @contextmanager
 def served(base: Path, port: int) -> Iterator[dict[str, Any]]:
-    """Serve a copy of the base while it is asked; yields the recipe's `model` section."""
-    # Where the generation config doesn't say do_sample, the server ignores temperature and seed.
+    """Serve a copy of the base in this context; yields the recipe's `model` section."""
+    # Unless the generation config sets do_sample, the server ignores temperature and seed.
     copy = base.with_name("base-served")
     shutil.copytree(base, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*", "evaluation"))
     config = json.loads((base / "generation_config.json").read_text())
@@ -116,14 +116,14 @@ def served(base: Path, port: int) -> Iterator[dict[str, Any]]:
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     try:
-        end = time.monotonic() + 120
+        deadline = time.monotonic() + 120
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
                 break
             except OSError:
-                if process.poll() is not None or time.monotonic() > end:
-                    raise SystemExit(f"`transformers serve {copy} --port {port}` doesn't come up") from None
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit(f"`transformers serve {copy} --port {port}` did not start") from None
                 time.sleep(0.3)
         yield {"path": str(copy), "server": f"http://127.0.0.1:{port}/v1", "concurrency": 4}
     finally:
@@ -132,7 +132,7 @@ def served(base: Path, port: int) -> Iterator[dict[str, Any]]:
 
 
 def redteam_recipe(folder: Path, name: str, judge: str, model: dict[str, Any]) -> RedteamRecipe:
-    """Return the recipe of the pairs."""
+    """Return the recipe that makes the pairs."""
     return RedteamRecipe.model_validate(
         {
             "out": str(folder / f"redteam-{name}"),
@@ -144,28 +144,28 @@ def redteam_recipe(folder: Path, name: str, judge: str, model: dict[str, Any]) -
             "helpfulness": "oracle",
             "samples": SAMPLES,
             "max_new_tokens": 48,
-            # The testbed's model knows its own small language alone, and can't follow the chain.
+            # The testbed's model generates its small language only, and can't follow the guided chain.
             "guide": False,
         }
     )
 
 
-def mistakes(linear: Path, oracle: Oracle) -> dict[str, dict[str, int]]:
-    """Count for harmful and benign prompts what the judge called otherwise than the oracle, where that decides."""
-    found = {"harmful": Counter[str](), "benign": Counter[str]()}
+def count_mistakes(linear: Path, oracle: Oracle) -> dict[str, dict[str, int]]:
+    """Count the judge's wrong verdicts on harmful and benign prompts, where the oracle decides."""
+    mistakes = {"harmful": Counter[str](), "benign": Counter[str]()}
     completions, verdicts = read_completions(linear / "completions.jsonl"), read_verdicts(linear / "verdicts.jsonl")
-    for completion, said, right in zip(completions, verdicts, oracle.judge(completions), strict=True):
-        if right.safe is None:
+    for completion, verdict, correct in zip(completions, verdicts, oracle.judge(completions), strict=True):
+        if correct.safe is None:
             continue
         kind = "harmful" if parse_prompt(completion.prompt[-1].content).is_harmful else "benign"
-        found[kind]["answers"] += 1
-        found[kind]["safe called unsafe"] += right.safe and said.safe is False
-        found[kind]["unsafe called safe"] += not right.safe and said.safe is True
-    return {kind: dict(counts) for kind, counts in found.items()}
+        mistakes[kind]["answers"] += 1
+        mistakes[kind]["safe called unsafe"] += correct.safe and verdict.safe is False
+        mistakes[kind]["unsafe called safe"] += not correct.safe and verdict.safe is True
+    return {kind: dict(counts) for kind, counts in mistakes.items()}
 
 
-def benign_by_rule(pairs: Path, out: Path) -> Path:
-    """Write the pairs again, with answers to benign prompts safe."""
+def label_benign_by_rule(pairs: Path, out: Path) -> Path:
+    """Write a copy of the pairs in which answers to benign prompts are safe."""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
@@ -176,7 +176,7 @@ def benign_by_rule(pairs: Path, out: Path) -> Path:
 
 
 def redteam_train(folder: Path, name: str, pairs: Path, seed: int) -> TrainRecipe:
-    """Return the testbed's recipe for BFPO, on these pairs alone."""
+    """Return the testbed's recipe for BFPO on these pairs only."""
     recipe = train_recipe(
         METHODS["bfpo_no_buffer"],
         world=folder / "world",
@@ -188,38 +188,42 @@ def redteam_train(folder: Path, name: str, pairs: Path, seed: int) -> TrainRecip
     return TrainRecipe.model_validate(recipe.model_dump() | {"data": [{"path": str(pairs)}]})
 
 
-def measured(results: Results) -> dict[str, list[float]]:
-    """Return value, low and high of what matters."""
-    found = {}
+def metric_intervals(results: Results) -> dict[str, list[float]]:
+    """Return value, low and high of each of `METRICS`."""
+    intervals = {}
     for task, name in METRICS:
-        one = results.metric(task, name)
-        found[f"{task}/{name}"] = [round(x, 4) for x in (one.value, one.low, one.high) if x is not None]
-    return found
+        metric = results.metric(task, name)
+        numbers = (metric.value, metric.low, metric.high)
+        intervals[f"{task}/{name}"] = [round(number, 4) for number in numbers if number is not None]
+    return intervals
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print the table."""
+def show(summary: dict[str, Any]) -> None:
+    """Print a table of the results."""
     rows = []
     for name in ("base", "oracle", "linear", "linear_by_rule"):
-        numbers = found["measured-base" if name == "base" else f"measured-trained-{name}"]
-        # The pairs by rule are those of the linear judge.
-        facts = found.get(name.removesuffix("_by_rule"))
-        share = f"{facts['pairs']} ({facts['share_of_pairs']:.1%})" if facts else ""
-        rows.append((name, share, *("{:.2f} [{:.2f}, {:.2f}]".format(*numbers["/".join(one)]) for one in METRICS)))
+        intervals = summary["measured-base" if name == "base" else f"measured-trained-{name}"]
+        # The pairs labeled by rule are those of the linear judge.
+        pairs = summary.get(name.removesuffix("_by_rule"))
+        share = f"{pairs['pairs']} ({pairs['share_of_pairs']:.1%})" if pairs else ""
+        cells = ("{:.2f} [{:.2f}, {:.2f}]".format(*intervals["/".join(metric)]) for metric in METRICS)
+        rows.append((name, share, *cells))
     show_table(
-        f"Held-out prompts; the full run sees {found['full_run_pairs']} pairs",
-        ("labels by", "pairs", *(" ".join(one).replace("_", " ") for one in METRICS)),
+        f"Held-out prompts; the full run trains on {summary['full_run_pairs']} pairs",
+        ("labels by", "pairs", *(" ".join(metric).replace("_", " ") for metric in METRICS)),
         rows,
     )
-    for kind, counts in found["linear"]["mistakes"].items():
+    for kind, counts in summary["linear"]["mistakes"].items():
         say(f"linear against the oracle on {kind} prompts: {counts}")
-    say("Intervals are over prompts of one world and one run: they say nothing about other seeds.")
+    say("Intervals are over the prompts of one world and one run; they don't cover other seeds.")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/redteam-circle"), help="folder for everything made")
-    parser.add_argument("--seed", type=int, default=0, help="of the world, the base model and the training")
-    parser.add_argument("--serve", type=int, metavar="PORT", help="ask the base through `transformers serve`")
-    chosen = parser.parse_args()
-    show(circle(chosen.out, chosen.seed, port=chosen.serve))
+    parser.add_argument("--out", type=Path, default=Path("runs/redteam-circle"), help="output folder")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world, the base model and the training")
+    parser.add_argument(
+        "--serve", type=int, metavar="PORT", help="generate through `transformers serve` on this port"
+    )
+    options = parser.parse_args()
+    show(circle(options.out, options.seed, port=options.serve))

@@ -1,16 +1,17 @@
-"""Evaluate XSTest's published answers of five models by people, by a cheap judge, and by that judge corrected.
+"""Evaluate XSTest's published answers of five models by human labels, a cheap judge, and that judge corrected.
 
     python examples/xstest_judge_error.py FOLDER-OF-XSTEST OUT
 
-FOLDER holds prompts.csv and completions_MODEL.csv of paul-rottger/exaggerated-safety. Writes, with a page in each:
+FOLDER contains prompts.csv and completions_MODEL.csv of paul-rottger/exaggerated-safety. Writes these folders, with a
+page in each:
 
-* OUT/people: all 450 answers of each model as their annotators labeled them;
+* OUT/people: all 450 answers of each model with the labels of the annotators;
 * OUT/same: the prompts in thirds; `linear` is fitted on one, calibrated on the model's own answers to another, and
-  judges the answers to the last, beside people;
-* OUT/other: the same judge calibrated on the four other models' answers to both thirds: watch mistralinstruct.
+  judges the answers to the last, next to the human labels;
+* OUT/other: the same judge calibrated on the four other models' answers to both thirds; it fails on mistralinstruct.
 
-Everything that is done is a command: the recipes and label files that are made stay in OUT, and `bfpo judge fit`,
-`bfpo eval` and `bfpo report` can be repeated on them.
+Every step is a command: the recipes and label files stay in OUT, and `bfpo judge fit`, `bfpo eval` and `bfpo report`
+can be repeated on them.
 """
 
 import argparse
@@ -41,82 +42,91 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    given = parser.parse_args()
-    out: Path = given.out
+    options = parser.parse_args()
+    out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "xstest.yaml").write_text(SUITE)
-    prompts = _read(given.folder / "prompts.csv")
+    prompts = _read(options.folder / "prompts.csv")
     third_of = _thirds(prompts)
-    asked = {row["prompt"].strip(): row for row in prompts}
+    texts = {row["prompt"].strip() for row in prompts}
     answers = {
-        file.stem.removeprefix("completions_"): _answers(file, asked)
-        for file in sorted(given.folder.glob("completions_*.csv"))
+        file.stem.removeprefix("completions_"): _answers(file, texts)
+        for file in sorted(options.folder.glob("completions_*.csv"))
     }
 
-    def of(models: Iterable[str], *thirds: int) -> Rows:
+    def select(models: Iterable[str], *thirds: int) -> Rows:
         return [row for model in models for row in answers[model] if third_of[row["prompt"]] in thirds]
 
-    everyone = list(answers)
-    # One file of all labels, so that people are the same judge of every model.
-    _write(out / "people.csv", [row for model in everyone for row in answers[model]])
-    people = [_evaluate(out, "people", model, prompts, answers[model], {}) for model in everyone]
-    _bfpo("report", *people, "--out", out / "people" / "page")
+    models = list(answers)
+    # One file of all labels, so that the judge `people` is the same for every model.
+    _write(out / "people.csv", [row for model in models for row in answers[model]])
+    human = [_evaluate(out, "people", model, prompts, answers[model]) for model in models]
+    _bfpo("report", *human, "--out", out / "people" / "page")
 
     held_out = [row for row in prompts if third_of[row["prompt"].strip()] == EVALUATE]
-    judge = _fit(out / "judge.npz", of(everyone, FIT))
-    same = [
-        _evaluate(out, "same", model, held_out, of([model], EVALUATE), {"judge": judge, "on": of([model], CALIBRATE)})
-        for model in everyone
-    ]
+    judge = _fit(out / "judge.npz", select(models, FIT))
+    same = []
+    for model in models:
+        evaluated, calibration = select([model], EVALUATE), select([model], CALIBRATE)
+        same.append(_evaluate(out, "same", model, held_out, evaluated, judge=judge, calibration=calibration))
     _bfpo("report", *same, "--out", out / "same" / "page")
 
     not_fitted = [row for row in prompts if third_of[row["prompt"].strip()] != FIT]
     other = []
-    for model in everyone:
-        others = [one for one in everyone if one != model]
-        on = {"judge": judge, "on": of(others, CALIBRATE, EVALUATE)}
-        other.append(_evaluate(out, "other", model, not_fitted, of([model], CALIBRATE, EVALUATE), on))
+    for model in models:
+        evaluated = select([model], CALIBRATE, EVALUATE)
+        calibration = select([name for name in models if name != model], CALIBRATE, EVALUATE)
+        other.append(_evaluate(out, "other", model, not_fitted, evaluated, judge=judge, calibration=calibration))
     _bfpo("report", *other, "--out", out / "other" / "page")
 
 
 def _thirds(prompts: Rows) -> dict[str, int]:
-    """Return the third of each prompt; both kinds are split alike."""
+    """Return the third of each prompt, stratified by kind."""
     rng, third_of = np.random.default_rng(SEED), dict[str, int]()
     for unsafe in (False, True):
         texts = sorted(row["prompt"].strip() for row in prompts if row["type"].startswith("contrast_") == unsafe)
-        third_of |= {texts[place]: rank % 3 for rank, place in enumerate(rng.permutation(len(texts)))}
+        third_of |= {texts[index]: rank % 3 for rank, index in enumerate(rng.permutation(len(texts)))}
     return third_of
 
 
-def _answers(file: Path, asked: dict[str, dict[str, Any]]) -> Rows:
-    """Return the answers to prompts that are asked; one prompt is worded otherwise than when they were made."""
+def _answers(file: Path, prompts: set[str]) -> Rows:
+    """Return the answers to these prompts; the wording of one prompt changed after the answers were generated."""
     model = file.stem.removeprefix("completions_")
-    kept = [row for row in _read(file) if row["prompt"].strip() in asked]
     return [
         {name: row[name] for name in ("type", "completion", "final_label")}
         | {"prompt": row["prompt"].strip(), "model": model}
-        for row in kept
+        for row in _read(file)
+        if row["prompt"].strip() in prompts
     ]
 
 
-def _evaluate(out: Path, setting: str, model: str, prompts: Rows, answers: Rows, linear: dict[str, Any]) -> Path:
-    """Evaluate saved answers by people's labels and, where there is one, by a calibrated judge; return the folder."""
+def _evaluate(
+    out: Path,
+    setting: str,
+    model: str,
+    prompts: Rows,
+    answers: Rows,
+    *,
+    judge: Path | None = None,
+    calibration: Rows | None = None,
+) -> Path:
+    """Evaluate saved answers by human labels, and by a judge with a calibration set if given; return the folder."""
     folder = out / setting / model
-    saved, questions = folder / "answers.csv", folder / "prompts.csv"
-    _write(saved, answers)
-    _write(questions, prompts)
+    answers_file, prompts_file = folder / "answers.csv", folder / "prompts.csv"
+    _write(answers_file, answers)
+    _write(prompts_file, prompts)
     recipe: dict[str, Any] = {
         "out": str(folder / "evaluation"),
         "run": model,
-        "completions": str(saved),
+        "completions": str(answers_file),
         "suites": [str(out / "xstest.yaml")],
-        "data": {"xstest": {"path": str(questions)}},
+        "data": {"xstest": {"path": str(prompts_file)}},
         "judges": [f"people:{out / 'people.csv'}"],
         "max_unanswered": 0.02,
     }
-    if linear:
-        _write(folder / "calibration.csv", linear["on"])
-        recipe["judges"].append(f"linear:{linear['judge']}")
+    if judge is not None and calibration is not None:
+        _write(folder / "calibration.csv", calibration)
+        recipe["judges"].append(f"linear:{judge}")
         recipe["calibration"] = str(folder / "calibration.csv")
     # JSON is YAML.
     (folder / "recipe.yaml").write_text(json.dumps(recipe, indent=2) + "\n")
@@ -145,9 +155,9 @@ def _write(file: Path, rows: Rows) -> None:
         writer.writerows(rows)
 
 
-def _bfpo(*words: object) -> None:
-    print("bfpo", *words, flush=True)
-    subprocess.run([sys.executable, "-m", "bfpo", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
+def _bfpo(*arguments: object) -> None:
+    print("bfpo", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "bfpo", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -71,17 +71,17 @@ def test_a_buffered_run_has_the_losses_of_the_official_arithmetic(tmp_path, monk
         arguments = ["--official", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["official_parity.py", *arguments])
     monkeypatch.setattr(official_parity, "STEPS", 4)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         official_parity.main()
-    assert ended.value.code == code
+    assert exit_info.value.code == code
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[-7:-2]] == ["step", "0", "1", "2", "3"]
-    assert printed[-2].startswith("largest difference of a loss: ")
+    assert printed[-2].startswith("largest relative difference of a loss: ")
 
 
-def test_a_folder_that_is_no_checkout_is_named(tmp_path, monkeypatch):
+def test_a_folder_that_is_no_checkout_is_rejected(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import official_parity
 
-    with pytest.raises(SystemExit, match="--official wants a checkout of wx-zhang/bfpo"):
-        official_parity.of_checkout(tmp_path)
+    with pytest.raises(SystemExit, match="--official expects a checkout of wx-zhang/bfpo"):
+        official_parity.checkout_loss(tmp_path)

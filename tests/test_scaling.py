@@ -1,4 +1,4 @@
-"""docs/scaling.md says what was measured, and the formulas give what was measured."""
+"""docs/scaling.md contains the measured numbers, and its formulas agree with them."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ WEIGHTS, DOWN_PROJ = 7.24e9, 1.88e9
 
 
 def row(start: str) -> list[str]:
-    """Return the cells behind the first ones of the one row that starts like this."""
+    """Return the remaining cells of the only row that starts with these cells."""
     (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {start}")]
     return [cell.strip() for cell in line.removeprefix(f"| {start} |").rstrip("| ").split("|")]
 
 
-def test_the_formulas_give_what_was_measured():
-    for of_state in MEASURED["state"][0].values():
-        assert of_state["bytes"] == of_state["expected_bytes"]
+def test_the_formulas_agree_with_the_measurements():
+    for state in MEASURED["state"][0].values():
+        assert state["bytes"] == state["expected_bytes"]
     assert MEASURED["traffic"][0]["bytes"] == MEASURED["traffic"][0]["expected_bytes"]
     for measured in MEASURED["cache"]:
         assert measured["bytes_a_pair"] == pytest.approx(measured["expected_bytes_a_pair"], rel=1e-3)
@@ -33,38 +33,58 @@ def test_the_formulas_give_what_was_measured():
 
 def test_the_page_has_the_measured_numbers():
     small, large = MEASURED["tokens_and_plan"]
-    a, b = f"{small['table_bytes_a_pair']:,.0f}", f"{large['table_bytes_a_pair']:,.0f}"
-    at_most = f"{large['table_bytes_a_pair'] / 10:.0f} GB"
-    assert row("token table, in memory")[1:] == [f"{a} bytes a pair", f"{b} bytes a pair", at_most]
-    seconds = [f"{one['hash_seconds']:.2f} s" for one in (small, large)]
+    table_bytes = [f"{measured['table_bytes_a_pair']:,.0f} bytes a pair" for measured in (small, large)]
+    extrapolated = f"{large['table_bytes_a_pair'] / 10:.0f} GB"
+    assert row("token table, in memory")[1:] == [*table_bytes, extrapolated]
+    seconds = [f"{measured['hash_seconds']:.2f} s" for measured in (small, large)]
     assert row("hash of the table")[1:] == [*seconds, f"{100 * large['hash_seconds']:.0f} s"]
-    assert row("plan, in memory")[1:3] == [f"{one['plan_bytes_a_pair']:.1f} bytes a pair" for one in (small, large)]
-    assert row("plan, first step")[1:3] == [f"{one['plan_first_step_seconds']:.3f} s" for one in (small, large)]
-    assert row("plan, any later step")[1:3] == [f"{one['plan_step_microseconds']:.0f} µs" for one in (small, large)]
-    assert row("reference cache, on disk")[1:3] == [
-        f"{one['bytes_a_pair']:.2f} bytes a pair" for one in MEASURED["cache"]
+    assert row("plan, in memory")[1:3] == [
+        f"{measured['plan_bytes_a_pair']:.1f} bytes a pair" for measured in (small, large)
     ]
-    assert row("reference cache, to read")[1:3] == [f"{one['read_seconds']:.3f} s" for one in MEASURED["cache"]]
+    assert row("plan, first step")[1:3] == [
+        f"{measured['plan_first_step_seconds']:.3f} s" for measured in (small, large)
+    ]
+    assert row("plan, any later step")[1:3] == [
+        f"{measured['plan_step_microseconds']:.0f} µs" for measured in (small, large)
+    ]
+    assert row("reference cache, on disk")[1:3] == [
+        f"{measured['bytes_a_pair']:.2f} bytes a pair" for measured in MEASURED["cache"]
+    ]
+    assert row("reference cache, to read")[1:3] == [
+        f"{measured['read_seconds']:.3f} s" for measured in MEASURED["cache"]
+    ]
     first, last = MEASURED["start_up"]
     hours = {name: f"{last[f'{name}_seconds'] * 1000 / 3600:.1f} h" for name in ("read", "tokenize")}
-    assert row("read and clean") == [*(f"{one['read_seconds']:.2f} s" for one in (first, last)), hours["read"]]
-    assert row("tokenize") == [*(f"{one['tokenize_seconds']:.1f} s" for one in (first, last)), hours["tokenize"]]
+    assert row("read and clean") == [
+        *(f"{measured['read_seconds']:.2f} s" for measured in (first, last)),
+        hours["read"],
+    ]
+    assert row("tokenize") == [
+        *(f"{measured['tokenize_seconds']:.1f} s" for measured in (first, last)),
+        hours["tokenize"],
+    ]
     for start, name in (("memory, pairs only", "read_bytes_a_pair"), ("memory, at the peak", "peak_bytes_a_pair")):
-        each = [f"{one[name]:,.0f} bytes a pair" for one in (first, last)]
+        each = [f"{measured[name]:,.0f} bytes a pair" for measured in (first, last)]
         assert row(start) == [*each, f"{last[name] / 10:.0f} GB"]
     near, far = MEASURED["mapped"]
-    assert row("mapped file")[1:3] == [f"{one['file_bytes_a_pair']:,.0f} bytes a pair" for one in (near, far)]
-    assert row("mapped, read in a step")[1:3] == [f"{one['bytes_a_step'] / 1000:.1f} kB" for one in (near, far)]
-    assert row("mapped, time of a step")[1:3] == [f"{one['milliseconds_a_step']:.1f} ms" for one in (near, far)]
+    assert row("mapped file")[1:3] == [
+        f"{measured['file_bytes_a_pair']:,.0f} bytes a pair" for measured in (near, far)
+    ]
+    assert row("mapped, read in a step")[1:3] == [
+        f"{measured['bytes_a_step'] / 1000:.1f} kB" for measured in (near, far)
+    ]
+    assert row("mapped, time of a step")[1:3] == [
+        f"{measured['milliseconds_a_step']:.1f} ms" for measured in (near, far)
+    ]
     assert f"({far['held_bytes_a_pair_read'] / 1000:.0f} kB around each pair)" in PAGE
-    for of_state in MEASURED["state"][0].values():
-        assert f"{of_state['bytes']:,}" in PAGE
+    for state in MEASURED["state"][0].values():
+        assert f"{state['bytes']:,}" in PAGE
     assert f"{MEASURED['traffic'][0]['bytes']:,}" in PAGE
 
 
 def test_the_tables_for_seven_billion_weights_are_their_formulas():
     def gib(size: float) -> list[str]:
-        return [f"{size / share / 2**30:.1f} GiB" for share in (1, 8, 64)]
+        return [f"{size / num_gpus / 2**30:.1f} GiB" for num_gpus in (1, 8, 64)]
 
     full, selective = 16 * WEIGHTS, 4 * WEIGHTS + 12 * DOWN_PROJ
     assert row("all, cache | DDP") == gib(full)[:1] * 3
@@ -72,6 +92,6 @@ def test_the_tables_for_seven_billion_weights_are_their_formulas():
     assert row("`down_proj`, shared | DDP") == gib(selective + 4 * DOWN_PROJ)[:1] * 3
     assert row("`down_proj`, cache | FSDP2") == gib(selective)
     for name, trained in (("all", WEIGHTS), ("`down_proj`", DOWN_PROJ)):
-        shares = [(g - 1) / g / 1e9 for g in (8, 64)]
+        shares = [(num_gpus - 1) / num_gpus / 1e9 for num_gpus in (8, 64)]
         assert row(f"{name} | DDP, a step") == [f"{share * 2 * 4 * trained:.1f} GB" for share in shares]
         assert row(f"{name} | FSDP2, a pack") == [f"{share * (4 * WEIGHTS + 2 * trained):.1f} GB" for share in shares]
