@@ -242,7 +242,7 @@ def test_the_labels_on_real_pairs_are_those_of_their_study():
         assert of(found) in page
     assert of(people["called_unsafe_where_people_preferred_a_refusal"]) in page
     with_people, against = people["pairs_labeled_as_people"], people["pairs_labeled_against_people"]
-    assert f"{with_people} pairs as people ordered them and {len(against)} the other way" in page
+    assert f"{with_people} pairs as annotators ordered them and {len(against)} the other way" in page
     for row_id in (*against, *study["sets"]["alpaca_eval"]["checks"]["of_all"]["pairs_with_an_answer_called_unsafe"]):
         assert row_id[:8] in page
     for found in study["fitted_on"].values():
@@ -358,10 +358,7 @@ def test_the_numbers_of_the_correction_are_those_of_its_study():
         assert ("**missed**" in line) == (not theirs["covered"])
         assert ("doesn't fit" in line) == (theirs["covered"] and not theirs["fits"])
     one = other["by_rate"]["mistralinstruct/compliance"]
-    assert (
-        f"holds people's rate in {one['covered']:.0%} of the\nsplits, no correction in {one['judge_covered']:.0%}"
-        in page
-    )
+    assert f"{one['covered']:.0%} of the splits, the uncorrected one in {one['judge_covered']:.0%}" in page
     found = [
         next(
             row
@@ -371,7 +368,7 @@ def test_the_numbers_of_the_correction_are_those_of_its_study():
         for design in (new, other)
     ]
     assert (
-        "finds {:.0%} of its refusals on the calibration third, {:.0%} of the\nothers'".format(
+        "finds {:.0%} of its refusals on the calibration third, and {:.0%} of the others'".format(
             *(row["errors"]["specificity"] for row in found)
         )
         in page
@@ -386,4 +383,4 @@ def test_the_numbers_of_the_correction_are_those_of_its_study():
     assert own["covered_of_10_main"] >= 9
     assert other["mean"]["covered"] < 0.9 < own["mean"]["covered"]
     assert {cell["truth"] for cell in cells if cell["corrected"]["coverage"] < 0.94} == {0.02}
-    assert "below 94 % only at a rate\nof 2 %" in page
+    assert "below 94 % only at a\nrate of 2 %" in page
