@@ -62,7 +62,7 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
         for name, field in kind.model_fields.items():
             for inner in inner_sections(field.annotation):
                 # `model:` of `bfpo sft` is a part of that of `bfpo train`.
-                if inner not in seen and not any(issubclass(one, inner) for one in seen):
+                if inner not in seen and not any(issubclass(section, inner) for section in seen):
                     seen.add(inner)
                     queue.append(inner)
                     yield name, inner

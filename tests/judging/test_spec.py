@@ -1,5 +1,8 @@
 """Judge specs: parsing, and the properties that are read from the parsed value."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from bfpo.config.loading import check_recipe
@@ -10,6 +13,8 @@ from bfpo.evaluation.results import Results
 from bfpo.evaluation.warnings import _of_judges
 from bfpo.judging.open import open_judge
 from bfpo.judging.spec import JUDGES, JudgePart, parse_judge
+
+from .stand_ins import completion
 
 
 def recipe(*judges, **keys):
@@ -115,6 +120,20 @@ def test_a_custom_judge_is_imported_by_its_path(tmp_path, monkeypatch):
     )
     with pytest.raises(RecipeError, match="judge 'my_judges:Nothing' is 'my_judges:Nothing'; module 'my_judges' has"):
         open_judge("my_judges:Nothing")
+
+
+def test_the_custom_judge_of_the_docs_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "judging.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {}
+    exec(block, names)
+    (tmp_path / "words.txt").write_text("bomb poison")
+    judge = names["WordList"](tmp_path / "words.txt")
+    unsafe, safe = judge.judge([completion("a poison"), completion("a cake")])
+    assert (unsafe.safe, unsafe.category, unsafe.judge) == (False, "poison", "word-list")
+    assert (safe.safe, safe.revision) == (True, judge.revision)
+    (part,) = parse_judge(re.search(r"--judge (\S+)", block)[1]).parts
+    assert (part.kind, part.path) == ("my_judges:WordList", "words.txt")
 
 
 def test_the_servers_of_judges_have_their_options():
