@@ -118,12 +118,12 @@ def test_prompts_that_do_not_fit_are_counted_and_the_others_answered(engine, tmp
     with pytest.raises(Unanswered, match=rf"{2 * len(long)} of 18 completions .* prompt too long") as raised:
         generate_completions(one, PROMPTS, tmp_path / "a.jsonl", samples=2)
     assert {name for name, _ in raised.value.failed} == long
-    found, lost = generate_most(one, PROMPTS, tmp_path / "b.jsonl", samples=2, most_unanswered=2 * len(long))
+    found, lost = generate_most(one, PROMPTS, tmp_path / "b.jsonl", samples=2, max_unanswered=2 * len(long))
     assert set(lost) == long
     assert {completion.prompt_id for completion in found} == set(lengths) - long
     assert read_completions(tmp_path / "b.jsonl") == found
     with pytest.raises(Unanswered):
-        generate_most(one, PROMPTS, tmp_path / "b.jsonl", samples=2, most_unanswered=2 * len(long) - 1)
+        generate_most(one, PROMPTS, tmp_path / "b.jsonl", samples=2, max_unanswered=2 * len(long) - 1)
 
 
 def test_loading_a_checkpoint(tmp_path, make_model, tokenizer):

@@ -187,7 +187,7 @@ def test_the_command_tells_faults_and_what_stays_unanswered(tmp_path, monkeypatc
         lenient = CliRunner().invoke(app, [*arguments, "--max-unanswered", "0.5"])
         assert counts["with key"] == counts["requests"]
     assert lenient.exit_code == 0, lenient.output
-    assert "Prompts left unanswered" in lenient.output
+    assert "Unanswered prompts" in lenient.output
     assert "1 completions of 2 prompts" in lenient.output
     assert len(read_completions(tmp_path / "c.jsonl")) == 1
     assert "a-secret" not in strict.output + lenient.output

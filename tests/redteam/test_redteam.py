@@ -136,14 +136,14 @@ class Short(ScriptedEngine):
 def test_prompts_that_are_too_long_are_left_out_and_told(recipe, tmp_path, monkeypatch, capsys):
     answer = module._engine(recipe.model, None)._answer
     monkeypatch.setattr(module, "_engine", lambda model, sampling: Short(answer))
-    with pytest.raises(Unanswered, match=r"3 of 9 completions are missing \(prompt too long: 3\)"):
+    with pytest.raises(Unanswered, match=r"3 of 9 completions are missing: prompt too long \(3\);"):
         run_redteam(recipe)
     (file,) = run_redteam(recipe.model_copy(update={"out": str(tmp_path / "b"), "max_unanswered": 0.4}))
     _, pairs = load_pairs(Source(path=str(file)), "main")
     assert {pair.prompt[0].content for pair in pairs} == {"stuck box"}
     facts = json.loads((tmp_path / "b" / "redteam.json").read_text())
     assert facts["left_out"]["prompt unanswered: prompt too long"] == 1
-    assert "Prompts left unanswered" in capsys.readouterr().out
+    assert "Unanswered prompts" in capsys.readouterr().out
     # In the chain, where the talk grows, any number may be missing.
     monkeypatch.setattr(Short, "words", (module.STEPS[1],))
     (file,) = run_redteam(recipe.model_copy(update={"out": str(tmp_path / "c")}))

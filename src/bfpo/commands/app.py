@@ -142,7 +142,7 @@ def generate(
         engine = load_engine(checkpoint, sampling, dtype=dtype)
     try:
         found, lost = generate_most(
-            engine, asked, out, samples=samples, most_unanswered=max_unanswered * len(asked) * samples
+            engine, asked, out, samples=samples, max_unanswered=max_unanswered * len(asked) * samples
         )
     finally:
         show_faults(engine.faults)
@@ -175,10 +175,10 @@ def label(
 
         raise RecipeError(f"--conflicts '{conflicts}'; {did_you_mean(conflicts, list(POLICIES))}")
 
-    from bfpo.data.adapters import named_source
+    from bfpo.data.adapters import parse_source
     from bfpo.judging.open import open_judge
 
-    source = named_source(pairs)
+    source = parse_source(pairs)
     judges = [open_judge(spec) for spec in judge]
     label_pairs(source, judges, out, conflicts=conflicts, limit=limit, beta=beta, estimate_only=dry_run)  # type: ignore[arg-type]
 

@@ -17,7 +17,7 @@ from bfpo.core.samples import Completion, Judge, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.load import load_pairs
 from bfpo.data.prepare import cell_counts
-from bfpo.data.stages import judge_completions, without_verdict
+from bfpo.data.stages import find_unjudged, judge_completions
 from bfpo.errors import DataError
 from bfpo.judging.ensemble import mean_p_safe
 from bfpo.losses.labeling import LabelingFunction
@@ -205,7 +205,7 @@ def _if_assumed(pairs: Sequence[PreferencePair]) -> dict[str, int]:
 
 
 def _estimate(judge: Judge, completions: Sequence[Completion], file: Path) -> None:
-    missing = without_verdict(completions, file)
+    missing = find_unjudged(completions, file)
     if not missing:
         say(f"{judge.name}: all {len(completions)} answers are judged already")
         return

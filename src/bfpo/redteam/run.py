@@ -82,7 +82,7 @@ def _make(recipe: RedteamRecipe, model: RedteamModel, out: Path, meter: Meter) -
     left_out: Counter[str] = Counter()
     most = recipe.max_unanswered * len(prompts) * recipe.samples
     answered, lost = generate_most(
-        engine, prompts, out / "completions.jsonl", samples=recipe.samples, most_unanswered=most
+        engine, prompts, out / "completions.jsonl", samples=recipe.samples, max_unanswered=most
     )
     show_unanswered(lost)
     left_out.update(f"prompt unanswered: {why}" for why in lost.values())
@@ -192,7 +192,7 @@ def _guided(
     missing: dict[str, str] = {}
     for number, then in enumerate((*STEPS[1:], None), start=1):
         file = out / f"guided-{number}.jsonl"
-        answers, lost = generate_most(engine, list(talks.values()), file, most_unanswered=len(talks))
+        answers, lost = generate_most(engine, list(talks.values()), file, max_unanswered=len(talks))
         missing |= lost
         if then is None:
             break

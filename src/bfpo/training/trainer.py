@@ -14,8 +14,8 @@ from transformers.trainer_utils import TrainOutput
 
 from bfpo.config.recipes import LayoutSection, ReferenceKind, Source, TextSection
 from bfpo.core.pairs import PreferencePair
-from bfpo.data.adapters import pairs as read_pair
 from bfpo.data.load import SourceReport
+from bfpo.data.pair_formats import read_pair
 from bfpo.data.prepare import require_labels
 from bfpo.data.rows import SourceRow
 from bfpo.data.table import PairTable, pair_table
