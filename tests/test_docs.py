@@ -16,7 +16,7 @@ from bfpo.config.loading import check_recipe, parse_yaml
 from bfpo.config.recipes import NewModel, Source, TrainRecipe
 from bfpo.core.pairs import COLUMNS
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
-from bfpo.data.prompts import SOURCES
+from bfpo.data.prompt_sets import PROMPT_SETS
 from bfpo.evaluation import differences as comparing
 from bfpo.evaluation import scoring
 from bfpo.losses.build import make_loss
@@ -221,15 +221,17 @@ def test_the_words_on_the_comparison_are_those_of_both_its_runs():
 def test_every_source_of_prompts_stands_in_its_row():
     page = (ROOT / "docs/redteam.md").read_text()
     rows = {
-        "a file that you fetch, as `path:`": [name for name, source in SOURCES.items() if source.file],
-        "the hub, at a revision that the program pins": [name for name, source in SOURCES.items() if source.revision],
+        "a file that you fetch, as `path:`": [name for name, source in PROMPT_SETS.items() if source.file],
+        "the hub, at a revision that the program pins": [
+            name for name, source in PROMPT_SETS.items() if source.revision
+        ],
         "the hub, at a `revision:` that you pin": [
-            name for name, source in SOURCES.items() if source.hub and not source.revision
+            name for name, source in PROMPT_SETS.items() if source.hub and not source.revision
         ],
     }
     for words, names in rows.items():
         assert f"| {words} | {', '.join(f'`{name}`' for name in names)} |" in page
-    assert sum(map(len, rows.values())) == len(SOURCES) - 1, "all but one's own file"
+    assert sum(map(len, rows.values())) == len(PROMPT_SETS) - 1, "all but one's own file"
 
 
 @pytest.mark.parametrize("results", ["redteam.json", "redteam_served.json"])

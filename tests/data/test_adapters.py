@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from bfpo.config.recipes import Source
 from bfpo.core.pairs import Message, PairSignals, PreferencePair, Provenance, SafetyLabels
-from bfpo.data.adapters import ADAPTERS, SkipRow, demonstration, named_source
+from bfpo.data.adapters import ADAPTERS, parse_source, read_pairs
+from bfpo.data.pair_formats import SkipRow, read_demonstration
 from bfpo.data.rows import SourceRow
 from bfpo.errors import DataError, RecipeError
 
@@ -14,8 +15,8 @@ from bfpo.errors import DataError, RecipeError
 def read(adapter, *rows, **options):
     """Return what an adapter makes of rows: pairs, and the reasons of skipped rows."""
     numbered = [SourceRow(row, f"rows.jsonl row {number}") for number, row in enumerate(rows, start=1)]
-    items = ADAPTERS[adapter].read(numbered, Source(path="rows.jsonl", adapter=adapter, **options))
-    return [(item.reason, item.fault) if isinstance(item, SkipRow) else item for item in items]
+    pairs = read_pairs(numbered, Source(path="rows.jsonl", adapter=adapter, **options))
+    return [(pair.reason, pair.fault) if isinstance(pair, SkipRow) else pair for pair in pairs]
 
 
 def one(adapter, row, **options):
@@ -373,8 +374,8 @@ def test_labels_are_read_from_aliases_words_and_signs(columns, cell):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"is_chosen_safe": True}, "column 'is_rejected_safe' is missing while 'is_chosen_safe' is there; give both"),
-        ({"rejected_safe": True}, "column 'is_chosen_safe' is missing while 'is_rejected_safe' is there; give both"),
+        ({"is_chosen_safe": True}, "column 'is_rejected_safe' is missing, but 'is_chosen_safe' is not; give both"),
+        ({"rejected_safe": True}, "column 'is_chosen_safe' is missing, but 'is_rejected_safe' is not; give both"),
         (
             LABELS | {"is_rejected_safe": None},
             "column 'is_rejected_safe': safety label is null; expected true or false",
@@ -386,7 +387,7 @@ def test_labels_are_read_from_aliases_words_and_signs(columns, cell):
         (LABELS | {"is_chosen_safe": 0.5}, "column 'is_chosen_safe': safety label is 0.5 (float)"),
         (LABELS | {"is_chosen_safe": float("nan")}, "column 'is_chosen_safe': safety label is nan (float)"),
         (LABELS | {"is_chosen_safe": [True]}, "column 'is_chosen_safe': safety label is [True] (list)"),
-        (LABELS | {"chosen_safe": True}, "columns 'chosen_safe' and 'is_chosen_safe' both stand for the same label"),
+        (LABELS | {"chosen_safe": True}, "columns 'chosen_safe' and 'is_chosen_safe' are the same label"),
     ],
 )
 def test_a_label_that_is_not_one_is_refused_never_guessed(columns, message):
@@ -399,7 +400,7 @@ def test_a_label_that_is_not_one_is_refused_never_guessed(columns, message):
         ("pairs", PKU_NEW, "adapter 'pku_saferlhf' reads such rows: `adapter: pku_saferlhf` in a recipe"),
         ("pku_saferlhf", PLAIN, "adapter 'pairs' reads such rows"),
         ("xstest_completions", PLAIN, "adapter 'pairs' reads such rows"),
-        ("pairs", {"question": "a", "good": "b"}, "columns of other names are told by `columns: {OURS: THEIRS}`"),
+        ("pairs", {"question": "a", "good": "b"}, "to rename columns, set `columns: {OURS: THEIRS}` of the source"),
     ],
 )
 def test_columns_of_another_shape_are_told_how_to_be_read(adapter, row, told):
@@ -407,14 +408,14 @@ def test_columns_of_another_shape_are_told_how_to_be_read(adapter, row, told):
 
 
 def test_a_source_is_named_by_its_adapter_and_its_path(tmp_path):
-    named = named_source("pku_saferlhf:a.jsonl")
+    named = parse_source("pku_saferlhf:a.jsonl")
     assert (named.adapter, named.path) == ("pku_saferlhf", "a.jsonl")
-    assert named_source("a.jsonl").adapter == "pairs"
+    assert parse_source("a.jsonl").adapter == "pairs"
     odd = tmp_path / "odd:name.jsonl"
     odd.touch()
-    assert named_source(str(odd)).path == str(odd)
+    assert parse_source(str(odd)).path == str(odd)
     with pytest.raises(RecipeError, match=r"source 'pku:a.jsonl': 'pku' is not an adapter; known: alpaca_eval, "):
-        named_source("pku:a.jsonl")
+        parse_source("pku:a.jsonl")
 
 
 def test_the_row_that_is_wrong_is_named():
@@ -431,15 +432,15 @@ def test_the_row_that_is_wrong_is_named():
     ],
 )
 def test_demonstrations_are_read_from_messages_and_from_prompt_and_completion(row):
-    item = demonstration(SourceRow(row, "here"))
+    item = read_demonstration(SourceRow(row, "here"))
     assert (item.prompt, item.completion) == (said("A red box?"), "Yes.")
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": turns("a")}, "column 'messages' doesn't end with an assistant turn after a user's"),
-        ({"messages": turns("a", first="assistant")}, "doesn't end with an assistant turn after a user's"),
+        ({"messages": turns("a")}, "column 'messages' doesn't end with an assistant turn after a user turn"),
+        ({"messages": turns("a", first="assistant")}, "doesn't end with an assistant turn after a user turn"),
         ({"messages": [*turns("a", "b"), *turns("c", first="assistant")]}, "prompt ends with assistant; expected"),
         ({"prompt": turns("a", "b"), "completion": "c"}, "prompt ends with assistant; expected"),
         ({"prompt": "a", "completion": turns("b", "c")}, "column 'completion' has turns before the answer"),
@@ -450,7 +451,7 @@ def test_demonstrations_are_read_from_messages_and_from_prompt_and_completion(ro
 )
 def test_a_malformed_demonstration_is_refused(row, message):
     with pytest.raises(DataError, match=re.escape(message)):
-        demonstration(SourceRow(row, "here"))
+        read_demonstration(SourceRow(row, "here"))
 
 
 texts = st.text(max_size=12)
@@ -507,7 +508,7 @@ def test_whatever_a_row_holds_an_adapter_raises_data_errors_only(adapter, data):
 @given(st.dictionaries(st.sampled_from(["messages", "prompt", "completion"]), anything | messages))
 def test_whatever_a_demonstration_holds_only_data_errors_are_raised(row):
     try:
-        item = demonstration(SourceRow(row, "here"))
+        item = read_demonstration(SourceRow(row, "here"))
     except DataError:
         return
     assert item.prompt[-1].role == "user"

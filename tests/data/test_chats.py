@@ -31,7 +31,7 @@ def chat(turns=3, answers=ANSWERED, every_turn=True):
 def encode(tokenizer, *items, cache=None, **text):
     report = SourceReport("toy", Source(path="toy.jsonl"))
     _, examples = Encoder(tokenizer, TextSection(**text), cache).encode(items, report)
-    counts = {why.reason: count for table in (report.dropped, report.noted) for why, count in table.items()}
+    counts = {reason.text: count for table in (report.dropped, report.noted) for reason, count in table.items()}
     return examples, counts
 
 
@@ -118,7 +118,7 @@ def test_a_person_sees_what_is_imitated(tokenizer):
 
 
 def test_kept_encodings_have_their_marks(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("bfpo.data.tokenize.FEWEST", 1)
+    monkeypatch.setattr("bfpo.data.tokenize.MIN_CACHED", 1)
     (first,), _ = encode(tokenizer, chat(), cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     (again,), _ = encode(tokenizer, chat(), cache=tmp_path)

@@ -10,7 +10,7 @@ from bfpo.config.recipes import DataRecipe, Source
 from bfpo.core.files import file_hash, write_jsonl
 from bfpo.core.pairs import prompt_key
 from bfpo.data.demonstrations import load_demonstrations, prepare_demonstrations
-from bfpo.data.load import SourceReport, Why, load_pairs
+from bfpo.data.load import Reason, SourceReport, load_pairs
 from bfpo.data.prepare import is_held_out, prepare, require_labels, write_prepared
 from bfpo.errors import DataError, RecipeError
 
@@ -48,7 +48,7 @@ def texts(pairs):
 
 
 def reasons(counts):
-    return {(why.reason, why.cell): count for why, count in counts.items()}
+    return {(reason.text, reason.cell): count for reason, count in counts.items()}
 
 
 def conversation(*contents):
@@ -152,7 +152,7 @@ def test_empty_and_identical_answers_are_dropped_whatever_conflicts_says(changes
 
 CONFLICTS = {
     "an answer is labeled both safe and unsafe": [row(0, SU), row(0, US, rejected="another"), row(1, SS)],
-    "the pair stands in both orders": [row(0, SU), row(0, US, chosen="bad 0", rejected="good 0"), row(1, SS)],
+    "the pair occurs in both orders": [row(0, SU), row(0, US, chosen="bad 0", rejected="good 0"), row(1, SS)],
 }
 
 
@@ -164,7 +164,7 @@ def test_contradictory_pairs_are_dropped_kept_or_an_error(reason, rows, write):
     assert reasons(dropped.parts[0].report.dropped) == {(reason, "su"): 1, (reason, "us"): 1}
     assert len(kept.train) == 3
     assert reasons(kept.parts[0].report.noted) == {(f"kept though {reason}", c): 1 for c in ("su", "us")}
-    with pytest.raises(DataError, match=rf"^a: row [0-9a-f]{{16}}: {reason}; mend the data, or set conflicts"):
+    with pytest.raises(DataError, match=rf"^a: row [0-9a-f]{{16}}: {reason}; fix the data, or set conflicts"):
         prepared(source, conflicts="error")
 
 
@@ -176,7 +176,7 @@ def test_one_pair_with_two_labellings_is_a_conflict_not_a_duplicate(write):
 
 
 def test_conflicts_are_found_between_sources_too(write):
-    one, other = CONFLICTS["the pair stands in both orders"][:2]
+    one, other = CONFLICTS["the pair occurs in both orders"][:2]
     data = prepared(write("a.jsonl", [one, row(1)]), write("b.jsonl", [other, row(2)]))
     assert texts(data.train) == ["good 1", "good 2"]
 
@@ -207,13 +207,13 @@ def test_rows_whose_histories_differ_count_against_the_cap(write):
         prepared(source, max_dropped=0.2)
 
 
-def test_half_a_character_is_a_fault_and_never_reaches_a_file(write, tmp_path):
+def test_a_lone_surrogate_is_a_fault_and_is_never_written(write, tmp_path):
     lines = [json.dumps(row(0)), json.dumps(row(1)).replace("good 1", "good \\ud83d")]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     data = prepared(Source(path="a.jsonl"))
     write_prepared(data, tmp_path)
     assert texts(data.train) == ["good 0"]
-    assert data.parts[0].report.skipped == {"half a character in a text (a surrogate without its pair)": 1}
+    assert data.parts[0].report.skipped == {"lone surrogate in a text": 1}
     with pytest.raises(DataError, match="1 of 2 pairs would be dropped"):
         prepared(Source(path="a.jsonl"), max_dropped=0.4)
     (tmp_path / "d.jsonl").write_text(
@@ -317,7 +317,7 @@ def test_without_evaluation_pairs_no_file_for_them_is_written(write, tmp_path):
 def test_pairs_of_the_main_stream_are_refused_as_a_buffer(write):
     source = write("prepared.jsonl", [row(0, stream="main")])
     with pytest.raises(
-        DataError, match=r"^prepared: a source of the buffer holds pairs of stream 'main'; list the file in"
+        DataError, match=r"^prepared: a source of the buffer has pairs of stream 'main'; list the file in"
     ):
         prepared(write("a.jsonl", [row(1)]), buffer=[source])
 
@@ -329,7 +329,7 @@ def test_counts_of_the_manifest_add_up(write, tmp_path):
         row(1, SU),
         row(50, chosen=""),
         row(51, chosen="bad 51"),
-        *CONFLICTS["the pair stands in both orders"][1:2],
+        *CONFLICTS["the pair occurs in both orders"][1:2],
     ]
     buffer = [row(number, chosen="other") for number in range(10, 60)]
     evals = [write("e.jsonl", [row(4), row(5, chosen=""), row(70)])]
@@ -397,11 +397,11 @@ def test_a_license_that_is_given_replaces_the_adapters(write):
 
 def test_the_share_lost_to_faults_is_of_the_pairs_taken():
     report = SourceReport("a", Source(path="a"), taken=100, read=1000)
-    report.dropped[Why("empty answer", "ss")] = 10
+    report.dropped[Reason("empty answer", "ss")] = 10
     report.check_cap(0.1)
-    report.removed[Why("duplicate", "ss")] = 80
+    report.removed[Reason("duplicate", "ss")] = 80
     report.check_cap(0.1)
-    report.dropped[Why("identical answers", None)] = 1
+    report.dropped[Reason("identical answers", None)] = 1
     with pytest.raises(DataError, match="11 of 100"):
         report.check_cap(0.1)
 

@@ -9,12 +9,12 @@ from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
 from bfpo.core.pairs import Message, user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict, prompt_id
 from bfpo.data.stages import (
+    find_unjudged,
     generate_completions,
     judge_completions,
     read_completions,
     read_prompt_file,
     read_verdicts,
-    without_verdict,
 )
 from bfpo.errors import DataError
 from bfpo.generation.scripted import ScriptedEngine
@@ -91,7 +91,7 @@ def test_completions_of_another_model_or_prompt_are_refused(tmp_path):
     generate_completions(Counting(), PROMPTS, path)
     with pytest.raises(DataError, match="another model or other settings"):
         generate_completions(Counting(name="other"), PROMPTS, path)
-    with pytest.raises(DataError, match="answers another prompt of that id"):
+    with pytest.raises(DataError, match="answers another prompt with this id"):
         generate_completions(Counting(), [Prompt("p0", user_says("something else"))], path)
 
 
@@ -114,7 +114,7 @@ def test_verdicts_are_made_once_and_never_on_another_text(tmp_path):
     judge_completions(judge, completions, path)
     assert judge.judged == 200
     assert read_verdicts(path) == found
-    with pytest.raises(DataError, match="holds verdicts of length@1, this is length@2"):
+    with pytest.raises(DataError, match="has verdicts of length@1, this is length@2"):
         judge_completions(Length("2"), completions, path)
     other = ScriptedEngine(lambda prompt, sample: "new").generate([(PROMPTS[0], 0)])
     with pytest.raises(DataError, match="is about another text"):
@@ -174,7 +174,7 @@ def test_prompts_from_any_file(tmp_path):
             "row 1: column 'kind' is 'bad'; expected 'harmful', 'benign' or 'lookalike', or null",
         ),
         ('{"question": "a"}\n', "row 1: no column 'prompt'"),
-        ('{"prompt": "a"}\n{"prompt": "a"}\n', "stands twice"),
+        ('{"prompt": "a"}\n{"prompt": "a"}\n', "duplicate prompt id"),
         ('{"prompt": [{"role": "assistant", "content": "a"}]}\n', "expected it to end with a user turn"),
         ('{"prompt": "a", "prompt_id": {}}\n', "row 1: column 'prompt_id' is {}; expected a string"),
     ],
@@ -236,7 +236,7 @@ def test_a_stage_that_resumes_names_the_file_and_the_row_that_are_wrong(tmp_path
     with pytest.raises(DataError, match=message):
         judge_completions(Length(), completions, tmp_path / "verdicts.jsonl")
     with pytest.raises(DataError, match=message):
-        without_verdict(completions, tmp_path / "verdicts.jsonl")
+        find_unjudged(completions, tmp_path / "verdicts.jsonl")
 
 
 def test_columns_of_earlier_versions_and_empty_columns_are_read():

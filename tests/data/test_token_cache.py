@@ -13,7 +13,7 @@ from bfpo.model.new import CHAT_TEMPLATE
 
 @pytest.fixture(autouse=True)
 def small_sets_too(monkeypatch):
-    monkeypatch.setattr(tokenize, "FEWEST", 1)
+    monkeypatch.setattr(tokenize, "MIN_CACHED", 1)
 
 
 @pytest.fixture

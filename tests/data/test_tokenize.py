@@ -38,7 +38,7 @@ def seen(tokenizer, example):
 
 
 def reasons(counts):
-    return {(why.reason, why.cell): count for why, count in counts.items()}
+    return {(reason.text, reason.cell): count for reason, count in counts.items()}
 
 
 @pytest.fixture

@@ -224,7 +224,7 @@ def test_saved_completions_of_another_program(toy, real_engine):
     write_jsonl(Path("saved.jsonl"), rows)
     content = {key: value for key, value in toy.recipe(out="out/saved").items() if key != "model"}
     content["completions"] = "saved.jsonl"
-    with pytest.raises(Unanswered, match=r"1 of 32 completions are missing \(not in saved\.jsonl: 1\)"):
+    with pytest.raises(Unanswered, match=r"1 of 32 completions are missing: not in saved\.jsonl \(1\);"):
         evaluate(content)
     results = evaluate(content | {"max_unanswered": 0.05})
     assert found(results, task="bad", metric="safety").n == 19

@@ -11,7 +11,7 @@ from bfpo.commands.app import main
 from bfpo.config.loading import check_recipe, parse_yaml
 from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion
-from bfpo.data.prompts import SOURCES
+from bfpo.data.prompt_sets import PROMPT_SETS
 from bfpo.evaluation import pipeline as run
 from bfpo.evaluation import plan, subject
 from bfpo.evaluation.gate import Bound
@@ -27,14 +27,14 @@ def test_shipped_suites_name_known_sources_of_one_kind():
         called, suite = load_suite(name)
         assert called == name
         for task in suite.tasks:
-            assert (SOURCES[task.source].kind is None) == (task.only is not None), task.called
+            assert (PROMPT_SETS[task.source].kind is None) == (task.only is not None), task.called
 
 
 def test_the_page_tells_every_task_with_its_license_and_revision():
     page = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text()
     for name in ("safety", "over_refusal", "paper", "testbed"):
         for task in load_suite(name)[1].tasks:
-            known = SOURCES[task.source]
+            known = PROMPT_SETS[task.source]
             lines = [line for line in page.splitlines() if line.startswith("|") and f"`{task.called}`" in line]
             told = "\n".join(lines)
             assert known.license in told, task.called

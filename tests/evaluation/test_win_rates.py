@@ -191,7 +191,7 @@ def test_what_cannot_be_compared_is_told_first(toy, monkeypatch):
     rows = json.loads(Path("outputs.json").read_text())
     for change, message in (
         ([{**rows[0], "output": None}], "no text in column 'output'"),
-        ([rows[0], {**rows[0], "output": "other"}], "another output to a prompt that has one"),
+        ([rows[0], {**rows[0], "output": "other"}], "a second reference output for the same prompt"),
     ):
         Path("outputs.json").write_text(json.dumps(change))
         with pytest.raises(DataError, match=message):

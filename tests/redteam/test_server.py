@@ -85,7 +85,7 @@ def test_no_more_tries_than_the_recipe_allows_and_another_start_requests_the_res
     with faulty_server(fault, text_of) as (url, counts):
         failed = run(url, "model.tries=1", "max_unanswered=0.0")
         assert isinstance(failed.exception, Unanswered)
-        assert "3 of 24 completions are missing (HTTP 500 (1 tries): 3)" in str(failed.exception)
+        assert "3 of 24 completions are missing: HTTP 500 (1 tries) (3);" in str(failed.exception)
         assert counts["requests"] == 24
         cost = json.loads((tmp_path / "out" / "cost.jsonl").read_text())
         assert cost["faults"] == {"HTTP 500": 3}

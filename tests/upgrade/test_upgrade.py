@@ -63,7 +63,7 @@ def numbers(folder, key="metrics"):
 def test_a_killed_training_resumes(bfpo):
     code, out, err = bfpo("train", "train.yaml")
     assert code == 0
-    assert "data.0.licence is now data.0.license" in err
+    assert "'licence' is deprecated, use 'license' (data.0.licence)" in err
     assert "step 8/12" in out
     assert "step 4/12" not in out
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
@@ -76,7 +76,7 @@ def test_a_finished_evaluation_is_only_scored_again(bfpo, judged):
     before = numbers("evaluation")
     code, _, err = bfpo("eval", "eval.yaml")
     assert code == 0
-    assert "labelled_by is now labeled_by" in err
+    assert "'labelled_by' is deprecated, use 'labeled_by' (labelled_by)" in err
     assert judged == []
     assert numbers("evaluation") == before
     assert json.loads(Path("evaluation/results.json").read_text())["schema"] == 3

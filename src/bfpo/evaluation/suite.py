@@ -14,7 +14,8 @@ from bfpo.config.recipes import Count, Section
 from bfpo.core.files import content_hash
 from bfpo.core.pairs import conversation_key
 from bfpo.core.samples import KINDS, Completion, Kind, Prompt
-from bfpo.data.prompts import PromptSource, known_source, read_given_outputs, read_prompt_source
+from bfpo.data.prompt_sets import find_prompt_set
+from bfpo.data.prompts import PromptSource, read_prompt_source, read_reference_outputs
 from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.evaluation.results import TaskData
 
@@ -27,7 +28,7 @@ class SuiteTask(Section):
     """One task of a suite: the prompts of one set that are for one thing."""
 
     source: str
-    """A key of `bfpo.data.prompts.SOURCES`; `file` is one's own."""
+    """A key of `bfpo.data.prompt_sets.PROMPT_SETS`; `file` is one's own."""
     name: str | None = None
     """Of the task; default the source's."""
     only: Kind | None = None
@@ -177,7 +178,7 @@ def load_suite(name: str) -> tuple[str, Suite]:
     else:
         raise RecipeError(f"suite '{name}'; {did_you_mean(name, shipped_suites())}, or the path of a YAML file")
     for task in suite.tasks:
-        known_source(task.source)
+        find_prompt_set(task.source)
     return called, suite
 
 
@@ -267,7 +268,7 @@ def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Ta
 
 def _references(source: PromptSource, task: SuiteTask, prompts: Sequence[Prompt]) -> dict[str, Completion]:
     assert task.compare is not None
-    given = read_given_outputs(source, task.compare, where=task.where, system=task.system)
+    given = read_reference_outputs(source, task.compare, where=task.where, system=task.system)
     found = {}
     for prompt in prompts:
         text, generator = given[conversation_key(prompt.prompt)]

@@ -13,7 +13,7 @@ from bfpo.core.files import write_json
 from bfpo.core.pairs import CELLS, PreferencePair
 from bfpo.core.terminal import progress, say, show_table
 from bfpo.data.inspect import show_cells, show_samples, show_sources
-from bfpo.data.load import Why
+from bfpo.data.load import Reason
 from bfpo.data.prepare import PreparedData, prepare, require_labels
 from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
 from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
@@ -220,7 +220,7 @@ def remove_untrained(prepared: PreparedData, loss: PairLoss) -> None:
         for pairs in (part.train, part.eval):
             for pair in pairs:
                 if pair.labels is not None and not loss.keeps(pair.labels):
-                    part.report.removed[Why(f"{type(loss).__name__} doesn't train on this cell", pair.cell)] += 1
+                    part.report.removed[Reason(f"{type(loss).__name__} doesn't train on this cell", pair.cell)] += 1
             pairs[:] = [pair for pair in pairs if pair.labels is not None and loss.keeps(pair.labels)]
     if not any(pair.provenance.stream == "main" for pair in prepared.train):
         raise DataError("no pairs of the main stream are left to train on")
