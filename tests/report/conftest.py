@@ -13,9 +13,9 @@ import yaml
 from bfpo.core.files import write_json, write_jsonl, write_text
 from bfpo.core.pairs import as_messages
 from bfpo.core.samples import Completion, Prompt, Verdict
-from bfpo.evaluation.differences import compare
+from bfpo.evaluation.differences import compare_scores
 from bfpo.evaluation.results import Results, answers_hash
-from bfpo.evaluation.scoring import JudgedCompletion, measure, to_metrics
+from bfpo.evaluation.scoring import JudgedCompletion, compute_metrics, score_prompts
 
 SCRIPT = "<script>document.title = 'planted'</script>"
 HOSTILE = f'</details></pre>{SCRIPT} {{{{ 7*7 }}}} & "quoted" <img src=x onerror="document.title=\'planted\'">'
@@ -79,12 +79,12 @@ def named(name: str, found) -> Results:
 
 
 def write_evaluation(folder: Path, name: str, asked, found, *, base=None, base_name: str = "base") -> Results:
-    ours = measure(asked, found, judge=JUDGE)
+    ours = score_prompts(asked, found, judge=JUDGE)
     comparisons = []
     if base is not None:
         other = named(base_name, base)
-        comparisons = compare("testbed", ours, measure(asked, base, judge=JUDGE), against=other)
-    results = replace(named(name, found), metrics=to_metrics("testbed", ours), comparisons=comparisons)
+        comparisons = compare_scores("testbed", ours, score_prompts(asked, base, judge=JUDGE), against=other)
+    results = replace(named(name, found), metrics=compute_metrics("testbed", ours), comparisons=comparisons)
     results.write(folder)
     write_jsonl(folder / "prompts.jsonl", (prompt.to_row() for prompt in asked))
     write_jsonl(folder / "completions.jsonl", (one.completion.to_row() for one in found))

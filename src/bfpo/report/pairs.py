@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from bfpo.evaluation.comparisons import AxisResult
-from bfpo.evaluation.dominance import PooledScores, pair_verdicts
+from bfpo.evaluation.dominance import PooledScores, compare_models
 from bfpo.report.run_files import Run
 from bfpo.report.tables import DifferenceCell
 from bfpo.report.words import TASKS, interval, measure, signed
@@ -69,7 +69,7 @@ def pairs(runs: Sequence[Run]) -> Pairs:
             left_out.append(f"{run.name} and {base.name} (no answers with verdicts of one judge)")
         else:
             both.append((ours, there[ours.judge]))
-    found = pair_verdicts(both)
+    found = compare_models(both)
     told = {(one.run, one.against) for one in found}
     left_out += [_names(one) + " (not measured on prompts of both kinds)" for one in both if _key(one) not in told]
     rows = [

@@ -13,9 +13,9 @@ from bfpo.data.rows import read_rows
 from bfpo.data.stages import read_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
-from bfpo.evaluation.dominance import PooledScores, pooled
+from bfpo.evaluation.dominance import PooledScores, pool_scores
 from bfpo.evaluation.results import FILE_NAME, MetricComparison, MetricResult, Results, read_results
-from bfpo.evaluation.scoring import JudgedCompletion, measure
+from bfpo.evaluation.scoring import JudgedCompletion, score_prompts
 from bfpo.evaluation.verdicts import verdicts_of_evaluation
 
 FIRST_SAMPLE = 0
@@ -178,7 +178,7 @@ def _answers(
     for judge, said in by_judge.items():
         judged = [JudgedCompletion(one, said[one.key]) for one in completions if one.key in said]
         if len(judged) == len(completions) and all(_is_about(one) for one in judged):
-            measurements.append(pooled(run, judge, measure(prompts.values(), judged)))
+            measurements.append(pool_scores(run, judge, score_prompts(prompts.values(), judged)))
     return prompts, answers, measurements
 
 
