@@ -63,9 +63,9 @@ def test_four_methods_two_judges_comparisons_and_a_page(tmp_path, monkeypatch):
     for name in TRIED:
         results = evaluated(name, str(tmp_path / "base"))
         assert [judge["name"] for judge in results.judges] == ["testbed-oracle", "linear"]
-        assert {one.judge for one in results.comparisons} == {"testbed-oracle", "linear", ""}
-        assert all(one.is_against(before) for one in results.comparisons)
-        assert {one.question for one in results.agreement} == {"safe", "refusal"}
+        assert {comparison.judge for comparison in results.comparisons} == {"testbed-oracle", "linear", ""}
+        assert all(comparison.is_against(before) for comparison in results.comparisons)
+        assert {row.question for row in results.agreement} == {"safe", "refusal"}
         (verdicts,) = (tmp_path / name / "evaluation").glob("verdicts-linear@*.jsonl")
         assert len(verdicts.read_text().splitlines()) == 48
         for metric in results.metrics:

@@ -72,7 +72,7 @@ def test_an_evaluation_in_an_old_folder_resumes(toy):
     shutil.copytree(OLD / "schema_2_toy", "old")
     before = read_results(Path("old"))
     results = evaluate(toy.recipe("careless", out="old", run="careless", limit=10))
-    assert (toy.engines["careless"].asked, toy.judges["one"].asked, toy.judges["two"].asked) == (0, 0, 0)
+    assert (toy.engines["careless"].calls, toy.judges["one"].calls, toy.judges["two"].calls) == (0, 0, 0)
     assert results.metrics == before.metrics
     assert results.data == before.data
     assert not list(Path("old").glob("*@*"))
@@ -84,7 +84,7 @@ def test_an_old_folder_is_a_baseline(toy):
     results = evaluate(toy.recipe("careful", base=str(OLD / "schema_2_toy")))
     assert [row for row in results.comparisons if row.category is None] == expected.comparisons
     assert results.model_comparisons == expected.model_comparisons
-    assert toy.judges["one"].asked == 32
+    assert toy.judges["one"].calls == 32
     assert write_report(Path("page"), [OLD / "schema_2_toy", Path("out/careful")]).is_file()
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from bfpo.config.loading import check_recipe
 from bfpo.errors import RecipeError
-from bfpo.evaluation.plan import _judging
+from bfpo.evaluation.plan import plan_judge
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results
-from bfpo.evaluation.warnings import _of_judges
+from bfpo.evaluation.warnings import _judge_warnings
 from bfpo.judging.open import open_judge
 from bfpo.judging.spec import JUDGES, JudgePart, parse_judge
 
@@ -24,7 +24,7 @@ def recipe(*judges, **keys):
 
 def warnings(*judges):
     results = Results(run="run", model="model", template_policy="", judges=[], sampling={}, metrics=[])
-    return "\n".join(_of_judges(recipe(*judges), {}, results))
+    return "\n".join(_judge_warnings(recipe(*judges), {}, results))
 
 
 def kinds_and_paths(spec):
@@ -74,13 +74,16 @@ def test_a_pair_of_guards_is_not_one_judge():
 def test_a_majority_is_priced_by_all_its_language_models():
     spec = parse_judge("majority:wildguard:a+qwen3guard:b+rubric:m@http://host/v1")
     price = {"prompt": 1e6, "completion": 1e6}
-    stage = _judging(recipe("oracle", judge_price=price), spec, "verdicts", 10, 4, 100, None)
-    assert stage.read == 300
+    stage = plan_judge(recipe("oracle", judge_price=price), spec, "verdicts", 10, 4, 100, None)
+    assert stage.tokens_read == 300
     # The rubric judge alone is on a server, and writes its 6 verdicts.
-    assert stage.cost == 100 + stage.written
-    assert stage.written == 6 * 40
+    assert stage.cost == 100 + stage.tokens_written
+    assert stage.tokens_written == 6 * 40
     assert (
-        _judging(recipe("oracle"), parse_judge("majority:oracle+linear:a+people:b"), "", 10, 0, 100, None).read == 0
+        plan_judge(
+            recipe("oracle"), parse_judge("majority:oracle+linear:a+people:b"), "", 10, 0, 100, None
+        ).tokens_read
+        == 0
     )
 
 

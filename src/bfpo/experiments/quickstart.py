@@ -10,7 +10,8 @@ from pathlib import Path
 
 from bfpo.core.terminal import log_to_file, say, show_table
 from bfpo.errors import RecipeError, Stopped, did_you_mean
-from bfpo.evaluation.results import Results, show_results
+from bfpo.evaluation.results import Results
+from bfpo.evaluation.show import show_results
 from bfpo.experiments.methods import METHODS, train_recipe
 from bfpo.experiments.stages import evaluate_run, make_base, run_once, write_world
 from bfpo.report.html import write_report

@@ -22,7 +22,7 @@ from bfpo.report.judge_tables import (
 )
 from bfpo.report.lengths import length_figures
 from bfpo.report.markdown import as_markdown
-from bfpo.report.model_comparisons import compare_models
+from bfpo.report.model_comparisons import compare_runs
 from bfpo.report.plane import PlanePoint, draw_plane, front, plane_points
 from bfpo.report.provenance import label_table, metadata, protocol_warnings
 from bfpo.report.run_files import Run, read_runs
@@ -127,7 +127,7 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         has_front=len(best) > 1,
         off_plane=[run.name for index, run in enumerate(runs) if index not in on_plane],
         length_figures=length_figures(runs),
-        model_comparisons=compare_models(runs),
+        model_comparisons=compare_runs(runs),
         max_unfolded=MAX_UNFOLDED,
         judge_rows=judge_rows(runs),
         main_headings=main_headings(runs),
