@@ -74,7 +74,7 @@ def test_rows_are_read_as_the_suite_reads_them_and_answers_measured_as_it_measur
 def test_samples_of_another_task_are_refused(tmp_path):
     path = tmp_path / "samples.jsonl"
     write_jsonl(path, [{"doc": {"question": "q"}, "filtered_resps": ["a"]}])
-    with pytest.raises(DataError, match=r"samples\.jsonl row 1: of lm-eval, but of no task"):
+    with pytest.raises(DataError, match=r"samples\.jsonl row 1: a sample of lm-eval, but not of a task"):
         SavedEngine(str(path), "m")
 
 
