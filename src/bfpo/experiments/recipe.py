@@ -1,6 +1,5 @@
 """What `bfpo experiment` may be asked: the recipe, and the methods with their values that it tries."""
 
-import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pydantic import Field
 
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import Count, Section
+from bfpo.core.files import parse_json
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.experiments.methods import METHODS, Method
 from bfpo.testbed.world import WorldOptions
@@ -106,7 +106,7 @@ def _tuned_values(recipe: CompareRecipe) -> dict[tuple[str, str], dict[str, Any]
     if recipe.tuning is None:
         raise RecipeError(f"variants.{next(iter(wanted))}.tuned: needs 'tuning', the comparison.json to read it from")
     try:
-        content = json.loads(Path(recipe.tuning).read_text(encoding="utf-8"))
+        content = parse_json(Path(recipe.tuning).read_text(encoding="utf-8"))
         there = {(one["world"], one["variant"]): dict(one["values"]) for one in content["chosen"]}
     except FileNotFoundError:
         raise RecipeError(
