@@ -1,7 +1,7 @@
 """Fuzz the program in this process: mutated recipes, data, and files that it reads back.
 
-`python tests/reliability/fuzz.py --count 10000 --seed 0 --out benchmarks/results/fuzz.json` runs by hand. Input N of a
-seed is always the same; `--only N` runs it alone, and shows the traceback.
+`python tests/reliability/fuzz.py --count 10000 --seed 0 --out benchmarks/results/fuzz.json` runs by hand. Input N of
+a seed is always the same; `--only N` runs it alone, and shows the traceback.
 """
 
 import argparse
@@ -26,7 +26,16 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 import typer
 import yaml
-from mutations import FORMATS, any_value, mutate_bytes, mutate_rows, mutate_table, mutate_value, mutate_yaml, table_bytes
+from mutations import (
+    FORMATS,
+    any_value,
+    mutate_bytes,
+    mutate_rows,
+    mutate_table,
+    mutate_value,
+    mutate_yaml,
+    table_bytes,
+)
 
 from bfpo.commands.app import app
 from bfpo.commands.errors import run_app
@@ -67,7 +76,7 @@ TRAIN = {
     "eval": [{"path": "pairs.jsonl", "limit": 2, "sample": "head"}],
     "holdout": 0.1,
     "max_dropped": 0.5,
-    "on_leak": "remove",
+    "leaks": "remove",
     "benchmarks": ["prompts.txt"],
     "text": {"max_length": 64, "truncation": "keep_end"},
     "loss": {"name": "bfpo", "beta": 0.01, "alpha": 0.5},
@@ -116,8 +125,21 @@ SUITE = {
     "judges": ["safe", "refusal"],
     "indices": {"harmlessness_index": {"bad": "safety"}},
     "tasks": [
-        {"name": "bad", "source": "file", "path": "prompts.jsonl", "only": "harmful", "limit": 3, "system": "be good"},
-        {"name": "fine", "source": "file", "path": "prompts.jsonl", "only": "lookalike", "where": {"kind": "lookalike"}},
+        {
+            "name": "bad",
+            "source": "file",
+            "path": "prompts.jsonl",
+            "only": "harmful",
+            "limit": 3,
+            "system": "be good",
+        },
+        {
+            "name": "fine",
+            "source": "file",
+            "path": "prompts.jsonl",
+            "only": "lookalike",
+            "where": {"kind": "lookalike"},
+        },
     ],
     "sampling": {"temperature": 0.0},
 }
@@ -128,7 +150,8 @@ GATE = {
     ]
 }
 STACKS = (
-    {"model_name_or_path": "a/b", "torch_dtype": None, "dataset_mixer": {"c/d": 0.5}, "dataset_splits": ["train_prefs"],
+    {"model_name_or_path": "a/b", "torch_dtype": None, "dataset_mixer": {"c/d": 0.5},
+     "dataset_splits": ["train_prefs"],
      "use_buffer": True, "buffer_dataset_mixer": {"e/f": 1.0}, "beta": 0.01, "b1": 3.0, "max_prompt_length": 12,
      "evaluation_strategy": "steps", "use_selective": True, "selected_layers": ["down_proj"], "hub_token": "x",
      "warmup_ratio": 0.1, "output_dir": "o", "other_data_config": "None"},
@@ -147,7 +170,8 @@ MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content
 ANSWER = {"role": "assistant", "content": "the red box"}
 ROWS = {
     "pairs": [
-        {"prompt": f"which box {i} ?", "chosen": "the red box", "rejected": "a ball", **LABELS, "expected_safety": 0.5,
+        {"prompt": f"which box {i} ?", "chosen": "the red box", "rejected": "a ball", **LABELS,
+         "expected_safety": 0.5,
          "chosen_safety_score": 0.9, "rejected_safety_score": 0.1, "chosen_win_rate": 0.8, "rejected_win_rate": 0.4,
          "reward_margin": 1.5, "harm_categories": ["x"], "stream": "main", "dataset_name": "d", "row_id": "r"}
         for i in range(4)
@@ -185,11 +209,16 @@ ROWS = {
 }  # fmt: skip
 DEMONSTRATIONS = {
     "demonstrations": [
-        {"prompt": f"which {i}", "completion": "that"} if i % 2 else {"messages": [*MESSAGES, ANSWER]} for i in range(4)
+        {"prompt": f"which {i}", "completion": "that"} if i % 2 else {"messages": [*MESSAGES, ANSWER]}
+        for i in range(4)
     ],
     "pku_safer": ROWS["pku_saferlhf"],
     "pairs": ROWS["pairs"],
 }
+LOSSES = (
+    {"name": "bfpo", "beta": 0.1, "alpha": 0.5, "b1": 3.0}, {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1},
+    {"name": "ipo", "beta": 0.1}, {"name": "modpo"}, {"name": "json:loads"}, {"name": "a.b:C", "x": 1},
+)  # fmt: skip
 SPECS = (
     "oracle", "oracle:shared", "linear:judge.npz", "people:labeled.jsonl", "oracle+linear:judge.npz",
     "majority:oracle+oracle:separate+linear:judge.npz", "rubric:m@http://127.0.0.1:9/v1", "json:loads", "a.b:C:x",
@@ -301,12 +330,14 @@ RUN_RECORD = {
     "versions": {"python": "3.11.7", "bfpo": "0.1.0"}, "steps": 20, "wall_seconds": 72.4, "cpu_seconds": 131.0,
     "hardware": {"machine": "x86_64", "processor": "x", "cores": 2, "threads": 1, "accelerators": []},
     "recipe": {"model": {"path": "runs/base"}, "data": [{"path": "pairs.jsonl", "name": "x"}],
-               "loss": {"name": "bfpo", "beta": 0.05}, "trainer": {"output_dir": "o", "seed": 42, "learning_rate": 1e-4}},
+               "loss": {"name": "bfpo", "beta": 0.05}, "trainer": {"output_dir": "o", "seed": 42,
+               "learning_rate": 1e-4}},
     "data": {"train": {"main": {"ss": 6, "su": 2, "us": 4, "uu": 0}, "buffer": {"ss": 25}}},
     "trained": {"parameters": 1475200, "of": 1475200},
 }  # fmt: skip
 LOG = [
-    {"step": step, "loss": 3.0 / step, "stream/main/loss": 2.0, "bfpo/margin/su": 0.1 * step, "bfpo/target_gap/su": -1.0,
+    {"step": step, "loss": 3.0 / step, "stream/main/loss": 2.0, "bfpo/margin/su": 0.1 * step,
+     "bfpo/target_gap/su": -1.0,
      "bfpo/margin/uu": None}
     for step in range(1, 8)
 ]  # fmt: skip
@@ -403,7 +434,9 @@ def train_recipe(toy, rng):
 
 
 def data_recipe(toy, rng):
-    content = {key: value for key, value in TRAIN.items() if key in ("data", "buffer", "eval", "holdout", "benchmarks")}
+    content = {
+        key: value for key, value in TRAIN.items() if key in ("data", "buffer", "eval", "holdout", "benchmarks")
+    }
     write("r.yaml", mutate_yaml(content, rng))
     return ["data", "prepare", "r.yaml", "--limit", str(rng.randrange(1, 9))]
 
@@ -461,11 +494,9 @@ def trainer_section(toy, rng):
 def losses(toy, rng):
     from bfpo.losses.build import make_loss
 
-    names = ("bfpo", "dpo", "ipo", "modpo", "safe_dpo", "kto", "json:loads", "a.b:C")
-    content = {"name": rng.choice(names), "beta": 0.1, "alpha": 0.5, "b1": 3.0, "b3": 0.5, "label_smoothing": 0.1}
-    content = {key: value for key, value in content.items() if key == "name" or rng.random() < 0.4}
-    recipe = TRAIN | {"loss": mutate_value(content, rng)}
-    return lambda: make_loss(check_recipe(recipe, TrainRecipe, "r.yaml").loss.model_dump())
+    content = rng.choice(LOSSES)
+    write("r.yaml", mutate_yaml({"model": {"path": "x"}, "data": [{"path": "x"}], "loss": content}, rng))
+    return lambda: make_loss(load_recipe("r.yaml", TrainRecipe).loss.model_dump())
 
 
 def overrides(toy, rng):
@@ -512,7 +543,7 @@ def prompt_rows(toy, rng):
 
 def completion_rows(toy, rng):
     name = write(f"c.{(form := rng.choice(FORMATS))}", mutate_table(toy.completions[:5], form, rng))
-    return ["judge", "run", name, "--judge", rng.choice(("oracle", "linear:judge.npz"))]
+    return ["judge", "run", name, "--judge", rng.choice(("oracle", "linear:judge.npz")), "--out", "o.jsonl"]
 
 
 def existing_verdicts(toy, rng):
@@ -600,14 +631,16 @@ def judge_specs(toy, rng):
     spec = rng.choice((*SPECS, *JUDGES))
     for _ in range(rng.choice((0, 1, 1, 2))):
         place = rng.randrange(len(spec) + 1)
-        extra = rng.choice((":", "+", "@", "é", " ", "majority:", "oracle", "+oracle", "http", ".", "/", "\x1b", "٣", ""))
+        extra = rng.choice(
+            (":", "+", "@", "é", " ", "majority:", "oracle", "+oracle", "http", ".", "/", "\x1b", "٣", "")
+        )
         spec = spec[:place] + extra + spec[place + rng.randrange(2) :]
     if "@http" in spec or "rubric" in spec:
         from bfpo.judging.spec import parse_judge
 
         return lambda: parse_judge(spec)
     threshold = [] if rng.random() < 0.7 else ["--threshold", rng.choice(("0", "1", "2", "-1", "nan", "x"))]
-    return ["judge", "run", "completions.jsonl", f"--judge={spec}", *threshold]
+    return ["judge", "run", "completions.jsonl", f"--judge={spec}", "--out", "o.jsonl", *threshold]
 
 
 def judge_file(toy, rng):
@@ -619,7 +652,9 @@ def judge_file(toy, rng):
         with np.load("judge.npz") as arrays:
             content = {name: arrays[name] for name in arrays.files}
         name = rng.choice(sorted(content))
-        value = rng.choice((None, 1.0, [], [1.0, float("nan")], "x", "{}", "[1]", ["a"], [[1.0]], [1j], [True], -1, 10**9))
+        value = rng.choice(
+            (None, 1.0, [], [1.0, float("nan")], "x", "{}", "[1]", ["a"], [[1.0]], [1j], [True], -1, 10**9)
+        )
         if value is None:
             del content[name]
         elif content[name].dtype.kind in "US" and rng.random() < 0.7:
@@ -630,7 +665,7 @@ def judge_file(toy, rng):
         else:
             content[name] = np.array(value)
         np.savez("j.npz", **content)
-    return ["judge", "run", "completions.jsonl", "--judge", "linear:j.npz"]
+    return ["judge", "run", "completions.jsonl", "--judge", "linear:j.npz", "--out", "o.jsonl"]
 
 
 def suite(toy, rng):
@@ -687,8 +722,10 @@ def tokenizer_files(toy, rng):
 TEMPLATES = (
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('true') }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% include '/etc/passwd' %}", "{{ 1/0 }}", "{{ 1 + 'a' }}",
-    "{{ messages[99].content.x.y }}", "{{ raise_exception('\x1b]0;x\x07 hi') }}", "{% for a in range(10**9) %}x{% endfor %}",
-    "{{ messages }}", "", "x", "{% for m in messages %}{{ m.content }}{% endfor %}", "{{ 'x' * 1000 }}", "{{ messages|tojson }}",
+    "{{ messages[99].content.x.y }}", "{{ raise_exception('\x1b]0;x\x07 hi') }}",
+    "{% for a in range(10**9) %}x{% endfor %}",
+    "{{ messages }}", "", "x", "{% for m in messages %}{{ m.content }}{% endfor %}", "{{ 'x' * 1000 }}",
+    "{{ messages|tojson }}",
 )  # fmt: skip
 
 
@@ -710,7 +747,7 @@ def draw(toy, seed, number):
     return target.__name__, target(toy, rng)
 
 
-def fuzz(toy, seed, count, *, most_seconds=None, show=print):
+def fuzz(toy, seed, count, *, show, most_seconds=None):
     """Run inputs; return the outcomes by target, and the failures as (number, target, outcome).
 
     Args:
@@ -730,10 +767,28 @@ def fuzz(toy, seed, count, *, most_seconds=None, show=print):
         counts.setdefault(target, Counter())[outcome.kind] += 1
         if outcome.kind in FAILURES:
             failures.append((number, target, outcome))
-            show(f"--seed {seed} --only {number}: {target} {outcome.kind}: {outcome.text.strip()[-400:]}")
+            show(f"--seed {seed} --only {number}: {target} {outcome.kind}: {describe(outcome)}")
         if most_seconds is not None and time.process_time() - start > most_seconds:
             break
     return counts, failures
+
+
+def describe(outcome):
+    """Return the line of a failure that says most."""
+    lines = outcome.text.strip().splitlines() or [""]
+    return next((line for line in lines if BUG in line), lines[-1])[-400:]
+
+
+def show_line(*parts):
+    """Print a line at once."""
+    sys.stdout.write(" ".join(map(str, parts)) + "\n")
+    sys.stdout.flush()
+
+
+def show_line(*parts):
+    """Print a line at once."""
+    sys.stdout.write(" ".join(map(str, parts)) + "\n")
+    sys.stdout.flush()
 
 
 def summary(seed, counts, failures, seconds):
@@ -767,18 +822,18 @@ def main():
         toy = Toy(Path(folder))
         if arguments.only is not None:
             target, case = draw(toy, arguments.seed, arguments.only)
-            print(target, case if isinstance(case, list) else "")
+            show_line(target, case if isinstance(case, list) else "")
             outcome = run(case)
-            print(outcome.kind, outcome.text[-3000:])
+            show_line(outcome.kind, outcome.text[-3000:])
             with contextlib.suppress(SystemExit):
                 draw(toy, arguments.seed, arguments.only)
                 case() if callable(case) else app(args=case)
             return
         start = time.process_time()
-        counts, failures = fuzz(toy, arguments.seed, arguments.count, show=lambda line: print(line, flush=True))
+        counts, failures = fuzz(toy, arguments.seed, arguments.count, show=show_line)
         os.chdir("/")
     result = summary(arguments.seed, counts, failures, time.process_time() - start)
-    print(json.dumps({key: result[key] for key in ("inputs", "outcomes", "cpu_seconds")}))
+    show_line(json.dumps({key: result[key] for key in ("inputs", "outcomes", "cpu_seconds")}))
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n")
     sys.exit(bool(failures))

@@ -1,16 +1,34 @@
 """Loading of models and tokenizers, with errors that say what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from bfpo.config.recipes import ModelSection
 from bfpo.errors import ModelError
 from bfpo.model.lora import CausalLM, is_adapter, prepare_for_adapter, quantization_config
+
+_FAULTS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    StrictDataclassError,
+    SafetensorError,
+    UnpicklingError,
+)
 
 
 def load_model(section: ModelSection) -> CausalLM:
@@ -29,7 +47,7 @@ def load_model(section: ModelSection) -> CausalLM:
     path, revision, dtype = str(section.path), section.revision, getattr(torch, section.dtype)
     adapter = path if is_adapter(path, revision) else None
     options: dict[str, Any] = {"quantization_config": quantization_config(dtype)} if section.load_in_4bit else {}
-    try:
+    with _naming_faults(f"model '{section.path}'"):
         if adapter is not None:
             config = PeftConfig.from_pretrained(adapter, revision=section.revision)
             path, revision = str(config.base_model_name_or_path), config.revision
@@ -45,8 +63,6 @@ def load_model(section: ModelSection) -> CausalLM:
             return PeftModel.from_pretrained(
                 prepare_for_adapter(model), adapter, is_trainable=True, revision=section.revision
             )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model '{section.path}': {_first_line(error)}") from None
     assert isinstance(model, PreTrainedModel)
     return model
 
@@ -62,17 +78,29 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """
     _check_path(str(section.path))
     path, revision = str(section.path), section.revision
-    try:
+    with _naming_faults(f"tokenizer of model '{section.path}'"):
         if is_adapter(path, revision) and not _has_tokenizer(path, revision):
             config = PeftConfig.from_pretrained(path, revision=revision)
             path, revision = str(config.base_model_name_or_path), config.revision
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=section.trust_remote_code
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"tokenizer of model '{section.path}': {_first_line(error)}") from None
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+@contextmanager
+def _naming_faults(what: str) -> Iterator[None]:
+    """Turn the errors of libraries that read a damaged or hostile folder into a ModelError."""
+    try:
+        yield
+    except _FAULTS as error:
+        raise ModelError(f"{what}: {_first_line(error)}") from None
+    except Exception as error:
+        # tokenizers raises the base class itself.
+        if type(error) is not Exception:
+            raise
+        raise ModelError(f"{what}: {_first_line(error)}") from None
 
 
 def _has_tokenizer(path: str, revision: str | None) -> bool:
