@@ -779,11 +779,6 @@ def describe(outcome):
     return next((line for line in lines if BUG in line), lines[-1])[-400:]
 
 
-def show_line(*parts):
-    """Print a line at once."""
-    sys.stdout.write(" ".join(map(str, parts)) + "\n")
-    sys.stdout.flush()
-
 
 def show_line(*parts):
     """Print a line at once."""
