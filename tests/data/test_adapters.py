@@ -1,12 +1,17 @@
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfpo.config.recipes import Source
+from bfpo.core.files import write_jsonl
 from bfpo.core.pairs import Message, PairSignals, PreferencePair, Provenance, SafetyLabels
-from bfpo.data.adapters import ADAPTERS, parse_source, read_pairs
+from bfpo.data.adapters import ADAPTERS, find_adapter, parse_source, read_pairs
+from bfpo.data.demonstrations import load_demonstrations
+from bfpo.data.load import load_pairs
 from bfpo.data.pair_formats import SkipRow, read_demonstration
 from bfpo.data.rows import SourceRow
 from bfpo.errors import DataError, RecipeError
@@ -15,7 +20,7 @@ from bfpo.errors import DataError, RecipeError
 def read(adapter, *rows, **options):
     """Return what an adapter makes of rows: pairs, and the reasons of skipped rows."""
     numbered = [SourceRow(row, f"rows.jsonl row {number}") for number, row in enumerate(rows, start=1)]
-    pairs = read_pairs(numbered, Source(path="rows.jsonl", adapter=adapter, **options))
+    pairs = read_pairs(find_adapter(adapter), numbered, Source(path="rows.jsonl", adapter=adapter, **options))
     return [(pair.reason, pair.fault) if isinstance(pair, SkipRow) else pair for pair in pairs]
 
 
@@ -416,6 +421,106 @@ def test_a_source_is_named_by_its_adapter_and_its_path(tmp_path):
     assert parse_source(str(odd)).path == str(odd)
     with pytest.raises(RecipeError, match=r"source 'pku:a.jsonl': 'pku' is not an adapter; known: alpaca_eval, "):
         parse_source("pku:a.jsonl")
+    with pytest.raises(RecipeError, match=r"xstest_completions, or module:function:PATH$"):
+        parse_source("pku:a.jsonl")
+
+
+CUSTOM = """
+from bfpo import PreferencePair, SafetyLabels
+from bfpo.core.pairs import user_says
+from bfpo.data.demonstrations import load_demonstrations
+from bfpo.data.load import load_pairs
+from bfpo.data.pair_formats import SkipRow
+
+not_a_function = 3
+
+def read(row):
+    if row.text("better") == "neither":
+        raise SkipRow("tie", fault=False)
+    better, worse = ("a", "b") if row.text("better") == "a" else ("b", "a")
+    labels = SafetyLabels(row.label(f"{better}_safe"), row.label(f"{worse}_safe"))
+    return PreferencePair(user_says(row.text("question")), row.text(better), row.text(worse), labels)
+
+def read_dict(row):
+    return dict(row.values)
+"""
+CUSTOM_ROW = {"question": "A red box?", "a": "Yes.", "b": "No.", "a_safe": 1, "b_safe": 0, "better": "a"}
+
+
+@pytest.fixture
+def custom(tmp_path, monkeypatch):
+    """Write a module with custom adapters into the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_adapters.py").write_text(CUSTOM)
+    yield tmp_path
+    sys.modules.pop("my_adapters", None)
+
+
+def test_a_custom_adapter_is_named_by_its_import_path(custom):
+    ties = [CUSTOM_ROW | {"better": "neither"}] * 2
+    assert read("my_adapters:read", CUSTOM_ROW, *ties) == [
+        PreferencePair(said("A red box?"), "Yes.", "No.", SafetyLabels(True, False)),
+        ("tie", False),
+        ("tie", False),
+    ]
+    assert refused("my_adapters:read", CUSTOM_ROW | {"a_safe": "maybe"}).startswith(
+        "rows.jsonl row 1: column 'a_safe': safety label is 'maybe' (str); expected true or false"
+    )
+    assert refused("my_adapters:read", PLAIN).startswith(
+        "rows.jsonl row 1: no column 'better'; the columns are prompt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "message"),
+    [
+        (
+            "my_adapters:missing",
+            RecipeError,
+            "adapter is 'my_adapters:missing'; module 'my_adapters' has no attribute",
+        ),
+        ("nowhere:read", RecipeError, "adapter is 'nowhere:read'; No module named 'nowhere'"),
+        (
+            "my_adapters:not_a_function",
+            RecipeError,
+            "adapter is 'my_adapters:not_a_function', which is not a function",
+        ),
+        (
+            "my_adapters:read_dict",
+            DataError,
+            r"row 1: adapter 'my_adapters:read_dict' returned {.*}; expected a Prefer",
+        ),
+    ],
+)
+def test_a_wrong_custom_adapter_is_refused(custom, adapter, error, message):
+    with pytest.raises(error, match=message):
+        read(adapter, CUSTOM_ROW)
+
+
+def test_a_custom_adapter_reads_a_source_of_a_recipe_and_of_the_command_line(custom):
+    write_jsonl(custom / "answers.jsonl", [CUSTOM_ROW, CUSTOM_ROW | {"question": "A blue box?"}])
+    source = parse_source("my_adapters:read:answers.jsonl")
+    assert source == Source(adapter="my_adapters:read", path="answers.jsonl")
+    report, pairs = load_pairs(source, "main")
+    assert [(pair.cell, pair.provenance.safety_label_source) for pair in pairs] == [("su", "dataset")] * 2
+    # The set is named after its file, as for the generic formats.
+    assert (report.name, pairs[0].provenance.dataset_name, report.license) == ("answers", "answers", "")
+    _, demonstrations = load_demonstrations(source.model_copy(update={"use": "both"}))
+    assert [demonstration.completion for demonstration in demonstrations] == ["Yes.", "No."] * 2
+
+
+def test_the_custom_adapter_of_the_page_reads_its_rows(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("page_adapters.py").write_text(code)
+    row = {"question": "A red box?", "answers": ["Yes.", "No."], "best": 1, "harmless": [True, False]}
+    assert read("page_adapters:read_votes", row, row | {"best": None}) == [
+        PreferencePair(said("A red box?"), "No.", "Yes.", SafetyLabels(False, True)),
+        ("no vote", False),
+    ]
 
 
 def test_the_row_that_is_wrong_is_named():
