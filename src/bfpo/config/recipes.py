@@ -25,7 +25,7 @@ class Source(Section):
     path: str | list[str]
     """Hub id (`org/name`), local file, pattern such as `data/*.csv`, or a list of files."""
     adapter: str = "pairs"
-    """How a row is converted into a preference pair: a key of `bfpo.data.adapters.ADAPTERS`."""
+    """How a row is converted into a preference pair: a key of `bfpo.data.adapters.ADAPTERS`, or `module:function`."""
     name: str | None = None
     """Hub configuration."""
     revision: str | None = None
