@@ -23,6 +23,7 @@ from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import RecipeError
 from bfpo.model.lora import lora_config
 from bfpo.training.arguments import launched_processes, training_arguments
+from bfpo.training.checkpoints import check_marked, write_mark
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
 from bfpo.training.manifest import versions
 from bfpo.training.output import (
@@ -162,12 +163,16 @@ def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cach
     folder = cache / f"sft-{cache_key}"
     if folder.exists():
         say(f"the fine-tuned model is in the cache: {folder}")
+        check_marked(folder, remedy="delete that folder, and the model is fine-tuned again")
     else:
         say(f"fine-tuning the model to start from; it will be cached as {folder}")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         trainer = {**sft.trainer, "output_dir": str(unfinished), "resume_from_checkpoint": True}
         with _exclusive(folder):
             run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=prompt_keys, cache=cache)
+            if PartialState().is_main_process:
+                files = [file for file in sorted(unfinished.iterdir()) if file.is_file()]
+                write_mark(unfinished, files, {})
             rename_on_main_process(unfinished, folder)
     return recipe.model.model_copy(update={"sft": None, "path": str(folder)})
 
