@@ -15,7 +15,7 @@ from bfpo.config.recipes import SftRecipe, TrainRecipe
 from bfpo.core.files import write_jsonl
 from bfpo.data.prepare import prepare, write_prepared
 from bfpo.data.table import sampled_rows
-from bfpo.errors import DataError, RecipeError
+from bfpo.errors import DataError, ModelError, RecipeError
 from bfpo.training.arguments import DECIDED, training_arguments
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
@@ -197,6 +197,22 @@ def test_two_runs_do_not_make_the_same_start_model_at_once():
         pytest.raises(RecipeError, match="another run is"),
     ):
         run_training(sft_recipe)
+
+
+def test_a_cached_start_model_that_is_damaged_is_refused(capsys):
+    sft_recipe = recipe(model={"sft": {**SFT, "trainer": ONE_STEP}}, trainer=ONE_STEP)
+    first = run_training(sft_recipe)
+    (cached,) = Path("runs/cache").glob("sft-*")
+    weights = (cached / "model.safetensors").read_bytes()
+    (cached / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ModelError, match=r"the content of model.safetensors is not .*delete that folder, and the"):
+        run_training(sft_recipe)
+    (cached / "model.safetensors").write_bytes(weights)
+    assert run_training(sft_recipe)["train_loss"] == first["train_loss"]
+    # An earlier version wrote no hashes.
+    (cached / "complete.json").unlink()
+    assert run_training(sft_recipe)["train_loss"] == first["train_loss"]
+    assert "was made by an earlier version without hashes" in capsys.readouterr().out
 
 
 def test_a_fine_tuned_start_model_holds_out_the_same_prompts(capsys):
