@@ -19,14 +19,14 @@ from pydantic_core import PydanticUndefined
 from bfpo.config.loading import RENAMED
 from bfpo.config.recipes import Section, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
-from bfpo.experiments.recipe import CompareRecipe
+from bfpo.experiments.recipe import ExperimentRecipe
 from bfpo.losses import LOSSES, PairLoss
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.training.arguments import DECIDED, DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
-KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, RedteamRecipe, EvalRecipe, CompareRecipe)
+KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, RedteamRecipe, EvalRecipe, ExperimentRecipe)
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false", Any: "anything"}
 # Where a section stands that several keys of several recipes hold.

@@ -16,7 +16,7 @@ from bfpo.core.pairs import CELLS
 from bfpo.data.load import load_pairs
 from bfpo.data.stages import read_completions, read_verdicts
 from bfpo.evaluation.results import read_results
-from bfpo.experiments import stages as runs
+from bfpo.experiments import steps
 from bfpo.judging.linear import load_judge
 from bfpo.testbed.oracle import Oracle
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "BASE_STEPS", {"pretraining": 120, "base": 15})
+        patch.setattr(steps, "BASE_STEPS", {"pretraining": 120, "base": 15})
         for name, value in {**PROMPTS, "WORLD": SMALL, "STEPS": 8, "FITTED_ON": 80}.items():
             patch.setattr(example, name, value)
         yield

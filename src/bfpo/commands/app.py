@@ -293,13 +293,13 @@ def env() -> None:
 def compare(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compare methods over seeds in the testbed's worlds; resumable."""
     from bfpo.config.loading import load_recipe
-    from bfpo.experiments.recipe import CompareRecipe
+    from bfpo.experiments.recipe import ExperimentRecipe
 
-    checked = load_recipe(recipe, CompareRecipe, overrides)
+    checked = load_recipe(recipe, ExperimentRecipe, overrides)
 
-    from bfpo.experiments.run import compare as work
+    from bfpo.experiments.run import run_experiment
 
-    work(checked, command=" ".join(["bfpo compare", str(recipe), *(overrides or [])]))
+    run_experiment(checked, command=" ".join(["bfpo compare", str(recipe), *(overrides or [])]))
 
 
 Labeled = Annotated[
