@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -105,6 +106,7 @@ def test_run_json_contains_what_was_returned(baseline, tmp_path):
     assert run == json.loads(json.dumps(baseline))
     assert run["start_check"]["largest_margin"] == 0
     assert run["steps"] == 2
+    assert run["hardware"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability() != ""
     assert set(run["versions"]) >= {"python", "torch", "transformers", "bfpo"}
     counts = run["data"]["eval"]["main"]
     for cell, metrics in run["evaluation"]["main"]["cells"].items():
