@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bfpo.config.loading import dump_recipe
+from bfpo.config.loading import dump_recipe, holds_recipe
 from bfpo.config.recipes import SftRecipe, TrainRecipe
 from bfpo.core.files import write_text
 from bfpo.core.samples import Completion, Engine, Prompt, Sampling
@@ -83,12 +83,12 @@ def run_once(recipe: SftRecipe | TrainRecipe) -> None:
         RecipeError: If the folder holds a finished run of another recipe.
     """
     out = Path(recipe.trainer["output_dir"])
-    file, text = out.with_name(f"{out.name}.yaml"), dump_recipe(recipe)
+    path = out.with_name(f"{out.name}.yaml")
     if (out / "run.json").exists():
-        if file.exists() and file.read_text(encoding="utf-8") == text:
+        if holds_recipe(path, recipe):
             return
         raise RecipeError(f"{out} holds a run of another recipe; choose another folder, or remove this one")
-    write_text(file, text)
+    write_text(path, dump_recipe(recipe))
     run_sft(recipe) if isinstance(recipe, SftRecipe) else run_training(recipe)
 
 
