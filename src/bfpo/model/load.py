@@ -113,6 +113,8 @@ def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> Caus
                 config, dtype=torch.float32, trust_remote_code=section.trust_remote_code
             )
             if adapter_config is not None:
+                # Saved configurations are for inference, in which nothing is trained.
+                adapter_config.inference_mode = False
                 model = get_peft_model(model, adapter_config)
     return model
 

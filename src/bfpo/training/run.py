@@ -25,6 +25,7 @@ from bfpo.training.arguments import training_arguments
 from bfpo.training.encode import require_signals
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
+from bfpo.training.preflight import check_against_model
 from bfpo.training.run_sft import load_or_train_sft
 from bfpo.training.start import load_start_model, load_start_tokenizer
 from bfpo.training.trainer import BFPOTrainer
@@ -80,6 +81,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
+    check_against_model(recipe)
     if dry_run:
         manifest = _prepare_inputs(recipe, args, resume, dry_run=True, limit=limit).manifest
         say("dry run: nothing was trained")

@@ -34,6 +34,7 @@ from bfpo.training.output import (
     report_layout,
     save_final,
 )
+from bfpo.training.preflight import check_against_model
 from bfpo.training.sft import SFTTrainer
 from bfpo.training.start import demonstration_texts, load_start_model, load_start_tokenizer
 
@@ -61,6 +62,7 @@ def run_sft(
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
+    check_against_model(recipe)
     with nullcontext() if dry_run else exclusive_output(Path(str(args.output_dir))):
         return _run(recipe, args, resume, dry_run=dry_run, limit=limit, evaluated=evaluated, cache=cache)
 
