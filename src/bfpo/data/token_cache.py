@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 FEWEST = 1000
 # Raised when the same texts and tokenizer would be encoded differently by newer code.
 VERSION = 1
+# Directives of strftime that depend on the time of day.
+_TIMES = ("%H", "%I", "%M", "%S", "%p", "%X", "%c", "%f", "%s", "%T", "%R")
 
 
 class Encoding(NamedTuple):
@@ -31,7 +33,13 @@ class Encoding(NamedTuple):
 
 
 def cache_file(
-    folder: Path, tokenizer: "PreTrainedTokenizerBase", template: str | None, text: TextSection, texts: object
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str | None,
+    text: TextSection,
+    texts: object,
+    *,
+    clock: datetime | None = None,
 ) -> Path | None:
     """Return where the encodings of some texts are kept; None for a tokenizer whose content can't be read.
 
@@ -41,11 +49,15 @@ def cache_file(
         template: Chat template in force.
         text: Length and truncation.
         texts: What is encoded, as JSON can hold it.
+        clock: Time that a template with a clock sees; None for the current time.
     """
     if not tokenizer.is_fast:
         return None
     # Some templates write the date into the prompt.
-    day = datetime.now(UTC).date() if "strftime_now" in str(template) else None
+    day = None
+    if "strftime_now" in str(template):
+        has_time = any(directive in str(template) for directive in _TIMES)
+        day = clock if clock is not None and has_time else (clock or datetime.now(UTC)).date()
     content = tokenizer.backend_tokenizer.to_str()
     cache_key = content_hash(VERSION, content, tokenizer.eos_token_id, template, day, text.model_dump(), texts)
     return folder / f"{cache_key}.npz"
