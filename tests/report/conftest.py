@@ -63,9 +63,10 @@ def two_judged_runs(tmp_path_factory, pristine_small) -> Report:
 def twelve_runs(tmp_path_factory, pristine_small) -> Report:
     """The report of a baseline and eleven runs with two judges and categories; tests only read it."""
     folder = tmp_path_factory.mktemp("twelve")
+    names = ["base", *(f"a-model-of-8b-step-{index}" for index in range(1, 11)), "long_name_" * 9]
     runs = []
-    for index in range(12):
+    for index, name in enumerate(names):
         runs.append(shutil.copytree(pristine_small[min(index, 1)], folder / f"run-{index}"))
-        change_results(runs[-1], run=f"a-model-of-8b-step-{index}" if index else "base")
+        change_results(runs[-1], run=name)
         add_judge_and_categories(runs[-1])
     return draw(folder / "report", runs)
