@@ -5,6 +5,7 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,10 +20,12 @@ from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
 from bfpo.data.prompts import SOURCES
 from bfpo.evaluation import differences as comparing
 from bfpo.evaluation import scoring
+from bfpo.evaluation.gate import MIN_PROMPTS
 from bfpo.losses.build import make_loss
 from bfpo.losses.labeling import TABLES
 from bfpo.losses.pairwise import BFPO, LOSSES
 from bfpo.model.new import new_model
+from bfpo.stats.intervals import score_interval
 from bfpo.training.arguments import training_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -370,8 +373,11 @@ def test_the_coverage_on_the_page_is_that_of_the_study(monkeypatch):
     study = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
     script = runpy.run_path(str(ROOT / "benchmarks/coverage_study.py"))
     page = (ROOT / "docs/statistics.md").read_text()
-    assert script["with_table"](page, study) == page, "run python benchmarks/coverage_study.py"
+    assert script["with_tables"](page, study) == page, "run python benchmarks/coverage_study.py"
     assert study["repetitions"] == 5000
+    interval = score_interval(np.array([0.80, 0.80, 0.81]))
+    assert f"now it is {interval.low:.2f} to {interval.high:.2f}".replace("0.", ".") in page
+    assert f"No gate is decided on fewer than {MIN_PROMPTS} prompts" in page
     large = [one for one in study["cells"] if one["n"] >= 250]
     assert len(large) > 100
     assert [one for one in large if not 0.93 <= one["coverage"] <= 0.97] == []

@@ -18,6 +18,9 @@ from bfpo.evaluation.scoring import DERIVED, MEASURES
 from bfpo.evaluation.suite import INDICES, Task
 
 State = Literal["passed", "violated", "undecided"]
+MIN_PROMPTS = 10
+"""Number of prompts below which no bound is decided. Fewer rarely contain one of the bad answers that a model gives
+now and then, and intervals of skewed scores cover too seldom; see the coverage in docs/statistics.md."""
 
 
 class Bound(Section):
@@ -64,12 +67,20 @@ class Decided(NamedTuple):
     Args:
         bound: The bound.
         metric: The number.
-        state: `violated` or `passed` only when the whole interval is on one side of the bound.
+        state: `violated` or `passed` only when the whole interval is on one side of the bound, and only from
+            `MIN_PROMPTS` prompts on.
+        reason: Why it is undecided although the interval may be on one side; "" otherwise.
     """
 
     bound: Bound
     metric: MetricResult
     state: State
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """The state with its reason, for a table."""
+        return f"{self.state}: {self.reason}" if self.reason else self.state
 
 
 def read_gate(path: str) -> list[Bound]:
@@ -137,7 +148,7 @@ def enforce(results: Results, bounds: Sequence[Bound]) -> None:
         GateViolated: If a bound is violated with confidence.
     """
     decided = decide(results, bounds)
-    rows = [(str(one.bound), shown(one.metric), one.metric.n, one.state) for one in decided]
+    rows = [(str(one.bound), shown(one.metric), one.metric.n, one.text) for one in decided]
     show_table("Gate: decided only where the whole interval is on one side", ("bound", "found", "n", "that is"), rows)
     violated = [one for one in decided if one.state == "violated"]
     if violated:
@@ -169,6 +180,15 @@ def _metric(results: Results, bound: Bound) -> MetricResult:
 def _decide(bound: Bound, metric: MetricResult) -> Decided:
     if metric.value is None:
         return Decided(bound, metric, "undecided")
+    prompts = metric.n if metric.smallest_part is None else metric.smallest_part
+    if prompts < MIN_PROMPTS:
+        part = "" if metric.smallest_part is None else " in its smallest part"
+        return Decided(
+            bound,
+            metric,
+            "undecided",
+            f"{prompts} {'prompt' if prompts == 1 else 'prompts'}{part}, {MIN_PROMPTS} needed",
+        )
     low = metric.value if metric.low is None else metric.low
     high = metric.value if metric.high is None else metric.high
     over = (bound.min is not None and high < bound.min) or (bound.max is not None and low > bound.max)

@@ -51,7 +51,19 @@ def _index(suite: str, name: str, judge: str, parts: Mapping[tuple[str, str], Me
     ends = (low, high) if sure else (None, None)
     recipe = f"unweighted mean of {', '.join(map(_told, known))}"
     return MetricResult(
-        suite, "all", name, value, ends[0], ends[1], n, unscored, BY_PARTS, True, judge, recipe=recipe
+        suite,
+        "all",
+        name,
+        value,
+        low=ends[0],
+        high=ends[1],
+        n=n,
+        unscored=unscored,
+        interval=BY_PARTS,
+        higher_is_better=True,
+        judge=judge,
+        recipe=recipe,
+        smallest_part=min(one.n for one in known),
     )
 
 

@@ -44,6 +44,7 @@ class MetricResult:
             isn't a rate.
         most: Upper bound if every one were a yes.
         recipe: Of a composite: what it is the mean of, or which part is missing; "" for others.
+        smallest_part: Number of prompts of the part of a composite that has the fewest; None for others.
     """
 
     suite: str
@@ -61,6 +62,7 @@ class MetricResult:
     least: float | None = None
     most: float | None = None
     recipe: str = ""
+    smallest_part: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

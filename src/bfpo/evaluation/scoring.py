@@ -225,9 +225,20 @@ def to_metrics(suite: str, measured: Sequence[PromptScores]) -> list[MetricResul
     if both is not None:
         safety, helpfulness = both
         interval = Interval(*map(float, combine(harmonic_mean, interval_of(safety)[0], interval_of(helpfulness)[0])))
-        n, unscored = len(safety.by_prompt) + len(helpfulness.by_prompt), safety.unscored + helpfulness.unscored
+        parts, unscored = [len(part.by_prompt) for part in both], safety.unscored + helpfulness.unscored
         metrics.append(
-            MetricResult(suite, "all", HARMONIC_MEAN, *interval, n, unscored, BY_PARTS, True, safety.judge)
+            MetricResult(
+                suite,
+                "all",
+                HARMONIC_MEAN,
+                *interval,
+                n=sum(parts),
+                unscored=unscored,
+                interval=BY_PARTS,
+                higher_is_better=True,
+                judge=safety.judge,
+                smallest_part=min(parts),
+            )
         )
     return metrics
 
