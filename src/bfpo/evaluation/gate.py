@@ -12,7 +12,7 @@ from bfpo.core.terminal import say, show_table
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.correction import QUESTIONS
 from bfpo.evaluation.lm_eval.tasks import listed_metrics
-from bfpo.evaluation.panel import LENGTH_CONTROLLED, ORDER_DECIDES, WIN_RATE
+from bfpo.evaluation.panel import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, ORDER_DECIDES, WIN_RATE
 from bfpo.evaluation.results import CORRECTED, MetricResult, Results, shown
 from bfpo.evaluation.scoring import DERIVED, MEASURES
 from bfpo.evaluation.suite import INDICES, Task
@@ -97,7 +97,12 @@ def read_gate(path: str) -> list[Bound]:
 
 
 def check_bounds(
-    bounds: Sequence[Bound], tasks: Sequence[Task], lm_eval: Mapping[str, str], *, corrected: bool = False
+    bounds: Sequence[Bound],
+    tasks: Sequence[Task],
+    lm_eval: Mapping[str, str],
+    *,
+    corrected: bool = False,
+    length_controlled: bool = False,
 ) -> None:
     """Refuse bounds on tasks that aren't asked and on things that nothing measures.
 
@@ -106,6 +111,7 @@ def check_bounds(
         tasks: What is asked and judged.
         lm_eval: Suite/task → name of a task of lm-eval, which measures what its definition says.
         corrected: Whether rates are corrected for judges' errors, too.
+        length_controlled: Whether AlpacaEval's length-controlled win rate is computed.
 
     Raises:
         RecipeError: If there is one.
@@ -113,7 +119,8 @@ def check_bounds(
     places = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
     measured = {one.name for several in MEASURES.values() for one in several} | {*DERIVED, *INDICES}
     if any(one.references for one in tasks):
-        measured |= {WIN_RATE.name, ORDER_DECIDES.name, LENGTH_CONTROLLED}
+        measured |= {WIN_RATE.name, ORDER_DECIDES.name}
+    measured |= {LENGTH_CONTROLLED} if length_controlled else set()
     calibrated = {name + CORRECTED for name in QUESTIONS}
     measured |= calibrated if corrected else set()
     for bound in bounds:
@@ -124,6 +131,13 @@ def check_bounds(
             )
         if bound.metric in calibrated - measured:
             raise RecipeError(f"gate: metric '{bound.metric}' needs answers that people labeled; name `calibration:`")
+        if bound.metric == LENGTH_CONTROLLED_APPROXIMATE:
+            raise RecipeError(
+                f"gate: metric '{bound.metric}' is an approximation, which decides no bound; name the files of "
+                f"`length_control:`, and '{LENGTH_CONTROLLED}' here"
+            )
+        if bound.metric == LENGTH_CONTROLLED and LENGTH_CONTROLLED not in measured:
+            raise RecipeError(f"gate: metric '{bound.metric}' needs AlpacaEval's files; name `length_control:`")
         # Of a group of tasks it isn't known before.
         known = listed_metrics(lm_eval[place]) if place in lm_eval else measured
         name = bound.metric.partition(" (")[0] if place in lm_eval else bound.metric

@@ -39,6 +39,7 @@ class JudgeOutput(NamedTuple):
 
 
 LENGTH_CONTROLLED = "win_rate_length_controlled"
+LENGTH_CONTROLLED_APPROXIMATE = "win_rate_length_controlled_approximate"
 WIN_RATE = MetricSpec("win_rate", lambda judged: None, lambda judged: False, True, False)
 ORDER_DECIDES = MetricSpec("order_decides", lambda judged: None, lambda judged: False, False, True)
 

@@ -15,6 +15,7 @@ from bfpo.data.stages import generate_completions, judge_completions, read_compl
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, Unanswered
 from bfpo.evaluation import correction
+from bfpo.evaluation.alpaca_eval import LengthControl
 from bfpo.evaluation.baseline import Baseline, compare_with_baseline, read_baseline
 from bfpo.evaluation.correction import Calibration, read_calibration
 from bfpo.evaluation.gate import Bound, check_bounds, enforce, read_gate
@@ -41,7 +42,14 @@ from bfpo.evaluation.subject import (
 )
 from bfpo.evaluation.suite import Suite, Task, load_suite, read_tasks, with_prompts_of
 from bfpo.evaluation.warnings import warnings_of
-from bfpo.evaluation.win_rates import check_judges, compare, export, length_controlled, references_of
+from bfpo.evaluation.win_rates import (
+    check_judges,
+    compare,
+    export,
+    length_controlled,
+    load_length_control,
+    references_of,
+)
 from bfpo.judging.people import PeopleJudge
 
 
@@ -78,11 +86,13 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     # Everything that can be refused is refused before hours of work.
     lm_eval_tasks = find_lm_eval_tasks(recipe, suites)
     check_judges(recipe, tasks)
+    length_control = load_length_control(recipe, tasks)
     check_bounds(
         bounds,
         tasks,
         {task.full_name: task.spec for task in lm_eval_tasks},
         corrected=recipe.calibration is not None,
+        length_controlled=length_control is not None,
     )
     calibration = None if recipe.calibration is None else read_calibration(recipe.calibration)
     fitted_on = [] if calibration is None else correction.fitted_on_warnings(calibration, recipe.judges)
@@ -106,6 +116,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         labeled_by={*recipe.labeled_by, *training_judges(recipe)},
         calibration=calibration,
         baseline=baseline,
+        length_control=length_control,
     )
     results = evaluation.results
     metrics = [*results.metrics, *lm_eval_metrics(lm_eval_tasks, lm_eval_results)]
@@ -161,6 +172,7 @@ def evaluate(
     by_category: bool = True,
     calibration: Calibration | None = None,
     baseline: Baseline | None = None,
+    length_control: LengthControl | None = None,
 ) -> Evaluation:
     """Generate, judge and score completions, and compare the scores with a baseline.
 
@@ -181,6 +193,7 @@ def evaluate(
         by_category: Whether each category of a task's prompts has metrics too.
         calibration: Labeled answers that correct the judges' rates.
         baseline: Evaluation to compare with.
+        length_control: Data of AlpacaEval's length-controlled win rate.
 
     Raises:
         DataError: If the folder holds files of another model, judge or prompt set.
@@ -211,7 +224,9 @@ def evaluate(
             correction.hold(output.label, calibration, output.on_labeled) for output in outputs if output.on_labeled
         ]
     )
-    metrics = correction.with_corrected(metrics, calibrated) + length_controlled(tasks, completions, outputs)
+    controlled, more_notes = length_controlled(tasks, completions, outputs, length_control)
+    metrics = correction.with_corrected(metrics, calibrated) + controlled
+    notes += more_notes
     results = Results(
         run=run,
         model=model,

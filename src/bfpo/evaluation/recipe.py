@@ -42,6 +42,15 @@ class Price(Section):
     """Per million tokens written."""
 
 
+class LengthControlFiles(Section):
+    """Files of huggingface.co/datasets/tatsu-lab/alpaca_eval for its length-controlled win rate."""
+
+    gamed: str
+    """`df_gamed.csv`: annotations of the gamed baselines, with the difficulty of every instruction."""
+    difficulty: str | None = None
+    """`instruction_difficulty.csv`; the difficulties are compared with those of `gamed`."""
+
+
 class EvalRecipe(Section):
     """`bfpo eval`: suites of prompts put to a model, its answers judged, scored, compared and gated."""
 
@@ -75,6 +84,8 @@ class EvalRecipe(Section):
     calibration: str | None = None
     """Answers that people labeled, as for `bfpo judge eval`: judges read them too, and each rate is told a second
     time, corrected for what the judge gets wrong there. Of the evaluated model, to other prompts: docs/judging.md."""
+    length_control: LengthControlFiles | None = None
+    """Files with which AlpacaEval's length-controlled win rate is computed on its 805 instructions."""
     labeled_by: list[str] = Field(default=[])
     """Names of judges that labeled the model's training data, beside those that its folder tells of."""
     template_policy: str | None = None

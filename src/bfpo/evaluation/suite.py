@@ -134,6 +134,7 @@ class Task:
         prompts: In the order they are asked.
         data: Where the prompts are from; None for prompts of no published set.
         references: Prompt → the output that its answer is compared with; empty where nothing is compared.
+        positions: Prompt → its number in the published set, from 0; empty where nothing is compared.
     """
 
     suite: str
@@ -142,6 +143,7 @@ class Task:
     prompts: list[Prompt]
     data: TaskData | None = None
     references: dict[str, Completion] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
 
 
 def tasks_by_kind(suite: str, prompts: Sequence[Prompt]) -> list[Task]:
@@ -241,6 +243,7 @@ def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Ta
         raise DataError(f"{where}: prompts of several kinds ({', '.join(kinds)}); say which by only:")
     most = min(filter(None, (limit, task.limit)), default=None)
     published = len(prompts)
+    positions = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
     if most is not None and most < len(prompts):
         # The smaller sample is a part of the larger one, so a higher limit goes on where a lower one ended.
         order = sorted(range(len(prompts)), key=lambda index: content_hash("sample", prompts[index].prompt_id))
@@ -262,7 +265,7 @@ def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Ta
         compared_with=sorted({output.model for output in references.values()}),
         references_hash=content_hash([references[prompt.prompt_id].text for prompt in prompts]),
     )
-    return Task(suite, task.called, kinds[0], prompts, data, references)
+    return Task(suite, task.called, kinds[0], prompts, data, references, positions)
 
 
 def _references(source: PromptSource, task: SuiteTask, prompts: Sequence[Prompt]) -> dict[str, Completion]:

@@ -11,14 +11,15 @@ from bfpo.core.samples import Completion, Judge, PairJudge
 from bfpo.data.stages import judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
-from bfpo.evaluation.panel import LENGTH_CONTROLLED, WIN_RATE, JudgeOutput, wins
+from bfpo.evaluation.alpaca_eval import LengthControl, read_length_control
+from bfpo.evaluation.panel import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, WIN_RATE, JudgeOutput, wins
 from bfpo.evaluation.preferences import ByRating, PairwisePreference, compare_with_references, preferences
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import MetricResult
 from bfpo.evaluation.scoring import BY_BOOTSTRAP
 from bfpo.evaluation.suite import Task
 from bfpo.judging.spec import JUDGES, parse_judge
-from bfpo.stats.length_control import length_controlled_win_rate
+from bfpo.stats.length_control import FOLDS, MIN_LENGTH_RATIO, alpaca_eval_win_rate, length_controlled_win_rate
 
 COMPARING = tuple(kind for kind, properties in JUDGES.items() if properties.compares is not None)
 """Kinds of judges that compare completions."""
@@ -93,27 +94,90 @@ def compare(
 
 
 def length_controlled(
-    tasks: Sequence[Task], completions: Sequence[Completion], panel: Sequence[JudgeOutput]
-) -> list[MetricResult]:
-    """Return the win rates at equal lengths, in characters, of every task by every judge that compares."""
+    tasks: Sequence[Task],
+    completions: Sequence[Completion],
+    panel: Sequence[JudgeOutput],
+    control: LengthControl | None = None,
+) -> tuple[list[MetricResult], list[str]]:
+    """Return the win rates at equal lengths, in characters, of every task by every judge that compares, and notes.
+
+    Args:
+        tasks: Tasks; those that compare have such rates.
+        completions: Completions of the evaluated model.
+        panel: Output of each judge.
+        control: Data of AlpacaEval's regression, for its instructions. For other tasks, and without it, the rate is
+            an approximation under another name, and missing where it would be an extrapolation.
+    """
     answers = _first_answers(completions)
-    found = []
+    metrics, notes = list[MetricResult](), list[str]()
     for task in tasks:
-        for judge in panel:
-            for one in wins(task, judge):
-                if one.measure is not WIN_RATE:
+        rates = [(judge, scores) for judge in panel for scores in wins(task, judge) if scores.measure is WIN_RATE]
+        prompts = [prompt.prompt_id for prompt in task.prompts if prompt.prompt_id in task.references]
+        if not rates or not prompts:
+            continue
+        ours, theirs = (
+            np.array([len(outputs[prompt].text) for prompt in prompts], dtype=np.float64)
+            for outputs in (answers, task.references)
+        )
+        is_published = control is not None and is_alpaca_eval(task)
+        ratio = ours.mean() / max(theirs.mean(), 1.0)
+        if not is_published and ratio < MIN_LENGTH_RATIO:
+            notes.append(
+                f"{task.suite}/{task.name}: no length-controlled win rate: the answers have {ours.mean():,.0f} "
+                f"characters on average, the reference outputs {theirs.mean():,.0f}. Below {MIN_LENGTH_RATIO:.0%} of "
+                "their length it would be an extrapolation that rewards short answers."
+                + ("" if control else _ABOUT_FILES)
+            )
+            continue
+        for judge, scores in rates:
+            preference = np.array([scores.by_prompt.get(prompt, np.nan) for prompt in prompts])
+            decided = ~np.isnan(preference)
+            if control is not None and is_published:
+                if decided.sum() < FOLDS:
                     continue
-                prompts = list(one.by_prompt)
-                ours, theirs = (
-                    np.array([len(of[prompt].text) for prompt in prompts], dtype=np.float64)
-                    for of in (answers, task.references)
+                places = [task.positions[prompt] for prompt in prompts]
+                interval = alpaca_eval_win_rate(preference, ours, theirs, control.difficulties[places], control.gamed)
+                name = LENGTH_CONTROLLED
+            else:
+                interval = length_controlled_win_rate(preference[decided], ours[decided], theirs[decided])
+                name = LENGTH_CONTROLLED_APPROXIMATE
+            n = len(scores.by_prompt)
+            metrics.append(
+                MetricResult(
+                    task.suite, task.name, name, *interval, n, scores.unscored, BY_BOOTSTRAP, True, judge.label
                 )
-                interval = length_controlled_win_rate(one.values, ours, theirs)
-                about = task.suite, task.name, LENGTH_CONTROLLED
-                found.append(
-                    MetricResult(*about, *interval, len(prompts), one.unscored, BY_BOOTSTRAP, True, judge.label)
-                )
-    return found
+            )
+    return metrics, notes
+
+
+_ABOUT_FILES = " With the files of `length_control:` AlpacaEval's own regression is used on its instructions."
+
+
+def is_alpaca_eval(task: Task) -> bool:
+    """Return whether a task compares answers to AlpacaEval's instructions."""
+    return bool(task.references) and task.data is not None and task.data.source == "alpaca_eval"
+
+
+def load_length_control(recipe: EvalRecipe, tasks: Sequence[Task]) -> LengthControl | None:
+    """Return the data of AlpacaEval's regression; None if the recipe names no files.
+
+    Raises:
+        RecipeError: If no task compares answers to AlpacaEval's instructions.
+        DataError: If the files can't be read, or are about another number of instructions than a task.
+    """
+    if recipe.length_control is None:
+        return None
+    control = read_length_control(recipe.length_control.gamed, recipe.length_control.difficulty)
+    compared = [task for task in tasks if is_alpaca_eval(task)]
+    if not compared:
+        raise RecipeError("length_control: no task compares answers to the instructions of alpaca_eval")
+    for task in compared:
+        if task.data is not None and task.data.published != len(control.difficulties):
+            raise DataError(
+                f"length_control: {recipe.length_control.gamed} is about {len(control.difficulties):,} instructions, "
+                f"{task.data.origin} has {task.data.published:,}; expected AlpacaEval's whole set in its own order"
+            )
+    return control
 
 
 def export(
