@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from bfpo.config.loading import check_recipe, parse_yaml
 from bfpo.config.recipes import NewModel, Source, TrainRecipe
 from bfpo.core.pairs import COLUMNS
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
-from bfpo.data.prompts import SOURCES
+from bfpo.data.prompt_sets import PROMPT_SETS
 from bfpo.evaluation import differences as comparing
 from bfpo.evaluation import scoring
 from bfpo.evaluation.gate import MIN_PROMPTS
@@ -101,6 +103,15 @@ def test_the_file_tree_names_what_is_there():
     modules = {path.name for path in (ROOT / "src/bfpo").glob("*.py") if not path.name.startswith("__")}
     packages = {f"{path.name}/" for path in (ROOT / "src/bfpo").iterdir() if (path / "__init__.py").exists()}
     assert named == modules | packages
+
+
+def test_the_hops_of_the_two_walks_exist():
+    page = (ROOT / "docs/design.md").read_text()
+    hops = re.findall(r"^\| \d+ \| `(.+?):(.+?)` \|", page, flags=re.MULTILINE)
+    assert len(hops) == 19
+    for path, name in hops:
+        module = import_module("bfpo." + path.removesuffix(".py").replace("/", "."))
+        assert attrgetter(name)(module), (path, name)
 
 
 def test_the_index_lists_every_page_and_every_command():
@@ -187,7 +198,7 @@ def test_the_words_on_the_comparison_are_those_of_both_its_runs():
     ]
     lines = both[0]["lines"]
     primary, again = (
-        {(one["world"], one["variant"]): one for one in found["lines"] if one["metric"] == "all/harmonic_mean"}
+        {(line["world"], line["variant"]): line for line in found["lines"] if line["metric"] == "all/harmonic_mean"}
         for found in both
     )
     said = {
@@ -199,8 +210,8 @@ def test_the_words_on_the_comparison_are_those_of_both_its_runs():
     assert "| base, dpo_h, modpo | all others | none | ipo_mix, one stream at equal main pairs |" in page
     for world, worse in said.items():
         words = {
-            variant: {one["verdict"], again[place, variant]["verdict"]}
-            for (place, variant), one in primary.items()
+            variant: {line["verdict"], again[place, variant]["verdict"]}
+            for (place, variant), line in primary.items()
             if place == world
         }
         assert {variant for variant, word in words.items() if word == {"worse"}} == worse
@@ -208,9 +219,9 @@ def test_the_words_on_the_comparison_are_those_of_both_its_runs():
         assert not any("better" in word for word in words.values())
         assert primary[world, "additive as bfpo"]["mean"][0] > primary[world, "bfpo"]["mean"][0]
         (unsafe,) = (
-            one
-            for one in lines
-            if (one["world"], one["variant"], one["metric"]) == (world, "dpo_h", "harmful/safety")
+            line
+            for line in lines
+            if (line["world"], line["variant"], line["metric"]) == (world, "dpo_h", "harmful/safety")
         )
         assert unsafe["mean"][0] < 0.1
     (took,) = both[0]["took"]
@@ -225,13 +236,17 @@ def test_the_words_on_the_comparison_are_those_of_both_its_runs():
 def test_every_source_of_prompts_stands_in_its_row():
     page = (ROOT / "docs/redteam.md").read_text()
     rows = {
-        "a file that you fetch, as `path:`": [name for name, one in SOURCES.items() if one.file],
-        "the hub, at a revision that the program pins": [name for name, one in SOURCES.items() if one.revision],
-        "the hub, at a `revision:` that you pin": [n for n, one in SOURCES.items() if one.hub and not one.revision],
+        "a file that you fetch, as `path:`": [name for name, source in PROMPT_SETS.items() if source.file],
+        "the hub, at a revision that the program pins": [
+            name for name, source in PROMPT_SETS.items() if source.revision
+        ],
+        "the hub, at a `revision:` that you pin": [
+            name for name, source in PROMPT_SETS.items() if source.hub and not source.revision
+        ],
     }
     for words, names in rows.items():
         assert f"| {words} | {', '.join(f'`{name}`' for name in names)} |" in page
-    assert sum(map(len, rows.values())) == len(SOURCES) - 1, "all but one's own file"
+    assert sum(map(len, rows.values())) == len(PROMPT_SETS) - 1, "all but one's own file"
 
 
 @pytest.mark.parametrize("results", ["redteam.json", "redteam_served.json"])
@@ -291,7 +306,7 @@ def test_the_labels_on_real_pairs_are_those_of_their_study():
         assert of(found) in page
     assert of(people["called_unsafe_where_people_preferred_a_refusal"]) in page
     with_people, against = people["pairs_labeled_as_people"], people["pairs_labeled_against_people"]
-    assert f"{with_people} pairs as people ordered them and {len(against)} the other way" in page
+    assert f"{with_people} pairs as annotators ordered them and {len(against)} the other way" in page
     for row_id in (*against, *study["sets"]["alpaca_eval"]["checks"]["of_all"]["pairs_with_an_answer_called_unsafe"]):
         assert row_id[:8] in page
     for found in study["fitted_on"].values():
@@ -303,8 +318,8 @@ def test_the_labels_on_real_pairs_are_those_of_their_study():
 def test_the_ablations_on_the_page_are_those_of_their_results(name, center):
     page = (ROOT / "docs" / "testbed.md").read_text()
     lines = json.loads((ROOT / f"benchmarks/results/testbed/{name}/comparison.json").read_text())["lines"]
-    by = {(one["variant"], one["metric"]): one for one in lines}
-    for variant in {one["variant"] for one in lines} - {"base", center}:
+    by = {(line["variant"], line["metric"]): line for line in lines}
+    for variant in {line["variant"] for line in lines} - {"base", center}:
         metrics = [by[variant, name] for name in ("harmful/safety", "benign/helpfulness", "all/harmonic_mean")]
         shown = ["{:.2f} [{:.2f}, {:.2f}]".format(*metric["mean"]) for metric in metrics]
         assert f"| {variant} | {' | '.join(shown)} | {metrics[-1]['verdict'] or ''} |" in page
@@ -314,8 +329,8 @@ def test_a_second_run_changed_the_words_that_the_page_names():
     words = []
     for name in ("main", "again", "sixteen"):
         lines = json.loads((ROOT / f"benchmarks/results/testbed/{name}/comparison.json").read_text())["lines"]
-        primary = {(one["world"], one["variant"]): one for one in lines if one["metric"] == "all/harmonic_mean"}
-        words.append({key: one["verdict"] for key, one in primary.items() if one["verdict"]})
+        primary = {(line["world"], line["variant"]): line for line in lines if line["metric"] == "all/harmonic_mean"}
+        words.append({key: line["verdict"] for key, line in primary.items() if line["verdict"]})
     first, second, together = words
     page = (ROOT / "docs" / "testbed.md").read_text()
     other = {key for key in first if first[key] != second[key]}
@@ -339,11 +354,11 @@ def test_a_second_run_changed_the_words_that_the_page_names():
 def test_the_tables_of_labels_on_the_page_are_those_that_were_tested(name):
     page = (ROOT / "docs" / "testbed.md").read_text()
     lines = json.loads((ROOT / f"benchmarks/results/testbed/{name}/comparison.json").read_text())["lines"]
-    by = {(one["world"], one["variant"], one["metric"]): one for one in lines}
+    by = {(line["world"], line["variant"], line["metric"]): line for line in lines}
     metrics = ("harmful/safety", "benign/helpfulness", "harmful/severity", "all/harmonic_mean")
-    for world, variant in {(one["world"], one["variant"]) for one in lines if one["variant"] != "base"}:
+    for world, variant in {(line["world"], line["variant"]) for line in lines if line["variant"] != "base"}:
         found = [by[world, variant, metric] for metric in metrics]
-        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*one["mean"]) for one in found]
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*line["mean"]) for line in found]
         against = ""
         if variant != "bfpo":
             against = "{:+.2f} [{:+.2f}, {:+.2f}], {}".format(*found[-1]["difference"], found[-1]["verdict"])
@@ -381,9 +396,9 @@ def test_the_coverage_on_the_page_is_that_of_the_study(monkeypatch):
     interval = score_interval(np.array([0.80, 0.80, 0.81]))
     assert f"now it is {interval.low:.2f} to {interval.high:.2f}".replace("0.", ".") in page
     assert f"No gate is decided on fewer than {MIN_PROMPTS} prompts" in page
-    large = [one for one in study["cells"] if one["n"] >= 250]
+    large = [cell for cell in study["cells"] if cell["n"] >= 250]
     assert len(large) > 100
-    assert [one for one in large if not 0.93 <= one["coverage"] <= 0.97] == []
+    assert [cell for cell in large if not 0.93 <= cell["coverage"] <= 0.97] == []
     # Every kind of interval that results name is told of.
     kinds = [
         kind for names in (scoring, comparing) for name, kind in vars(names).items() if re.match(r"BY_[A-Z_]+$", name)
@@ -411,11 +426,8 @@ def test_the_numbers_of_the_correction_are_those_of_its_study():
         (line,) = [line for line in page.splitlines() if line.startswith(f"| {' | '.join(cells)}")]
         assert ("**missed**" in line) == (not theirs["covered"])
         assert ("doesn't fit" in line) == (theirs["covered"] and not theirs["fits"])
-    one = other["by_rate"]["mistralinstruct/compliance"]
-    assert (
-        f"holds people's rate in {one['covered']:.0%} of the\nsplits, no correction in {one['judge_covered']:.0%}"
-        in page
-    )
+    line = other["by_rate"]["mistralinstruct/compliance"]
+    assert f"{line['covered']:.0%} of the splits, the uncorrected one in {line['judge_covered']:.0%}" in page
     found = [
         next(
             row
@@ -425,7 +437,7 @@ def test_the_numbers_of_the_correction_are_those_of_its_study():
         for design in (new, other)
     ]
     assert (
-        "finds {:.0%} of its refusals on the calibration third, {:.0%} of the\nothers'".format(
+        "finds {:.0%} of its refusals on the calibration third, and {:.0%} of the others'".format(
             *(row["errors"]["specificity"] for row in found)
         )
         in page
@@ -440,4 +452,4 @@ def test_the_numbers_of_the_correction_are_those_of_its_study():
     assert own["covered_of_10_main"] >= 9
     assert other["mean"]["covered"] < 0.9 < own["mean"]["covered"]
     assert {cell["truth"] for cell in cells if cell["corrected"]["coverage"] < 0.94} == {0.02}
-    assert "below 94 % only at a rate\nof 2 %" in page
+    assert "below 94 % only at a\nrate of 2 %" in page

@@ -27,7 +27,9 @@ FORMER = {
     "src/bfpo/config/loading.py": {"licence", "labelled"},
     "src/bfpo/core/samples.py": {"licence"},
     "src/bfpo/evaluation/results.py": {"licence", "labelled"},
-    "src/bfpo/report/run_files.py": {"licence"},
+    "src/bfpo/report/card.py": {"licence"},
+    "docs/recipes.md": {"licence", "labelled"},
+    "docs/upgrading.md": {"licence", "labelled"},
 }
 
 

@@ -66,9 +66,9 @@ class Unanswered(BfpoError):
     def __init__(
         self, failed: dict[tuple[str, int], str], num_requested: int, *, refused: Iterable[tuple[str, int]] = ()
     ) -> None:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in Counter(failed.values()).most_common())
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(failed.values()).most_common())
         super().__init__(
-            f"{len(failed)} of {num_requested} completions are missing ({reasons}); the first is of prompt "
+            f"{len(failed)} of {num_requested} completions are missing: {reasons}; the first is of prompt "
             f"'{next(iter(failed))[0]}'. The others are saved: run the same command again to request only those that "
             "are missing"
         )

@@ -62,7 +62,7 @@ TURNS = [{"role": "user", "content": "which"}]
 BAD_DATA = {
     "a missing label": (
         lines(FIRST, without(FIRST, "is_rejected_safe")),
-        "bad.jsonl row 2: column 'is_rejected_safe' is missing while 'is_chosen_safe' is there; give both, or",
+        "bad.jsonl row 2: column 'is_rejected_safe' is missing, but 'is_chosen_safe' is not; give both, or",
     ),
     "a half-labeled file": (
         lines(FIRST, without(FIRST, *LABELS), FIRST),
@@ -77,10 +77,10 @@ BAD_DATA = {
         "bad.jsonl row 2: column 'is_rejected_safe': safety label is null; expected true or false, 0 or 1",
     ),
     "a null text": (lines(FIRST | {"prompt": None}), "bad.jsonl row 1: column 'prompt' is None; expected a string"),
-    "an empty file": ("", "bad.jsonl holds no rows"),
+    "an empty file": ("", "bad.jsonl has no rows"),
     "half a last line": (
         lines(FIRST) + '{"prompt": "which',
-        "bad.jsonl row 2: not JSON (Unterminated string starting at at column 12); the last line is half written",
+        "bad.jsonl row 2: not JSON (Unterminated string starting at at column 12); the last line is incomplete",
     ),
     "a row that is a list": (lines(FIRST, [1]), "bad.jsonl row 2: list; expected an object with columns"),
     "a chat without an assistant turn": (
@@ -90,7 +90,7 @@ BAD_DATA = {
     "an empty chat": (lines(FIRST | {"prompt": []}), "bad.jsonl row 1: column 'prompt' is []; expected a string or"),
     "too many faults": (
         lines(*GOOD, FIRST | {"chosen": " "}),
-        "bad: 1 of 5 pairs would be dropped (empty answer: 1), more than max_dropped = 0.1; mend the data, or raise",
+        "bad: 1 of 5 pairs would be dropped (empty answer: 1), more than max_dropped = 0.1; fix the data, or raise",
     ),
 }
 
@@ -115,7 +115,9 @@ def test_bad_data_end_with_one_message(content, message, run, folder):
 
 def test_a_cut_file_ends_with_one_message(run, folder):
     (folder / "bad.jsonl.gz").write_bytes(gzip.compress(lines(*GOOD * 20).encode())[:-12])
-    assert_refused(*run("data", "inspect", "bad.jsonl.gz"), "bad.jsonl.gz: the compressed file is cut or damaged (")
+    assert_refused(
+        *run("data", "inspect", "bad.jsonl.gz"), "bad.jsonl.gz: the compressed file is truncated or damaged ("
+    )
 
 
 BAD_RECIPES = {
@@ -225,8 +227,8 @@ def test_adapters_and_recipes_of_others_end_with_one_message(command, message, r
 
 
 BAD_PROMPTS = {
-    "half a character": ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b \\udc00"}\n', "p.jsonl row 2: half a character"),
-    "half a character in a list": ("p.json", b'[{"prompt": "b \\uDC00"}]', "p.json row 1: half a character"),
+    "a lone surrogate": ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b \\udc00"}\n', "p.jsonl row 2: lone surrogate"),
+    "a lone surrogate in a list": ("p.json", b'[{"prompt": "b \\uDC00"}]', "p.json row 1: lone surrogate"),
     "an id that is none": (
         "p.jsonl",
         b'{"prompt": "a", "prompt_id": {}}\n',
@@ -267,7 +269,7 @@ def test_a_bad_comparison_ends_with_one_message(run, folder):
     chosen = [{"world": "shared", "variant": "bfpo", "values": 3}]
     (folder / "tuning.json").write_text(json.dumps({"chosen": chosen}))
     assert_refused(
-        *run("experiment", "compare.yaml"), "tuning.json isn't the comparison.json of a comparison with 'vary'"
+        *run("experiment", "compare.yaml"), "tuning.json isn't the comparison.json of an experiment with 'vary'"
     )
 
 

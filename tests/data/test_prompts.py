@@ -1,11 +1,12 @@
-"""Named prompt sets: what a row becomes, and what is asked of the user where nothing is known."""
+"""Published sets of prompts: how rows become prompts, and which settings a user has to give."""
 
 import csv
 import json
 
 import pytest
 
-from bfpo.data.prompts import SOURCES, PromptSource, read_prompt_source
+from bfpo.data.prompt_sets import PROMPT_SETS
+from bfpo.data.prompts import PromptSource, read_prompt_source
 from bfpo.errors import DataError, RecipeError
 
 # Columns as the sets are published with, one neutral row each, and what is expected of it.
@@ -34,9 +35,9 @@ def test_a_published_row_becomes_a_prompt(name, tmp_path):
         writer = csv.DictWriter(file, row)
         writer.writeheader()
         writer.writerow(row)
-    (prompt,), facts = read_prompt_source(PromptSource(name=name, path=str(path)))
+    (prompt,), metadata = read_prompt_source(PromptSource(name=name, path=str(path)))
     assert (prompt.prompt[0].content, prompt.kind, prompt.category) == ("p", kind, category)
-    assert prompt.license == facts["license"] == SOURCES[name].license != ""
+    assert prompt.license == metadata["license"] == PROMPT_SETS[name].license != ""
 
 
 def test_rows_are_chosen_by_a_column_and_a_system_message_makes_another_prompt(tmp_path):
@@ -60,7 +61,7 @@ def test_a_tab_separated_file_is_read(tmp_path):
     assert (prompt.prompt[0].content, prompt.kind) == ("one,\ttwo", "lookalike")
 
 
-def test_what_is_not_known_is_asked_for():
+def test_a_setting_that_the_program_lacks_is_requested():
     with pytest.raises(RecipeError, match=r"published as a file.*strongreject_dataset\.csv.*path:"):
         read_prompt_source(PromptSource(name="strongreject"))
     with pytest.raises(RecipeError, match=r"'alert' needs revision: .a commit of Babelscape/ALERT., or path:"):
@@ -72,5 +73,5 @@ def test_what_is_not_known_is_asked_for():
 
 
 def test_revisions_are_commits():
-    for name, known in SOURCES.items():
-        assert known.revision is None or (known.hub and len(known.revision) == 40), name
+    for name, prompt_set in PROMPT_SETS.items():
+        assert prompt_set.revision is None or (prompt_set.hub and len(prompt_set.revision) == 40), name

@@ -130,7 +130,7 @@ def test_two_columns_can_change_places(write):
 def test_a_rename_from_a_column_that_is_not_there_names_those_that_are(write):
     path = write("rows.jsonl", '{"question": "q", "best": "b"}\n')
     message = refused(path, columns={"prompt": "query"})
-    assert message == f"{path} row 1: columns: no column 'query'; there are question, best"
+    assert message == f"{path} row 1: columns: no column 'query'; the columns are question, best"
 
 
 @pytest.mark.parametrize(
@@ -154,20 +154,24 @@ BAD_FILES = {
     "unknown suffix": (
         "rows.xlsx",
         "a\tb\n",
-        "unknown kind of file; expected .json, .jsonl, .csv, .tsv, .parquet, or those",
+        "unknown file format; expected .json, .jsonl, .csv, .tsv, .parquet, optionally",
     ),
-    "no suffix": ("rows", "{}", "unknown kind of file"),
-    "empty json": ("rows.json", "", " holds no rows"),
-    "empty list": ("rows.json", "[]", " holds no rows"),
-    "empty jsonl": ("rows.jsonl", "", " holds no rows"),
-    "blank jsonl": ("rows.jsonl", "\n\n", " holds no rows"),
-    "empty csv": ("rows.csv", "", " holds no rows"),
-    "only a header": ("rows.csv", "a,b\n", " holds no rows"),
-    "empty gz": ("rows.jsonl.gz", "", " holds no rows"),
-    "an object": ("rows.json", '{"a": 1}', " holds dict; expected a list of rows"),
+    "no suffix": ("rows", "{}", "unknown file format"),
+    "empty json": ("rows.json", "", " has no rows"),
+    "empty list": ("rows.json", "[]", " has no rows"),
+    "empty jsonl": ("rows.jsonl", "", " has no rows"),
+    "blank jsonl": ("rows.jsonl", "\n\n", " has no rows"),
+    "empty csv": ("rows.csv", "", " has no rows"),
+    "only a header": ("rows.csv", "a,b\n", " has no rows"),
+    "empty gz": ("rows.jsonl.gz", "", " has no rows"),
+    "an object": ("rows.json", '{"a": 1}', " is a dict; expected a list of rows"),
     "cut json": ("rows.json", '[{"a": 1}, {"a"', "not JSON (Expecting ':' delimiter at line 1, column 16)"),
-    "jsonl called json": ("rows.json", '{"a": 1}\n{"a": 2}\n', "at line 2, column 1); one object per line is .jsonl"),
-    "half a line": (
+    "jsonl called json": (
+        "rows.json",
+        '{"a": 1}\n{"a": 2}\n',
+        "at line 2, column 1); the suffix for one object per line is .jsonl",
+    ),
+    "an incomplete line": (
         "rows.jsonl",
         '{"a": 1}\n{"a": ',
         "row 2: not JSON (Expecting value at column 7); the last line is",
@@ -176,10 +180,10 @@ BAD_FILES = {
     "a number": ("rows.jsonl", '{"a": 1}\n12\n', "row 2: int; expected an object with columns"),
     "a list": ("rows.json", '[{"a": 1}, ["a"]]', "row 2: list; expected an object with columns"),
     "a null row": ("rows.jsonl", "null\n", "row 1: NoneType; expected an object with columns"),
-    "a short row": ("rows.csv", "a,b\n1,2\n1\n", "row 2: not as many fields as the header has (a, b)"),
-    "a long row": ("rows.csv", "a,b\n1,2,3\n", "row 1: not as many fields as the header has (a, b)"),
+    "a short row": ("rows.csv", "a,b\n1,2\n1\n", "row 2: expected as many fields as the header has (a, b)"),
+    "a long row": ("rows.csv", "a,b\n1,2,3\n", "row 1: expected as many fields as the header has (a, b)"),
     "an open quote": ("rows.csv", 'a,b\n1,"2\n', "line 2: not CSV (unexpected end of data)"),
-    "a column twice": ("rows.csv", "a,b,a\n1,2,3\n", "column 'a' stands twice in the header; rename one"),
+    "a column twice": ("rows.csv", "a,b,a\n1,2,3\n", "duplicate column 'a' in the header; rename one"),
     "not utf-8": ("rows.csv", "a,b\n1,ü\n".encode("latin-1"), "not UTF-8 text ('utf-8' codec can't decode byte 0xfc"),
     "utf-16": ("rows.jsonl", '{"a": 1}\n'.encode("utf-16"), "not UTF-8 text ('utf-8' codec can't decode byte 0xff"),
     "empty parquet": ("rows.parquet", "", "not a parquet file, or damaged ("),
@@ -193,7 +197,7 @@ def test_a_bad_file_is_refused_with_where_and_what(name, content, message, write
     got = refused(path)
     assert got.startswith(path)
     assert message in got
-    assert ("half written" in got) == (content == '{"a": 1}\n{"a": ')
+    assert ("is incomplete" in got) == (content == '{"a": 1}\n{"a": ')
 
 
 @pytest.mark.parametrize("suffix", ["gz", "xz"])
@@ -201,7 +205,7 @@ def test_a_cut_compressed_file_is_refused(suffix, write, tmp_path):
     path = write(f"rows.jsonl.{suffix}", in_jsonl(ROWS * 50))
     whole = (tmp_path / f"rows.jsonl.{suffix}").read_bytes()
     (tmp_path / f"rows.jsonl.{suffix}").write_bytes(whole[:-20])
-    assert refused(path).startswith(f"{path}: the compressed file is cut or damaged (")
+    assert refused(path).startswith(f"{path}: the compressed file is truncated or damaged (")
 
 
 def test_a_compressed_file_that_is_none_is_refused(tmp_path):
@@ -218,10 +222,10 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
 
 
 def test_hub_options_are_passed_on_and_rows_know_their_split(monkeypatch):
-    asked = []
+    calls = []
 
     def load_dataset(path, name=None, *, split=None, revision=None):
-        asked.append((path, name, split, revision))
+        calls.append((path, name, split, revision))
         return Dataset.from_list(ROWS)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -229,7 +233,7 @@ def test_hub_options_are_passed_on_and_rows_know_their_split(monkeypatch):
     assert [row.values for row in rows] == ROWS
     assert rows[1].where == "org/name[test] row 2"
     read("org/name")
-    assert asked == [("org/name", "part", "test", "abc123"), ("org/name", None, "train", None)]
+    assert calls == [("org/name", "part", "test", "abc123"), ("org/name", None, "train", None)]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +275,7 @@ def test_benchmark_prompts_are_read_from_lines_and_columns(name, content, write)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("prompts.txt", "\n \n", " holds no prompts"),
+        ("prompts.txt", "\n \n", " has no prompts"),
         ("prompts.csv", "id,text\n1,a\n", " row 1: no column 'prompt', 'instruction', 'question' or 'goal'"),
         ("prompts.jsonl", '{"prompt": ["a"]}\n', " row 1: column 'prompt': turn 'a'; expected"),
     ],

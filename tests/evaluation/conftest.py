@@ -1,4 +1,4 @@
-"""A model and two judges from a script, and recipes over prompts of two made-up sets."""
+"""A scripted model, two scripted judges, and recipes over made-up prompts of two kinds."""
 
 import json
 from pathlib import Path
@@ -26,35 +26,39 @@ SUITE = {
 
 
 class Scripted:
-    """A judge that goes by a word of the answer; it counts what it is asked."""
+    """A judge that looks for a word in the completion; it counts its calls."""
 
     def __init__(self, name: str, bad: str, revision: str = "1") -> None:
-        self.name, self.bad, self.revision, self.asked = name, bad, revision, 0
+        self.name, self.bad, self.revision, self.calls = name, bad, revision, 0
 
     def judge(self, completions):
-        for one in completions:
-            self.asked += 1
-            refusal = one.text.startswith("no")
+        for completion in completions:
+            self.calls += 1
+            refusal = completion.text.startswith("no")
             yield Verdict.on(
-                one, self, safe=self.bad not in one.text, refusal=refusal, helpfulness=float(not refusal)
+                completion,
+                self,
+                safe=self.bad not in completion.text,
+                refusal=refusal,
+                helpfulness=float(not refusal),
             )
 
 
 class Counting(ScriptedEngine):
-    """A model that counts what it is asked, and may be stopped."""
+    """A model that counts its completions, and may be stopped."""
 
-    asked, stop_after = 0, 10**9
+    calls, stop_after = 0, 10**9
 
-    def generate(self, wanted):
-        for batch in super().generate(wanted):
-            if self.asked >= self.stop_after:
+    def generate(self, requests):
+        for batch in super().generate(requests):
+            if self.calls >= self.stop_after:
                 raise KeyboardInterrupt
-            self.asked += len(batch)
+            self.calls += len(batch)
             yield batch
 
 
 class Judges(dict):
-    """Judges by spec; each spec is a kind of its own while the test runs."""
+    """Judges by spec; each spec is registered as a kind while the test runs."""
 
     def __init__(self, monkeypatch, *, compares=None, **judges) -> None:
         self._monkeypatch, self._kind = monkeypatch, JudgeKind(FINDINGS, needs_path=False, compares=compares)
@@ -76,13 +80,13 @@ REAL = module.open_model
 
 @pytest.fixture
 def real_engine(toy, monkeypatch):
-    """Open what the recipe says, not the script."""
+    """Open the model of the recipe, not the scripted one."""
     monkeypatch.setattr(module, "open_model", REAL)
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch) -> SimpleNamespace:
-    """What a test changes: prompts, answers by model, judges by spec; `recipe` makes a recipe of them."""
+    """Prompts, models and judges that a test may change; `recipe` makes a recipe of them."""
     monkeypatch.chdir(tmp_path)
     rows = [
         {"prompt": f"open {number}", "kind": kind, "category": CATEGORIES[number % 2]}

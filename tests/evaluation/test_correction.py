@@ -1,4 +1,4 @@
-"""`bfpo eval` with answers that people labeled: rates corrected for what the judges get wrong there."""
+"""`bfpo eval` with human labels: rates corrected for the judges' errors on them."""
 
 import json
 from dataclasses import asdict
@@ -22,14 +22,16 @@ def evaluate(content, **options):
     return run_eval(check_recipe(content, EvalRecipe, "recipe"), **options)
 
 
-def found(results, **key):
+def metric_of(results, **key):
     key = {"suite": "toy", "category": None, "judge": "one"} | key
-    (one,) = [metric for metric in results.metrics if all(getattr(metric, k) == v for k, v in key.items())]
-    return one
+    (result,) = [
+        metric for metric in results.metrics if all(getattr(metric, name) == value for name, value in key.items())
+    ]
+    return result
 
 
-def labeled(model="careless", *, kind="harmful", first=200, refusals=40, answers=40, missed=4, alarms=8, **said):
-    """Return labeled answers: the toy's judges call a refusal what begins with `no`."""
+def labeled(model="careless", *, kind="harmful", first=200, refusals=40, answers=40, missed=4, alarms=8, **columns):
+    """Return labeled answers; the toy's judges call an answer that starts with `no` a refusal."""
     texts = ["sorry"] * missed + ["no"] * (refusals - missed) + ["no way"] * alarms + ["yes"] * (answers - alarms)
     return [
         {
@@ -39,27 +41,27 @@ def labeled(model="careless", *, kind="harmful", first=200, refusals=40, answers
             "safe": True,
             "model": model,
             "kind": kind,
-            **said,
+            **columns,
         }
         for number, text in enumerate(texts)
     ]
 
 
-def test_a_rate_is_told_again_corrected_for_the_judge_s_errors(toy):
+def test_each_rate_is_followed_by_the_corrected_one(toy):
     write_jsonl(Path("people.jsonl"), labeled())
     results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
-    plain, corrected = (found(results, task="fine", metric=f"over_refusal{end}") for end in ("", "_corrected"))
+    plain, corrected = (metric_of(results, task="fine", metric=f"over_refusal{end}") for end in ("", "_corrected"))
     assert plain.value == 0.25
-    # The judge finds 36 of 40 refusals, and takes 8 of 40 answers for one.
+    # The judge detects 36 of 40 refusals, and calls 8 of 40 other answers refusals.
     interval = corrected_rate(0.25, 12, JudgeErrors(0.9, 40, 0.8, 40))
     assert (corrected.value, corrected.low, corrected.high) == pytest.approx(interval)
     assert corrected.value == pytest.approx(0.05 / 0.7)
     assert (corrected.n, corrected.higher_is_better, corrected.judge) == (12, False, "one")
     assert "Lang and Reiczigel" in corrected.interval
     assert results.metrics.index(corrected) == results.metrics.index(plain) + 1
-    assert found(results, task="lookalike", metric="over_refusal_corrected", judge="two").value == corrected.value
-    assert not any(one.category for one in results.metrics if one.metric.endswith("_corrected"))
-    refusal = next(one for one in results.calibration if (one.judge, one.question) == ("one", "refusal"))
+    assert metric_of(results, task="lookalike", metric="over_refusal_corrected", judge="two").value == corrected.value
+    assert not any(metric.category for metric in results.metrics if metric.metric.endswith("_corrected"))
+    refusal = next(row for row in results.calibration if (row.judge, row.question) == ("one", "refusal"))
     assert asdict(refusal) == {
         "judge": "one",
         "question": "refusal",
@@ -80,21 +82,24 @@ def test_a_rate_is_told_again_corrected_for_the_judge_s_errors(toy):
 def test_judges_read_the_labeled_answers_once(toy):
     write_jsonl(Path("people.jsonl"), labeled())
     first = evaluate(toy.recipe("careless", calibration="people.jsonl"))
-    asked = toy.judges["one"].asked
-    assert asked == 32 + 80
+    calls = toy.judges["one"].calls
+    assert calls == 32 + 80
     assert evaluate(toy.recipe("careless", calibration="people.jsonl")).metrics == first.metrics
-    assert toy.judges["one"].asked == asked
+    assert toy.judges["one"].calls == calls
     assert Path("out/careless/calibration-one@1.jsonl").is_file()
 
 
-def test_labels_that_cannot_tell_a_judge_s_errors_leave_the_rate_open(toy):
-    # People found nothing unsafe: how often the judge would miss it can't be known.
+def test_labels_that_do_not_show_a_judge_s_errors_leave_the_rate_open(toy):
+    # No answer is labeled unsafe, so how often the judge misses unsafe ones is unknown.
     write_jsonl(Path("people.jsonl"), labeled())
     bound = {"suite": "toy", "task": "bad", "metric": "safety_corrected", "min": 0.9}
     results = evaluate(toy.recipe("careless", calibration="people.jsonl", gate=[bound]))
-    safety = found(results, task="bad", metric="safety_corrected")
+    safety = metric_of(results, task="bad", metric="safety_corrected")
     assert (safety.value, safety.low, safety.high) == (None, 0, 1)
-    assert any("one: people's labels of 'safe' (80 yes, 0 no) can't tell" in text for text in results.warnings)
+    assert any(
+        "one: the human labels of 'safe' (80 yes, 0 no) don't show how often it errs" in text
+        for text in results.warnings
+    )
 
 
 def test_safety_is_calibrated_on_harmful_prompts_and_refusals_on_all(toy):
@@ -102,7 +107,7 @@ def test_safety_is_calibrated_on_harmful_prompts_and_refusals_on_all(toy):
     rows += labeled(kind="lookalike", first=300, refusals=10, answers=10, missed=0, alarms=0)
     write_jsonl(Path("people.jsonl"), rows)
     results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
-    counts = {one.question: (one.answers, one.yes) for one in results.calibration if one.judge == "one"}
+    counts = {row.question: (row.answers, row.yes) for row in results.calibration if row.judge == "one"}
     assert counts == {"safe": (20, 20), "refusal": (40, 20)}
 
 
@@ -115,22 +120,22 @@ def test_calibration_on_other_models_is_warned_of_and_own_answers_are_preferred(
     assert results.calibration[0].models == ["another", "third"]
     write_jsonl(Path("mixed.jsonl"), labeled("another") + labeled("careless", first=400, answers=30))
     results = evaluate(toy.recipe("careless", calibration="mixed.jsonl", out="out/mixed"))
-    assert {(tuple(one.models), one.own) for one in results.calibration} == {(("careless",), True)}
-    assert {one.answers for one in results.calibration if one.question == "refusal"} == {70}
+    assert {(tuple(row.models), row.own) for row in results.calibration} == {(("careless",), True)}
+    assert {row.answers for row in results.calibration if row.question == "refusal"} == {70}
 
 
 def test_a_rate_that_does_not_fit_the_errors_is_warned_of(toy):
-    # The judge takes a third of people's no for refusals, and finds none at all in what the careful model answers.
+    # The judge calls a third of the labeled non-refusals refusals, but no answer of the careful model.
     write_jsonl(Path("people.jsonl"), labeled("careful", answers=120, alarms=40, missed=0))
     results = evaluate(toy.recipe("careful", calibration="people.jsonl"))
-    (first, *_) = [text for text in results.warnings if "errs otherwise on these answers" in text]
-    assert first.startswith("one: toy/lookalike over_refusal 0.00 is what no rate")
+    (first, *_) = [text for text in results.warnings if "errs differently on these answers" in text]
+    assert first.startswith("one: toy/lookalike over_refusal 0.00 is impossible with the")
 
 
-def test_what_nobody_labeled_is_not_corrected(toy):
+def test_a_question_without_labels_is_not_corrected(toy):
     write_jsonl(Path("people.jsonl"), [row | {"safe": None} for row in labeled()])
     results = evaluate(toy.recipe("careless", calibration="people.jsonl"))
-    assert not [one for one in results.metrics if one.metric == "safety_corrected"]
+    assert not [metric for metric in results.metrics if metric.metric == "safety_corrected"]
     assert any("no label says whether answers are 'safe'" in text for text in results.warnings)
 
 
@@ -140,15 +145,15 @@ def test_a_judge_fitted_on_its_calibration_answers_is_warned_of(toy):
     files = {"people.jsonl": file_hash(Path("people.jsonl"))}
     write_json(Path("judge.card.json"), {"fitted_on": {"files": files}})
     recipe = toy.recipe("careless", judges=["linear:judge.npz"], calibration="people.jsonl")
-    assert any("fitted on the very answers" in text for text in evaluate(recipe).warnings)
+    assert any("fitted on the answers that it is calibrated on" in text for text in evaluate(recipe).warnings)
     write_json(Path("judge.card.json"), {"fitted_on": {"files": {"people.jsonl": "other"}}})
-    assert not any("fitted on the very answers" in text for text in evaluate(recipe).warnings)
+    assert not any("fitted on the answers that it is calibrated on" in text for text in evaluate(recipe).warnings)
     Path("judge.card.json").write_text("{}")
     with pytest.raises(DataError, match=r"judge\.card\.json: not the card"):
         evaluate(recipe)
 
 
-def test_what_cannot_be_calibrated_on_is_told_before_anything_is_asked(toy):
+def test_calibration_errors_come_before_any_generation(toy):
     rows = labeled()
     write_jsonl(Path("people.jsonl"), [rows[0] | {"kind": "odd"}])
     with pytest.raises(DataError, match=r"calibration: people\.jsonl row 1: column 'kind' is 'odd'; expected"):
@@ -156,9 +161,9 @@ def test_what_cannot_be_calibrated_on_is_told_before_anything_is_asked(toy):
     with pytest.raises((DataError, RecipeError), match="calibration: "):
         evaluate(toy.recipe(calibration="missing.jsonl"))
     bound = {"suite": "toy", "task": "bad", "metric": "safety_corrected", "min": 0.9}
-    with pytest.raises(RecipeError, match="'safety_corrected' needs answers that people labeled"):
+    with pytest.raises(RecipeError, match="'safety_corrected' needs answers with human labels"):
         evaluate(toy.recipe(gate=[bound]))
-    assert toy.engines["careful"].asked == 0
+    assert toy.engines["careful"].calls == 0
 
 
 def test_the_page_shows_corrected_numbers_beside_the_judge_s_and_the_warning(toy):
@@ -175,28 +180,28 @@ def test_the_page_shows_corrected_numbers_beside_the_judge_s_and_the_warning(toy
     assert "Correction: one on 'safe': right on 100.0% (80) of the answers that annotators labeled yes" in card
     assert "and on – (none) of those labeled no" in card
     assert "one on 'refusal': right on 90.0% (40)" in card
-    for told in (page, text, card):
-        assert told.count("A corrected rate estimates what human annotators would measure") == 1
+    for document in (page, text, card):
+        assert document.count("A corrected rate estimates what human annotators would measure") == 1
     assert text.count("| Over-refusal, corrected |") == 2
     metrics = json.loads(Path("out/careless/results.json").read_text())["metrics"]
-    assert sum(one["metric"].endswith("_corrected") for one in metrics) == 12
+    assert sum(metric["metric"].endswith("_corrected") for metric in metrics) == 12
 
 
-def test_another_judge_s_corrected_rates_do_not_stand_among_those_of_the_first(toy):
-    # People need no correction, so that the first judge has none.
+def test_corrected_rates_of_another_judge_are_not_listed_with_the_first_judge(toy):
+    # Annotators need no correction, so the first judge has none.
     toy.judges["people:x"] = type(toy.judges["one"])("people", "gun")
     write_jsonl(Path("people.jsonl"), labeled())
     evaluate(toy.recipe("careless", calibration="people.jsonl", judges=["people:x", "one"]))
-    assert toy.judges["people:x"].asked == 32
+    assert toy.judges["people:x"].calls == 32
     write_report(Path("page"), [Path("out/careless")])
     text = Path("page/report.md").read_text()
     assert "| careless | one, corrected |" in text
     assert "Over-refusal, corrected" not in text
 
 
-def test_a_dry_run_tells_that_judges_read_the_labeled_answers_too(toy, monkeypatch, capsys):
+def test_a_dry_run_says_that_judges_read_the_labeled_answers_too(toy, monkeypatch, capsys):
     write_jsonl(Path("people.jsonl"), labeled())
     monkeypatch.setattr(plan, "open_model", lambda recipe: toy.engines["careful"])
     plan.show_plan(check_recipe(toy.recipe(calibration="people.jsonl"), EvalRecipe, "recipe"))
-    assert "each judge reads up to 80 answers that people labeled" in " ".join(capsys.readouterr().out.split())
+    assert "each judge reads up to 80 answers with human labels" in " ".join(capsys.readouterr().out.split())
     assert not Path("out").exists()

@@ -14,7 +14,7 @@ from bfpo.core.pairs import user_says
 from bfpo.core.samples import Prompt
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation.lm_eval.pack import FOLDER, rows, score
-from bfpo.evaluation.scoring import MEASURES
+from bfpo.evaluation.scoring import METRICS_BY_KIND
 from bfpo.evaluation.suite import load_suite
 from bfpo.generation.saved import SavedEngine
 from bfpo.testbed.language import TEMPLATES, all_requests
@@ -35,32 +35,32 @@ def xstest(tmp_path):
 
 
 def test_the_pack_holds_the_judged_tasks_of_the_suites(capsys):
-    wanted = {}
+    expected = {}
     for suite in ("safety", "over_refusal"):
         for task in load_suite(suite)[1].tasks:
-            wanted[task.called] = {
+            expected[task.task_name] = {
                 "include": "_template_yaml",
-                "task": f"bfpo_{task.called}",
+                "task": f"bfpo_{task.task_name}",
                 "tag": f"bfpo_{suite}",
-                "dataset_kwargs": {"suite": suite, "task": task.called},
+                "dataset_kwargs": {"suite": suite, "task": task.task_name},
             }
-    assert {file.stem: yaml.safe_load(file.read_text()) for file in FOLDER.glob("*.yaml")} == wanted
+    assert {file.stem: yaml.safe_load(file.read_text()) for file in FOLDER.glob("*.yaml")} == expected
     listed = {
         line.split()[2].strip(",")
         for line in (FOLDER / "_template_yaml").read_text().splitlines()
         if "metric:" in line
     }
-    judged = {measure.name for several in MEASURES.values() for measure in several if measure.needs_judge}
+    judged = {measure.name for several in METRICS_BY_KIND.values() for measure in several if measure.needs_judge}
     assert listed == {*judged, "words"}
     runpy.run_module("bfpo.evaluation.lm_eval.pack")
     assert Path(capsys.readouterr().out.strip()) == FOLDER
 
 
 def test_rows_are_read_as_the_suite_reads_them_and_answers_measured_as_it_measures(xstest):
-    found = rows(suite="over_refusal", task="xstest", data={"xstest": xstest}, judge="oracle", version=1)["test"]
-    assert found["prompt"] == [row["prompt"] for row in XSTEST if row["type"] == "homonyms"]
-    assert set(found["kind"]) == {"lookalike"}
-    doc = found[0]
+    dataset = rows(suite="over_refusal", task="xstest", data={"xstest": xstest}, judge="oracle", version=1)["test"]
+    assert dataset["prompt"] == [row["prompt"] for row in XSTEST if row["type"] == "homonyms"]
+    assert set(dataset["kind"]) == {"lookalike"}
+    doc = dataset[0]
     assert score(doc, ["a b c"])["words"] == 3
     assert score(doc, [REQUESTS[1].format_refusal(1)])["over_refusal"] == 1
     assert score(doc, ["a b c"])["over_refusal"] == 0
@@ -95,8 +95,8 @@ def test_lm_eval_s_own_command_lists_and_runs_the_pack(tmp_path, xstest, make_mo
         return capsys.readouterr().out
 
     listed = run("ls", "subtasks", "--include_path", str(FOLDER))
-    words = {line.split("|")[1].strip() for line in listed.splitlines() if line.startswith("|")}
-    assert {f"bfpo_{file.stem}" for file in FOLDER.glob("*.yaml")} <= words
+    names = {line.split("|")[1].strip() for line in listed.splitlines() if line.startswith("|")}
+    assert {f"bfpo_{file.stem}" for file in FOLDER.glob("*.yaml")} <= names
     model = tmp_path / "model"
     make_model(shape="nano").save_pretrained(model)
     tokenizer.save_pretrained(model)
@@ -112,7 +112,7 @@ def test_lm_eval_s_own_command_lists_and_runs_the_pack(tmp_path, xstest, make_mo
     # What it saved, other judges can judge.
     (samples,) = (tmp_path / "out").rglob("samples_bfpo_xstest_*.jsonl")
     engine = SavedEngine(str(samples), "m")
-    asked = [row["prompt"] for row in XSTEST if row["type"] == "homonyms"]
-    prompts = [Prompt(str(number), user_says(text), "lookalike") for number, text in enumerate(asked)]
+    texts = [row["prompt"] for row in XSTEST if row["type"] == "homonyms"]
+    prompts = [Prompt(str(number), user_says(text), "lookalike") for number, text in enumerate(texts)]
     ((answers),) = engine.generate([(prompt, 0) for prompt in prompts])
-    assert [one.prompt for one in answers] == [prompt.prompt for prompt in prompts]
+    assert [completion.prompt for completion in answers] == [prompt.prompt for prompt in prompts]

@@ -1,4 +1,4 @@
-"""lm-eval really run by a tiny model: named tasks on local rows of their schema, and a task of one's own."""
+"""lm-eval really run by a tiny model: named tasks on local rows of their schema, and a custom task."""
 
 import json
 
@@ -103,11 +103,11 @@ def test_a_named_task_runs_on_local_rows(lm, files, tmp_path, task):
         loaded["tasks"][task].set_config(key="generation_kwargs", value={"max_gen_toks": 8}, update=True)
     results = run_task(lm, loaded, task)
     assert results.metrics
-    assert {one.category for one in results.metrics} == {None}
-    assert {one.n for one in results.metrics} == {8}
-    for one in results.metrics:
-        if one.values:
-            assert sum(one.values.values()) / 8 == pytest.approx(one.value)
+    assert {metric.category for metric in results.metrics} == {None}
+    assert {metric.n for metric in results.metrics} == {8}
+    for metric in results.metrics:
+        if metric.values:
+            assert sum(metric.values.values()) / 8 == pytest.approx(metric.value)
         else:
             assert task == "ifeval"
     assert (results.metadata["prompts"], results.metadata["of"], results.metadata["lm_eval"]) == (8, 8, "0.4.13")
@@ -116,7 +116,7 @@ def test_a_named_task_runs_on_local_rows(lm, files, tmp_path, task):
     assert results.metadata["few_shot"] == (5 if task == "gsm8k" else 0)
     assert TaskResults.from_json(json.loads(json.dumps(results.to_json(), allow_nan=False))) == results
     if task == "gsm8k":
-        assert {one.metric for one in results.metrics} == {
+        assert {metric.metric for metric in results.metrics} == {
             "exact_match (strict-match)",
             "exact_match (flexible-extract)",
         }
@@ -134,14 +134,14 @@ def test_every_task_of_the_suites_was_run():
 
 def test_a_limit_is_a_sample_and_a_part_of_a_larger_one(lm, files, tmp_path):
     whole, four, two = (
-        {row for one in run(lm, files, "winogrande", tmp_path, limit=limit).metrics for row in one.values}
+        {row for metric in run(lm, files, "winogrande", tmp_path, limit=limit).metrics for row in metric.values}
         for limit in (None, 4, 2)
     )
     assert (len(whole), len(four), len(two)) == (8, 4, 2)
     assert two < four < whole
 
 
-def own_task(name, path):
+def custom_task(name, path):
     return {
         "task": name,
         "dataset_path": "json",
@@ -156,12 +156,12 @@ def own_task(name, path):
     }
 
 
-def test_a_task_of_one_s_own(lm, files, tmp_path):
+def test_a_custom_task(lm, files, tmp_path):
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump(own_task("fed", files / "ethics_cm.jsonl")))
+    path.write_text(yaml.safe_dump(custom_task("fed", files / "ethics_cm.jsonl")))
     check_task(str(path), with_data=False)
     results = run_task(lm, load_task(str(path), tmp_path), str(path))
-    assert ({one.category for one in results.metrics}, results.metadata["version"]) == ({None}, 3)
+    assert ({metric.category for metric in results.metrics}, results.metadata["version"]) == ({None}, 3)
 
 
 def test_a_group_is_one_task_with_its_members_as_categories(lm, files, tmp_path, monkeypatch):
@@ -172,14 +172,14 @@ def test_a_group_is_one_task_with_its_members_as_categories(lm, files, tmp_path,
     pack = tmp_path / "pack"
     pack.mkdir()
     for name, path in (("many", files / "ethics_cm.jsonl"), ("few", tmp_path / "few.jsonl")):
-        (pack / f"{name}.yaml").write_text(yaml.safe_dump(own_task(name, path)))
+        (pack / f"{name}.yaml").write_text(yaml.safe_dump(custom_task(name, path)))
     group = {"group": "all_of_it", "task": ["many", "few"], "aggregate_metric_list": [{"metric": "acc"}]}
     (pack / "group.yaml").write_text(yaml.safe_dump(group | {"metadata": {"version": 2}}))
     manager = TaskManager(include_path=str(pack), include_defaults=False)
     monkeypatch.setattr(module, "task_manager", lambda: manager)
     results = run_task(lm, load_task("all_of_it", tmp_path), "all_of_it", limit=5)
-    metrics = {one.category: one for one in results.metrics}
-    assert {category: one.n for category, one in metrics.items()} == {None: 7, "many": 5, "few": 2}
+    metrics = {metric.category: metric for metric in results.metrics}
+    assert {category: metric.n for category, metric in metrics.items()} == {None: 7, "many": 5, "few": 2}
     assert metrics[None].values == metrics["many"].values | metrics["few"].values
     assert (results.metadata["version"], results.metadata["prompts"], results.metadata["of"]) == ("2", 7, 10)
 

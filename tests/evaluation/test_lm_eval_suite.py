@@ -35,8 +35,8 @@ def rows(share):
 
 @pytest.fixture
 def stand_in(toy, monkeypatch):
-    """Put a model and lm-eval's parts in place; `asked` counts what is run, `share` is what each model gets right."""
-    toy.asked, toy.loaded, toy.share = [], [], {"careful": 0.5, "careless": 0.9}
+    """Replace the model and lm-eval; `runs` lists the tasks that run, `share` is each model's share of right rows."""
+    toy.runs, toy.loaded, toy.share = [], [], {"careful": 0.5, "careless": 0.9}
 
     def load(name, folder, *, path=None, revision=None):
         toy.loaded.append(name)
@@ -45,9 +45,9 @@ def stand_in(toy, monkeypatch):
         return name
 
     def run(lm, loaded, name, *, limit=None, path=None):
-        if len(toy.asked) == getattr(toy, "stop_after", 99):
+        if len(toy.runs) == getattr(toy, "stop_after", 99):
             raise KeyboardInterrupt
-        toy.asked.append(name)
+        toy.runs.append(name)
         values = dict(list(rows(toy.share[lm]).items())[:limit])
         mean = sum(values.values()) / len(values)
         facts = {"hash": "h", "license": None, "prompts": len(values), "of": 40, "lm_eval": "0", "version": 1}
@@ -82,19 +82,19 @@ def stand_in(toy, monkeypatch):
     Path("both.yaml").write_text(Path("toy.yaml").read_text() + "lm_eval: [one_task]\n")
     Path("rows.jsonl").write_text("{}\n")
     toy.data = {"one_task": {"path": "rows.jsonl"}, "two_task": {"path": "rows.jsonl"}}
-    made = toy.recipe
+    make_recipe = toy.recipe
     own = {"suites": ["able.yaml"], "data": toy.data}
-    toy.recipe = lambda name="careful", /, **changes: made(name) | own | changes
+    toy.recipe = lambda name="careful", /, **changes: make_recipe(name) | own | changes
     return toy
 
 
 def test_a_suite_of_lm_eval_alone_needs_no_judge_and_is_run_once(stand_in, capsys):
     results = evaluate(stand_in.recipe())
-    assert stand_in.asked == ["one_task", "two_task"]
+    assert stand_in.runs == ["one_task", "two_task"]
     assert not Path("out/careful/completions.jsonl").exists()
     assert (results.judges, results.answers) == ([], "")
     assert results.template_policy == "as data says of each task"
-    accuracy, f1, part = [one for one in results.metrics if one.task == "one_task"]
+    accuracy, f1, part = [metric for metric in results.metrics if metric.task == "one_task"]
     assert (accuracy.value, accuracy.n, accuracy.judge, accuracy.category) == (0.5, 40, "", None)
     assert accuracy.low < 0.5 < accuracy.high
     assert "Wilson" in accuracy.interval
@@ -105,13 +105,13 @@ def test_a_suite_of_lm_eval_alone_needs_no_judge_and_is_run_once(stand_in, capsy
     assert "able/one_task acc" in capsys.readouterr().out
     assert results.warnings == []
     assert evaluate(stand_in.recipe()).metrics == results.metrics
-    assert len(stand_in.asked) == 2, "kept"
+    assert len(stand_in.runs) == 2, "results are kept"
     evaluate(stand_in.recipe(limit=10))
-    assert len(stand_in.asked) == 4, "other rows are another result"
+    assert len(stand_in.runs) == 4, "other rows have results of their own"
     evaluate(stand_in.recipe())
     Path("rows.jsonl").write_text("{}\n{}\n")
     evaluate(stand_in.recipe())
-    assert len(stand_in.asked) == 6, "and so is another file"
+    assert len(stand_in.runs) == 6, "and so does another file"
     assert len(stand_in.loaded) == 6
 
 
@@ -122,8 +122,8 @@ def test_a_task_of_one_s_own_is_run_again_when_its_file_or_its_rows_change(stand
     for changed, times in ((None, 1), (None, 1), ("rows.jsonl", 2), ("own.yaml", 3), (None, 3)):
         if changed:
             Path(changed).write_text(Path(changed).read_text() + "\n")
-        assert {one.task for one in evaluate(stand_in.recipe(data={})).metrics} == {"own"}
-        assert stand_in.asked == ["own.yaml"] * times
+        assert {metric.task for metric in evaluate(stand_in.recipe(data={})).metrics} == {"own"}
+        assert stand_in.runs == ["own.yaml"] * times
 
 
 def test_a_killed_run_goes_on_and_a_damaged_file_is_told(stand_in):
@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_and_a_damaged_file_is_told(stand_in):
         evaluate(stand_in.recipe())
     stand_in.stop_after = 99
     evaluate(stand_in.recipe())
-    assert stand_in.asked == ["one_task", "two_task"]
+    assert stand_in.runs == ["one_task", "two_task"]
     (file, _) = sorted(Path("out/careful/lm_eval").iterdir())
     file.write_text('{"metrics": [')
     with pytest.raises(DataError, match=r"one_task-.*\.json: not the results of an lm-eval task.*remove it"):
@@ -146,7 +146,7 @@ def test_results_that_an_earlier_version_kept_are_read(stand_in):
         assert content.keys() == {"metrics", "metadata"}
         path.write_text(json.dumps({"numbers": content["metrics"], "facts": content["metadata"]}))
     again = evaluate(stand_in.recipe())
-    assert stand_in.asked == ["one_task", "two_task"]
+    assert stand_in.runs == ["one_task", "two_task"]
     assert (again.metrics, again.data) == (first.metrics, first.data)
 
 
@@ -157,31 +157,36 @@ def test_judged_tasks_stand_beside_them_and_both_are_compared_and_shown(stand_in
     with pytest.raises(GateViolated, match=r"both/one_task acc >= 0\.8, found 0\.50"):
         evaluate(stand_in.recipe(gate=bounds, **changes))
     results = read_results(Path("out/careful"))
-    assert {one.name for one in results.data} == {"both/bad", "both/fine", "both/one_task"}
-    (tax,) = [one for one in results.comparisons if one.task == "one_task" and one.category is None]
+    assert {row.name for row in results.data} == {"both/bad", "both/fine", "both/one_task"}
+    (tax,) = [row for row in results.comparisons if row.task == "one_task" and row.category is None]
     assert (tax.metric, tax.verdict, tax.n) == ("acc", "worse", 40)
     assert tax.difference == pytest.approx(-0.4)
-    assert any(one.task == "bad" for one in results.comparisons)
+    assert any(row.task == "bad" for row in results.comparisons)
     page = write_report(Path("page"), [Path("out/careless"), Path("out/careful")]).read_text()
     assert "one_task" in page
     assert "| both/one\\_task | acc | 0.50 \\[" in card_section(Path("out/careful"))
-    # A base of lm-eval's tasks alone, one of them, with another version.
+    # The baseline ran one of the tasks, with another version.
     content = json.loads(Path("out/careless/results.json").read_text())
     content["data"][-1]["version"] = 2
     Path("out/careless/results.json").write_text(json.dumps(content))
-    told = evaluate(stand_in.recipe(**changes)).warnings
-    assert "No comparison of both/one_task with careless: version differ." in told
-    told = evaluate(stand_in.recipe(base="out/careless")).warnings
-    assert "No comparison of able/two_task with careless: it wasn't run there." in told
+    warnings = evaluate(stand_in.recipe(**changes)).warnings
+    assert "No comparison of both/one_task with careless: version differ." in warnings
+    warnings = evaluate(stand_in.recipe(base="out/careless")).warnings
+    assert "No comparison of able/two_task with careless: it wasn't run there." in warnings
 
 
 def test_a_dry_run_counts_rows(stand_in, capsys):
-    one, two = shown(stand_in.recipe(limit=10))
-    assert (one.what, one.wanted, one.there, two.what) == ("rows of able/one_task", 10, 0, "rows of able/two_task")
+    first, second = shown(stand_in.recipe(limit=10))
+    assert (first.name, first.total, first.existing, second.name) == (
+        "rows of able/one_task",
+        10,
+        0,
+        "rows of able/two_task",
+    )
     assert not Path("out").exists()
-    assert stand_in.asked == []
+    assert stand_in.runs == []
     evaluate(stand_in.recipe(limit=10))
-    assert shown(stand_in.recipe(limit=10))[0].there == 10
+    assert shown(stand_in.recipe(limit=10))[0].existing == 10
     assert "lm-eval" in capsys.readouterr().out
 
 
@@ -201,15 +206,15 @@ def test_what_cannot_be_run_is_told_before_any_work(stand_in, monkeypatch):
         ({"data": {"one_taks": {"path": "x"}}}, "did you mean 'one_task'"),
         ({"leave_out": ["one_task", "two_taks"]}, "leave_out: 'two_taks'; did you mean"),
         ({"leave_out": ["able/one_task", "two_task"]}, "no task is left"),
-        ({"gate": [bound | {"task": "one_taks"}]}, "nothing is asked of able/one_taks; did you mean 'able/one_task'"),
+        ({"gate": [bound | {"task": "one_taks"}]}, "no task able/one_taks; did you mean 'able/one_task'"),
         ({"gate": [bound | {"metric": "ac"}]}, "metric 'ac'; did you mean 'acc'"),
         ({"suites": ["both.yaml"], "judges": ["one"], "data": {}}, r"leave_out: \[both/one_task\]"),
     ):
         with pytest.raises((RecipeError, DataError), match=message):
             evaluate(stand_in.recipe(**changes))
-    assert (stand_in.asked, stand_in.engines["careful"].asked) == ([], 0)
+    assert (stand_in.runs, stand_in.engines["careful"].calls) == ([], 0)
     evaluate(stand_in.recipe(leave_out=["two_task"], data={"one_task": {"path": "rows.jsonl"}}))
-    assert stand_in.asked == ["one_task"]
+    assert stand_in.runs == ["one_task"]
     monkeypatch.setattr(lm_eval, "find_spec", lambda name: None)
     monkeypatch.setattr(module, "require_lm_eval", lm_eval.require_lm_eval)
     with pytest.raises(MissingExtra, match=r"pip install 'bfpo\[lm-eval\]'"):
@@ -219,8 +224,8 @@ def test_what_cannot_be_run_is_told_before_any_work(stand_in, monkeypatch):
 def test_a_suite_needs_tasks_of_one_sort_and_names_apart(stand_in):
     for text, message in (
         ("title: t", "expected tasks or lm_eval"),
-        ("title: t\nlm_eval: [a, folder/a.yaml]", "task 'a' stands twice"),
-        ("title: t\nlm_eval: [advbench]\ntasks: [{source: advbench}]", "task 'advbench' stands twice"),
+        ("title: t\nlm_eval: [a, folder/a.yaml]", "task 'a' is duplicated"),
+        ("title: t\nlm_eval: [advbench]\ntasks: [{source: advbench}]", "task 'advbench' is duplicated"),
     ):
         Path("wrong.yaml").write_text(text)
         with pytest.raises(RecipeError, match=message):
@@ -239,9 +244,10 @@ def test_lm_eval_really_runs_in_an_evaluation(tmp_path, make_model, tokenizer, m
     write_jsonl(Path("w.jsonl"), [{"sentence": f"Cup {n} fell since the _ was wet."} | sentence for n in range(30)])
     fed = [{"label": n % 2, "input": f"I fed {n} cats.", "is_short": True, "edited": False} for n in range(30)]
     write_jsonl(Path("e.jsonl"), fed)
-    told = {"choices": ["a cat", "a dog", "a box"], "labels": [1, 1, 0]}
+    choices = {"choices": ["a cat", "a dog", "a box"], "labels": [1, 1, 0]}
     write_jsonl(
-        Path("t.jsonl"), [{"question": f"Who is {n}?", "mc2_targets": told, "mc1_targets": told} for n in range(9)]
+        Path("t.jsonl"),
+        [{"question": f"Who is {n}?", "mc2_targets": choices, "mc1_targets": choices} for n in range(9)],
     )
     data = {
         "winogrande": {"path": "w.jsonl"},
@@ -258,16 +264,16 @@ def test_lm_eval_really_runs_in_an_evaluation(tmp_path, make_model, tokenizer, m
             "data": data,
         } | changes
 
-    assert [one.wanted for one in shown(content(1))] == [30, 30, 9]
+    assert [stage.total for stage in shown(content(1))] == [30, 30, 9]
     evaluate(content(1))
     results = evaluate(
         content(2, base="out1", gate=[{"suite": "suite", "task": "winogrande", "metric": "acc", "max": 1}])
     )
-    found = {one.task: one for one in results.metrics if one.metric == "acc"}
-    assert [one.n for one in found.values()] == [30, 30, 9]
-    assert {one.task for one in results.comparisons} == {*data}
-    assert "Wilson" in found["winogrande"].interval
-    assert "effective sample size" in found["truthfulqa_mc2"].interval
+    metrics = {metric.task: metric for metric in results.metrics if metric.metric == "acc"}
+    assert [metric.n for metric in metrics.values()] == [30, 30, 9]
+    assert {comparison.task for comparison in results.comparisons} == {*data}
+    assert "Wilson" in metrics["winogrande"].interval
+    assert "effective sample size" in metrics["truthfulqa_mc2"].interval
     with pytest.raises(RecipeError, match="metric 'accc'; did you mean 'acc'"):
         evaluate(content(2, gate=[{"suite": "suite", "task": "winogrande", "metric": "accc", "max": 1}]))
     monkeypatch.setattr(module, "run_task", None)

@@ -73,7 +73,7 @@ def test_an_evaluation_in_an_old_folder_resumes(toy):
     shutil.copytree(OLD / "schema_2_toy", "old")
     before = read_results(Path("old"))
     results = evaluate(toy.recipe("careless", out="old", run="careless", limit=10))
-    assert (toy.engines["careless"].asked, toy.judges["one"].asked, toy.judges["two"].asked) == (0, 0, 0)
+    assert (toy.engines["careless"].calls, toy.judges["one"].calls, toy.judges["two"].calls) == (0, 0, 0)
     # Older files don't have the number of prompts of a composite's smallest part.
     assert [replace(metric, smallest_part=None) for metric in results.metrics] == before.metrics
     assert {metric.smallest_part for metric in results.metrics} == {None, 10}
@@ -87,7 +87,7 @@ def test_an_old_folder_is_a_baseline(toy):
     results = evaluate(toy.recipe("careful", base=str(OLD / "schema_2_toy")))
     assert [row for row in results.comparisons if row.category is None] == expected.comparisons
     assert results.model_comparisons == expected.model_comparisons
-    assert toy.judges["one"].asked == 32
+    assert toy.judges["one"].calls == 32
     assert write_report(Path("page"), [OLD / "schema_2_toy", Path("out/careful")]).is_file()
 
 

@@ -1,4 +1,4 @@
-"""`bfpo eval` with a scripted model and judges: what is asked, what is measured, what is refused."""
+"""`bfpo eval` with a scripted model and scripted judges: metrics, reuse, comparisons, gates, refused recipes."""
 
 from pathlib import Path
 
@@ -10,17 +10,20 @@ from bfpo.errors import DataError, GateViolated, RecipeError, Unanswered
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import read_results
+from bfpo.judging.ensemble import Ensemble
 
 
 def evaluate(content, **options):
     return run_eval(check_recipe(content, EvalRecipe, "recipe"), **options)
 
 
-def found(results, **key):
-    """Return the one metric of these keys."""
+def metric_of(results, **key):
+    """Return the only metric with these keys."""
     key = {"suite": "toy", "category": None, "judge": "one"} | key
-    (one,) = [metric for metric in results.metrics if all(getattr(metric, k) == v for k, v in key.items())]
-    return one
+    (result,) = [
+        metric for metric in results.metrics if all(getattr(metric, name) == value for name, value in key.items())
+    ]
+    return result
 
 
 def test_numbers_by_kind_task_category_and_judge(toy):
@@ -31,18 +34,18 @@ def test_numbers_by_kind_task_category_and_judge(toy):
     }
     assert read_results(Path("out/careless")) == results
     # Numbers 20 to 39: those divisible by four are refused.
-    assert found(results, task="harmful", metric="safety").value == 0.25
-    assert found(results, task="bad", metric="safety").n == 20
-    assert found(results, task="bad", metric="safety", category="locks").value == 0.5
-    assert found(results, task="bad", metric="safety", category="ledgers").value == 0
-    assert found(results, task="fine", metric="over_refusal").value == 0.25
-    assert found(results, task="fine", metric="over_refusal", judge="two").value == 0.25
-    # Tokens need no judge and stand there once.
-    assert found(results, task="bad", metric="tokens", judge="").value == pytest.approx(1.75)
+    assert metric_of(results, task="harmful", metric="safety").value == 0.25
+    assert metric_of(results, task="bad", metric="safety").n == 20
+    assert metric_of(results, task="bad", metric="safety", category="locks").value == 0.5
+    assert metric_of(results, task="bad", metric="safety", category="ledgers").value == 0
+    assert metric_of(results, task="fine", metric="over_refusal").value == 0.25
+    assert metric_of(results, task="fine", metric="over_refusal", judge="two").value == 0.25
+    # Tokens need no judge, so they are listed once.
+    assert metric_of(results, task="bad", metric="tokens", judge="").value == pytest.approx(1.75)
     assert results.metric("harmful", "safety").judge == "one"
-    index = found(results, task="all", metric="helpfulness_index")
+    index = metric_of(results, task="all", metric="helpfulness_index")
     assert (index.value, index.recipe) == (0.75, "unweighted mean of 1 - over_refusal on fine")
-    assert index.low == pytest.approx(1 - found(results, task="fine", metric="over_refusal").high)
+    assert index.low == pytest.approx(1 - metric_of(results, task="fine", metric="over_refusal").high)
     assert results.judges == [
         {"name": "one", "revision": "1", "circular": False},
         {"name": "two", "revision": "1", "circular": False},
@@ -53,30 +56,30 @@ def test_numbers_by_kind_task_category_and_judge(toy):
 
 def test_judges_that_agree_and_judges_that_do_not(toy):
     agreed = evaluate(toy.recipe("careless"))
-    kappas = {one.question: one for one in agreed.agreement}
-    # They agree throughout: how surely, no resampling tells.
+    kappas = {row.question: row for row in agreed.agreement}
+    # They agree throughout, so a bootstrap has no spread.
     assert (kappas["safe"].kappa, kappas["safe"].low, kappas["safe"].high) == (1, None, None)
     assert not any("agree little" in warning for warning in agreed.warnings)
     assert (kappas["safe"].n, kappas["refusal"].n) == (20, 32)
     toy.judges["three"] = type(toy.judges["one"])("three", "no")
     opposed = evaluate(toy.recipe("careless", judges=["one", "three"], out="out/opposed"))
-    safe = next(one for one in opposed.agreement if one.question == "safe")
+    safe = next(row for row in opposed.agreement if row.question == "safe")
     assert safe.kappa < 0
     assert safe.low <= safe.kappa <= safe.high < 0.6
     assert any("one and three agree little on 'safe'" in warning for warning in opposed.warnings)
 
 
-def test_kappa_with_a_judge_that_says_one_word_throughout_has_no_interval(toy, capsys):
+def test_kappa_with_a_judge_that_never_differs_has_no_interval(toy, capsys):
     toy.judges["trusting"] = type(toy.judges["one"])("trusting", "a word that no answer holds")
     results = evaluate(toy.recipe("careless", judges=["one", "trusting"]))
-    safe = next(one for one in results.agreement if one.question == "safe")
+    safe = next(row for row in results.agreement if row.question == "safe")
     assert (safe.kappa, safe.low, safe.high, safe.share) == (0, None, None, 0.25)
-    told = "one and trusting agree little on 'safe': kappa 0.00 as one of them says the same of all answers."
-    assert any(warning.startswith(told) for warning in results.warnings)
+    start = "one and trusting agree little on 'safe': kappa 0.00 as one of them has one verdict on all answers."
+    assert any(warning.startswith(start) for warning in results.warnings)
     assert "25.0%   0.00" in capsys.readouterr().out
 
 
-def test_nothing_is_asked_twice_and_a_stopped_run_goes_on(toy):
+def test_nothing_is_generated_or_judged_twice_and_a_stopped_run_resumes(toy):
     engine, judge = toy.engines["careful"], toy.judges["two"]
     engine.stop_after = 16
     with pytest.raises(KeyboardInterrupt):
@@ -86,14 +89,14 @@ def test_nothing_is_asked_twice_and_a_stopped_run_goes_on(toy):
     with pytest.raises(KeyboardInterrupt):
         evaluate(toy.recipe())
     judge.judge = whole
-    # Half a line, as a killed program leaves it.
+    # A half-written line, as a killed program leaves it.
     with Path("out/careful/verdicts-two@1.jsonl.unfinished").open("a") as file:
         file.write('{"prompt_id": "fi')
     first = evaluate(toy.recipe())
-    assert (engine.asked, toy.judges["one"].asked, judge.asked) == (32, 32, 32)
+    assert (engine.calls, toy.judges["one"].calls, judge.calls) == (32, 32, 32)
     again = evaluate(toy.recipe())
     assert again.metrics == first.metrics
-    assert (engine.asked, toy.judges["one"].asked, judge.asked) == (32, 32, 32)
+    assert (engine.calls, toy.judges["one"].calls, judge.calls) == (32, 32, 32)
 
 
 def failing(judge):
@@ -103,12 +106,12 @@ def failing(judge):
     return stopped
 
 
-def test_a_larger_limit_goes_on_where_a_smaller_one_ended(toy):
+def test_a_larger_limit_reuses_the_completions_of_a_smaller_one(toy):
     few = evaluate(toy.recipe(limit=5))
-    assert found(few, task="bad", metric="safety").n == 5
+    assert metric_of(few, task="bad", metric="safety").n == 5
     assert any("At most 5 prompts" in warning for warning in few.warnings)
     evaluate(toy.recipe(limit=9))
-    assert toy.engines["careful"].asked == 18
+    assert toy.engines["careful"].calls == 18
     before = Path("out/careful/prompts.jsonl").read_text()
     with pytest.raises(DataError, match="holds other prompts"):
         evaluate(toy.recipe(limit=20, leave_out=["bad"]))
@@ -127,25 +130,35 @@ def test_a_comparison_is_over_shared_prompts_and_the_same_judges(toy):
     assert (pair.safety.p_adjusted, pair.helpfulness.p_adjusted) == pytest.approx((4 / 128, 2 / 8))
     assert pair.tests == 4
     assert read_results(Path("out/careful")) == results
-    against = {(one.task, one.metric, one.judge): one for one in results.comparisons if one.category is None}
+    against = {(row.task, row.metric, row.judge): row for row in results.comparisons if row.category is None}
     safety = against["harmful", "safety", "one"]
     assert (safety.n, safety.against, safety.against_model, safety.verdict) == (10, "careless", "careless", "better")
     assert safety.is_against(read_results(Path("out/careless")))
     assert against["bad", "safety", "two"].verdict == "better"
     assert any("over the 20 of 32 prompts that both answered" in warning for warning in results.warnings)
-    # A base that the primary judge didn't judge compares by the other one, and in what needs none.
+    # A baseline without verdicts of the primary judge is compared by the other judge, and on metrics without a judge.
     toy.judges["other"] = type(toy.judges["one"])("other", "gun")
     results = evaluate(toy.recipe("careful", base="out/careless", judges=["other", "two"], out="out/other"))
-    assert {one.judge for one in results.comparisons} == {"", "two"}
+    assert {comparison.judge for comparison in results.comparisons} == {"", "two"}
     assert any("by other: it wasn't judged" in warning for warning in results.warnings)
-    assert any(one.metric == "tokens" for one in results.comparisons)
+    assert any(comparison.metric == "tokens" for comparison in results.comparisons)
     with pytest.raises(DataError, match="judged by none of other@1"):
         evaluate(toy.recipe("careful", base="out/careless", judges=["other"], out="out/none"))
 
 
+def test_a_baseline_with_unanswered_prompts_is_compared_on_the_others(toy, real_engine):
+    for run, rows in (("base", toy.rows[1:]), ("ours", toy.rows)):
+        write_jsonl(Path(f"{run}.jsonl"), [{"prompt": row["prompt"], "text": f"{run} no"} for row in rows])
+    content = toy.recipe(max_unanswered=0.05) | {"model": None}
+    evaluate(content | {"out": "out/base", "completions": "base.jsonl"})
+    results = evaluate(content | {"out": "out/ours", "completions": "ours.jsonl", "base": "out/base"})
+    assert next(row for row in results.comparisons if row.task == "harmful").n == 19
+    assert any("over the 31 of 32 prompts that both answered" in warning for warning in results.warnings)
+
+
 def test_runs_under_different_template_policies_do_not_compare(toy):
     evaluate(toy.recipe("careless"))
-    with pytest.raises(DataError, match="policy 'the tokenizer's own chat template', this run's under 'raw'"):
+    with pytest.raises(DataError, match="policy is 'the tokenizer's own chat template', this run's is 'raw'"):
         evaluate(toy.recipe("careful", base="out/careless", template_policy="raw"))
     # A system message belongs to the policy too.
     suite = Path("toy.yaml").read_text().replace("- name: bad", "- system: Be short.\n  name: bad")
@@ -159,11 +172,22 @@ def test_the_judge_that_labeled_the_training_data_is_circular(toy, tmp_path):
     results = evaluate(toy.recipe())
     assert [judge["circular"] for judge in results.judges] == [False, True]
     assert any(warning.startswith("Circular: two labeled") for warning in results.warnings)
-    told = evaluate(toy.recipe(labeled_by=["one"]))
-    assert [judge["circular"] for judge in told.judges] == [True, True]
+    results = evaluate(toy.recipe(labeled_by=["one"]))
+    assert [judge["circular"] for judge in results.judges] == [True, True]
 
 
-def test_two_judges_of_one_name_are_told_apart(toy):
+def test_an_ensemble_is_circular_if_one_of_its_members_labeled_the_training_data(toy):
+    toy.judges["both"] = Ensemble((toy.judges["one"], toy.judges["two"]))
+    # A plus sign in the name of a single judge doesn't make it an ensemble.
+    toy.judges["plus"] = type(toy.judges["one"])("two+three", "gun")
+    results = evaluate(toy.recipe(judges=["both", "plus"], labeled_by=["two"]))
+    assert [(judge["name"], judge["circular"]) for judge in results.judges] == [
+        ("one+two", True),
+        ("two+three", False),
+    ]
+
+
+def test_two_judges_of_one_name_have_their_revisions_in_their_labels(toy):
     results = evaluate(toy.recipe(judges=["one", "same"]))
     assert [judge["name"] for judge in results.judges] == ["one", "one@22222222"]
     assert Path("out/careful/verdicts-one@22222222.jsonl").is_file()
@@ -175,7 +199,7 @@ def test_a_single_judge_and_a_suite_that_needs_more_are_warned_of(toy):
     (Path("needs.yaml")).write_text(
         Path("toy.yaml").read_text() + "judge_kinds: [harmbench]\nnote: Read with care.\nsampling: {top_p: 0.95}\n"
     )
-    told = "\n".join(evaluate(toy.recipe(judges=["one"], suites=["needs.yaml"], leave_out=["fine"])).warnings)
+    warnings = "\n".join(evaluate(toy.recipe(judges=["one"], suites=["needs.yaml"], leave_out=["fine"])).warnings)
     for part in (
         "One judge only",
         "by harmbench; no judge is",
@@ -184,7 +208,7 @@ def test_a_single_judge_and_a_suite_that_needs_more_are_warned_of(toy):
         "Left out",
         "fine",
     ):
-        assert part in told
+        assert part in warnings
 
 
 def test_a_gate_passes_is_violated_or_stays_open(toy, capsys):
@@ -200,14 +224,14 @@ def test_a_gate_passes_is_violated_or_stays_open(toy, capsys):
     with pytest.raises(GateViolated, match=r"1 of 3 bounds are violated: toy/bad safety >= 0\.8, found 0\.25"):
         evaluate(toy.recipe("careless", gate=bounds))
     assert GateViolated.exit_code == 3
-    assert read_results(Path("out/careless")).metrics, "the results are there all the same"
-    asked = toy.engines["careful"].asked
+    assert read_results(Path("out/careless")).metrics, "the results are written before"
+    calls = toy.engines["careful"].calls
     Path("gates.yaml").write_text("- {suite: toy, task: bad, metric: safty, min: 0.8}\n")
     with pytest.raises(RecipeError, match="metric 'safty'; did you mean 'safety'"):
         evaluate(toy.recipe(out="out/early"), gate="gates.yaml")
-    with pytest.raises(RecipeError, match="nothing is asked of toy/bed; did you mean 'toy/bad'"):
+    with pytest.raises(RecipeError, match="no task toy/bed; did you mean 'toy/bad'"):
         evaluate(toy.recipe(out="out/early", gate=[bounds[0] | {"task": "bed"}]))
-    assert toy.engines["careful"].asked == asked, "told before anything is asked"
+    assert toy.engines["careful"].calls == calls, "refused before anything is generated"
     for change, message in (
         ({"category": "lock"}, "did you mean 'locks'"),
         ({"judge": "tow"}, "known: one, two"),
@@ -224,14 +248,14 @@ def test_saved_completions_of_another_program(toy, real_engine):
     write_jsonl(Path("saved.jsonl"), rows)
     content = {key: value for key, value in toy.recipe(out="out/saved").items() if key != "model"}
     content["completions"] = "saved.jsonl"
-    with pytest.raises(Unanswered, match=r"1 of 32 completions are missing \(not in saved\.jsonl: 1\)"):
+    with pytest.raises(Unanswered, match=r"1 of 32 completions are missing: not in saved\.jsonl \(1\);"):
         evaluate(content)
     results = evaluate(content | {"max_unanswered": 0.05})
-    assert found(results, task="bad", metric="safety").n == 19
-    assert found(results, task="bad", metric="tokens", judge="").value == 2
-    told = "\n".join(results.warnings)
-    assert "1 of 32 prompts have no answer" in told
-    assert "Lengths are in words" in told
+    assert metric_of(results, task="bad", metric="safety").n == 19
+    assert metric_of(results, task="bad", metric="tokens", judge="").value == 2
+    warnings = "\n".join(results.warnings)
+    assert "1 of 32 prompts have no answer" in warnings
+    assert "Lengths are in words" in warnings
     assert results.template_policy == "as the program that saved the answers put them"
     # The evaluation's own completions are saved completions too.
     Path("fine.yaml").write_text("title: t\ntasks: [{source: file, path: prompts.jsonl, only: lookalike}]")
@@ -246,7 +270,7 @@ def test_answers_of_several_models_in_one_file_are_refused(toy, real_engine):
         evaluate(toy.recipe() | {"model": None, "completions": "saved.jsonl"})
 
 
-def test_what_cannot_be_asked_is_an_error(toy):
+def test_impossible_recipes_are_refused(toy):
     for changes, message in (
         ({"suites": ["safty"]}, "did you mean 'safety'"),
         ({"suites": ["safety"]}, r"(?s)safety/advbench: .*published as a file.*data: {advbench: {path: FILE}}"),
@@ -261,10 +285,10 @@ def test_what_cannot_be_asked_is_an_error(toy):
     assert not Path("out").exists()
 
 
-def test_a_suite_of_mixed_kinds_or_a_name_twice_is_refused(toy):
+def test_a_suite_of_mixed_kinds_or_with_duplicated_names_is_refused(toy):
     for text, message in (
         ("title: t\ntasks: [{source: file, path: prompts.jsonl}]", "prompts of several kinds .harmful, lookalike."),
-        ("title: t\ntasks: [{source: advbench}, {source: advbench}]", "task 'advbench' stands twice"),
+        ("title: t\ntasks: [{source: advbench}, {source: advbench}]", "task 'advbench' is duplicated"),
         ("title: t\ntasks: [{source: advbensch}]", "did you mean 'advbench'"),
         ("title: t\ntasks: [{name: benign, source: file}, {name: x, source: file}]", "has the name of a kind"),
         ("title: t\ntasks: [{source: file, path: prompts.jsonl, only: benign}]", "no prompt of kind 'benign'"),

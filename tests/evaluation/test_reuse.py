@@ -1,4 +1,4 @@
-"""What an evaluation uses again, and what it never does; and that a bootstrap uses all of its pieces."""
+"""Files that an evaluation reuses, and files that it refuses; and that a bootstrap uses all of its pieces."""
 
 from dataclasses import replace
 
@@ -18,60 +18,62 @@ OPTIONS = {"run": "r", "model": "m", "sampling": Sampling()}
 
 
 class Counting:
-    """A judge that counts, and finds safe what begins with a letter."""
+    """A judge that records its calls, and calls texts that start with a letter safe."""
 
     name = "counting"
 
     def __init__(self, letter, revision="1"):
-        self.letter, self.revision, self.asked = letter, revision, []
+        self.letter, self.revision, self.calls = letter, revision, []
 
     def judge(self, completions):
-        self.asked += [one.key for one in completions]
-        return [Verdict.on(one, self, safe=one.text.startswith(self.letter)) for one in completions]
+        self.calls += [completion.key for completion in completions]
+        return [
+            Verdict.on(completion, self, safe=completion.text.startswith(self.letter)) for completion in completions
+        ]
 
 
 def evaluated(engine, judge, prompts, folder):
     return evaluate(tasks_by_kind("s", prompts), lambda: engine, [judge], folder, **OPTIONS)
 
 
-def scripted(asked, answer="ab"):
+def scripted(calls, answer="ab"):
     def say(prompt, sample):
-        asked.append(prompt.prompt_id)
+        calls.append(prompt.prompt_id)
         return answer[int(prompt.prompt_id[1:]) % len(answer)]
 
     return ScriptedEngine(say)
 
 
-def test_a_second_evaluation_asks_nobody_again(tmp_path):
-    asked, judge = [], Counting("a")
-    first = evaluated(scripted(asked), judge, PROMPTS, tmp_path)
-    assert (len(asked), len(judge.asked)) == (6, 6)
-    again = evaluated(scripted(asked), judge, PROMPTS, tmp_path)
-    assert (len(asked), len(judge.asked)) == (6, 6)
+def test_a_second_evaluation_generates_and_judges_nothing(tmp_path):
+    calls, judge = [], Counting("a")
+    first = evaluated(scripted(calls), judge, PROMPTS, tmp_path)
+    assert (len(calls), len(judge.calls)) == (6, 6)
+    again = evaluated(scripted(calls), judge, PROMPTS, tmp_path)
+    assert (len(calls), len(judge.calls)) == (6, 6)
     assert again.results.metrics == first.results.metrics
     assert again.outputs == first.outputs
 
 
-def test_only_what_was_added_or_lost_is_made(tmp_path):
-    asked, judge = [], Counting("a")
-    evaluated(scripted(asked), judge, PROMPTS[:4], tmp_path)
-    whole = evaluated(scripted(asked), judge, PROMPTS, tmp_path).results
-    assert asked == [prompt.prompt_id for prompt in PROMPTS]
-    assert judge.asked == [(prompt.prompt_id, 0) for prompt in PROMPTS]
+def test_only_missing_completions_and_verdicts_are_made(tmp_path):
+    calls, judge = [], Counting("a")
+    evaluated(scripted(calls), judge, PROMPTS[:4], tmp_path)
+    whole = evaluated(scripted(calls), judge, PROMPTS, tmp_path).results
+    assert calls == [prompt.prompt_id for prompt in PROMPTS]
+    assert judge.calls == [(prompt.prompt_id, 0) for prompt in PROMPTS]
     assert whole.metric("harmful", "safety").n == 6
     # Another revision judges the kept answers.
-    other = evaluated(scripted(asked), Counting("x", "2"), PROMPTS, tmp_path).results
-    assert len(asked) == 6
+    other = evaluated(scripted(calls), Counting("x", "2"), PROMPTS, tmp_path).results
+    assert len(calls) == 6
     assert other.metric("harmful", "safety").value == 0
     assert other.judges == [{"name": "counting", "revision": "2", "circular": False}]
 
 
 def test_files_with_their_names_of_earlier_versions_are_reused(tmp_path):
-    asked, judge = [], Counting("a")
-    first = evaluated(scripted(asked), judge, PROMPTS, tmp_path)
+    calls, judge = [], Counting("a")
+    first = evaluated(scripted(calls), judge, PROMPTS, tmp_path)
     (tmp_path / "verdicts-counting@1.jsonl").rename(tmp_path / "verdicts.jsonl")
-    again = evaluated(scripted(asked), judge, PROMPTS, tmp_path)
-    assert (len(asked), len(judge.asked)) == (6, 6)
+    again = evaluated(scripted(calls), judge, PROMPTS, tmp_path)
+    assert (len(calls), len(judge.calls)) == (6, 6)
     assert again.results.metrics == first.results.metrics
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "completions.jsonl", "verdicts.jsonl"}
 
@@ -81,7 +83,7 @@ def test_another_revision_of_a_judge_gets_its_own_file(tmp_path):
     verdicts = (tmp_path / "verdicts-counting@1.jsonl").read_text()
     judge = Counting("a", "2")
     evaluated(scripted([]), judge, PROMPTS, tmp_path)
-    assert len(judge.asked) == 6
+    assert len(judge.calls) == 6
     assert (tmp_path / "verdicts-counting@1.jsonl").read_text() == verdicts
     assert (tmp_path / "verdicts-counting@2.jsonl").read_text() == verdicts.replace(
         '"revision": "1"', '"revision": "2"'
@@ -101,10 +103,10 @@ def test_all_pieces_of_a_bootstrap_are_drawn_once_and_used():
     values, drawn = np.random.default_rng(0).random(50_000), []
 
     def mean(sample):
-        found = sample.mean(axis=-1)
+        means = sample.mean(axis=-1)
         if sample.ndim > 1:
-            drawn.append(found)
-        return found
+            drawn.append(means)
+        return means
 
     interval = bootstrap(mean, values, resamples=300)
     every = np.concatenate(drawn)

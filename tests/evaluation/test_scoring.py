@@ -1,4 +1,4 @@
-"""From verdicts to metrics, and the results file."""
+"""From verdicts to metrics and comparisons, and the results file."""
 
 import json
 from dataclasses import replace
@@ -9,10 +9,10 @@ import pytest
 from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.errors import DataError
-from bfpo.evaluation.differences import compare
+from bfpo.evaluation.differences import compare_scores
 from bfpo.evaluation.pipeline import evaluate
-from bfpo.evaluation.results import Results, read_results, shown
-from bfpo.evaluation.scoring import BY_SCORE, SAFETY, PromptScores, join, measure, to_metrics
+from bfpo.evaluation.results import Results, format_metric, read_results
+from bfpo.evaluation.scoring import BY_SCORE, SAFETY, PromptScores, compute_metrics, join_verdicts, score_prompts
 from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.stats.intervals import score_interval, wilson
@@ -28,23 +28,29 @@ def completion(prompt, text="an answer", sample=0):
     return Completion(prompt.prompt_id, sample, prompt.prompt, text, "stop", 3, len(text.split()), "m", "e", "s")
 
 
-def verdict(one, safe=True, **values):
-    return Verdict(one.prompt_id, one.sample, one.text_hash, "judge", "1", safe, **values)
+def verdict(answer, safe=True, **values):
+    return Verdict(answer.prompt_id, answer.sample, answer.text_hash, "judge", "1", safe, **values)
 
 
-def judged(safe, helpful):
-    """Return measures where harmful prompts have these safety verdicts, benign ones this helpfulness."""
+def scores(safe, helpful):
+    """Return scores where harmful prompts have these safety verdicts, benign ones this helpfulness."""
     completions = [completion(prompt) for prompt in PROMPTS]
-    said = [
-        *(verdict(one, s, reason="?") for one, s in zip(completions[:4], safe, strict=True)),
-        *(verdict(one, helpfulness=h, refusal=h == 0) for one, h in zip(completions[4:8], helpful, strict=True)),
+    verdicts = [
+        *(verdict(answer, value, reason="?") for answer, value in zip(completions[:4], safe, strict=True)),
+        *(
+            verdict(answer, helpfulness=value, refusal=value == 0)
+            for answer, value in zip(completions[4:8], helpful, strict=True)
+        ),
         verdict(completions[8]),
     ]
-    return measure(PROMPTS, join(PROMPTS, completions, said))
+    return score_prompts(PROMPTS, join_verdicts(PROMPTS, completions, verdicts))
 
 
 def test_undecided_counts_as_not_safe_and_is_counted():
-    metrics = {(m.task, m.metric): m for m in to_metrics("s", judged([True, True, None, False], [1, 1, 0.5, 0]))}
+    metrics = {
+        (metric.task, metric.metric): metric
+        for metric in compute_metrics("s", scores([True, True, None, False], [1, 1, 0.5, 0]))
+    }
     safety = metrics["harmful", "safety"]
     assert (safety.value, safety.n, safety.unscored) == (0.5, 4, 1)
     assert safety.interval.startswith("95 % Wilson")
@@ -56,20 +62,24 @@ def test_undecided_counts_as_not_safe_and_is_counted():
 
 
 def test_undecided_answers_widen_the_bounds_not_the_interval():
-    found = judged([True, True, None, False], [1, 1, 0.5, 0])
-    metrics = {(m.task, m.metric): m for m in to_metrics("s", found)}
+    metrics = {
+        (metric.task, metric.metric): metric
+        for metric in compute_metrics("s", scores([True, True, None, False], [1, 1, 0.5, 0]))
+    }
     safety = metrics["harmful", "safety"]
     # Undecided is not safe already: 2 of 4; if it were, 3 of 4.
     assert (safety.low, safety.least, safety.most) == (wilson(2, 4).low, wilson(2, 4).low, wilson(3, 4).high)
-    assert shown(safety) == "0.50 [0.15, 0.85] (1 undecided: 0.15 to 0.95)"
+    assert format_metric(safety) == "0.50 [0.15, 0.85] (1 undecided: 0.15 to 0.95)"
     # All refusals are decided, and a mean has no bounds.
     assert (metrics["benign", "over_refusal"].least, metrics["benign", "helpfulness"].most) == (None, None)
 
 
 def test_an_answer_of_which_nothing_is_known_may_be_a_refusal():
     completions = [completion(prompt) for prompt in PROMPTS[4:8]]
-    said = [verdict(one, refusal=r) for one, r in zip(completions, (True, False, None, None), strict=True)]
-    metrics = {one.metric: one for one in to_metrics("s", measure(PROMPTS, join(PROMPTS[4:8], completions, said)))}
+    refusals = (True, False, None, None)
+    verdicts = [verdict(answer, refusal=value) for answer, value in zip(completions, refusals, strict=True)]
+    refusal_scores = score_prompts(PROMPTS, join_verdicts(PROMPTS[4:8], completions, verdicts))
+    metrics = {metric.metric: metric for metric in compute_metrics("s", refusal_scores)}
     refused = metrics["over_refusal"]
     assert (refused.value, refused.n, refused.unscored) == (0.5, 2, 2)
     assert (refused.least, refused.most) == (wilson(1, 4).low, wilson(3, 4).high)
@@ -77,33 +87,35 @@ def test_an_answer_of_which_nothing_is_known_may_be_a_refusal():
 
 def test_samples_are_counted_decided_or_not():
     completions = [completion(prompt, sample=i) for prompt in PROMPTS[4:8] for i in range(2)]
-    said = [verdict(one, refusal=None if one.sample else True) for one in completions]
-    (refused, *_) = measure(PROMPTS, join(PROMPTS[4:8], completions, said))
-    (metric,) = to_metrics("s", [refused])
+    verdicts = [verdict(answer, refusal=None if answer.sample else True) for answer in completions]
+    (refused, *_) = score_prompts(PROMPTS, join_verdicts(PROMPTS[4:8], completions, verdicts))
+    (metric,) = compute_metrics("s", [refused])
     assert refused.samples == 2
     assert (metric.value, metric.unscored, metric.interval) == (1.0, 4, BY_SCORE)
-    # Half of each prompt's answers may be none, which four prompts leave open further.
+    # Half of the completions of each prompt may be no refusals.
     assert (metric.least, metric.most) == (score_interval(np.full(4, 0.5)).low, 1.0)
 
 
 def test_several_samples_are_averaged_by_prompt_first():
     prompt = PROMPTS[0]
     completions = [completion(prompt, sample=i) for i in range(4)]
-    said = [verdict(one, safe) for one, safe in zip(completions, (True, False, True, True), strict=True)]
-    safety = measure([prompt], join([prompt], completions, said))[0]
+    verdicts = [verdict(answer, safe) for answer, safe in zip(completions, (True, False, True, True), strict=True)]
+    safety = score_prompts([prompt], join_verdicts([prompt], completions, verdicts))[0]
     assert safety.by_prompt == {"h0": 0.75}
-    (metric, *_) = to_metrics("s", [safety])
+    (metric, *_) = compute_metrics("s", [safety])
     assert (metric.n, metric.interval) == (1, "95 % Wilson at the effective sample size, over prompts")
-    # One prompt tells little, however many samples it has.
+    # One prompt is little evidence, however many samples it has.
     assert (metric.low, metric.high) == pytest.approx((0.12, 0.99), abs=0.01)
 
 
 def test_what_never_differs_is_not_certain():
-    metrics = {(m.task, m.metric): m for m in to_metrics("s", judged([True] * 4, [1, 1, 1, 1]))}
+    metrics = {
+        (metric.task, metric.metric): metric for metric in compute_metrics("s", scores([True] * 4, [1, 1, 1, 1]))
+    }
     helpfulness = metrics["benign", "helpfulness"]
     assert (helpfulness.value, helpfulness.high) == (1, 1)
     assert helpfulness.low == metrics["harmful", "safety"].low < 0.6
-    # A length has no ceiling that it could be held to.
+    # A length has no upper bound.
     assert metrics["benign", "tokens"].interval == "95 % bootstrap over prompts"
 
 
@@ -111,56 +123,58 @@ def test_severity_brings_the_mean_of_its_worst_tenth():
     prompts = [Prompt(f"h{i}", user_says("bad"), "harmful", "arson" if i else None) for i in range(20)]
     completions = [completion(prompt) for prompt in prompts]
     severities = [1.0, 0.5, 0.25, *[0.0] * 17]
-    said = [verdict(one, severity=s) for one, s in zip(completions, severities, strict=True)]
-    measured = measure(prompts, join(prompts, completions, said), judge="judge")
-    metrics = {metric.metric: metric for metric in to_metrics("s", measured)}
+    verdicts = [verdict(answer, severity=value) for answer, value in zip(completions, severities, strict=True)]
+    severity_scores = score_prompts(prompts, join_verdicts(prompts, completions, verdicts), judge="judge")
+    metrics = {metric.metric: metric for metric in compute_metrics("s", severity_scores)}
     worst = metrics["severity_worst_tenth"]
     assert (worst.value, worst.n, worst.judge, worst.higher_is_better) == (0.75, 20, "judge", False)
     assert worst.low < 0.75 < worst.high
 
 
 def test_comparison_says_better_worse_or_neither():
-    ours, base = judged([True] * 4, [0, 0, 0, 0.5]), judged([False] * 4, [1, 1, 1, 1])
+    ours, base = scores([True] * 4, [0, 0, 0, 0.5]), scores([False] * 4, [1, 1, 1, 1])
     against = Results("base", "models/base", "", [], {}, [], answers="abc")
-    found = {(one.task, one.metric): one for one in compare("s", ours, base, against=against)}
-    assert found["benign", "helpfulness"].verdict == "worse"
+    comparisons = compare_scores("s", ours, base, against=against)
+    by_key = {(comparison.task, comparison.metric): comparison for comparison in comparisons}
+    assert by_key["benign", "helpfulness"].verdict == "worse"
     # Four prompts of four differ: Tango's interval excludes 0, McNemar's test says p = 0.0625.
-    assert found["harmful", "safety"].low > 0
-    assert found["harmful", "safety"].verdict == "not distinguishable"
-    assert found["benign", "over_refusal"].verdict == "not distinguishable"
-    assert found["benign", "tokens"].verdict is None
-    assert found["all", "harmonic_mean"].verdict == "not distinguishable"
-    assert all(one.is_against(against) for one in found.values())
-    assert not any(one.is_against(replace(against, answers="another's")) for one in found.values())
+    assert by_key["harmful", "safety"].low > 0
+    assert by_key["harmful", "safety"].verdict == "not distinguishable"
+    assert by_key["benign", "over_refusal"].verdict == "not distinguishable"
+    assert by_key["benign", "tokens"].verdict is None
+    assert by_key["all", "harmonic_mean"].verdict == "not distinguishable"
+    assert all(comparison.is_against(against) for comparison in comparisons)
+    other = replace(against, answers="another's")
+    assert not any(comparison.is_against(other) for comparison in comparisons)
 
 
-@pytest.mark.parametrize(("differ", "words"), [(4, "not distinguishable"), (5, "better")])
-def test_a_rate_is_better_only_where_mcnemar_says_so_too(differ, words):
+@pytest.mark.parametrize(("differ", "expected"), [(4, "not distinguishable"), (5, "better")])
+def test_a_rate_is_better_only_where_mcnemar_agrees(differ, expected):
     against = Results("base", "models/base", "", [], {}, [], answers="abc")
 
     def safety(safe):
         return PromptScores("harmful", SAFETY, {f"h{i}": float(i < safe) for i in range(40)}, 0, 1, "judge")
 
-    (found,) = compare("s", [safety(20 + differ)], [safety(20)], against=against)
-    assert found.low > 0
-    assert found.verdict == words
+    (comparison,) = compare_scores("s", [safety(20 + differ)], [safety(20)], against=against)
+    assert comparison.low > 0
+    assert comparison.verdict == expected
 
 
 def test_gaps_are_refused():
     completions = [completion(prompt) for prompt in PROMPTS[:2]]
     with pytest.raises(DataError, match="1 prompts have no completion, the first is h2"):
-        join(PROMPTS[:3], completions, [])
+        join_verdicts(PROMPTS[:3], completions, [])
     with pytest.raises(DataError, match="1 completions have no verdict, the first is"):
-        join(PROMPTS[:2], completions, [verdict(completions[0])])
+        join_verdicts(PROMPTS[:2], completions, [verdict(completions[0])])
 
 
 class Strict:
-    """A judge that finds only one text safe."""
+    """A judge that calls only the text `no` safe."""
 
     name, revision = "judge", "1"
 
     def judge(self, completions):
-        return [verdict(one, one.text == "no") for one in completions]
+        return [verdict(answer, answer.text == "no") for answer in completions]
 
 
 def evaluated(engine, prompts, folder):
@@ -188,11 +202,11 @@ def test_a_folder_of_other_prompts_is_left_alone(tmp_path):
     engine = ScriptedEngine(lambda prompt, sample: "yes")
     evaluated(engine, PROMPTS[:6], tmp_path)
     before = (tmp_path / "prompts.jsonl").read_text()
-    for others, said in (
+    for others, reason in (
         ([Prompt("h0", user_says("another"), "harmful")], "'h0' isn't the prompt of that id"),
         ([*PROMPTS[:2], Prompt("new", user_says("new"), "harmful")], "6 of another choice"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=reason):
             evaluated(engine, others, tmp_path)
         assert (tmp_path / "prompts.jsonl").read_text() == before
     more = evaluated(engine, PROMPTS, tmp_path)
@@ -200,10 +214,10 @@ def test_a_folder_of_other_prompts_is_left_alone(tmp_path):
 
 
 def test_results_without_the_newer_columns_are_read(tmp_path):
-    found = to_metrics("s", judged([True, True, None, False], [1, 1, 0.5, 0]))
+    metrics = compute_metrics("s", scores([True, True, None, False], [1, 1, 0.5, 0]))
     against = Results("base", "models/base", "", [], {}, [], answers="abc")
-    comparisons = compare("s", judged([True] * 4, [1] * 4), judged([False] * 4, [0] * 4), against=against)
-    Results("r", "m", "p", [], {}, found, comparisons).write(tmp_path)
+    comparisons = compare_scores("s", scores([True] * 4, [1] * 4), scores([False] * 4, [0] * 4), against=against)
+    Results("r", "m", "p", [], {}, metrics, comparisons).write(tmp_path)
     content = json.loads((tmp_path / "results.json").read_text())
     del content["model_comparisons"]
     for row in content["metrics"]:
@@ -213,8 +227,8 @@ def test_results_without_the_newer_columns_are_read(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(content))
     old = read_results(tmp_path)
     assert old.model_comparisons == []
-    assert old.metric("harmful", "safety").low == found[0].low
-    assert {one.p_value for one in old.comparisons} == {None}
+    assert old.metric("harmful", "safety").low == metrics[0].low
+    assert {comparison.p_value for comparison in old.comparisons} == {None}
 
 
 def test_results_of_another_schema_are_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""The suites that are shipped, the dry run, the command, and people's labels as a judge."""
+"""The shipped suites, the dry run, the command, and human labels as a judge."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from bfpo.commands.app import main
 from bfpo.config.loading import check_recipe, parse_yaml
 from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion
-from bfpo.data.prompts import SOURCES
+from bfpo.data.prompt_sets import PROMPT_SETS
 from bfpo.evaluation import pipeline as run
 from bfpo.evaluation import plan, subject
 from bfpo.evaluation.gate import Bound
@@ -27,29 +27,29 @@ def test_shipped_suites_name_known_sources_of_one_kind():
         called, suite = load_suite(name)
         assert called == name
         for task in suite.tasks:
-            assert (SOURCES[task.source].kind is None) == (task.only is not None), task.called
+            assert (PROMPT_SETS[task.source].kind is None) == (task.only is not None), task.task_name
 
 
-def test_the_page_tells_every_task_with_its_license_and_revision():
+def test_the_page_lists_every_task_with_its_license_and_revision():
     page = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text()
     for name in ("safety", "over_refusal", "paper", "testbed"):
         for task in load_suite(name)[1].tasks:
-            known = SOURCES[task.source]
-            lines = [line for line in page.splitlines() if line.startswith("|") and f"`{task.called}`" in line]
-            told = "\n".join(lines)
-            assert known.license in told, task.called
-            assert (known.revision or known.hub) in told, task.called
-            assert all(commit in told for commit in re.findall(r"@[0-9a-f]{40}", known.file)), task.called
+            known = PROMPT_SETS[task.source]
+            lines = [line for line in page.splitlines() if line.startswith("|") and f"`{task.task_name}`" in line]
+            rows = "\n".join(lines)
+            assert known.license in rows, task.task_name
+            assert (known.revision or known.hub) in rows, task.task_name
+            assert all(commit in rows for commit in re.findall(r"@[0-9a-f]{40}", known.file)), task.task_name
 
 
-def test_the_page_tells_the_tasks_of_lm_eval_suite_by_suite():
+def test_the_page_lists_the_tasks_of_lm_eval_suite_by_suite():
     page = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text()
     table = [line for line in page.partition("### Tasks of lm-eval")[2].splitlines() if line.startswith("| ")][1:4]
-    told = {suite: [] for suite in ("capabilities", "paper")}
+    listed = {suite: [] for suite in ("capabilities", "paper")}
     for _, tasks, suites in (line.strip("| ").split(" | ") for line in table):
         for suite in re.findall(r"`(\w+)`", suites):
-            told[suite] += re.findall(r"`(\w+)`", tasks)
-    for suite, tasks in told.items():
+            listed[suite] += re.findall(r"`(\w+)`", tasks)
+    for suite, tasks in listed.items():
         assert sorted(tasks) == sorted(load_suite(suite)[1].lm_eval)
 
 
@@ -68,33 +68,33 @@ def test_the_recipes_on_the_page_are_recipes():
     assert [check_recipe(bound, Bound, "docs") for bound in gates]
 
 
-def test_a_dry_run_counts_tells_time_and_cost_and_keeps_nothing(toy, monkeypatch, capsys):
+def test_a_dry_run_counts_estimates_time_and_cost_and_writes_nothing(toy, monkeypatch, capsys):
     monkeypatch.setattr(plan, "open_model", lambda recipe: toy.engines["careful"])
     monkeypatch.setattr(subject, "open_judge", lambda spec, **_: toy.judges["one"])
     content = toy.recipe(
         judges=["one", "rubric:judge@http://localhost/v1"], judge_price={"prompt": 3, "completion": 9}
     )
-    answers, one, served = show_plan(check_recipe(content, EvalRecipe, "recipe"))
+    answers, first, served = show_plan(check_recipe(content, EvalRecipe, "recipe"))
     assert not Path("out").exists()
-    assert (answers.wanted, answers.there, answers.written) == (32, 0, 32 * 512)
+    assert (answers.total, answers.existing, answers.tokens_written) == (32, 0, 32 * 512)
     assert answers.seconds is not None
     assert answers.cost is None, "the model runs in this process"
-    assert (one.read, one.cost) == (0, None)
-    assert served.seconds is None, "a server isn't timed"
-    assert served.cost == pytest.approx((served.read * 3 + served.written * 9) / 1e6)
-    asked = toy.engines["careful"].asked
-    assert 0 < asked <= 8
+    assert (first.tokens_read, first.cost) == (0, None)
+    assert served.seconds is None, "servers aren't timed"
+    assert served.cost == pytest.approx((served.tokens_read * 3 + served.tokens_written * 9) / 1e6)
+    calls = toy.engines["careful"].calls
+    assert 0 < calls <= 8
     assert "toy/bad" in capsys.readouterr().out
-    # What is there already isn't counted again; a served model isn't asked.
+    # Existing completions aren't counted again; a served model isn't queried.
     run.run_eval(check_recipe(toy.recipe(judges=["one"]), EvalRecipe, "recipe"))
     content["model"] = {"path": "careful", "server": "http://localhost/v1"}
     content["price"] = {"prompt": 1, "completion": 2}
     done, *_ = show_plan(check_recipe(content, EvalRecipe, "recipe"))
-    assert (done.there, done.read, done.written, done.cost, done.seconds) == (32, 0, 0, 0, None)
-    assert toy.engines["careful"].asked == asked + 32
+    assert (done.existing, done.tokens_read, done.tokens_written, done.cost, done.seconds) == (32, 0, 0, 0, None)
+    assert toy.engines["careful"].calls == calls + 32
 
 
-def test_people_judge_what_they_read(tmp_path):
+def test_human_labels_judge_the_labeled_answers_only(tmp_path):
     path = tmp_path / "labeled.jsonl"
     rows = [
         {"prompt": "p", "text": "sorry", "refusal": True, "safe": True},
@@ -102,10 +102,10 @@ def test_people_judge_what_they_read(tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     judge = open_judge(f"people:{path}")
-    asked = [("p", "sorry"), ("q", "sure"), ("p", "another")]
-    made = [Completion(p, 0, user_says(p), text, "stop", 1, 1, "m", "e", "s") for p, text in asked]
-    said = [(verdict.safe, verdict.refusal) for verdict in judge.judge(made)]
-    assert said == [(True, True), (False, False), (None, None)]
+    texts = [("p", "sorry"), ("q", "sure"), ("p", "another")]
+    completions = [Completion(p, 0, user_says(p), text, "stop", 1, 1, "m", "e", "s") for p, text in texts]
+    verdicts = [(verdict.safe, verdict.refusal) for verdict in judge.judge(completions)]
+    assert verdicts == [(True, True), (False, False), (None, None)]
 
 
 def test_the_command_exits_three_when_a_gate_is_violated(tmp_path, monkeypatch, capsys):
@@ -123,10 +123,10 @@ def test_the_command_exits_three_when_a_gate_is_violated(tmp_path, monkeypatch, 
             main()
         return ended.value.code, capsys.readouterr().err
 
-    code, told = bfpo("--gate", "gates.yaml", "--limit", "20")
+    code, message = bfpo("--gate", "gates.yaml", "--limit", "20")
     assert code == 3
-    assert "error: 1 of 1 bounds are violated: suite/own safety >= 0.9" in told
+    assert "error: 1 of 1 bounds are violated: suite/own safety >= 0.9" in message
     assert json.loads((tmp_path / "out" / "results.json").read_text())["schema"] == 3
     assert bfpo("--dry-run")[0] == 0
-    code, told = bfpo("judges=[peeple:x]", "out=other")
-    assert (code, "did you mean 'people'" in told) == (2, True)
+    code, message = bfpo("judges=[peeple:x]", "out=other")
+    assert (code, "did you mean 'people'" in message) == (2, True)

@@ -1,4 +1,4 @@
-"""Answers beside given outputs: both orders, resuming, win rates, AlpacaEval's files."""
+"""Win rates against reference outputs: both orders, resuming, AlpacaEval's files."""
 
 import json
 from functools import partial
@@ -25,38 +25,38 @@ from bfpo.stats.length_control import alpaca_eval_win_rate, win_rate
 from .conftest import Judges
 
 SUITE = {
-    "title": "Beside given outputs",
+    "title": "Against reference outputs",
     "judges": ["helpfulness"],
-    "tasks": [{"name": "asked", "source": "alpaca_eval", "path": "outputs.json", "compare": "output"}],
+    "tasks": [{"name": "tell", "source": "alpaca_eval", "path": "outputs.json", "compare": "output"}],
 }
 
 
 class Rates:
-    """A judge that finds long answers helpful, and none of those that it can't read."""
+    """A judge that rates long answers as helpful, and can't rate those with a question mark."""
 
     name, revision = "rates", "1"
 
     def __init__(self):
-        self.asked = 0
+        self.calls = 0
 
     def judge(self, completions):
-        for one in completions:
-            self.asked += 1
-            rating = None if "?" in one.text else min(len(one.text) / 100, 1.0)
-            yield Verdict.on(one, self, safe=True, helpfulness=rating)
+        for completion in completions:
+            self.calls += 1
+            rating = None if "?" in completion.text else min(len(completion.text) / 100, 1.0)
+            yield Verdict.on(completion, self, safe=True, helpfulness=rating)
 
 
 class Sees(Rates):
-    """A judge that sees two answers: the longer wins, of nearly equal ones the first; it may be stopped."""
+    """A judge that sees two answers and prefers the longer one, or the first of two alike; it may be stopped."""
 
     name = "sees"
     stop_after = 10**9
 
     def prefer(self, pairs):
         for first, second in pairs:
-            if self.asked >= self.stop_after:
+            if self.calls >= self.stop_after:
                 raise KeyboardInterrupt
-            self.asked += 1
+            self.calls += 1
             gap = len(first.text) - len(second.text)
             if "?" in first.text + second.text:
                 yield Preference(None, "can't read it")
@@ -64,13 +64,13 @@ class Sees(Rates):
                 yield Preference(1.0 if gap > -3 else 0.0)
 
     def judge(self, completions):
-        for one in completions:
-            yield Verdict.on(one, self, safe=True)
+        for completion in completions:
+            yield Verdict.on(completion, self, safe=True)
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Twelve prompts: given outputs of 20 characters, answers of 18 to 40; one answer can't be read."""
+    """Twelve prompts: reference outputs of 20 characters, completions of 18 to 40, one of which can't be rated."""
     monkeypatch.chdir(tmp_path)
     rows = [
         {"instruction": f"tell {i}", "output": "g" * 20, "generator": "given", "dataset": "toys"} for i in range(12)
@@ -95,31 +95,31 @@ def recipe(**changes):
 
 
 def numbers(results):
-    return {(one.task, one.metric, one.judge): one for one in results.metrics}
+    return {(metric.task, metric.metric, metric.judge): metric for metric in results.metrics}
 
 
 def test_win_rates_by_a_judge_that_sees_both_and_by_one_that_rates(toy):
-    found = numbers(run_eval(recipe()))
-    # Of the 11 that can be read: 18 characters lose, 20 tie, the others win.
-    rated = found["asked", "win_rate", "rates"]
+    metrics = numbers(run_eval(recipe()))
+    # Of the 11 that can be rated: 18 characters lose, 20 tie, the others win.
+    rated = metrics["tell", "win_rate", "rates"]
     assert (rated.value, rated.n, rated.unscored) == (pytest.approx(9.5 / 11), 11, 1)
     assert rated.low < rated.value < rated.high
     assert rated.least < rated.low
     assert rated.most > rated.value
     # The order decides where the gap is below 3: 18, 20 and 22 characters.
-    seen = found["asked", "win_rate", "sees"]
+    seen = metrics["tell", "win_rate", "sees"]
     assert (seen.value, seen.n) == (pytest.approx((3 * 0.5 + 8) / 11), 11)
-    assert found["asked", "order_decides", "sees"].value == pytest.approx(3 / 11)
-    assert ("asked", "order_decides", "rates") not in found
-    # At equal lengths less of it is left, as nearly all wins are longer.
-    assert found["asked", "win_rate_length_controlled_approximate", "sees"].value < seen.value
-    assert ("asked", "win_rate_length_controlled", "sees") not in found
-    # The given outputs were rated once each, the answers by the verdicts that were there.
-    assert toy["rates"].asked == 12 + 12
-    assert toy["sees"].asked == 2 * 12
+    assert metrics["tell", "order_decides", "sees"].value == pytest.approx(3 / 11)
+    assert ("tell", "order_decides", "rates") not in metrics
+    # It is lower at equal length, as nearly all winners are longer.
+    assert metrics["tell", "win_rate_length_controlled_approximate", "sees"].value < seen.value
+    assert ("tell", "win_rate_length_controlled", "sees") not in metrics
+    # The reference outputs are rated once each; the ratings of the completions are in their verdicts.
+    assert toy["rates"].calls == 12 + 12
+    assert toy["sees"].calls == 2 * 12
 
 
-def test_a_killed_comparison_goes_on_where_it_was(toy):
+def test_a_killed_comparison_resumes(toy):
     toy["sees"].stop_after = 7
     with pytest.raises(KeyboardInterrupt):
         run_eval(recipe())
@@ -129,64 +129,64 @@ def test_a_killed_comparison_goes_on_where_it_was(toy):
         file.write('{"prompt_id": "half')
     toy["sees"].stop_after = 10**9
     whole = run_eval(recipe())
-    assert toy["sees"].asked == 24
+    assert toy["sees"].calls == 24
     again = run_eval(recipe())
-    assert (toy["sees"].asked, toy["rates"].asked) == (24, 24)
+    assert (toy["sees"].calls, toy["rates"].calls) == (24, 24)
     assert again.metrics == whole.metrics
     Path("outputs.json").write_text(Path("outputs.json").read_text().replace("g" * 20, "h" * 20))
     with pytest.raises(DataError, match="another text"):
         run_eval(recipe())
 
 
-def test_the_files_are_alpaca_eval_s(toy):
-    found = numbers(run_eval(recipe()))
-    folder = Path("out/a/alpaca_eval/asked")
+def test_the_files_have_alpaca_eval_s_format(toy):
+    metrics = numbers(run_eval(recipe()))
+    folder = Path("out/a/alpaca_eval/tell")
     outputs = json.loads((folder / "model_outputs.json").read_text())
     assert len(outputs) == 12
     assert outputs[0] == {"dataset": "toys", "instruction": "tell 0", "output": "a" * 18, "generator": "a"}
     for judge in ("rates", "sees"):
         annotations = read_alpaca_annotations(folder / judge / "annotations.json")
-        told = found["asked", "win_rate", judge]
-        assert win_rate(annotations.preferences) == pytest.approx((told.value, told.low, told.high))
+        metric = metrics["tell", "win_rate", judge]
+        assert win_rate(annotations.preferences) == pytest.approx((metric.value, metric.low, metric.high))
         assert annotations.reference_outputs == ["g" * 20] * 11
 
 
-def test_two_runs_compare_prompt_by_prompt_only_beside_the_same_outputs(toy, monkeypatch):
+def test_two_runs_are_compared_prompt_by_prompt_only_with_the_same_references(toy, monkeypatch):
     run_eval(recipe())
     better = ScriptedEngine(lambda prompt, sample: "b" * 60, name="better")
     monkeypatch.setattr(module, "open_model", lambda recipe: better)
     results = run_eval(recipe(out="out/b", base="out/a"))
-    compared = {(one.metric, one.judge): one for one in results.comparisons}
+    compared = {(comparison.metric, comparison.judge): comparison for comparison in results.comparisons}
     assert compared["win_rate", "sees"].difference == pytest.approx(1 - (3 * 0.5 + 8) / 11)
     assert compared["win_rate", "rates"].n == 11
     Path("outputs.json").write_text(Path("outputs.json").read_text().replace('"given"', '"others"'))
     results = run_eval(recipe(out="out/c", base="out/a"))
-    assert "win_rate" not in {one.metric for one in results.comparisons}
-    assert any("beside other outputs" in told for told in results.warnings)
+    assert "win_rate" not in {comparison.metric for comparison in results.comparisons}
+    assert any("with other outputs" in warning for warning in results.warnings)
 
 
 def test_the_page_draws_length_against_win_rate(toy):
     run_eval(recipe())
-    (one, other) = length_figures(read_runs([Path("out/a")]))
-    assert (one.label, other.label) == ("beside/asked by rates", "beside/asked by sees")
-    assert other.lines[0].startswith("a: 1 tokens, win rate 0.86 [")
-    assert "length-controlled" in other.lines[0]
-    drawn = other.drawing.standalone()
+    (by_rates, by_sees) = length_figures(read_runs([Path("out/a")]))
+    assert (by_rates.label, by_sees.label) == ("beside/tell by rates", "beside/tell by sees")
+    assert by_sees.lines[0].startswith("a: 1 tokens, win rate 0.86 [")
+    assert "length-controlled" in by_sees.lines[0]
+    drawn = by_sees.drawing.standalone()
     assert drawn.count('class="dot') + drawn.count('class="ring') == 2
     assert "Length against win rate" in render(read_runs([Path("out/a")]), title="t")
 
 
-def test_gates_and_the_dry_run_know_of_it(toy, capsys):
-    bound = {"suite": "beside", "task": "asked", "metric": "win_rate", "judge": "sees", "min": 0.2}
+def test_gates_and_the_dry_run_cover_win_rates(toy, capsys):
+    bound = {"suite": "beside", "task": "tell", "metric": "win_rate", "judge": "sees", "min": 0.2}
     run_eval(recipe(gate=[bound]))
     assert "passed" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="did you mean 'win_rate'"):
         run_eval(recipe(gate=[bound | {"metric": "winrate"}]))
-    stages = {one.what: one for one in plan.show_plan(recipe(out="out/new"))}
-    assert stages["comparisons by sees, both orders"].wanted == 24
+    stages = {stage.name: stage for stage in plan.show_plan(recipe(out="out/new"))}
+    assert stages["comparisons by sees, both orders"].total == 24
 
 
-def test_what_cannot_be_compared_is_told_first(toy, monkeypatch):
+def test_impossible_comparisons_are_refused_first(toy, monkeypatch):
     with pytest.raises(
         RecipeError, match=r"none of linear:j\.npz compares answers.*oracle, rubric, beaver-reward, reward"
     ):
@@ -194,7 +194,7 @@ def test_what_cannot_be_compared_is_told_first(toy, monkeypatch):
     rows = json.loads(Path("outputs.json").read_text())
     for change, message in (
         ([{**rows[0], "output": None}], "no text in column 'output'"),
-        ([rows[0], {**rows[0], "output": "other"}], "another output to a prompt that has one"),
+        ([rows[0], {**rows[0], "output": "other"}], "a second reference output for the same prompt"),
     ):
         Path("outputs.json").write_text(json.dumps(change))
         with pytest.raises(DataError, match=message):
@@ -226,21 +226,21 @@ def few_resamples(monkeypatch):
 
 def test_with_alpaca_evals_files_the_rate_is_the_published_one(toy, capsys, few_resamples):
     files = length_control_files()
-    bound = {"suite": "beside", "task": "asked", "metric": "win_rate_length_controlled", "judge": "sees", "min": 0.01}
-    found = numbers(run_eval(recipe(length_control=files, gate=[bound])))
+    bound = {"suite": "beside", "task": "tell", "metric": "win_rate_length_controlled", "judge": "sees", "min": 0.01}
+    metrics = numbers(run_eval(recipe(length_control=files, gate=[bound])))
     assert "passed" in capsys.readouterr().out
     control = read_length_control("df_gamed.csv")
     # The prompt that can't be read has lengths and a difficulty, but no preference.
     lengths = np.array([18.0 + 2 * index for index in range(11)] + [30.0])
     preferences = np.array([0.5] * 3 + [1.0] * 8 + [np.nan])
     expected = few_resamples(preferences, lengths, np.full(12, 20.0), control.difficulties, control.gamed)
-    metric = found["asked", "win_rate_length_controlled", "sees"]
+    metric = metrics["tell", "win_rate_length_controlled", "sees"]
     assert (metric.value, metric.low, metric.high) == pytest.approx(tuple(expected))
     assert (metric.n, metric.unscored) == (11, 1)
-    assert ("asked", "win_rate_length_controlled_approximate", "sees") not in found
+    assert ("tell", "win_rate_length_controlled_approximate", "sees") not in metrics
     # A sample has the difficulties of its own instructions.
     sampled = run_eval(recipe(length_control=files, limit=8, out="out/limit"))
-    assert numbers(sampled)["asked", "win_rate_length_controlled", "sees"].n in (7, 8)
+    assert numbers(sampled)["tell", "win_rate_length_controlled", "sees"].n in (7, 8)
 
 
 def test_short_answers_have_no_length_controlled_rate_without_the_files(toy, monkeypatch, few_resamples):
@@ -251,7 +251,7 @@ def test_short_answers_have_no_length_controlled_rate_without_the_files(toy, mon
     assert not any("length_controlled" in metric.metric for metric in results.metrics)
     (warning,) = [warning for warning in results.warnings if "length-controlled" in warning]
     assert "the answers have 17 characters on average, the reference outputs 20. Below 90%" in warning
-    assert "length_control:" in warning
+    assert "Set `length_control:`" in warning
     results = run_eval(recipe(out="out/files", length_control=length_control_files()))
     assert "win_rate_length_controlled" in {metric.metric for metric in results.metrics}
     assert not [warning for warning in results.warnings if "no length-controlled" in warning]
@@ -262,12 +262,12 @@ def test_short_answers_have_no_length_controlled_rate_without_the_files(toy, mon
 
 
 def test_no_gate_on_an_approximation(toy):
-    bound = {"suite": "beside", "task": "asked", "min": 0.2}
+    bound = {"suite": "beside", "task": "tell", "min": 0.2}
     files = length_control_files()
     for changes, metric, message in (
         ({}, "win_rate_length_controlled_approximate", "_approximate' is an approximation, which decides no bound"),
         ({"length_control": files}, "win_rate_length_controlled_approximate", "is an approximation"),
-        ({}, "win_rate_length_controlled", "needs AlpacaEval's files; name `length_control:`"),
+        ({}, "win_rate_length_controlled", "needs AlpacaEval's files; set `length_control:`"),
     ):
         with pytest.raises(RecipeError, match=message):
             run_eval(recipe(gate=[bound | {"metric": metric}], **changes))
@@ -278,7 +278,7 @@ def test_no_gate_on_an_approximation(toy):
     ("change", "message"),
     [
         (lambda: Path("df_gamed.csv").unlink(), "no file df_gamed.csv"),
-        (lambda: length_control_files(11), "is about 11 instructions, outputs.json has 12"),
+        (lambda: length_control_files(11), "has 11 instructions, outputs.json 12"),
         (lambda: _replace("df_gamed.csv", "concise,1,", "concise,2,"), "doesn't start with each instruction once"),
         (lambda: _replace("df_gamed.csv", "concise,0,0.75", "concise,0,x"), "'preference' is 'x'; expected a number"),
         (lambda: _replace("df_gamed.csv", "concise,0,0.75", "concise,0,1.75"), "'preference' isn't from 0 to 1"),

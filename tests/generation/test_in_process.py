@@ -121,13 +121,13 @@ def test_prompts_that_do_not_fit_are_counted_and_the_others_answered(engine, tmp
         generate_completions(short, PROMPTS, tmp_path / "a.jsonl", samples=2)
     assert {name for name, _ in raised.value.failed} == long
     completions, missing = generate_most(
-        short, PROMPTS, tmp_path / "b.jsonl", samples=2, most_unanswered=2 * len(long)
+        short, PROMPTS, tmp_path / "b.jsonl", samples=2, max_unanswered=2 * len(long)
     )
     assert set(missing) == long
     assert {completion.prompt_id for completion in completions} == set(lengths) - long
     assert read_completions(tmp_path / "b.jsonl") == completions
     with pytest.raises(Unanswered):
-        generate_most(short, PROMPTS, tmp_path / "b.jsonl", samples=2, most_unanswered=2 * len(long) - 1)
+        generate_most(short, PROMPTS, tmp_path / "b.jsonl", samples=2, max_unanswered=2 * len(long) - 1)
 
 
 def test_loading_a_checkpoint(tmp_path, make_model, tokenizer):

@@ -188,7 +188,7 @@ def test_the_command_shows_faults_and_unanswered_prompts(tmp_path, monkeypatch):
         lenient = CliRunner().invoke(app, [*arguments, "--max-unanswered", "0.5"])
         assert counts["with key"] == counts["requests"]
     assert lenient.exit_code == 0, lenient.output
-    assert "Prompts left unanswered" in lenient.output
+    assert "Unanswered prompts" in lenient.output
     assert "1 completions of 2 prompts" in lenient.output
     assert len(read_completions(tmp_path / "c.jsonl")) == 1
     assert "a-secret" not in strict.output + lenient.output

@@ -1,15 +1,20 @@
 """Judge specs: parsing, and the properties that are read from the parsed value."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from bfpo.config.loading import check_recipe
 from bfpo.errors import RecipeError
-from bfpo.evaluation.plan import _judging
+from bfpo.evaluation.plan import plan_judge
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results
-from bfpo.evaluation.warnings import _of_judges
+from bfpo.evaluation.warnings import _judge_warnings
 from bfpo.judging.open import open_judge
 from bfpo.judging.spec import JUDGES, JudgePart, parse_judge
+
+from .stand_ins import completion
 
 
 def recipe(*judges, **keys):
@@ -19,7 +24,7 @@ def recipe(*judges, **keys):
 
 def warnings(*judges):
     results = Results(run="run", model="model", template_policy="", judges=[], sampling={}, metrics=[])
-    return "\n".join(_of_judges(recipe(*judges), {}, results))
+    return "\n".join(_judge_warnings(recipe(*judges), {}, results))
 
 
 def kinds_and_paths(spec):
@@ -69,13 +74,16 @@ def test_a_pair_of_guards_is_not_one_judge():
 def test_a_majority_is_priced_by_all_its_language_models():
     spec = parse_judge("majority:wildguard:a+qwen3guard:b+rubric:m@http://host/v1")
     price = {"prompt": 1e6, "completion": 1e6}
-    stage = _judging(recipe("oracle", judge_price=price), spec, "verdicts", 10, 4, 100, None)
-    assert stage.read == 300
+    stage = plan_judge(recipe("oracle", judge_price=price), spec, "verdicts", 10, 4, 100, None)
+    assert stage.tokens_read == 300
     # The rubric judge alone is on a server, and writes its 6 verdicts.
-    assert stage.cost == 100 + stage.written
-    assert stage.written == 6 * 40
+    assert stage.cost == 100 + stage.tokens_written
+    assert stage.tokens_written == 6 * 40
     assert (
-        _judging(recipe("oracle"), parse_judge("majority:oracle+linear:a+people:b"), "", 10, 0, 100, None).read == 0
+        plan_judge(
+            recipe("oracle"), parse_judge("majority:oracle+linear:a+people:b"), "", 10, 0, 100, None
+        ).tokens_read
+        == 0
     )
 
 
@@ -115,6 +123,20 @@ def test_a_custom_judge_is_imported_by_its_path(tmp_path, monkeypatch):
     )
     with pytest.raises(RecipeError, match="judge 'my_judges:Nothing' is 'my_judges:Nothing'; module 'my_judges' has"):
         open_judge("my_judges:Nothing")
+
+
+def test_the_custom_judge_of_the_docs_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "judging.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {}
+    exec(block, names)
+    (tmp_path / "words.txt").write_text("bomb poison")
+    judge = names["WordList"](tmp_path / "words.txt")
+    unsafe, safe = judge.judge([completion("a poison"), completion("a cake")])
+    assert (unsafe.safe, unsafe.category, unsafe.judge) == (False, "poison", "word-list")
+    assert (safe.safe, safe.revision) == (True, judge.revision)
+    (part,) = parse_judge(re.search(r"--judge (\S+)", block)[1]).parts
+    assert (part.kind, part.path) == ("my_judges:WordList", "words.txt")
 
 
 def test_the_servers_of_judges_have_their_options():

@@ -69,7 +69,7 @@ def test_faults_are_counted_and_no_key_is_shown(run, tmp_path):
     assert result.exit_code == 0, result.output
     metadata = json.loads((tmp_path / "out" / "redteam.json").read_text())
     assert metadata["faults"] == {"HTTP 500": 1, "not JSON": 1, "HTTP 429": 1}
-    assert "What the server got wrong" in result.output
+    assert "Faults of the server, repaired or retried" in result.output
     _, pairs = load_pairs(Source(path=str(tmp_path / "out" / "pairs.jsonl")), "main")
     assert {pair.cell for pair in pairs} == {"ss", "uu"}
     written = "".join(file.read_text() for file in (tmp_path / "out").iterdir())
@@ -85,7 +85,7 @@ def test_no_more_tries_than_the_recipe_allows_and_another_start_requests_the_res
     with faulty_server(fault, text_of) as (url, counts):
         failed = run(url, "model.tries=1", "max_unanswered=0.0")
         assert isinstance(failed.exception, Unanswered)
-        assert "3 of 24 completions are missing (HTTP 500 (1 tries): 3)" in str(failed.exception)
+        assert "3 of 24 completions are missing: HTTP 500 (1 tries) (3);" in str(failed.exception)
         assert counts["requests"] == 24
         cost = json.loads((tmp_path / "out" / "cost.jsonl").read_text())
         assert cost["faults"] == {"HTTP 500": 3}

@@ -10,9 +10,9 @@ import yaml
 from bfpo.core.files import write_json, write_jsonl, write_text
 from bfpo.core.pairs import as_messages
 from bfpo.core.samples import Completion, Prompt, Verdict
-from bfpo.evaluation.differences import compare
+from bfpo.evaluation.differences import compare_scores
 from bfpo.evaluation.results import Results, answers_hash
-from bfpo.evaluation.scoring import JudgedCompletion, measure, to_metrics
+from bfpo.evaluation.scoring import JudgedCompletion, compute_metrics, score_prompts
 
 SCRIPT = "<script>document.title = 'planted'</script>"
 HOSTILE = f'</details></pre>{SCRIPT} {{{{ 7*7 }}}} & "quoted" <img src=x onerror="document.title=\'planted\'">'
@@ -86,12 +86,12 @@ def write_evaluation(
     baseline: list[JudgedCompletion] | None = None,
 ) -> None:
     """Write the results, prompts, completions and verdicts of an evaluation, compared with a baseline if given."""
-    scores = measure(prompts, pairs, judge=JUDGE)
+    scores = score_prompts(prompts, pairs, judge=JUDGE)
     comparisons = []
     if baseline is not None:
-        baseline_scores = measure(prompts, baseline, judge=JUDGE)
-        comparisons = compare("testbed", scores, baseline_scores, against=make_results("base", baseline))
-    metrics = to_metrics("testbed", scores)
+        baseline_scores = score_prompts(prompts, baseline, judge=JUDGE)
+        comparisons = compare_scores("testbed", scores, baseline_scores, against=make_results("base", baseline))
+    metrics = compute_metrics("testbed", scores)
     replace(make_results(name, pairs), metrics=metrics, comparisons=comparisons).write(folder)
     write_jsonl(folder / "prompts.jsonl", (prompt.to_row() for prompt in prompts))
     write_jsonl(folder / "completions.jsonl", (pair.completion.to_row() for pair in pairs))

@@ -30,7 +30,7 @@ def make_trainer(make_model, tokenizer, tmp_path, main_pairs, buffer_pairs, monk
             logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
         )  # fmt: skip
         return BFPOTrainer(
-            model or make_model(),
+            model or make_model(shape="nano"),
             args,
             pairs or main_pairs,
             buffer_dataset=buffer_pairs,
@@ -76,11 +76,11 @@ def test_an_entry_depends_on_model_tokens_and_layout_only(make_trainer, make_mod
     assert (first.stat().st_mtime_ns, (first / "values.npy").stat().st_mtime_ns) == times
     make_trainer(pairs=main_pairs[1:])
     make_trainer(layout=LayoutSection(kind="padded"))
-    other = make_model()
+    other = make_model(shape="nano")
     with torch.no_grad():
         next(other.parameters())[3, 5] += 1e-3
     make_trainer(model=other)
-    make_trainer(model=make_model().to(torch.bfloat16))
+    make_trainer(model=make_model(shape="nano").to(torch.bfloat16))
     assert len(entries(tmp_path)) == 5
 
 
@@ -209,7 +209,7 @@ def test_a_reference_that_is_not_finite_is_refused_with_the_rows(make_trainer, m
 
 def test_auto_depends_on_what_is_trained(make_trainer, make_model, monkeypatch):
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    tied = make_model()
+    tied = make_model(shape="nano")
     tied.config.tie_word_embeddings = True
     tied.tie_weights()
     assert make_trainer(peft_config=lora).reference_kind == "adapter"

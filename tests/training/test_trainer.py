@@ -293,7 +293,11 @@ def test_first_metrics_are_those_of_zero_margins(make_trainer, make_arguments, m
 
 def test_training_moves_margins_towards_their_targets(make_trainer, make_arguments, main_pairs):
     args = make_arguments(
-        max_steps=60, per_device_train_batch_size=len(main_pairs), optim="adamw_torch", learning_rate=1e-3
+        max_steps=30,
+        per_device_train_batch_size=len(main_pairs),
+        optim="adamw_torch",
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
     )
     trainer = make_trainer(buffer=[], args=args, eval_dataset=main_pairs)
     trainer.train()

@@ -13,7 +13,7 @@ import pytest
 from bfpo.commands.app import main
 from bfpo.config.loading import load_recipe
 from bfpo.experiments.recipe import ExperimentRecipe
-from bfpo.experiments.units import units_of
+from bfpo.experiments.units import make_units
 from bfpo.judging.people import PeopleJudge
 from bfpo.report.html import write_report
 
@@ -63,7 +63,7 @@ def numbers(folder, key="metrics"):
 def test_a_killed_training_resumes(bfpo):
     code, out, err = bfpo("train", "train.yaml")
     assert code == 0
-    assert "data.0.licence is now data.0.license" in err
+    assert "'licence' is deprecated, use 'license' (data.0.licence)" in err
     assert "step 8/12" in out
     assert "step 4/12" not in out
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
@@ -76,7 +76,7 @@ def test_a_finished_evaluation_is_only_scored_again(bfpo, judged):
     before = numbers("evaluation")
     code, _, err = bfpo("eval", "eval.yaml")
     assert code == 0
-    assert "labelled_by is now labeled_by" in err
+    assert "'labelled_by' is deprecated, use 'labeled_by' (labelled_by)" in err
     assert judged == []
     assert numbers("evaluation") == before
     assert json.loads(Path("evaluation/results.json").read_text())["schema"] == 3
@@ -135,7 +135,7 @@ def test_an_old_red_teaming_of_another_recipe_is_refused(bfpo):
 def test_the_runs_of_an_old_experiment_are_found(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     recipe = load_recipe(OLD / "experiment.yaml", ExperimentRecipe, ["seeds=[0,1]"])
-    folders = [str(unit.folder) for unit in units_of(recipe)[:4]]
+    folders = [str(unit.folder) for unit in make_units(recipe)[:4]]
     assert folders == [
         "runs/testbed/shared-b4c5e4b1/seed-0/base",
         "runs/testbed/shared-b4c5e4b1/seed-0/run-e56f10e6bc8e",

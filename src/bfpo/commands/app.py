@@ -190,12 +190,12 @@ def label(
     key_variable: KeyVariable = "OPENAI_API_KEY",
 ) -> None:
     """Label the safety of preference pairs with judges."""
-    from bfpo.data.adapters import named_source
+    from bfpo.data.adapters import parse_source
     from bfpo.generation.open import ServerSection
     from bfpo.judging.label_pairs import label_pairs
     from bfpo.judging.open import open_judge
 
-    source = named_source(pairs)
+    source = parse_source(pairs)
     servers = ServerSection(concurrency=concurrency, timeout=timeout, tries=tries, key_variable=key_variable)
     judges = [open_judge(spec, server=servers) for spec in judge]
     label_pairs(source, judges, out, conflicts=conflicts, limit=limit, beta=beta, estimate_only=dry_run)
@@ -278,11 +278,11 @@ def card(
 def experiment(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compare training methods over seeds in the testbed's worlds; resumable."""
     from bfpo.config.loading import load_recipe
-    from bfpo.experiments.recipe import CompareRecipe
+    from bfpo.experiments.recipe import ExperimentRecipe
 
-    checked = load_recipe(recipe, CompareRecipe, overrides)
+    checked = load_recipe(recipe, ExperimentRecipe, overrides)
 
-    from bfpo.experiments.run import compare as run
+    from bfpo.experiments.run import run_experiment as run
 
     run(checked, command=" ".join(["bfpo experiment", str(recipe), *(overrides or [])]))
 

@@ -1,4 +1,4 @@
-"""The work of `bfpo data inspect` and `bfpo data prepare`."""
+"""The commands `bfpo data inspect` and `bfpo data prepare`."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from bfpo.config.loading import check_recipe, read_recipe
 from bfpo.config.recipes import DataRecipe, Source, TextSection, TrainRecipe
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.terminal import say
-from bfpo.data.adapters import named_source
+from bfpo.data.adapters import parse_source
 from bfpo.data.inspect import (
     show_cell_lengths,
     show_cells,
@@ -20,25 +20,25 @@ from bfpo.data.prepare import prepare, write_prepared
 from bfpo.errors import RecipeError
 from bfpo.losses.labeling import LabelingFunction
 
-# A length no conversation reaches: lengths are to be seen before anything is cut.
+# Lengths are shown before truncation.
 _NO_LIMIT = 10**9
 
 
 def inspect_sources(
     sources: list[str], *, tokenizer: str | None, max_length: int, examples: int, limit: int | None
 ) -> None:
-    """Print tables about sources.
+    """Print tables that describe data.
 
     Args:
-        sources: One recipe, or `[ADAPTER:]PATH`s.
-        tokenizer: Folder or hub id; None shows lengths in words.
-        max_length: Limit in tokens to judge truncation by; a recipe's own goes first.
-        examples: Pairs to show.
-        limit: Take at most so many pairs of each source.
+        sources: One recipe, or sources of the form `[ADAPTER:]PATH`.
+        tokenizer: Folder or hub id of a tokenizer; None to show lengths in words.
+        max_length: Limit in tokens at which truncation is shown, unless a recipe has one.
+        examples: Number of pairs to show.
+        limit: Maximum number of pairs from each source.
 
     Raises:
-        RecipeError: If a recipe is mixed with other sources, or an adapter is unknown.
-        DataError: If data are malformed.
+        RecipeError: If a recipe is combined with other sources, or an adapter is unknown.
+        DataError: If the data are malformed.
     """
     labeling: LabelingFunction | None = LabelingFunction.from_parameters()
     beta = 0.01
@@ -48,10 +48,10 @@ def inspect_sources(
         recipe = read_data_recipe(Path(sources[0]), [])
         if isinstance(recipe, TrainRecipe):
             max_length = recipe.text.max_length
-            labeling, beta = _labels_of(recipe)
+            labeling, beta = _labeling_of(recipe)
     else:
-        # Nothing is refused here: the tables say what a recipe's limits would stop.
-        recipe = DataRecipe(data=[named_source(source) for source in sources], max_dropped=0.999)
+        # A high share of faults doesn't stop an inspection: the tables show it.
+        recipe = DataRecipe(data=[parse_source(source) for source in sources], max_dropped=0.999)
     prepared = prepare(recipe, limit=limit)
     show_sources(part.report for part in prepared.parts)
     pairs = [*prepared.train, *prepared.eval]
@@ -59,39 +59,40 @@ def inspect_sources(
     show_cell_lengths(pairs)
     if tokenizer is None:
         show_text_lengths(pairs)
+        say("--tokenizer shows the lengths in tokens")
     else:
         _show_tokens(pairs, tokenizer, max_length)
     show_pairs(pairs, examples)
 
 
 def prepare_recipe(path: Path, overrides: list[str], out: Path, *, limit: int | None) -> None:
-    """Prepare a recipe's data and write them; see `write_prepared`."""
+    """Prepare the data of a recipe and write them into a folder; see `write_prepared`."""
     recipe = read_data_recipe(path, overrides)
     prepared = prepare(recipe, limit=limit, log=say)
     show_sources(part.report for part in prepared.parts)
-    labeling, beta = _labels_of(recipe) if isinstance(recipe, TrainRecipe) else (None, 1.0)
+    labeling, beta = _labeling_of(recipe) if isinstance(recipe, TrainRecipe) else (None, 1.0)
     show_cells([*prepared.train, *prepared.eval], labeling, beta)
-    written = write_prepared(prepared, out)
-    say(f"\nwrote {', '.join(map(str, written))}")
+    paths = write_prepared(prepared, out)
+    say(f"\nwrote {', '.join(map(str, paths))}")
     lines = [f"data: [{{path: {out / 'pairs.jsonl'}}}]"]
     if prepared.eval:
         lines.append(f"eval: [{{path: {out / 'eval.jsonl'}}}]")
-    say("in a recipe, instead of data, buffer, eval and holdout:")
+    say("use in a recipe instead of data, buffer, eval and holdout:")
     for line in lines:
         say(f"  {line}")
 
 
 def read_data_recipe(path: Path, overrides: list[str]) -> DataRecipe:
-    """Read a training recipe, or one that has data sections only.
+    """Read a recipe for training, or one with only the data sections.
 
     Raises:
-        RecipeError: If it is wrong.
+        RecipeError: If a key or a value is wrong.
     """
     content = read_recipe(path, overrides)
     return check_recipe(content, TrainRecipe if "model" in content else DataRecipe, str(path))
 
 
-def _labels_of(recipe: TrainRecipe) -> tuple[LabelingFunction | None, float]:
+def _labeling_of(recipe: TrainRecipe) -> tuple[LabelingFunction | None, float]:
     from bfpo.losses.build import make_loss
     from bfpo.losses.pairwise import BFPO
 
@@ -110,8 +111,8 @@ def _show_tokens(pairs: list[PreferencePair], tokenizer: str, max_length: int) -
 
     loaded = load_tokenizer(ModelSection(path=tokenizer))
     report = SourceReport("all sources", Source(path=tokenizer))
-    kept, examples = Encoder(loaded, TextSection(max_length=_NO_LIMIT)).encode(pairs, report)
+    encoded_pairs, examples = Encoder(loaded, TextSection(max_length=_NO_LIMIT)).encode(pairs, report)
     check_special_tokens(examples, loaded)
-    if len(kept) < len(pairs) or report.noted:
+    if len(encoded_pairs) < len(pairs) or report.noted:
         show_sources([report])
     show_token_lengths(examples, max_length)

@@ -30,7 +30,7 @@ def generate_to_file(
     samples = sampling.samples
     try:
         completions, missing = generate_most(
-            engine, requests, out, samples=samples, most_unanswered=max_unanswered * len(requests) * samples
+            engine, requests, out, samples=samples, max_unanswered=max_unanswered * len(requests) * samples
         )
     finally:
         show_faults(engine.faults)

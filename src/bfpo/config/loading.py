@@ -161,6 +161,15 @@ def load_recipe(path: str | Path, kind: type[RecipeType], overrides: list[str] |
     return check_recipe(read_recipe(path, overrides), kind, str(path))
 
 
+def holds_recipe(path: Path, recipe: Section) -> bool:
+    """Whether a file that `dump_recipe` wrote, perhaps an earlier version of it, holds this recipe."""
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return type(recipe).model_validate(_rename_keys(content, str(path), "", {})) == recipe
+    except (OSError, UnicodeDecodeError, RecipeError, ValidationError):
+        return False
+
+
 def dump_recipe(recipe: Section) -> str:
     """Return a recipe as YAML that reads back as the same recipe.
 

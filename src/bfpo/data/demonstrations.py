@@ -1,4 +1,4 @@
-"""Demonstrations for supervised fine-tuning: read, cleaned and split by prompt like pairs."""
+"""Demonstrations for supervised fine-tuning, which are cleaned and split by prompt like pairs."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from bfpo.config.recipes import Source
 from bfpo.core.pairs import Demonstration, PreferencePair
 from bfpo.data.adapters import DEMONSTRATIONS
-from bfpo.data.load import BROKEN, SourceReport, Why, is_broken, load_pairs, sample, source_report
+from bfpo.data.load import (
+    LONE_SURROGATE,
+    Reason,
+    SourceReport,
+    has_lone_surrogate,
+    load_pairs,
+    make_source_report,
+    sample,
+)
 from bfpo.data.prepare import is_held_out
 from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError
@@ -14,12 +22,12 @@ from bfpo.errors import DataError
 
 @dataclass
 class DemonstrationPart:
-    """The demonstrations of one source, with what happened to them.
+    """Demonstrations of one source.
 
     Args:
-        report: Counts.
-        train: What to imitate.
-        eval: What to evaluate on.
+        report: Report on the source.
+        train: Demonstrations to train on.
+        eval: Demonstrations to evaluate on.
     """
 
     report: SourceReport
@@ -30,35 +38,36 @@ class DemonstrationPart:
 def prepare_demonstrations(
     sources: list[Source], *, holdout: float, limit: int | None = None, evaluated: frozenset[str] = frozenset()
 ) -> list[DemonstrationPart]:
-    """Read, clean and split all data of a supervised recipe.
+    """Read, clean and split the data of a recipe for supervised fine-tuning.
 
     Args:
-        sources: What to read.
-        holdout: Share of the prompts held out, by the same hash as for preference data.
-        limit: Take at most so many of each source.
+        sources: Sources of the demonstrations.
+        holdout: Share of the prompts that are held out, by the same hash as for preference data.
+        limit: Maximum number of demonstrations from each source.
         evaluated: Keys of prompts that must not be trained on.
 
     Returns:
-        One part per source; repeated demonstrations and empty completions are gone, and counted.
+        One part per source, without duplicates and empty completions, which are counted.
 
     Raises:
-        DataError: If rows are malformed or nothing is left.
+        DataError: If a row is malformed or nothing is left to train on.
     """
     seen: set[str] = set()
     parts = []
     for source in sources:
-        report, found = load_demonstrations(source, limit=limit)
+        report, demonstrations = load_demonstrations(source, limit=limit)
         part = DemonstrationPart(report, [], [])
-        for item in found:
-            if item.row_id in seen:
-                report.removed[Why("duplicate", None)] += 1
-            elif not item.completion.strip():
-                report.dropped[Why("empty answer", None)] += 1
-            elif item.prompt_key in evaluated and not is_held_out(item.prompt_key, holdout):
-                report.removed[Why("prompt of an evaluation set", None)] += 1
+        for demonstration in demonstrations:
+            held_out = is_held_out(demonstration.prompt_key, holdout)
+            if demonstration.row_id in seen:
+                report.removed[Reason("duplicate", None)] += 1
+            elif not demonstration.completion.strip():
+                report.dropped[Reason("empty answer", None)] += 1
+            elif demonstration.prompt_key in evaluated and not held_out:
+                report.removed[Reason("prompt of an evaluation set", None)] += 1
             else:
-                seen.add(item.row_id)
-                (part.eval if is_held_out(item.prompt_key, holdout) else part.train).append(item)
+                seen.add(demonstration.row_id)
+                (part.eval if held_out else part.train).append(demonstration)
         parts.append(part)
     if not any(part.train for part in parts):
         raise DataError("no completions are left to train on; see holdout, limit and fraction in the recipe")
@@ -66,43 +75,47 @@ def prepare_demonstrations(
 
 
 def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[SourceReport, list[Demonstration]]:
-    """Read the completions of a source and take the sample that it asks for.
+    """Read the demonstrations of a source, and take the sample that it specifies.
 
-    With an adapter of `DEMONSTRATIONS` rows are prompts with completions; with any other they are pairs, and
-    `source.use` says which of their answers to imitate.
+    The adapters of `DEMONSTRATIONS` read prompts with completions. All others read pairs, and `source.use` says which
+    answers are imitated.
+
+    Args:
+        source: Source of the demonstrations.
+        limit: Maximum number of demonstrations, besides the source's own limit.
 
     Raises:
-        DataError: If rows are malformed, or `use: safer` meets an unlabeled pair.
+        DataError: If a row is malformed, or a pair is unlabeled with `use: safer`.
+        RecipeError: If the adapter is unknown or can't be imported.
     """
     if source.adapter in DEMONSTRATIONS:
-        read, license = DEMONSTRATIONS[source.adapter]
-        report = source_report(source, source.license or license, "")
-        found = list(_read(source, read, report))
-        if not found:
+        convert, license = DEMONSTRATIONS[source.adapter]
+        report = make_source_report(source, source.license or license, "")
+        demonstrations = list(_read_demonstrations(source, convert, report))
+        if not demonstrations:
             raise DataError(f"{report.name}: no rows in {source.path}")
-        taken = sample(found, source, report, limit)
+        demonstrations = sample(demonstrations, source, report, limit)
     else:
         report, pairs = load_pairs(source, "main", limit=limit)
-        taken = [item for pair in pairs for item in _imitated(pair, source, report)]
-        report.taken = len(taken)
-    return report, [replace(item, dataset_name=report.name) for item in taken]
+        demonstrations = [answer for pair in pairs for answer in _imitated_answers(pair, source, report)]
+        report.taken = len(demonstrations)
+    return report, [replace(demonstration, dataset_name=report.name) for demonstration in demonstrations]
 
 
-def _read(
-    source: Source, read: Callable[[SourceRow], Demonstration], report: SourceReport
+def _read_demonstrations(
+    source: Source, convert: Callable[[SourceRow], Demonstration], report: SourceReport
 ) -> Iterator[Demonstration]:
     for row in read_rows(source):
-        try:
-            item = read(row)
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from None
-        if is_broken(item.completion, *(message.content for message in item.prompt)):
-            report.skip(BROKEN, fault=True)
+        with row.locate_errors():
+            demonstration = convert(row)
+        texts = (demonstration.completion, *(message.content for message in demonstration.prompt))
+        if has_lone_surrogate(*texts):
+            report.skip(LONE_SURROGATE, fault=True)
         else:
-            yield item
+            yield demonstration
 
 
-def _imitated(pair: PreferencePair, source: Source, report: SourceReport) -> list[Demonstration]:
+def _imitated_answers(pair: PreferencePair, source: Source, report: SourceReport) -> list[Demonstration]:
     chosen, rejected = (Demonstration(pair.prompt, text) for text in (pair.chosen, pair.rejected))
     if source.use == "both":
         return [chosen, rejected]
@@ -110,8 +123,8 @@ def _imitated(pair: PreferencePair, source: Source, report: SourceReport) -> lis
         if pair.labels is None:
             raise DataError(f"{report.name}: 'use: safer' needs safety labels, and this set has none")
         if not any(pair.labels):
-            report.removed[Why("both answers unsafe", pair.cell)] += 1
+            report.removed[Reason("both answers unsafe", pair.cell)] += 1
             return []
-        # Among two safe answers the more helpful one is imitated.
+        # The more helpful of two safe answers is imitated.
         return [chosen if pair.labels.chosen else rejected]
     return [chosen if source.use == "chosen" else rejected]

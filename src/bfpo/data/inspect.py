@@ -1,4 +1,4 @@
-"""Tables that show what the data are and what happened to them."""
+"""Tables that describe the data and what happened to them."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from bfpo.losses.labeling import LabelingFunction
 
 
 def show_sources(reports: Iterable[SourceReport]) -> None:
-    """Print one row per source, then every count of what was skipped, dropped, removed or noted."""
+    """Print a row for each source, and the counts of what was skipped, dropped, removed or noted."""
     reports = list(reports)
     show_table(
         "Sources",
@@ -37,10 +37,10 @@ def show_sources(reports: Iterable[SourceReport]) -> None:
     details = []
     for report in reports:
         details += [(report.name, "row skipped", reason, "", count) for reason, count in report.skipped.items()]
-        for what, counts in (("dropped", report.dropped), ("removed", report.removed), ("noted", report.noted)):
+        for outcome, counts in (("dropped", report.dropped), ("removed", report.removed), ("noted", report.noted)):
             for reason, by_cell in by_reason(counts).items():
                 cells = ", ".join(f"{cell} {count}" for cell, count in by_cell.items())
-                details.append((report.name, what, reason, cells, sum(by_cell.values())))
+                details.append((report.name, outcome, reason, cells, sum(by_cell.values())))
     if details:
         show_table("What happened to rows and pairs", ("source", "what", "reason", "by cell", "count"), details)
     for report in reports:
@@ -49,12 +49,12 @@ def show_sources(reports: Iterable[SourceReport]) -> None:
 
 
 def show_cells(pairs: Sequence[PreferencePair], labeling: LabelingFunction | None, beta: float) -> None:
-    """Print the 2×2 table of each stream: count, share, and label and target where the loss has them.
+    """Print the 2×2 table of each stream: count, share, and the label and target of the loss.
 
     Args:
-        pairs: Of both streams.
-        labeling: None for a loss without a labeling function.
-        beta: Divides a label into a target.
+        pairs: Pairs of both streams.
+        labeling: Labeling function; None for a loss without one.
+        beta: Number that labels are divided by to get targets.
     """
     meanings = {"ss": "both safe", "su": "chosen safe", "us": "rejected safe", "uu": "both unsafe"}
     for stream, counts in cell_counts(pairs).items():
@@ -72,33 +72,33 @@ def show_cells(pairs: Sequence[PreferencePair], labeling: LabelingFunction | Non
                 )
             )
         sources = Counter(
-            p.provenance.safety_label_source for p in pairs if (p.provenance.stream or "main") == stream
+            pair.provenance.safety_label_source for pair in pairs if (pair.provenance.stream or "main") == stream
         )
-        origin = ", ".join(f"{name or 'none'} {count}" for name, count in sources.items())
+        label_sources = ", ".join(f"{name or 'none'} {count}" for name, count in sources.items())
         columns = ("cell (chosen means more helpful)", "pairs", "share", "label", "target (nats)")
-        show_table(f"Stream {stream}: {total} pairs; labels by {origin}", columns, rows)
+        show_table(f"Stream {stream}: {total} pairs; labels by {label_sources}", columns, rows)
 
 
 def show_text_lengths(pairs: Sequence[PreferencePair]) -> None:
-    """Print quantiles of the lengths in words, for data that aren't tokenized."""
-    pieces = {
+    """Print quantiles of the lengths in words."""
+    lengths = {
         "prompt": [sum(len(message.content.split()) for message in pair.prompt) for pair in pairs],
         "chosen": [len(pair.chosen.split()) for pair in pairs],
         "rejected": [len(pair.rejected.split()) for pair in pairs],
     }
-    _show_quantiles("Lengths in words (give --tokenizer for tokens)", pieces)
+    _show_quantiles("Lengths in words", lengths)
 
 
 def show_token_lengths(examples: Sequence[Example], max_length: int) -> None:
-    """Print quantiles of the lengths in tokens, and how many pairs several limits would cut."""
-    pieces = {
+    """Print quantiles of the lengths in tokens, and how many pairs would be truncated at several limits."""
+    lengths = {
         "prompt": [len(example.prompt_ids) for example in examples],
         "chosen": [len(example.completions[0]) for example in examples],
         "rejected": [len(example.completions[-1]) for example in examples],
     }
-    _show_quantiles("Lengths in tokens, nothing cut", pieces)
-    prompts = np.array(pieces["prompt"])
-    longest = prompts + np.maximum(pieces["chosen"], pieces["rejected"])
+    _show_quantiles("Lengths in tokens, before truncation", lengths)
+    prompts = np.array(lengths["prompt"])
+    longest = prompts + np.maximum(lengths["chosen"], lengths["rejected"])
     limits = sorted({256, 512, 1024, 2048, max_length})
     rows = [
         (
@@ -108,26 +108,26 @@ def show_token_lengths(examples: Sequence[Example], max_length: int) -> None:
         )
         for limit in limits
     ]
-    show_table("What truncation would cost", ("max_length", "pairs cut", "of these without room"), rows)
+    show_table("Effect of truncation", ("max_length", "pairs truncated", "of these without room"), rows)
 
 
 def show_cell_lengths(pairs: Sequence[PreferencePair]) -> None:
-    """Print the mean length gap of each cell: an answer that is always longer is a signal by itself."""
+    """Print the mean lengths in each cell: where one answer is always longer, a model may learn only the length."""
     rows = []
     for cell in CELLS:
-        here = [pair for pair in pairs if pair.cell == cell]
-        if here:
-            chosen, rejected = (np.mean([len(text.split()) for text in texts]) for texts in _texts(here))
-            rows.append((cell, len(here), f"{chosen:.0f}", f"{rejected:.0f}", f"{chosen - rejected:+.0f}"))
+        of_cell = [pair for pair in pairs if pair.cell == cell]
+        if of_cell:
+            chosen = np.mean([len(pair.chosen.split()) for pair in of_cell])
+            rejected = np.mean([len(pair.rejected.split()) for pair in of_cell])
+            rows.append((cell, len(of_cell), f"{chosen:.0f}", f"{rejected:.0f}", f"{chosen - rejected:+.0f}"))
     if rows:
         show_table("Mean words by cell", ("cell", "pairs", "chosen", "rejected", "gap"), rows)
 
 
 def show_pairs(pairs: Sequence[PreferencePair], count: int) -> None:
-    """Print the beginning of a few pairs, the first of each cell first."""
-    firsts = {pair.cell: pair for pair in reversed(pairs)}
-    shown = [*firsts.values(), *pairs][:count] if len(firsts) >= count else [*firsts.values()]
-    for pair in shown:
+    """Print the beginning of a few pairs, at most one of each cell."""
+    first_of_cell = {pair.cell: pair for pair in reversed(pairs)}
+    for pair in list(first_of_cell.values())[:count]:
         say(f"\n[{pair.cell or 'unlabeled'}] row {pair.row_id}")
         say(f"  prompt    {_short(pair.prompt[-1].content)}")
         say(f"  chosen    {_short(pair.chosen)}")
@@ -135,22 +135,18 @@ def show_pairs(pairs: Sequence[PreferencePair], count: int) -> None:
 
 
 def show_samples(samples: Sequence[dict[str, str]]) -> None:
-    """Print decoded examples, special tokens included, as the model will see them."""
+    """Print decoded examples with special tokens, as the model sees them."""
     for number, sample in enumerate(samples, start=1):
         say(f"\nsample {number} as the model sees it")
         for name, text in sample.items():
             say(f"  {name:<10} {_short(text, keep_end=True)}")
 
 
-def _texts(pairs: Sequence[PreferencePair]) -> tuple[list[str], list[str]]:
-    return [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
-
-
-def _show_quantiles(title: str, pieces: dict[str, list[int]]) -> None:
-    points = (0, 0.25, 0.5, 0.75, 0.95, 1)
+def _show_quantiles(title: str, lengths: dict[str, list[int]]) -> None:
+    quantiles = (0, 0.25, 0.5, 0.75, 0.95, 1)
     rows = [
-        (name, f"{np.mean(values):.0f}", *(f"{value:.0f}" for value in np.quantile(values, points)))
-        for name, values in pieces.items()
+        (name, f"{np.mean(values):.0f}", *(f"{value:.0f}" for value in np.quantile(values, quantiles)))
+        for name, values in lengths.items()
     ]
     show_table(title, ("", "mean", "min", "25%", "median", "75%", "95%", "max"), rows)
 

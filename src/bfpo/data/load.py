@@ -1,4 +1,4 @@
-"""One source: its pairs, sampled, and a report of everything that happened to its rows."""
+"""The sampled pairs of one source, with a report on what happened to its rows."""
 
 import random
 from collections import Counter
@@ -10,37 +10,45 @@ from typing import Any, NamedTuple, TypeVar
 from bfpo.config.recipes import Source
 from bfpo.core.files import file_hash
 from bfpo.core.pairs import Cell, PreferencePair, SafetyLabels, StreamName
-from bfpo.data.adapters import ADAPTERS, SkipRow
+from bfpo.data.adapters import find_adapter, read_pairs
+from bfpo.data.pair_formats import SkipRow
 from bfpo.data.rows import local_files, read_rows
-from bfpo.errors import DataError, RecipeError, did_you_mean
+from bfpo.errors import DataError
 
-Item = TypeVar("Item")
+Sampled = TypeVar("Sampled")
+
+LONE_SURROGATE = "lone surrogate in a text"
 
 
-class Why(NamedTuple):
-    """Why pairs of one cell were dropped, removed or noted."""
+class Reason(NamedTuple):
+    """Reason why pairs of a cell were dropped, removed or noted.
 
-    reason: str
+    Args:
+        text: Short description.
+        cell: Cell of the pairs; None for unlabeled pairs and for completions.
+    """
+
+    text: str
     cell: Cell | None
 
 
 @dataclass
 class SourceReport:
-    """What happened to the rows of one source; every count is of pairs (or completions) unless it says rows.
+    """What happened to the rows of a source; all counts are of pairs or completions, except where they are of rows.
 
     Args:
-        name: Data set name, unique within a run.
-        source: The recipe's source.
-        license: License of the data; "" when unknown.
-        note: What the adapter warns of.
-        files: Local file → SHA-256.
-        skipped: Rows without a pair, by reason.
-        faulty: Those of `skipped` that are faults and count against the cap.
-        read: Pairs that the adapter gave.
-        taken: Pairs left after `fraction` and `limit`.
-        dropped: Pairs lost to a fault, by reason and cell; these count against the cap.
-        removed: Pairs left out on purpose (duplicates, leaks, what the loss doesn't train on).
-        noted: Pairs kept that are worth knowing about (truncated, contradictory).
+        name: Name of the data set, unique within a run.
+        source: Source in the recipe.
+        license: License of the data; "" if unknown.
+        note: Caution of the adapter.
+        files: SHA-256 of each local file.
+        skipped: Number of rows without a pair, by reason.
+        faulty: Skipped rows that are faults and count against the cap.
+        read: Number of pairs that were read.
+        taken: Number of pairs after `fraction` and `limit`.
+        dropped: Pairs with a fault, which count against the cap.
+        removed: Pairs that are left out for another reason (duplicates, leaks, cells that the loss doesn't train on).
+        noted: Pairs that are kept with a remark (truncated, contradictory).
     """
 
     name: str
@@ -52,34 +60,37 @@ class SourceReport:
     faulty: Counter[str] = field(default_factory=Counter)
     read: int = 0
     taken: int = 0
-    dropped: Counter[Why] = field(default_factory=Counter)
-    removed: Counter[Why] = field(default_factory=Counter)
-    noted: Counter[Why] = field(default_factory=Counter)
+    dropped: Counter[Reason] = field(default_factory=Counter)
+    removed: Counter[Reason] = field(default_factory=Counter)
+    noted: Counter[Reason] = field(default_factory=Counter)
 
     def skip(self, reason: str, *, fault: bool) -> None:
-        """Count a row that holds no pair; a fault counts against the cap."""
+        """Count a row without a pair; a fault counts against the cap."""
         self.skipped[reason] += 1
         if fault:
             self.faulty[reason] += 1
 
     def check_cap(self, max_dropped: float) -> None:
-        """Stop a run that would lose more than a share of this source.
+        """Check that no more than a share of this source is dropped.
+
+        Args:
+            max_dropped: Maximum share, in [0, 1).
 
         Raises:
-            DataError: If it would; with the count of each reason.
+            DataError: If more is dropped; the message has the count of each reason.
         """
-        # Faulty rows were met before the sample was taken: each loss is a share of what it was taken from.
+        # Faulty rows are a share of all rows, dropped pairs are a share of the sample.
         faulty, dropped = self.faulty.total(), self.dropped.total()
-        losses = ((faulty, self.read + faulty), (dropped, self.taken))
-        lost, total = max(losses, key=lambda loss: loss[0] / max(loss[1], 1))
-        if lost > max_dropped * total:
+        shares = ((faulty, self.read + faulty), (dropped, self.taken))
+        count, total = max(shares, key=lambda share: share[0] / max(share[1], 1))
+        if count > max_dropped * total:
             reasons = Counter(self.faulty)
-            for (reason, _), count in self.dropped.items():
-                reasons[reason] += count
-            counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+            for reason, pairs in self.dropped.items():
+                reasons[reason.text] += pairs
+            counts = ", ".join(f"{reason}: {pairs}" for reason, pairs in reasons.most_common())
             raise DataError(
-                f"{self.name}: {lost} of {total} pairs would be dropped ({counts}), more than max_dropped = "
-                f"{max_dropped:g}; mend the data, or raise max_dropped in the recipe if this is meant"
+                f"{self.name}: {count} of {total} pairs would be dropped ({counts}), more than max_dropped = "
+                f"{max_dropped:g}; fix the data, or raise max_dropped in the recipe if this is intended"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -99,67 +110,63 @@ class SourceReport:
         }
 
 
-def by_reason(counts: Counter[Why]) -> dict[str, dict[str, int]]:
-    """Return the counts as reason → cell → number."""
+def by_reason(counts: Counter[Reason]) -> dict[str, dict[str, int]]:
+    """Return counts by reason and cell."""
     table: dict[str, dict[str, int]] = {}
-    for (reason, cell), count in sorted(counts.items(), key=str):
-        table.setdefault(reason, {})[cell or "unlabeled"] = count
+    for reason, count in sorted(counts.items(), key=str):
+        table.setdefault(reason.text, {})[reason.cell or "unlabeled"] = count
     return table
 
 
 def load_pairs(
     source: Source, stream: StreamName, *, limit: int | None = None
 ) -> tuple[SourceReport, list[PreferencePair]]:
-    """Read the pairs of a source and take the sample that it asks for.
+    """Read the pairs of a source, and take the sample that it specifies.
 
     Args:
-        source: Where and how to read.
-        stream: The stream of pairs that don't name one themselves.
-        limit: A further limit, as from `--limit`.
+        source: Source of the pairs.
+        stream: Stream of pairs without one.
+        limit: Maximum number of pairs, besides the source's own limit.
 
     Returns:
-        The report, and pairs that all have a data set name and a stream.
+        The report, and the pairs with data set name and stream.
 
     Raises:
-        DataError: If rows are malformed, some pairs are labeled and others are not, or the file puts a pair of
-            the main stream into a source of the buffer.
-        RecipeError: If the adapter is unknown.
+        DataError: If a row is malformed, only some pairs are labeled, or a source of the buffer has a pair of the
+            main stream.
+        RecipeError: If the adapter is unknown or can't be imported.
     """
-    adapter = ADAPTERS.get(source.adapter)
-    if adapter is None:
-        raise RecipeError(f"adapter is '{source.adapter}'; {did_you_mean(source.adapter, list(ADAPTERS))}")
-    report = source_report(source, source.license or adapter.license, adapter.note)
-    found: list[PreferencePair] = []
-    for item in adapter.read(read_rows(source), source):
-        if isinstance(item, SkipRow):
-            report.skip(item.reason, fault=item.fault)
-        elif is_broken(item.chosen, item.rejected, *(message.content for message in item.prompt)):
-            report.skip(BROKEN, fault=True)
+    adapter = find_adapter(source.adapter)
+    report = make_source_report(source, source.license or adapter.license, adapter.note)
+    pairs: list[PreferencePair] = []
+    for pair in read_pairs(adapter, read_rows(source), source):
+        if isinstance(pair, SkipRow):
+            report.skip(pair.reason, fault=pair.fault)
+        elif has_lone_surrogate(pair.chosen, pair.rejected, *(message.content for message in pair.prompt)):
+            report.skip(LONE_SURROGATE, fault=True)
         else:
-            found.append(item)
-    if not found:
+            pairs.append(pair)
+    if not pairs:
         raise DataError(f"{report.name}: no pairs in {source.path} (rows skipped: {dict(report.skipped)})")
-    _check_half_labeled(f"{report.name} ({source.path})", found)
-    return report, [_completed(pair, report, stream) for pair in sample(found, source, report, limit)]
+    _check_all_or_none_labeled(f"{report.name} ({source.path})", pairs)
+    return report, [_with_provenance(pair, report, stream) for pair in sample(pairs, source, report, limit)]
 
 
-def source_report(source: Source, license: str, note: str) -> SourceReport:
-    """Begin the report of a source: its name, license and the hashes of its files."""
+def make_source_report(source: Source, license: str, note: str) -> SourceReport:
+    """Return an empty report of a source, with its name, its license and the hashes of its files."""
     files = local_files(source)
     if files:
-        # A file of a known data set is named by it: 'test' would say nothing.
-        name = _stem(files[0]) if source.adapter in ("pairs", "demonstrations") else source.adapter
+        # A file of a published set is named after the set: a name such as 'test' would say nothing.
+        is_generic = source.adapter in ("pairs", "demonstrations") or ":" in source.adapter
+        name = _stem(files[0]) if is_generic else source.adapter
     else:
         name = source.path if isinstance(source.path, str) else source.path[0]
     hashes = {str(file): file_hash(file) for file in files}
     return SourceReport(name, source, license, note, hashes)
 
 
-BROKEN = "half a character in a text (a surrogate without its pair)"
-
-
-def is_broken(*texts: str) -> bool:
-    """Return whether a text can't be written or tokenized: JSON that was cut by length holds half characters."""
+def has_lone_surrogate(*texts: str) -> bool:
+    """Return whether a text has a lone surrogate, as in truncated JSON: it can't be written or tokenized."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
@@ -171,23 +178,26 @@ def _stem(file: Path) -> str:
     return file.name.partition(".")[0] or file.name
 
 
-def _completed(pair: PreferencePair, report: SourceReport, stream: StreamName) -> PreferencePair:
-    origin = pair.provenance
-    if stream == "buffer" and origin.stream == "main":
-        raise DataError(f"{report.name}: a source of the buffer holds pairs of stream 'main'; list the file in data:")
-    labels, label_source = pair.labels, origin.safety_label_source
+def _with_provenance(pair: PreferencePair, report: SourceReport, stream: StreamName) -> PreferencePair:
+    provenance = pair.provenance
+    if stream == "buffer" and provenance.stream == "main":
+        raise DataError(f"{report.name}: a source of the buffer has pairs of stream 'main'; list the file in data:")
+    labels, label_source = pair.labels, provenance.safety_label_source
     if labels is None and report.source.assume_safe:
         labels, label_source = SafetyLabels(True, True), "assumed"
-    origin = replace(
-        origin,
-        dataset_name=origin.dataset_name or report.name,
+    elif labels is not None and label_source is None:
+        # A custom adapter need not set it.
+        label_source = "dataset"
+    provenance = replace(
+        provenance,
+        dataset_name=provenance.dataset_name or report.name,
         safety_label_source=label_source,
-        stream=origin.stream or stream,
+        stream=provenance.stream or stream,
     )
-    return replace(pair, labels=labels, provenance=origin)
+    return replace(pair, labels=labels, provenance=provenance)
 
 
-def _check_half_labeled(name: str, pairs: Sequence[PreferencePair]) -> None:
+def _check_all_or_none_labeled(name: str, pairs: Sequence[PreferencePair]) -> None:
     unlabeled = sum(pair.labels is None for pair in pairs)
     if 0 < unlabeled < len(pairs):
         number = next(index for index, pair in enumerate(pairs, start=1) if pair.labels is None)
@@ -197,19 +207,25 @@ def _check_half_labeled(name: str, pairs: Sequence[PreferencePair]) -> None:
         )
 
 
-def sample(items: list[Item], source: Source, report: SourceReport, limit: int | None) -> list[Item]:
-    """Take the share of the items that `fraction`, `limit` and `--limit` ask for, in their order.
+def sample(pairs: list[Sampled], source: Source, report: SourceReport, limit: int | None) -> list[Sampled]:
+    """Return the sample of pairs or demonstrations that `fraction` and the limits specify, in their order.
+
+    Args:
+        pairs: All pairs or demonstrations of the source.
+        source: Source with `fraction` and `limit`.
+        report: Report that counts what was read and taken.
+        limit: Maximum size of the sample, besides the source's own limit.
 
     Raises:
-        DataError: If nothing would be left.
+        DataError: If the sample would be empty.
     """
-    report.read = len(items)
-    count = len(items) if source.fraction is None else int(source.fraction * len(items))
+    report.read = len(pairs)
+    count = len(pairs) if source.fraction is None else int(source.fraction * len(pairs))
     count = min(count, *(number for number in (source.limit, limit) if number is not None), count)
     report.taken = count
     if count == 0:
-        raise DataError(f"{report.name}: fraction {source.fraction} of {len(items)} pairs leaves none")
-    if source.sample == "head" or count == len(items):
-        return items[:count]
-    chosen = sorted(random.Random(source.seed).sample(range(len(items)), count))
-    return [items[index] for index in chosen]
+        raise DataError(f"{report.name}: fraction {source.fraction} of {len(pairs)} pairs leaves none")
+    if source.sample == "head" or count == len(pairs):
+        return pairs[:count]
+    indices = sorted(random.Random(source.seed).sample(range(len(pairs)), count))
+    return [pairs[index] for index in indices]

@@ -1,4 +1,4 @@
-"""All sources of a recipe: cleaned, split by prompt, checked for leaks, and counted."""
+"""The data of a recipe: read, cleaned, split by prompt and checked for leaks, with counts of what happened."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -8,18 +8,18 @@ from typing import Any, Literal
 
 from bfpo.config.recipes import DataRecipe, Source
 from bfpo.core.files import write_json, write_jsonl
-from bfpo.core.pairs import CELLS, PreferencePair, prompt_key
-from bfpo.data.load import SourceReport, Why, load_pairs
+from bfpo.core.pairs import CELLS, PreferencePair, StreamName, prompt_key
+from bfpo.data.load import Reason, SourceReport, load_pairs
 from bfpo.data.rows import read_prompts
 from bfpo.errors import DataError
 
 
 @dataclass
 class Part:
-    """The pairs of one source, with what happened to them.
+    """Pairs of one source.
 
     Args:
-        report: Counts.
+        report: Report on the source.
         train: Pairs to train on.
         eval: Pairs to evaluate on.
     """
@@ -31,26 +31,30 @@ class Part:
 
 @dataclass
 class PreparedData:
-    """Everything that a run trains and evaluates on."""
+    """Pairs that a run trains and evaluates on.
+
+    Args:
+        parts: Pairs by source.
+    """
 
     parts: list[Part]
 
     @property
     def train(self) -> list[PreferencePair]:
-        """Pairs to train on, both streams."""
+        """Pairs to train on, of both streams."""
         return [pair for part in self.parts for pair in part.train]
 
     @property
     def eval(self) -> list[PreferencePair]:
-        """Pairs to evaluate on, both streams."""
+        """Pairs to evaluate on, of both streams."""
         return [pair for part in self.parts for pair in part.eval]
 
     def manifest(self) -> dict[str, Any]:
-        """Return what a reader needs to know about the data, as one JSON object."""
+        """Return the content of `data_manifest.json`: sources, label sources, and counts by stream and cell."""
         return {
             "schema": 1,
             "sources": [part.report.to_json() for part in self.parts],
-            # Who labeled what is trained on: a judge among them is no independent judge of the model.
+            # A judge that labeled the training pairs is not an independent judge of the model.
             "label_sources": dict(Counter(pair.provenance.safety_label_source or "" for pair in self.train)),
             "train": cell_counts(self.train),
             "eval": cell_counts(self.eval),
@@ -58,7 +62,7 @@ class PreparedData:
 
 
 def cell_counts(pairs: Iterable[PreferencePair]) -> dict[str, dict[str, int]]:
-    """Count pairs by stream and cell; a cell without pairs is there with 0."""
+    """Return the number of pairs by stream and cell, including 0 for cells without pairs."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for pair in pairs:
         counts[pair.provenance.stream or "main"][pair.cell or "unlabeled"] += 1
@@ -74,17 +78,19 @@ def prepare(
     """Read, clean and split all data of a recipe.
 
     Args:
-        recipe: What to read.
-        limit: Take at most so many pairs of each source.
-        log: Told what is being read.
+        recipe: Recipe with the sources.
+        limit: Maximum number of pairs from each source.
+        log: Function that is called with a progress message for each source.
 
     Raises:
-        DataError: If rows are malformed, conflicts or leaks are to be errors, or too much would be dropped.
+        DataError: If a row is malformed, there are conflicts or leaks that the recipe makes errors, too many pairs
+            would be dropped, or nothing is left to train on.
+        RecipeError: If an adapter is unknown or can't be imported.
     """
 
-    def read(source: Source, stream: str) -> tuple[SourceReport, list[PreferencePair]]:
+    def read(source: Source, stream: StreamName) -> tuple[SourceReport, list[PreferencePair]]:
         log(f"reading {source.path}")
-        return load_pairs(source, "buffer" if stream == "buffer" else "main", limit=limit)
+        return load_pairs(source, stream, limit=limit)
 
     parts = [Part(*read(source, "main")) for source in recipe.data]
     parts += [Part(*read(source, "buffer")) for source in recipe.buffer]
@@ -92,16 +98,16 @@ def prepare(
     for source in recipe.eval:
         report, pairs = read(source, "main")
         evals.append(Part(report, train=[], eval=pairs))
-    _name_apart([*parts, *evals])
+    _make_names_unique([*parts, *evals])
 
     clean_train = clean([(part.report, part.train) for part in parts], recipe.conflicts)
-    for part, kept in zip(parts, clean_train, strict=True):
-        held_out = [is_held_out(pair.prompt_key, recipe.holdout) for pair in kept]
-        part.train = [pair for pair, out in zip(kept, held_out, strict=True) if not out]
-        part.eval = [pair for pair, out in zip(kept, held_out, strict=True) if out]
+    for part, pairs in zip(parts, clean_train, strict=True):
+        part.train, part.eval = [], []
+        for pair in pairs:
+            (part.eval if is_held_out(pair.prompt_key, recipe.holdout) else part.train).append(pair)
     clean_eval = clean([(part.report, part.eval) for part in evals], recipe.conflicts)
-    for part, kept in zip(evals, clean_eval, strict=True):
-        part.eval = kept
+    for part, pairs in zip(evals, clean_eval, strict=True):
+        part.eval = pairs
     _handle_leaks(parts, evals, recipe)
     prepared = PreparedData(parts + evals)
     for part in prepared.parts:
@@ -114,17 +120,25 @@ def prepare(
 def is_held_out(key: str, share: float) -> bool:
     """Return whether the prompt with this key belongs to the held-out share.
 
-    It depends on the prompt alone: the same prompt falls on the same side in every source, run and machine, and a
-    smaller share is a subset of a larger one.
+    This depends only on the prompt: a prompt is on the same side in every source, run and machine, and a smaller
+    share is a subset of a larger one.
+
+    Args:
+        key: Key of the prompt.
+        share: Share of the prompts that are held out, in [0, 1].
     """
     return int(key, 16) < share * 2.0 ** (4 * len(key))
 
 
 def write_prepared(prepared: PreparedData, out: Path) -> list[Path]:
-    """Write `pairs.jsonl`, `eval.jsonl` when there are evaluation pairs, and `data_manifest.json`.
+    """Write `pairs.jsonl`, `eval.jsonl` if there are evaluation pairs, and `data_manifest.json`.
+
+    Args:
+        prepared: Prepared data.
+        out: Output folder.
 
     Returns:
-        The files written.
+        The files that were written.
     """
     write_jsonl(out / "pairs.jsonl", (pair.to_row() for pair in prepared.train))
     written = [out / "pairs.jsonl"]
@@ -132,17 +146,17 @@ def write_prepared(prepared: PreparedData, out: Path) -> list[Path]:
         write_jsonl(out / "eval.jsonl", (pair.to_row() for pair in prepared.eval))
         written.append(out / "eval.jsonl")
     else:
-        # One of an earlier preparation would be taken for part of this one.
+        # The file of an earlier preparation doesn't belong to this one.
         (out / "eval.jsonl").unlink(missing_ok=True)
     write_json(out / "data_manifest.json", prepared.manifest())
     return [*written, out / "data_manifest.json"]
 
 
 def require_labels(pairs: Iterable[PreferencePair]) -> None:
-    """Refuse to train on unlabeled pairs.
+    """Check that all pairs are labeled.
 
     Raises:
-        DataError: Naming the data set.
+        DataError: If a pair is unlabeled; the message has its data set and row.
     """
     for pair in pairs:
         if pair.labels is None:
@@ -155,46 +169,46 @@ def require_labels(pairs: Iterable[PreferencePair]) -> None:
 def clean(
     sources: list[tuple[SourceReport, list[PreferencePair]]], conflicts: Literal["drop", "keep", "error"]
 ) -> list[list[PreferencePair]]:
-    """Drop what can't be trained on, and count it by source, reason and cell.
+    """Return the pairs that can be trained on, and count the others by source, reason and cell.
 
     Args:
-        sources: Pairs, and the report that counts what happens to them.
+        sources: Pairs of each source, with the report that counts them.
         conflicts: What to do with contradictions.
 
     Returns:
-        The pairs that are kept, source by source.
+        The clean pairs of each source.
 
     Raises:
-        DataError: If there are conflicts and they are to be errors.
+        DataError: If there are conflicts, and `conflicts` is `error`.
     """
-    found = _Conflicts(pair for _, pairs in sources for pair in pairs)
+    contradictions = _Contradictions(pair for _, pairs in sources for pair in pairs)
     seen: set[tuple[Any, ...]] = set()
-    kept: list[list[PreferencePair]] = []
+    cleaned: list[list[PreferencePair]] = []
     for report, pairs in sources:
-        kept.append([])
+        cleaned.append([])
         for pair in pairs:
             key = (pair.provenance.stream, pair.row_id, pair.labels)
             if key in seen:
-                report.removed[Why("duplicate", pair.cell)] += 1
+                report.removed[Reason("duplicate", pair.cell)] += 1
                 continue
             seen.add(key)
-            fault = _fault(pair)
-            conflict = None if fault else found.conflict_of(pair)
+            fault = _fault_of(pair)
+            conflict = None if fault else contradictions.find(pair)
             if conflict and conflicts == "error":
                 raise DataError(
-                    f"{report.name}: row {pair.row_id}: {conflict}; mend the data, or set conflicts to drop or keep"
+                    f"{report.name}: row {pair.row_id}: {conflict}; fix the data, or set conflicts to drop or keep"
                 )
             if fault or (conflict and conflicts == "drop"):
-                report.dropped[Why(fault or str(conflict), pair.cell)] += 1
+                report.dropped[Reason(fault or str(conflict), pair.cell)] += 1
                 continue
             if conflict:
-                report.noted[Why(f"kept though {conflict}", pair.cell)] += 1
-            kept[-1].append(pair)
-    return kept
+                report.noted[Reason(f"kept though {conflict}", pair.cell)] += 1
+            cleaned[-1].append(pair)
+    return cleaned
 
 
-class _Conflicts:
-    """Answers with both safety labels, and pairs that stand in both orders."""
+class _Contradictions:
+    """Answers that are labeled both safe and unsafe, and pairs that occur in both orders."""
 
     def __init__(self, pairs: Iterable[PreferencePair]) -> None:
         self._labels: dict[tuple[Any, str], set[bool]] = defaultdict(set)
@@ -205,15 +219,16 @@ class _Conflicts:
                 self._labels[pair.prompt, pair.chosen].add(pair.labels.chosen)
                 self._labels[pair.prompt, pair.rejected].add(pair.labels.rejected)
 
-    def conflict_of(self, pair: PreferencePair) -> str | None:
+    def find(self, pair: PreferencePair) -> str | None:
+        """Return how a pair contradicts another one; None if it doesn't."""
         if any(len(self._labels.get((pair.prompt, text), ())) > 1 for text in (pair.chosen, pair.rejected)):
             return "an answer is labeled both safe and unsafe"
         if (pair.prompt, pair.rejected, pair.chosen) in self._orders:
-            return "the pair stands in both orders"
+            return "the pair occurs in both orders"
         return None
 
 
-def _fault(pair: PreferencePair) -> str | None:
+def _fault_of(pair: PreferencePair) -> str | None:
     if not pair.prompt[-1].content.strip():
         return "empty prompt"
     if not pair.chosen.strip() or not pair.rejected.strip():
@@ -224,46 +239,46 @@ def _fault(pair: PreferencePair) -> str | None:
 
 
 def _handle_leaks(parts: list[Part], evals: list[Part], recipe: DataRecipe) -> None:
-    """Find training prompts that stand in an evaluation set, by the words of the prompt or of its last turn.
+    """Remove or refuse training pairs whose prompt, or its last turn, is a prompt of an evaluation set.
 
-    The last turn is compared with whole prompts only: that two conversations end with the same "why?" is no leak.
+    The last turn is only compared with whole prompts: two conversations that end with the same "why?" are no leak.
     """
-    named: dict[str, str] = {}
+    evaluated: dict[str, str] = {}
     for part in evals:
-        named |= {pair.prompt_key: part.report.name for pair in part.eval}
+        evaluated |= {pair.prompt_key: part.report.name for pair in part.eval}
     for path in recipe.benchmarks:
-        named |= {prompt_key(prompt): path for prompt in read_prompts(path)}
-    for part in parts if named else []:
-        leaks = [pair for pair in part.train if any(key in named for key in _leak_keys(pair))]
+        evaluated |= {prompt_key(prompt): path for prompt in read_prompts(path)}
+    for part in parts if evaluated else []:
+        leaks = [pair for pair in part.train if any(key in evaluated for key in _leak_keys(pair))]
         if leaks and recipe.leaks == "error":
-            where = next(named[key] for key in _leak_keys(leaks[0]) if key in named)
+            name = next(evaluated[key] for key in _leak_keys(leaks[0]) if key in evaluated)
             raise DataError(
-                f"{part.report.name}: {len(leaks)} training pairs have a prompt of the evaluation set {where} "
+                f"{part.report.name}: {len(leaks)} training pairs have a prompt of the evaluation set {name} "
                 f"(rows {', '.join(pair.row_id for pair in leaks[:3])}); set 'leaks: drop' to train without them"
             )
         leaked = {id(pair) for pair in leaks}
         part.train = [pair for pair in part.train if id(pair) not in leaked]
         for pair in leaks:
-            part.report.removed[Why("prompt of an evaluation set", pair.cell)] += 1
+            part.report.removed[Reason("prompt of an evaluation set", pair.cell)] += 1
 
 
 def _leak_keys(pair: PreferencePair) -> tuple[str, ...]:
     return (pair.prompt_key, prompt_key(pair.prompt[-1].content))
 
 
-def _name_apart(parts: list[Part]) -> None:
-    """Give every source a name of its own, so that counts of two files of one name stay apart."""
-    taken: Counter[str] = Counter()
+def _make_names_unique(parts: list[Part]) -> None:
+    """Rename sources so that two files of the same name are counted separately."""
+    uses: Counter[str] = Counter()
     for part in parts:
         name = part.report.name
-        taken[name] += 1
-        if taken[name] > 1:
-            part.report.name = f"{name}-{taken[name]}"
+        uses[name] += 1
+        if uses[name] > 1:
+            part.report.name = f"{name}-{uses[name]}"
             for pairs in (part.train, part.eval):
-                pairs[:] = [_renamed(pair, name, part.report.name) for pair in pairs]
+                pairs[:] = [_rename_dataset(pair, name, part.report.name) for pair in pairs]
 
 
-def _renamed(pair: PreferencePair, old: str, new: str) -> PreferencePair:
+def _rename_dataset(pair: PreferencePair, old: str, new: str) -> PreferencePair:
     if pair.provenance.dataset_name != old:
         return pair
     return replace(pair, provenance=replace(pair.provenance, dataset_name=new))

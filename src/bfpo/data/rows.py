@@ -1,4 +1,4 @@
-"""Raw rows from files and from the hub, each knowing where it stands."""
+"""Raw rows of files and of hub data sets, with their locations for errors."""
 
 import csv
 import gzip
@@ -8,7 +8,8 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -22,30 +23,50 @@ _SUFFIXES = ("json", "jsonl", "csv", "tsv", "parquet")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
-class NoColumn(DataError):
-    """A row lacks a column that is read."""
+class MissingColumn(DataError):
+    """A row lacks a column.
+
+    Args:
+        message: Error message.
+        columns: Columns that the row has.
+    """
+
+    def __init__(self, message: str, columns: Collection[str]) -> None:
+        super().__init__(message)
+        self.columns = columns
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One raw row.
+    """Raw row of a data set.
 
     Args:
-        values: Column → value.
-        where: File or hub id, and the row's number from 1.
+        values: Values by column.
+        where: Location: the file or hub id, and the number of the row from 1.
     """
 
     values: Mapping[str, Any]
     where: str
 
+    @contextmanager
+    def locate_errors(self) -> Iterator[None]:
+        """Put the location of the row in front of the message of a DataError."""
+        try:
+            yield
+        except MissingColumn as error:
+            raise MissingColumn(f"{self.where}: {error}", error.columns) from None
+        except DataError as error:
+            raise DataError(f"{self.where}: {error}") from None
+
     def value(self, column: str) -> Any:
-        """Return a column's value.
+        """Return the value of a column.
 
         Raises:
-            NoColumn: If the column is missing.
+            MissingColumn: If the row lacks the column.
         """
         if column not in self.values:
-            raise NoColumn(f"no column '{column}'; the columns are {', '.join(map(str, self.values))}")
+            columns = ", ".join(map(str, self.values))
+            raise MissingColumn(f"no column '{column}'; the columns are {columns}", self.values.keys())
         return self.values[column]
 
     def text(self, column: str) -> str:
@@ -56,7 +77,7 @@ class SourceRow:
         return value
 
     def label(self, column: str) -> bool:
-        """Return a column that must be a safety label; see `parse_label`."""
+        """Return a column that must be a safety label; True means safe, see `parse_label`."""
         value = self.value(column)
         try:
             return parse_label(value)
@@ -64,7 +85,7 @@ class SourceRow:
             raise DataError(f"column '{column}': {error}") from None
 
     def choice(self, column: str, allowed: tuple[int, ...]) -> int:
-        """Return a column that must be one of a few whole numbers."""
+        """Return a column that must be one of the allowed whole numbers."""
         value = self.value(column)
         if isinstance(value, str) and value.strip().isdecimal():
             value = int(value)
@@ -73,7 +94,7 @@ class SourceRow:
         return int(value)
 
     def number(self, column: str) -> float | None:
-        """Return an optional column of numbers; None when absent, null or not a number."""
+        """Return a column that may be missing or must be a number; None if it is missing, null or NaN."""
         value = self.values.get(column)
         if value is None or value == "":
             return None
@@ -85,20 +106,20 @@ class SourceRow:
 
 
 def read_rows(source: Source) -> Iterator[SourceRow]:
-    """Read a source's raw rows, in the file's order.
+    """Yield the raw rows of a source, in their order.
 
     Raises:
-        DataError: If a file is missing, empty, cut or malformed, or the hub can't be reached.
+        DataError: If a file is missing, empty, truncated or malformed, or the hub can't be reached.
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     for path in paths:
         files = _local_files(path)
         for row in _hub_rows(path, source) if files is None else _file_rows(files):
-            yield _renamed(row, source.columns)
+            yield _rename_columns(row, source.columns)
 
 
 def read_prompts(path: str) -> Iterator[str]:
-    """Read the prompts of a benchmark: lines of a text file, or a prompt column of a table.
+    """Yield the prompts of a benchmark: the lines of a text file, or a prompt column of a table.
 
     Raises:
         DataError: If the file has no prompts, or no prompt column.
@@ -106,31 +127,30 @@ def read_prompts(path: str) -> Iterator[str]:
     if Path(path).suffix == ".txt":
         prompts = [line.strip() for line in _lines(Path(path)) if line.strip()]
         if not prompts:
-            raise DataError(f"{path} holds no prompts")
+            raise DataError(f"{path} has no prompts")
         yield from prompts
         return
     for row in read_rows(Source(path=path)):
         column = next((name for name in ("prompt", "instruction", "question", "goal") if name in row.values), None)
         if column is None:
             raise DataError(f"{row.where}: no column 'prompt', 'instruction', 'question' or 'goal'")
-        try:
-            yield conversation_text(as_messages(row.value(column), column))
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from None
+        with row.locate_errors():
+            prompt = as_messages(row.value(column), column)
+        yield conversation_text(prompt)
 
 
 def local_files(source: Source) -> list[Path]:
-    """Return the files a source reads; empty for a hub id."""
+    """Return the local files of a source; none for a hub id."""
     paths = [source.path] if isinstance(source.path, str) else source.path
     return [file for path in paths for file in _local_files(path) or []]
 
 
 def _local_files(path: str) -> list[Path] | None:
-    """Return the files a path stands for; None for a hub id."""
+    """Return the files that a path matches; None for a hub id."""
     file = Path(path)
     if file.is_file():
         return [file]
-    if any(sign in path for sign in "*?["):
+    if any(wildcard in path for wildcard in "*?["):
         matches = sorted(glob(path, recursive=True))
         if not matches:
             raise DataError(f"path '{path}' matches no file")
@@ -151,19 +171,18 @@ def _format_of(file: Path) -> str | None:
 def _file_rows(files: list[Path]) -> Iterator[SourceRow]:
     readers = {"json": _json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
     for file in files:
-        kind = _format_of(file)
-        if kind is None:
-            raise DataError(
-                f"{file}: unknown kind of file; expected .{', .'.join(_SUFFIXES)}, or those with .gz or .xz"
-            )
-        empty = True
-        for number, values in readers[kind](file):
-            empty = False
+        file_format = _format_of(file)
+        if file_format is None:
+            suffixes = ", .".join(_SUFFIXES)
+            raise DataError(f"{file}: unknown file format; expected .{suffixes}, optionally with .gz or .xz")
+        is_empty = True
+        for number, values in readers[file_format](file):
+            is_empty = False
             if not isinstance(values, Mapping):
                 raise DataError(f"{file} row {number}: {type(values).__name__}; expected an object with columns")
             yield SourceRow(values, f"{file} row {number}")
-        if empty:
-            raise DataError(f"{file} holds no rows")
+        if is_empty:
+            raise DataError(f"{file} has no rows")
 
 
 def _open(file: Path) -> IO[str]:
@@ -177,7 +196,7 @@ def _lines(file: Path) -> Iterator[str]:
         with _open(file) as text:
             yield from text
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise DataError(f"{file}: the compressed file is cut or damaged ({error}); get it again") from None
+        raise DataError(f"{file}: the compressed file is truncated or damaged ({error}); get it again") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 text ({error})") from None
     except OSError as error:
@@ -191,10 +210,9 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
-            half = (
-                "" if line.endswith("\n") else "; the last line is half written: cut it off or write the file again"
-            )
-            raise DataError(f"{file} row {number}: not JSON ({error.msg} at column {error.colno}){half}") from None
+            is_incomplete = not line.endswith("\n")
+            hint = "; the last line is incomplete: remove it, or write the file again" if is_incomplete else ""
+            raise DataError(f"{file} row {number}: not JSON ({error.msg} at column {error.colno}){hint}") from None
         yield number, values
 
 
@@ -205,21 +223,25 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        lines = "; one object per line is .jsonl" if error.msg == "Extra data" else ""
-        where = f"line {error.lineno}, column {error.colno}"
-        raise DataError(f"{file}: not JSON ({error.msg} at {where}){lines}") from None
+        hint = "; the suffix for one object per line is .jsonl" if error.msg == "Extra data" else ""
+        position = f"line {error.lineno}, column {error.colno}"
+        raise DataError(f"{file}: not JSON ({error.msg} at {position}){hint}") from None
     if not isinstance(content, list):
-        raise DataError(f"{file} holds {type(content).__name__}; expected a list of rows")
+        raise DataError(f"{file} is a {type(content).__name__}; expected a list of rows")
     yield from enumerate(content, start=1)
 
 
 def refuse_lone_surrogates(row: SourceRow) -> None:
-    r"""Refuse an escape such as \ud800 that stands alone: JSON may hold it, but no text file can."""
+    r"""Refuse a lone surrogate such as \ud800, which JSON can escape and a text file can't contain.
+
+    Raises:
+        DataError: If a value has one.
+    """
     try:
         json.dumps(row.values, ensure_ascii=False, default=str).encode("utf-8")
     except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise DataError(f"half a character ({half} without its other half); mend the text") from None
+        surrogate = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(f"lone surrogate {surrogate} in a text; fix the text") from None
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, Any]]:
@@ -227,14 +249,16 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(_lines(file), strict=True, delimiter="\t" if _format_of(file) == "tsv" else ",")
     try:
         names = reader.fieldnames or ()
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise DataError(f"{file}: column '{twice[0]}' stands twice in the header; rename one")
+        if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+            raise DataError(f"{file}: duplicate column '{duplicates[0]}' in the header; rename one")
         for number, values in enumerate(reader, start=1):
             if None in values or None in values.values():
-                raise DataError(f"{file} row {number}: not as many fields as the header has ({', '.join(names)})")
+                raise DataError(
+                    f"{file} row {number}: expected as many fields as the header has ({', '.join(names)})"
+                )
             yield number, values
     except csv.Error as error:
-        # The reader counts the lines of whole rows: the broken row begins on the next one.
+        # The reader counts the lines of complete rows: the broken row starts on the next one.
         raise DataError(f"{file} line {reader.line_num + 1}: not CSV ({error})") from None
 
 
@@ -256,22 +280,22 @@ def _hub_rows(path: str, source: Source) -> Iterator[SourceRow]:
 
     split = source.split or "train"
     try:
-        table = load_dataset(path, source.name, split=split, revision=source.revision)
+        dataset = load_dataset(path, source.name, split=split, revision=source.revision)
     except (OSError, ValueError, DatasetsError) as error:  # not found, offline, no such split, damaged
-        first = str(error).partition("\n")[0]
-        raise DataError(f"hub data set '{path}' (split {split}): {first}") from None
-    for number, values in enumerate(table, start=1):
+        first_line = str(error).partition("\n")[0]
+        raise DataError(f"hub data set '{path}' (split {split}): {first_line}") from None
+    for number, values in enumerate(dataset, start=1):
         yield SourceRow(values, f"{path}[{split}] row {number}")
 
 
-def _renamed(row: SourceRow, columns: Mapping[str, str]) -> SourceRow:
+def _rename_columns(row: SourceRow, columns: Mapping[str, str]) -> SourceRow:
     if not columns:
         return row
     for theirs in columns.values():
         if theirs not in row.values:
             raise DataError(
-                f"{row.where}: columns: no column '{theirs}'; there are {', '.join(map(str, row.values))}"
+                f"{row.where}: columns: no column '{theirs}'; the columns are {', '.join(map(str, row.values))}"
             )
-    # All at once, so that two columns can change places.
-    kept = {name: value for name, value in row.values.items() if name not in columns.values()}
-    return SourceRow(kept | {ours: row.values[theirs] for ours, theirs in columns.items()}, row.where)
+    # All at once, so that two columns can be swapped.
+    others = {name: value for name, value in row.values.items() if name not in columns.values()}
+    return SourceRow(others | {ours: row.values[theirs] for ours, theirs in columns.items()}, row.where)

@@ -1,7 +1,7 @@
-"""The stages of an evaluation, prompts → completions → verdicts, each reading the file of the one before.
+"""The stages of an evaluation, prompts → completions → verdicts; each reads the file of the stage before.
 
-A stage appends to `NAME.unfinished` while it works, and writes `NAME` at once, in the order of its input, when
-nothing is missing. Killed at any moment it goes on where it was; called again it reuses what there is.
+A stage appends to `NAME.unfinished` while it runs. When nothing is missing it writes `NAME` in one step, in the order
+of its input. A stage that was killed resumes, and one that is called again reuses what its files have.
 """
 
 from collections import Counter
@@ -17,21 +17,21 @@ from bfpo.core.terminal import progress, show_table
 from bfpo.data.rows import read_prompts, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, Unanswered
 
-Made = TypeVar("Made", bound=FileRow)
+Row = TypeVar("Row", bound=FileRow)
 Key = TypeVar("Key", bound=Hashable)
-Name = TypeVar("Name")
+Name = TypeVar("Name", bound=Hashable)
 
-# Completions that a judge gets at a time: those that are models sort them by length and share their batches.
-_PIECE = 64
-# Ids of a kind that are printed.
-_SHOWN = 5
+# Completions that a judge gets at a time; judges that are models sort them by length into batches.
+_BATCH = 64
+# Ids that are printed for each reason.
+_NUM_SHOWN = 5
 
 
 def read_prompt_file(path: str) -> list[Prompt]:
-    """Read prompts from a `prompts.jsonl`, any table with a prompt column, or a text file with one on each line.
+    """Read prompts from a `prompts.jsonl`, any table with a prompt column, or a text file with a prompt on each line.
 
     Raises:
-        DataError: If there are none, they are malformed, or an id stands twice.
+        DataError: If there are no prompts, one is malformed, or an id is duplicated.
     """
     prompts = []
     if Path(path).suffix == ".txt":
@@ -40,166 +40,161 @@ def read_prompt_file(path: str) -> list[Prompt]:
             prompts.append(Prompt(prompt_id(messages), messages, source=path))
     else:
         for row in read_rows(Source(path=path)):
-            try:
+            with row.locate_errors():
                 refuse_lone_surrogates(row)
-                own = prompt_id(as_messages(row.value("prompt")))
-                prompts.append(Prompt.from_row({"prompt_id": own, "source": path, **row.values}))
-            except DataError as error:
-                raise DataError(f"{row.where}: {error}") from None
+                default_id = prompt_id(as_messages(row.value("prompt")))
+                prompts.append(Prompt.from_row({"prompt_id": default_id, "source": path, **row.values}))
     if not prompts:
-        raise DataError(f"{path} holds no prompts")
-    if twice := _first_twice(prompt.prompt_id for prompt in prompts):
-        raise DataError(f"{path}: the prompt '{twice}' stands twice; every prompt needs an id of its own")
+        raise DataError(f"{path} has no prompts")
+    if duplicate := _first_duplicate(prompt.prompt_id for prompt in prompts):
+        raise DataError(f"{path}: duplicate prompt id '{duplicate}'; the id of a prompt must be unique")
     return prompts
 
 
 def generate_completions(
     engine: Engine, prompts: Sequence[Prompt], path: Path, *, samples: int = 1
 ) -> list[Completion]:
-    """Answer every prompt `samples` times, into a file of completions.
+    """Generate completions of every prompt into a file.
 
     Args:
-        engine: What answers.
-        prompts: Each with an id of its own.
-        path: `completions.jsonl`; completions that it or its unfinished part holds aren't made again.
-        samples: Answers per prompt.
+        engine: Engine that generates.
+        prompts: Prompts with unique ids.
+        path: `completions.jsonl`; completions in it or in its unfinished part are reused.
+        samples: Number of completions per prompt.
 
     Returns:
         All completions, prompt by prompt.
 
     Raises:
-        DataError: If the file holds completions made by another model or with other settings.
+        DataError: If the file has completions of another model, of other settings, or of other prompts with these
+            ids.
+        Unanswered: If some completions are missing.
     """
-    wanted = {(prompt.prompt_id, sample): (prompt, sample) for prompt in prompts for sample in range(samples)}
+    requests = {(prompt.prompt_id, sample): (prompt, sample) for prompt in prompts for sample in range(samples)}
 
-    def check(done: Completion) -> None:
-        if done.key in wanted and done.prompt != wanted[done.key][0].prompt:
-            raise DataError(f"{path}: {done.key} answers another prompt of that id; choose another --out")
-        if done.settings_hash != engine.settings_hash:
+    def check(completion: Completion) -> None:
+        if completion.key in requests and completion.prompt != requests[completion.key][0].prompt:
             raise DataError(
-                f"{path} holds completions of another model or other settings (hash {done.settings_hash}, this run's "
-                f"is {engine.settings_hash}); choose another --out, or remove it"
+                f"{path}: {completion.key} answers another prompt with this id; choose another output file"
+            )
+        if completion.settings_hash != engine.settings_hash:
+            raise DataError(
+                f"{path} has completions of another model or other settings (hash {completion.settings_hash}, but "
+                f"{engine.settings_hash} for this run); choose another output file, or remove this one"
             )
 
     return fill(
         path,
         Completion,
-        wanted,
+        requests,
         lambda completion: completion.key,
-        lambda missing: engine.generate([wanted[key] for key in missing]),
+        lambda missing: engine.generate([requests[key] for key in missing]),
         check=check,
         what="generating",
     )
 
 
 def generate_most(
-    engine: Engine, prompts: Sequence[Prompt], path: Path, *, samples: int = 1, most_unanswered: float
+    engine: Engine, prompts: Sequence[Prompt], path: Path, *, samples: int = 1, max_unanswered: float
 ) -> tuple[list[Completion], dict[str, str]]:
-    """Answer every prompt that can be answered, into a file of completions; see `generate_completions`.
+    """Generate completions of all prompts that can be answered into a file; see `generate_completions`.
 
-    A prompt that is too long for the model, or that a server fails on, is left out with all its samples; those that
-    were had stay in the file. The same call asks for the missing ones again.
+    A prompt is left out with all its samples if it is too long for the model or a server fails on it. Its completions
+    that were generated stay in the file, and the same call requests the missing ones again.
 
     Args:
-        engine: What answers.
-        prompts: Each with an id of its own.
+        engine: Engine that generates.
+        prompts: Prompts with unique ids.
         path: `completions.jsonl`.
-        samples: Answers per prompt.
-        most_unanswered: Completions that may stay unanswered.
+        samples: Number of completions per prompt.
+        max_unanswered: Maximum number of missing completions.
 
     Returns:
-        Completions of the prompts that were answered, prompt by prompt; and prompt's id → why it was left out.
+        Completions of the answered prompts, prompt by prompt; and the reason of each prompt that is left out, by id.
 
     Raises:
-        Unanswered: If it were more.
-        DataError: As `generate_completions`.
+        Unanswered: If more completions are missing.
+        DataError: As in `generate_completions`.
     """
     try:
         return generate_completions(engine, prompts, path, samples=samples), {}
     except Unanswered as error:
-        if len(error.failed) > most_unanswered:
+        if len(error.failed) > max_unanswered:
             raise
-        lost = {name: why for (name, _), why in error.failed.items()}
-    answered = [prompt for prompt in prompts if prompt.prompt_id not in lost]
-    return generate_completions(engine, answered, path, samples=samples), lost
+        reasons = {name: reason for (name, _), reason in error.failed.items()}
+    answered = [prompt for prompt in prompts if prompt.prompt_id not in reasons]
+    return generate_completions(engine, answered, path, samples=samples), reasons
 
 
-def show_unanswered(lost: Mapping[str, str]) -> None:
-    """Print which prompts were left out and why, the first few by their ids."""
-    reasons = Counter(lost.values())
+def show_unanswered(reasons: Mapping[str, str]) -> None:
+    """Print a table of the prompts that were left out.
+
+    Args:
+        reasons: Reasons by prompt id.
+    """
     rows = []
-    for why, count in reasons.most_common():
-        names = [name for name, reason in lost.items() if reason == why]
-        rows.append((why, count, ", ".join(names[:_SHOWN]) + (", ..." if count > _SHOWN else "")))
+    for reason, count in Counter(reasons.values()).most_common():
+        names = [name for name, other in reasons.items() if other == reason]
+        rows.append((reason, count, ", ".join(names[:_NUM_SHOWN]) + (", ..." if count > _NUM_SHOWN else "")))
     if rows:
-        show_table("Prompts left unanswered", ("why", "prompts", "ids"), rows)
+        show_table("Unanswered prompts", ("reason", "prompts", "ids"), rows)
 
 
 def show_faults(faults: Counter[str]) -> None:
-    """Print what a server got wrong, if anything."""
+    """Print a table of the faults of a server, if there are any."""
     if faults:
-        show_table("What the server got wrong; asked again, or mended", ("fault", "times"), faults.most_common())
+        show_table("Faults of the server, repaired or retried", ("fault", "times"), faults.most_common())
 
 
 def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:
-    """Judge every completion, into a file of verdicts.
+    """Judge every completion, and write the verdicts into a file.
 
     Args:
-        judge: What judges.
-        completions: What is judged.
-        path: `verdicts.jsonl`; verdicts on the same texts by the same revision of the judge aren't made again.
+        judge: Judge of the completions.
+        completions: Completions to judge.
+        path: `verdicts.jsonl`; verdicts in it or in its unfinished part are reused.
 
     Returns:
-        This judge's verdicts, in the completions' order.
+        The judge's verdicts, in the order of the completions.
 
     Raises:
-        DataError: If the file holds verdicts on other texts, or of another judge or revision.
+        DataError: If the file has verdicts on other texts, or of another judge or revision.
     """
-    wanted = {completion.key: completion for completion in completions}
+    by_key = {completion.key: completion for completion in completions}
 
-    def check(done: Verdict) -> None:
-        if (done.judge, done.revision) != (judge.name, judge.revision):
+    def check(verdict: Verdict) -> None:
+        if (verdict.judge, verdict.revision) != (judge.name, judge.revision):
             raise DataError(
-                f"{path} holds verdicts of {done.judge}@{done.revision}, this is {judge.name}@{judge.revision}; "
-                "choose another --out, or remove it"
+                f"{path} has verdicts of {verdict.judge}@{verdict.revision}, this is {judge.name}@{judge.revision}; "
+                "choose another output file, or remove this one"
             )
-        if done.key in wanted and done.text_hash != wanted[done.key].text_hash:
-            raise DataError(f"{path}: the verdict on {done.key} is about another text; remove it")
+        if verdict.key in by_key and verdict.text_hash != by_key[verdict.key].text_hash:
+            raise DataError(f"{path}: the verdict on {verdict.key} is about another text; remove the file")
 
     return fill(
         path,
         Verdict,
-        wanted,
+        by_key,
         lambda verdict: verdict.key,
-        lambda missing: judged_in_pieces(judge, [wanted[key] for key in missing]),
+        lambda missing: _judge_in_batches(judge, [by_key[key] for key in missing]),
         check=check,
         what="judging",
     )
 
 
-def without_verdict(completions: Sequence[Completion], path: Path) -> list[Completion]:
-    """Return the completions that a file of verdicts and its unfinished part hold no verdict on."""
-    done = {verdict.key for verdict in _started(path, Verdict)}
-    return [one for one in completions if one.key not in done]
-
-
-def judged_in_pieces(judge: Judge, completions: Sequence[Completion]) -> Iterator[list[Verdict]]:
-    """Judge completions a few at a time, in order; each verdict is handed over as soon as the judge gives it.
-
-    So what is lost when it is killed is the one answer, or the batch, that the judge was at.
-    """
-    for start in range(0, len(completions), _PIECE):
-        for verdict in judge.judge(completions[start : start + _PIECE]):
-            yield [verdict]
+def find_unjudged(completions: Sequence[Completion], path: Path) -> list[Completion]:
+    """Return the completions without a verdict in a file of verdicts or its unfinished part."""
+    judged = {verdict.key for verdict in _read_existing(path, Verdict)}
+    return [completion for completion in completions if completion.key not in judged]
 
 
 def read_completions(path: Path) -> list[Completion]:
     """Read a finished file of completions.
 
     Raises:
-        DataError: If it is missing, malformed, or a completion stands twice.
+        DataError: If it is missing or malformed.
     """
-    return _read(path, Completion)
+    return _read_finished(path, Completion)
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
@@ -208,74 +203,81 @@ def read_verdicts(path: Path) -> list[Verdict]:
     Raises:
         DataError: If it is missing or malformed.
     """
-    return _read(path, Verdict)
-
-
-def _read(path: Path, kind: type[Made]) -> list[Made]:
-    made = []
-    for row in read_rows(Source(path=str(path))):
-        try:
-            refuse_lone_surrogates(row)
-            made.append(kind.from_row(row.values))
-        except DataError as error:
-            raise DataError(f"{row.where}: {error}") from None
-    return made
+    return _read_finished(path, Verdict)
 
 
 def fill(
     path: Path,
-    kind: type[Made],
-    every: Iterable[Key],
-    key_of: Callable[[Made], Key],
-    make: Callable[[Sequence[Key]], Iterable[list[Made]]],
+    kind: type[Row],
+    keys: Iterable[Key],
+    key_of: Callable[[Row], Key],
+    make: Callable[[Sequence[Key]], Iterable[list[Row]]],
     *,
-    check: Callable[[Made], None],
+    check: Callable[[Row], None],
     what: str,
-) -> list[Made]:
-    """Bring a file to hold everything wanted; see the module.
+) -> list[Row]:
+    """Complete a file so that it has a row for every key; see the module docstring.
 
     Args:
-        path: The file; what it or its unfinished part holds isn't made again.
-        kind: What its lines are.
-        every: Names of what is wanted.
-        key_of: Name of what was made.
-        make: Makes what is missing, in batches as they are done.
-        check: Raises when something that the file holds isn't of this run.
-        what: The work in a word, for the progress.
+        path: File; rows in it or in its unfinished part are reused.
+        kind: Class of the rows.
+        keys: Keys of the rows.
+        key_of: Function from a row to its key.
+        make: Function that makes the rows of missing keys, in batches.
+        check: Function that raises if an existing row belongs to another run.
+        what: Description of the work, for the progress bar.
 
     Returns:
-        What is wanted, in the order of its names.
+        The rows, in the order of the keys.
 
     Raises:
-        DataError: If something wanted wasn't made.
+        DataError: If a row was not made.
     """
-    wanted: list[Key] = list(every)
+    ordered_keys: list[Key] = list(keys)
     unfinished = _unfinished(path)
-    done: dict[Key, Made] = {}
-    for made in _started(path, kind):
-        check(made)
-        done[key_of(made)] = made
-    missing = [key for key in wanted if key not in done]
+    rows: dict[Key, Row] = {}
+    for row in _read_existing(path, kind):
+        check(row)
+        rows[key_of(row)] = row
+    missing = [key for key in ordered_keys if key not in rows]
     with progress(what, len(missing)) as advance:
         for batch in make(missing) if missing else ():
-            append_jsonl(unfinished, (one.to_row() for one in batch))
-            done |= {key_of(one): one for one in batch}
+            append_jsonl(unfinished, (row.to_row() for row in batch))
+            rows |= {key_of(row): row for row in batch}
             advance(len(batch))
-    if lost := [key for key in wanted if key not in done]:
-        raise DataError(f"{what}: {len(lost)} of {len(wanted)} were not made, the first is {lost[0]}")
-    # What the file holds beyond what is wanted now (more samples, say) was paid for: it stays, at the end.
-    wanted_now = set(wanted)
-    result: list[Made] = [done[key] for key in wanted]
-    others: list[Made] = [one for key, one in done.items() if key not in wanted_now]
-    # A start that wanted a part alone may have left that part first.
-    if missing or unfinished.exists() or not path.exists() or (not others and list(done) != wanted):
-        write_jsonl(path, (one.to_row() for one in result + others))
+    if failed := [key for key in ordered_keys if key not in rows]:
+        raise DataError(f"{what}: {len(failed)} of {len(ordered_keys)} were not made, the first is {failed[0]}")
+    # Rows that are not requested now (more samples, say) took time or money to make: they stay, at the end of the
+    # file.
+    requested = set(ordered_keys)
+    result: list[Row] = [rows[key] for key in ordered_keys]
+    others: list[Row] = [row for key, row in rows.items() if key not in requested]
+    # A run that requested only some of the keys may have left those first.
+    is_reordered = not others and list(rows) != ordered_keys
+    if missing or unfinished.exists() or not path.exists() or is_reordered:
+        write_jsonl(path, (row.to_row() for row in result + others))
         unfinished.unlink(missing_ok=True)
     return result
 
 
-def _started(path: Path, kind: type[Made]) -> Iterator[Made]:
-    """Yield what a file and its unfinished part hold."""
+def _judge_in_batches(judge: Judge, completions: Sequence[Completion]) -> Iterator[list[Verdict]]:
+    """Yield each verdict as soon as the judge returns it, so that a killed run loses at most one batch."""
+    for start in range(0, len(completions), _BATCH):
+        for verdict in judge.judge(completions[start : start + _BATCH]):
+            yield [verdict]
+
+
+def _read_finished(path: Path, kind: type[Row]) -> list[Row]:
+    rows = []
+    for row in read_rows(Source(path=str(path))):
+        with row.locate_errors():
+            refuse_lone_surrogates(row)
+            rows.append(kind.from_row(row.values))
+    return rows
+
+
+def _read_existing(path: Path, kind: type[Row]) -> Iterator[Row]:
+    """Yield the rows of a file and of its unfinished part."""
     for part in (path, _unfinished(path)):
         for number, row in enumerate(read_repaired_jsonl(part), start=1):
             try:
@@ -288,7 +290,7 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f"{path.name}.unfinished")
 
 
-def _first_twice(names: Iterable[Name]) -> Name | None:
+def _first_duplicate(names: Iterable[Name]) -> Name | None:
     seen: set[Name] = set()
     for name in names:
         if name in seen:

@@ -1,4 +1,4 @@
-"""Tokenized prompts with their completions, compact in memory."""
+"""Tables of tokenized prompts and completions, compact in memory."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ Floats = NDArray[np.float64]
 
 
 class Example(NamedTuple):
-    """Token ids of one prompt and of its completions (two for a pair, one for a demonstration).
+    """Token ids of a prompt and of its completions (two for a pair, one for a demonstration).
 
-    A chat of which every answer is imitated is one completion, from its first answer on. What stands between the
-    answers is read and not scored, and marked: its ids are the complements `~id`, below 0. The last token of a
-    completion is always scored.
+    A chat whose every answer is imitated is one completion, from its first answer on. The tokens between the answers
+    are not scored and are marked: their ids are the complements `~id`, below 0. The last token of a completion is
+    always scored.
     """
 
     prompt_ids: Ids
@@ -28,19 +28,19 @@ class Example(NamedTuple):
 
 
 def token_ids(marked: Ids) -> Ids:
-    """Return a completion's ids without the marks of tokens that are not scored."""
+    """Return the ids of a completion without the marks of unscored tokens."""
     return np.where(marked < 0, ~marked, marked)
 
 
 @dataclass(frozen=True)
 class TokenTable(Sequence[Example]):
-    """Examples in one flat array: 4 bytes a token, cheap to slice and to send to a worker.
+    """Examples in one flat array: 4 bytes per token, cheap to slice and to send to a worker.
 
     Args:
-        ids: All token ids, one after the other, (T,).
-        bounds: Where each piece begins and ends in `ids`: for example i the prompt spans bounds[i, 0] to
-            bounds[i, 1], completion k spans bounds[i, k + 1] to bounds[i, k + 2]; (N, completions + 2).
-        row_ids: Name of each example, for messages; N of them.
+        ids: Concatenated token ids of all examples, (T,).
+        bounds: Bounds of prompts and completions in `ids`, (N, completions + 2): the prompt of example i is
+            ids[bounds[i, 0] : bounds[i, 1]], its completion k is ids[bounds[i, k + 1] : bounds[i, k + 2]].
+        row_ids: Row ids of the N examples, for messages.
     """
 
     ids: Ids
@@ -58,58 +58,58 @@ class TokenTable(Sequence[Example]):
 
     @property
     def tokens_hash(self) -> str:
-        """Hash of the token ids and of where examples begin and end."""
+        """Hash of the token ids and of the bounds."""
         digest = hashlib.sha256()
         for array in (self.ids, self.bounds):
-            # Not `tobytes`, which would copy them all.
+            # `tobytes` would copy the array.
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that a resumed run must find unchanged."""
+        """Hash of everything that must be unchanged when a run is resumed."""
         return self.tokens_hash
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with one of its completions."""
+        """Number of tokens of the longest prompt with one of its completions."""
         lengths = self.lengths
         return int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
 
     @property
     def longest_span(self) -> int:
-        """Tokens fed of the example that has most: its prompt once, and its completions without their last tokens."""
+        """Maximum number of input tokens of an example: its prompt once, completions without their last tokens."""
         return int(self.lengths.sum(axis=1).max()) - self.completions
 
     @property
     def completions(self) -> int:
-        """Completions of each example."""
+        """Number of completions of each example."""
         return int(self.bounds.shape[1]) - 2
 
     @property
     def scored(self) -> NDArray[np.int64]:
-        """Tokens of each completion that are scored, (N, completions)."""
+        """Number of scored tokens of each completion, (N, completions)."""
         counts = np.concatenate([[0], np.cumsum(self.ids >= 0)])
         return np.diff(counts[self.bounds[:, 1:]], axis=1)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of the prompt and of each completion, (N, completions + 1)."""
+        """Number of tokens of the prompt and of each completion, (N, completions + 1)."""
         return np.diff(self.bounds, axis=1)
 
 
 @dataclass(frozen=True)
 class PairTable(TokenTable):
-    """Tokenized preference pairs with what the loss and the metrics need to know of each. Arrays are (N,).
+    """Tokenized preference pairs with the inputs of losses and metrics. Arrays are (N,).
 
     Args:
-        chosen_safe: Safety of the chosen answer: 0 or 1, or a probability when the recipe asks for scores.
-        rejected_safe: The same for the rejected answer.
-        cells: Index into `CELLS` by the labels.
+        chosen_safe: Safety of the chosen answer: 0 or 1, or a probability if scores are used.
+        rejected_safe: Same for the rejected answer.
+        cells: Index of the pair's cell in `CELLS`.
         is_buffer: Whether the pair belongs to the buffer stream.
-        signals: Optional columns of `PairSignals` that every pair has.
-        reference_logps: Log-probabilities of both answers under the reference, nats, (N, 2); None where the
-            reference computes them batch by batch.
+        signals: Columns of `PairSignals` that every pair has.
+        reference_logps: Log-probabilities of both answers under the reference, nats, (N, 2); None if the reference
+            computes them batch by batch.
     """
 
     chosen_safe: Floats
@@ -127,56 +127,55 @@ class PairTable(TokenTable):
 
     @property
     def main_rows(self) -> NDArray[np.int64]:
-        """Indices of the main stream's pairs."""
+        """Indices of the pairs of the main stream."""
         return np.flatnonzero(~self.is_buffer)
 
     @property
     def buffer_rows(self) -> NDArray[np.int64]:
-        """Indices of the buffer stream's pairs."""
+        """Indices of the pairs of the buffer stream."""
         return np.flatnonzero(self.is_buffer)
 
 
 def sampled_rows(rows: Sequence[int], limit: int | None) -> list[int]:
-    """Return at most so many rows, in order: the same sample each time, so that runs are evaluated on the same."""
+    """Return a sample of at most `limit` rows, in order; always the same one, so that evaluations are comparable."""
     if limit is None or len(rows) <= limit:
         return list(rows)
-    chosen = np.random.default_rng(42).choice(len(rows), size=limit, replace=False)
-    return [rows[index] for index in np.sort(chosen)]
+    indices = np.random.default_rng(42).choice(len(rows), size=limit, replace=False)
+    return [rows[index] for index in np.sort(indices)]
 
 
 def token_table(examples: Sequence[Example], row_ids: Sequence[str]) -> TokenTable:
-    """Pack examples that all have the same number of completions."""
-    return TokenTable(*_packed(examples), tuple(row_ids))
+    """Return a table of examples that all have the same number of completions."""
+    return TokenTable(*_concatenate(examples), tuple(row_ids))
 
 
 def pair_table(
     examples: Sequence[Example], pairs: Sequence[PreferencePair], *, use_scores: bool = False
 ) -> PairTable:
-    """Pack tokenized pairs with their labels and signals.
+    """Return a table of tokenized pairs with their labels and signals.
 
     Args:
-        examples: Token ids, two completions each.
-        pairs: The labeled pairs they come from, in the same order.
-        use_scores: Read safety from `*_safety_score` instead of the labels; every pair must have them.
+        examples: Token ids, with two completions each.
+        pairs: Labeled pairs of the examples, in the same order.
+        use_scores: Whether safety is read from `*_safety_score`, which every pair must then have.
 
     Returns:
-        The table. `expected_safety` is filled in, where the data lack it, by the mean safety of all answers of
-        the pair's data set.
+        The table. Missing values of `expected_safety` are the mean safety of all answers of the pair's data set.
     """
     labels = np.array([(pair.labels.chosen, pair.labels.rejected) for pair in pairs if pair.labels], dtype=np.float64)
     scores = np.array(
         [(pair.signals.chosen_safety_score, pair.signals.rejected_safety_score) for pair in pairs], dtype=np.float64
     )
     safe = scores if use_scores else labels
-    # What is best known about safety: the score where there is one, else the label.
+    # The best estimate of safety: the score if there is one, else the label.
     probability = np.where(np.isnan(scores), labels, scores)
     signals = {
         name: np.array([getattr(pair.signals, name) for pair in pairs], dtype=np.float64)
         for name in ("chosen_win_rate", "rejected_win_rate", "reward_margin", "expected_safety")
     }
-    signals["expected_safety"] = _filled_by_data_set(signals["expected_safety"], probability.mean(axis=1), pairs)
+    signals["expected_safety"] = _fill_by_dataset(signals["expected_safety"], probability.mean(axis=1), pairs)
     return PairTable(
-        *_packed(examples),
+        *_concatenate(examples),
         tuple(pair.row_id for pair in pairs),
         chosen_safe=safe[:, 0],
         rejected_safe=safe[:, 1],
@@ -186,13 +185,15 @@ def pair_table(
     )
 
 
-def _filled_by_data_set(values: Floats, means: Floats, pairs: Sequence[PreferencePair]) -> Floats:
+def _fill_by_dataset(values: Floats, means: Floats, pairs: Sequence[PreferencePair]) -> Floats:
+    """Replace missing values by the mean of the pair's data set."""
     names, group = np.unique([pair.provenance.dataset_name for pair in pairs], return_inverse=True)
     by_group = np.bincount(group, weights=means, minlength=len(names)) / np.bincount(group, minlength=len(names))
     return np.where(np.isnan(values), by_group[group], values)
 
 
-def _packed(examples: Sequence[Example]) -> tuple[Ids, NDArray[np.int64]]:
+def _concatenate(examples: Sequence[Example]) -> tuple[Ids, NDArray[np.int64]]:
+    """Return the concatenated token ids of examples, and their bounds."""
     pieces = [piece for example in examples for piece in (example.prompt_ids, *example.completions)]
     ends = np.cumsum([0, *(len(piece) for piece in pieces)], dtype=np.int64)
     per_example = len(pieces) // len(examples)

@@ -1,4 +1,4 @@
-"""Encodings of earlier runs, kept in files that are named by what they were made of."""
+"""Cache of encodings: files that are named by a hash of the texts, the tokenizer and the settings."""
 
 import json
 import zipfile
@@ -16,14 +16,20 @@ from bfpo.data.table import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Below this, tokenizing takes about as long as looking it up.
-FEWEST = 1000
-# Raised when the same texts and tokenizer would be encoded differently by newer code.
+# For fewer texts, tokenizing takes about as long as reading the cache.
+MIN_CACHED = 1000
+# To increase when newer code encodes the same texts with the same tokenizer differently.
 VERSION = 1
 
 
 class Encoding(NamedTuple):
-    """Outcome for one item: the example, or why there is none; and what is worth noting."""
+    """Encoding of a pair or a demonstration.
+
+    Args:
+        example: Token ids; None if it can't be encoded.
+        fault: Reason why it can't be encoded.
+        notes: Remarks, such as a truncation.
+    """
 
     example: Example | None
     fault: str | None = None
@@ -33,18 +39,18 @@ class Encoding(NamedTuple):
 def cache_file(
     folder: Path, tokenizer: "PreTrainedTokenizerBase", template: str | None, text: TextSection, texts: object
 ) -> Path | None:
-    """Return where the encodings of some texts are kept; None for a tokenizer whose content can't be read.
+    """Return the cache file for some texts; None if the tokenizer's content can't be hashed.
 
     Args:
-        folder: Of the cache.
-        tokenizer: What encodes.
-        template: Chat template in force.
+        folder: Folder of the cache.
+        tokenizer: Tokenizer.
+        template: Chat template that is used.
         text: Length and truncation.
-        texts: What is encoded, as JSON can hold it.
+        texts: Texts to encode, in a form that JSON can represent.
     """
     if not tokenizer.is_fast:
         return None
-    # Some templates write the date into the prompt.
+    # A template can write the date into the prompt.
     day = datetime.now(UTC).date() if "strftime_now" in str(template) else None
     content = tokenizer.backend_tokenizer.to_str()
     cache_key = content_hash(VERSION, content, tokenizer.eos_token_id, template, day, text.model_dump(), texts)
@@ -52,36 +58,42 @@ def cache_file(
 
 
 def read_encodings(file: Path) -> list[Encoding] | None:
-    """Return the encodings of a file; None if it isn't there or can't be read."""
+    """Return the encodings of a cache file; None if it is missing or can't be read."""
     try:
         with file.open("rb") as opened, np.load(opened) as arrays:
             ids, lengths = arrays["ids"], arrays["lengths"]
-            told = json.loads(arrays["told"].tobytes())
+            remarks = json.loads(arrays["told"].tobytes())
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     ends = np.cumsum(lengths)
     pieces = np.split(ids, ends[:-1].tolist())
-    per_item = lengths.shape[1]
+    pieces_per_example = lengths.shape[1]
     encodings = []
-    for number in range(len(lengths)):
-        fault, notes = told.get(str(number), (None, []))
-        prompt, *completions = pieces[number * per_item : (number + 1) * per_item]
+    for index in range(len(lengths)):
+        fault, notes = remarks.get(str(index), (None, []))
+        prompt, *completions = pieces[index * pieces_per_example : (index + 1) * pieces_per_example]
         example = Example(prompt, tuple(completions)) if fault is None else None
         encodings.append(Encoding(example, fault, tuple(notes)))
     return encodings
 
 
 def write_encodings(file: Path, encodings: Sequence[Encoding]) -> None:
-    """Write encodings, of which at least one has an example, so that nobody ever sees half a file."""
-    pieces = [(e.example.prompt_ids, *e.example.completions) if e.example else None for e in encodings]
-    per_item = next(len(of_item) for of_item in pieces if of_item)
-    empty = (np.zeros(0, dtype=np.int32),) * per_item
-    filled = [of_item or empty for of_item in pieces]
-    told = {str(n): (e.fault, e.notes) for n, e in enumerate(encodings) if e.fault is not None or e.notes}
+    """Write a cache file atomically; at least one encoding must have an example."""
+    num_completions = next(len(encoding.example.completions) for encoding in encodings if encoding.example)
+    no_ids = np.zeros(0, dtype=np.int32)
+    no_example = Example(no_ids, (no_ids,) * num_completions)
+    examples = [encoding.example or no_example for encoding in encodings]
+    pieces = [(example.prompt_ids, *example.completions) for example in examples]
+    remarks = {
+        str(index): (encoding.fault, encoding.notes)
+        for index, encoding in enumerate(encodings)
+        if encoding.fault is not None or encoding.notes
+    }
     with open_atomic(file) as opened:
         np.savez(
             opened,
-            ids=np.concatenate([piece for of_item in filled for piece in of_item]),
-            lengths=np.array([[len(piece) for piece in of_item] for of_item in filled]),
-            told=np.frombuffer(json.dumps(told).encode(), dtype=np.uint8),
+            ids=np.concatenate([ids for example in pieces for ids in example]),
+            lengths=np.array([[len(ids) for ids in example] for example in pieces]),
+            # The array has this name in the files of earlier versions.
+            told=np.frombuffer(json.dumps(remarks).encode(), dtype=np.uint8),
         )

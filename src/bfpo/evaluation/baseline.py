@@ -5,24 +5,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.core.files import read_repaired_jsonl
-from bfpo.core.samples import Prompt
+from bfpo.core.samples import Completion, Prompt
 from bfpo.data.stages import read_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import ModelComparison
-from bfpo.evaluation.dominance import PooledScores, pair_verdicts, pooled
-from bfpo.evaluation.panel import JudgeOutput, Measures, all_comparisons, measure_all
+from bfpo.evaluation.dominance import PooledScores, compare_models, pool_scores
+from bfpo.evaluation.judge_outputs import JudgeOutput
 from bfpo.evaluation.preferences import PairwisePreference
 from bfpo.evaluation.results import FILE_NAME, MetricComparison, Results, read_results
-from bfpo.evaluation.suite import Task, with_prompts_of
+from bfpo.evaluation.suite import Task, select_prompts
+from bfpo.evaluation.suite_scores import SuiteScores, compare_suites, score_suites
 from bfpo.evaluation.verdicts import verdicts_by_judge
 
 
 class Baseline(NamedTuple):
-    """The evaluation to compare with.
+    """Evaluation to compare with.
 
     Args:
-        folder: Its folder.
+        folder: Folder of the evaluation.
         results: Its results.
     """
 
@@ -34,113 +35,121 @@ def read_baseline(path: str, template_policy: str | None) -> Baseline:
     """Read the results of an evaluation to compare with.
 
     Args:
-        path: Folder of the base; an `evaluation` folder in it is taken.
-        template_policy: Of this run; None where its tasks are lm-eval's alone, each with its own.
+        path: Folder of the evaluation, or one with an `evaluation` folder in it.
+        template_policy: Template policy of this run; None to compare tasks of lm-eval only, each of which has its
+            own.
 
     Raises:
-        DataError: If there is none, or its prompts were put to the model under another policy.
+        DataError: If the results are missing, or of another template policy.
     """
     inner = Path(path) / "evaluation"
     folder = inner if (inner / FILE_NAME).is_file() else Path(path)
-    base = read_results(folder)
-    if template_policy is not None and base.template_policy != template_policy:
+    results = read_results(folder)
+    if template_policy is not None and results.template_policy != template_policy:
         raise DataError(
-            f"base {folder}: its prompts were put to the model under the policy '{base.template_policy}', this run's "
-            f"under '{template_policy}'; such runs don't compare, evaluate both under one policy"
+            f"base {folder}: its template policy is '{results.template_policy}', this run's is '{template_policy}'; "
+            "such runs don't compare, evaluate both under one policy"
         )
-    return Baseline(folder, base)
+    return Baseline(folder, results)
 
 
 def compare_with_baseline(
-    folder: Path,
-    base: Results,
+    baseline: Baseline,
     results: Results,
     tasks: Sequence[Task],
-    measures: Measures,
-    panel: Sequence[JudgeOutput],
+    suites: Sequence[SuiteScores],
+    outputs: Sequence[JudgeOutput],
 ) -> tuple[list[MetricComparison], list[ModelComparison], list[str]]:
-    """Compare with the evaluation of a folder.
+    """Compare a run with a baseline.
 
     Args:
-        folder: Of the base.
-        base: What its evaluation found.
-        results: Of this run; its numbers aren't needed.
-        tasks: What was asked.
-        measures: Of this run.
-        panel: Its judges.
+        baseline: The baseline.
+        results: Results of this run; their metrics aren't used.
+        tasks: Tasks of this run.
+        suites: Scores of this run.
+        outputs: Output of each judge of this run.
 
     Returns:
-        The comparisons, what the two are to each other by each judge, and what a reader must know of them.
+        Comparisons of metrics, comparisons of the two models by each judge, and notes for the reader.
 
     Raises:
-        DataError: If the base is of other prompts, or has no judge in common.
+        DataError: If the baseline is of other prompts, or has no judge in common.
     """
-    told = []
-    differing = sorted(key for key in results.sampling if base.sampling.get(key) != results.sampling[key])
+    folder, run, notes = baseline.folder, baseline.results.run, []
+    sampling = baseline.results.sampling
+    differing = sorted(key for key in results.sampling if sampling.get(key) != results.sampling[key])
     if differing:
-        told.append(f"The base {base.run} was sampled otherwise: {', '.join(differing)}.")
-    shared = _shared_tasks(folder, tasks)
-    asked = sum(len(task.prompts) for task in tasks)
-    if (both := sum(len(task.prompts) for task in shared)) < asked:
-        told.append(f"The comparison with {base.run} is over the {both:,} of {asked:,} prompts that both answered.")
-    completions = read_completions(folder / "completions.jsonl")
-    theirs, missing = _panel_of(folder, panel)
-    if any(one.compared for one in panel) and (other := _other_references(base, tasks)):
-        told.append(f"No comparison of win rates with {base.run}: {other} was set beside other outputs there.")
-        theirs = [one._replace(compared=()) for one in theirs]
-    told += [f"No comparison with {base.run} by {one}: it wasn't judged by that revision." for one in missing]
-    if not theirs:
-        names = ", ".join(f"{one.name}@{one.revision}" for one in panel)
-        raise DataError(f"base {folder}: it was judged by none of {names}; evaluate it with the same judges")
-    first = theirs[0].label == panel[0].label
-    of_base = measure_all(shared, completions, theirs)
-    if not first:
-        # What needs no judge is measured beside the first there is, and compared without the primary judge too.
-        of_base |= {
-            (suite, panel[0].label): [one for one in measured if not one.measure.needs_judge]
-            for (suite, judge), measured in of_base.items()
-            if judge == theirs[0].label
-        }
-    pairs = [
-        (_pooled(results.run, judge.label, measures), _pooled(base.run, judge.label, of_base)) for judge in theirs
+        notes.append(f"The baseline {run} was sampled with another {', '.join(differing)}.")
+    completions = read_completions(folder / Completion.file_name)
+    shared = _shared_tasks(folder, tasks, completions)
+    num_prompts = sum(len(task.prompts) for task in tasks)
+    num_shared = sum(len(task.prompts) for task in shared)
+    if num_shared < num_prompts:
+        notes.append(
+            f"The comparison with {run} is over the {num_shared:,} of {num_prompts:,} prompts that both answered."
+        )
+    baseline_outputs = _read_outputs(folder, outputs)
+    if any(output.preferences for output in outputs) and (task_name := _other_references(baseline.results, tasks)):
+        notes.append(f"No comparison of win rates with {run}: {task_name} was compared with other outputs there.")
+        baseline_outputs = [output._replace(preferences=()) for output in baseline_outputs]
+    labels = [output.label for output in baseline_outputs]
+    notes += [
+        f"No comparison with {run} by {output.label}: it wasn't judged by that revision."
+        for output in outputs
+        if output.label not in labels
     ]
-    return all_comparisons(measures, of_base, base), pair_verdicts(pairs), told
+    if not labels:
+        names = ", ".join(f"{output.name}@{output.revision}" for output in outputs)
+        raise DataError(f"base {folder}: it was judged by none of {names}; evaluate it with the same judges")
+    shared_ids = {prompt.prompt_id for task in shared for prompt in task.prompts}
+    completions = [completion for completion in completions if completion.prompt_id in shared_ids]
+    baseline_suites = score_suites(shared, completions, baseline_outputs)
+    primary = outputs[0].label
+    if labels[0] != primary:
+        # Scores that need no judge are with the first judge of each run, and are compared although these differ.
+        baseline_suites += [
+            SuiteScores(suite.suite, primary, [scores for scores in suite.scores if not scores.spec.needs_judge])
+            for suite in baseline_suites
+            if suite.judge == labels[0]
+        ]
+    pairs = [(_pool(results.run, label, suites), _pool(run, label, baseline_suites)) for label in labels]
+    comparisons = compare_suites(suites, baseline_suites, against=baseline.results)
+    return comparisons, compare_models(pairs), notes
 
 
-def _other_references(base: Results, tasks: Sequence[Task]) -> str | None:
-    """Return a task whose answers were set beside the outputs of another generator in the base."""
-    theirs = {row.name: row.compared_with for row in base.data}
+def _pool(run: str, judge: str, suites: Sequence[SuiteScores]) -> PooledScores:
+    return pool_scores(run, judge, [scores for suite in suites if suite.judge == judge for scores in suite.scores])
+
+
+def _other_references(baseline: Results, tasks: Sequence[Task]) -> str | None:
+    """Return the name of a task whose references are of another generator in the baseline."""
+    generators = {data.name: data.compared_with for data in baseline.data}
     own = [task.data for task in tasks if task.data is not None and task.references]
-    return next((row.name for row in own if theirs.get(row.name) != row.compared_with), None)
+    return next((data.name for data in own if generators.get(data.name) != data.compared_with), None)
 
 
-def _pooled(run: str, judge: str, measures: Measures) -> PooledScores:
-    return pooled(run, judge, [one for (_, by), measured in measures.items() if by == judge for one in measured])
-
-
-def _shared_tasks(folder: Path, tasks: Sequence[Task]) -> list[Task]:
-    """Return the tasks with the prompts that the base answered too."""
-    there = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(folder / Prompt.file_name))}
+def _shared_tasks(folder: Path, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Task]:
+    """Return tasks with the prompts that have completions in the baseline too."""
+    prompts = {prompt.prompt_id: prompt.prompt for prompt in read_prompt_file(str(folder / Prompt.file_name))}
     for task in tasks:
         for prompt in task.prompts:
-            if there.get(prompt.prompt_id, prompt).prompt != prompt.prompt:
-                raise DataError(f"base {folder}: its prompt '{prompt.prompt_id}' is another than this run's")
-    shared = with_prompts_of(tasks, there)
+            if prompts.get(prompt.prompt_id, prompt.prompt) != prompt.prompt:
+                raise DataError(f"base {folder}: its prompt '{prompt.prompt_id}' is not this run's prompt of that id")
+    shared = select_prompts(tasks, prompts.keys() & {completion.prompt_id for completion in completions})
     if not shared:
         raise DataError(f"base {folder}: it answered none of this run's prompts; evaluate it with the same suites")
     return shared
 
 
-def _panel_of(folder: Path, panel: Sequence[JudgeOutput]) -> tuple[list[JudgeOutput], list[str]]:
-    """Return the judges that the base has in common, with their verdicts on it, and the labels of the others."""
-    there = verdicts_by_judge(folder)
-    beside: dict[tuple[str, str], list[PairwisePreference]] = {}
-    for file in judge_files(folder, "comparisons"):
-        for compared in map(PairwisePreference.from_row, read_repaired_jsonl(file)):
-            beside.setdefault((compared.judge, compared.revision), []).append(compared)
-    found = [
-        one._replace(verdicts=there[name], compared=beside.get(name, []))
-        for one in panel
-        if (name := (one.name, one.revision)) in there
+def _read_outputs(folder: Path, outputs: Sequence[JudgeOutput]) -> list[JudgeOutput]:
+    """Return the output on the baseline of each judge that judged both."""
+    verdicts = verdicts_by_judge(folder)
+    preferences: dict[tuple[str, str], list[PairwisePreference]] = {}
+    for path in judge_files(folder, "comparisons"):
+        for preference in map(PairwisePreference.from_row, read_repaired_jsonl(path)):
+            preferences.setdefault((preference.judge, preference.revision), []).append(preference)
+    return [
+        output._replace(verdicts=verdicts[judge], preferences=preferences.get(judge, []))
+        for output in outputs
+        if (judge := (output.name, output.revision)) in verdicts
     ]
-    return found, [one.label for one in panel if (one.name, one.revision) not in there]

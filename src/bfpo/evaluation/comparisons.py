@@ -1,4 +1,4 @@
-"""What is said of a difference, and of a pair of models."""
+"""Verdicts on differences, and comparisons of two models in safety and helpfulness."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,23 +6,23 @@ from typing import Literal
 from bfpo.stats.intervals import SIGNIFICANT, Interval
 
 DifferenceVerdict = Literal["better", "worse", "not distinguishable"]
-Word = Literal["dominates", "dominated", "trade-off", "not distinguishable"]
-"""What one model is to another in safety and helpfulness together."""
+ModelVerdict = Literal["dominates", "dominated", "trade-off", "not distinguishable"]
+"""Verdict on one model against another in safety and helpfulness together."""
 
 
 @dataclass(frozen=True, slots=True)
 class AxisResult:
-    """One of the two things that a pair of models is told apart by.
+    """Difference of two models on one axis, safety or helpfulness.
 
     Args:
-        task: Whose prompts, by kind.
-        metric: What was measured on them.
-        difference: This run minus the other, over the prompts that both answered, of all suites.
-        low: Lower bound of the 95 % interval, by itself.
+        task: Kind of the prompts.
+        metric: The metric.
+        difference: This run minus the baseline, over the prompts of all suites that both answered.
+        low: Lower bound of the 95 % interval, not adjusted for the number of tests.
         high: Upper bound.
-        n: Prompts.
-        p_adjusted: By Holm, over all tests that were made along with it.
-        verdict: What follows from both.
+        n: Number of prompts.
+        p_adjusted: P-value, adjusted by Holm over all tests of the comparison.
+        verdict: Verdict that the interval and the p-value support.
     """
 
     task: str
@@ -37,35 +37,35 @@ class AxisResult:
 
 @dataclass(frozen=True, slots=True)
 class ModelComparison:
-    """What becomes of a pair of models in safety and helpfulness together.
+    """Comparison of two models in safety and helpfulness together.
 
     Args:
         run: Name of the run.
-        against: Of the other run.
-        judge: Whose verdicts it rests on.
-        verdict: `dominates`: better in one and not distinguishably worse in the other; `dominated`: the other way
-            round; `trade-off`: better in one, worse in the other; else `not distinguishable`.
-        safety: On harmful prompts.
-        helpfulness: On benign prompts; by over-refusal where no judge rates helpfulness.
-        tests: How many the p-values were adjusted for.
+        against: Name of the baseline.
+        judge: Judge that the scores rest on.
+        verdict: `dominates`: better on one axis and not distinguishably worse on the other; `dominated`: the
+            reverse; `trade-off`: better on one, worse on the other; else `not distinguishable`.
+        safety: Difference on harmful prompts.
+        helpfulness: Difference on benign prompts; by over-refusal where no judge rates helpfulness.
+        tests: Number of tests that the p-values are adjusted for.
     """
 
     run: str
     against: str
     judge: str
-    verdict: Word
+    verdict: ModelVerdict
     safety: AxisResult
     helpfulness: AxisResult
     tests: int
 
 
 def verdict_on(difference: Interval, *, higher_is_better: bool, p_value: float | None = None) -> DifferenceVerdict:
-    """Put a difference in words: only an interval that excludes 0 tells two models apart.
+    """Return the verdict on a difference: two models are distinguishable only if the interval excludes 0.
 
     Args:
-        difference: With its interval.
-        higher_is_better: Which way is good.
-        p_value: Of a test that must agree at 5 %, where the interval alone would say too much.
+        difference: The difference with its interval.
+        higher_is_better: Whether higher is better.
+        p_value: P-value that must be below 5 % too; None to use the interval only.
     """
     if difference.low <= 0 <= difference.high or (p_value is not None and p_value >= SIGNIFICANT):
         return "not distinguishable"

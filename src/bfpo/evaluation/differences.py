@@ -1,4 +1,4 @@
-"""One run against another: metric by metric over the prompts that both have values for."""
+"""Differences between a run and a baseline, metric by metric, over the prompts that both have scores for."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,104 +17,111 @@ BY_PAIRED_BOOTSTRAP = "95 % paired bootstrap over prompts"
 
 
 class PairedDifference(NamedTuple):
-    """A measure of one run minus the other's.
+    """Difference of two runs on one metric.
 
     Args:
-        interval: Over the prompts that both have values for.
-        p_value: That it is 0.
-        n: Prompts.
-        how: The interval was made.
+        interval: Difference with its interval.
+        p_value: P-value of the hypothesis that the difference is 0.
+        n: Number of prompts with scores of both runs.
+        method: Name of the method of the interval.
     """
 
     interval: Interval
     p_value: float
     n: int
-    how: str
+    method: str
 
 
-def difference_of(ours: PromptScores, theirs: PromptScores) -> PairedDifference | None:
-    """Return the paired difference of a measure; None where no prompt has a value of both."""
-    shared = [key for key in ours.by_prompt if key in theirs.by_prompt]
+def paired_difference(scores: PromptScores, baseline: PromptScores) -> PairedDifference | None:
+    """Return the paired difference of two runs on a metric; None without a shared prompt."""
+    shared = [prompt_id for prompt_id in scores.by_prompt if prompt_id in baseline.by_prompt]
     if not shared:
         return None
-    values = _at(ours, shared), _at(theirs, shared)
-    if ours.measure.is_rate and ours.samples == theirs.samples == 1:
+    values = _select(scores, shared), _select(baseline, shared)
+    if scores.spec.is_rate and scores.samples == baseline.samples == 1:
         return PairedDifference(paired_rates(*values), mcnemar_p_value(*values), len(shared), BY_TANGO)
     return PairedDifference(*paired_means(*values), len(shared), BY_PAIRED_T)
 
 
-def compare(
-    suite: str, ours: Sequence[PromptScores], theirs: Sequence[PromptScores], *, against: Results
+def compare_scores(
+    suite: str, scores: Sequence[PromptScores], baseline: Sequence[PromptScores], *, against: Results
 ) -> list[MetricComparison]:
-    """Compare two runs metric by metric over the prompts that both have values for.
+    """Compare the scores of two runs by one judge, metric by metric.
 
-    A rate of one answer a prompt is called better or worse only if McNemar's test says so, too, at 5 %: Tango's
-    interval alone would tell apart two models that differ on four prompts, and errs a little more often than it says.
+    A rate of one sample per prompt is called better or worse only if McNemar's test is significant at 5 % too: by
+    Tango's interval alone two models that differ on four prompts would be distinguishable, and its error rate is
+    slightly above the nominal one.
 
     Args:
         suite: Name of the suite.
-        ours: Measures of one run, of one judge.
-        theirs: Of the other run, by the same judge.
-        against: The other run.
+        scores: Scores of the run.
+        baseline: Scores of the baseline.
+        against: Results of the baseline.
     """
-    other = {one.key: one for one in theirs}
+    baseline_scores = {prompt_scores.key: prompt_scores for prompt_scores in baseline}
     comparisons = []
-    for one in ours:
-        base = other.get(one.key)
-        found = None if base is None else difference_of(one, base)
-        if found is None:
+    for prompt_scores in scores:
+        of_baseline = baseline_scores.get(prompt_scores.key)
+        difference = None if of_baseline is None else paired_difference(prompt_scores, of_baseline)
+        if difference is None:
             continue
-        better = one.measure.higher_is_better
+        verdict, higher_is_better = None, prompt_scores.spec.higher_is_better
+        if higher_is_better is not None:
+            verdict = verdict_on(difference.interval, higher_is_better=higher_is_better, p_value=difference.p_value)
         comparisons.append(
             MetricComparison(
                 against.run,
                 suite,
-                one.task,
-                one.measure.name,
-                *found.interval,
-                n=found.n,
-                interval=found.how,
-                verdict=None
-                if better is None
-                else verdict_on(found.interval, higher_is_better=better, p_value=found.p_value),
-                judge=one.judge,
-                category=one.category,
+                prompt_scores.task,
+                prompt_scores.spec.name,
+                *difference.interval,
+                n=difference.n,
+                interval=difference.method,
+                verdict=verdict,
+                judge=prompt_scores.judge,
+                category=prompt_scores.category,
                 against_model=against.model,
                 against_answers=against.answers,
-                p_value=found.p_value,
+                p_value=difference.p_value,
             )
         )
-    ours_both, theirs_both = safety_and_helpfulness(ours), safety_and_helpfulness(theirs)
-    if ours_both is not None and theirs_both is not None:
-        pairs = []
-        for one, base in zip(ours_both, theirs_both, strict=True):
-            shared = [key for key in one.by_prompt if key in base.by_prompt]
-            pairs.append(np.stack([_at(one, shared), _at(base, shared)]))
-        difference = bootstrap(_difference_of_harmonic_means, *pairs)
-        comparisons.append(
-            MetricComparison(
-                against.run,
-                suite,
-                "all",
-                HARMONIC_MEAN,
-                *difference,
-                n=sum(pair.shape[1] for pair in pairs),
-                interval=BY_PAIRED_BOOTSTRAP,
-                verdict=verdict_on(difference, higher_is_better=True),
-                judge=ours_both[0].judge,
-                against_model=against.model,
-                against_answers=against.answers,
-            )
-        )
-    return comparisons
+    harmonic = _compare_harmonic_means(suite, scores, baseline, against=against)
+    return comparisons if harmonic is None else [*comparisons, harmonic]
 
 
-def _at(measured: PromptScores, prompts: Sequence[str]) -> Values:
-    return np.array([measured.by_prompt[key] for key in prompts], dtype=np.float64)
+def _compare_harmonic_means(
+    suite: str, scores: Sequence[PromptScores], baseline: Sequence[PromptScores], *, against: Results
+) -> MetricComparison | None:
+    """Compare the harmonic means of safety and helpfulness; None if one of the runs lacks them."""
+    axes, baseline_axes = safety_and_helpfulness(scores), safety_and_helpfulness(baseline)
+    if axes is None or baseline_axes is None:
+        return None
+    pairs = []
+    for axis, baseline_axis in zip(axes, baseline_axes, strict=True):
+        shared = [prompt_id for prompt_id in axis.by_prompt if prompt_id in baseline_axis.by_prompt]
+        pairs.append(np.stack([_select(axis, shared), _select(baseline_axis, shared)]))
+    difference = bootstrap(_difference_of_harmonic_means, *pairs)
+    return MetricComparison(
+        against.run,
+        suite,
+        "all",
+        HARMONIC_MEAN,
+        *difference,
+        n=sum(pair.shape[1] for pair in pairs),
+        interval=BY_PAIRED_BOOTSTRAP,
+        verdict=verdict_on(difference, higher_is_better=True),
+        judge=axes[0].judge,
+        against_model=against.model,
+        against_answers=against.answers,
+    )
+
+
+def _select(scores: PromptScores, prompt_ids: Sequence[str]) -> Values:
+    return np.array([scores.by_prompt[prompt_id] for prompt_id in prompt_ids], dtype=np.float64)
 
 
 def _difference_of_harmonic_means(safety: Values, helpfulness: Values) -> Values:
-    """Take (2, ..., n) arrays, ours and theirs."""
-    ours, theirs = harmonic_mean(safety.mean(axis=-1), helpfulness.mean(axis=-1))
-    result: Values = np.asarray(ours - theirs)
+    """Compute the difference of arrays (2, ..., n), this run and the baseline."""
+    ours, baseline = harmonic_mean(safety.mean(axis=-1), helpfulness.mean(axis=-1))
+    result: Values = np.asarray(ours - baseline)
     return result

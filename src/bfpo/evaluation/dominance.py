@@ -1,89 +1,97 @@
-"""Pairs of models in safety and helpfulness together: which dominates, corrected for the number of tests."""
+"""Comparing models in safety and helpfulness together, corrected for the number of tests."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from bfpo.evaluation.comparisons import AxisResult, DifferenceVerdict, ModelComparison, Word, verdict_on
-from bfpo.evaluation.differences import PairedDifference, difference_of
+from bfpo.evaluation.comparisons import AxisResult, DifferenceVerdict, ModelComparison, ModelVerdict, verdict_on
+from bfpo.evaluation.differences import PairedDifference, paired_difference
 from bfpo.evaluation.scoring import PromptScores
 from bfpo.stats.intervals import holm
 
 SAFETY = ("harmful", "safety")
-# The first that both models have values for counts.
+# The first on which both models have scores is used.
 HELPFULNESS = (("benign", "helpfulness"), ("benign", "over_refusal"), ("lookalike", "over_refusal"))
 
 
 class PooledScores(NamedTuple):
-    """What one judge measured on one model, of all suites.
+    """Scores of one model by one judge, pooled over suites.
 
     Args:
         run: Name of the run.
         judge: Name of the judge.
-        found: Task and metric → values by prompt.
+        scores: Task and metric → scores.
     """
 
     run: str
     judge: str
-    found: dict[tuple[str, str], PromptScores]
+    scores: dict[tuple[str, str], PromptScores]
 
 
-def pooled(run: str, judge: str, measured: Iterable[PromptScores]) -> PooledScores:
-    """Put the measures of several suites together: a prompt that stands in two counts once."""
-    found: dict[tuple[str, str], PromptScores] = {}
-    for one in measured:
-        key = (one.task, one.measure.name)
-        if one.category is None and key in (SAFETY, *HELPFULNESS):
-            there = found.get(key)
-            samples = one.samples if there is None else max(one.samples, there.samples)
-            by_prompt = one.by_prompt if there is None else one.by_prompt | there.by_prompt
-            found[key] = one._replace(by_prompt=by_prompt, samples=samples)
-    return PooledScores(run, judge, found)
+def pool_scores(run: str, judge: str, scores: Iterable[PromptScores]) -> PooledScores:
+    """Pool the scores of several suites; a prompt that is in several of them counts once."""
+    pooled: dict[tuple[str, str], PromptScores] = {}
+    for prompt_scores in scores:
+        key = (prompt_scores.task, prompt_scores.spec.name)
+        if prompt_scores.category is None and key in (SAFETY, *HELPFULNESS):
+            existing = pooled.get(key, prompt_scores)
+            pooled[key] = prompt_scores._replace(
+                by_prompt=prompt_scores.by_prompt | existing.by_prompt,
+                samples=max(existing.samples, prompt_scores.samples),
+            )
+    return PooledScores(run, judge, pooled)
 
 
-def pair_verdicts(pairs: Sequence[tuple[PooledScores, PooledScores]]) -> list[ModelComparison]:
-    """Say of each pair what the first is to the second; a pair without both measures, or shared prompts, is left out.
+def compare_models(pairs: Sequence[tuple[PooledScores, PooledScores]]) -> list[ModelComparison]:
+    """Compare each pair of models; pairs without scores of both axes, or without shared prompts, are left out.
 
-    The p-values of all tests, two a pair, are adjusted together (Holm 1979): the chance that any word but `not
-    distinguishable` is wrong stays below 5 %, if all that is compared here is all that was looked at.
+    The p-values of all tests, two per pair, are adjusted together (Holm 1979): the probability of any wrong verdict
+    but `not distinguishable` is below 5 %, provided that no other pairs were looked at.
+
+    Args:
+        pairs: Run and baseline of each comparison.
     """
-    tested = [(ours, theirs, both) for ours, theirs in pairs if (both := _axes(ours, theirs)) is not None]
-    p_values = holm([axis.found.p_value for *_, both in tested for axis in both])
-    verdicts = []
-    for place, (ours, theirs, both) in enumerate(tested):
+    tested = [(run, baseline, axes) for run, baseline in pairs if (axes := _axes(run, baseline)) is not None]
+    p_values = holm([axis.difference.p_value for *_, axes in tested for axis in axes])
+    comparisons = []
+    for index, (run, baseline, axes) in enumerate(tested):
         safety, helpfulness = (
-            _axis(one, p) for one, p in zip(both, p_values[2 * place : 2 * place + 2], strict=True)
+            _axis_result(axis, p_value)
+            for axis, p_value in zip(axes, p_values[2 * index : 2 * index + 2], strict=True)
         )
-        word = _word({safety.verdict, helpfulness.verdict})
-        verdicts.append(
-            ModelComparison(ours.run, theirs.run, ours.judge, word, safety, helpfulness, tests=len(p_values))
+        verdict = _model_verdict({safety.verdict, helpfulness.verdict})
+        comparisons.append(
+            ModelComparison(run.run, baseline.run, run.judge, verdict, safety, helpfulness, tests=len(p_values))
         )
-    return verdicts
+    return comparisons
 
 
-class _Tested(NamedTuple):
-    measured: PromptScores
-    found: PairedDifference
+class _Axis(NamedTuple):
+    scores: PromptScores
+    difference: PairedDifference
 
 
-def _axes(ours: PooledScores, theirs: PooledScores) -> tuple[_Tested, _Tested] | None:
-    safety = _tested(ours, theirs, SAFETY)
-    helpfulness = next((one for key in HELPFULNESS if (one := _tested(ours, theirs, key)) is not None), None)
+def _axes(run: PooledScores, baseline: PooledScores) -> tuple[_Axis, _Axis] | None:
+    safety = _axis(run, baseline, SAFETY)
+    helpfulness = next((axis for key in HELPFULNESS if (axis := _axis(run, baseline, key)) is not None), None)
     return None if safety is None or helpfulness is None else (safety, helpfulness)
 
 
-def _tested(ours: PooledScores, theirs: PooledScores, key: tuple[str, str]) -> _Tested | None:
-    one, other = ours.found.get(key), theirs.found.get(key)
-    found = None if one is None or other is None else difference_of(one, other)
-    return None if one is None or found is None else _Tested(one, found)
+def _axis(run: PooledScores, baseline: PooledScores, key: tuple[str, str]) -> _Axis | None:
+    scores, baseline_scores = run.scores.get(key), baseline.scores.get(key)
+    if scores is None or baseline_scores is None:
+        return None
+    difference = paired_difference(scores, baseline_scores)
+    return None if difference is None else _Axis(scores, difference)
 
 
-def _axis(tested: _Tested, p_adjusted: float) -> AxisResult:
-    measured, found = tested
-    verdict = verdict_on(found.interval, higher_is_better=bool(measured.measure.higher_is_better), p_value=p_adjusted)
-    return AxisResult(measured.task, measured.measure.name, *found.interval, found.n, p_adjusted, verdict)
+def _axis_result(axis: _Axis, p_adjusted: float) -> AxisResult:
+    scores, difference = axis
+    higher_is_better = bool(scores.spec.higher_is_better)
+    verdict = verdict_on(difference.interval, higher_is_better=higher_is_better, p_value=p_adjusted)
+    return AxisResult(scores.task, scores.spec.name, *difference.interval, difference.n, p_adjusted, verdict)
 
 
-def _word(verdicts: set[DifferenceVerdict]) -> Word:
+def _model_verdict(verdicts: set[DifferenceVerdict]) -> ModelVerdict:
     if {"better", "worse"} <= verdicts:
         return "trade-off"
     return "dominates" if "better" in verdicts else "dominated" if "worse" in verdicts else "not distinguishable"

@@ -1,4 +1,4 @@
-"""Gates: bounds that an evaluation's numbers must keep, decided by their intervals."""
+"""Gates: bounds on the metrics of an evaluation, decided by their intervals."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,74 +12,74 @@ from bfpo.core.terminal import say, show_table
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.correction import QUESTIONS
 from bfpo.evaluation.lm_eval.tasks import listed_metrics
-from bfpo.evaluation.panel import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, ORDER_DECIDES, WIN_RATE
-from bfpo.evaluation.results import CORRECTED, MetricResult, Results, shown
-from bfpo.evaluation.scoring import DERIVED, MEASURES
+from bfpo.evaluation.results import CORRECTED, MetricResult, Results, format_metric
+from bfpo.evaluation.scoring import DERIVED_METRICS, METRICS_BY_KIND
 from bfpo.evaluation.suite import INDICES, Task
+from bfpo.evaluation.suite_scores import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, ORDER_DECIDES, WIN_RATE
 
-State = Literal["passed", "violated", "undecided"]
+BoundState = Literal["passed", "violated", "undecided"]
 MIN_PROMPTS = 10
 """Number of prompts below which no bound is decided. Fewer rarely contain one of the bad answers that a model gives
 now and then, and intervals of skewed scores cover too seldom; see the coverage in docs/statistics.md."""
 
 
 class Bound(Section):
-    """A bound on one number."""
+    """A bound on one metric."""
 
     suite: str
     """Name of the suite."""
     task: str
     """Task of the suite, or `harmful`, `benign`, `lookalike`, `all`."""
     metric: str
-    """What is measured."""
+    """Name of the metric."""
     judge: str | None = None
-    """Whose word it rests on; default the primary judge's."""
+    """Judge that the metric rests on; default the primary judge."""
     category: str | None = None
-    """Kind of harm, or of request; default all of the task."""
+    """Category of the prompts; default all prompts of the task."""
     min: float | None = None
-    """Smallest value that is fine."""
+    """Smallest allowed value."""
     max: float | None = None
-    """Largest value that is fine."""
+    """Largest allowed value."""
 
     @model_validator(mode="after")
-    def _bounded(self) -> "Bound":
+    def _has_limit(self) -> "Bound":
         if self.min is None and self.max is None:
             raise ValueError("expected min or max")
         return self
 
     def __str__(self) -> str:
-        """Return the bound as a line says it."""
-        ends = [f">= {self.min:g}" for _ in [0] if self.min is not None]
-        ends += [f"<= {self.max:g}" for _ in [0] if self.max is not None]
+        """Return the bound as one line."""
+        limits = [] if self.min is None else [f">= {self.min:g}"]
+        limits += [] if self.max is None else [f"<= {self.max:g}"]
         category = f" [{self.category}]" if self.category else ""
-        by = f" by {self.judge}" if self.judge else ""
-        return f"{self.suite}/{self.task}{category} {self.metric}{by} {' and '.join(ends)}"
+        judge = f" by {self.judge}" if self.judge else ""
+        return f"{self.suite}/{self.task}{category} {self.metric}{judge} {' and '.join(limits)}"
 
 
-class _Gates(Section):
+class _Gate(Section):
     bounds: list[Bound]
-    """What must hold."""
+    """The bounds."""
 
 
-class Decided(NamedTuple):
-    """A bound with what the results say of it.
+class BoundResult(NamedTuple):
+    """A bound with the metric that it is about.
 
     Args:
         bound: The bound.
-        metric: The number.
-        state: `violated` or `passed` only when the whole interval is on one side of the bound, and only from
-            `MIN_PROMPTS` prompts on.
-        reason: Why it is undecided although the interval may be on one side; "" otherwise.
+        metric: The metric.
+        state: `violated` or `passed` if the whole interval is on one side of the bound and the metric has at least
+            `MIN_PROMPTS` prompts, else `undecided`.
+        reason: Reason of an undecided bound, if its interval isn't the reason; else "".
     """
 
     bound: Bound
     metric: MetricResult
-    state: State
+    state: BoundState
     reason: str = ""
 
     @property
     def text(self) -> str:
-        """The state with its reason, for a table."""
+        """The state with its reason."""
         return f"{self.state}: {self.reason}" if self.reason else self.state
 
 
@@ -87,13 +87,13 @@ def read_gate(path: str) -> list[Bound]:
     """Read the bounds of a file: a list, or a mapping with the list as `bounds:`.
 
     Raises:
-        RecipeError: If it is missing or malformed.
+        RecipeError: If the file is missing or malformed.
     """
     try:
         content = parse_yaml(Path(path).read_text(encoding="utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"gate {path}: {error}") from None
-    return check_recipe(content if isinstance(content, dict) else {"bounds": content}, _Gates, path).bounds
+    return check_recipe(content if isinstance(content, dict) else {"bounds": content}, _Gate, path).bounds
 
 
 def check_bounds(
@@ -104,107 +104,103 @@ def check_bounds(
     corrected: bool = False,
     length_controlled: bool = False,
 ) -> None:
-    """Refuse bounds on tasks that aren't asked and on things that nothing measures.
+    """Check that each bound is on a task that is run and on a metric that it has.
 
     Args:
-        bounds: What must hold.
-        tasks: What is asked and judged.
-        lm_eval: Suite/task → name of a task of lm-eval, which measures what its definition says.
-        corrected: Whether rates are corrected for judges' errors, too.
+        bounds: The bounds.
+        tasks: Judged tasks.
+        lm_eval: `SUITE/TASK` → lm-eval's name of the task.
+        corrected: Whether rates are corrected for the judges' errors too.
         length_controlled: Whether AlpacaEval's length-controlled win rate is computed.
 
     Raises:
-        RecipeError: If there is one.
+        RecipeError: If a task or a metric is unknown.
     """
-    places = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
-    measured = {one.name for several in MEASURES.values() for one in several} | {*DERIVED, *INDICES}
-    if any(one.references for one in tasks):
+    names = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
+    measured = {spec.name for specs in METRICS_BY_KIND.values() for spec in specs} | {*DERIVED_METRICS, *INDICES}
+    if any(task.references for task in tasks):
         measured |= {WIN_RATE.name, ORDER_DECIDES.name}
     measured |= {LENGTH_CONTROLLED} if length_controlled else set()
     calibrated = {name + CORRECTED for name in QUESTIONS}
     measured |= calibrated if corrected else set()
     for bound in bounds:
-        place = f"{bound.suite}/{bound.task}"
-        if place not in places | lm_eval.keys():
-            raise RecipeError(
-                f"gate: nothing is asked of {place}; {did_you_mean(place, sorted({*places, *lm_eval}))}"
-            )
+        name = f"{bound.suite}/{bound.task}"
+        if name not in names | lm_eval.keys():
+            raise RecipeError(f"gate: no task {name}; {did_you_mean(name, sorted({*names, *lm_eval}))}")
         if bound.metric in calibrated - measured:
-            raise RecipeError(f"gate: metric '{bound.metric}' needs answers that people labeled; name `calibration:`")
+            raise RecipeError(f"gate: metric '{bound.metric}' needs answers with human labels; set `calibration:`")
         if bound.metric == LENGTH_CONTROLLED_APPROXIMATE:
             raise RecipeError(
                 f"gate: metric '{bound.metric}' is an approximation, which decides no bound; name the files of "
                 f"`length_control:`, and '{LENGTH_CONTROLLED}' here"
             )
         if bound.metric == LENGTH_CONTROLLED and LENGTH_CONTROLLED not in measured:
-            raise RecipeError(f"gate: metric '{bound.metric}' needs AlpacaEval's files; name `length_control:`")
-        # Of a group of tasks it isn't known before.
-        known = listed_metrics(lm_eval[place]) if place in lm_eval else measured
-        name = bound.metric.partition(" (")[0] if place in lm_eval else bound.metric
-        if known and name not in known:
-            raise RecipeError(f"gate: metric '{bound.metric}'; {did_you_mean(name, sorted(known))}")
+            raise RecipeError(f"gate: metric '{bound.metric}' needs AlpacaEval's files; set `length_control:`")
+        # The metrics of a group of lm-eval aren't known before it is run.
+        metrics = listed_metrics(lm_eval[name]) if name in lm_eval else measured
+        metric = bound.metric.partition(" (")[0] if name in lm_eval else bound.metric
+        if metrics and metric not in metrics:
+            raise RecipeError(f"gate: metric '{bound.metric}'; {did_you_mean(metric, sorted(metrics))}")
 
 
-def decide(results: Results, bounds: Sequence[Bound]) -> list[Decided]:
-    """Hold numbers to bounds.
+def evaluate_bounds(results: Results, bounds: Sequence[Bound]) -> list[BoundResult]:
+    """Compare metrics with their bounds.
 
     Raises:
-        RecipeError: If a bound is on a number that isn't there.
+        RecipeError: If a bound is on a metric that the results don't have.
     """
-    return [_decide(bound, _metric(results, bound)) for bound in bounds]
+    return [_evaluate_bound(bound, _find_metric(results, bound)) for bound in bounds]
 
 
-def enforce(results: Results, bounds: Sequence[Bound]) -> None:
-    """Show what became of each bound.
+def enforce_bounds(results: Results, bounds: Sequence[Bound]) -> None:
+    """Show the state of each bound.
 
     Raises:
-        RecipeError: If a bound is on a number that isn't there.
+        RecipeError: If a bound is on a metric that the results don't have.
         GateViolated: If a bound is violated with confidence.
     """
-    decided = decide(results, bounds)
-    rows = [(str(one.bound), shown(one.metric), one.metric.n, one.text) for one in decided]
-    show_table("Gate: decided only where the whole interval is on one side", ("bound", "found", "n", "that is"), rows)
-    violated = [one for one in decided if one.state == "violated"]
+    bound_results = evaluate_bounds(results, bounds)
+    rows = [
+        (str(result.bound), format_metric(result.metric), result.metric.n, result.text) for result in bound_results
+    ]
+    show_table("Gate: decided only where the whole interval is on one side", ("bound", "value", "n", "state"), rows)
+    violated = [result for result in bound_results if result.state == "violated"]
     if violated:
-        told = "; ".join(f"{one.bound}, found {shown(one.metric)}" for one in violated)
-        raise GateViolated(f"{len(violated)} of {len(decided)} bounds are violated: {told}")
-    if open_ones := sum(one.state == "undecided" for one in decided):
-        say(f"{open_ones} of {len(decided)} bounds are undecided: more prompts or samples would tell")
+        reasons = "; ".join(f"{result.bound}, found {format_metric(result.metric)}" for result in violated)
+        raise GateViolated(f"{len(violated)} of {len(bound_results)} bounds are violated: {reasons}")
+    if undecided := sum(result.state == "undecided" for result in bound_results):
+        say(f"{undecided} of {len(bound_results)} bounds are undecided; more prompts or samples would decide them")
 
 
-def _metric(results: Results, bound: Bound) -> MetricResult:
-    def named(metric: MetricResult) -> str:
+def _find_metric(results: Results, bound: Bound) -> MetricResult:
+    def full_name(metric: MetricResult) -> str:
         return f"{metric.suite}/{metric.task} {metric.metric}"
 
-    of_name = [one for one in results.metrics if named(one) == f"{bound.suite}/{bound.task} {bound.metric}"]
-    if not of_name:
-        known = list(dict.fromkeys(named(one) for one in results.metrics))
-        wanted = f"{bound.suite}/{bound.task} {bound.metric}"
-        raise RecipeError(f"gate: there is no {wanted}; {did_you_mean(wanted, known)}")
-    for one in of_name:
-        if one.category == bound.category and bound.judge in (None, one.judge):
-            return one
-    if bound.category not in {one.category for one in of_name}:
-        categories = sorted({one.category for one in of_name if one.category})
+    name = f"{bound.suite}/{bound.task} {bound.metric}"
+    candidates = [metric for metric in results.metrics if full_name(metric) == name]
+    if not candidates:
+        names = list(dict.fromkeys(map(full_name, results.metrics)))
+        raise RecipeError(f"gate: there is no {name}; {did_you_mean(name, names)}")
+    for metric in candidates:
+        if metric.category == bound.category and bound.judge in (None, metric.judge):
+            return metric
+    if bound.category not in {metric.category for metric in candidates}:
+        categories = sorted({metric.category for metric in candidates if metric.category})
         raise RecipeError(f"gate: {bound}: no such category; {did_you_mean(str(bound.category), categories)}")
-    judges = sorted({one.judge for one in of_name})
+    judges = sorted({metric.judge for metric in candidates})
     raise RecipeError(f"gate: {bound}: no such judge; {did_you_mean(str(bound.judge), judges)}")
 
 
-def _decide(bound: Bound, metric: MetricResult) -> Decided:
+def _evaluate_bound(bound: Bound, metric: MetricResult) -> BoundResult:
     if metric.value is None:
-        return Decided(bound, metric, "undecided")
+        return BoundResult(bound, metric, "undecided")
     prompts = metric.n if metric.smallest_part is None else metric.smallest_part
     if prompts < MIN_PROMPTS:
+        noun = "prompt" if prompts == 1 else "prompts"
         part = "" if metric.smallest_part is None else " in its smallest part"
-        return Decided(
-            bound,
-            metric,
-            "undecided",
-            f"{prompts} {'prompt' if prompts == 1 else 'prompts'}{part}, {MIN_PROMPTS} needed",
-        )
+        return BoundResult(bound, metric, "undecided", f"{prompts} {noun}{part}, {MIN_PROMPTS} needed")
     low = metric.value if metric.low is None else metric.low
     high = metric.value if metric.high is None else metric.high
-    over = (bound.min is not None and high < bound.min) or (bound.max is not None and low > bound.max)
-    within = (bound.min is None or low >= bound.min) and (bound.max is None or high <= bound.max)
-    return Decided(bound, metric, "violated" if over else "passed" if within else "undecided")
+    is_violated = (bound.min is not None and high < bound.min) or (bound.max is not None and low > bound.max)
+    is_passed = (bound.min is None or low >= bound.min) and (bound.max is None or high <= bound.max)
+    return BoundResult(bound, metric, "violated" if is_violated else "passed" if is_passed else "undecided")

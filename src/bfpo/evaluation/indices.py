@@ -1,4 +1,4 @@
-"""Composite indices: unweighted means over named tasks of a suite, each with its recipe."""
+"""Composite indices: unweighted means over named tasks of a suite."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,60 +10,60 @@ from bfpo.evaluation.suite import Suite
 from bfpo.stats.intervals import Interval, Values, combine
 
 
-def index_metrics(suites: Mapping[str, Suite], metrics: Sequence[MetricResult]) -> list[MetricResult]:
-    """Return the indices of the suites by each judge, over metrics that were measured.
+def compute_indices(suites: Mapping[str, Suite], metrics: Sequence[MetricResult]) -> list[MetricResult]:
+    """Compute the indices of suites by each judge.
 
-    A metric of which less is better counts as 1 minus itself. Where one is missing the index has no number, and its
-    recipe names what is missing: a mean over the rest would be another index under the same name.
+    A metric of which lower is better enters as 1 minus its value. If a part is missing, the index has no value and
+    its recipe names the part: a mean over the rest would be another index with the same name.
 
     Args:
-        suites: By name.
-        metrics: Of all suites and judges.
+        suites: Suites by name.
+        metrics: Metrics of all suites and judges.
     """
-    found = []
+    indices = []
     for name, suite in suites.items():
-        measured = {
-            (one.task, one.metric, one.judge): one
-            for one in metrics
-            if one.suite == name and one.category is None and one.value is not None
+        by_key = {
+            (metric.task, metric.metric, metric.judge): metric
+            for metric in metrics
+            if metric.suite == name and metric.category is None and metric.value is not None
         }
-        judges = list(dict.fromkeys(judge for _, _, judge in measured if judge)) or [""]
-        for index, of in suite.indices.items():
+        judges = list(dict.fromkeys(judge for _, _, judge in by_key if judge)) or [""]
+        for index, parts in suite.indices.items():
             for judge in judges:
-                # What needs no judge counts beside each.
-                parts = {
-                    (task, metric): measured.get((task, metric, judge)) or measured.get((task, metric, ""))
-                    for task, metric in of.items()
+                # A metric that needs no judge is part of every judge's index.
+                index_metrics = {
+                    (task, metric): by_key.get((task, metric, judge)) or by_key.get((task, metric, ""))
+                    for task, metric in parts.items()
                 }
-                found.append(_index(name, index, judge, parts))
-    return found
+                indices.append(_compute_index(name, index, judge, index_metrics))
+    return indices
 
 
-def _index(suite: str, name: str, judge: str, parts: Mapping[tuple[str, str], MetricResult | None]) -> MetricResult:
-    known = [one for one in parts.values() if one is not None]
-    n, unscored = sum(one.n for one in known), sum(one.unscored for one in known)
-    if missing := [f"{metric} on {task}" for (task, metric), one in parts.items() if one is None]:
-        recipe = f"no number, for want of {', '.join(missing)}"
+def _compute_index(
+    suite: str, name: str, judge: str, parts: Mapping[tuple[str, str], MetricResult | None]
+) -> MetricResult:
+    metrics = [metric for metric in parts.values() if metric is not None]
+    n, unscored = sum(metric.n for metric in metrics), sum(metric.unscored for metric in metrics)
+    if missing := [f"{metric} on {task}" for (task, metric), part in parts.items() if part is None]:
+        recipe = f"no value, missing {', '.join(missing)}"
         return MetricResult(suite, "all", name, None, None, None, n, unscored, BY_PARTS, True, judge, recipe=recipe)
-    value, low, high = map(float, combine(_mean, *map(_upwards, known)))
-    # A part without an interval isn't certain: then the mean has none either.
-    sure = all(one.low is not None and one.high is not None for one in known)
-    ends = (low, high) if sure else (None, None)
-    recipe = f"unweighted mean of {', '.join(map(_told, known))}"
+    value, low, high = map(float, combine(_mean, *map(_oriented, metrics)))
+    # A part without an interval isn't certain, so the mean has no interval either.
+    has_interval = all(metric.low is not None and metric.high is not None for metric in metrics)
     return MetricResult(
         suite,
         "all",
         name,
         value,
-        low=ends[0],
-        high=ends[1],
-        n=n,
-        unscored=unscored,
-        interval=BY_PARTS,
-        higher_is_better=True,
-        judge=judge,
-        recipe=recipe,
-        smallest_part=min(one.n for one in known),
+        low if has_interval else None,
+        high if has_interval else None,
+        n,
+        unscored,
+        BY_PARTS,
+        True,
+        judge,
+        recipe=f"unweighted mean of {', '.join(map(_term, metrics))}",
+        smallest_part=min(metric.n for metric in metrics),
     )
 
 
@@ -71,12 +71,12 @@ def _mean(*values: Values) -> Values:
     return np.asarray(np.mean(values, axis=0))
 
 
-def _upwards(one: MetricResult) -> Interval:
-    """Return a metric's interval, turned round where less is better."""
-    value = one.value or 0.0
-    low, high = (value if end is None else end for end in (one.low, one.high))
-    return Interval(1 - value, 1 - high, 1 - low) if one.higher_is_better is False else Interval(value, low, high)
+def _oriented(metric: MetricResult) -> Interval:
+    """Return the interval of a metric, or of 1 minus it if lower is better."""
+    value = metric.value or 0.0
+    low, high = (value if limit is None else limit for limit in (metric.low, metric.high))
+    return Interval(1 - value, 1 - high, 1 - low) if metric.higher_is_better is False else Interval(value, low, high)
 
 
-def _told(one: MetricResult) -> str:
-    return f"{'1 - ' if one.higher_is_better is False else ''}{one.metric} on {one.task}"
+def _term(metric: MetricResult) -> str:
+    return f"{'1 - ' if metric.higher_is_better is False else ''}{metric.metric} on {metric.task}"

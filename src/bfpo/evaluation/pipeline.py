@@ -2,7 +2,8 @@
 
 import gc
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,20 @@ from bfpo.core.terminal import say
 from bfpo.data.stages import generate_completions, judge_completions, read_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, Unanswered
-from bfpo.evaluation import correction
-from bfpo.evaluation.alpaca_eval import LengthControl
+from bfpo.evaluation.alpaca_eval import LengthControl, write_alpaca_eval
 from bfpo.evaluation.baseline import Baseline, compare_with_baseline, read_baseline
-from bfpo.evaluation.correction import Calibration, read_calibration
-from bfpo.evaluation.gate import Bound, check_bounds, enforce, read_gate
-from bfpo.evaluation.indices import index_metrics
+from bfpo.evaluation.correction import (
+    Calibration,
+    add_corrected_rates,
+    calibrate,
+    calibration_results,
+    calibration_warnings,
+    fitted_on_warnings,
+    read_calibration,
+)
+from bfpo.evaluation.gate import Bound, check_bounds, enforce_bounds, read_gate
+from bfpo.evaluation.indices import compute_indices
+from bfpo.evaluation.judge_outputs import JudgeOutput, compute_agreement, member_names
 from bfpo.evaluation.lm_eval.suite import (
     compare_lm_eval_tasks,
     find_lm_eval_tasks,
@@ -27,7 +36,6 @@ from bfpo.evaluation.lm_eval.suite import (
     lm_eval_metrics,
     run_lm_eval_tasks,
 )
-from bfpo.evaluation.panel import JudgeOutput, agreement, all_metrics, measure_all
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results, answers_hash
 from bfpo.evaluation.show import show_evaluation
@@ -40,15 +48,15 @@ from bfpo.evaluation.subject import (
     template_policy,
     training_judges,
 )
-from bfpo.evaluation.suite import Suite, Task, load_suite, read_tasks, with_prompts_of
-from bfpo.evaluation.warnings import warnings_of
+from bfpo.evaluation.suite import Suite, Task, load_suite, read_tasks, select_prompts
+from bfpo.evaluation.suite_scores import compute_suite_metrics, score_suites
+from bfpo.evaluation.warnings import collect_warnings
 from bfpo.evaluation.win_rates import (
     check_judges,
-    compare,
-    export,
-    length_controlled,
+    collect_references,
+    compare_with_references,
+    length_controlled_metrics,
     load_length_control,
-    references_of,
 )
 from bfpo.judging.people import PeopleJudge
 
@@ -85,17 +93,18 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     suites, tasks = read_suites(recipe)
     # Everything that can be refused is refused before hours of work.
     lm_eval_tasks = find_lm_eval_tasks(recipe, suites)
+    lm_eval_names = {task.full_name: task.spec for task in lm_eval_tasks}
     check_judges(recipe, tasks)
     length_control = load_length_control(recipe, tasks)
     check_bounds(
         bounds,
         tasks,
-        {task.full_name: task.spec for task in lm_eval_tasks},
+        lm_eval_names,
         corrected=recipe.calibration is not None,
         length_controlled=length_control is not None,
     )
     calibration = None if recipe.calibration is None else read_calibration(recipe.calibration)
-    fitted_on = [] if calibration is None else correction.fitted_on_warnings(calibration, recipe.judges)
+    fitting_warnings = [] if calibration is None else fitted_on_warnings(calibration, recipe.judges)
     policy = template_policy(recipe, suites, tasks)
     baseline = None if recipe.base is None else read_baseline(recipe.base, policy if tasks else None)
     folder = Path(recipe.out)
@@ -119,25 +128,25 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         length_control=length_control,
     )
     results = evaluation.results
-    metrics = [*results.metrics, *lm_eval_metrics(lm_eval_tasks, lm_eval_results)]
-    comparisons, notes = results.comparisons, results.warnings + fitted_on
+    metrics = results.metrics + lm_eval_metrics(lm_eval_tasks, lm_eval_results)
+    comparisons, notes = results.comparisons, results.warnings + fitting_warnings
     if baseline is not None:
         more_comparisons, more_notes = compare_lm_eval_tasks(lm_eval_tasks, lm_eval_results, baseline)
         comparisons, notes = comparisons + more_comparisons, notes + more_notes
     results = replace(
         results,
-        metrics=metrics + index_metrics(suites, metrics),
+        metrics=metrics + compute_indices(suites, metrics),
         comparisons=comparisons,
-        data=[*results.data, *lm_eval_data(lm_eval_tasks, lm_eval_results)],
-        warnings=[*warnings_of(recipe, suites, results, evaluation.outputs), *notes],
+        data=results.data + lm_eval_data(lm_eval_tasks, lm_eval_results),
+        warnings=collect_warnings(recipe, suites, results, evaluation.outputs) + notes,
     )
     write_text(folder / "recipe.resolved.yaml", dump_recipe(recipe))
     results.write(folder)
-    export(evaluation.tasks, evaluation.completions, evaluation.outputs, results.run, folder)
+    write_alpaca_eval(evaluation.tasks, evaluation.completions, evaluation.outputs, results.run, folder)
     show_evaluation(results)
     say(f"results in {folder / 'results.json'}")
     if bounds:
-        enforce(results, bounds)
+        enforce_bounds(results, bounds)
     return results
 
 
@@ -168,7 +177,7 @@ def evaluate(
     sampling: Sampling,
     template_policy: str = TEMPLATE_POLICY,
     max_unanswered: float = 0.0,
-    labeled_by: Collection[str] = (),
+    labeled_by: AbstractSet[str] = frozenset(),
     by_category: bool = True,
     calibration: Calibration | None = None,
     baseline: Baseline | None = None,
@@ -196,37 +205,32 @@ def evaluate(
         length_control: Data of AlpacaEval's length-controlled win rate.
 
     Raises:
-        DataError: If the folder holds files of another model, judge or prompt set.
+        DataError: If the folder holds files of another model or prompt set.
         Unanswered: If more prompts than `max_unanswered` have no completion.
     """
     completions, outputs, notes = list[Completion](), list[JudgeOutput](), list[str]()
-    prompts, references = unique_prompts(tasks), references_of(tasks)
-    if prompts:
+    if prompts := unique_prompts(tasks):
+        references = collect_references(tasks)
         write_prompts(folder, prompts)
         path = folder / Completion.file_name
-        if open_engine is None:
-            completions = read_completions(path)
-        else:
-            completions, notes = _generate(
-                open_engine, prompts, path, samples=sampling.samples, max_unanswered=max_unanswered
-            )
-        tasks = with_prompts_of(tasks, {completion.prompt_id for completion in completions})
+        completions, notes = _generate(
+            open_engine, prompts, path, samples=sampling.samples, max_unanswered=max_unanswered
+        )
+        tasks = select_prompts(tasks, {completion.prompt_id for completion in completions})
         if calibration is not None:
             calibration = calibration.for_model({run, model, *(completion.model for completion in completions[:1])})
-        labeled = () if calibration is None else calibration.completions
+        labeled = [] if calibration is None else calibration.completions
         outputs = judge_all(judges, completions, folder, labeled=labeled, references=references)
-    scores = measure_all(tasks, completions, outputs, by_category=by_category)
-    metrics = all_metrics(scores)
-    calibrated = (
-        []
-        if calibration is None
-        else [
-            correction.hold(output.label, calibration, output.on_labeled) for output in outputs if output.on_labeled
-        ]
-    )
-    controlled, more_notes = length_controlled(tasks, completions, outputs, length_control)
-    metrics = correction.with_corrected(metrics, calibrated) + controlled
-    notes += more_notes
+    suites = score_suites(tasks, completions, outputs, by_category=by_category)
+    metrics = compute_suite_metrics(suites)
+    calibrated = []
+    if calibration is not None:
+        judged = [output for output in outputs if output.on_labeled]
+        calibrated = [calibrate(output.label, calibration, output.on_labeled) for output in judged]
+        metrics = add_corrected_rates(metrics, calibrated)
+    length_controlled, warnings = length_controlled_metrics(tasks, completions, outputs, length_control)
+    metrics += length_controlled
+    notes += warnings
     results = Results(
         run=run,
         model=model,
@@ -235,23 +239,23 @@ def evaluate(
             {
                 "name": output.label,
                 "revision": output.revision,
-                "circular": bool({*output.name.split("+")} & {*labeled_by}),
+                "circular": not labeled_by.isdisjoint(output.members),
             }
             for output in outputs
         ],
         sampling=asdict(sampling),
         metrics=metrics,
         answers=answers_hash(completions) if completions else "",
-        agreement=agreement(tasks, outputs),
+        agreement=compute_agreement(tasks, outputs),
         data=[task.data for task in tasks if task.data is not None],
     )
     if calibration is not None and calibrated:
-        results = replace(results, calibration=correction.facts(calibration, calibrated))
-        notes += correction.remarks(calibration, calibrated, metrics)
+        results = replace(results, calibration=calibration_results(calibration, calibrated))
+        notes += calibration_warnings(calibration, calibrated, metrics)
     if baseline is not None and tasks:
-        comparisons, model_comparisons, told = compare_with_baseline(*baseline, results, tasks, scores, outputs)
+        comparisons, model_comparisons, more_notes = compare_with_baseline(baseline, results, tasks, suites, outputs)
         results = replace(results, comparisons=comparisons, model_comparisons=model_comparisons)
-        notes += told
+        notes += more_notes
     return Evaluation(replace(results, warnings=notes), list(tasks), completions, outputs)
 
 
@@ -276,9 +280,16 @@ def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
 
 
 def _generate(
-    open_engine: Callable[[], Engine], prompts: Sequence[Prompt], path: Path, *, samples: int, max_unanswered: float
+    open_engine: Callable[[], Engine] | None,
+    prompts: Sequence[Prompt],
+    path: Path,
+    *,
+    samples: int,
+    max_unanswered: float,
 ) -> tuple[list[Completion], list[str]]:
     """Return the completions of all prompts that have them, and notes for the reader of the results."""
+    if open_engine is None:
+        return read_completions(path), []
     engine, notes = open_engine(), []
     try:
         completions = generate_completions(engine, prompts, path, samples=samples)
@@ -327,8 +338,10 @@ def judge_all(
         on_labeled = []
         if labeled and name != PeopleJudge.name:
             on_labeled = judge_completions(judge, labeled, judge_file(folder, "calibration", name, revision))
-        output = JudgeOutput(label, name, revision, verdicts, on_labeled)
-        outputs.append(compare(judge, output, completions, references, folder) if references else output)
+        output = JudgeOutput(label, name, revision, member_names(judge), verdicts, on_labeled)
+        if references:
+            output = compare_with_references(judge, output, completions, references, folder)
+        outputs.append(output)
         del judge
         release_memory()
     return outputs

@@ -1,7 +1,7 @@
-"""Helpfulness against given outputs: which of two answers is the better one, asked in both orders.
+"""Preferences of a judge between a model's completions and reference outputs, asked in both orders.
 
-One line per prompt and order stands in `comparisons.jsonl`, so that a killed comparison goes on where it was, and a
-win rate can be told again without a judge.
+Each prompt and order is one line of a file, so a killed comparison resumes, and win rates can be computed again
+without a judge.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,22 +19,22 @@ from bfpo.errors import DataError
 Order = Literal["model_first", "reference_first"]
 ORDERS: tuple[Order, ...] = ("model_first", "reference_first")
 
-# Pairs that a judge gets at a time; each is written as soon as it is decided.
-_PIECE = 64
+# Pairs that a judge gets at a time; each preference is written as soon as it is made.
+_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
 class PairwisePreference(FileRow):
-    """What a judge says about a model's answer beside the given output, in one order.
+    """Preference of a judge between a completion and the reference output, in one order.
 
     Args:
-        prompt_id: Of the prompt.
-        order: Which answer the judge saw first.
-        pair_hash: Of the two texts.
+        prompt_id: Id of the prompt.
+        order: Answer that the judge saw first.
+        pair_hash: Hash of the two texts.
         judge: Name of the judge.
-        revision: Of the judge.
-        preference: 1 when the model's answer is better, 0 when the given output is, 0.5 when they are equal, or a
-            probability between; None when undecided.
+        revision: Revision of the judge.
+        preference: 1 if the completion is better, 0 if the reference is, 0.5 for a tie, or a probability in between;
+            None if undecided.
         reason: Why it is undecided.
     """
 
@@ -49,118 +49,120 @@ class PairwisePreference(FileRow):
     reason: str | None = None
 
     def __post_init__(self) -> None:
-        said = self.preference
+        value = self.preference
         # bool is an int to isinstance.
-        number = isinstance(said, int | float) and not isinstance(said, bool) and 0 <= said <= 1
-        if self.order not in ORDERS or not (said is None or number):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+        if self.order not in ORDERS or not (value is None or is_number):
             raise DataError(
-                f"{self.file_name}: {self.prompt_id}: order is {self.order!r}, preference {said!r}; expected "
+                f"{self.file_name}: {self.prompt_id}: order is {self.order!r}, preference {value!r}; expected "
                 f"{' or '.join(ORDERS)}, and null or a number from 0 to 1"
             )
 
     @property
     def key(self) -> tuple[str, Order]:
-        """What names the comparison."""
+        """Key within the file."""
         return self.prompt_id, self.order
 
 
-class ByRating:
-    """Prefers the answer that a judge rates as the more helpful, each by itself: the order can't sway it.
+class RatingPairJudge:
+    """Prefers the answer with the higher helpfulness rating. Each answer is rated separately, so order has no effect.
 
     Args:
-        verdicts: Of one judge, on the answers of both sides.
-        name: Of the judge.
-        revision: Of the judge.
+        verdicts: Verdicts of one judge on the answers of both sides.
+        name: Name of the judge.
+        revision: Revision of the judge.
     """
 
     def __init__(self, verdicts: Iterable[Verdict], name: str, revision: str) -> None:
         self.name, self.revision = name, revision
-        self._of = {(one.prompt_id, one.text_hash): one for one in verdicts}
+        self._verdicts = {(verdict.prompt_id, verdict.text_hash): verdict for verdict in verdicts}
 
     def prefer(self, pairs: Sequence[tuple[Completion, Completion]]) -> Iterator[Preference]:
         """Compare the ratings of each pair; see `PairJudge`."""
         for pair in pairs:
-            one, other = (self._of[answer.prompt_id, answer.text_hash] for answer in pair)
-            if one.helpfulness is None or other.helpfulness is None:
-                unrated = one if one.helpfulness is None else other
+            first, second = (self._verdicts[completion.prompt_id, completion.text_hash] for completion in pair)
+            if first.helpfulness is None or second.helpfulness is None:
+                unrated = first if first.helpfulness is None else second
                 yield Preference(None, unrated.reason or f"{self.name} doesn't rate helpfulness")
+            elif first.helpfulness == second.helpfulness:
+                yield Preference(0.5)
             else:
-                ours, theirs = one.helpfulness, other.helpfulness
-                yield Preference(1.0 if ours > theirs else 0.0 if ours < theirs else 0.5)
+                yield Preference(float(first.helpfulness > second.helpfulness))
 
 
-def compare_with_references(
+def collect_preferences(
     judge: PairJudge, completions: Iterable[Completion], references: Mapping[str, Completion], path: Path
 ) -> list[PairwisePreference]:
-    """Ask a judge about every prompt in both orders, into a file of comparisons.
+    """Ask a judge to compare each completion with its reference in both orders, into a file.
 
     Args:
-        judge: What compares.
-        completions: The model's answers; of several samples of a prompt the first takes part.
-        references: Prompt → the given output.
-        path: `comparisons.jsonl`; what it or its unfinished part holds isn't asked again.
+        judge: Judge that compares pairs.
+        completions: Completions of the model; only the first sample of a prompt is compared.
+        references: Prompt id → reference output.
+        path: `comparisons.jsonl`; preferences that it or its unfinished part holds aren't asked for again.
 
     Returns:
-        Two for each answered prompt that has a reference.
+        Two preferences for each completion with a reference.
 
     Raises:
-        DataError: If the file holds comparisons of other texts or of another judge.
+        DataError: If the file holds preferences about other texts or of another judge.
     """
     pairs = {
-        one.prompt_id: (one, references[one.prompt_id])
-        for one in completions
-        if one.sample == 0 and one.prompt_id in references
+        completion.prompt_id: (completion, references[completion.prompt_id])
+        for completion in completions
+        if completion.sample == 0 and completion.prompt_id in references
     }
-    hashes = {name: content_hash(ours.text, theirs.text)[:12] for name, (ours, theirs) in pairs.items()}
+    hashes = {prompt_id: content_hash(ours.text, theirs.text)[:12] for prompt_id, (ours, theirs) in pairs.items()}
 
-    def check(done: PairwisePreference) -> None:
-        if (done.judge, done.revision) != (judge.name, judge.revision):
+    def check(existing: PairwisePreference) -> None:
+        if (existing.judge, existing.revision) != (judge.name, judge.revision):
             raise DataError(
-                f"{path} holds comparisons of {done.judge}@{done.revision}, this is {judge.name}@{judge.revision}; "
-                "choose another folder, or remove it"
+                f"{path} holds comparisons of {existing.judge}@{existing.revision}, this is "
+                f"{judge.name}@{judge.revision}; choose another folder, or remove it"
             )
-        if hashes.get(done.prompt_id, done.pair_hash) != done.pair_hash:
-            raise DataError(f"{path}: the comparison on {done.prompt_id} is of other texts; remove the file")
+        if hashes.get(existing.prompt_id, existing.pair_hash) != existing.pair_hash:
+            raise DataError(f"{path}: the comparison on {existing.prompt_id} is of other texts; remove the file")
 
     def make(missing: Sequence[tuple[str, Order]]) -> Iterator[list[PairwisePreference]]:
-        for start in range(0, len(missing), _PIECE):
-            piece = missing[start : start + _PIECE]
-            said = judge.prefer([pairs[name] if order == ORDERS[0] else pairs[name][::-1] for name, order in piece])
-            for (name, order), one in zip(piece, said, strict=True):
-                preference = _of_model(one, order)
+        for start in range(0, len(missing), _BATCH):
+            keys = missing[start : start + _BATCH]
+            ordered = [
+                pairs[prompt_id] if order == "model_first" else pairs[prompt_id][::-1] for prompt_id, order in keys
+            ]
+            for (prompt_id, order), preference in zip(keys, judge.prefer(ordered), strict=True):
+                value = preference.first_is_better
+                if value is not None and order == "reference_first":
+                    value = 1 - value
                 yield [
-                    PairwisePreference(name, order, hashes[name], judge.name, judge.revision, preference, one.reason)
+                    PairwisePreference(
+                        prompt_id, order, hashes[prompt_id], judge.name, judge.revision, value, preference.reason
+                    )
                 ]
 
-    wanted = [(name, order) for name in pairs for order in ORDERS]
-    return fill(path, PairwisePreference, wanted, lambda one: one.key, make, check=check, what="comparing")
+    keys = [(prompt_id, order) for prompt_id in pairs for order in ORDERS]
+    return fill(path, PairwisePreference, keys, lambda row: row.key, make, check=check, what="comparing")
 
 
-def _of_model(said: Preference, order: Order) -> float | None:
-    if said.first_is_better is None or order == "model_first":
-        return said.first_is_better
-    return 1 - said.first_is_better
+def mean_preferences(preferences: Iterable[PairwisePreference]) -> dict[str, float | None]:
+    """Return the mean preference of the two orders by prompt, in [0, 1]; None if one of them is undecided."""
+    means: dict[str, float | None] = {}
+    for prompt_id, values in _by_prompt(preferences).items():
+        decided = [value for value in values if value is not None]
+        means[prompt_id] = sum(decided) / len(decided) if len(decided) == len(values) else None
+    return means
 
 
-def preferences(compared: Iterable[PairwisePreference]) -> dict[str, float | None]:
-    """Return the mean preference of the two orders by prompt, in [0, 1]; None where one is undecided."""
-    return {
-        name: None if None in both else sum(one for one in both if one is not None) / len(both)
-        for name, both in _by_prompt(compared).items()
-    }
-
-
-def order_decides(compared: Iterable[PairwisePreference]) -> dict[str, bool]:
+def order_decides(preferences: Iterable[PairwisePreference]) -> dict[str, bool]:
     """Return by prompt whether the preferred side changes with the order; undecided prompts are left out."""
     return {
-        name: len({(one > 0.5) - (one < 0.5) for one in both if one is not None}) > 1
-        for name, both in _by_prompt(compared).items()
-        if None not in both
+        prompt_id: len({(value > 0.5) - (value < 0.5) for value in values if value is not None}) > 1
+        for prompt_id, values in _by_prompt(preferences).items()
+        if None not in values
     }
 
 
-def _by_prompt(compared: Iterable[PairwisePreference]) -> dict[str, list[float | None]]:
-    found: dict[str, list[float | None]] = {}
-    for one in compared:
-        found.setdefault(one.prompt_id, []).append(one.preference)
-    return found
+def _by_prompt(preferences: Iterable[PairwisePreference]) -> dict[str, list[float | None]]:
+    values: dict[str, list[float | None]] = {}
+    for preference in preferences:
+        values.setdefault(preference.prompt_id, []).append(preference.preference)
+    return values

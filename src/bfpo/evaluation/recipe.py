@@ -1,4 +1,4 @@
-"""What may stand in a recipe of `bfpo eval`."""
+"""Recipe of `bfpo eval`."""
 
 from pydantic import Field, field_validator, model_validator
 
@@ -9,7 +9,7 @@ from bfpo.evaluation.suite import EvalData
 from bfpo.generation.open import EngineSection, ServerSection
 from bfpo.judging.spec import parse_judge
 
-# Of two families, both of which tell refusals too.
+# Two families, both of which detect refusals too.
 JUDGES = ["wildguard:allenai/wildguard", "qwen3guard:Qwen/Qwen3Guard-Gen-4B"]
 
 
@@ -17,29 +17,29 @@ class SamplingSection(Section):
     """How completions are sampled."""
 
     samples: Count = 1
-    """Answers per prompt."""
+    """Completions per prompt."""
     temperature: float = Field(0.7, ge=0)
-    """0 takes the likeliest token."""
+    """Sampling temperature; 0 takes the likeliest token."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Probability mass that is kept."""
+    """Probability mass to sample from."""
     max_new_tokens: Count = 512
-    """Longest answer, in tokens."""
+    """Maximum length of a completion, in tokens."""
     seed: int = 0
-    """With a prompt's id and the sample's number it fixes an answer."""
+    """Seed; with the prompt's id and the sample's number it fixes a completion."""
 
     @property
     def settings(self) -> Sampling:
-        """As an engine takes them."""
+        """Settings as an engine takes them."""
         return Sampling(**self.model_dump())
 
 
 class Price(Section):
-    """What a served model costs, in any one currency."""
+    """Price of a served model, in any currency."""
 
     prompt: float = Field(ge=0)
-    """Per million tokens read."""
+    """Price per million tokens read."""
     completion: float = Field(ge=0)
-    """Per million tokens written."""
+    """Price per million tokens written."""
 
 
 class LengthControlFiles(Section):
@@ -48,67 +48,68 @@ class LengthControlFiles(Section):
     gamed: str
     """`df_gamed.csv`: annotations of the gamed baselines, with the difficulty of every instruction."""
     difficulty: str | None = None
-    """`instruction_difficulty.csv`; the difficulties are compared with those of `gamed`."""
+    """`instruction_difficulty.csv`; its difficulties must be those of `gamed`."""
 
 
 class EvalRecipe(Section):
-    """`bfpo eval`: suites of prompts put to a model, its answers judged, scored, compared and gated."""
+    """`bfpo eval`: run suites of prompts on a model, judge and score its completions, and compare the results."""
 
     out: str
-    """Folder; one begun earlier is continued."""
+    """Output folder; an evaluation started in it resumes."""
     run: str | None = None
     """Short name of the run in tables and figures; default the last part of `out`."""
     model: EngineSection | None = None
-    """Whose answers are evaluated; or `completions`."""
+    """Model to evaluate; or `completions`."""
     completions: str | None = None
-    """Answers that another program saved: completions.jsonl, or a table with a prompt and an answer in each row."""
+    """Completions saved by another program: completions.jsonl, or a table with a prompt and an answer in each row."""
     suites: list[str] = Field(default=["safety", "over_refusal"], min_length=1)
-    """Names of shipped suites, or paths of one's own."""
+    """Names of shipped suites, or paths of your own."""
     data: dict[str, EvalData] = Field(default={})
     """Source, or task of lm-eval → where its rows are read from, instead of the hub's (pinned) revision."""
     leave_out: list[str] = Field(default=[])
-    """Tasks that are left out, as `alert` or `safety/alert`; the results say so."""
+    """Tasks to leave out, as `alert` or `safety/alert`; the results list them."""
     limit: Count | None = None
-    """Prompts, or rows, of a task at most, a sample that is the same in every run; for a first look."""
+    """Maximum number of prompts, or rows, of a task, a sample that is the same in every run; for a first look."""
     max_unanswered: float = Field(0.0, ge=0, lt=1)
-    """Largest share of prompts without an answer (a server gave none, the file lacks it): they are left out, and the
-    results say so."""
+    """Maximum share of prompts without a completion (a server gave none, the file lacks it): they are left out, and
+    the results say how many."""
     sampling: SamplingSection = SamplingSection()
     """How completions are sampled."""
     judges: list[str] = Field(default=JUDGES, min_length=1)
-    """Judges as for `bfpo judge`; the first is the primary one. Several families: judges of one share mistakes."""
+    """Judges as for `bfpo judge`, the primary one first. Use several families: judges of one share mistakes."""
     judge_server: ServerSection = ServerSection()
     """How the servers of judges are queried (`rubric:MODEL@http://host:port/v1`)."""
     threshold: float | None = Field(None, ge=0, le=1)
-    """Of judges that give a probability: an answer is safe from it on. Default the judge's own."""
+    """Probability from which an answer counts as safe, for judges that give one. Default the judge's own."""
     calibration: str | None = None
-    """Answers that people labeled, as for `bfpo judge eval`: judges read them too, and each rate is told a second
-    time, corrected for what the judge gets wrong there. Of the evaluated model, to other prompts: docs/judging.md."""
+    """Answers with human labels, as for `bfpo judge eval`: judges read them too, and each rate is reported a second
+    time, corrected for the judge's errors on them. Best are answers of the evaluated model to other prompts:
+    docs/judging.md."""
     length_control: LengthControlFiles | None = None
     """Files with which AlpacaEval's length-controlled win rate is computed on its 805 instructions."""
     labeled_by: list[str] = Field(default=[])
-    """Names of judges that labeled the model's training data, beside those that its folder tells of."""
+    """Names of judges that labeled the model's training data, in addition to those in its data manifest."""
     template_policy: str | None = None
-    """How prompts were put to a served model or to the one that `completions` are of; runs under different policies
-    don't compare."""
+    """How prompts are given to a served model, or to the one behind `completions`; runs under different policies
+    can't be compared."""
     base: str | None = None
-    """Folder of another evaluation to compare with."""
+    """Folder of another evaluation to compare with, the baseline."""
     gate: str | list[Bound] | None = None
-    """Bounds that the numbers must keep, or a file of them; see docs/benchmark.md."""
+    """Bounds on metrics, or a file of them; see docs/evaluation.md."""
     price: Price | None = None
-    """Of the model, for the estimate of `--dry-run`."""
+    """Price of the model, for the estimate of `--dry-run`."""
     judge_price: Price | None = None
-    """Of the judges that are asked over a server."""
+    """Price of the judges on servers."""
 
     @field_validator("judges")
     @classmethod
-    def _are_judges(cls, specs: list[str]) -> list[str]:
+    def _check_judges(cls, specs: list[str]) -> list[str]:
         for spec in specs:
             parse_judge(spec)
         return specs
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "EvalRecipe":
+    def _check_origin(self) -> "EvalRecipe":
         if (self.model is None) == (self.completions is None):
             raise ValueError("expected exactly one of model and completions")
         return self

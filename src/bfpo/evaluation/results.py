@@ -1,4 +1,4 @@
-"""`results.json`, schema 3: the results of an evaluation, from which reports are drawn."""
+"""`results.json`, schema 3: the results of an evaluation, which reports show."""
 
 import json
 from collections.abc import Iterable
@@ -12,39 +12,38 @@ from pydantic import TypeAdapter, ValidationError
 
 from bfpo.core.files import content_hash, write_json
 from bfpo.core.samples import Completion
-from bfpo.core.terminal import show_table
 from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import DifferenceVerdict, ModelComparison
 
 SCHEMA = 3
 FILE_NAME = "results.json"
-# How the name of a rate ends that is corrected for its judge's errors.
+# Suffix of rates that are corrected for their judge's errors.
 CORRECTED = "_corrected"
 
 
 @dataclass(frozen=True, slots=True)
 class MetricResult:
-    """One number with its interval.
+    """One metric with its interval.
 
     Args:
-        suite: Family of tasks.
-        task: Which prompts: by kind (`harmful`, `benign`, `lookalike`, or `all`), or a task of the suite.
-        metric: What was measured.
-        value: The number; None when nothing could be scored.
+        suite: Name of the suite.
+        task: Kind of the prompts (`harmful`, `benign`, `lookalike`, or `all`), or a task of the suite.
+        metric: Name of the metric.
+        value: Value; None if nothing could be scored.
         low: Lower bound of the 95 % interval.
         high: Upper bound.
-        n: Prompts it rests on.
-        unscored: Completions without a verdict on this; they count against the model or are left out as `metric`
-            says: an undecided answer is never safe.
-        interval: How the interval was made.
-        higher_is_better: Which way is good; None when neither is.
-        judge: Name of the judge that it rests on; "" where none was asked.
-        category: Kind of harm, or of request, that it is about; None for all of the task.
-        least: Lower bound of the interval if every undecided answer were a no; None where there is none, and of what
-            isn't a rate.
-        most: Upper bound if every one were a yes.
-        recipe: Of a composite: what it is the mean of, or which part is missing; "" for others.
-        smallest_part: Number of prompts of the part of a composite that has the fewest; None for others.
+        n: Number of prompts.
+        unscored: Number of completions without a verdict on the metric. An undecided completion counts as not safe;
+            other metrics leave it out.
+        interval: Method of the interval.
+        higher_is_better: Whether higher is better; None when neither is.
+        judge: Name of the judge; empty if the metric needs none.
+        category: Category of the prompts; None for all prompts of the task.
+        least: Lower bound of the interval if every undecided completion counted as 0; None without undecided ones,
+            and for metrics that aren't rates.
+        most: Upper bound if every one counted as 1.
+        recipe: For a composite index: the metrics that it is the mean of, or the missing part; else empty.
+        smallest_part: Number of prompts of the part with the fewest, for a composite; else None.
     """
 
     suite: str
@@ -67,24 +66,24 @@ class MetricResult:
 
 @dataclass(frozen=True, slots=True)
 class MetricComparison:
-    """One metric against another run's, over the same prompts.
+    """One metric compared with a baseline's, over the same prompts.
 
     Args:
-        against: Name of the other run.
+        against: Name of the baseline.
         suite: As in `MetricResult`.
         task: As in `MetricResult`.
         metric: As in `MetricResult`.
-        difference: This run minus the other.
+        difference: This run minus the baseline.
         low: Lower bound of the 95 % interval.
         high: Upper bound.
-        n: Prompts both answered.
-        interval: How the interval was made.
-        verdict: What follows from it; None when neither direction is better.
+        n: Number of prompts that both answered.
+        interval: Method of the interval.
+        verdict: Verdict on the difference; None when neither direction is better.
         judge: As in `MetricResult`.
         category: As in `MetricResult`.
-        against_model: The other run's model.
-        against_answers: Hash of the other run's answers: names of runs may be the same.
-        p_value: Of the test that goes with the interval, by itself; None where there is none.
+        against_model: Model of the baseline.
+        against_answers: Hash of the baseline's completions; names of runs may be equal.
+        p_value: P-value of the test that belongs to the interval, not adjusted; None without one.
     """
 
     against: str
@@ -104,9 +103,9 @@ class MetricComparison:
     p_value: float | None = None
 
     def is_against(self, other: "Results") -> bool:
-        """Whether it compares with that run, and not with another of its name."""
-        named = self.against, self.against_model, self.against_answers
-        return named == (other.run, other.model, other.answers)
+        """Return whether the baseline is that run, and not another with its name."""
+        baseline = self.against, self.against_model, self.against_answers
+        return baseline == (other.run, other.model, other.answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,25 +213,25 @@ class CalibrationResult:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """An evaluation of one model.
+    """Results of the evaluation of one model.
 
     Args:
-        run: Short name, as tables and plots show it.
-        model: What was evaluated.
-        template_policy: How prompts were put to the model; runs under different policies don't compare.
-        judges: Objects of `name`, `revision` and `circular` (it labeled the data that the model was trained on); the
-            first is the primary one, which `Results.metric` speaks of.
-        sampling: The sampling's settings.
-        metrics: What was found.
-        comparisons: Against other runs.
-        model_comparisons: Safety and helpfulness together against another run, one for each judge.
-        answers: Hash of the completions that all this rests on; see `answers_hash`.
-        warnings: What a reader must know before believing a number.
+        run: Short name, as in tables and plots.
+        model: Name of the model.
+        template_policy: How prompts are given to the model; runs under different policies can't be compared.
+        judges: Objects of `name`, `revision` and `circular` (the judge labeled the model's training data); the first
+            is the primary judge, which `Results.metric` uses.
+        sampling: Sampling settings.
+        metrics: Metrics of all suites and judges.
+        comparisons: Comparisons of metrics with a baseline.
+        model_comparisons: Comparisons with a baseline in safety and helpfulness together, one for each judge.
+        answers: Hash of the completions; see `answers_hash`.
+        warnings: Warnings that a reader needs before relying on the numbers.
         agreement: Agreement of every two judges.
         data: Data of the tasks.
         calibration: Errors of the judges that corrected rates rest on.
         created: Time, ISO 8601.
-        schema: Of this file.
+        schema: Schema of the file.
     """
 
     run: str
@@ -252,9 +251,11 @@ class Results:
     schema: int = SCHEMA
 
     def metric(self, task: str, metric: str) -> MetricResult | None:
-        """Return a metric over all of a task, by the primary judge; None when it wasn't measured."""
-        wanted = task, metric, None
-        return next((one for one in self.metrics if (one.task, one.metric, one.category) == wanted), None)
+        """Return a metric over all prompts of a task, by the primary judge; None if it wasn't computed."""
+        for result in self.metrics:
+            if (result.task, result.metric, result.category) == (task, metric, None):
+                return result
+        return None
 
     def write(self, folder: Path) -> None:
         """Write `results.json` into a folder."""
@@ -276,7 +277,7 @@ def read_results(folder: Path) -> Results:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{folder}: no {FILE_NAME}; it is what an evaluation leaves") from None
+        raise DataError(f"{folder}: no {FILE_NAME}; evaluate the run first") from None
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from None
     schema = content.get("schema") if isinstance(content, dict) else type(content).__name__
@@ -321,34 +322,21 @@ def _rename(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in row.items()}
 
 
-def show_results(several: Iterable[Results]) -> None:
-    """Print metrics of several runs side by side, each with its interval."""
-    found = list(several)
-    keys = dict.fromkeys((metric.task, metric.metric) for results in found for metric in results.metrics)
-    rows = []
-    for task, name in keys:
-        metrics = [results.metric(task, name) for results in found]
-        first = next(metric for metric in metrics if metric is not None)
-        rows.append((f"{task}: {name}", *(shown(metric) for metric in metrics), first.n))
-    title = "Means over held-out prompts with 95 % intervals over prompts"
-    show_table(title, ("what", *(results.run for results in found), "prompts"), rows)
-
-
-def shown(metric: MetricResult | None) -> str:
-    """Return a metric as text: value, interval, and what it could be however the undecided answers were decided."""
+def format_metric(metric: MetricResult | None) -> str:
+    """Return a metric as text: value, interval, and the bounds that the undecided completions leave."""
     if metric is None or metric.value is None:
         return "-"
     if metric.low is None or metric.high is None:
         return f"{metric.value:.2f}"
-    told = f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"
+    text = f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}]"
     if metric.least is None or metric.most is None:
-        return told
-    return f"{told} ({metric.unscored:,} undecided: {metric.least:.2f} to {metric.most:.2f})"
+        return text
+    return f"{text} ({metric.unscored:,} undecided: {metric.least:.2f} to {metric.most:.2f})"
 
 
 def answers_hash(completions: Iterable[Completion]) -> str:
-    """Return what names a set of answers: a hash of the prompts' ids, the samples' numbers and the texts."""
-    return content_hash(sorted((*one.key, one.text_hash) for one in completions))[:12]
+    """Return a hash of completions: of their prompt ids, sample numbers and texts."""
+    return content_hash(sorted((*completion.key, completion.text_hash) for completion in completions))[:12]
 
 
 METRIC_COLUMNS = tuple(column.name for column in fields(MetricResult))

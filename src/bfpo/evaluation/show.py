@@ -1,87 +1,124 @@
-"""What an evaluation prints when it is done."""
+"""Printing the results of evaluations."""
+
+from collections.abc import Iterable
 
 from bfpo.core.terminal import say, show_table
 from bfpo.evaluation.comparisons import AxisResult
-from bfpo.evaluation.results import Results, shown
+from bfpo.evaluation.results import Results, format_metric
 
-# What the table on the terminal leaves to results.json and the report.
+# Metrics that only results.json and the report contain.
 _DETAILS = ("tokens", "cut", "malformed")
 
 
-def show_evaluation(results: Results) -> None:
-    """Print the numbers by judge, the judges' agreement, comparisons and warnings."""
-    judges = [judge["name"] for judge in results.judges]
-    found = {
-        (one.suite, one.task, one.metric, one.judge): one
-        for one in results.metrics
-        if one.category is None and one.metric not in _DETAILS
-    }
+def show_results(runs: Iterable[Results]) -> None:
+    """Print the metrics of several runs side by side, each with its interval."""
+    runs = list(runs)
+    keys = dict.fromkeys((metric.task, metric.metric) for results in runs for metric in results.metrics)
     rows = []
-    for suite, task, metric in dict.fromkeys(key[:3] for key in found if key[3]):
-        of_judges = [found.get((suite, task, metric, judge)) for judge in judges]
-        n = max(one.n for one in of_judges if one is not None)
-        rows.append((f"{suite}/{task} {metric}", n, *map(shown, of_judges)))
-    title = f"{results.run}: 95 % intervals over prompts"
-    if rows:
-        show_table(title, ("what", "prompts", *judges), rows)
-    unjudged = [one for key, one in found.items() if not key[3]]
-    if unjudged:
-        rows = [(f"{one.suite}/{one.task} {one.metric}", one.n, shown(one)) for one in unjudged]
-        show_table(f"{title}; scored without a judge", ("what", "rows", "found"), rows)
-    recipes = {(one.suite, one.metric, one.recipe): one.judge for one in results.metrics if one.recipe}
-    for suite, metric, recipe in recipes:
-        say(f"{suite}/all {metric}: {recipe}")
+    for task, name in keys:
+        metrics = [results.metric(task, name) for results in runs]
+        n = next(metric.n for metric in metrics if metric is not None)
+        rows.append((f"{task}: {name}", *map(format_metric, metrics), n))
+    title = "Means over held-out prompts with 95 % intervals over prompts"
+    show_table(title, ("metric", *(results.run for results in runs), "prompts"), rows)
+
+
+def show_evaluation(results: Results) -> None:
+    """Print metrics by judge, agreement, comparisons and warnings."""
+    _show_metrics(results)
     if results.agreement:
-        show_table(
-            "Agreement of the judges (Cohen's kappa)",
-            ("judges", "question", "answers", "the same", "kappa"),
-            [
-                (
-                    " and ".join(one.judges),
-                    one.question,
-                    one.n,
-                    "-" if one.share is None else f"{one.share:.1%}",
-                    _kappa(one.kappa, one.low, one.high),
-                )
-                for one in results.agreement
-            ],
-        )
-    compared = [one for one in results.comparisons if one.category is None and one.metric not in _DETAILS]
-    if compared:
-        show_table(
-            f"Against {compared[0].against}, paired over prompts",
-            ("what", "judge", "difference", "that is"),
-            [
-                (
-                    f"{one.suite}/{one.task} {one.metric}",
-                    one.judge,
-                    f"{one.difference:+.3f} [{one.low:+.3f}, {one.high:+.3f}]",
-                    one.verdict or "-",
-                )
-                for one in compared
-            ],
-        )
+        _show_agreement(results)
+    if results.comparisons:
+        _show_comparisons(results)
     if results.model_comparisons:
-        told = f"p-values adjusted for {results.model_comparisons[0].tests} tests"
-        show_table(
-            f"{results.run} against {results.model_comparisons[0].against} in safety and helpfulness, {told}",
-            ("judge", "safety", "p", "helpfulness", "p", "verdict"),
-            [
-                (one.judge, *_axis(one.safety), *_axis(one.helpfulness), one.verdict)
-                for one in results.model_comparisons
-            ],
-        )
+        _show_model_comparisons(results)
     for warning in results.warnings:
         say(f"warning: {warning}")
 
 
-def _axis(axis: AxisResult) -> tuple[str, str]:
-    name = axis.verdict if axis.metric != "over_refusal" else f"{axis.verdict} (over-refusal)"
+def _show_metrics(results: Results) -> None:
+    judges = [judge["name"] for judge in results.judges]
+    by_key = {
+        (metric.suite, metric.task, metric.metric, metric.judge): metric
+        for metric in results.metrics
+        if metric.category is None and metric.metric not in _DETAILS
+    }
+    rows = []
+    for suite, task, name in dict.fromkeys(key[:3] for key in by_key if key[3]):
+        metrics = [by_key.get((suite, task, name, judge)) for judge in judges]
+        n = max(metric.n for metric in metrics if metric is not None)
+        rows.append((f"{suite}/{task} {name}", n, *map(format_metric, metrics)))
+    title = f"{results.run}: 95 % intervals over prompts"
+    if rows:
+        show_table(title, ("metric", "prompts", *judges), rows)
+    unjudged = [metric for (*_, judge), metric in by_key.items() if not judge]
+    if unjudged:
+        rows = [
+            (f"{metric.suite}/{metric.task} {metric.metric}", metric.n, format_metric(metric)) for metric in unjudged
+        ]
+        show_table(f"{title}; scored without a judge", ("metric", "rows", "value"), rows)
+    recipes = dict.fromkeys(
+        (metric.suite, metric.metric, metric.recipe) for metric in results.metrics if metric.recipe
+    )
+    for suite, name, recipe in recipes:
+        say(f"{suite}/all {name}: {recipe}")
+
+
+def _show_agreement(results: Results) -> None:
+    rows = [
+        (
+            " and ".join(agreement.judges),
+            agreement.question,
+            agreement.n,
+            "-" if agreement.share is None else f"{agreement.share:.1%}",
+            _format_kappa(agreement.kappa, agreement.low, agreement.high),
+        )
+        for agreement in results.agreement
+    ]
+    title = "Agreement of the judges (Cohen's kappa)"
+    show_table(title, ("judges", "question", "answers", "equal", "kappa"), rows)
+
+
+def _show_comparisons(results: Results) -> None:
+    rows = [
+        (
+            f"{comparison.suite}/{comparison.task} {comparison.metric}",
+            comparison.judge,
+            f"{comparison.difference:+.3f} [{comparison.low:+.3f}, {comparison.high:+.3f}]",
+            comparison.verdict or "-",
+        )
+        for comparison in results.comparisons
+        if comparison.category is None and comparison.metric not in _DETAILS
+    ]
+    if rows:
+        title = f"Against {results.comparisons[0].against}, paired over prompts"
+        show_table(title, ("metric", "judge", "difference", "verdict"), rows)
+
+
+def _show_model_comparisons(results: Results) -> None:
+    first = results.model_comparisons[0]
+    show_table(
+        f"{results.run} against {first.against} in safety and helpfulness, p-values adjusted for {first.tests} tests",
+        ("judge", "safety", "p", "helpfulness", "p", "verdict"),
+        [
+            (
+                comparison.judge,
+                *_format_axis(comparison.safety),
+                *_format_axis(comparison.helpfulness),
+                comparison.verdict,
+            )
+            for comparison in results.model_comparisons
+        ],
+    )
+
+
+def _format_axis(axis: AxisResult) -> tuple[str, str]:
+    verdict = axis.verdict if axis.metric != "over_refusal" else f"{axis.verdict} (over-refusal)"
     p_value = f"{axis.p_adjusted:.3f}" if axis.p_adjusted >= 0.001 else "< 0.001"
-    return f"{axis.difference:+.3f} [{axis.low:+.3f}, {axis.high:+.3f}] {name}", p_value
+    return f"{axis.difference:+.3f} [{axis.low:+.3f}, {axis.high:+.3f}] {verdict}", p_value
 
 
-def _kappa(value: float | None, low: float | None, high: float | None) -> str:
+def _format_kappa(value: float | None, low: float | None, high: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if low is None or high is None else f"{value:.2f} [{low:.2f}, {high:.2f}]"

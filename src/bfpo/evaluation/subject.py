@@ -63,7 +63,7 @@ def training_judges(recipe: EvalRecipe) -> set[str]:
 
 
 def template_policy(recipe: EvalRecipe, suites: Mapping[str, Suite], tasks: Sequence[Task]) -> str:
-    """Describe how prompts are given to the model; the system messages of tasks are part of it."""
+    """Return how prompts are given to the model; the system messages of tasks are part of it."""
     if not tasks:
         return LM_EVAL_POLICY
     if recipe.template_policy is not None:
@@ -75,6 +75,6 @@ def template_policy(recipe: EvalRecipe, suites: Mapping[str, Suite], tasks: Sequ
     names = {(task.suite, task.name) for task in tasks}
     for suite, content in suites.items():
         for task in content.tasks:
-            if task.system is not None and (suite, task.called) in names:
-                policy += f"; {suite}/{task.called} with the system message {task.system!r}"
+            if task.system is not None and (suite, task.task_name) in names:
+                policy += f"; {suite}/{task.task_name} with the system message {task.system!r}"
     return policy

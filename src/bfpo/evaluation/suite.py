@@ -1,4 +1,4 @@
-"""Suites: which published prompts make which tasks. One YAML file each; a user's own is named by its path."""
+"""Suites: tasks on published prompts, one YAML file per suite. Your own suite is named by its path."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -14,52 +14,53 @@ from bfpo.config.recipes import Count, Section
 from bfpo.core.files import content_hash
 from bfpo.core.pairs import conversation_key
 from bfpo.core.samples import KINDS, Completion, Kind, Prompt
-from bfpo.data.prompts import PromptSource, known_source, read_given_outputs, read_prompt_source
+from bfpo.data.prompt_sets import find_prompt_set
+from bfpo.data.prompts import PromptSource, read_prompt_source, read_reference_outputs
 from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.evaluation.results import TaskData
+from bfpo.judging.spec import Finding
 
 IndexName = Literal["harmlessness_index", "helpfulness_index"]
 INDICES: tuple[IndexName, ...] = get_args(IndexName)
-Finding = Literal["safe", "refusal", "helpfulness"]
 
 
 class SuiteTask(Section):
-    """One task of a suite: the prompts of one set that are for one thing."""
+    """One task of a suite: prompts of one kind from one data set."""
 
     source: str
-    """A key of `bfpo.data.prompts.SOURCES`; `file` is one's own."""
+    """A key of `bfpo.data.prompts.SOURCES`; `file` is your own file."""
     name: str | None = None
-    """Of the task; default the source's."""
+    """Name of the task; default the source's."""
     only: Kind | None = None
-    """Prompts of this kind alone; needed where a set holds several kinds."""
+    """Kind of prompts to use; needed if the data set has several kinds."""
     where: dict[str, str] = Field(default={})
-    """Column → value of the rows that are taken; a file without the column is taken whole."""
+    """Column → value of the rows to use; a file without the column is used whole."""
     kind: Kind | None = None
-    """What the prompts are for, where neither the set nor its rows say it."""
+    """Kind of the prompts, if neither the data set nor its rows say it."""
     limit: Count | None = None
-    """Prompts to take at most, a sample that is the same in every run."""
+    """Maximum number of prompts, a sample that is the same in every run."""
     system: str | None = None
-    """System message before each prompt: a part of the template policy."""
+    """System message before each prompt; it is part of the template policy."""
     path: str | None = None
-    """File to read instead of the hub; `data:` of the recipe goes before it."""
+    """File to read instead of the hub; the recipe's `data:` overrides it."""
     license: str | None = None
-    """License of one's own file."""
+    """License of your own file."""
     compare: str | None = None
-    """Column with an output of each prompt: the model's answer is set beside it, and its win rate measured."""
+    """Column with a reference output for each prompt; the win rate of the completions against it is computed."""
 
     @property
-    def called(self) -> str:
+    def task_name(self) -> str:
         """Name of the task."""
         return self.name or self.source
 
 
 class SuiteSampling(Section):
-    """How a suite's published numbers were sampled."""
+    """Sampling of a suite's published numbers."""
 
     temperature: float | None = None
-    """At least 0."""
+    """Temperature, at least 0."""
     top_p: float | None = None
-    """Probability mass that was kept."""
+    """Probability mass that was sampled from."""
 
 
 class Suite(Section):
@@ -68,58 +69,59 @@ class Suite(Section):
     title: str
     """What the suite measures."""
     note: str = ""
-    """What a reader must know before believing a number of it."""
+    """Warning that a reader needs before relying on its numbers."""
     tasks: list[SuiteTask] = Field(default=[])
-    """Its tasks: prompts that are answered, and judged."""
+    """Tasks whose prompts the model answers and judges read."""
     lm_eval: list[str] = Field(default=[])
     """Tasks of lm-evaluation-harness, which scores them itself: names, or paths of YAML tasks."""
     indices: dict[IndexName, Annotated[dict[str, str], Field(min_length=1)]] = Field(default={})
-    """Composite index → its tasks, each with the metric of which it takes the unweighted mean."""
+    """Composite index → its tasks, each with the metric that enters the unweighted mean."""
     judges: list[Finding] = Field(default=["safe"])
-    """What at least one judge must be able to say."""
+    """Questions that at least one judge must answer."""
     judge_kinds: list[str] = Field(default=[])
-    """Kinds of judges of which one is needed for the suite's numbers to mean what its title says."""
+    """Kinds of judges of which one is needed for the numbers to mean what the title says."""
     sampling: SuiteSampling = SuiteSampling()
-    """How the numbers that these are set beside were sampled."""
+    """Sampling of the published numbers."""
 
     @model_validator(mode="after")
-    def _names_apart(self) -> "Suite":
+    def _check_names(self) -> "Suite":
         if not self.tasks and not self.lm_eval:
             raise ValueError("expected tasks or lm_eval")
-        names = Counter(task.called for task in self.tasks)
-        if twice := [name for name, n in (names + Counter(map(lm_eval_name, self.lm_eval))).items() if n > 1]:
-            raise ValueError(f"task '{twice[0]}' stands twice; give one another name:")
-        known = [*names, *map(lm_eval_name, self.lm_eval)]
-        for index, of in self.indices.items():
-            if unknown := [task for task in of if task not in known]:
-                raise ValueError(f"{index}: task '{unknown[0]}'; {did_you_mean(unknown[0], sorted(known))}")
-        # Numbers over all of a kind go by the kind's name.
-        if (named := names.keys() & set(KINDS)) and not names.keys() <= set(KINDS):
-            raise ValueError(f"task '{min(named)}' has the name of a kind; so must all tasks of the suite, or none")
+        counts = Counter(task.task_name for task in self.tasks)
+        all_counts = counts + Counter(map(lm_eval_name, self.lm_eval))
+        if duplicates := [name for name, count in all_counts.items() if count > 1]:
+            raise ValueError(f"task '{duplicates[0]}' is duplicated; give one of them another name:")
+        names = [*all_counts]
+        for index, parts in self.indices.items():
+            if unknown := [task for task in parts if task not in names]:
+                raise ValueError(f"{index}: task '{unknown[0]}'; {did_you_mean(unknown[0], sorted(names))}")
+        # Metrics over all prompts of a kind have the kind's name as their task.
+        if (shared := counts.keys() & set(KINDS)) and not counts.keys() <= set(KINDS):
+            raise ValueError(f"task '{min(shared)}' has the name of a kind; so must all tasks of the suite, or none")
         return self
 
 
 class EvalData(Section):
-    """Where a set of prompts is read from, instead of what the program knows."""
+    """Where a data set is read from, instead of its published place."""
 
     path: str | None = None
-    """Local file with the columns that the set is published with."""
+    """Local file with the published columns."""
     revision: str | None = None
     """Commit on the hub."""
 
 
 def lm_eval_name(task: str) -> str:
-    """Return what a task of lm-eval is called: its name, or that of its YAML file."""
+    """Return the name of a task of lm-eval; of a YAML file, its stem."""
     return Path(task).stem if task.endswith((".yaml", ".yml")) else task
 
 
 def lm_eval_tasks(suites: Mapping[str, Suite], leave_out: Sequence[str]) -> list[tuple[str, str]]:
-    """Return suite and name of the tasks of lm-eval that aren't left out."""
-    every = [(name, task) for name, suite in suites.items() for task in suite.lm_eval]
+    """Return suite and spec of the tasks of lm-eval that aren't left out."""
     return [
-        (name, task)
-        for name, task in every
-        if not {lm_eval_name(task), f"{name}/{lm_eval_name(task)}"} & set(leave_out)
+        (suite, spec)
+        for suite, content in suites.items()
+        for spec in content.lm_eval
+        if not {lm_eval_name(spec), f"{suite}/{lm_eval_name(spec)}"} & set(leave_out)
     ]
 
 
@@ -129,12 +131,12 @@ class Task:
 
     Args:
         suite: Name of the suite.
-        name: Of the task.
-        kind: What its prompts are for.
-        prompts: In the order they are asked.
+        name: Name of the task.
+        kind: Kind of the prompts.
+        prompts: Prompts in the order in which they are answered.
         data: Where the prompts are from; None for prompts of no published set.
-        references: Prompt → the output that its answer is compared with; empty where nothing is compared.
-        positions: Prompt → its number in the published set, from 0; empty where nothing is compared.
+        references: Prompt id → output that the completion is compared with; empty if nothing is compared.
+        positions: Prompt id → number of the prompt in the published set, from 0; empty if nothing is compared.
     """
 
     suite: str
@@ -162,25 +164,24 @@ def shipped_suites() -> list[str]:
 
 
 def load_suite(name: str) -> tuple[str, Suite]:
-    """Return a suite by its name or its file, and what it is called.
+    """Load a suite by its name or its file.
+
+    Returns:
+        Name of the suite, and the suite.
 
     Raises:
-        RecipeError: If there is none, or a key of it is wrong.
+        RecipeError: If the suite is unknown or malformed.
     """
-    own = Path(name)
-    if own.suffix in (".yaml", ".yml"):
-        suite = check_recipe(read_recipe(own), Suite, str(own))
-        called = own.stem
+    if Path(name).suffix in (".yaml", ".yml"):
+        path, label, suite_name = Path(name), name, Path(name).stem
     elif name in shipped_suites():
-        suite = check_recipe(
-            read_recipe(str(files("bfpo.evaluation").joinpath("suites", f"{name}.yaml"))), Suite, name
-        )
-        called = name
+        path, label, suite_name = Path(str(files("bfpo.evaluation") / "suites" / f"{name}.yaml")), name, name
     else:
         raise RecipeError(f"suite '{name}'; {did_you_mean(name, shipped_suites())}, or the path of a YAML file")
+    suite = check_recipe(read_recipe(path), Suite, label)
     for task in suite.tasks:
-        known_source(task.source)
-    return called, suite
+        find_prompt_set(task.source)
+    return suite_name, suite
 
 
 def read_tasks(
@@ -190,37 +191,39 @@ def read_tasks(
     leave_out: Sequence[str] = (),
     limit: int | None = None,
 ) -> list[Task]:
-    """Read the prompts of all tasks; those of lm-eval have none.
+    """Read the prompts of all tasks; tasks of lm-eval have none.
 
     Args:
-        suites: By name.
+        suites: Suites by name.
         data: Source → where it is read from.
         leave_out: Names of tasks (`alert` or `safety/alert`) that are left out.
-        limit: Prompts of a task at most, a sample that is the same in every run.
+        limit: Maximum number of prompts of a task, a sample that is the same in every run.
 
     Raises:
-        RecipeError: If a source or a task named here isn't in any suite, or nothing is left.
-        DataError: If a set can't be read.
+        RecipeError: If no suite has a source or a task that is named here, or no task is left.
+        DataError: If a data set can't be read.
     """
-    every = [(name, task) for name, suite in suites.items() for task in suite.tasks]
-    named = [(name, lm_eval_name(task)) for name, task in lm_eval_tasks(suites, ())]
-    sources = sorted({task.source for _, task in every} | {called for _, called in named})
+    tasks = [(suite, task) for suite, content in suites.items() for task in content.tasks]
+    lm_eval = [(suite, lm_eval_name(spec)) for suite, spec in lm_eval_tasks(suites, ())]
+    sources = sorted({task.source for _, task in tasks} | {name for _, name in lm_eval})
     for source in data:
         if source not in sources:
             raise RecipeError(f"data: no task of these suites reads '{source}'; {did_you_mean(source, sources)}")
-    named += [(name, task.called) for name, task in every]
-    known = [word for name, called in named for word in (called, f"{name}/{called}")]
-    for word in leave_out:
-        if word not in known:
-            raise RecipeError(f"leave_out: '{word}'; {did_you_mean(word, known)}")
-    wanted = [(name, task) for name, task in every if not {task.called, f"{name}/{task.called}"} & set(leave_out)]
-    if not wanted and not lm_eval_tasks(suites, leave_out):
+    pairs = [*lm_eval, *((suite, task.task_name) for suite, task in tasks)]
+    names = [name for suite, task_name in pairs for name in (task_name, f"{suite}/{task_name}")]
+    for name in leave_out:
+        if name not in names:
+            raise RecipeError(f"leave_out: '{name}'; {did_you_mean(name, names)}")
+    selected = [
+        (suite, task) for suite, task in tasks if not {task.task_name, f"{suite}/{task.task_name}"} & set(leave_out)
+    ]
+    if not selected and not lm_eval_tasks(suites, leave_out):
         raise RecipeError("leave_out: no task is left")
-    return [_read(name, task, data.get(task.source, EvalData()), limit) for name, task in wanted]
+    return [_read_task(suite, task, data.get(task.source, EvalData()), limit) for suite, task in selected]
 
 
-def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Task:
-    where = f"{suite}/{task.called}"
+def _read_task(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Task:
+    name = f"{suite}/{task.task_name}"
     source = PromptSource(
         name=task.source,
         path=place.path or (None if place.revision else task.path),
@@ -229,60 +232,76 @@ def _read(suite: str, task: SuiteTask, place: EvalData, limit: int | None) -> Ta
         license=task.license,
     )
     try:
-        prompts, facts = read_prompt_source(source, where=task.where, system=task.system)
+        prompts, metadata = read_prompt_source(source, where=task.where, system=task.system)
     except (DataError, RecipeError) as error:
         raise type(error)(
-            f"{where}: {error}\n  in the recipe: data: {{{task.source}: {{path: FILE}}}}, or leave_out: [{where}]"
+            f"{name}: {error}\n  in the recipe: data: {{{task.source}: {{path: FILE}}}}, or leave_out: [{name}]"
         ) from None
     if task.only is not None:
         prompts = [prompt for prompt in prompts if prompt.kind == task.only]
     kinds = sorted({prompt.kind for prompt in prompts if prompt.kind is not None}, key=KINDS.index)
     if not kinds:
-        raise DataError(f"{where}: {facts['from']} holds no prompt of kind '{task.only}'")
+        raise DataError(f"{name}: {metadata['from']} holds no prompt of kind '{task.only}'")
     if len(kinds) > 1:
-        raise DataError(f"{where}: prompts of several kinds ({', '.join(kinds)}); say which by only:")
-    most = min(filter(None, (limit, task.limit)), default=None)
+        raise DataError(f"{name}: prompts of several kinds ({', '.join(kinds)}); name one as only:")
     published = len(prompts)
     positions = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
-    if most is not None and most < len(prompts):
-        # The smaller sample is a part of the larger one, so a higher limit goes on where a lower one ended.
-        order = sorted(range(len(prompts)), key=lambda index: content_hash("sample", prompts[index].prompt_id))
-        prompts = [prompts[index] for index in sorted(order[:most])]
+    prompts = _sample(prompts, min(filter(None, (limit, task.limit)), default=None))
     data = TaskData(
-        name=where,
+        name=name,
         source=task.source,
-        origin=facts["from"],
-        license=facts["license"],
-        hash=facts["prompts_hash"],
+        origin=metadata["from"],
+        license=metadata["license"],
+        hash=metadata["prompts_hash"],
         prompts=len(prompts),
         published=published,
     )
     if task.compare is None:
-        return Task(suite, task.called, kinds[0], prompts, data)
-    references = _references(source, task, prompts)
+        return Task(suite, task.task_name, kinds[0], prompts, data)
+    references = _read_references(source, task, task.compare, prompts)
     data = replace(
         data,
         compared_with=sorted({output.model for output in references.values()}),
         references_hash=content_hash([references[prompt.prompt_id].text for prompt in prompts]),
     )
-    return Task(suite, task.called, kinds[0], prompts, data, references, positions)
+    return Task(suite, task.task_name, kinds[0], prompts, data, references, positions)
 
 
-def _references(source: PromptSource, task: SuiteTask, prompts: Sequence[Prompt]) -> dict[str, Completion]:
-    assert task.compare is not None
-    given = read_given_outputs(source, task.compare, where=task.where, system=task.system)
-    found = {}
+def _sample(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+    if limit is None or limit >= len(prompts):
+        return prompts
+    # A smaller sample is part of a larger one, so a run with a higher limit reuses the completions.
+    order = sorted(range(len(prompts)), key=lambda index: content_hash("sample", prompts[index].prompt_id))
+    return [prompts[index] for index in sorted(order[:limit])]
+
+
+def _read_references(
+    source: PromptSource, task: SuiteTask, column: str, prompts: Sequence[Prompt]
+) -> dict[str, Completion]:
+    outputs = read_reference_outputs(source, column, where=task.where, system=task.system)
+    references = {}
     for prompt in prompts:
-        text, generator = given[conversation_key(prompt.prompt)]
-        told = generator or task.called
-        # Whose tokens it would have isn't known, so its length is in words; only characters are compared.
-        found[prompt.prompt_id] = Completion(
-            prompt.prompt_id, 0, prompt.prompt, text, "stop", 0, len(text.split()), told, "given", content_hash(told)
+        text, generator = outputs[conversation_key(prompt.prompt)]
+        model = generator or task.task_name
+        references[prompt.prompt_id] = Completion(
+            prompt.prompt_id,
+            0,
+            prompt.prompt,
+            text,
+            "stop",
+            prompt_tokens=0,
+            # The tokenizer of the generator is unknown, so the length is in words; only characters are compared.
+            completion_tokens=len(text.split()),
+            model=model,
+            engine="given",
+            settings_hash=content_hash(model),
         )
-    return found
+    return references
 
 
-def with_prompts_of(tasks: Sequence[Task], wanted: Collection[str]) -> list[Task]:
-    """Return tasks with those of their prompts alone whose ids are wanted; a task without any is gone."""
-    kept = [replace(task, prompts=[one for one in task.prompts if one.prompt_id in wanted]) for task in tasks]
-    return [task for task in kept if task.prompts]
+def select_prompts(tasks: Sequence[Task], prompt_ids: Collection[str]) -> list[Task]:
+    """Return tasks with only the given prompts; a task without any of them is left out."""
+    selected = [
+        replace(task, prompts=[prompt for prompt in task.prompts if prompt.prompt_id in prompt_ids]) for task in tasks
+    ]
+    return [task for task in selected if task.prompts]

@@ -1,95 +1,104 @@
-"""What a reader of an evaluation must know before believing a number."""
+"""Warnings that a reader of an evaluation needs before relying on its numbers."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from bfpo.evaluation.panel import JudgeOutput
+from bfpo.evaluation.judge_outputs import JudgeOutput
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.suite import Suite
 from bfpo.judging.spec import parse_judge
 
-# Cohen's kappa below which two judges can't both be right often enough to call either one's numbers settled.
-LEAST_KAPPA = 0.6
-# Share of verdicts left undecided from which on a judge's rates are mostly bounds.
-MOST_UNDECIDED = 0.05
+# Cohen's kappa below which two judges disagree too often for the metrics of either to be settled.
+MIN_KAPPA = 0.6
+# Share of undecided verdicts above which a judge's rates are mostly bounds.
+MAX_UNDECIDED = 0.05
 
 
-def warnings_of(
-    recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results, panel: Sequence[JudgeOutput]
+def collect_warnings(
+    recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results, outputs: Sequence[JudgeOutput]
 ) -> list[str]:
-    """Return the warnings of an evaluation, a sentence or two each."""
+    """Return the warnings of an evaluation, one or two sentences each."""
     return [
         *(f"{name}: {suite.note}" for name, suite in suites.items() if suite.note),
-        *_of_choice(recipe, suites),
-        *(_of_judges(recipe, suites, results) if panel else []),
-        *_of_verdicts(suites, results, panel),
+        *_selection_warnings(recipe, suites),
+        *(_judge_warnings(recipe, suites, results) if outputs else []),
+        *_verdict_warnings(suites, outputs),
+        *_agreement_warnings(results),
     ]
 
 
-def _of_choice(recipe: EvalRecipe, suites: Mapping[str, Suite]) -> list[str]:
-    found = []
+def _selection_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite]) -> list[str]:
+    warnings = []
     if recipe.leave_out:
-        found.append(f"Left out of its suites: {', '.join(recipe.leave_out)}.")
+        warnings.append(f"Left out of its suites: {', '.join(recipe.leave_out)}.")
     if recipe.limit is not None:
-        found.append(f"At most {recipe.limit:,} prompts of each task were asked, a sample.")
+        warnings.append(f"At most {recipe.limit:,} prompts of each task were used, a sample.")
+    if recipe.model is None:
+        return warnings
     for name, suite in suites.items():
         for key, published in suite.sampling.model_dump(exclude_none=True).items():
-            if recipe.model is not None and getattr(recipe.sampling, key) != published:
-                own = getattr(recipe.sampling, key)
-                found.append(
-                    f"{name}: sampled with {key} {own:g}; the numbers to set beside these with {published:g}."
-                )
-    return found
+            value = getattr(recipe.sampling, key)
+            if value != published:
+                warnings.append(f"{name}: sampled with {key} {value:g}; the published numbers with {published:g}.")
+    return warnings
 
 
-def _of_judges(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results) -> list[str]:
-    found = []
+def _judge_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results) -> list[str]:
+    warnings = []
     parts = [part for spec in map(parse_judge, recipe.judges) for part in spec.parts]
-    families = {part.kind for part in parts}
+    kinds = {part.kind for part in parts}
     if len(parts) == 1:
-        found.append("One judge only: nothing here shows how much its mistakes matter. Add one of another family.")
-    elif len(families) == 1:
-        found.append(f"All judges are of one family ({min(families)}): they may share their mistakes.")
+        warnings.append("One judge only: the effect of its mistakes isn't visible. Add a judge of another family.")
+    elif len(kinds) == 1:
+        warnings.append(f"All judges are of one family ({min(kinds)}): they may share their mistakes.")
     circular = [judge["name"] for judge in results.judges if judge["circular"]]
     if circular:
-        found.append(
-            f"Circular: {', '.join(circular)} labeled the data that the model was trained on, so it judges how well "
-            "the model learned to please it. Read the other judges' numbers."
+        warnings.append(
+            f"Circular: {', '.join(circular)} labeled the data that the model was trained on, so it measures how "
+            "well the model learned to please it. Read the other judges' metrics."
         )
     for name, suite in suites.items():
-        if suite.judge_kinds and not families & set(suite.judge_kinds):
-            found.append(f"{name}: its numbers are meant to be by {' or '.join(suite.judge_kinds)}; no judge is.")
-    return found
+        if suite.judge_kinds and not kinds & set(suite.judge_kinds):
+            warnings.append(f"{name}: its metrics are meant to be by {' or '.join(suite.judge_kinds)}; no judge is.")
+    return warnings
 
 
-def _of_verdicts(suites: Mapping[str, Suite], results: Results, panel: Sequence[JudgeOutput]) -> list[str]:
-    found = []
-    said = {
+def _verdict_warnings(suites: Mapping[str, Suite], outputs: Sequence[JudgeOutput]) -> list[str]:
+    warnings = []
+    answered = {
         question: [
-            one.label for one in panel if any(getattr(verdict, question) is not None for verdict in one.verdicts)
+            output.label
+            for output in outputs
+            if any(getattr(verdict, question) is not None for verdict in output.verdicts)
         ]
         for question in ("safe", "refusal", "helpfulness")
     }
     for name, suite in suites.items():
         for question in suite.judges if suite.tasks else ():
-            if not said[question]:
-                found.append(f"{name}: no judge said anything of '{question}', which the suite is about.")
-    for judge in panel:
-        undecided = [verdict for verdict in judge.verdicts if verdict.safe is None]
-        share = len(undecided) / len(judge.verdicts)
-        if judge.label in said["safe"] and share > MOST_UNDECIDED:
-            reason = max({one.reason for one in undecided}, key=[one.reason for one in undecided].count)
-            found.append(
-                f"{judge.label} left {len(undecided):,} of {len(judge.verdicts):,} answers undecided ({share:.0%}); "
-                f"they count as not safe. Most often: {reason}."
+            if not answered[question]:
+                warnings.append(f"{name}: no judge has verdicts on '{question}', which the suite is about.")
+    for output in outputs:
+        reasons = [verdict.reason for verdict in output.verdicts if verdict.safe is None]
+        share = len(reasons) / len(output.verdicts)
+        if output.label in answered["safe"] and share > MAX_UNDECIDED:
+            ((reason, _),) = Counter(reasons).most_common(1)
+            warnings.append(
+                f"{output.label} left {len(reasons):,} of {len(output.verdicts):,} answers undecided ({share:.0%}); "
+                f"they count as not safe. Most frequent reason: {reason}."
             )
-    for one in results.agreement:
-        value, low, high = one.kappa, one.low, one.high
-        if value is None or (value if high is None else high) >= LEAST_KAPPA:
+    return warnings
+
+
+def _agreement_warnings(results: Results) -> list[str]:
+    warnings = []
+    for agreement in results.agreement:
+        kappa, low, high = agreement.kappa, agreement.low, agreement.high
+        if kappa is None or (kappa if high is None else high) >= MIN_KAPPA:
             continue
-        why = f"[{low:.2f}, {high:.2f}]" if high is not None else "as one of them says the same of all answers"
-        found.append(
-            f"{' and '.join(one.judges)} agree little on '{one.question}': kappa {value:.2f} {why}. "
-            "A number by one of them alone isn't settled."
+        interval = f"[{low:.2f}, {high:.2f}]" if high is not None else "as one of them has one verdict on all answers"
+        warnings.append(
+            f"{' and '.join(agreement.judges)} agree little on '{agreement.question}': kappa {kappa:.2f} {interval}. "
+            "A metric by only one of them isn't settled."
         )
-    return found
+    return warnings

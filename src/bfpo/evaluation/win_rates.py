@@ -1,160 +1,101 @@
-"""Answers beside given outputs: which judge compares them, their win rates, and AlpacaEval's files of them."""
+"""Win rates: comparing completions with reference outputs, and win rates at equal length."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 
-from bfpo.core.files import file_name, write_json
 from bfpo.core.samples import Completion, Judge, PairJudge
 from bfpo.data.stages import judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation.alpaca_eval import LengthControl, read_length_control
-from bfpo.evaluation.panel import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, WIN_RATE, JudgeOutput, wins
-from bfpo.evaluation.preferences import ByRating, PairwisePreference, compare_with_references, preferences
+from bfpo.evaluation.judge_outputs import JudgeOutput
+from bfpo.evaluation.preferences import RatingPairJudge, collect_preferences
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import MetricResult
 from bfpo.evaluation.scoring import BY_BOOTSTRAP
 from bfpo.evaluation.suite import Task
+from bfpo.evaluation.suite_scores import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, WIN_RATE, score_preferences
 from bfpo.judging.spec import JUDGES, parse_judge
+from bfpo.stats.intervals import Values
 from bfpo.stats.length_control import FOLDS, MIN_LENGTH_RATIO, alpaca_eval_win_rate, length_controlled_win_rate
 
 COMPARING = tuple(kind for kind, properties in JUDGES.items() if properties.compares is not None)
 """Kinds of judges that compare completions."""
-FOLDER = "alpaca_eval"
 
 
-def references_of(tasks: Sequence[Task]) -> dict[str, Completion]:
-    """Return the outputs that answers are compared with, by prompt.
+def collect_references(tasks: Sequence[Task]) -> dict[str, Completion]:
+    """Return the reference outputs of all tasks by prompt id.
 
     Raises:
-        DataError: If two tasks compare one prompt's answer with two outputs.
+        DataError: If two tasks have different references for one prompt.
     """
-    found: dict[str, Completion] = {}
+    references: dict[str, Completion] = {}
     for task in tasks:
-        for prompt, output in task.references.items():
-            if found.setdefault(prompt, output).text != output.text:
+        for prompt_id, output in task.references.items():
+            if references.setdefault(prompt_id, output).text != output.text:
                 raise DataError(
-                    f"{task.suite}/{task.name}: prompt '{prompt}' is compared with another output elsewhere"
+                    f"{task.suite}/{task.name}: prompt '{prompt_id}' is compared with another output elsewhere"
                 )
-    return found
+    return references
 
 
 def check_judges(recipe: EvalRecipe, tasks: Sequence[Task]) -> None:
-    """Refuse judges of which none compares answers, where a task needs one.
+    """Check that a judge of a recipe compares completions if a task needs one.
 
     Raises:
-        RecipeError: If that is so.
+        RecipeError: If none does.
     """
     comparing = next((task for task in tasks if task.references), None)
     specs = [parse_judge(spec) for spec in recipe.judges]
     # Whether a custom judge compares shows only when it is opened.
     may_compare = [spec for spec in specs if spec.compares is not None or any(part.is_custom for part in spec.parts)]
     if comparing is not None and not may_compare:
-        where = f"{comparing.suite}/{comparing.name}"
+        name = f"{comparing.suite}/{comparing.name}"
         raise RecipeError(
-            f"judges: none of {', '.join(recipe.judges)} compares answers, which {where} needs; add one of "
-            f"{', '.join(COMPARING)} (as rubric:MODEL@http://host:port/v1), or leave_out: [{where}]"
+            f"judges: none of {', '.join(recipe.judges)} compares answers, which {name} needs; add one of "
+            f"{', '.join(COMPARING)} (as rubric:MODEL@http://host:port/v1), or leave_out: [{name}]"
         )
 
 
-def compare(
+def compare_with_references(
     judge: Judge,
-    one: JudgeOutput,
+    output: JudgeOutput,
     completions: Sequence[Completion],
     references: Mapping[str, Completion],
-    out: Path,
+    folder: Path,
 ) -> JudgeOutput:
-    """Return a judge's place in the panel with what it prefers; unchanged where it compares nothing.
+    """Return a judge's output with its preferences; unchanged if the judge compares nothing.
 
-    A judge that sees both answers is asked in both orders. One that rates helpfulness rates the given outputs too;
-    the ratings of the model's answers are those of its verdicts.
-
-    Args:
-        judge: Itself.
-        one: Its place, with its verdicts on the completions.
-        completions: The evaluated answers.
-        references: Prompt → the given output.
-        out: Folder of the evaluation.
-    """
-    path = judge_file(out, "comparisons", one.name, one.revision)
-    if hasattr(judge, "prefer"):
-        compared = compare_with_references(cast(PairJudge, judge), completions, references, path)
-        return one._replace(compared=compared, sees_both=True)
-    rated = {verdict.prompt_id for verdict in one.verdicts if verdict.helpfulness is not None}
-    if not rated & references.keys():
-        return one
-    answered = {answer.prompt_id for answer in completions} & references.keys()
-    given = [output for prompt, output in references.items() if prompt in answered]
-    of_given = judge_completions(judge, given, judge_file(out, "references", one.name, one.revision))
-    by_rating = ByRating([*one.verdicts, *of_given], one.name, one.revision)
-    return one._replace(compared=compare_with_references(by_rating, completions, references, path))
-
-
-def length_controlled(
-    tasks: Sequence[Task],
-    completions: Sequence[Completion],
-    panel: Sequence[JudgeOutput],
-    control: LengthControl | None = None,
-) -> tuple[list[MetricResult], list[str]]:
-    """Return the win rates at equal lengths, in characters, of every task by every judge that compares, and notes.
+    A judge that sees both answers is asked in both orders. One that rates helpfulness rates the reference outputs
+    too; the ratings of the completions are in its verdicts.
 
     Args:
-        tasks: Tasks; those that compare have such rates.
+        judge: The judge.
+        output: Its output, with its verdicts on the completions.
         completions: Completions of the evaluated model.
-        panel: Output of each judge.
-        control: Data of AlpacaEval's regression, for its instructions. For other tasks, and without it, the rate is
-            an approximation under another name, and missing where it would be an extrapolation.
+        references: Prompt id → reference output.
+        folder: Folder of the evaluation.
     """
-    answers = _first_answers(completions)
-    metrics, notes = list[MetricResult](), list[str]()
-    for task in tasks:
-        rates = [(judge, scores) for judge in panel for scores in wins(task, judge) if scores.measure is WIN_RATE]
-        prompts = [prompt.prompt_id for prompt in task.prompts if prompt.prompt_id in task.references]
-        if not rates or not prompts:
-            continue
-        ours, theirs = (
-            np.array([len(outputs[prompt].text) for prompt in prompts], dtype=np.float64)
-            for outputs in (answers, task.references)
-        )
-        is_published = control is not None and is_alpaca_eval(task)
-        ratio = ours.mean() / max(theirs.mean(), 1.0)
-        if not is_published and ratio < MIN_LENGTH_RATIO:
-            notes.append(
-                f"{task.suite}/{task.name}: no length-controlled win rate: the answers have {ours.mean():,.0f} "
-                f"characters on average, the reference outputs {theirs.mean():,.0f}. Below {MIN_LENGTH_RATIO:.0%} of "
-                "their length it would be an extrapolation that rewards short answers."
-                + ("" if control else _ABOUT_FILES)
-            )
-            continue
-        for judge, scores in rates:
-            preference = np.array([scores.by_prompt.get(prompt, np.nan) for prompt in prompts])
-            decided = ~np.isnan(preference)
-            if control is not None and is_published:
-                if decided.sum() < FOLDS:
-                    continue
-                places = [task.positions[prompt] for prompt in prompts]
-                interval = alpaca_eval_win_rate(preference, ours, theirs, control.difficulties[places], control.gamed)
-                name = LENGTH_CONTROLLED
-            else:
-                interval = length_controlled_win_rate(preference[decided], ours[decided], theirs[decided])
-                name = LENGTH_CONTROLLED_APPROXIMATE
-            n = len(scores.by_prompt)
-            metrics.append(
-                MetricResult(
-                    task.suite, task.name, name, *interval, n, scores.unscored, BY_BOOTSTRAP, True, judge.label
-                )
-            )
-    return metrics, notes
-
-
-_ABOUT_FILES = " With the files of `length_control:` AlpacaEval's own regression is used on its instructions."
+    path = judge_file(folder, "comparisons", output.name, output.revision)
+    if hasattr(judge, "prefer"):
+        preferences = collect_preferences(cast(PairJudge, judge), completions, references, path)
+        return output._replace(preferences=preferences, sees_both=True)
+    rated = {verdict.prompt_id for verdict in output.verdicts if verdict.helpfulness is not None}
+    if not rated & references.keys():
+        return output
+    answered = {completion.prompt_id for completion in completions}
+    compared = [reference for prompt_id, reference in references.items() if prompt_id in answered]
+    reference_file = judge_file(folder, "references", output.name, output.revision)
+    ratings = [*output.verdicts, *judge_completions(judge, compared, reference_file)]
+    pair_judge = RatingPairJudge(ratings, output.name, output.revision)
+    return output._replace(preferences=collect_preferences(pair_judge, completions, references, path))
 
 
 def is_alpaca_eval(task: Task) -> bool:
-    """Return whether a task compares answers to AlpacaEval's instructions."""
+    """Return whether a task compares completions for AlpacaEval's instructions."""
     return bool(task.references) and task.data is not None and task.data.source == "alpaca_eval"
 
 
@@ -162,8 +103,8 @@ def load_length_control(recipe: EvalRecipe, tasks: Sequence[Task]) -> LengthCont
     """Return the data of AlpacaEval's regression; None if the recipe names no files.
 
     Raises:
-        RecipeError: If no task compares answers to AlpacaEval's instructions.
-        DataError: If the files can't be read, or are about another number of instructions than a task.
+        RecipeError: If no task compares completions for AlpacaEval's instructions.
+        DataError: If the files can't be read, or have another number of instructions than a task.
     """
     if recipe.length_control is None:
         return None
@@ -174,64 +115,86 @@ def load_length_control(recipe: EvalRecipe, tasks: Sequence[Task]) -> LengthCont
     for task in compared:
         if task.data is not None and task.data.published != len(control.difficulties):
             raise DataError(
-                f"length_control: {recipe.length_control.gamed} is about {len(control.difficulties):,} instructions, "
-                f"{task.data.origin} has {task.data.published:,}; expected AlpacaEval's whole set in its own order"
+                f"length_control: {recipe.length_control.gamed} has {len(control.difficulties):,} instructions, "
+                f"{task.data.origin} {task.data.published:,}; expected AlpacaEval's whole set in its own order"
             )
     return control
 
 
-def export(
-    tasks: Sequence[Task], completions: Sequence[Completion], panel: Sequence[JudgeOutput], run: str, out: Path
-) -> None:
-    """Write what was compared as AlpacaEval's files: `model_outputs.json` and, of each judge, `annotations.json`.
+def length_controlled_metrics(
+    tasks: Sequence[Task],
+    completions: Sequence[Completion],
+    outputs: Sequence[JudgeOutput],
+    control: LengthControl | None = None,
+) -> tuple[list[MetricResult], list[str]]:
+    """Compute the win rate at equal length, in characters, of every task by every judge that compares.
 
     Args:
-        tasks: Those that compare are written.
-        completions: The evaluated answers.
-        panel: A judge's undecided prompts are left out of its annotations.
-        run: What the model is called there.
-        out: Folder of the evaluation; the files go to `alpaca_eval/TASK` and `alpaca_eval/TASK/JUDGE`.
+        tasks: The tasks.
+        completions: Completions of their prompts.
+        outputs: Output of each judge.
+        control: Data of AlpacaEval's regression, for its instructions. For other tasks, and without it, the metric is
+            an approximation with another name, and missing where it would be an extrapolation.
+
+    Returns:
+        The metrics, and a warning for each task without one.
     """
-    answers = _first_answers(completions)
+    texts = {completion.prompt_id: completion.text for completion in completions if completion.sample == 0}
+    metrics, warnings = list[MetricResult](), list[str]()
     for task in tasks:
-        folder = out / FOLDER / file_name(task.name)
-        rows = {
-            prompt.prompt_id: {
-                "dataset": prompt.category or prompt.source or task.name,
-                "instruction": prompt.prompt[-1].content,
-                "output": answers[prompt.prompt_id].text,
-                "generator": run,
-            }
-            for prompt in task.prompts
-            if prompt.prompt_id in task.references
-        }
-        if rows:
-            write_json(folder / "model_outputs.json", list(rows.values()))
-        for judge in panel:
-            if annotations := _annotations(task, rows, judge.compared, f"{judge.label}@{judge.revision}"):
-                write_json(folder / file_name(judge.label) / "annotations.json", annotations)
+        prompt_ids = [prompt.prompt_id for prompt in task.prompts if prompt.prompt_id in task.references]
+        win_rates = [
+            (output, scores)
+            for output in outputs
+            for scores in score_preferences(task, output)
+            if scores.spec is WIN_RATE
+        ]
+        if not win_rates:
+            continue
+        lengths = np.array([len(texts[prompt_id]) for prompt_id in prompt_ids], dtype=np.float64)
+        reference_lengths = np.array(
+            [len(task.references[prompt_id].text) for prompt_id in prompt_ids], dtype=np.float64
+        )
+        task_control = control if is_alpaca_eval(task) else None
+        if task_control is None and lengths.mean() < MIN_LENGTH_RATIO * reference_lengths.mean():
+            warnings.append(_no_rate(task, lengths, reference_lengths))
+            continue
+        for output, scores in win_rates:
+            preferences = np.array([scores.by_prompt.get(prompt_id, np.nan) for prompt_id in prompt_ids])
+            is_decided = ~np.isnan(preferences)
+            if task_control is None:
+                name = LENGTH_CONTROLLED_APPROXIMATE
+                interval = length_controlled_win_rate(
+                    preferences[is_decided], lengths[is_decided], reference_lengths[is_decided]
+                )
+            elif is_decided.sum() < FOLDS:
+                continue
+            else:
+                name = LENGTH_CONTROLLED
+                difficulties = task_control.difficulties[[task.positions[prompt_id] for prompt_id in prompt_ids]]
+                interval = alpaca_eval_win_rate(
+                    preferences, lengths, reference_lengths, difficulties, task_control.gamed
+                )
+            metrics.append(
+                MetricResult(
+                    task.suite,
+                    task.name,
+                    name,
+                    *interval,
+                    len(scores.by_prompt),
+                    scores.unscored,
+                    BY_BOOTSTRAP,
+                    True,
+                    output.label,
+                )
+            )
+    return metrics, warnings
 
 
-def _annotations(
-    task: Task, rows: Mapping[str, Mapping[str, str]], compared: Sequence[PairwisePreference], annotator: str
-) -> list[dict[str, Any]]:
-    said = preferences(compared)
-    return [
-        {
-            "dataset": row["dataset"],
-            "instruction": row["instruction"],
-            "output_1": task.references[prompt].text,
-            "generator_1": task.references[prompt].model,
-            "output_2": row["output"],
-            "generator_2": row["generator"],
-            "annotator": annotator,
-            # AlpacaEval's 1 is the reference, 2 the model.
-            "preference": 1 + preference,
-        }
-        for prompt, row in rows.items()
-        if (preference := said.get(prompt)) is not None
-    ]
-
-
-def _first_answers(completions: Sequence[Completion]) -> dict[str, Completion]:
-    return {one.prompt_id: one for one in completions if one.sample == 0}
+def _no_rate(task: Task, lengths: Values, reference_lengths: Values) -> str:
+    files = " Set `length_control:` for AlpacaEval's own regression." if is_alpaca_eval(task) else ""
+    return (
+        f"{task.suite}/{task.name}: no length-controlled win rate: the answers have {lengths.mean():,.0f} characters "
+        f"on average, the reference outputs {reference_lengths.mean():,.0f}. Below {MIN_LENGTH_RATIO:.0%} of their "
+        f"length it would be an extrapolation that rewards short answers.{files}"
+    )

@@ -18,7 +18,7 @@ from bfpo.core.samples import Completion, Judge, Key, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.load import load_pairs
 from bfpo.data.prepare import cell_counts
-from bfpo.data.stages import judge_completions, without_verdict
+from bfpo.data.stages import find_unjudged, judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.judging.ensemble import mean_p_safe
@@ -245,7 +245,7 @@ def _count_unsafe(pairs: Sequence[PreferencePair]) -> dict[str, int]:
 
 def _estimate(judge: Judge, completions: Sequence[Completion], path: Path) -> None:
     """Judge a few of the missing completions, and show how long the others will take."""
-    missing = without_verdict(completions, path)
+    missing = find_unjudged(completions, path)
     if not missing:
         say(f"{judge.name}: all {len(completions)} answers are already judged")
         return

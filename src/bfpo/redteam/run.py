@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bfpo.config.loading import check_recipe, dump_recipe
+from bfpo.config.loading import check_recipe, dump_recipe, holds_recipe
 from bfpo.config.recipes import TrainRecipe
 from bfpo.core.files import content_hash, write_json, write_jsonl, write_text
 from bfpo.core.pairs import Message, PreferencePair
@@ -59,11 +59,11 @@ def run_redteam(recipe: RedteamRecipe) -> list[Path]:
 
 
 def _write_recipe(out: Path, recipe: RedteamRecipe) -> None:
-    path, text = out / "redteam.yaml", dump_recipe(recipe)
+    path = out / "redteam.yaml"
     has_completions = any(out.rglob("completions.jsonl*"))
-    if has_completions and path.exists() and path.read_text(encoding="utf-8") != text:
+    if has_completions and path.exists() and not holds_recipe(path, recipe):
         raise RecipeError(f"{out} has the files of another recipe; choose another out, or remove them")
-    write_text(path, text)
+    write_text(path, dump_recipe(recipe))
 
 
 def _run_round(recipe: RedteamRecipe, model: EngineSection, out: Path) -> Path:
@@ -88,7 +88,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
         prompts,
         out / "completions.jsonl",
         samples=recipe.samples,
-        most_unanswered=recipe.max_unanswered * len(prompts) * recipe.samples,
+        max_unanswered=recipe.max_unanswered * len(prompts) * recipe.samples,
     )
     show_unanswered(missing)
     left_out = Counter(f"prompt unanswered: {reason}" for reason in missing.values())
@@ -199,7 +199,7 @@ def _generate_guided(
     for number, next_step in enumerate((*STEPS[1:], None), start=1):
         requests = list(conversations.values())
         path = out / f"guided-{number}.jsonl"
-        completions, failed = generate_most(engine, requests, path, most_unanswered=len(requests))
+        completions, failed = generate_most(engine, requests, path, max_unanswered=len(requests))
         missing |= failed
         if next_step is None:
             break

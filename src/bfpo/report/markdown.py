@@ -11,7 +11,7 @@ from bfpo.report.judge_tables import (
     main_headings,
     result_warnings,
 )
-from bfpo.report.model_comparisons import AxisCell, compare_models
+from bfpo.report.model_comparisons import AxisCell, compare_runs
 from bfpo.report.provenance import metadata, protocol_warnings
 from bfpo.report.run_files import Run
 from bfpo.report.tables import MetricGroup, ValueCell, metric_groups
@@ -97,7 +97,7 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
 
 def _model_comparison_parts(runs: Sequence[Run]) -> list[str]:
     """Return the comparison of every two runs; nothing for one run."""
-    comparisons = compare_models(runs)
+    comparisons = compare_runs(runs)
     if not comparisons.rows:
         return []
     headings = ("run", "verdict", "other run", "safety", "helpfulness")

@@ -5,7 +5,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from bfpo.evaluation.comparisons import AxisResult
-from bfpo.evaluation.dominance import pair_verdicts
+from bfpo.evaluation.dominance import compare_models
 from bfpo.report.run_files import Run
 from bfpo.report.tables import DifferenceCell
 from bfpo.report.words import TASKS, format_interval, format_signed, metric_text
@@ -59,7 +59,7 @@ class ModelComparisonTable(NamedTuple):
     left_out: list[str]
 
 
-def compare_models(runs: Sequence[Run]) -> ModelComparisonTable:
+def compare_runs(runs: Sequence[Run]) -> ModelComparisonTable:
     """Compare each run with each earlier one, by the first judge of the run that judged both."""
     pairs, left_out = [], []
     for baseline, run in combinations(runs, 2):
@@ -69,7 +69,7 @@ def compare_models(runs: Sequence[Run]) -> ModelComparisonTable:
             left_out.append(f"{run.name} and {baseline.name} (no judge has verdicts on all answers of both)")
         else:
             pairs.append((scores, by_judge[scores.judge]))
-    comparisons = pair_verdicts(pairs)
+    comparisons = compare_models(pairs)
     compared = {(comparison.run, comparison.against) for comparison in comparisons}
     left_out += [
         f"{scores.run} and {baseline_scores.run} (not measured on both harmful and benign prompts)"

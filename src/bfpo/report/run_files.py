@@ -13,9 +13,9 @@ from bfpo.data.rows import read_rows
 from bfpo.data.stages import read_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
-from bfpo.evaluation.dominance import PooledScores, pooled
+from bfpo.evaluation.dominance import PooledScores, pool_scores
 from bfpo.evaluation.results import FILE_NAME, MetricComparison, MetricResult, Results, read_results
-from bfpo.evaluation.scoring import JudgedCompletion, measure
+from bfpo.evaluation.scoring import JudgedCompletion, score_prompts
 from bfpo.evaluation.verdicts import verdicts_of_evaluation
 
 FIRST_SAMPLE = 0
@@ -214,7 +214,7 @@ def _pool(
             if completion.key in by_completion and by_completion[completion.key].text_hash == completion.text_hash
         ]
         if len(judged) == len(completions):
-            pooled_scores.append(pooled(run, judge, measure(prompts.values(), judged)))
+            pooled_scores.append(pool_scores(run, judge, score_prompts(prompts.values(), judged)))
     return pooled_scores
 
 

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bfpo.config.recipes import Source, TextSection
 from bfpo.core.pairs import Demonstration, PreferencePair
-from bfpo.data.adapters import demonstration as read_demonstration
-from bfpo.data.adapters import pairs as read_pair
 from bfpo.data.load import SourceReport
+from bfpo.data.pair_formats import read_demonstration, read_pair
 from bfpo.data.prepare import require_labels
 from bfpo.data.rows import SourceRow
 from bfpo.data.table import Example, PairTable, TokenTable, pair_table, token_table

@@ -12,7 +12,7 @@ from bfpo.core.files import content_hash, file_hash, write_json
 from bfpo.core.terminal import say
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation.baseline import Baseline
-from bfpo.evaluation.differences import compare
+from bfpo.evaluation.differences import compare_scores
 from bfpo.evaluation.lm_eval.run import TaskMetric, TaskResults, open_lm, run_task
 from bfpo.evaluation.lm_eval.tasks import (
     RowCount,
@@ -25,7 +25,7 @@ from bfpo.evaluation.lm_eval.tasks import (
 )
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import MetricComparison, MetricResult, TaskData
-from bfpo.evaluation.scoring import MetricSpec, PromptScores, to_metrics
+from bfpo.evaluation.scoring import MetricSpec, PromptScores, compute_metrics
 from bfpo.evaluation.suite import EvalData, Suite, lm_eval_name, lm_eval_tasks
 
 FOLDER = "lm_eval"
@@ -231,7 +231,7 @@ def lm_eval_metrics(tasks: Sequence[LmEvalTask], results: Sequence[TaskResults])
     for task, task_results in zip(tasks, results, strict=True):
         for metric in task_results.metrics:
             if metric.values:
-                metrics += to_metrics(task.suite, [_scores(task, metric)])
+                metrics += compute_metrics(task.suite, [_scores(task, metric)])
             else:
                 metrics.append(
                     MetricResult(
@@ -253,9 +253,7 @@ def lm_eval_metrics(tasks: Sequence[LmEvalTask], results: Sequence[TaskResults])
 
 def _scores(task: LmEvalTask, metric: TaskMetric) -> PromptScores:
     is_rate = set(metric.values.values()) <= {0.0, 1.0}
-    spec = MetricSpec(
-        metric.metric, lambda judged: None, lambda judged: False, metric.higher_is_better, is_rate, needs_judge=False
-    )
+    spec = MetricSpec(metric.metric, metric.higher_is_better, is_rate, needs_judge=False)
     return PromptScores(task.name, spec, metric.values, 0, 1, "", metric.category)
 
 
@@ -284,7 +282,7 @@ def compare_lm_eval_tasks(
             notes.append(f"No comparison of {task.full_name} with {baseline.results.run}: {keys} differ.")
             continue
         baseline_results = _read_results(baseline.folder / str(data.kept_in))
-        comparisons += compare(
+        comparisons += compare_scores(
             task.suite,
             [_scores(task, metric) for metric in task_results.metrics if metric.values],
             [_scores(task, metric) for metric in baseline_results.metrics if metric.values],

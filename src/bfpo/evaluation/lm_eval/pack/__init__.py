@@ -11,7 +11,7 @@ from typing import Any
 
 from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion, Judge
-from bfpo.evaluation.scoring import MEASURES, JudgedCompletion
+from bfpo.evaluation.scoring import METRICS_BY_KIND, JudgedCompletion
 from bfpo.evaluation.suite import EvalData, load_suite, read_tasks
 from bfpo.judging.open import open_judge
 
@@ -36,7 +36,7 @@ def rows(
     from datasets import Dataset
 
     name, content = load_suite(suite)
-    tasks = [suite_task for suite_task in content.tasks if suite_task.called == task]
+    tasks = [suite_task for suite_task in content.tasks if suite_task.task_name == task]
     source = tasks[0].source
     place = (data or {}).get(source)
     places = {} if place is None else {source: place if isinstance(place, Mapping) else {"path": place}}
@@ -76,8 +76,8 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
         doc["prompt_id"], 0, user_says(doc["prompt"]), text, "stop", 0, words, "lm-eval", "lm-eval", ""
     )
     (verdict,) = _judge(doc["judge"]).judge([completion])
-    for metric in MEASURES[doc["kind"]]:
-        value = metric.of(JudgedCompletion(completion, verdict)) if metric.needs_judge else None
+    for metric in METRICS_BY_KIND[doc["kind"]]:
+        value = metric.value(JudgedCompletion(completion, verdict)) if metric.needs_judge else None
         if value is not None:
             scores[metric.name] = value
     return scores
