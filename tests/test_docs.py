@@ -27,7 +27,7 @@ from bfpo.losses.build import make_loss
 from bfpo.losses.labeling import TABLES
 from bfpo.losses.pairwise import BFPO, LOSSES
 from bfpo.model.new import new_model
-from bfpo.stats.intervals import score_interval
+from bfpo.stats.intervals import score_interval, t_interval
 from bfpo.stats.length_control import MIN_LENGTH_RATIO
 from bfpo.training.arguments import training_arguments
 
@@ -174,6 +174,17 @@ def test_the_numbers_of_the_quickstart_are_those_of_its_study():
         for metric in ("harmful/safety", "benign/helpfulness", "harmful/severity", "lookalike/over_refusal"):
             assert f"{seed['base'][metric][0]:.2f} → {shown(seed['bfpo'][metric])}" in row
     assert study["criteria"]["both"] == "8 of 8"
+    # The settings were chosen on other seeds.
+    assert [seed["seed"] for seed in study["seeds"]] == list(range(8))
+    assert "seeds 100 and 101" in " ".join((ROOT / "benchmarks/quickstart_study.py").read_text().split())
+    assert "two other seeds, 100 and\n101, which aren't among these" in page
+    (row,) = re.findall(r"^\| mean over seeds \|.*$", page, flags=re.MULTILINE)
+    for metric in ("harmful/safety", "benign/helpfulness", "harmful/severity", "lookalike/over_refusal"):
+        base, bfpo = (
+            shown(t_interval(np.array([seed[model][metric][0] for seed in study["seeds"]])))
+            for model in ("base", "bfpo")
+        )
+        assert f"{base} → {bfpo}" in row
 
 
 def test_the_numbers_of_the_linear_judge_are_those_of_its_study():
@@ -207,6 +218,16 @@ def test_the_words_on_the_comparison_are_those_of_both_its_runs():
     }
     differ = {"shared": set(), "separate": {"ipo_mix", "bfpo one stream, equal main"}}
     assert "| shared skills | base, dpo_h, both one-stream BFPOs | all others | none | none |" in page
+    # Which variants ran at another's setting, by the recipe.
+    variants = parse_yaml((ROOT / "recipes/testbed/main.yaml").read_text(), "main")["variants"]
+    methods = parse_yaml((ROOT / "recipes/testbed/tuning.yaml").read_text(), "tuning")["variants"]
+    untuned = {name: content["tuned"] for name, content in variants.items() if content["method"] not in methods}
+    one_stream = {"bfpo one stream, equal total": "bfpo", "bfpo one stream, equal main": "bfpo"}
+    assert untuned == {"dpo_h": "dpo_mix", **one_stream}
+    assert "**Three\nvariants were not tuned and run at another's setting**: `dpo_h` at that of `dpo_mix`" in page
+    assert sum(" as " in name for name in variants) == 5
+    own = [name for name, content in variants.items() if content["tuned"] == content["method"] == name]
+    assert len(own) == len(methods) == 8
     assert "| base, dpo_h, modpo | all others | none | ipo_mix, one stream at equal main pairs |" in page
     for world, worse in said.items():
         words = {
