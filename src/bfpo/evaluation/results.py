@@ -43,6 +43,7 @@ class MetricResult:
             and for metrics that aren't rates.
         most: Upper bound if every one counted as 1.
         recipe: For a composite index: the metrics that it is the mean of, or the missing part; else empty.
+        smallest_part: Number of prompts of the part with the fewest, for a composite; else None.
     """
 
     suite: str
@@ -60,6 +61,7 @@ class MetricResult:
     least: float | None = None
     most: float | None = None
     recipe: str = ""
+    smallest_part: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
