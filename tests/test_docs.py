@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,15 @@ def test_the_file_tree_names_what_is_there():
     modules = {path.name for path in (ROOT / "src/bfpo").glob("*.py") if not path.name.startswith("__")}
     packages = {f"{path.name}/" for path in (ROOT / "src/bfpo").iterdir() if (path / "__init__.py").exists()}
     assert named == modules | packages
+
+
+def test_the_hops_of_the_two_walks_exist():
+    page = (ROOT / "docs/design.md").read_text()
+    hops = re.findall(r"^\| \d+ \| `(.+?):(.+?)` \|", page, flags=re.MULTILINE)
+    assert len(hops) == 19
+    for path, name in hops:
+        module = import_module("bfpo." + path.removesuffix(".py").replace("/", "."))
+        assert attrgetter(name)(module), (path, name)
 
 
 def test_the_index_lists_every_page_and_every_command():

@@ -181,7 +181,7 @@ def test_the_page_shows_corrected_numbers_beside_the_judge_s_and_the_warning(toy
     assert "and on – (none) of those labeled no" in card
     assert "one on 'refusal': right on 90.0% (40)" in card
     for document in (page, text, card):
-        assert document.count("A corrected number is what people would find") == 1
+        assert document.count("A corrected rate estimates what human annotators would measure") == 1
     assert text.count("| Over-refusal, corrected |") == 2
     metrics = json.loads(Path("out/careless/results.json").read_text())["metrics"]
     assert sum(metric["metric"].endswith("_corrected") for metric in metrics) == 12

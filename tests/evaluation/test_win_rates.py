@@ -166,8 +166,8 @@ def test_the_page_draws_length_against_win_rate(toy):
     run_eval(recipe())
     (by_rates, by_sees) = length_figures(read_runs([Path("out/a")]))
     assert (by_rates.label, by_sees.label) == ("beside/tell by rates", "beside/tell by sees")
-    assert by_sees.runs[0].startswith("a: 1 tokens, win rate 0.86 [")
-    assert "at equal lengths" in by_sees.runs[0]
+    assert by_sees.lines[0].startswith("a: 1 tokens, win rate 0.86 [")
+    assert "length-controlled" in by_sees.lines[0]
     drawn = by_sees.drawing.standalone()
     assert drawn.count('class="dot') + drawn.count('class="ring') == 2
     assert "Length against win rate" in render(read_runs([Path("out/a")]), title="t")

@@ -135,14 +135,14 @@ class ShortEngine(ScriptedEngine):
 def test_prompts_that_are_too_long_are_left_out_and_reported(recipe, tmp_path, monkeypatch, capsys):
     answer = module.open_engine(recipe.model, None)._answer
     monkeypatch.setattr(module, "open_engine", lambda model, sampling: ShortEngine(answer))
-    with pytest.raises(Unanswered, match=r"3 of 9 completions are missing \(prompt too long: 3\)"):
+    with pytest.raises(Unanswered, match=r"3 of 9 completions are missing: prompt too long \(3\)"):
         run_redteam(recipe)
     (path,) = run_redteam(recipe.model_copy(update={"out": str(tmp_path / "b"), "max_unanswered": 0.4}))
     _, pairs = load_pairs(Source(path=str(path)), "main")
     assert {pair.prompt[0].content for pair in pairs} == {"stuck box"}
     metadata = json.loads((tmp_path / "b" / "redteam.json").read_text())
     assert metadata["left_out"]["prompt unanswered: prompt too long"] == 1
-    assert "Prompts left unanswered" in capsys.readouterr().out
+    assert "Unanswered prompts" in capsys.readouterr().out
     # In the guiding steps, where the conversation grows, any number may be missing.
     monkeypatch.setattr(ShortEngine, "words", (module.STEPS[1],))
     run_redteam(recipe.model_copy(update={"out": str(tmp_path / "c")}))
@@ -174,28 +174,28 @@ def judges(monkeypatch):
 
 
 def test_a_rater_that_is_the_safety_judge_reuses_its_verdicts(recipe, judges, tmp_path):
-    recipe = recipe.model_copy(update={"judge": "words:1", "helpfulness": "words:1"})
+    recipe = recipe.model_copy(update={"judge": "words:v1", "helpfulness": "words:v1"})
     (path,) = run_redteam(recipe)
     assert path.exists()
     metadata = json.loads((tmp_path / "out" / "redteam.json").read_text())
-    assert metadata["helpfulness"] == metadata["judge"] == "words@1"
+    assert metadata["helpfulness"] == metadata["judge"] == "words@v1"
     assert metadata["cost"]["judge_calls"] == 9 + 1
     assert sorted(path.name for path in (tmp_path / "out").glob("*verdicts*")) == [
-        "guided-verdicts-words@1.jsonl",
-        "verdicts-words@1.jsonl",
+        "guided-verdicts-words@v1.jsonl",
+        "verdicts-words@v1.jsonl",
     ]
 
 
 def test_verdicts_of_earlier_versions_are_found(recipe, judges, tmp_path):
-    recipe = recipe.model_copy(update={"judge": "words:1", "helpfulness": "words:2"})
+    recipe = recipe.model_copy(update={"judge": "words:v1", "helpfulness": "words:v2"})
     (path,) = run_redteam(recipe)
-    assert [judges[spec].judged for spec in ("words:1", "words:2")] == [9 + 1, 9 + 1]
+    assert [judges[spec].judged for spec in ("words:v1", "words:v2")] == [9 + 1, 9 + 1]
     before, out = path.read_bytes(), tmp_path / "out"
-    (out / "verdicts-words@1.jsonl").rename(out / "verdicts.jsonl")
-    (out / "guided-verdicts-words@1.jsonl").rename(out / "guided-verdicts.jsonl")
-    (out / "verdicts-words@2.jsonl").rename(out / "helpfulness.jsonl")
+    (out / "verdicts-words@v1.jsonl").rename(out / "verdicts.jsonl")
+    (out / "guided-verdicts-words@v1.jsonl").rename(out / "guided-verdicts.jsonl")
+    (out / "verdicts-words@v2.jsonl").rename(out / "helpfulness.jsonl")
     assert run_redteam(recipe)[0].read_bytes() == before
-    assert [judges[spec].judged for spec in ("words:1", "words:2")] == [0, 0]
+    assert [judges[spec].judged for spec in ("words:v1", "words:v2")] == [0, 0]
     assert not list(out.glob("*@*"))
 
 

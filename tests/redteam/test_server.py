@@ -69,7 +69,7 @@ def test_faults_are_counted_and_no_key_is_shown(run, tmp_path):
     assert result.exit_code == 0, result.output
     metadata = json.loads((tmp_path / "out" / "redteam.json").read_text())
     assert metadata["faults"] == {"HTTP 500": 1, "not JSON": 1, "HTTP 429": 1}
-    assert "What the server got wrong" in result.output
+    assert "Faults of the server, repaired or retried" in result.output
     _, pairs = load_pairs(Source(path=str(tmp_path / "out" / "pairs.jsonl")), "main")
     assert {pair.cell for pair in pairs} == {"ss", "uu"}
     written = "".join(file.read_text() for file in (tmp_path / "out").iterdir())

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +16,7 @@ from bfpo.config.recipes import SftRecipe, TrainRecipe
 from bfpo.core.files import write_jsonl
 from bfpo.data.prepare import prepare, write_prepared
 from bfpo.data.table import sampled_rows
-from bfpo.errors import DataError, RecipeError
+from bfpo.errors import DataError, ModelError, RecipeError
 from bfpo.training.arguments import DECIDED, training_arguments
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
@@ -105,6 +106,7 @@ def test_run_json_contains_what_was_returned(baseline, tmp_path):
     assert run == json.loads(json.dumps(baseline))
     assert run["start_check"]["largest_margin"] == 0
     assert run["steps"] == 2
+    assert run["hardware"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability() != ""
     assert set(run["versions"]) >= {"python", "torch", "transformers", "bfpo"}
     counts = run["data"]["eval"]["main"]
     for cell, metrics in run["evaluation"]["main"]["cells"].items():
@@ -197,6 +199,22 @@ def test_two_runs_do_not_make_the_same_start_model_at_once():
         pytest.raises(RecipeError, match="another run is"),
     ):
         run_training(sft_recipe)
+
+
+def test_a_cached_start_model_that_is_damaged_is_refused(capsys):
+    sft_recipe = recipe(model={"sft": {**SFT, "trainer": ONE_STEP}}, trainer=ONE_STEP)
+    first = run_training(sft_recipe)
+    (cached,) = Path("runs/cache").glob("sft-*")
+    weights = (cached / "model.safetensors").read_bytes()
+    (cached / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ModelError, match=r"the content of model.safetensors is not .*delete that folder, and the"):
+        run_training(sft_recipe)
+    (cached / "model.safetensors").write_bytes(weights)
+    assert run_training(sft_recipe)["train_loss"] == first["train_loss"]
+    # An earlier version wrote no hashes.
+    (cached / "complete.json").unlink()
+    assert run_training(sft_recipe)["train_loss"] == first["train_loss"]
+    assert "was made by an earlier version without hashes" in capsys.readouterr().out
 
 
 def test_a_fine_tuned_start_model_holds_out_the_same_prompts(capsys):

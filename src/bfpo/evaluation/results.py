@@ -281,8 +281,8 @@ def read_results(folder: Path) -> Results:
     schema = content.get("schema") if isinstance(content, dict) else type(content).__name__
     if schema not in (1, 2, SCHEMA):
         raise DataError(
-            f"{path}: schema is {schema}; this version reads schemas 1 to {SCHEMA}: evaluate again, completions and "
-            "verdicts are read from the files beside it"
+            f"{path}: schema is {schema}; this version reads schemas 1 to {SCHEMA}: evaluate again, which reuses "
+            "the completions and verdicts of the folder"
         )
     try:
         return _results_adapter().validate_json(json.dumps(_to_fields(content)), strict=True)

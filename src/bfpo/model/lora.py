@@ -1,5 +1,8 @@
 """Low-rank adapters: adding one to a model, and recognizing a model that has one."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -47,12 +50,20 @@ def add_adapter(model: CausalLM, config: Any, *, seed: int) -> PeftModel:
     if isinstance(model, PeftModel):
         raise ModelError(HAS_ADAPTER)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), without_checkpointing_warning():
             torch.manual_seed(seed)
             adapted: PeftModel = get_peft_model(prepare_for_adapter(model), config)
     except ValueError as error:
         raise ModelError(f"lora: {str(error).splitlines()[0]}") from None
     return adapted
+
+
+@contextmanager
+def without_checkpointing_warning() -> Iterator[None]:
+    """Hide the warning that peft 0.21 causes in transformers 5.23 by a deprecated name, which users can't change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def prepare_for_adapter(model: PreTrainedModel) -> PreTrainedModel:

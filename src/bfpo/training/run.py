@@ -24,7 +24,7 @@ from bfpo.model.lora import lora_config
 from bfpo.training.arguments import training_arguments
 from bfpo.training.encode import require_signals
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
-from bfpo.training.output import RunRecord, prepare_output, report_layout, save_final
+from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.run_sft import load_or_train_sft
 from bfpo.training.start import load_start_model, load_start_tokenizer
 from bfpo.training.trainer import BFPOTrainer
@@ -77,11 +77,22 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     Returns:
         Content of `run.json`; for a dry run, of `data_manifest.json`.
     """
-    start_time, start_cpu_time = time.time(), time.process_time()
-    inputs = _prepare_inputs(recipe, dry_run=dry_run, limit=limit)
+    options = dict(recipe.trainer)
+    resume = options.pop("resume_from_checkpoint", None)
+    args = training_arguments(options)
     if dry_run:
+        manifest = _prepare_inputs(recipe, args, resume, dry_run=True, limit=limit).manifest
         say("dry run: nothing was trained")
-        return inputs.manifest
+        return manifest
+    with exclusive_output(Path(str(args.output_dir))):
+        return _train(recipe, args, resume, limit=limit)
+
+
+def _train(
+    recipe: TrainRecipe, args: TrainingArguments, resume: str | bool | None, *, limit: int | None
+) -> dict[str, Any]:
+    start_time, start_cpu_time = time.time(), time.process_time()
+    inputs = _prepare_inputs(recipe, args, resume, dry_run=False, limit=limit)
     trainer, record, out = _make_trainer(recipe, inputs)
     start_check = _check_start(trainer)
     result = record.train(inputs.resume)
@@ -105,11 +116,10 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     return run
 
 
-def _prepare_inputs(recipe: TrainRecipe, *, dry_run: bool, limit: int | None) -> RunInputs:
+def _prepare_inputs(
+    recipe: TrainRecipe, args: TrainingArguments, resume: str | bool | None, *, dry_run: bool, limit: int | None
+) -> RunInputs:
     """Read, clean and tokenize the data, and show them with the plan and the memory that a run needs."""
-    options = dict(recipe.trainer)
-    resume = options.pop("resume_from_checkpoint", None)
-    args = training_arguments(options)
     loss = make_loss(recipe.loss.model_dump())
     prepared = prepare(recipe, limit=limit, log=say)
     remove_untrained(prepared, loss)

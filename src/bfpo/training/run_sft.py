@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,17 @@ from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import RecipeError
 from bfpo.model.lora import lora_config
 from bfpo.training.arguments import launched_processes, training_arguments
+from bfpo.training.checkpoints import check_marked, write_mark
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
 from bfpo.training.manifest import versions
-from bfpo.training.output import RunRecord, prepare_output, rename_on_main_process, report_layout, save_final
+from bfpo.training.output import (
+    RunRecord,
+    exclusive_output,
+    prepare_output,
+    rename_on_main_process,
+    report_layout,
+    save_final,
+)
 from bfpo.training.sft import SFTTrainer
 from bfpo.training.start import demonstration_texts, load_start_model, load_start_tokenizer
 
@@ -50,10 +58,24 @@ def run_sft(
     Returns:
         Content of `run.json`; empty for a dry run.
     """
-    start_time, start_cpu_time = time.time(), time.process_time()
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
+    with nullcontext() if dry_run else exclusive_output(Path(str(args.output_dir))):
+        return _run(recipe, args, resume, dry_run=dry_run, limit=limit, evaluated=evaluated, cache=cache)
+
+
+def _run(
+    recipe: SftRecipe,
+    args: TrainingArguments,
+    resume: str | bool | None,
+    *,
+    dry_run: bool,
+    limit: int | None,
+    evaluated: frozenset[str],
+    cache: Path | None,
+) -> dict[str, Any]:
+    start_time, start_cpu_time = time.time(), time.process_time()
     parts = prepare_demonstrations(recipe.data, holdout=recipe.holdout, limit=limit, evaluated=evaluated)
     tokenizer = load_start_tokenizer(
         recipe.model,
@@ -141,12 +163,16 @@ def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cach
     folder = cache / f"sft-{cache_key}"
     if folder.exists():
         say(f"the fine-tuned model is in the cache: {folder}")
+        check_marked(folder, remedy="delete that folder, and the model is fine-tuned again")
     else:
         say(f"fine-tuning the model to start from; it will be cached as {folder}")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         trainer = {**sft.trainer, "output_dir": str(unfinished), "resume_from_checkpoint": True}
         with _exclusive(folder):
             run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=prompt_keys, cache=cache)
+            if PartialState().is_main_process:
+                files = [file for file in sorted(unfinished.iterdir()) if file.is_file()]
+                write_mark(unfinished, files, {})
             rename_on_main_process(unfinished, folder)
     return recipe.model.model_copy(update={"sft": None, "path": str(folder)})
 
