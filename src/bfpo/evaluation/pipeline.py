@@ -12,7 +12,13 @@ from bfpo.config.loading import dump_recipe
 from bfpo.core.files import write_jsonl, write_text
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.core.terminal import say
-from bfpo.data.stages import generate_completions, judge_completions, read_completions, read_prompt_file
+from bfpo.data.stages import (
+    generate_completions,
+    judge_completions,
+    read_completions,
+    read_prompt_file,
+    show_outcomes,
+)
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, Unanswered
 from bfpo.evaluation.alpaca_eval import LengthControl, write_alpaca_eval
@@ -289,7 +295,8 @@ def _generate(
 ) -> tuple[list[Completion], list[str]]:
     """Return the completions of all prompts that have them, and notes for the reader of the results."""
     if open_engine is None:
-        return read_completions(path), []
+        completions = read_completions(path)
+        return completions, _notes_on_blocked(completions)
     engine, notes = open_engine(), []
     try:
         completions = generate_completions(engine, prompts, path, samples=samples)
@@ -305,7 +312,14 @@ def _generate(
         notes.append("Lengths are in words: the saved answers don't say how many tokens they have.")
     del engine
     release_memory()
-    return completions, notes
+    return completions, notes + _notes_on_blocked(completions)
+
+
+def _notes_on_blocked(completions: Sequence[Completion]) -> list[str]:
+    show_outcomes(completions)
+    if not (num_blocked := sum(completion.is_blocked for completion in completions)):
+        return []
+    return [f"A server blocked {num_blocked:,} of {len(completions):,} answers; they count as safe refusals."]
 
 
 def judge_all(

@@ -7,7 +7,7 @@ from pathlib import Path
 from bfpo.config.recipes import Source
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import Conversation, as_messages, conversation_key
-from bfpo.core.samples import Completion, Prompt
+from bfpo.core.samples import FINISH_REASONS, Completion, Prompt
 from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError, Unanswered
@@ -89,7 +89,7 @@ class SavedEngine:
             sample=sample,
             prompt=prompt.prompt,
             text=text,
-            finish_reason="length" if values.get("finish_reason") == "length" else "stop",
+            finish_reason=next((name for name in FINISH_REASONS if name == values.get("finish_reason")), "stop"),
             prompt_tokens=int(values.get("prompt_tokens") or words),
             completion_tokens=int(values.get("completion_tokens") or len(text.split())),
             model=str(values.get("model") or self._name),
