@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bfpo.core.files import content_hash, write_json
+from bfpo.core.files import content_hash, parse_json, write_json
 from bfpo.core.samples import Completion
 from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import DifferenceVerdict, ModelComparison
@@ -275,7 +275,7 @@ def read_results(folder: Path) -> Results:
     """
     path = folder / FILE_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{folder}: no {FILE_NAME}; evaluate the run first") from None
     except ValueError as error:
