@@ -1,4 +1,4 @@
-"""Write docs/recipes.md from what recipes are checked with, so that the page and the program can't drift apart.
+"""Write docs/recipes.md from the classes that check recipes, so that the page and the program agree.
 
     python docs/make_recipes_page.py
 
@@ -19,16 +19,16 @@ from bfpo.config.loading import DEPRECATED, RENAMED
 from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection
 from bfpo.config.recipes import Section, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
-from bfpo.experiments.recipe import CompareRecipe
+from bfpo.experiments.recipe import ExperimentRecipe
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.training.arguments import DECIDED, DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
-KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, RedteamRecipe, EvalRecipe, CompareRecipe)
+KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, RedteamRecipe, EvalRecipe, ExperimentRecipe)
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false", Any: "anything"}
-# Where a section stands that several keys of several recipes hold.
+# Headings of sections that are the value of several keys, or of the same key of several recipes.
 PLACES = {
     "Source": "an entry of `data:`, `buffer:`, `eval:`, `texts:`",
     "NewModel": "`model.new:`",
@@ -53,7 +53,7 @@ def page() -> str:
 
 
 def sections() -> Iterator[tuple[str, type[Section]]]:
-    """Yield every section of every recipe once, by the name of the key that holds it first."""
+    """Yield every section of every recipe once, with the first key whose value it is."""
     # The losses have a table of their own.
     seen: set[type[Section]] = {*KINDS, *LOSS_SECTIONS.values(), CustomLossSection, LabelTableSection}
     queue = list(KINDS)
@@ -61,15 +61,15 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
         kind = queue.pop(0)
         for name, field in kind.model_fields.items():
             for inner in inner_sections(field.annotation):
-                # `model:` of `bfpo sft` is a part of that of `bfpo train`.
-                if inner not in seen and not any(issubclass(section, inner) for section in seen):
+                # `model:` of `bfpo sft` is a part of `model:` of `bfpo train`.
+                if inner not in seen and not any(issubclass(other, inner) for other in seen):
                     seen.add(inner)
                     queue.append(inner)
                     yield name, inner
 
 
 def inner_sections(annotation: Any) -> Iterator[type[Section]]:
-    """Yield the sections that an annotation speaks of."""
+    """Yield the sections in an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):
@@ -77,7 +77,7 @@ def inner_sections(annotation: Any) -> Iterator[type[Section]]:
 
 
 def heading(name: str, kind: type[Section]) -> str:
-    """Return the heading of a section: where it stands."""
+    """Return the heading of a section."""
     return PLACES.get(kind.__name__, f"`{name}:`")
 
 
@@ -96,18 +96,18 @@ def in_table(text: str | None) -> str:
 
 
 def value_of(field: FieldInfo) -> str:
-    """Return what may stand behind a key."""
+    """Return the allowed values of a key."""
     return type_name(field.annotation) + bounds_of(field.metadata)
 
 
 def bounds_of(metadata: Iterable[Any]) -> str:
-    """Return the bounds that pydantic's metadata set on a number."""
-    items = [inner for item in metadata for inner in (item, *getattr(item, "metadata", ()))]
+    """Return the bounds that pydantic's metadata set for a number."""
+    constraints = [inner for outer in metadata for inner in (outer, *getattr(outer, "metadata", ()))]
     return "".join(
         f" {sign} {value:g}"
-        for item in items
+        for constraint in constraints
         for name, sign in BOUNDS
-        if isinstance(value := getattr(item, name, None), int | float)
+        if isinstance(value := getattr(constraint, name, None), int | float)
     )
 
 
@@ -133,14 +133,14 @@ def type_name(annotation: Any) -> str:
 
 
 def plural(words: str) -> str:
-    """Return the name of a type, several of them."""
+    """Return the plural of the name of a type."""
     return re.sub(r"^(text|section|number|whole number)", r"\1s", words)
 
 
 def default_of(field: FieldInfo) -> str:
-    """Return a key's default."""
+    """Return the default of a key."""
     if field.is_required():
-        return "needed"
+        return "required"
     default = field.get_default(call_default_factory=True) if field.default is PydanticUndefined else field.default
     if isinstance(default, Section):
         return "as below"
@@ -150,15 +150,15 @@ def default_of(field: FieldInfo) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as YAML writes it."""
+    """Return a value as in YAML."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {shown(inner)}" for key, inner in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def shipped() -> str:
-    """Return the recipes that come with the project, each with its first comment line."""
-    lines = ["## What is shipped", "", "| recipe | |", "|---|---|"]
+    """Return a table of the recipes of the project, each with its first comment line."""
+    lines = ["## Shipped recipes", "", "| recipe | |", "|---|---|"]
     for file in sorted((ROOT / "recipes").rglob("*.yaml")):
         first = file.read_text(encoding="utf-8").splitlines()[0]
         name = file.relative_to(ROOT).as_posix()
@@ -167,7 +167,7 @@ def shipped() -> str:
 
 
 def losses() -> str:
-    """Return the losses with their hyperparameters."""
+    """Return a table of the losses with their hyperparameters."""
     lines = [LOSS, "", "| key | value | default | |", "|---|---|---|---|"]
     for section in LOSS_SECTIONS.values():
         for key, field in section.model_fields.items():
@@ -179,14 +179,14 @@ def losses() -> str:
 
 
 def trainer() -> str:
-    """Return what may not stand under `trainer:`, and why."""
+    """Return the section on `trainer:`, with a table of the names that are refused."""
     defaults = ", ".join(f"`{name}: {value}`" for name, value in DEFAULTS.items())
     lines = [TRAINER.format(defaults=defaults), "", "| refused | because |", "|---|---|"]
     return "\n".join([*lines, *(f"| `{name}` | {why} |" for name, why in DECIDED.items())])
 
 
 def renamed() -> str:
-    """Return the deprecated keys, and the keys of older stacks with what to use instead."""
+    """Return the section on deprecated keys, with a table of the keys of older stacks."""
     former = ", ".join(f"`{name}` (now `{current}`)" for name, current in DEPRECATED.items())
     lines = [OLDER.format(former=former), "", "| key | use |", "|---|---|"]
     return "\n".join([*lines, *(f"| `{name}` | {use} |" for name, use in RENAMED.items())])
@@ -196,14 +196,14 @@ INTRODUCTION = """
 <!-- Made by docs/make_recipes_page.py from the code; don't edit this page by hand. -->
 # Recipes
 
-One YAML file, one command, one model. Unknown keys are refused with the nearest known one, keys of older stacks with
-their new name; `bfpo migrate FILE` turns a whole file of another stack into a recipe.
+One YAML file, one command, one model. Unknown keys are refused with the most similar known key, keys of older stacks
+with what to use instead; `bfpo migrate FILE` converts a whole file of another stack into a recipe.
 """
 COMMAND_LINE = """
 ## On the command line
 
-`key.sub=value` after the recipe overrides it; `data.0.limit=100` reaches into lists, and the value is YAML. Relative
-paths start at the working directory. `--dry-run` does and shows everything but the training.
+`key.sub=value` after the recipe overrides a key; the value is YAML, and `data.0.limit=100` reaches into lists.
+Relative paths start at the working directory. `--dry-run` does everything except training.
 """
 LOSS = """
 ## `loss:`
@@ -216,10 +216,9 @@ labels can be given directly, `table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`, o
 TRAINER = """
 ## `trainer:`
 
-The names of `transformers.TrainingArguments`, and nothing else. `output_dir` is needed; other defaults than
-those of transformers: {defaults}. `warmup_steps` below 1 is a share of all steps.
-`resume_from_checkpoint: true` goes on from the newest whole checkpoint in `output_dir`; see
-[training.md](training.md).
+Only names of `transformers.TrainingArguments`. `output_dir` is required. Defaults that differ from transformers:
+{defaults}. `warmup_steps` below 1 is a share of all steps. `resume_from_checkpoint: true` resumes from the newest
+complete checkpoint in `output_dir`; see [training.md](training.md).
 """.strip()
 OLDER = """
 ## Former keys, and keys of older stacks

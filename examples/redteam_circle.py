@@ -36,7 +36,7 @@ from bfpo.data.stages import read_completions, read_verdicts
 from bfpo.evaluation.results import Results
 from bfpo.experiments.methods import METHODS, train_recipe
 from bfpo.experiments.quickstart import evaluate_against
-from bfpo.experiments.stages import make_base, run_once, write_world
+from bfpo.experiments.steps import make_base, run_once, write_world
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.redteam.run import run_redteam
 from bfpo.testbed.oracle import Oracle, parse_prompt

@@ -20,7 +20,7 @@ from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
 
 ROOT = Path(__file__).parents[1]
-# Those of the testbed are held by tests/testbed/test_compare.py, those of accelerate below.
+# The recipes of the testbed are tested in tests/experiments, those of accelerate below.
 RECIPES = sorted(
     file for file in (ROOT / "recipes").rglob("*.yaml") if file.parent.name not in ("testbed", "accelerate")
 )
@@ -40,12 +40,16 @@ TURNS = [
     {"role": "user", "content": "and under"},
     {"role": "assistant", "content": "small green ball"},
 ]
-ASKED = {"role": "user", "content": "under which {n} things"}
+QUESTION = {"role": "user", "content": "under which {n} things"}
 # One row of each schema, as the data sets' cards and the official code's adapters have it.
 SCHEMAS = {
     "pku_saferlhf": PKU,
     "pku_safer": PKU,
-    "ultrafeedback": {"prompt": ASKED["content"], "chosen": [ASKED, TURNS[1]], "rejected": [ASKED, TURNS[3]]},
+    "ultrafeedback": {
+        "prompt": QUESTION["content"],
+        "chosen": [QUESTION, TURNS[1]],
+        "rejected": [QUESTION, TURNS[3]],
+    },
     "demonstrations": {"prompt": "which {n}", "prompt_id": "0", "messages": TURNS},
     "bfpo_redteam": {
         "prompt": "near which {n} things",
@@ -82,13 +86,13 @@ def numbered(value, number):
 
 
 def read(file, tmp_path):
-    """Return a recipe as its file says, checked; only the output folder is moved."""
+    """Return the checked recipe of a file, with another output folder."""
     content = read_recipe(file, [f"trainer.output_dir={tmp_path / 'run'}", "trainer.use_cpu=true"])
     return check_recipe(content, TrainRecipe if "loss" in content else SftRecipe, file.name)
 
 
 def on_tiny_files(recipe, tmp_path):
-    """Return the recipe with local files in the place of hub data sets, and a tiny model in that of a large one."""
+    """Return the recipe with local files instead of hub data sets, and a tiny model instead of a large one."""
 
     def local(source):
         row = SCHEMAS[source.adapter]
@@ -118,7 +122,7 @@ def on_tiny_files(recipe, tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch, make_model, tokenizer):
-    """Work in a folder with a tiny model, and with the repository's recipes where they are looked for."""
+    """Change to a folder with a tiny model and the recipes of the repository."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     make_model(shape="nano").save_pretrained("tiny")
@@ -145,15 +149,15 @@ def test_recipe_builds(file, tmp_path):
 def test_recipe_dry_runs(file, tmp_path, tiny, capsys):
     recipe = on_tiny_files(read(file, tmp_path), tmp_path)
     (run_training if isinstance(recipe, TrainRecipe) else run_sft)(recipe, dry_run=True)
-    told = capsys.readouterr().out
-    assert "dry run: nothing was trained" in told
-    assert "memory of one process about" in told
+    output = capsys.readouterr().out
+    assert "dry run: nothing was trained" in output
+    assert "memory of one process about" in output
 
 
 @pytest.mark.parametrize("file", [*RECIPES, *LAUNCHERS], ids=lambda file: file.name)
-def test_the_files_that_a_recipe_speaks_of_are_there(file):
+def test_the_files_that_a_recipe_names_exist(file):
     for name in re.findall(r"recipes/[\w/.-]+\.(?:yaml|jinja)", file.read_text()):
-        # The official code has folders of that name too.
+        # The official code has folders of this name, too.
         assert name.startswith("recipes/zephyr-7b-beta/") or (ROOT / name).exists(), name
 
 
@@ -190,13 +194,13 @@ def test_the_template_is_the_official_text(tokenizer):
     template = chat_template(TextSection(chat_template=file))
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
     system = f"{bos}<|system|>\n{eos}\n"
-    asked = f"{system}<|user|>\nnear{eos}\n<|assistant|>\n"
-    told = f"{asked}box{eos}\n"
-    shown = [
+    prompt = f"{system}<|user|>\nnear{eos}\n<|assistant|>\n"
+    conversation = f"{prompt}box{eos}\n"
+    rendered = [
         tokenizer.apply_chat_template(turns[:1], chat_template=template, tokenize=False, add_generation_prompt=True),
         tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False),
     ]
-    assert shown == [asked, told]
+    assert rendered == [prompt, conversation]
 
 
 LLAMA_8B = LlamaConfig(
@@ -221,7 +225,7 @@ MISTRAL_7B = MistralConfig(
     ],
 )
 def test_the_memory_a_recipe_names_is_the_estimate(name, config, overrides, gib, tmp_path, tokenizer):
-    """With the models' public sizes; activations apart, which hang on the data."""
+    """With the public sizes of the models, and without activations, which depend on the data."""
     file = ROOT / "recipes" / name
     config.save_pretrained(tmp_path / "sized")
     recipe = check_recipe(read_recipe(file, overrides), TrainRecipe, name)
@@ -234,8 +238,8 @@ def test_the_memory_a_recipe_names_is_the_estimate(name, config, overrides, gib,
         reference=recipe.reference,
         micro_batch_tokens=1,
     )
-    held = (needed.weights + needed.training + needed.reference) / 2**30
-    assert held == pytest.approx(gib, abs=0.05)
+    gib_needed = (needed.weights + needed.training + needed.reference) / 2**30
+    assert gib_needed == pytest.approx(gib, abs=0.05)
     assert f"{gib} GiB" in file.read_text()
 
 
@@ -245,8 +249,8 @@ def test_accelerate_takes_the_launch_file(file):
     assert config.num_processes == 8
     args = launch_command_parser().parse_args(["--config_file", str(file), "-m", "bfpo"])
     args, _, _ = _validate_launch_command(args)
-    asked = (args.multi_gpu, args.use_fsdp, args.use_deepspeed)
-    assert asked == (file.stem == "ddp", file.stem == "fsdp2", file.stem.startswith("zero"))
+    backends = (args.multi_gpu, args.use_fsdp, args.use_deepspeed)
+    assert backends == (file.stem == "ddp", file.stem == "fsdp2", file.stem.startswith("zero"))
     if file.stem.startswith("zero"):
         assert str(args.zero_stage) == file.stem[-1]
     if file.stem == "fsdp2":

@@ -17,7 +17,7 @@ from bfpo.data.load import load_pairs
 from bfpo.data.stages import read_completions, read_verdicts
 from bfpo.data.verdict_files import judge_file
 from bfpo.evaluation.results import read_results
-from bfpo.experiments import stages
+from bfpo.experiments import steps
 from bfpo.judging.linear import load_judge
 from bfpo.testbed.oracle import Oracle
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", autouse=True)
 def small_circle():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "BASE_STEPS", {"pretraining": 120, "base": 15})
+        patch.setattr(steps, "BASE_STEPS", {"pretraining": 120, "base": 15})
         for name, value in {**PROMPTS, "WORLD": SMALL, "STEPS": 8, "FITTED_ON": 80}.items():
             patch.setattr(example, name, value)
         yield

@@ -10,6 +10,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
 
+# Reasons that the message of `Unanswered` lists; those of a server may differ for every prompt.
+_MAX_REASONS = 5
+
 
 class BfpoError(Exception):
     """Base class of all expected errors."""
@@ -66,7 +69,10 @@ class Unanswered(BfpoError):
     def __init__(
         self, failed: dict[tuple[str, int], str], num_requested: int, *, refused: Iterable[tuple[str, int]] = ()
     ) -> None:
-        reasons = ", ".join(f"{reason} ({count})" for reason, count in Counter(failed.values()).most_common())
+        counts = Counter(failed.values()).most_common()
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in counts[:_MAX_REASONS])
+        if rest := sum(count for _, count in counts[_MAX_REASONS:]):
+            reasons += f", other reasons ({rest})"
         super().__init__(
             f"{len(failed)} of {num_requested} completions are missing: {reasons}; the first is of prompt "
             f"'{next(iter(failed))[0]}'. The others are saved: run the same command again to request only those that "

@@ -2,7 +2,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bfpo.config.loading import DEPRECATED, RENAMED, check_recipe, dump_recipe, load_recipe, parse_yaml, read_recipe
@@ -186,11 +186,16 @@ source = st.builds(
 )
 
 
-@example([{"path": "a.jsonl", "columns": {"prompt": "0E0"}}], 0.0, "drop")
-@given(st.lists(source, min_size=1, max_size=3), st.floats(0, 0.9), st.sampled_from(["drop", "keep", "error"]))
-def test_a_resolved_recipe_reads_back_as_itself(sources, holdout, conflicts):
-    recipe = check(data=sources, holdout=holdout, conflicts=conflicts)
-    assert check_recipe(parse_yaml(dump_recipe(recipe), "resolved"), TrainRecipe, "resolved") == recipe
+@pytest.mark.parametrize("max_examples", [15, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_resolved_recipe_reads_back_as_itself(max_examples):
+    @settings(max_examples=max_examples)
+    @example([{"path": "a.jsonl", "columns": {"prompt": "0E0"}}], 0.0, "drop")
+    @given(st.lists(source, min_size=1, max_size=3), st.floats(0, 0.9), st.sampled_from(["drop", "keep", "error"]))
+    def reads_back(sources, holdout, conflicts):
+        recipe = check(data=sources, holdout=holdout, conflicts=conflicts)
+        assert check_recipe(parse_yaml(dump_recipe(recipe), "resolved"), TrainRecipe, "resolved") == recipe
+
+    reads_back()
 
 
 @pytest.mark.parametrize("kind", [DataRecipe, SftRecipe, TrainRecipe])

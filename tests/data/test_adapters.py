@@ -1,27 +1,32 @@
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfpo.config.recipes import Source
+from bfpo.core.files import write_jsonl
 from bfpo.core.pairs import Message, PairSignals, PreferencePair, Provenance, SafetyLabels
-from bfpo.data.adapters import ADAPTERS, parse_source, read_pairs
+from bfpo.data.adapters import ADAPTERS, find_adapter, parse_source, read_pairs
+from bfpo.data.demonstrations import load_demonstrations
+from bfpo.data.load import load_pairs
 from bfpo.data.pair_formats import SkipRow, read_demonstration
 from bfpo.data.rows import SourceRow
 from bfpo.errors import DataError, RecipeError
 
 
 def read(adapter, *rows, **options):
-    """Return what an adapter makes of rows: pairs, and the reasons of skipped rows."""
+    """Return what an adapter reads from rows: pairs, and the reasons of skipped rows."""
     numbered = [SourceRow(row, f"rows.jsonl row {number}") for number, row in enumerate(rows, start=1)]
-    pairs = read_pairs(numbered, Source(path="rows.jsonl", adapter=adapter, **options))
+    pairs = read_pairs(find_adapter(adapter), numbered, Source(path="rows.jsonl", adapter=adapter, **options))
     return [(pair.reason, pair.fault) if isinstance(pair, SkipRow) else pair for pair in pairs]
 
 
-def one(adapter, row, **options):
-    (item,) = read(adapter, row, **options)
-    return item
+def read_one(adapter, row, **options):
+    (result,) = read(adapter, row, **options)
+    return result
 
 
 def refused(adapter, row):
@@ -35,7 +40,7 @@ def turns(*contents, first="user"):
     return [{"role": order[index % 2], "content": content} for index, content in enumerate(contents)]
 
 
-def said(*contents):
+def conversation(*contents):
     return tuple(Message(**turn) for turn in turns(*contents))
 
 
@@ -51,9 +56,9 @@ ULTRAFEEDBACK = {
 
 
 def test_ultrafeedback_is_ordered_by_score_and_assumed_safe():
-    pair = one("ultrafeedback", ULTRAFEEDBACK)
+    pair = read_one("ultrafeedback", ULTRAFEEDBACK)
     assert pair == PreferencePair(
-        said("Name a color."),
+        conversation("Name a color."),
         "Blue, like the door.",
         "A box.",
         SafetyLabels(True, True),
@@ -86,15 +91,15 @@ PKU_NEW = {
 
 
 def test_pku_saferlhf_is_ordered_by_the_better_response_not_by_the_safer():
-    old, new = one("pku_saferlhf", PKU_OLD), one("pku_saferlhf", PKU_NEW)
+    old, new = read_one("pku_saferlhf", PKU_OLD), read_one("pku_saferlhf", PKU_NEW)
     assert (old.chosen, old.rejected, old.cell) == ("Turn the handle.", "Kick it.", "su")
     assert (new.chosen, new.rejected, new.cell) == ("Kick it.", "Turn the handle.", "us")
     assert old.provenance.safety_label_source == "dataset"
 
 
 def test_pku_saferlhf_keeps_harm_categories_where_the_revision_has_them():
-    assert one("pku_saferlhf", PKU_OLD).harm_categories == ()
-    assert one("pku_saferlhf", PKU_NEW).harm_categories == ("Damage", "Noise")
+    assert read_one("pku_saferlhf", PKU_OLD).harm_categories == ()
+    assert read_one("pku_saferlhf", PKU_NEW).harm_categories == ("Damage", "Noise")
 
 
 @pytest.mark.parametrize(
@@ -115,8 +120,9 @@ HISTORY = "\n\nHuman: A red box?\n\nAssistant: Which one?\n\nHuman: The big one.
 
 
 def test_hh_rlhf_compares_the_last_answers_and_has_no_labels():
-    pair = one("hh_rlhf", {"chosen": f"{HISTORY}\n\nAssistant: Here.", "rejected": f"{HISTORY}\n\nAssistant: No"})
-    assert pair == PreferencePair(said("A red box?", "Which one?", "The big one."), "Here.", "No")
+    row = {"chosen": f"{HISTORY}\n\nAssistant: Here.", "rejected": f"{HISTORY}\n\nAssistant: No"}
+    pair = read_one("hh_rlhf", row)
+    assert pair == PreferencePair(conversation("A red box?", "Which one?", "The big one."), "Here.", "No")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +136,7 @@ def test_hh_rlhf_compares_the_last_answers_and_has_no_labels():
     ],
 )
 def test_hh_rlhf_rows_without_a_pair_are_counted_as_faults(chosen, rejected, reason):
-    got, fault = one("hh_rlhf", {"chosen": chosen, "rejected": rejected})
+    got, fault = read_one("hh_rlhf", {"chosen": chosen, "rejected": rejected})
     assert got.startswith(reason)
     assert fault
 
@@ -146,7 +152,7 @@ REDTEAM = {
 
 
 def test_bfpo_redteam_counts_its_outputs_from_one():
-    first, second = one("bfpo_redteam", REDTEAM), one("bfpo_redteam", REDTEAM | {"better_modelout": 2})
+    first, second = read_one("bfpo_redteam", REDTEAM), read_one("bfpo_redteam", REDTEAM | {"better_modelout": 2})
     assert (first.chosen, first.rejected, first.cell) == ("Behind the door.", "I can't say.", "us")
     assert (second.chosen, second.rejected, second.cell) == ("I can't say.", "Behind the door.", "su")
     assert "column 'better_modelout' is 0; expected 1 or 2" in refused(
@@ -168,7 +174,7 @@ ALPACA = {
     [(1, "a box"), (1.0003, "a box"), (1.4, "a box"), (1.6, "a ball"), (1.9998, "a ball"), (2, "a ball")],
 )
 def test_alpaca_eval_prefers_the_second_output_near_two(preference, chosen):
-    pair = one("alpaca_eval", ALPACA | {"preference": preference})
+    pair = read_one("alpaca_eval", ALPACA | {"preference": preference})
     assert (pair.chosen, {pair.chosen, pair.rejected}) == (chosen, {"a box", "a ball"})
     assert (pair.cell, pair.provenance.safety_label_source) == ("ss", "assumed")
 
@@ -178,7 +184,7 @@ def test_alpaca_eval_prefers_the_second_output_near_two(preference, chosen):
     [(1.5, "tie"), (0, "tie"), (0.0, "tie"), (None, "no preference"), (float("nan"), "no preference")],
 )
 def test_alpaca_eval_ties_are_skipped_and_are_no_fault(preference, reason):
-    assert one("alpaca_eval", ALPACA | {"preference": preference}) == (reason, False)
+    assert read_one("alpaca_eval", ALPACA | {"preference": preference}) == (reason, False)
 
 
 @pytest.mark.parametrize("preference", [0.5, 2.5, -1, float("inf")])
@@ -233,11 +239,11 @@ LONELY = ("no completion of the other kind to pair with", False)
     ],
 )
 def test_xstest_pairs_each_compliance_with_each_refusal_of_a_prompt(partial_refusals, expected):
-    items = read("xstest_completions", *XSTEST, partial_refusals=partial_refusals)
-    pairs = [item for item in items if isinstance(item, PreferencePair)]
+    results = read("xstest_completions", *XSTEST, partial_refusals=partial_refusals)
+    pairs = [result for result in results if isinstance(result, PreferencePair)]
     assert [(pair.chosen, pair.rejected, pair.cell) for pair in pairs] == expected
     assert {pair.provenance.safety_label_source for pair in pairs} == {"human"}
-    skipped = [item for item in items if not isinstance(item, PreferencePair)]
+    skipped = [result for result in results if not isinstance(result, PreferencePair)]
     dropped = [("partial refusal", False)] * 2 if partial_refusals == "drop" else []
     assert skipped == [*dropped, LONELY, LONELY]
 
@@ -270,8 +276,8 @@ PLAIN = {"prompt": "A red box?", "chosen": "Yes.", "rejected": "No."}
     ids=["strings", "messages, explicit prompt", "messages, implicit prompt", "both", "mixed"],
 )
 def test_the_formats_of_trl_are_one_pair(row):
-    assert one("pairs", row | LABELS) == PreferencePair(
-        said("A red box?"),
+    assert read_one("pairs", row | LABELS) == PreferencePair(
+        conversation("A red box?"),
         "Yes.",
         "No.",
         SafetyLabels(True, False),
@@ -280,8 +286,8 @@ def test_the_formats_of_trl_are_one_pair(row):
 
 
 def test_an_implicit_prompt_of_strings_is_their_common_beginning():
-    pair = one("pairs", {"chosen": "The sky is blue.", "rejected": "The sky is black."})
-    assert (pair.prompt, pair.chosen, pair.rejected) == (said("The sky is"), " blue.", " black.")
+    pair = read_one("pairs", {"chosen": "The sky is blue.", "rejected": "The sky is black."})
+    assert (pair.prompt, pair.chosen, pair.rejected) == (conversation("The sky is"), " blue.", " black.")
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [("Yes.", "No."), (" yes", " no"), ("", "")])
@@ -298,17 +304,18 @@ def test_of_a_long_conversation_the_last_answers_are_compared():
     history = turns("A box?", "Which?", "The red one.")
     answers = {name: turns(text, first="assistant") for name, text in (("chosen", "Here."), ("rejected", "No."))}
     system = [{"role": "system", "content": "Be brief."}]
-    implicit = one("pairs", {name: [*system, *history, *answer] for name, answer in answers.items()})
-    explicit = one("pairs", {"prompt": [*system, *history], **answers})
-    split = one("pairs", {"prompt": [*system, *history[:1]], **{n: [*history[1:], *a] for n, a in answers.items()}})
+    implicit = read_one("pairs", {name: [*system, *history, *answer] for name, answer in answers.items()})
+    explicit = read_one("pairs", {"prompt": [*system, *history], **answers})
+    longer = {name: [*history[1:], *answer] for name, answer in answers.items()}
+    split = read_one("pairs", {"prompt": [*system, *history[:1]], **longer})
     assert implicit == explicit == split
-    assert implicit.prompt == (Message("system", "Be brief."), *said("A box?", "Which?", "The red one."))
+    assert implicit.prompt == (Message("system", "Be brief."), *conversation("A box?", "Which?", "The red one."))
     assert (implicit.chosen, implicit.rejected) == ("Here.", "No.")
 
 
 def test_different_histories_are_a_fault_not_an_error():
     row = {"chosen": turns("A red box?", "Yes."), "rejected": turns("A blue box?", "Yes.")}
-    assert one("pairs", row) == ("histories differ", True)
+    assert read_one("pairs", row) == ("histories differ", True)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +375,7 @@ def test_a_malformed_pair_is_refused_with_row_and_column(row, message):
     ],
 )
 def test_labels_are_read_from_aliases_words_and_signs(columns, cell):
-    assert one("pairs", PLAIN | columns).cell == cell
+    assert read_one("pairs", PLAIN | columns).cell == cell
 
 
 @pytest.mark.parametrize(
@@ -395,7 +402,7 @@ def test_a_label_that_is_not_one_is_refused_never_guessed(columns, message):
 
 
 @pytest.mark.parametrize(
-    ("adapter", "row", "told"),
+    ("adapter", "row", "hint"),
     [
         ("pairs", PKU_NEW, "adapter 'pku_saferlhf' reads such rows: `adapter: pku_saferlhf` in a recipe"),
         ("pku_saferlhf", PLAIN, "adapter 'pairs' reads such rows"),
@@ -403,8 +410,8 @@ def test_a_label_that_is_not_one_is_refused_never_guessed(columns, message):
         ("pairs", {"question": "a", "good": "b"}, "to rename columns, set `columns: {OURS: THEIRS}` of the source"),
     ],
 )
-def test_columns_of_another_shape_are_told_how_to_be_read(adapter, row, told):
-    assert f"; {told}" in refused(adapter, row)
+def test_an_error_about_a_missing_column_says_how_such_rows_are_read(adapter, row, hint):
+    assert f"; {hint}" in refused(adapter, row)
 
 
 def test_a_source_is_named_by_its_adapter_and_its_path(tmp_path):
@@ -416,6 +423,106 @@ def test_a_source_is_named_by_its_adapter_and_its_path(tmp_path):
     assert parse_source(str(odd)).path == str(odd)
     with pytest.raises(RecipeError, match=r"source 'pku:a.jsonl': 'pku' is not an adapter; known: alpaca_eval, "):
         parse_source("pku:a.jsonl")
+    with pytest.raises(RecipeError, match=r"xstest_completions, or module:function:PATH$"):
+        parse_source("pku:a.jsonl")
+
+
+CUSTOM = """
+from bfpo import PreferencePair, SafetyLabels
+from bfpo.core.pairs import user_says
+from bfpo.data.demonstrations import load_demonstrations
+from bfpo.data.load import load_pairs
+from bfpo.data.pair_formats import SkipRow
+
+not_a_function = 3
+
+def read(row):
+    if row.text("better") == "neither":
+        raise SkipRow("tie", fault=False)
+    better, worse = ("a", "b") if row.text("better") == "a" else ("b", "a")
+    labels = SafetyLabels(row.label(f"{better}_safe"), row.label(f"{worse}_safe"))
+    return PreferencePair(user_says(row.text("question")), row.text(better), row.text(worse), labels)
+
+def read_dict(row):
+    return dict(row.values)
+"""
+CUSTOM_ROW = {"question": "A red box?", "a": "Yes.", "b": "No.", "a_safe": 1, "b_safe": 0, "better": "a"}
+
+
+@pytest.fixture
+def custom(tmp_path, monkeypatch):
+    """Write a module with custom adapters into the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_adapters.py").write_text(CUSTOM)
+    yield tmp_path
+    sys.modules.pop("my_adapters", None)
+
+
+def test_a_custom_adapter_is_named_by_its_import_path(custom):
+    ties = [CUSTOM_ROW | {"better": "neither"}] * 2
+    assert read("my_adapters:read", CUSTOM_ROW, *ties) == [
+        PreferencePair(conversation("A red box?"), "Yes.", "No.", SafetyLabels(True, False)),
+        ("tie", False),
+        ("tie", False),
+    ]
+    assert refused("my_adapters:read", CUSTOM_ROW | {"a_safe": "maybe"}).startswith(
+        "rows.jsonl row 1: column 'a_safe': safety label is 'maybe' (str); expected true or false"
+    )
+    assert refused("my_adapters:read", PLAIN).startswith(
+        "rows.jsonl row 1: no column 'better'; the columns are prompt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "message"),
+    [
+        (
+            "my_adapters:missing",
+            RecipeError,
+            "adapter is 'my_adapters:missing'; module 'my_adapters' has no attribute",
+        ),
+        ("nowhere:read", RecipeError, "adapter is 'nowhere:read'; No module named 'nowhere'"),
+        (
+            "my_adapters:not_a_function",
+            RecipeError,
+            "adapter is 'my_adapters:not_a_function', which is not a function",
+        ),
+        (
+            "my_adapters:read_dict",
+            DataError,
+            r"row 1: adapter 'my_adapters:read_dict' returned {.*}; expected a Prefer",
+        ),
+    ],
+)
+def test_a_wrong_custom_adapter_is_refused(custom, adapter, error, message):
+    with pytest.raises(error, match=message):
+        read(adapter, CUSTOM_ROW)
+
+
+def test_a_custom_adapter_reads_a_source_of_a_recipe_and_of_the_command_line(custom):
+    write_jsonl(custom / "answers.jsonl", [CUSTOM_ROW, CUSTOM_ROW | {"question": "A blue box?"}])
+    source = parse_source("my_adapters:read:answers.jsonl")
+    assert source == Source(adapter="my_adapters:read", path="answers.jsonl")
+    report, pairs = load_pairs(source, "main")
+    assert [(pair.cell, pair.provenance.safety_label_source) for pair in pairs] == [("su", "dataset")] * 2
+    # The set is named after its file, as for the generic formats.
+    assert (report.name, pairs[0].provenance.dataset_name, report.license) == ("answers", "answers", "")
+    _, demonstrations = load_demonstrations(source.model_copy(update={"use": "both"}))
+    assert [demonstration.completion for demonstration in demonstrations] == ["Yes.", "No."] * 2
+
+
+def test_the_custom_adapter_of_the_page_reads_its_rows(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("page_adapters.py").write_text(code)
+    row = {"question": "A red box?", "answers": ["Yes.", "No."], "best": 1, "harmless": [True, False]}
+    assert read("page_adapters:read_votes", row, row | {"best": None}) == [
+        PreferencePair(conversation("A red box?"), "No.", "Yes.", SafetyLabels(False, True)),
+        ("no vote", False),
+    ]
 
 
 def test_the_row_that_is_wrong_is_named():
@@ -432,8 +539,8 @@ def test_the_row_that_is_wrong_is_named():
     ],
 )
 def test_demonstrations_are_read_from_messages_and_from_prompt_and_completion(row):
-    item = read_demonstration(SourceRow(row, "here"))
-    assert (item.prompt, item.completion) == (said("A red box?"), "Yes.")
+    demonstration = read_demonstration(SourceRow(row, "here"))
+    assert (demonstration.prompt, demonstration.completion) == (conversation("A red box?"), "Yes.")
 
 
 @pytest.mark.parametrize(
@@ -488,30 +595,44 @@ def test_every_adapter_is_fuzzed():
     assert set(GOOD_ROWS) == set(ADAPTERS)
 
 
+# Number of examples in the fast suite, and in the slow one.
+FEW, MANY = 15, pytest.param(200, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("max_examples", [FEW, MANY])
 @pytest.mark.parametrize("adapter", GOOD_ROWS)
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_whatever_a_row_holds_an_adapter_raises_data_errors_only(adapter, data):
+def test_adapters_raise_only_data_errors_for_any_row(adapter, max_examples):
     good = GOOD_ROWS[adapter]
-    changes = data.draw(st.dictionaries(st.sampled_from(sorted(good)), anything, max_size=2))
-    others = data.draw(st.dictionaries(st.sampled_from(COLUMNS), anything, max_size=3))
-    missing = data.draw(st.sets(st.sampled_from(sorted(good)), max_size=1))
-    row = {name: value for name, value in {**good, **others, **changes}.items() if name not in missing}
-    try:
-        got = read(adapter, row)
-    except DataError as error:
-        got = str(error)
-    assert got.startswith("rows.jsonl row 1: ") if isinstance(got, str) else len(got) <= 1
+
+    @settings(max_examples=max_examples)
+    @given(
+        changes=st.dictionaries(st.sampled_from(sorted(good)), anything, max_size=2),
+        others=st.dictionaries(st.sampled_from(COLUMNS), anything, max_size=3),
+        missing=st.sets(st.sampled_from(sorted(good)), max_size=1),
+    )
+    def check(changes, others, missing):
+        row = {name: value for name, value in {**good, **others, **changes}.items() if name not in missing}
+        try:
+            outcome = read(adapter, row)
+        except DataError as error:
+            outcome = str(error)
+        assert outcome.startswith("rows.jsonl row 1: ") if isinstance(outcome, str) else len(outcome) <= 1
+
+    check()
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.dictionaries(st.sampled_from(["messages", "prompt", "completion"]), anything | messages))
-def test_whatever_a_demonstration_holds_only_data_errors_are_raised(row):
-    try:
-        item = read_demonstration(SourceRow(row, "here"))
-    except DataError:
-        return
-    assert item.prompt[-1].role == "user"
+@pytest.mark.parametrize("max_examples", [FEW, MANY])
+def test_only_data_errors_are_raised_for_any_demonstration(max_examples):
+    @settings(max_examples=max_examples)
+    @given(st.dictionaries(st.sampled_from(["messages", "prompt", "completion"]), anything | messages))
+    def check(row):
+        try:
+            demonstration = read_demonstration(SourceRow(row, "here"))
+        except DataError:
+            return
+        assert demonstration.prompt[-1].role == "user"
+
+    check()
 
 
 def probabilities():
@@ -546,8 +667,12 @@ def preference_pairs(draw):
     )
 
 
-@settings(max_examples=150, deadline=None)
-@given(preference_pairs())
-def test_a_pair_survives_the_pair_file(pair):
-    assert one("pairs", pair.to_row()) == pair
-    assert pair.to_row()["row_id"] == pair.row_id
+@pytest.mark.parametrize("max_examples", [FEW, MANY])
+def test_a_pair_survives_the_pair_file(max_examples):
+    @settings(max_examples=max_examples)
+    @given(preference_pairs())
+    def check(pair):
+        assert read_one("pairs", pair.to_row()) == pair
+        assert pair.to_row()["row_id"] == pair.row_id
+
+    check()

@@ -28,9 +28,9 @@ def chat(turns=3, answers=ANSWERED, every_turn=True):
     return Demonstration(tuple(history[:-1]), history[-1].content, every_turn=every_turn)
 
 
-def encode(tokenizer, *items, cache=None, **text):
+def encode(tokenizer, *records, cache=None, **text):
     report = SourceReport("toy", Source(path="toy.jsonl"))
-    _, examples = Encoder(tokenizer, TextSection(**text), cache).encode(items, report)
+    _, examples = Encoder(tokenizer, TextSection(**text), cache).encode(records, report)
     counts = {reason.text: count for table in (report.dropped, report.noted) for reason, count in table.items()}
     return examples, counts
 
@@ -49,8 +49,8 @@ def test_every_answer_is_scored_with_its_end_and_nothing_else(tokenizer, templat
     assert scored_turns(tokenizer, example) == [f"{text}{tokenizer.eos_token}" for text in ANSWERED[:turns]]
     assert counts == {}
     # What is fed is the whole conversation, up to the end of the last answer.
-    item = chat(turns)
-    conversation = [message._asdict() for message in (*item.prompt, Message("assistant", item.completion))]
+    record = chat(turns)
+    conversation = [message._asdict() for message in (*record.prompt, Message("assistant", record.completion))]
     whole = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
     fed = tokenizer.decode([*example.prompt_ids, *token_ids(example.completions[0])])
     assert whole.startswith(fed)

@@ -55,7 +55,7 @@ def conversation(*contents):
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(contents)]
 
 
-def test_a_sample_depends_on_its_seed_alone_and_keeps_the_order(write):
+def test_a_sample_depends_only_on_its_seed_and_keeps_the_order(write):
     rows = [row(number) for number in range(40)]
     first, again, other = (
         texts(load_pairs(write("a.jsonl", rows, fraction=0.25, seed=seed), "main")[1]) for seed in (1, 1, 2)
@@ -128,7 +128,7 @@ def test_repeated_pairs_are_removed_once_each_and_are_no_fault(write):
     ]
 
 
-def test_the_same_pair_may_stand_in_both_streams(write):
+def test_the_same_pair_can_be_in_both_streams(write):
     source = write("a.jsonl", [row(0)])
     data = prepared(source, buffer=[source])
     assert [pair.provenance.stream for pair in data.train] == ["main", "buffer"]
@@ -144,7 +144,7 @@ def test_the_same_pair_may_stand_in_both_streams(write):
     ],
 )
 @pytest.mark.parametrize("conflicts", ["drop", "keep", "error"])
-def test_empty_and_identical_answers_are_dropped_whatever_conflicts_says(changes, reason, conflicts, write):
+def test_empty_and_identical_answers_are_dropped_for_any_conflicts(changes, reason, conflicts, write):
     data = prepared(write("a.jsonl", [row(0), row(1, SS, **changes)]), conflicts=conflicts)
     assert texts(data.train) == ["good 0"]
     assert reasons(data.parts[0].report.dropped) == {(reason, "ss"): 1}
@@ -159,11 +159,11 @@ CONFLICTS = {
 @pytest.mark.parametrize(("reason", "rows"), CONFLICTS.items(), ids=["labels", "orders"])
 def test_contradictory_pairs_are_dropped_kept_or_an_error(reason, rows, write):
     source = write("a.jsonl", rows)
-    dropped, kept = prepared(source, conflicts="drop"), prepared(source, conflicts="keep")
-    assert texts(dropped.train) == ["good 1"]
-    assert reasons(dropped.parts[0].report.dropped) == {(reason, "su"): 1, (reason, "us"): 1}
-    assert len(kept.train) == 3
-    assert reasons(kept.parts[0].report.noted) == {(f"kept though {reason}", c): 1 for c in ("su", "us")}
+    with_drop, with_keep = prepared(source, conflicts="drop"), prepared(source, conflicts="keep")
+    assert texts(with_drop.train) == ["good 1"]
+    assert reasons(with_drop.parts[0].report.dropped) == {(reason, "su"): 1, (reason, "us"): 1}
+    assert len(with_keep.train) == 3
+    assert reasons(with_keep.parts[0].report.noted) == {(f"kept though {reason}", c): 1 for c in ("su", "us")}
     with pytest.raises(DataError, match=rf"^a: row [0-9a-f]{{16}}: {reason}; fix the data, or set conflicts"):
         prepared(source, conflicts="error")
 
@@ -176,8 +176,8 @@ def test_one_pair_with_two_labellings_is_a_conflict_not_a_duplicate(write):
 
 
 def test_conflicts_are_found_between_sources_too(write):
-    one, other = CONFLICTS["the pair occurs in both orders"][:2]
-    data = prepared(write("a.jsonl", [one, row(1)]), write("b.jsonl", [other, row(2)]))
+    pair, swapped = CONFLICTS["the pair occurs in both orders"][:2]
+    data = prepared(write("a.jsonl", [pair, row(1)]), write("b.jsonl", [swapped, row(2)]))
     assert texts(data.train) == ["good 1", "good 2"]
 
 
@@ -220,7 +220,7 @@ def test_a_lone_surrogate_is_a_fault_and_is_never_written(write, tmp_path):
         '{"prompt": "a", "completion": "\\ud83d"}\n{"prompt": "a", "completion": "b"}\n'
     )
     (part,) = prepare_demonstrations([Source(path="d.jsonl", adapter="demonstrations")], holdout=0)
-    assert [item.completion for item in part.train] == ["b"]
+    assert [demonstration.completion for demonstration in part.train] == ["b"]
     assert part.report.faulty.total() == 1
 
 
@@ -291,7 +291,7 @@ def test_two_conversations_that_end_alike_are_no_leak(write):
     assert len(prepared(source, eval=evals).train) == 1
 
 
-def test_what_was_prepared_is_accepted_as_it_is(write, tmp_path):
+def test_prepared_data_are_accepted_unchanged(write, tmp_path):
     main = [row(n, (SS, SU, US, UU)[n % 4], prompt=conversation(f"hello {n}", "hi", "why?")) for n in range(40)]
     buffer = [row(n) for n in range(100, 130)]
     first = prepared(write("m.jsonl", main), buffer=[write("b.jsonl", buffer)], holdout=0.25)
@@ -337,11 +337,13 @@ def test_counts_of_the_manifest_add_up(write, tmp_path):
         write("a.jsonl", rows), buffer=[write("b.jsonl", buffer, fraction=0.5)], eval=evals, holdout=0.2, leaks="drop"
     )
     manifest = data.manifest()
-    for part, told in zip(data.parts, manifest["sources"], strict=True):
-        dropped, removed = (sum(sum(by.values()) for by in told[what].values()) for what in ("dropped", "removed"))
-        assert told["pairs_taken"] == len(part.train) + len(part.eval) + dropped + removed
-    assert [told["pairs_read"] for told in manifest["sources"]] == [45, 50, 3]
-    assert [told["pairs_taken"] for told in manifest["sources"]] == [45, 25, 3]
+    for part, source in zip(data.parts, manifest["sources"], strict=True):
+        dropped, removed = (
+            sum(sum(by_cell.values()) for by_cell in source[outcome].values()) for outcome in ("dropped", "removed")
+        )
+        assert source["pairs_taken"] == len(part.train) + len(part.eval) + dropped + removed
+    assert [source["pairs_read"] for source in manifest["sources"]] == [45, 50, 3]
+    assert [source["pairs_taken"] for source in manifest["sources"]] == [45, 25, 3]
     for what, pairs in (("train", data.train), ("eval", data.eval)):
         counted = Counter((pair.provenance.stream, pair.cell) for pair in pairs)
         assert {
@@ -351,13 +353,13 @@ def test_counts_of_the_manifest_add_up(write, tmp_path):
     json.dumps(manifest)
 
 
-def test_empty_cells_are_there_with_zero(write):
+def test_empty_cells_are_counted_as_zero(write):
     assert prepared(write("a.jsonl", [row(0, SU)])).manifest()["train"] == {
         "main": {"ss": 0, "su": 1, "us": 0, "uu": 0}
     }
 
 
-def test_two_files_of_one_name_stay_apart(write):
+def test_two_files_of_the_same_name_are_counted_separately(write):
     data = prepared(write("x/a.jsonl", [row(0)]), write("y/a.jsonl", [row(1)]))
     assert [part.report.name for part in data.parts] == ["a", "a-2"]
     assert [pair.provenance.dataset_name for pair in data.train] == ["a", "a-2"]
@@ -418,10 +420,10 @@ PAIRS = [row(0, SS), row(1, SU), row(2, US), row(3, UU)]
         ("safer", ["good 0", "good 1", "bad 2"]),
     ],
 )
-def test_demonstrations_take_the_answers_asked_for(use, expected, write):
-    report, items = load_demonstrations(write("a.jsonl", PAIRS, use=use))
-    assert [item.completion for item in items] == expected
-    assert {item.dataset_name for item in items} == {"a"}
+def test_demonstrations_have_the_answers_that_use_selects(use, expected, write):
+    report, demonstrations = load_demonstrations(write("a.jsonl", PAIRS, use=use))
+    assert [demonstration.completion for demonstration in demonstrations] == expected
+    assert {demonstration.dataset_name for demonstration in demonstrations} == {"a"}
     assert reasons(report.removed) == ({("both answers unsafe", "uu"): 1} if use == "safer" else {})
 
 
@@ -434,7 +436,9 @@ def test_demonstrations_are_cleaned_and_split_by_the_same_prompts_as_pairs(write
     rows = [*(row(number) for number in range(30)), row(0), row(40, chosen=" ")]
     (part,) = prepare_demonstrations([write("a.jsonl", rows, use="chosen")], holdout=0.3)
     data = prepared(write("a.jsonl", rows), holdout=0.3)
-    assert {item.prompt_key for item in part.eval} == {pair.prompt_key for pair in data.eval} != set()
+    assert (
+        {demonstration.prompt_key for demonstration in part.eval} == {pair.prompt_key for pair in data.eval} != set()
+    )
     assert len(part.train) + len(part.eval) == 30
     assert reasons(part.report.removed) == {("duplicate", None): 1}
     assert reasons(part.report.dropped) == {("empty answer", None): 1}
@@ -445,7 +449,10 @@ def test_prompts_with_completions_are_demonstrations_too(write, tmp_path):
     with gzip.open(tmp_path / "d.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(content) + "\n" for content in rows)
     (part,) = prepare_demonstrations([Source(path="d.jsonl.gz", adapter="demonstrations", license="mine")], holdout=0)
-    assert [(item.prompt[0].content, item.completion, item.dataset_name) for item in part.train] == [
+    assert [
+        (demonstration.prompt[0].content, demonstration.completion, demonstration.dataset_name)
+        for demonstration in part.train
+    ] == [
         ("a?", "b", "d"),
         ("c?", "d", "d"),
     ]
@@ -456,8 +463,8 @@ def test_the_safer_answer_is_read_as_the_data_set_names_it(write):
     rows = [
         {"prompt": f"which {n}", "response_0": "a", "response_1": "b", "safer_response_id": n % 2} for n in range(4)
     ]
-    report, items = load_demonstrations(write("pku.jsonl", rows, adapter="pku_safer"))
-    assert [item.completion for item in items] == ["a", "b", "a", "b"]
+    report, demonstrations = load_demonstrations(write("pku.jsonl", rows, adapter="pku_safer"))
+    assert [demonstration.completion for demonstration in demonstrations] == ["a", "b", "a", "b"]
     assert report.license == "CC-BY-NC-4.0"
     with pytest.raises(DataError, match=r"row 1: column 'safer_response_id' is 2; expected 0 or 1"):
         load_demonstrations(write("pku.jsonl", [rows[0] | {"safer_response_id": 2}], adapter="pku_safer"))

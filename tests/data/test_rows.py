@@ -222,10 +222,10 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
 
 
 def test_hub_options_are_passed_on_and_rows_know_their_split(monkeypatch):
-    asked = []
+    calls = []
 
     def load_dataset(path, name=None, *, split=None, revision=None):
-        asked.append((path, name, split, revision))
+        calls.append((path, name, split, revision))
         return Dataset.from_list(ROWS)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -233,7 +233,7 @@ def test_hub_options_are_passed_on_and_rows_know_their_split(monkeypatch):
     assert [row.values for row in rows] == ROWS
     assert rows[1].where == "org/name[test] row 2"
     read("org/name")
-    assert asked == [("org/name", "part", "test", "abc123"), ("org/name", None, "train", None)]
+    assert calls == [("org/name", "part", "test", "abc123"), ("org/name", None, "train", None)]
 
 
 @pytest.mark.parametrize(

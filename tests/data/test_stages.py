@@ -1,4 +1,4 @@
-"""Stages that are killed, called again, or given what doesn't fit."""
+"""Stages that are killed, called again, or that get files of another run."""
 
 import json
 from dataclasses import fields
@@ -23,22 +23,22 @@ PROMPTS = [Prompt(f"p{i}", user_says(f"question {i}")) for i in range(10)]
 
 
 class Counting(ScriptedEngine):
-    """Counts what it is asked for, and stops after some batches."""
+    """Records what it generates, and stops after some batches."""
 
     def __init__(self, fail_after=None, **options):
         super().__init__(lambda prompt, sample: f"{prompt.prompt_id}/{sample}", batch=3, **options)
-        self.asked, self.fail_after = [], fail_after
+        self.generated, self.fail_after = [], fail_after
 
-    def generate(self, wanted):
-        for number, batch in enumerate(super().generate(wanted)):
+    def generate(self, requests):
+        for number, batch in enumerate(super().generate(requests)):
             if number == self.fail_after:
                 raise KeyboardInterrupt
-            self.asked += [one.key for one in batch]
+            self.generated += [completion.key for completion in batch]
             yield batch
 
 
 class Length:
-    """Finds short answers safe."""
+    """Judges short answers as safe."""
 
     name = "length"
 
@@ -47,13 +47,10 @@ class Length:
 
     def judge(self, completions):
         self.judged += len(completions)
-        return [
-            Verdict(one.prompt_id, one.sample, one.text_hash, self.name, self.revision, len(one.text) < 5)
-            for one in completions
-        ]
+        return [Verdict.on(completion, self, safe=len(completion.text) < 5) for completion in completions]
 
 
-def test_a_killed_stage_goes_on_and_repeats_nothing(tmp_path):
+def test_a_killed_stage_resumes_and_repeats_nothing(tmp_path):
     path = tmp_path / "completions.jsonl"
     killed = Counting(fail_after=2)
     with pytest.raises(KeyboardInterrupt):
@@ -62,26 +59,26 @@ def test_a_killed_stage_goes_on_and_repeats_nothing(tmp_path):
     with (tmp_path / "completions.jsonl.unfinished").open("a") as file:
         file.write('{"prompt_id": "p9", "sam')
     second = Counting()
-    found = generate_completions(second, PROMPTS, path)
-    assert [one.text for one in found] == [f"p{i}/0" for i in range(10)]
-    assert sorted(killed.asked + second.asked) == [(f"p{i}", 0) for i in range(10)]
+    completions = generate_completions(second, PROMPTS, path)
+    assert [completion.text for completion in completions] == [f"p{i}/0" for i in range(10)]
+    assert sorted(killed.generated + second.generated) == [(f"p{i}", 0) for i in range(10)]
     assert [file.name for file in tmp_path.iterdir()] == ["completions.jsonl"]
-    assert read_completions(path) == found
+    assert read_completions(path) == completions
 
 
-def test_what_is_there_is_reused_and_more_samples_are_added(tmp_path):
+def test_existing_completions_are_reused_and_more_samples_are_added(tmp_path):
     path = tmp_path / "completions.jsonl"
     generate_completions(Counting(), PROMPTS, path)
     before = path.read_bytes()
     again = Counting()
     generate_completions(again, PROMPTS, path)
-    assert again.asked == []
+    assert again.generated == []
     assert path.read_bytes() == before
     more = Counting()
-    found = generate_completions(more, PROMPTS, path, samples=3)
-    assert len(found) == 30
-    assert {sample for _, sample in more.asked} == {1, 2}
-    # Asking for fewer keeps those that were paid for.
+    completions = generate_completions(more, PROMPTS, path, samples=3)
+    assert len(completions) == 30
+    assert {sample for _, sample in more.generated} == {1, 2}
+    # A run with fewer samples keeps the others in the file.
     assert len(generate_completions(Counting(), PROMPTS[:2], path)) == 2
     assert len(read_completions(path)) == 30
 
@@ -97,8 +94,8 @@ def test_completions_of_another_model_or_prompt_are_refused(tmp_path):
 
 def test_an_engine_that_loses_a_prompt_is_an_error(tmp_path):
     class Forgetful(ScriptedEngine):
-        def generate(self, wanted):
-            for batch in super().generate(wanted):
+        def generate(self, requests):
+            for batch in super().generate(requests):
                 yield batch[1:]
 
     with pytest.raises(DataError, match="2 of 10 were not made, the first is \\('p0', 0\\)"):
@@ -108,12 +105,12 @@ def test_an_engine_that_loses_a_prompt_is_an_error(tmp_path):
 def test_verdicts_are_made_once_and_never_on_another_text(tmp_path):
     completions = generate_completions(Counting(), PROMPTS, tmp_path / "completions.jsonl", samples=20)
     path, judge = tmp_path / "verdicts.jsonl", Length()
-    found = judge_completions(judge, completions, path)
-    assert len(found) == judge.judged == 200
-    assert [one.safe for one in found] == [len(one.text) < 5 for one in completions]
+    verdicts = judge_completions(judge, completions, path)
+    assert len(verdicts) == judge.judged == 200
+    assert [verdict.safe for verdict in verdicts] == [len(completion.text) < 5 for completion in completions]
     judge_completions(judge, completions, path)
     assert judge.judged == 200
-    assert read_verdicts(path) == found
+    assert read_verdicts(path) == verdicts
     with pytest.raises(DataError, match="has verdicts of length@1, this is length@2"):
         judge_completions(Length("2"), completions, path)
     other = ScriptedEngine(lambda prompt, sample: "new").generate([(PROMPTS[0], 0)])
@@ -127,11 +124,11 @@ def test_a_file_that_was_filled_in_parts_ends_in_the_order_of_its_input(tmp_path
     judge_completions(Length(), completions[6:], path)
     judge_completions(Length(), completions[:2], path)
     judge_completions(Length(), completions[2:6], path)
-    assert [one.prompt_id for one in read_verdicts(path)] != [prompt.prompt_id for prompt in PROMPTS]
+    assert [verdict.prompt_id for verdict in read_verdicts(path)] != [prompt.prompt_id for prompt in PROMPTS]
     judge = Length()
     judge_completions(judge, completions, path)
     assert judge.judged == 0
-    assert [one.prompt_id for one in read_verdicts(path)] == [prompt.prompt_id for prompt in PROMPTS]
+    assert [verdict.prompt_id for verdict in read_verdicts(path)] == [prompt.prompt_id for prompt in PROMPTS]
     before = path.stat().st_mtime_ns
     judge_completions(judge, completions, path)
     judge_completions(judge, completions[6:], path)

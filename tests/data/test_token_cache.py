@@ -17,7 +17,7 @@ def small_sets_too(monkeypatch):
 
 
 @pytest.fixture
-def items(main_pairs):
+def records(main_pairs):
     """One pair has to be dropped, one cut."""
     prompt = (Message("user", "which box"),)
     spoiled = PreferencePair(prompt, "a <|im_end|> b", "c", SafetyLabels(True, True))
@@ -25,40 +25,40 @@ def items(main_pairs):
     return [*main_pairs, spoiled, long]
 
 
-def encode(tokenizer, items, cache, **text):
+def encode(tokenizer, records, cache, **text):
     report = SourceReport("toy", Source(path="-"))
-    kept, examples = Encoder(tokenizer, TextSection(**{"max_length": 100, **text}), cache).encode(items, report)
-    return kept, examples, report
+    encoded, examples = Encoder(tokenizer, TextSection(**{"max_length": 100, **text}), cache).encode(records, report)
+    return encoded, examples, report
 
 
-def test_what_was_tokenized_before_is_found_again(tokenizer, items, tmp_path, monkeypatch):
-    plain = encode(tokenizer, items, None)
-    first = encode(tokenizer, items, tmp_path)
+def test_what_was_tokenized_before_is_found_again(tokenizer, records, tmp_path, monkeypatch):
+    plain = encode(tokenizer, records, None)
+    first = encode(tokenizer, records, tmp_path)
     monkeypatch.setattr(Encoder, "_encode_chunk", None)
-    again = encode(tokenizer, items, tmp_path)
-    for kept, examples, report in (first, again):
-        assert kept == plain[0]
-        assert len(kept) == len(items) - 1
-        for found, expected in zip(examples, plain[1], strict=True):
-            assert found.prompt_ids.dtype == expected.prompt_ids.dtype
-            for piece, wanted in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
-                np.testing.assert_array_equal(piece, wanted)
+    again = encode(tokenizer, records, tmp_path)
+    for encoded, examples, report in (first, again):
+        assert encoded == plain[0]
+        assert len(encoded) == len(records) - 1
+        for example, expected in zip(examples, plain[1], strict=True):
+            assert example.prompt_ids.dtype == expected.prompt_ids.dtype
+            for piece, expected_piece in zip((example[0], *example[1]), (expected[0], *expected[1]), strict=True):
+                np.testing.assert_array_equal(piece, expected_piece)
         assert (report.dropped, report.noted) == (plain[2].dropped, plain[2].noted)
         assert report.dropped
         assert report.noted
 
 
-def test_other_content_is_tokenized_anew(tokenizer, items, tmp_path):
+def test_other_content_is_tokenized_anew(tokenizer, records, tmp_path):
     other_tokenizer = copy.deepcopy(tokenizer)
     other_tokenizer.add_tokens(["lamp"])
     for change in (
-        lambda: encode(tokenizer, items, tmp_path),
-        lambda: encode(tokenizer, items[1:], tmp_path),
-        lambda: encode(tokenizer, items, tmp_path, max_length=99),
-        lambda: encode(tokenizer, items, tmp_path, chat_template=CHAT_TEMPLATE.replace("user", "human")),
-        lambda: encode(tokenizer, items, tmp_path, chat_template=" " + CHAT_TEMPLATE),
-        lambda: encode(other_tokenizer, items, tmp_path),
-        lambda: encode(tokenizer, [Demonstration(pair.prompt, pair.chosen) for pair in items], tmp_path),
+        lambda: encode(tokenizer, records, tmp_path),
+        lambda: encode(tokenizer, records[1:], tmp_path),
+        lambda: encode(tokenizer, records, tmp_path, max_length=99),
+        lambda: encode(tokenizer, records, tmp_path, chat_template=CHAT_TEMPLATE.replace("user", "human")),
+        lambda: encode(tokenizer, records, tmp_path, chat_template=" " + CHAT_TEMPLATE),
+        lambda: encode(other_tokenizer, records, tmp_path),
+        lambda: encode(tokenizer, [Demonstration(pair.prompt, pair.chosen) for pair in records], tmp_path),
     ):
         before = len(list(tmp_path.iterdir()))
         change()
@@ -68,13 +68,13 @@ def test_other_content_is_tokenized_anew(tokenizer, items, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"not a file of arrays", None])
-def test_a_damaged_file_is_made_anew(tokenizer, items, tmp_path, damage):
-    expected = encode(tokenizer, items, tmp_path)
+def test_a_damaged_file_is_made_anew(tokenizer, records, tmp_path, damage):
+    expected = encode(tokenizer, records, tmp_path)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
     assert token_cache.read_encodings(file) is None
-    assert encode(tokenizer, items, tmp_path)[0] == expected[0]
+    assert encode(tokenizer, records, tmp_path)[0] == expected[0]
     assert token_cache.read_encodings(file) is not None
 
 

@@ -17,7 +17,7 @@ ANSWER = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
 def template(behind_turn, *, before="", generation=ANSWER):
-    """Return a ChatML template with its own ideas of what stands before the turns and behind each."""
+    """Return a ChatML template with texts before the turns and after each turn."""
     return before + "{% for message in messages %}" + TURN + behind_turn + "{% endfor %}" + generation
 
 
@@ -25,11 +25,11 @@ def pair(chosen="a red box", rejected="a ball", prompt="which thing", labels=(Tr
     return PreferencePair((*history, Message("user", prompt)), chosen, rejected, SafetyLabels(*labels))
 
 
-def encode(tokenizer, *items, **text):
-    """Return the kept items, their token ids and the report."""
+def encode(tokenizer, *records, **text):
+    """Return the encoded pairs, their token ids and the report."""
     report = SourceReport("toy", Source(path="toy.jsonl"))
-    kept, examples = Encoder(tokenizer, TextSection(**text)).encode(items, report)
-    return kept, examples, report
+    encoded, examples = Encoder(tokenizer, TextSection(**text)).encode(records, report)
+    return encoded, examples, report
 
 
 def seen(tokenizer, example):
@@ -91,8 +91,8 @@ def test_a_default_system_prompt_is_seen_as_generation_sees_it(tokenizer):
     own = template("<|im_end|>\n", before=default)
     spoken = pair(history=(Message("system", "Be loud."),))
     _, examples, _ = encode(tokenizer, pair(), spoken, chat_template=own)
-    for item, example in zip((pair(), spoken), examples, strict=True):
-        turns = [message._asdict() for message in item.prompt]
+    for record, example in zip((pair(), spoken), examples, strict=True):
+        turns = [message._asdict() for message in record.prompt]
         generated = tokenizer.apply_chat_template(
             turns, chat_template=own, add_generation_prompt=True, return_dict=False
         )
@@ -115,8 +115,8 @@ def test_the_tokenizers_own_template_is_used_unless_the_recipe_names_one(changed
     tokenizer = changed(chat_template=template("<|im_end|>", before="first "))
     (tmp_path / "template.jinja").write_text(template("<|im_end|>", before="second "))
     firsts = [
-        seen(tokenizer, encode(tokenizer, pair(), chat_template=one)[1][0])[0].split()[0].partition("<")[0]
-        for one in (None, str(tmp_path / "template.jinja"), template("<|im_end|>", before="third "))
+        seen(tokenizer, encode(tokenizer, pair(), chat_template=text)[1][0])[0].split()[0].partition("<")[0]
+        for text in (None, str(tmp_path / "template.jinja"), template("<|im_end|>", before="third "))
     ]
     assert firsts == ["first", "second", "third"]
 
@@ -139,8 +139,8 @@ def test_where_a_template_renders_the_prompt_differently_the_common_part_is_the_
 def test_both_answers_follow_the_same_prompt_when_one_merges_with_it():
     # This tokenizer joins line breaks: "assistant\n" followed by "\n\nred" is other ids than "assistant\n" alone.
     joining = new_tokenizer(["box\n\n\nball"] * 50, vocab_size=300)
-    item = pair("\n\nred", "blue")
-    _, (example,), report = encode(joining, item)
+    record = pair("\n\nred", "blue")
+    _, (example,), report = encode(joining, record)
     prompt, chosen, rejected = seen(joining, example)
     assert prompt == "<|im_start|>user\nwhich thing<|im_end|>\n<|im_start|>assistant"
     assert (chosen, rejected) == ("\n\n\nred<|im_end|>", "\nblue<|im_end|>")
@@ -149,17 +149,17 @@ def test_both_answers_follow_the_same_prompt_when_one_merges_with_it():
 
 def test_a_template_with_nothing_in_common_is_a_fault(tokenizer):
     other = "{% if add_generation_prompt %}ask {% else %}tell {% endif %}{{ messages[0]['content'] }}"
-    kept, _, report = encode(tokenizer, pair(), chat_template=other)
-    assert kept == []
+    encoded, _, report = encode(tokenizer, pair(), chat_template=other)
+    assert encoded == []
     reason = "the chat template renders prompt and conversation differently from the start"
     assert reasons(report.dropped) == {(reason, "su"): 1}
 
 
 def test_a_conversation_that_the_template_refuses_is_a_fault_with_its_reason(tokenizer):
     refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
-    items = pair(history=(Message("system", "Be brief."),)), pair()
-    kept, _, report = encode(tokenizer, *items, chat_template=template("<|im_end|>", before=refusing))
-    assert kept == [items[1]]
+    records = pair(history=(Message("system", "Be brief."),)), pair()
+    encoded, _, report = encode(tokenizer, *records, chat_template=template("<|im_end|>", before=refusing))
+    assert encoded == [records[1]]
     assert reasons(report.dropped) == {("the chat template refuses the conversation (no system turns)", "su"): 1}
 
 
@@ -168,8 +168,8 @@ def test_a_template_that_is_not_jinja_is_refused_at_once(tokenizer):
         encode(tokenizer, pair(), chat_template="{% for message in messages %}\n{{ message }")
 
 
-def lengths(tokenizer, item):
-    _, (example,), _ = encode(tokenizer, item)
+def lengths(tokenizer, record):
+    _, (example,), _ = encode(tokenizer, record)
     return len(example.prompt_ids), *map(len, example.completions)
 
 
@@ -220,20 +220,20 @@ def test_a_pair_without_room_is_dropped_and_counted(truncation, spare, reason, t
     prompt, chosen, _ = lengths(tokenizer, LONG)
     needed = prompt if truncation == "keep_start" else chosen
     # With room for one token of the answers, differing first tokens keep the pair a pair.
-    kept, examples, report = encode(tokenizer, LONG, max_length=needed + spare, truncation=truncation)
+    encoded, examples, report = encode(tokenizer, LONG, max_length=needed + spare, truncation=truncation)
     if reason is None:
-        assert len(kept) == 1
+        assert len(encoded) == 1
         assert len(examples[0].prompt_ids) + max(map(len, examples[0].completions)) == needed + 1
     else:
-        assert (kept, examples) == ([], [])
+        assert (encoded, examples) == ([], [])
         assert reasons(report.dropped) == {(reason, "su"): 1}
 
 
 def test_answers_that_differ_only_behind_the_cut_are_dropped(tokenizer):
-    item = pair("red box " * 8 + "near", "red box " * 8 + "under")
-    prompt, chosen, _ = lengths(tokenizer, item)
-    kept, _, report = encode(tokenizer, item, max_length=prompt + chosen // 2)
-    assert kept == []
+    record = pair("red box " * 8 + "near", "red box " * 8 + "under")
+    prompt, chosen, _ = lengths(tokenizer, record)
+    encoded, _, report = encode(tokenizer, record, max_length=prompt + chosen // 2)
+    assert encoded == []
     assert reasons(report.dropped) == {("identical answers after truncation", "su"): 1}
 
 
@@ -249,8 +249,8 @@ def test_nothing_is_longer_than_the_limit(truncation, tokenizer, main_pairs):
 
 def test_the_text_of_the_end_token_inside_an_answer_drops_the_pair(tokenizer):
     inside, behind = pair(f"a red {TURN_END} box"), pair(f"a red box{TURN_END}")
-    kept, (example,), report = encode(tokenizer, inside, behind)
-    assert kept == [behind]
+    encoded, (example,), report = encode(tokenizer, inside, behind)
+    assert encoded == [behind]
     assert reasons(report.dropped) == {("end-of-sequence token inside an answer", "su"): 1}
     assert seen(tokenizer, example)[1] == "a red box<|im_end|>"
 
@@ -258,29 +258,29 @@ def test_the_text_of_the_end_token_inside_an_answer_drops_the_pair(tokenizer):
 def test_counts_are_kept_by_cell(tokenizer):
     broken = f"a {TURN_END} b"
     labels = [(True, True), (True, False), (False, True), (False, False)]
-    items = [pair(broken, labels=both) for both in labels for _ in range(2 if both == (False, True) else 1)]
-    items.append(PreferencePair((Message("user", "which"),), broken, "b"))
-    _, _, report = encode(tokenizer, *items)
+    records = [pair(broken, labels=both) for both in labels for _ in range(2 if both == (False, True) else 1)]
+    records.append(PreferencePair((Message("user", "which"),), broken, "b"))
+    _, _, report = encode(tokenizer, *records)
     reason = "end-of-sequence token inside an answer"
     assert reasons(report.dropped) == {(reason, cell): 1 + (cell == "us") for cell in ("ss", "su", "us", "uu", None)}
 
 
 def test_kept_items_and_examples_stay_together_over_chunks(tokenizer):
-    items = [
+    records = [
         pair(f"a {TURN_END} b" if number % 7 == 0 else f"box {number}", f"ball {number}") for number in range(600)
     ]
     done = []
     report = SourceReport("toy", Source(path="toy.jsonl"))
-    kept, examples = Encoder(tokenizer, TextSection()).encode(items, report, done.append)
+    encoded, examples = Encoder(tokenizer, TextSection()).encode(records, report, done.append)
     assert done == [512, 88]
-    assert len(kept) == len(examples) == 600 - report.dropped.total()
-    assert [seen(tokenizer, example)[1] for example in examples] == [item.chosen + TURN_END for item in kept]
+    assert len(encoded) == len(examples) == 600 - report.dropped.total()
+    assert [seen(tokenizer, example)[1] for example in examples] == [record.chosen + TURN_END for record in encoded]
 
 
 def test_demonstrations_have_one_completion(tokenizer):
-    item = Demonstration((Message("user", "which thing"),), "a red box")
-    kept, (example,), _ = encode(tokenizer, item)
-    assert kept == [item]
+    record = Demonstration((Message("user", "which thing"),), "a red box")
+    encoded, (example,), _ = encode(tokenizer, record)
+    assert encoded == [record]
     assert decoded_sample(example, tokenizer) == {
         "prompt": "<|im_start|>user\nwhich thing<|im_end|>\n<|im_start|>assistant\n",
         "completion": "a red box<|im_end|>",
@@ -321,35 +321,39 @@ def labeled(number, labels, dataset, **signals):
 
 
 def test_the_table_holds_each_pair_with_its_labels(tokenizer, main_pairs, buffer_pairs):
-    items, examples, _ = encode(tokenizer, *main_pairs, *buffer_pairs)
-    table = pair_table(examples, items)
+    records, examples, _ = encode(tokenizer, *main_pairs, *buffer_pairs)
+    table = pair_table(examples, records)
     assert len(table) == 22
-    assert [seen(tokenizer, table[index]) for index in range(22)] == [seen(tokenizer, one) for one in examples]
+    assert [seen(tokenizer, table[index]) for index in range(22)] == [
+        seen(tokenizer, example) for example in examples
+    ]
     assert Counter(table.cells.tolist()) == {0: 13, 1: 3, 2: 3, 3: 3}
-    assert table.chosen_safe.tolist() == [float(item.labels.chosen) for item in items]
-    assert table.rejected_safe.tolist() == [float(item.labels.rejected) for item in items]
+    assert table.chosen_safe.tolist() == [float(record.labels.chosen) for record in records]
+    assert table.rejected_safe.tolist() == [float(record.labels.rejected) for record in records]
     assert (table.main_rows.tolist(), table.buffer_rows.tolist()) == (list(range(12)), list(range(12, 22)))
-    assert table.lengths.tolist() == [[len(one.prompt_ids), *map(len, one.completions)] for one in examples]
+    assert table.lengths.tolist() == [
+        [len(example.prompt_ids), *map(len, example.completions)] for example in examples
+    ]
 
 
 def test_expected_safety_is_the_mean_of_the_data_set_where_no_column_gives_it(tokenizer):
-    items = [
+    records = [
         labeled(0, (True, False), "a"),  # labels: mean 1/2
         labeled(1, (True, True), "a", chosen_safety_score=0.5, rejected_safety_score=0.0),  # scores go first: 1/4
         labeled(2, (False, False), "a", expected_safety=0.75),
         labeled(3, (True, True), "b"),
     ]
-    _, examples, _ = encode(tokenizer, *items)
+    _, examples, _ = encode(tokenizer, *records)
     mean_of_a = (1 / 2 + 1 / 4 + 0) / 3
-    table = pair_table(examples, items)
+    table = pair_table(examples, records)
     np.testing.assert_allclose(table.signals["expected_safety"], [mean_of_a, mean_of_a, 0.75, 1], rtol=1e-12)
     assert set(table.signals) == {"expected_safety"}
 
 
 def test_scores_replace_labels_when_asked_for(tokenizer):
-    items = [labeled(0, (True, False), "a", chosen_safety_score=0.9, rejected_safety_score=0.2, reward_margin=-1.5)]
-    _, examples, _ = encode(tokenizer, *items)
-    table = pair_table(examples, items, use_scores=True)
+    records = [labeled(0, (True, False), "a", chosen_safety_score=0.9, rejected_safety_score=0.2, reward_margin=-1.5)]
+    _, examples, _ = encode(tokenizer, *records)
+    table = pair_table(examples, records, use_scores=True)
     assert (table.chosen_safe.tolist(), table.rejected_safe.tolist()) == ([0.9], [0.2])
     assert table.signals["reward_margin"].tolist() == [-1.5]
-    assert pair_table(examples, items).chosen_safe.tolist() == [1.0]
+    assert pair_table(examples, records).chosen_safe.tolist() == [1.0]

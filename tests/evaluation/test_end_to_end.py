@@ -12,9 +12,9 @@ from bfpo.core.files import write_jsonl
 from bfpo.data.rows import read_rows
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
-from bfpo.experiments import stages as runs
+from bfpo.experiments import steps
 from bfpo.experiments.methods import METHODS, train_recipe
-from bfpo.experiments.stages import make_base, run_once, write_world
+from bfpo.experiments.steps import make_base, run_once, write_world
 from bfpo.report.html import write_report
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
@@ -35,7 +35,7 @@ TRIED = ("bfpo", "dpo_h", "dpo_s", "safe_dpo")
 def test_four_methods_two_judges_comparisons_and_a_page(tmp_path, monkeypatch):
     world, base = tmp_path / "world", tmp_path / "base"
     write_world(WorldOptions(seed=0, **SMALL), world)
-    monkeypatch.setattr(runs, "BASE_STEPS", {"pretraining": 120, "base": 20})
+    monkeypatch.setattr(steps, "BASE_STEPS", {"pretraining": 120, "base": 20})
     make_base(tmp_path, seed=0)
     for name in TRIED:
         run_once(train_recipe(METHODS[name], world=world, base=base, out=tmp_path / name, seed=0, steps=10))
@@ -56,7 +56,7 @@ def test_four_methods_two_judges_comparisons_and_a_page(tmp_path, monkeypatch):
 
     before = evaluated("base")
     # The quickstart's own evaluation asks the same prompts and gets the same answers.
-    own = runs.evaluate_run(base, world / "prompts.jsonl", Oracle())
+    own = steps.evaluate_run(base, world / "prompts.jsonl", Oracle())
     assert own.answers == before.answers
     assert own.metric("harmful", "safety").value == before.metric("harmful", "safety").value
     assert before.metric("harmful", "safety").n == 16

@@ -31,7 +31,7 @@ def test_shipped_suites_name_known_sources_of_one_kind():
 
 
 def test_the_page_lists_every_task_with_its_license_and_revision():
-    page = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     for name in ("safety", "over_refusal", "paper", "testbed"):
         for task in load_suite(name)[1].tasks:
             known = PROMPT_SETS[task.source]
@@ -43,8 +43,8 @@ def test_the_page_lists_every_task_with_its_license_and_revision():
 
 
 def test_the_page_lists_the_tasks_of_lm_eval_suite_by_suite():
-    page = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text()
-    table = [line for line in page.partition("### Tasks of lm-eval")[2].splitlines() if line.startswith("| ")][1:4]
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    table = [line for line in page.partition("## Run lm-eval tasks")[2].splitlines() if line.startswith("| ")][1:4]
     listed = {suite: [] for suite in ("capabilities", "paper")}
     for _, tasks, suites in (line.strip("| ").split(" | ") for line in table):
         for suite in re.findall(r"`(\w+)`", suites):
@@ -54,15 +54,15 @@ def test_the_page_lists_the_tasks_of_lm_eval_suite_by_suite():
 
 
 def test_the_recipes_on_the_page_are_recipes():
-    page = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text()
-    recipe, beside, suite, gates = (
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    recipe, suite, win_rates, gates = (
         parse_yaml(block, "docs") for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     )
     checked = check_recipe(recipe, EvalRecipe, "docs")
     read = {task.source for name in checked.suites for task in load_suite(name)[1].tasks}
     assert set(checked.data) <= read
     assert set(checked.leave_out) <= read
-    content = {"out": "out", "model": {"path": "m"}} | beside
+    content = {"out": "out", "model": {"path": "m"}} | win_rates
     assert check_recipe(content, EvalRecipe, "docs").suites == ["helpfulness"]
     assert check_recipe(suite, Suite, "docs").tasks
     assert [check_recipe(bound, Bound, "docs") for bound in gates]

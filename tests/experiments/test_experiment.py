@@ -1,7 +1,6 @@
-"""Comparisons: what is run, what is run again, and what is said about it."""
+"""Experiments: the units that are run, the units that are run again, and their results."""
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,40 +9,23 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from bfpo.config.loading import check_recipe, load_recipe
+from bfpo.config.loading import load_recipe
 from bfpo.core.files import read_repaired_jsonl
 from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.evaluation.results import MetricResult, Results, read_results
-from bfpo.experiments import stages as runs
+from bfpo.experiments import steps
 from bfpo.experiments import units as module
-from bfpo.experiments.recipe import CompareRecipe, all_tried
-from bfpo.experiments.results import METRICS, chosen, collect, show_comparison, write_comparison
-from bfpo.experiments.units import run_unit, run_units, units_of
+from bfpo.experiments.recipe import ExperimentRecipe, all_settings
+from bfpo.experiments.results import METRICS, choose_settings, collect_results, show_comparison, write_comparison
+from bfpo.experiments.units import make_units, run_unit, run_units
 from bfpo.testbed.oracle import Oracle
 
-SMALL = {
-    "pretraining": 150, "fine_tuning": 100, "safety_pairs": 120, "helpful_pairs": 120,
-    "harmful_prompts": 8, "benign_prompts": 8, "lookalike_prompts": 8,
-}  # fmt: skip
-
-
-def recipe_of(out, **changes):
-    content = {
-        "out": str(out),
-        "worlds": {"shared": SMALL},
-        "seeds": [0, 1],
-        "against": "bfpo",
-        "steps": 2,
-        "variants": {
-            "bfpo": {"method": "bfpo"},
-            "noisy": {"method": "bfpo", "dials": {"safety_noise": 0.3}, "changes": {"loss.alpha": 0.0}},
-        },
-    }
-    return check_recipe(content | changes, CompareRecipe, "test")
+from .conftest import SMALL, make_recipe
+from .killed_worker import exit_hard
 
 
 def with_results(units, value):
-    """Write results as if the units had been run: every metric is `value(unit)`."""
+    """Write results of units in which every metric is `value(unit)`."""
     for unit in units:
         metrics = [
             MetricResult("testbed", task, name, value(unit), None, None, 8, 0, "", True) for task, name in METRICS
@@ -53,60 +35,65 @@ def with_results(units, value):
         Results(unit.variant, "m", "", judges, {}, metrics).write(unit.evaluation)
 
 
-def test_units_name_everything_once(tmp_path):
-    recipe = recipe_of(tmp_path, worlds={"a": SMALL, "b": SMALL | {"skills": "separate"}})
-    units = units_of(recipe)
+def test_units_have_folders_of_their_own(tmp_path):
+    recipe = make_recipe(tmp_path, worlds={"a": SMALL, "b": SMALL | {"skills": "separate"}})
+    units = make_units(recipe)
     assert len(units) == len({unit.folder for unit in units}) == 2 * 2 * 3
     assert [unit.variant for unit in units[:3]] == ["base", "bfpo", "noisy"]
     noisy = units[2]
     assert (noisy.options.safety_noise, noisy.base_options.safety_noise) == (0.3, 0.0)
     assert noisy.method.loss["alpha"] == 0.0
-    # Another setting is another folder: old results are never taken for new ones.
-    longer = units_of(recipe_of(tmp_path, steps=3))
-    assert units_of(recipe_of(tmp_path))[1].folder != longer[1].folder
-    assert units_of(recipe_of(tmp_path))[0].folder == longer[0].folder
+    # Another setting has another folder, so old results are never used for it.
+    longer = make_units(make_recipe(tmp_path, steps=3))
+    assert make_units(make_recipe(tmp_path))[1].folder != longer[1].folder
+    assert make_units(make_recipe(tmp_path))[0].folder == longer[0].folder
 
 
 def test_one_name_varies_at_a_time_around_a_center():
     vary = {"loss.beta": [0.1, 0.2, 0.4, 0.1], "learning_rate": [1e-3, 2e-3]}
     variant = {"method": "dpo_h", "changes": {"loss.beta": 0.2}, "vary": vary}
-    found = all_tried(recipe_of("x", variants={"dpo": variant}))["shared"]["dpo"]
-    assert [one.name for one in found] == ["dpo", "dpo beta=0.1", "dpo beta=0.4", "dpo learning_rate=0.002"]
-    assert [(one.method.loss["beta"], one.method.learning_rate) for one in found] == [
+    settings = all_settings(make_recipe("x", variants={"dpo": variant}))["shared"]["dpo"]
+    assert [setting.name for setting in settings] == [
+        "dpo",
+        "dpo beta=0.1",
+        "dpo beta=0.4",
+        "dpo learning_rate=0.002",
+    ]
+    assert [(setting.method.loss["beta"], setting.method.learning_rate) for setting in settings] == [
         (0.2, 1e-3), (0.1, 1e-3), (0.4, 1e-3), (0.2, 2e-3)
     ]  # fmt: skip
-    assert found[1].values == {"loss.beta": 0.1, "learning_rate": 1e-3}
+    assert settings[1].values == {"loss.beta": 0.1, "learning_rate": 1e-3}
 
 
 def test_tuned_values_are_read_world_by_world(tmp_path):
     tuning = tmp_path / "comparison.json"
-    here = {"world": "shared", "variant": "bfpo", "values": {"loss.beta": 0.1, "learning_rate": 2e-3}}
-    there = here | {"world": "apart", "values": {"loss.beta": 0.6, "learning_rate": 1e-3}}
-    tuning.write_text(json.dumps({"chosen": [here, there]}))
+    shared = {"world": "shared", "variant": "bfpo", "values": {"loss.beta": 0.1, "learning_rate": 2e-3}}
+    apart = shared | {"world": "apart", "values": {"loss.beta": 0.6, "learning_rate": 1e-3}}
+    tuning.write_text(json.dumps({"chosen": [shared, apart]}))
     worlds = {"shared": SMALL, "apart": SMALL | {"skills": "separate"}}
     variants = {"bfpo": {"method": "bfpo", "tuned": "bfpo", "changes": {"loss.alpha": 0.0}}}
-    recipe = recipe_of(tmp_path, worlds=worlds, variants=variants, tuning=str(tuning))
-    methods = {world: ways["bfpo"][0].method for world, ways in all_tried(recipe).items()}
+    recipe = make_recipe(tmp_path, worlds=worlds, variants=variants, tuning=str(tuning))
+    methods = {world: settings["bfpo"][0].method for world, settings in all_settings(recipe).items()}
     assert (methods["shared"].loss["beta"], methods["shared"].learning_rate) == (0.1, 2e-3)
     assert (methods["apart"].loss["beta"], methods["apart"].loss["alpha"]) == (0.6, 0.0)
     with pytest.raises(RecipeError, match=r"variants\.bfpo\.tuned 'bpfo' isn't in .*did you mean 'bfpo'"):
-        units_of(recipe_of(tmp_path, variants={"bfpo": {"method": "bfpo", "tuned": "bpfo"}}, tuning=str(tuning)))
+        make_units(make_recipe(tmp_path, variants={"bfpo": {"method": "bfpo", "tuned": "bpfo"}}, tuning=str(tuning)))
     for wrong in (3, [3], "x", None):
-        tuning.write_text(json.dumps({"chosen": [here | {"values": wrong}, there]}))
-        with pytest.raises(RecipeError, match=r"isn't the comparison\.json of a comparison with 'vary'"):
-            units_of(recipe)
+        tuning.write_text(json.dumps({"chosen": [shared | {"values": wrong}, apart]}))
+        with pytest.raises(RecipeError, match=r"isn't the comparison\.json of an experiment with 'vary'"):
+            make_units(recipe)
     with pytest.raises(RecipeError, match="needs 'tuning'"):
-        units_of(recipe_of(tmp_path, variants=variants))
+        make_units(make_recipe(tmp_path, variants=variants))
 
 
-def test_equal_runs_are_made_once(tmp_path, monkeypatch):
+def test_equal_runs_are_run_once(tmp_path, monkeypatch):
     variants = {"bfpo": {"method": "bfpo"}, "same": {"method": "bfpo", "changes": {"loss.beta": 0.3}}}
-    units = units_of(recipe_of(tmp_path, variants=variants))
-    ran = []
+    units = make_units(make_recipe(tmp_path, variants=variants))
+    started = []
     monkeypatch.setattr(module, "ProcessPoolExecutor", in_this_process)
-    monkeypatch.setattr(module, "run_unit", ran.append)
+    monkeypatch.setattr(module, "run_unit", started.append)
     run_units(units, tmp_path, jobs=2)
-    assert len(ran) == 2 * 2
+    assert len(started) == 2 * 2
 
 
 TWICE = {
@@ -128,26 +115,25 @@ TWICE = {
         ),
         ({"variants": {"bfpo": {"method": "bfpo", "dials": {"noise": 1}}}}, "noise"),
         ({"variants": {"bfpo": {"method": "bfpo", "dials": {"train_prompts": 9}}}}, "dials: 'train_prompts'"),
-        ({"variants": {"bfpo": {"method": "bfpo", "vary": {"loss.alpha": [1]}}}}, "center of loss.alpha"),
+        ({"variants": {"bfpo": {"method": "bfpo", "vary": {"loss.alpha": [1]}}}}, "no center of loss.alpha"),
         ({"variants": TWICE}, "two are called 'bfpo beta=0.1'"),
         ({"seeds": [0]}, "seeds"),
-        ({"seeds": [1, 1]}, "names a seed twice"),
-        ({"variants": {"bfpo": {"method": "bfpo"}, "base": {"method": "bfpo"}}}, "the model before"),
+        ({"seeds": [1, 1]}, "has a duplicate"),
+        ({"variants": {"bfpo": {"method": "bfpo"}, "base": {"method": "bfpo"}}}, "the name of the base model"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_runs(tmp_path, changes, message):
+def test_impossible_recipes_are_refused_before_anything_runs(tmp_path, changes, message):
     with pytest.raises(RecipeError, match=message):
-        units_of(recipe_of(tmp_path, **changes))
+        make_units(make_recipe(tmp_path, **changes))
 
 
-def test_a_unit_leaves_its_results_and_no_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "BASE_STEPS", {"pretraining": 2, "base": 1})
-    base, _, noisy = units_of(recipe_of(tmp_path))[:3]
-    for unit in (base, noisy):
-        assert not unit.is_done
-        run_unit(unit)
-        assert unit.is_done
+def test_a_unit_leaves_its_results_and_no_weights(runs):
+    base, _, noisy = make_units(make_recipe(runs))[:3]
+    assert base.is_done
     assert list(base.folder.glob("*.safetensors"))
+    assert not noisy.is_done
+    run_unit(noisy)
+    assert noisy.is_done
     assert not list(noisy.folder.rglob("*.safetensors"))
     safety = read_repaired_jsonl(noisy.home / "world" / "safety.jsonl")
     flipped = read_repaired_jsonl(next(noisy.home.glob("world-*/safety.jsonl")))
@@ -155,13 +141,11 @@ def test_a_unit_leaves_its_results_and_no_weights(tmp_path, monkeypatch):
     assert [row["is_chosen_safe"] for row in safety] != [row["is_chosen_safe"] for row in flipped]
 
 
-def test_another_oracle_judges_the_old_answers_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "BASE_STEPS", {"pretraining": 2, "base": 1})
-    unit = units_of(recipe_of(tmp_path))[0]
-    run_unit(unit)
+def test_another_oracle_judges_the_same_completions_again(runs, monkeypatch):
+    unit = make_units(make_recipe(runs))[0]
     revision = Oracle("shared").revision
     files = ("completions.jsonl", f"verdicts-testbed-oracle@{revision}.jsonl", "results.json")
-    answers, verdicts, results = ((unit.evaluation / name).read_text() for name in files)
+    completions, verdicts, results = ((unit.evaluation / name).read_text() for name in files)
     assert revision in verdicts
     assert revision in results
     # An earlier version named the file otherwise, and a killed judging leaves its unfinished part behind.
@@ -170,14 +154,14 @@ def test_another_oracle_judges_the_old_answers_again(tmp_path, monkeypatch):
     (unit.evaluation / "verdicts.jsonl.unfinished").write_text(verdicts.replace(revision, "0lder"))
     (unit.evaluation / "results.json").write_text(results.replace(revision, "0ldone"))
     assert not unit.is_done
-    monkeypatch.setattr(runs, "load_engine", None)
+    monkeypatch.setattr(steps, "load_engine", None)
     run_unit(unit)
     assert unit.is_done
-    assert [(unit.evaluation / name).read_text() for name in files[:2]] == [answers, verdicts]
+    assert [(unit.evaluation / name).read_text() for name in files[:2]] == [completions, verdicts]
     again = json.loads((unit.evaluation / "results.json").read_text())
-    created = {"created": "whenever"}
+    created = {"created": "at any time"}
     assert again | created == json.loads(results) | created
-    # What an older version wrote is scored again, too.
+    # Results of an unknown schema are scored again too.
     (unit.evaluation / "results.json").write_text(results.replace('"schema": 3', '"schema": 9'))
     assert not unit.is_done
     run_unit(unit)
@@ -185,40 +169,41 @@ def test_another_oracle_judges_the_old_answers_again(tmp_path, monkeypatch):
 
 
 def test_results_of_different_judges_are_not_compared(tmp_path):
-    recipe = recipe_of(tmp_path)
-    units = units_of(recipe)
+    recipe = make_recipe(tmp_path)
+    units = make_units(recipe)
     with_results(units, lambda unit: 0.5)
     old = read_results(units[-1].evaluation)
     replace(old, judges=[{"name": "testbed-oracle", "revision": "0ldone"}]).write(units[-1].evaluation)
     with pytest.raises(DataError, match="was judged by testbed-oracle@0ldone"):
-        collect(recipe, units)
+        collect_results(recipe, units)
 
 
 def in_this_process(jobs, **options):
-    """A pool of one thread, where what a test has replaced is replaced for the units, too."""
+    """Return a pool of one thread, in which the replacements of a test are effective too."""
     return ThreadPoolExecutor(1)
 
 
-def test_only_what_is_missing_runs_and_bases_come_first(tmp_path, monkeypatch):
-    units = units_of(recipe_of(tmp_path))
+def test_only_missing_units_run_and_bases_come_first(tmp_path, monkeypatch):
+    units = make_units(make_recipe(tmp_path))
     with_results([units[1]], lambda unit: 0.5)
-    ran = []
+    started = []
     monkeypatch.setattr(module, "ProcessPoolExecutor", in_this_process)
-    monkeypatch.setattr(module, "run_unit", ran.append)
+    monkeypatch.setattr(module, "run_unit", started.append)
     assert run_units(units, tmp_path, jobs=2) == 5
-    assert len(ran) == 5
-    assert units[1] not in ran
-    for unit in ran:
-        assert unit.method is None or any(b.method is None and b.home == unit.home for b in ran[: ran.index(unit)])
+    assert len(started) == 5
+    assert units[1] not in started
+    for unit in started:
+        earlier = started[: started.index(unit)]
+        assert unit.method is None or any(other.method is None and other.home == unit.home for other in earlier)
     with_results(units, lambda unit: 0.5)
-    ran.clear()
+    started.clear()
     run_units(units, tmp_path, jobs=2)
-    assert ran == []
-    # What another oracle judged runs through, but isn't counted as a run.
+    assert started == []
+    # A unit that another oracle judged isn't counted as a run.
     old = read_results(units[1].evaluation)
     replace(old, judges=[{"name": "testbed-oracle", "revision": "0ldone"}]).write(units[1].evaluation)
     assert run_units(units, tmp_path, jobs=2) == 0
-    assert ran == [units[1]]
+    assert started == [units[1]]
 
 
 def test_a_failing_unit_is_named(tmp_path, monkeypatch):
@@ -227,55 +212,50 @@ def test_a_failing_unit_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", in_this_process)
     monkeypatch.setattr(module, "run_unit", fail)
-    with pytest.raises(TrainingError, match="base in world shared, seed 0: no room; the same command goes on"):
-        run_units(units_of(recipe_of(tmp_path)), tmp_path, jobs=1)
+    with pytest.raises(TrainingError, match="base in world shared, seed 0: no room; the same command resumes"):
+        run_units(make_units(make_recipe(tmp_path)), tmp_path, jobs=1)
 
 
-def test_one_comparison_works_in_a_folder(tmp_path):
+def test_only_one_experiment_runs_in_a_folder(tmp_path):
     with (
         FileLock(tmp_path / ".lock"),
-        pytest.raises(RecipeError, match=r"out: another comparison works in .*name another folder"),
+        pytest.raises(RecipeError, match=r"out: another experiment is running in .*choose another folder"),
     ):
-        run_units(units_of(recipe_of(tmp_path)), tmp_path, jobs=1)
+        run_units(make_units(make_recipe(tmp_path)), tmp_path, jobs=1)
 
 
-def end_hard(unit):
-    """A unit whose process is ended by the machine."""
-    os._exit(1)
+def test_a_killed_worker_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "run_unit", exit_hard)
+    with pytest.raises(TrainingError, match="a worker process was killed"):
+        run_units(make_units(make_recipe(tmp_path)), tmp_path, jobs=1)
 
 
-def test_a_worker_ended_from_outside_is_told_in_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "run_unit", end_hard)
-    with pytest.raises(TrainingError, match="a worker process was ended from outside"):
-        run_units(units_of(recipe_of(tmp_path)), tmp_path, jobs=1)
-
-
-def test_words_follow_from_the_differences_over_seeds(tmp_path, capsys):
+def test_verdicts_follow_from_the_differences_over_seeds(tmp_path, capsys):
     variants = {name: {"method": "bfpo", "changes": {"loss.beta": beta}} for beta, name in
                 ((0.3, "bfpo"), (0.2, "above"), (0.1, "same"))}  # fmt: skip
-    recipe = recipe_of(tmp_path, seeds=list(range(6)), variants=variants)
-    units = units_of(recipe)
+    recipe = make_recipe(tmp_path, seeds=list(range(6)), variants=variants)
+    units = make_units(recipe)
     rng = np.random.default_rng(0)
     noise = {(unit.variant, unit.options.seed): rng.normal(0, 0.01) for unit in units}
     level = {"base": 0.2, "bfpo": 0.5, "above": 0.6, "same": 0.5}
     with_results(units, lambda unit: level[unit.variant] + noise[unit.variant, unit.options.seed])
-    lines = {(line.variant, line.metric): line for line in collect(recipe, units)}
-    assert lines["above", "all/harmonic_mean"].verdict == "better"
-    assert lines["above", "harmful/severity"].verdict == "worse"
-    assert lines["same", "all/harmonic_mean"].verdict == "not distinguishable"
-    assert lines["base", "benign/helpfulness"].verdict == "worse"
-    assert lines["bfpo", "all/harmonic_mean"].verdict is None
-    assert lines["above", "all/harmonic_mean"].difference.value == pytest.approx(0.1, abs=0.02)
-    assert len(lines["above", "all/harmonic_mean"].values) == 6
-    show_comparison(recipe, list(lines.values()))
+    results_by_key = {(line.variant, line.metric): line for line in collect_results(recipe, units)}
+    assert results_by_key["above", "all/harmonic_mean"].verdict == "better"
+    assert results_by_key["above", "harmful/severity"].verdict == "worse"
+    assert results_by_key["same", "all/harmonic_mean"].verdict == "not distinguishable"
+    assert results_by_key["base", "benign/helpfulness"].verdict == "worse"
+    assert results_by_key["bfpo", "all/harmonic_mean"].verdict is None
+    assert results_by_key["above", "all/harmonic_mean"].difference.value == pytest.approx(0.1, abs=0.02)
+    assert len(results_by_key["above", "all/harmonic_mean"].values) == 6
+    show_comparison(recipe, list(results_by_key.values()))
     shown = capsys.readouterr().out
     assert shown.index("above") < shown.index("base")
     for runs_made in (2, 1, 0):
-        facts = {"command": "x", "took": {"runs": runs_made, "seconds": 9}}
-        write_comparison(tmp_path, recipe, list(lines.values()), facts)
+        metadata = {"command": "x", "took": {"runs": runs_made, "seconds": 9}}
+        write_comparison(tmp_path, recipe, list(results_by_key.values()), metadata)
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert written["chosen"] == []
-    assert [one["runs"] for one in written["took"]] == [2, 1]
+    assert [call["runs"] for call in written["took"]] == [2, 1]
     table = (tmp_path / "comparison.md").read_text()
     assert "| above | 0.60 [" in table
     assert "better |" in table
@@ -286,8 +266,8 @@ def test_words_follow_from_the_differences_over_seeds(tmp_path, capsys):
 
 def test_the_choice_is_mean_minus_spread_and_names_edges(tmp_path):
     vary = {"loss.beta": [0.1, 0.6], "learning_rate": [5e-4, 2e-3]}
-    recipe = recipe_of(tmp_path, seeds=[0, 1, 2], variants={"bfpo": {"method": "bfpo", "vary": vary}})
-    units = units_of(recipe)
+    recipe = make_recipe(tmp_path, seeds=[0, 1, 2], variants={"bfpo": {"method": "bfpo", "vary": vary}})
+    units = make_units(recipe)
 
     def value(unit):
         # The best mean has a large spread over seeds; the steady one is chosen.
@@ -296,7 +276,7 @@ def test_the_choice_is_mean_minus_spread_and_names_edges(tmp_path):
         return 0.7 if unit.variant == "bfpo beta=0.6" else 0.5
 
     with_results(units, value)
-    (best,) = chosen(recipe, collect(recipe, units))
+    (best,) = choose_settings(recipe, collect_results(recipe, units))
     assert best["values"] == {"loss.beta": 0.6, "learning_rate": 1e-3}
     assert (best["edges"], best["tried"]) == (["loss.beta"], 5)
     assert best["score"] == pytest.approx(0.7)
@@ -306,21 +286,21 @@ def test_recipes_of_the_testbed_build():
     files = sorted((Path(__file__).parents[2] / "recipes" / "testbed").glob("*.yaml"))
     assert files
     for file in files:
-        assert units_of(load_recipe(file, CompareRecipe))
+        assert make_units(load_recipe(file, ExperimentRecipe))
 
 
 @pytest.mark.slow
 def test_the_dials_do_what_they_are_for(tmp_path):
-    """In real worker processes, on one seed; the effects are several times what seeds differ by (docs/testbed.md)."""
+    """Run real workers on one seed; the effects are several times the spread over seeds (docs/testbed.md)."""
     changes = {"alpha 0": {"loss.alpha": 0.0}, "alpha 1": {"loss.alpha": 1.0}, "bfpo": {}}
     variants = {name: {"method": "bfpo", "changes": change} for name, change in changes.items()}
     variants |= {name: {"method": name} for name in ("bfpo_no_buffer", "dpo_h")}
-    units = units_of(recipe_of(tmp_path, worlds={"shared": {}}, steps=100, variants=variants))
+    units = make_units(make_recipe(tmp_path, worlds={"shared": {}}, steps=100, variants=variants))
     units = [unit for unit in units if unit.options.seed == 0]
     assert run_units(units, tmp_path, jobs=2) == len(units) == 6
-    found = {unit.variant: read_results(unit.evaluation) for unit in units}
-    safety = {name: results.metric("harmful", "safety").value for name, results in found.items()}
-    helpfulness = {name: results.metric("benign", "helpfulness").value for name, results in found.items()}
+    results = {unit.variant: read_results(unit.evaluation) for unit in units}
+    safety = {name: run.metric("harmful", "safety").value for name, run in results.items()}
+    helpfulness = {name: run.metric("benign", "helpfulness").value for name, run in results.items()}
     assert safety["alpha 0"] < safety["alpha 1"]
     assert helpfulness["alpha 0"] > helpfulness["alpha 1"] + 0.1
     assert safety["bfpo_no_buffer"] > safety["bfpo"] - 0.02

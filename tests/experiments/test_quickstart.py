@@ -1,6 +1,7 @@
-"""The quickstart: what it leaves, how it goes on, and (slow) what it shows."""
+"""The quickstart: its files, resuming, and (slow) its results."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,74 +10,75 @@ import torch
 from bfpo.errors import RecipeError, Stopped
 from bfpo.evaluation.results import read_results
 from bfpo.experiments import quickstart as module
-from bfpo.experiments import stages as runs
+from bfpo.experiments import steps
 from bfpo.experiments.methods import METHODS, train_recipe
 from bfpo.experiments.quickstart import quickstart
+from bfpo.experiments.units import make_units
 from bfpo.losses.build import make_loss
 from bfpo.testbed.world import WorldOptions
 
-SMALL = {
-    "pretraining": 200,
-    "fine_tuning": 100,
-    "safety_pairs": 150,
-    "helpful_pairs": 150,
-    "harmful_prompts": 12,
-    "benign_prompts": 12,
-    "lookalike_prompts": 12,
-}
+from .conftest import SMALL, make_recipe
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Make every part of the quickstart as small as it can be."""
+def home(runs, monkeypatch) -> Path:
+    """Return a folder with a tiny world and its base model, for a quickstart with few training steps."""
     monkeypatch.setattr(module, "WorldOptions", lambda seed: WorldOptions(seed=seed, **SMALL))
-    monkeypatch.setattr(runs, "BASE_STEPS", {"pretraining": 3, "base": 2})
     monkeypatch.setattr(module, "METHOD_STEPS", 3)
+    return make_units(make_recipe(runs))[0].home
 
 
-def test_it_leaves_data_recipes_models_results_and_a_page(tmp_path, small, capsys):
-    out = tmp_path / "q"
-    base, bfpo = quickstart(out)
-    assert {entry.name for entry in out.iterdir()} >= {
+def test_it_leaves_data_recipes_models_results_and_a_page(home, capsys):
+    base, bfpo = quickstart(home)
+    assert {entry.name for entry in home.iterdir()} >= {
         *("world", "pretraining", "base", "bfpo", "pretraining.yaml", "base.yaml", "bfpo.yaml"),
         *("report.html", "pareto.svg", "metrics.csv", "comparisons.csv", "quickstart.log"),
     }
     shown = capsys.readouterr().out
     assert "5/5  the report" in shown
     assert "harmful: safety" in shown
-    assert "tokens/s" not in shown, "the commands' own lines belong into the log"
-    assert "start check" in (out / "quickstart.log").read_text()
+    assert "tokens/s" not in shown, "the commands' output belongs in the log"
+    assert "start check" in (home / "quickstart.log").read_text()
     assert bfpo.comparisons
     assert base.metric("harmful", "safety").n == 12
-    assert read_results(out / "bfpo" / "evaluation") == bfpo
+    assert read_results(home / "bfpo" / "evaluation") == bfpo
 
     # A second start repeats nothing; another method joins the first on the page.
-    before = {file: file.stat().st_mtime_ns for file in out.glob("*/model.safetensors")}
-    again = quickstart(out)
-    assert {file: file.stat().st_mtime_ns for file in out.glob("*/model.safetensors")} == before
+    before = {file: file.stat().st_mtime_ns for file in home.glob("*/model.safetensors")}
+    again = quickstart(home)
+    assert {file: file.stat().st_mtime_ns for file in home.glob("*/model.safetensors")} == before
     assert [results.metrics for results in again] == [base.metrics, bfpo.metrics]
-    assert [results.run for results in quickstart(out, method="dpo_h")] == ["base", "bfpo", "dpo_h"]
+    assert [results.run for results in quickstart(home, method="dpo_h")] == ["base", "bfpo", "dpo_h"]
     with pytest.raises(RecipeError, match="holds a world of other options"):
-        quickstart(out, seed=1)
-    (out / "base.yaml").write_text("another: recipe\n")
+        quickstart(home, seed=1)
+    (home / "base.yaml").write_text("another: recipe\n")
     with pytest.raises(RecipeError, match="base holds a run of another recipe"):
-        quickstart(out)
+        quickstart(home)
 
 
-def test_ctrl_c_anywhere_ends_with_a_message_and_goes_on(tmp_path, small, monkeypatch):
+def test_ctrl_c_anywhere_ends_with_a_message_and_resumes(home, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    parts = ((module, "write_world"), (runs, "run_sft"), (runs, "run_training"), (runs, "evaluate"))
-    for place, name in (*parts, (module, "write_report")):
+    def interrupt(place, name):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, interrupted)
-            with pytest.raises(Stopped, match="the same command goes on"):
-                quickstart(tmp_path)
-    assert len(quickstart(tmp_path)) == 2
+            with pytest.raises(Stopped, match="the same command resumes"):
+                quickstart(home)
+
+    finished = home.rename(home.with_name("finished"))
+    interrupt(module, "write_world")
+    shutil.copytree(finished / "world", home / "world")
+    interrupt(steps, "run_sft")
+    # Training the base model again would prove no more.
+    shutil.copytree(finished, home, dirs_exist_ok=True)
+    shutil.rmtree(home / "base" / "evaluation")
+    for place, name in ((steps, "run_training"), (steps, "evaluate"), (module, "write_report")):
+        interrupt(place, name)
+    assert len(quickstart(home)) == 2
 
 
-def test_an_unknown_method_is_refused_first(tmp_path, small):
+def test_an_unknown_method_is_refused_first(tmp_path):
     with pytest.raises(RecipeError, match="did you mean 'bfpo'"):
         quickstart(tmp_path, method="bpfo")
     assert not (tmp_path / "world").exists()
@@ -97,7 +99,7 @@ def test_bfpo_is_safe_and_helpful_where_its_base_is_not(tmp_path):
         results = quickstart(tmp_path, seed=3)
     finally:
         torch.set_num_threads(1)
-    value = {one.run: {f"{m.task} {m.metric}": m.value for m in one.metrics} for one in results}
+    value = {run.run: {f"{metric.task} {metric.metric}": metric.value for metric in run.metrics} for run in results}
     assert value["bfpo"]["harmful safety"] > 0.75
     assert value["bfpo"]["harmful safety"] > value["base"]["harmful safety"] + 0.3
     assert value["bfpo"]["benign helpfulness"] > 0.6

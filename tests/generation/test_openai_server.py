@@ -1,6 +1,11 @@
 """The openai engine against a faulty local server: no completion is lost or repeated, and no key is shown."""
 
+import json
+import socketserver
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2 as httpx
@@ -60,7 +65,9 @@ FINE = b'{"choices": [{"message": {"content": "x"}, "finish_reason": "stop"}]'
         (b'{"choices": []}', "wrong schema"),
         (b'{"choices": {"0": 1}}', "wrong schema"),
         (FINE.replace(b'"x"', b"null") + b"}", "wrong schema"),
-        (FINE.replace(b"stop", b"tool_calls") + b"}", "wrong schema"),
+        (FINE.replace(b'"x"', b'" "').replace(b'"stop"', b"null") + b"}", "wrong schema"),
+        (FINE.replace(b"stop", b"error") + b"}", "an error in place of an answer"),
+        (b'{"error": {"message": "overloaded"}}', "an error in place of an answer: overloaded"),
         (FINE + b', "usage": {"prompt_tokens": 1e999}}', "wrong schema"),
         (FINE + b', "usage": [1]}', "wrong schema"),
     ],
@@ -71,7 +78,162 @@ def test_malformed_responses_are_faults(content, fault):
     server = ServerEngine(options, Sampling(), transport=transport)
     with pytest.raises(Unanswered, match=rf"1 of 1 .*{fault} \(2 tries\)"):
         list(server.generate([(PROMPTS[0], 0)]))
-    assert server.faults == {fault: 2}
+    assert server.faults == {fault.partition(":")[0]: 2}
+
+
+def served_by(replies, samples=1, temperature=0.7, **options):
+    """Return an engine whose requests `replies` answers by a status, content and headers, and the bodies sent."""
+    bodies = []
+
+    def handle(request):
+        bodies.append(json.loads(request.content))
+        status, content, *headers = replies(bodies[-1])
+        return httpx.Response(status, json=content, headers=dict(*headers))
+
+    options = ServerOptions("http://h/v1", "m", **{"tries": 2, "backoff": 0.0, "concurrency": 1} | options)
+    return ServerEngine(options, Sampling(samples, temperature), transport=httpx.MockTransport(handle)), bodies
+
+
+def generate(server, prompts=PROMPTS[:1]):
+    return [completion for batch in server.generate([(prompt, 0) for prompt in prompts]) for completion in batch]
+
+
+def reply_of(content, reason="stop", **message):
+    return {"choices": [{"message": {"content": content, **message}, "finish_reason": reason}]}
+
+
+FILTER = {"message": "The response was filtered by a policy", "param": "prompt"}
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "outcome"),
+    [
+        (200, reply_of("", "content_filter"), ("", "filtered")),
+        (200, reply_of(None, "content_filter"), ("", "filtered")),
+        (200, reply_of("Mix the", "SAFETY"), ("Mix the", "filtered")),
+        (400, {"error": {**FILTER, "code": "content_filter"}}, ("", "filtered")),
+        (400, {"error": {**FILTER, "innererror": {"code": "ResponsibleAIPolicyViolation"}}}, ("", "filtered")),
+        (400, {"error": {"message": "litellm.ContentPolicyViolationError: no", "code": "400"}}, ("", "filtered")),
+        (403, {"error": {"code": 403, "metadata": {"flagged_input": "how"}}}, ("", "filtered")),
+        (200, reply_of(None, refusal="I can't help."), ("I can't help.", "refused")),
+        (200, reply_of("Yes.", refusal=None), ("Yes.", "stop")),
+        (200, reply_of("fine", "eos"), ("fine", "stop")),
+        (200, reply_of("fine", None), ("fine", "stop")),
+        (200, {"choices": [{"message": {"content": "fine"}}]}, ("fine", "stop")),
+        (200, reply_of("fine", "model_length"), ("fine", "length")),
+        (200, reply_of([{"type": "text", "text": "fi"}, {"type": "text", "text": "ne"}]), ("fine", "stop")),
+    ],
+)
+def test_a_servers_own_words_are_outcomes_and_not_retried(status, content, outcome):
+    server, bodies = served_by(lambda body: (status, content))
+    (completion,) = generate(server)
+    assert (completion.text, completion.finish_reason) == outcome
+    assert completion.is_blocked is (outcome[0] in ("", "I can't help."))
+    assert len(bodies) == 1
+    assert not server.faults
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (reply_of(None, "length", reasoning_content="Let me"), "no text: the reasoning used all 256 tokens"),
+        (reply_of("", "length", reasoning="Let me"), "no text: the reasoning used all 256 tokens"),
+        (reply_of(None, "length"), "no text: the model used all 256 tokens"),
+        (reply_of("x", "tool_calls"), "the model called a tool"),
+        (reply_of(None, "stop", tool_calls=[{"id": "1"}]), "the model called a tool"),
+    ],
+)
+def test_replies_without_text_are_not_retried(content, reason):
+    server, bodies = served_by(lambda body: (200, content))
+    with pytest.raises(Unanswered, match=reason) as raised:
+        generate(server)
+    assert raised.value.refused == {("p0", 0)}
+    assert len(bodies) == 1
+
+
+def test_the_servers_message_is_shown_without_the_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a-secret")
+    for message, shown in (
+        ("prompt of 9 tokens\n  is too long", r"HTTP 400: prompt of 9 tokens is too long \(1\)"),
+        ("x" * 300, rf"HTTP 400: {'x' * 197}\.\.\. \(1\)"),
+        ("wrong key a-secret", r"HTTP 400; is the prompt too long for the model\? \(1\)"),
+        ("Authorization: Bearer a-sec", r"HTTP 400; is the prompt too long for the model\? \(1\)"),
+    ):
+        with pytest.raises(Unanswered, match=shown) as raised:
+            generate(served_by(lambda body, message=message: (400, {"error": {"message": message}}))[0])
+        assert "a-sec" not in str(raised.value)
+    with pytest.raises(Unanswered, match=r"HTTP 500: out of memory \(2 tries\)"):
+        generate(served_by(lambda body: (500, {"error": {"message": "out of memory"}}))[0])
+    with pytest.raises(ModelError, match="HTTP 404: the model m does not exist; is"):
+        generate(served_by(lambda body: (404, {"detail": "the model m does not exist"}))[0])
+
+
+def test_equal_refusals_before_any_answer_stop_the_run():
+    prompts = [Prompt(f"p{i}", user_says(f"small red box {i}")) for i in range(15)]
+    refusal = 400, {"error": {"message": "temperature does not support 0.7, only the default"}}
+    server, bodies = served_by(lambda body: refusal)
+    with pytest.raises(Unanswered, match=r"because the server refused the first .*temperature does not support"):
+        generate(server, prompts)
+    assert 5 <= len(bodies) <= 8
+    # After an answer, equal refusals are about the prompts.
+    server, bodies = served_by(
+        lambda body: (200, reply_of("x")) if body["messages"][0]["content"].endswith(" 0") else refusal
+    )
+    with pytest.raises(Unanswered, match="14 of 15"):
+        generate(server, prompts)
+    assert len(bodies) == 15
+
+
+OPENAI = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+
+@pytest.mark.parametrize(
+    ("parameter", "error"),
+    [
+        ("max_tokens", {"error": {"message": OPENAI, "param": "max_tokens", "code": "unsupported_parameter"}}),
+        ("max_tokens", {"error": {"message": OPENAI}}),
+        ("seed", {"error": {"message": "Unknown parameter: seed"}}),
+        ("seed", {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]}),
+    ],
+)
+def test_a_refused_parameter_is_replaced_and_noted_once(parameter, error, capsys):
+    server, bodies = served_by(lambda body: (400, error) if parameter in body else (200, reply_of("x")), tries=1)
+    before = server.settings_hash
+    assert len(generate(server, PROMPTS)) == 12
+    assert server.settings_hash == before
+    assert len(bodies) == 13
+    assert capsys.readouterr().out.count(f"doesn't accept `{parameter}`") == 1
+    assert bodies[-1].get("max_completion_tokens", bodies[-1].get("max_tokens")) == 256
+
+
+def test_a_parameter_of_a_wrong_value_is_not_dropped():
+    for message in (
+        "'max_tokens' or 'max_completion_tokens' is too large: 256. This model's maximum context length is 99.",
+        "temperature is not supported; neither is seed",
+    ):
+        server, bodies = served_by(lambda body, message=message: (400, {"error": {"message": message}}))
+        with pytest.raises(Unanswered):
+            generate(server)
+        assert len(bodies) == 1
+
+
+def test_many_reasons_are_shown_shortly():
+    server, _ = served_by(
+        lambda body: (
+            (200, reply_of("x"))
+            if body["messages"][0]["content"].endswith(" 0")
+            else (400, {"error": {"message": f"too long: {body['seed']}"}})
+        )
+    )
+    with pytest.raises(Unanswered, match=r"other reasons \(6\); the first") as raised:
+        generate(server, PROMPTS)
+    assert str(raised.value).count("too long") == 5
+
+
+def test_blocked_samples_are_not_taken_for_a_server_that_does_not_sample():
+    server, _ = served_by(lambda body: (200, reply_of("", "content_filter")), samples=3)
+    requests = [(prompt, sample) for prompt in PROMPTS for sample in range(3)]
+    assert sum(len(batch) for batch in server.generate(requests)) == 36
 
 
 def test_missing_completions_are_reported_and_the_others_are_kept(tmp_path):
@@ -120,12 +282,16 @@ def test_identical_samples_of_few_prompts_give_a_warning(capsys):
             list(engine(url, samples=4).generate([(prompt, i) for prompt in PROMPTS for i in (2, 3)]))
 
 
-def test_a_run_that_stops_early_counts_what_it_did_not_request(tmp_path):
+@pytest.mark.parametrize(
+    ("status", "reason", "most"),
+    [("500", "most requests failed", 59), ("400", "the server refused the first requests for one reason", 30)],
+)
+def test_a_run_that_stops_early_counts_what_it_did_not_request(tmp_path, status, reason, most):
     prompts = [Prompt(f"p{i}", user_says(f"small red box {i}")) for i in range(60)]
-    with faulty_server(lambda number, body: "400") as (url, counts):
-        with pytest.raises(Unanswered, match=r"60 of 60 .* not requested, because most requests failed"):
-            generate_completions(engine(url), prompts, tmp_path / "c.jsonl")
-        assert counts["requests"] < 60
+    with faulty_server(lambda number, body: status) as (url, counts):
+        with pytest.raises(Unanswered, match=rf"60 of 60 .* not requested, because {reason}"):
+            generate_completions(engine(url, tries=1), prompts, tmp_path / "c.jsonl")
+        assert counts["requests"] <= most
 
 
 def test_a_malformed_key_is_refused_and_not_shown(monkeypatch):
@@ -203,6 +369,56 @@ def test_the_command_keeps_to_its_timeout_and_tries(tmp_path):
     assert isinstance(result.exception, Unanswered)
     assert "too slow (1 tries)" in str(result.exception)
     assert "too slow" in result.output
+
+
+def test_the_timeout_holds_for_headers_too():
+    stop = threading.Event()
+
+    class Dripping(socketserver.StreamRequestHandler):
+        def handle(self):
+            with suppress(OSError):
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                for number in range(100):
+                    self.wfile.write(b"X-%d: 1\r\n" % number)
+                    if stop.wait(0.02):
+                        break
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Dripping) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(Unanswered, match=r"too slow \(2 tries\)"):
+            generate(engine(f"http://127.0.0.1:{server.server_address[1]}/v1", timeout=0.2, tries=2))
+        # Two tries of 0.2 s, and a delay of milliseconds; the headers would take 2 s each.
+        assert 0.4 <= time.monotonic() - started < 1.5
+        stop.set()
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds", "line"),
+    [
+        ("1e9", 300, "HTTP 429: the server asks for a pause; waiting 300 s, of the 1,000,000,000 s that it asks for"),
+        ("inf", 300, "waiting 300 s, of the inf s that it asks for"),
+        ("Wed, 21 Oct 2099 07:28:00 GMT", 300, "waiting 300 s, of the "),
+        ("20", 20, "HTTP 429: the server asks for a pause; waiting 20 s\n"),
+        ("1", 1, None),
+        ("-5", 0, None),
+        ("soon", 0, None),
+        ("nan", 0, None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, None),
+    ],
+)
+def test_a_long_pause_is_capped_and_announced_once(value, seconds, line, monkeypatch, capsys):
+    server, _ = served_by(lambda body: (429, {}, {"Retry-After": value}), concurrency=4)
+    moments = []
+    monkeypatch.setattr(server, "_wait_until", lambda moment: moments.append(moment - time.monotonic()))
+    with pytest.raises(Unanswered, match="HTTP 429"):
+        generate(server, PROMPTS[:4])
+    assert max(moments) == pytest.approx(seconds, abs=0.5)
+    output = capsys.readouterr().out
+    assert output.count("waiting") == (line is not None)
+    assert (line or "") in output
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def prepared(adapter, pattern, **options):
 
 
 def reasons(counts):
-    return {(why.reason, why.cell): count for why, count in counts.items()}
+    return {(reason.text, reason.cell): count for reason, count in counts.items()}
 
 
 def json_lines(pattern):

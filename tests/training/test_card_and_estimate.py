@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from bfpo.commands.chat import chat
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import LoraSection, ModelSection, NewModel, TrainRecipe
 from bfpo.core.files import write_jsonl
 from bfpo.errors import ModelError
+from bfpo.model.lora import add_adapter, lora_config
 from bfpo.training.card import model_card
 from bfpo.training.estimate import estimate
 from bfpo.training.run import run_training
@@ -132,3 +134,18 @@ def test_the_estimate_of_a_saved_model_needs_only_its_configuration(tmp_path, to
     options = {"train_only": None, "lora": None, "reference": "shared", "micro_batch_tokens": 100}
     saved = estimate(ModelSection(path=str(tmp_path)), tokenizer, **options)
     assert saved.selection == estimate(ModelSection(new=NewModel()), tokenizer, **options).selection
+
+
+@pytest.mark.parametrize("lora", [None, LoraSection(r=4)])
+def test_tied_embeddings_are_counted_once(tmp_path, tokenizer, make_model, lora):
+    config = make_model().config
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path)
+    options = {"train_only": None, "lora": lora, "reference": "auto", "micro_batch_tokens": 100}
+    selection = estimate(ModelSection(path=str(tmp_path)), tokenizer, **options).selection
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    if lora is not None:
+        model = add_adapter(model, lora_config(lora), seed=0)
+    assert selection.total == sum(parameter.numel() for parameter in model.parameters())
+    assert selection.trained == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import TrainRecipe
@@ -106,17 +107,95 @@ def test_a_named_checkpoint_that_is_incomplete_is_refused():
     assert checkpoint_fault(OUT / "checkpoint-2") is None
 
 
+def remove_hashes(folder: Path) -> None:
+    """Make a mark like that of an earlier version."""
+    mark = json.loads((folder / MARK).read_text())
+    (folder / MARK).write_text(json.dumps({key: mark[key] for key in ("step", "threads", "run", "files")}))
+
+
+def flip_bit(file: Path, position: float) -> None:
+    """Flip a bit of the byte at a position in [0, 1) of a file."""
+    content = bytearray(file.read_bytes())
+    content[int(position * len(content))] ^= 4
+    file.write_bytes(content)
+
+
 @pytest.mark.usefixtures("unbroken")
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
-def test_damage_that_keeps_the_size_is_reported(name):
+def test_damage_of_a_checkpoint_without_hashes_is_reported_if_it_cannot_be_read(name, capsys):
+    remove_hashes(OUT / "checkpoint-7")
     file = OUT / "checkpoint-7" / name
     file.write_bytes(b"\xff" * file.stat().st_size)
     with pytest.raises(
         TrainingError, match=r"checkpoint-7 can't be read .*delete it to resume from the previous checkpoint"
     ):
         run(resume_from_checkpoint=True, max_steps=8)
+    assert "checkpoint-7 was written by an earlier version without hashes" in capsys.readouterr().out
     shutil.rmtree(OUT / "checkpoint-7")
     assert run(resume_from_checkpoint=True, max_steps=8)["steps"] == 8
+
+
+@pytest.mark.usefixtures("unbroken")
+def test_a_checkpoint_without_hashes_is_resumed_from_with_a_note(capsys):
+    weights = file_hash(OUT / "model.safetensors")
+    for step in (6, 7):
+        shutil.rmtree(OUT / f"checkpoint-{step}")
+    remove_hashes(OUT / "checkpoint-4")
+    run(resume_from_checkpoint=True)
+    output = capsys.readouterr().out
+    assert "note: runs/toy/checkpoint-4 was written by an earlier version without hashes" in output
+    assert "resuming from runs/toy/checkpoint-4" in output
+    assert file_hash(OUT / "model.safetensors") == weights
+
+
+@pytest.mark.usefixtures("unbroken")
+def test_one_flipped_bit_anywhere_in_a_checkpoint_is_found():
+    folder = OUT / "checkpoint-4"
+    names = sorted(file.name for file in folder.iterdir())
+    assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", MARK} <= set(names)
+    for name in names:
+        content = (folder / name).read_bytes()
+        for position in (0, 0.3, 0.6, 0.9, 1 - 1 / len(content)):
+            flip_bit(folder / name, position)
+            fault = checkpoint_fault(folder)
+            (folder / name).write_bytes(content)
+            if name == MARK:
+                # The last bytes of the mark are its closing brace and line break.
+                assert "mark" in fault
+            else:
+                assert fault == f"the content of {name} is not what was written"
+        assert checkpoint_fault(folder) is None
+
+
+@pytest.mark.usefixtures("unbroken")
+def test_a_damaged_checkpoint_is_skipped_and_the_end_has_the_same_bits(capsys):
+    weights = file_hash(OUT / "model.safetensors")
+    shutil.rmtree(OUT / "checkpoint-7")
+    flip_bit(OUT / "checkpoint-6/model.safetensors", 0.9)
+    flip_bit(OUT / "checkpoint-4" / MARK, 0.5)
+    run(resume_from_checkpoint=True)
+    output = capsys.readouterr().out
+    assert "checkpoint-6 is skipped: the content of model.safetensors is not what was written" in output
+    assert "checkpoint-4 is skipped: its mark" in output
+    assert "resuming from runs/toy/checkpoint-2" in output
+    assert file_hash(OUT / "model.safetensors") == weights
+
+
+@pytest.mark.usefixtures("unbroken")
+def test_a_named_checkpoint_that_is_damaged_is_refused():
+    flip_bit(OUT / "checkpoint-4/optimizer.pt", 0.5)
+    with pytest.raises(TrainingError, match=r"can't be resumed from: the content of optimizer\.pt is not what was"):
+        run(resume_from_checkpoint="runs/toy/checkpoint-4")
+
+
+def test_every_process_gets_the_fault_that_the_main_process_found(monkeypatch, tmp_path):
+    def broadcast(values):
+        values[0] = "found by the main process"
+
+    monkeypatch.setattr(PartialState(), "num_processes", 2)
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", False)
+    monkeypatch.setattr("bfpo.training.checkpoints.broadcast_object_list", broadcast)
+    assert checkpoint_fault(tmp_path) == "found by the main process"
 
 
 @pytest.mark.usefixtures("unbroken")
@@ -136,11 +215,13 @@ def test_resuming_with_other_settings_is_refused(change, named):
 
 
 @pytest.mark.usefixtures("unbroken")
-def test_the_mark_contains_step_settings_and_file_sizes():
+def test_the_mark_contains_step_settings_file_sizes_and_hashes():
     mark = json.loads((OUT / "checkpoint-4" / MARK).read_text())
     assert mark["step"] == 4
     assert mark["run"]["world_size"] == 1
     assert mark["files"]["model.safetensors"] == (OUT / "checkpoint-4" / "model.safetensors").stat().st_size
+    assert mark["sha256"]["model.safetensors"] == file_hash(OUT / "checkpoint-4" / "model.safetensors")
+    assert set(mark["sha256"]) == {file.name for file in (OUT / "checkpoint-4").iterdir()} - {MARK}
 
 
 @pytest.mark.usefixtures("unbroken")

@@ -13,7 +13,7 @@ import pytest
 from bfpo.commands.app import main
 from bfpo.config.loading import load_recipe
 from bfpo.experiments.recipe import ExperimentRecipe
-from bfpo.experiments.units import units_of
+from bfpo.experiments.units import make_units
 from bfpo.judging.people import PeopleJudge
 from bfpo.report.html import write_report
 
@@ -135,7 +135,7 @@ def test_an_old_red_teaming_of_another_recipe_is_refused(bfpo):
 def test_the_runs_of_an_old_experiment_are_found(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     recipe = load_recipe(OLD / "experiment.yaml", ExperimentRecipe, ["seeds=[0,1]"])
-    folders = [str(unit.folder) for unit in units_of(recipe)[:4]]
+    folders = [str(unit.folder) for unit in make_units(recipe)[:4]]
     assert folders == [
         "runs/testbed/shared-b4c5e4b1/seed-0/base",
         "runs/testbed/shared-b4c5e4b1/seed-0/run-e56f10e6bc8e",

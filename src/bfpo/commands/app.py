@@ -278,11 +278,11 @@ def card(
 def experiment(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compare training methods over seeds in the testbed's worlds; resumable."""
     from bfpo.config.loading import load_recipe
-    from bfpo.experiments.recipe import CompareRecipe
+    from bfpo.experiments.recipe import ExperimentRecipe
 
-    checked = load_recipe(recipe, CompareRecipe, overrides)
+    checked = load_recipe(recipe, ExperimentRecipe, overrides)
 
-    from bfpo.experiments.run import compare as run
+    from bfpo.experiments.run import run_experiment as run
 
     run(checked, command=" ".join(["bfpo experiment", str(recipe), *(overrides or [])]))
 

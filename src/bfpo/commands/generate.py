@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bfpo.core.samples import Sampling
 from bfpo.core.terminal import say
-from bfpo.data.stages import generate_most, read_prompt_file, show_faults, show_unanswered
+from bfpo.data.stages import generate_most, read_prompt_file, show_faults, show_outcomes, show_unanswered
 from bfpo.generation.open import EngineSection, open_engine
 
 
@@ -35,6 +35,7 @@ def generate_to_file(
     finally:
         show_faults(engine.faults)
     show_unanswered(missing)
+    show_outcomes(completions)
     truncated = sum(completion.finish_reason == "length" for completion in completions)
     say(
         f"{len(completions)} completions of {len(requests)} prompts in {out}; {truncated} truncated at "

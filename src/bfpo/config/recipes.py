@@ -25,7 +25,7 @@ class Source(Section):
     path: str | list[str]
     """Hub id (`org/name`), local file, pattern such as `data/*.csv`, or a list of files."""
     adapter: str = "pairs"
-    """How a row is converted into a preference pair: a key of `bfpo.data.adapters.ADAPTERS`."""
+    """How a row is converted into a preference pair: a key of `bfpo.data.adapters.ADAPTERS`, or `module:function`."""
     name: str | None = None
     """Hub configuration."""
     revision: str | None = None
@@ -129,7 +129,7 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. Training in pure bfloat16 loses small updates; `trainer: {bf16: true}` doesn't."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
-    """Attention implementation of transformers; packed rows use their own."""
+    """Attention implementation of transformers, `eager` if the model lacks `sdpa`; packed rows use their own."""
     trust_remote_code: bool = False
     """Whether to run code that comes with the model; read that code first."""
     load_in_4bit: bool = False
@@ -186,7 +186,7 @@ class TrainRecipe(DataRecipe):
 
     model: TrainModel
     """Model to start from."""
-    buffer_weight: Annotated[float, Field(ge=0)] = 1.0
+    buffer_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of the mean loss of the buffer stream."""
     safety: Literal["labels", "scores"] = "labels"
     """What the loss uses as safety: the labels, or the probabilities in `*_safety_score`."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -130,3 +131,15 @@ def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of files by name, computed in a few threads.
+
+    Args:
+        folder: Folder of the files.
+        names: Paths of the files in the folder.
+    """
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        return dict(zip(names, threads.map(file_hash, [folder / name for name in names]), strict=True))

@@ -32,6 +32,11 @@ Kind = Literal["harmful", "benign", "lookalike"]
 """`lookalike`: a benign prompt that looks like a harmful one, for measuring over-refusal."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+FinishReason = Literal["stop", "length", "filtered", "refused"]
+"""`stop`: the model ended its turn. `length`: the answer was cut. `filtered`: the server's filter removed the answer
+or its end. `refused`: the server reports a refusal of the model in place of an answer."""
+FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
+
 Key = tuple[str, int]
 """`prompt_id` and `sample`: the identity of a completion among those of one model."""
 
@@ -143,7 +148,7 @@ class Completion(FileRow):
         sample: Number of the completion of this prompt, from 0.
         prompt: Conversation that it answers, as in the file of prompts.
         text: Text of the answer, without special tokens.
-        finish_reason: `stop` if the model ended its turn, `length` if it was cut.
+        finish_reason: How the answer ended.
         prompt_tokens: Length of the prompt including the chat template.
         completion_tokens: Length of the answer including the end of turn.
         model: Folder, hub id or name on a server.
@@ -157,7 +162,7 @@ class Completion(FileRow):
     sample: StrictInt
     prompt: Messages
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     prompt_tokens: StrictInt
     completion_tokens: StrictInt
     model: str
@@ -168,6 +173,11 @@ class Completion(FileRow):
     def key(self) -> Key:
         """Identity of the completion."""
         return self.prompt_id, self.sample
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether a server returned a refusal or nothing in place of an answer: a judge has no answer to read."""
+        return self.finish_reason == "refused" or (self.finish_reason == "filtered" and not self.text.strip())
 
     @property
     def text_hash(self) -> str:

@@ -1,7 +1,8 @@
 """Adapters: how the rows of a data set are converted into preference pairs.
 
-An adapter is a function from a row to a pair, and an entry of `ADAPTERS`. The function raises `SkipRow` for a row
-without a pair, which is counted, and `DataError` for a malformed row, which stops the run.
+An adapter is a function from a row to a pair, and an entry of `ADAPTERS`. A custom adapter needs no entry: a recipe
+names it as `module:function`. The function raises `SkipRow` for a row without a pair, which is counted, and
+`DataError` for a malformed row, which stops the run.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bfpo.config.recipes import Source
+from bfpo.core.imports import import_object
 from bfpo.core.pairs import Demonstration, PreferencePair
 from bfpo.data import published_sets
 from bfpo.data.pair_formats import SkipRow, read_demonstration, read_pair
@@ -35,19 +37,19 @@ class Adapter:
     columns: tuple[str, ...] = ()
 
 
-def read_pairs(rows: Iterable[SourceRow], source: Source) -> Iterator[PreferencePair | SkipRow]:
-    """Yield the pairs of rows, read by the adapter of their source.
+def read_pairs(adapter: Adapter, rows: Iterable[SourceRow], source: Source) -> Iterator[PreferencePair | SkipRow]:
+    """Yield the pairs of rows, and a `SkipRow` for each row without a pair.
 
     Args:
+        adapter: Adapter of the source.
         rows: Raw rows.
         source: Source of the rows.
 
     Raises:
-        RecipeError: If the adapter is unknown.
-        DataError: If a row is malformed; where a column is missing, the message says how such rows can be read.
+        DataError: If a row is malformed; if it lacks a column, the message says how such rows can be read.
     """
     try:
-        yield from find_adapter(source.adapter).read(rows, source)
+        yield from adapter.read(rows, source)
     except MissingColumn as error:
         raise DataError(f"{error}; {_how_to_read(error.columns, source.adapter)}") from None
 
@@ -56,18 +58,20 @@ def find_adapter(name: str) -> Adapter:
     """Return an adapter by its name.
 
     Args:
-        name: Key of `ADAPTERS`.
+        name: Key of `ADAPTERS`, or `module:function` of a function from a row to a pair.
 
     Raises:
-        RecipeError: If it is unknown.
+        RecipeError: If it is unknown or can't be imported.
     """
+    if ":" in name:
+        return _custom_adapter(name)
     if name not in ADAPTERS:
-        raise RecipeError(f"adapter is '{name}'; {did_you_mean(name, list(ADAPTERS))}")
+        raise RecipeError(f"adapter is '{name}'; {did_you_mean(name, list(ADAPTERS))}, or 'module:function'")
     return ADAPTERS[name]
 
 
 def parse_source(text: str) -> Source:
-    """Return the source that `[ADAPTER:]PATH` names.
+    """Return the source that `[ADAPTER:]PATH` names; a custom adapter is `module:function:PATH`.
 
     Raises:
         RecipeError: If the adapter is unknown and there is no file of this name.
@@ -79,7 +83,11 @@ def parse_source(text: str) -> Source:
         return Source(adapter=name, path=path)
     if Path(text).exists():
         return Source(path=text)
-    raise RecipeError(f"source '{text}': '{name}' is not an adapter; known: {', '.join(sorted(ADAPTERS))}")
+    function, colon, path = path.partition(":")
+    if colon:
+        return Source(adapter=f"{name}:{function}", path=path)
+    known = ", ".join(sorted(ADAPTERS))
+    raise RecipeError(f"source '{text}': '{name}' is not an adapter; known: {known}, or module:function:PATH")
 
 
 def _each_row(convert: Callable[[SourceRow], PreferencePair]) -> PairReader:
@@ -94,6 +102,20 @@ def _each_row(convert: Callable[[SourceRow], PreferencePair]) -> PairReader:
             yield pair
 
     return read
+
+
+def _custom_adapter(path: str) -> Adapter:
+    function = import_object(path, "adapter")
+    if not callable(function):
+        raise RecipeError(f"adapter is '{path}', which is not a function")
+
+    def convert(row: SourceRow) -> PreferencePair:
+        pair = function(row)
+        if not isinstance(pair, PreferencePair):
+            raise DataError(f"adapter '{path}' returned {pair!r}; expected a PreferencePair")
+        return pair
+
+    return Adapter(_each_row(convert))
 
 
 def _how_to_read(columns: Collection[str], adapter: str) -> str:

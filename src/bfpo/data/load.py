@@ -139,7 +139,7 @@ def load_pairs(
     adapter = find_adapter(source.adapter)
     report = make_source_report(source, source.license or adapter.license, adapter.note)
     pairs: list[PreferencePair] = []
-    for pair in read_pairs(read_rows(source), source):
+    for pair in read_pairs(adapter, read_rows(source), source):
         if isinstance(pair, SkipRow):
             report.skip(pair.reason, fault=pair.fault)
         elif has_lone_surrogate(pair.chosen, pair.rejected, *(message.content for message in pair.prompt)):
@@ -157,7 +157,8 @@ def make_source_report(source: Source, license: str, note: str) -> SourceReport:
     files = local_files(source)
     if files:
         # A file of a published set is named after the set: a name such as 'test' would say nothing.
-        name = _stem(files[0]) if source.adapter in ("pairs", "demonstrations") else source.adapter
+        is_generic = source.adapter in ("pairs", "demonstrations") or ":" in source.adapter
+        name = _stem(files[0]) if is_generic else source.adapter
     else:
         name = source.path if isinstance(source.path, str) else source.path[0]
     hashes = {str(file): file_hash(file) for file in files}
@@ -184,6 +185,9 @@ def _with_provenance(pair: PreferencePair, report: SourceReport, stream: StreamN
     labels, label_source = pair.labels, provenance.safety_label_source
     if labels is None and report.source.assume_safe:
         labels, label_source = SafetyLabels(True, True), "assumed"
+    elif labels is not None and label_source is None:
+        # A custom adapter need not set it.
+        label_source = "dataset"
     provenance = replace(
         provenance,
         dataset_name=provenance.dataset_name or report.name,

@@ -14,6 +14,7 @@ from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
 from bfpo.core.pairs import as_messages
 from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
 from bfpo.core.terminal import progress, show_table
+from bfpo.data.blocked_answers import BlockedAnswers
 from bfpo.data.rows import read_prompts, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, Unanswered
 
@@ -146,8 +147,17 @@ def show_faults(faults: Counter[str]) -> None:
         show_table("Faults of the server, repaired or retried", ("fault", "times"), faults.most_common())
 
 
+def show_outcomes(completions: Sequence[Completion]) -> None:
+    """Print a table of how the answers ended, if a server blocked or cut off any of them."""
+    outcomes = Counter(completion.finish_reason for completion in completions)
+    if outcomes["filtered"] or outcomes["refused"]:
+        show_table("Outcomes", ("outcome", "completions"), outcomes.most_common())
+
+
 def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:
     """Judge every completion, and write the verdicts into a file.
+
+    Answers that a server blocked get the verdict of `BlockedAnswers`; the judge reads the others.
 
     Args:
         judge: Judge of the completions.
@@ -161,6 +171,7 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
         DataError: If the file has verdicts on other texts, or of another judge or revision.
     """
     by_key = {completion.key: completion for completion in completions}
+    blocked = BlockedAnswers(judge)
 
     def check(verdict: Verdict) -> None:
         if (verdict.judge, verdict.revision) != (judge.name, judge.revision):
@@ -170,13 +181,23 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
             )
         if verdict.key in by_key and verdict.text_hash != by_key[verdict.key].text_hash:
             raise DataError(f"{path}: the verdict on {verdict.key} is about another text; remove the file")
+        if verdict.key in by_key and not by_key[verdict.key].is_blocked:
+            blocked.add([verdict])
+
+    def judge_missing(missing: Sequence[tuple[str, int]]) -> Iterator[list[Verdict]]:
+        for verdicts in _judge_in_batches(judge, [by_key[key] for key in missing if not by_key[key].is_blocked]):
+            blocked.add(verdicts)
+            yield verdicts
+        # Last, because only now it is known what the judge assesses.
+        if of_blocked := [blocked.verdict(by_key[key]) for key in missing if by_key[key].is_blocked]:
+            yield of_blocked
 
     return fill(
         path,
         Verdict,
         by_key,
         lambda verdict: verdict.key,
-        lambda missing: _judge_in_batches(judge, [by_key[key] for key in missing]),
+        judge_missing,
         check=check,
         what="judging",
     )

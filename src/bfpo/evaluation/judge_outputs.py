@@ -57,9 +57,10 @@ def compute_agreement(tasks: Sequence[Task], outputs: Sequence[JudgeOutput]) -> 
             (verdict, other_verdicts[verdict.key]) for verdict in output.verdicts if verdict.key in other_verdicts
         ]
         on_harmful = [pair for pair in pairs if pair[0].prompt_id in harmful]
-        for question, asked in (("safe", on_harmful), ("refusal", pairs)):
+        for question, question_pairs in (("safe", on_harmful), ("refusal", pairs)):
             answers = [
-                (verdict.key, getattr(verdict, question), getattr(theirs, question)) for verdict, theirs in asked
+                (verdict.key, getattr(verdict, question), getattr(theirs, question))
+                for verdict, theirs in question_pairs
             ]
             decided = [
                 (key, ours, theirs) for key, ours, theirs in answers if ours is not None and theirs is not None

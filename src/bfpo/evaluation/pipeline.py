@@ -12,10 +12,16 @@ from bfpo.config.loading import dump_recipe
 from bfpo.core.files import write_jsonl, write_text
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.core.terminal import say
-from bfpo.data.stages import generate_completions, judge_completions, read_completions, read_prompt_file
+from bfpo.data.stages import (
+    generate_completions,
+    judge_completions,
+    read_completions,
+    read_prompt_file,
+    show_outcomes,
+)
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, Unanswered
-from bfpo.evaluation.alpaca_eval import write_alpaca_eval
+from bfpo.evaluation.alpaca_eval import LengthControl, write_alpaca_eval
 from bfpo.evaluation.baseline import Baseline, compare_with_baseline, read_baseline
 from bfpo.evaluation.correction import (
     Calibration,
@@ -56,6 +62,7 @@ from bfpo.evaluation.win_rates import (
     collect_references,
     compare_with_references,
     length_controlled_metrics,
+    load_length_control,
 )
 from bfpo.judging.people import PeopleJudge
 
@@ -94,7 +101,14 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     lm_eval_tasks = find_lm_eval_tasks(recipe, suites)
     lm_eval_names = {task.full_name: task.spec for task in lm_eval_tasks}
     check_judges(recipe, tasks)
-    check_bounds(bounds, tasks, lm_eval_names, corrected=recipe.calibration is not None)
+    length_control = load_length_control(recipe, tasks)
+    check_bounds(
+        bounds,
+        tasks,
+        lm_eval_names,
+        corrected=recipe.calibration is not None,
+        length_controlled=length_control is not None,
+    )
     calibration = None if recipe.calibration is None else read_calibration(recipe.calibration)
     fitting_warnings = [] if calibration is None else fitted_on_warnings(calibration, recipe.judges)
     policy = template_policy(recipe, suites, tasks)
@@ -117,6 +131,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         labeled_by={*recipe.labeled_by, *training_judges(recipe)},
         calibration=calibration,
         baseline=baseline,
+        length_control=length_control,
     )
     results = evaluation.results
     metrics = results.metrics + lm_eval_metrics(lm_eval_tasks, lm_eval_results)
@@ -172,6 +187,7 @@ def evaluate(
     by_category: bool = True,
     calibration: Calibration | None = None,
     baseline: Baseline | None = None,
+    length_control: LengthControl | None = None,
 ) -> Evaluation:
     """Generate, judge and score completions, and compare the scores with a baseline.
 
@@ -192,6 +208,7 @@ def evaluate(
         by_category: Whether each category of a task's prompts has metrics too.
         calibration: Labeled answers that correct the judges' rates.
         baseline: Evaluation to compare with.
+        length_control: Data of AlpacaEval's length-controlled win rate.
 
     Raises:
         DataError: If the folder holds files of another model or prompt set.
@@ -217,7 +234,9 @@ def evaluate(
         judged = [output for output in outputs if output.on_labeled]
         calibrated = [calibrate(output.label, calibration, output.on_labeled) for output in judged]
         metrics = add_corrected_rates(metrics, calibrated)
-    metrics += length_controlled_metrics(tasks, completions, outputs)
+    length_controlled, warnings = length_controlled_metrics(tasks, completions, outputs, length_control)
+    metrics += length_controlled
+    notes += warnings
     results = Results(
         run=run,
         model=model,
@@ -276,7 +295,8 @@ def _generate(
 ) -> tuple[list[Completion], list[str]]:
     """Return the completions of all prompts that have them, and notes for the reader of the results."""
     if open_engine is None:
-        return read_completions(path), []
+        completions = read_completions(path)
+        return completions, _notes_on_blocked(completions)
     engine, notes = open_engine(), []
     try:
         completions = generate_completions(engine, prompts, path, samples=samples)
@@ -292,7 +312,14 @@ def _generate(
         notes.append("Lengths are in words: the saved answers don't say how many tokens they have.")
     del engine
     release_memory()
-    return completions, notes
+    return completions, notes + _notes_on_blocked(completions)
+
+
+def _notes_on_blocked(completions: Sequence[Completion]) -> list[str]:
+    show_outcomes(completions)
+    if not (num_blocked := sum(completion.is_blocked for completion in completions)):
+        return []
+    return [f"A server blocked {num_blocked:,} of {len(completions):,} answers; they count as safe refusals."]
 
 
 def judge_all(

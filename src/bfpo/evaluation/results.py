@@ -43,6 +43,7 @@ class MetricResult:
             and for metrics that aren't rates.
         most: Upper bound if every one counted as 1.
         recipe: For a composite index: the metrics that it is the mean of, or the missing part; else empty.
+        smallest_part: Number of prompts of the part with the fewest, for a composite; else None.
     """
 
     suite: str
@@ -60,6 +61,7 @@ class MetricResult:
     least: float | None = None
     most: float | None = None
     recipe: str = ""
+    smallest_part: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +283,8 @@ def read_results(folder: Path) -> Results:
     schema = content.get("schema") if isinstance(content, dict) else type(content).__name__
     if schema not in (1, 2, SCHEMA):
         raise DataError(
-            f"{path}: schema is {schema}; this version reads schemas 1 to {SCHEMA}: evaluate again, completions and "
-            "verdicts are read from the files beside it"
+            f"{path}: schema is {schema}; this version reads schemas 1 to {SCHEMA}: evaluate again, which reuses "
+            "the completions and verdicts of the folder"
         )
     try:
         return _results_adapter().validate_json(json.dumps(_to_fields(content)), strict=True)

@@ -1,1 +1,1 @@
-"""Studies: methods compared over seeds on the testbed, and the quickstart."""
+"""Experiments: comparing methods over seeds on the testbed, and the quickstart."""

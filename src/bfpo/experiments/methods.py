@@ -1,4 +1,4 @@
-"""The methods that the testbed compares: each is a recipe for `bfpo train`, and nothing else."""
+"""Methods that are compared on the testbed; each is a recipe of `bfpo train`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,22 +9,22 @@ from bfpo.config.recipes import Count, Section, TrainRecipe
 
 
 class Method(Section):
-    """How a method trains."""
+    """A method: loss, data and optimizer settings."""
 
     title: str = ""
-    """What it is, in a few words."""
+    """Short description."""
     loss: dict[str, Any]
-    """The recipe's `loss` section."""
+    """`loss` section of the recipe."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak of the cosine schedule."""
+    """Peak learning rate of the cosine schedule."""
     main: Literal["safety", "safety_by_safety", "safety_without_uu"] = "safety"
-    """File of the main stream: ordered by helpfulness, ordered by safety, or without both-unsafe pairs."""
+    """File of the main stream: pairs ordered by helpfulness, ordered by safety, or without both-unsafe pairs."""
     buffer: bool = True
-    """Whether the helpfulness set is the buffer."""
+    """Whether the helpfulness pairs are the buffer."""
     pairs_per_step: Count = 64
-    """Pairs of both streams per step, half of them from the buffer where there is one."""
+    """Pairs of both streams per step; half of them are from the buffer, if there is one."""
     train_only: list[str] | None = None
-    """Patterns of the parameters to train; default all."""
+    """Patterns of the parameters to train; default all parameters."""
 
 
 def _squared(name: str, **options: Any) -> dict[str, Any]:
@@ -50,16 +50,16 @@ METHODS = {
 def train_recipe(
     method: Method, *, world: Path, base: Path, out: Path, seed: int, steps: int = 100, save: bool = True
 ) -> TrainRecipe:
-    """Return the recipe of a method.
+    """Return the training recipe of a method.
 
     Args:
-        method: What to train.
+        method: The method.
         world: Folder that `World.write` filled.
         base: Checkpoint to start from.
         out: Output folder.
-        seed: Of the plan.
-        steps: Optimizer steps.
-        save: Whether to save checkpoints on the way, and go on from them; a run that doesn't is one of many.
+        seed: Seed of the training.
+        steps: Number of optimizer steps.
+        save: Whether to save checkpoints and resume from them; not worth it for one of many short runs.
     """
     return TrainRecipe.model_validate(
         {
@@ -67,12 +67,12 @@ def train_recipe(
             "data": [{"path": str(world / f"{method.main}.jsonl")}],
             "buffer": [{"path": str(world / "helpfulness.jsonl")}] if method.buffer else [],
             "benchmarks": [str(world / "prompts.jsonl")],
-            # The order of a pair is an annotator's: the same two answers may stand in both orders.
+            # Pairs are ordered by noisy annotators: the same two answers may occur in both orders.
             "conflicts": "keep",
             "text": {"max_length": 128},
             "loss": method.loss,
             "train_only": method.train_only,
-            # A single run passes over its pairs hardly once: only several runs of one base save by a cache.
+            # A single run uses each pair about once, so a cache pays off only for several runs of one base.
             "reference": "shared" if save else "cache",
             "trainer": {
                 "output_dir": str(out),

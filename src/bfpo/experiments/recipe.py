@@ -1,4 +1,4 @@
-"""What `bfpo experiment` may be asked: the recipe, and the methods with their values that it tries."""
+"""Recipe of `bfpo experiment`, and the settings of its variants."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from bfpo.errors import RecipeError, did_you_mean
 from bfpo.experiments.methods import METHODS, Method
 from bfpo.testbed.world import WorldOptions
 
-# What changes a world's preference data and leaves its prompts and its base as they are.
 DATA_DIALS = (
     "harmful_share",
     "both_unsafe",
@@ -24,57 +23,59 @@ DATA_DIALS = (
     "safety_pairs",
     "helpful_pairs",
 )
+"""Options of a world that change its preference data, but neither its prompts nor its base model."""
 
 
 class Variant(Section):
-    """A method as a comparison runs it: one of `METHODS`, with what is changed."""
+    """A method with changes: one row of the comparison."""
 
     method: str
     """A key of `bfpo.experiments.methods.METHODS`."""
     tuned: str | None = None
-    """Name of the variant in the comparison `tuning` whose chosen values are taken, world by world."""
+    """Variant in the comparison `tuning` whose chosen values are used, world by world."""
     changes: dict[str, Any] = Field(default_factory=dict)
-    """Changes to the method by dotted name, such as `loss.alpha: 0.0` or `learning_rate: 2e-3`; after `tuned`."""
+    """Changes to the method by dotted name, such as `loss.alpha: 0.0` or `learning_rate: 2e-3`; applied after
+    `tuned`."""
     dials: dict[str, Any] = Field(default_factory=dict)
     """Changes to the world's preference data, such as `safety_noise: 0.1`; names of `DATA_DIALS`."""
     vary: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
-    """Values to try by dotted name, one name at a time: the others stay as `changes` leaves them, the *center*."""
+    """Values to try by dotted name, one name at a time; the others keep their values of `changes`, the *center*."""
 
 
-class CompareRecipe(Section):
-    """`bfpo experiment`: which methods, in which worlds, on which seeds."""
+class ExperimentRecipe(Section):
+    """`bfpo experiment`: methods × worlds × seeds."""
 
     out: str
-    """Folder for all runs; recipes that share it share the runs that they have in common."""
+    """Folder for all runs; recipes with the same folder share the runs that they have in common."""
     results: str | None = None
-    """Folder for what was found: comparison.json, comparison.md and, of a few variants, a figure for each world.
+    """Folder for the results: comparison.json, comparison.md and, for a few variants, a figure for each world.
     Default: `out`."""
     variants: Annotated[dict[str, Variant], Field(min_length=1)]
     """Name → method."""
     worlds: Annotated[dict[str, WorldOptions], Field(min_length=1)]
-    """Name → dials; the seeds are set by `seeds`."""
+    """Name → dials; `seeds` sets the seeds."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
-    """Each is a split, a base model, data and a training run of its own; two or more, because they are what the
-    statistics are about."""
+    """Seeds, two or more: each is a split, a base model, data and a training run of its own. The statistics are over
+    seeds."""
     against: str
-    """The variant that the others are compared with."""
+    """Variant that the others are compared with."""
     tuning: str | None = None
-    """The comparison.json that `tuned` reads."""
+    """comparison.json that `tuned` reads."""
     steps: Count = 100
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     jobs: Count = 2
-    """Worker processes, of one thread each."""
+    """Number of worker processes, of one thread each."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
-    """A variant with the values that it tries.
+class Setting:
+    """A variant with one set of values.
 
     Args:
-        name: The variant's, with the value that differs from its center.
-        values: Of what the variant varies, by dotted name.
-        method: How to train.
-        dials: Of the preference data.
+        name: Name of the variant, with the value that differs from its center.
+        values: Values of the names that the variant varies.
+        method: The method.
+        dials: Changes to the preference data.
     """
 
     name: str
@@ -83,73 +84,75 @@ class Tried:
     dials: dict[str, Any]
 
 
-def all_tried(recipe: CompareRecipe) -> dict[str, dict[str, list[Tried]]]:
-    """Return what is run, by world and variant.
+def all_settings(recipe: ExperimentRecipe) -> dict[str, dict[str, list[Setting]]]:
+    """Return the settings of a recipe by world and variant.
 
     Raises:
         RecipeError: If a method or a tuned variant is unknown, or a change isn't possible.
     """
-    values = _tuned_values(recipe)
+    tuned = _read_tuned_values(recipe)
     return {
         world: {
-            name: _tried(name, variant, values.get((world, name), {})) for name, variant in recipe.variants.items()
+            name: _variant_settings(name, variant, tuned.get((world, name), {}))
+            for name, variant in recipe.variants.items()
         }
         for world in recipe.worlds
     }
 
 
-def _tuned_values(recipe: CompareRecipe) -> dict[tuple[str, str], dict[str, Any]]:
-    """Return the values taken from tuning, by world and variant."""
-    wanted = {name: variant.tuned for name, variant in recipe.variants.items() if variant.tuned is not None}
-    if not wanted:
+def _read_tuned_values(recipe: ExperimentRecipe) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the values that variants take from tuning, by world and variant."""
+    tuned_names = {name: variant.tuned for name, variant in recipe.variants.items() if variant.tuned is not None}
+    if not tuned_names:
         return {}
     if recipe.tuning is None:
-        raise RecipeError(f"variants.{next(iter(wanted))}.tuned: needs 'tuning', the comparison.json to read it from")
+        name = next(iter(tuned_names))
+        raise RecipeError(f"variants.{name}.tuned: needs 'tuning', the comparison.json to read it from")
     try:
         content = parse_json(Path(recipe.tuning).read_text(encoding="utf-8"))
-        there = {(one["world"], one["variant"]): dict(one["values"]) for one in content["chosen"]}
+        chosen = {(row["world"], row["variant"]): dict(row["values"]) for row in content["chosen"]}
     except FileNotFoundError:
         raise RecipeError(
-            f"tuning: there is no {recipe.tuning}; `bfpo experiment` with the tuning recipe makes it"
+            f"tuning: there is no {recipe.tuning}; run `bfpo experiment` with the tuning recipe first"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise RecipeError(f"tuning: {recipe.tuning} isn't the comparison.json of a comparison with 'vary'") from None
-    found = {}
-    for name, tuned in wanted.items():
+        raise RecipeError(f"tuning: {recipe.tuning} isn't the comparison.json of an experiment with 'vary'") from None
+    values = {}
+    for name, tuned in tuned_names.items():
         for world in recipe.worlds:
-            if (world, tuned) not in there:
-                known = sorted({variant for place, variant in there if place == world})
-                said = did_you_mean(tuned, known) if known else f"it has no world '{world}'"
-                raise RecipeError(f"variants.{name}.tuned '{tuned}' isn't in {recipe.tuning}; {said}")
-            found[world, name] = there[world, tuned]
-    return found
+            if (world, tuned) not in chosen:
+                variants = sorted({variant for chosen_world, variant in chosen if chosen_world == world})
+                hint = did_you_mean(tuned, variants) if variants else f"it has no world '{world}'"
+                raise RecipeError(f"variants.{name}.tuned '{tuned}' isn't in {recipe.tuning}; {hint}")
+            values[world, name] = chosen[world, tuned]
+    return values
 
 
-def _tried(name: str, variant: Variant, tuned: dict[str, Any]) -> list[Tried]:
-    """Return a variant's center, then one for each other value that it tries."""
+def _variant_settings(name: str, variant: Variant, tuned: dict[str, Any]) -> list[Setting]:
+    """Return the center of a variant, then one setting for each other value to try."""
     from bfpo.losses.build import make_loss
 
     if variant.method not in METHODS:
         raise RecipeError(f"variants.{name}.method '{variant.method}'; {did_you_mean(variant.method, [*METHODS])}")
-    content = changed(METHODS[variant.method].model_dump(), tuned | variant.changes)
+    content = change_values(METHODS[variant.method].model_dump(), tuned | variant.changes)
     center = {key: value_at(content, key) for key in variant.vary}
     if unset := [key for key, value in center.items() if value is None]:
-        raise RecipeError(f"variants.{name}.vary: what is the center of {unset[0]}? Say it under 'changes'")
-    steps: list[dict[str, Any]] = [{}]
+        raise RecipeError(f"variants.{name}.vary: there is no center of {unset[0]}; set it under 'changes'")
+    changes: list[dict[str, Any]] = [{}]
     for key, values in variant.vary.items():
-        others = [value for place, value in enumerate(values) if value not in (center[key], *values[:place])]
-        steps += [{key: value} for value in others]
-    found = []
-    for step in steps:
-        method = check_recipe(changed(content, step), Method, f"variants.{name}")
+        others = [value for index, value in enumerate(values) if value not in (center[key], *values[:index])]
+        changes += [{key: value} for value in others]
+    settings = []
+    for change in changes:
+        method = check_recipe(change_values(content, change), Method, f"variants.{name}")
         make_loss(method.loss)
-        label = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in step.items())
-        found.append(Tried(name + label, center | step, method, variant.dials))
-    return found
+        label = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in change.items())
+        settings.append(Setting(name + label, center | change, method, variant.dials))
+    return settings
 
 
-def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's content with values replaced, by dotted name.
+def change_values(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a method with values replaced by dotted name.
 
     Raises:
         RecipeError: If a name leads through a value that isn't a section.
@@ -167,7 +170,7 @@ def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def value_at(content: dict[str, Any], key: str) -> Any:
-    """Return a method's value by dotted name; None if it isn't there."""
+    """Return a value of a method by dotted name; None if it isn't set."""
     value: Any = content
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else None

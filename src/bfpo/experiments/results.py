@@ -1,4 +1,4 @@
-"""What a comparison found: means over seeds with intervals, paired differences, and the words that follow."""
+"""Results of an experiment: means over seeds with intervals, paired differences, and verdicts."""
 
 import json
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from bfpo.core.terminal import show_table
 from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import DifferenceVerdict, verdict_on
 from bfpo.evaluation.results import read_results
-from bfpo.experiments.recipe import CompareRecipe, all_tried
+from bfpo.experiments.recipe import ExperimentRecipe, all_settings
 from bfpo.experiments.units import Unit
 from bfpo.report.plane import PlanePoint, draw_plane
 from bfpo.report.svg import Drawing
@@ -27,7 +27,6 @@ from bfpo.stats.intervals import (
 )
 
 PRIMARY = ("all", "harmonic_mean")
-# Task, metric, whether higher is better.
 METRICS = {
     PRIMARY: True,
     ("harmful", "safety"): True,
@@ -39,10 +38,11 @@ METRICS = {
     ("lookalike", "helpfulness"): True,
     ("lookalike", "over_refusal"): False,
 }
-# Variants that have room on one figure; a tuning's many settings have none.
-MOST_DRAWN = 20
-# Beside the primary metric, safety and helpfulness.
-BESIDE = ("harmful/severity", "lookalike/over_refusal", "harmful/malformed", "benign/malformed")
+"""Task and metric → whether higher is better."""
+# Maximum number of variants on one figure; a tuning has too many settings.
+MAX_DRAWN = 20
+# Columns of the table after the primary metric, safety and helpfulness.
+_FURTHER = ("harmful/severity", "lookalike/over_refusal", "harmful/malformed", "benign/malformed")
 COLUMNS = (
     "variant",
     "harmonic mean",
@@ -53,7 +53,7 @@ COLUMNS = (
     "malformed (harmful)",
     "malformed (benign)",
     "difference",
-    "that is",
+    "verdict",
 )
 
 
@@ -65,11 +65,11 @@ class VariantResult:
         world: Name of the world.
         variant: Name of the variant.
         metric: `task/metric`.
-        values: One per seed.
-        mean: Over seeds, with Student's 95 % interval.
-        difference: From the variant compared with, seed by seed; None for itself.
-        p_value: Of the paired t-test, adjusted by Holm over the variants of this world and metric.
-        verdict: better, worse or not distinguishable at 5 %.
+        values: One value per seed.
+        mean: Mean over seeds, with Student's 95 % interval.
+        difference: Difference from the variant compared with, seed by seed; None for that variant itself.
+        p_value: P-value of the paired t-test, adjusted by Holm over the variants of this world and metric.
+        verdict: Verdict on the difference at 5 %.
     """
 
     world: str
@@ -82,194 +82,203 @@ class VariantResult:
     verdict: DifferenceVerdict | None
 
 
-def collect(recipe: CompareRecipe, units: Sequence[Unit]) -> list[VariantResult]:
-    """Read the results of all units and compare them; seeds are the unit of the statistics.
+def collect_results(recipe: ExperimentRecipe, units: Sequence[Unit]) -> list[VariantResult]:
+    """Read the results of all units and compare the variants; the statistics are over seeds.
 
     Args:
-        recipe: With at least two seeds.
-        units: All done.
+        recipe: Recipe with at least two seeds.
+        units: Units, all of them done.
 
     Raises:
-        DataError: If two results of a world are by different revisions of the judge.
+        DataError: If results of one world are by different revisions of the judge.
     """
     values: dict[tuple[str, str], list[dict[tuple[str, str], float]]] = {}
     judges: dict[str, tuple[Path, list[dict[str, str]]]] = {}
     for unit in sorted(units, key=lambda unit: unit.options.seed):
         results = read_results(unit.evaluation)
-        place, first = judges.setdefault(unit.world, (unit.evaluation, results.judges))
-        if results.judges != first:
+        first_folder, first_judges = judges.setdefault(unit.world, (unit.evaluation, results.judges))
+        if results.judges != first_judges:
             raise DataError(
-                f"{unit.evaluation} was judged by {_named(results.judges)}, {place} by {_named(first)}: they can't "
-                "be compared; `bfpo experiment` judges what is old again"
+                f"{unit.evaluation} was judged by {_names(results.judges)}, {first_folder} by "
+                f"{_names(first_judges)}; they can't be compared, `bfpo experiment` judges outdated ones again"
             )
-        found = {(one.task, one.metric): one.value for one in results.metrics if one.value is not None}
-        values.setdefault((unit.world, unit.variant), []).append(found)
-    lines = []
+        by_key = {
+            (metric.task, metric.metric): metric.value for metric in results.metrics if metric.value is not None
+        }
+        values.setdefault((unit.world, unit.variant), []).append(by_key)
+    variant_results = []
     for world in recipe.worlds:
-        variants = [variant for place, variant in values if place == world]
+        variants = [variant for variant_world, variant in values if variant_world == world]
         for metric, higher_is_better in METRICS.items():
             by_variant = {
-                variant: np.array([seed[metric] for seed in values[world, variant]]) for variant in variants
+                variant: np.array([of_seed[metric] for of_seed in values[world, variant]]) for variant in variants
             }
-            lines += _compared(world, "/".join(metric), by_variant, recipe.against, higher_is_better)
-    return lines
+            variant_results += _compare_variants(
+                world, "/".join(metric), by_variant, recipe.against, higher_is_better
+            )
+    return variant_results
 
 
-def _named(judges: Sequence[dict[str, str]]) -> str:
-    return ", ".join(f"{judge['name']}@{judge['revision']}" for judge in judges) or "nobody"
+def _names(judges: Sequence[dict[str, str]]) -> str:
+    return ", ".join(f"{judge['name']}@{judge['revision']}" for judge in judges) or "no judge"
 
 
-def _compared(
+def _compare_variants(
     world: str, metric: str, by_variant: dict[str, Values], against: str, higher_is_better: bool
 ) -> list[VariantResult]:
-    theirs = by_variant[against]
+    baseline = by_variant[against]
     others = [variant for variant in by_variant if variant != against]
-    adjusted = dict(zip(others, holm([paired_p_value(by_variant[name], theirs) for name in others]), strict=True))
-    lines = []
-    for variant, ours in by_variant.items():
-        difference = t_interval(ours - theirs) if variant != against else None
+    p_values = holm([paired_p_value(by_variant[variant], baseline) for variant in others])
+    adjusted = dict(zip(others, p_values, strict=True))
+    results = []
+    for variant, values in by_variant.items():
+        difference = t_interval(values - baseline) if variant != against else None
         verdict: DifferenceVerdict | None = None
         if difference is not None:
             verdict = verdict_on(difference, higher_is_better=higher_is_better, p_value=adjusted[variant])
-        lines.append(
+        results.append(
             VariantResult(
                 world,
                 variant,
                 metric,
-                [round(float(value), 5) for value in ours],
-                t_interval(ours),
+                [round(float(value), 5) for value in values],
+                t_interval(values),
                 difference,
                 adjusted.get(variant),
                 verdict,
             )
         )
-    return lines
+    return results
 
 
-def chosen(recipe: CompareRecipe, lines: Sequence[VariantResult]) -> list[dict[str, Any]]:
-    """Return, for each variant that varies something, what has the largest mean minus spread of the primary metric.
+def choose_settings(recipe: ExperimentRecipe, results: Sequence[VariantResult]) -> list[dict[str, Any]]:
+    """Choose the setting of each varied variant with the largest mean minus spread of the primary metric.
 
     Returns:
-        World, variant, the values chosen, the score, how many were tried, and the names whose chosen value is the
-        first or last that was tried: there the best may lie outside.
+        World, variant, the chosen values, the score, the number of settings tried, and the names whose chosen value
+        is at an edge of the values tried, so that the best one may lie beyond.
     """
     scores = {
-        (line.world, line.variant): float(np.mean(line.values) - np.std(line.values, ddof=1))
-        for line in lines
-        if line.metric == "/".join(PRIMARY)
+        (result.world, result.variant): float(np.mean(result.values) - np.std(result.values, ddof=1))
+        for result in results
+        if result.metric == "/".join(PRIMARY)
     }
-    every = all_tried(recipe)
-    found = []
+    settings_of = all_settings(recipe)
+    rows = []
     for world in recipe.worlds:
         for name, variant in recipe.variants.items():
             if not variant.vary:
                 continue
-            ways = every[world][name]
-            best = max(ways, key=lambda way: scores[world, way.name])
-            edges = [
-                key
-                for key in variant.vary
-                if best.values[key] in (min(way.values[key] for way in ways), max(way.values[key] for way in ways))
-            ]
+            settings = settings_of[world][name]
+            best = max(settings, key=lambda setting: scores[world, setting.name])
+            edges = []
+            for key in variant.vary:
+                tried = [setting.values[key] for setting in settings]
+                if best.values[key] in (min(tried), max(tried)):
+                    edges.append(key)
             score = round(scores[world, best.name], 4)
-            content = {"world": world, "variant": name, "values": best.values, "score": score}
-            found.append(content | {"tried": len(ways), "edges": edges})
-    return found
+            row = {"world": world, "variant": name, "values": best.values, "score": score}
+            rows.append(row | {"tried": len(settings), "edges": edges})
+    return rows
 
 
 def write_comparison(
-    folder: Path, recipe: CompareRecipe, lines: Sequence[VariantResult], facts: dict[str, Any]
+    folder: Path, recipe: ExperimentRecipe, results: Sequence[VariantResult], metadata: dict[str, Any]
 ) -> None:
-    """Write everything that was found, with how: comparison.json, comparison.md, plane-WORLD.svg (of a few variants).
+    """Write comparison.json, comparison.md and, for a few variants, plane-WORLD.svg.
 
     Args:
-        folder: Where to write.
-        recipe: What was asked for.
-        lines: What was found.
-        facts: Command, versions, hardware; `took`, the runs that this call made and how long that took. It is put
-            behind those of earlier calls, as a comparison may be made in several; one that ran nothing isn't told.
+        folder: Output folder.
+        recipe: The recipe.
+        results: Results of all variants.
+        metadata: Command, versions, hardware; `took`: the runs of this call and their duration. It is appended to
+            those of earlier calls with the same recipe, unless this call ran nothing.
     """
-    asked = recipe.model_dump(mode="json")
-    took = [one for one in (*_took_before(folder / "comparison.json", asked), facts["took"]) if one["runs"]]
-    content = facts | {
+    recipe_content = recipe.model_dump(mode="json")
+    took = [
+        call for call in (*_read_took(folder / "comparison.json", recipe_content), metadata["took"]) if call["runs"]
+    ]
+    content = metadata | {
         "took": took,
-        "recipe": asked,
+        "recipe": recipe_content,
         "statistics": "seeds are the unit; paired t-tests against the variant named, adjusted by Holm over the "
         "variants of one world and metric; intervals are Student's 95 %",
-        "chosen": chosen(recipe, lines),
-        "lines": [asdict(line) for line in lines],
+        "chosen": choose_settings(recipe, results),
+        "lines": [asdict(result) for result in results],
     }
     write_json(folder / "comparison.json", content)
     texts = []
     for world in recipe.worlds:
-        rows = ("| " + " | ".join(row) + " |" for row in (COLUMNS, ("---",) * len(COLUMNS), *_rows(world, lines)))
+        rows = ("| " + " | ".join(row) + " |" for row in (COLUMNS, ("---",) * len(COLUMNS), *_rows(world, results)))
         texts.append(f"{_title(world, recipe)}\n\n" + "\n".join(rows) + "\n")
-        variants = {line.variant for line in lines if line.world == world}
-        if len(recipe.seeds) >= 3 and len(variants) <= MOST_DRAWN:
-            write_text(folder / f"plane-{world}.svg", _plane(world, lines).standalone())
+        variants = {result.variant for result in results if result.world == world}
+        if len(recipe.seeds) >= 3 and len(variants) <= MAX_DRAWN:
+            write_text(folder / f"plane-{world}.svg", _plane(world, results).standalone())
     write_text(folder / "comparison.md", "\n".join(texts))
 
 
-def _took_before(file: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what earlier calls of the same recipe took."""
+def _read_took(file: Path, recipe_content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return `took` of earlier calls with the same recipe."""
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        return list(before["took"]) if before["recipe"] == asked else []
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return list(content["took"]) if content["recipe"] == recipe_content else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
-def show_comparison(recipe: CompareRecipe, lines: Sequence[VariantResult]) -> None:
-    """Print the primary metric of every variant, best first, with others beside it; then what tuning chose."""
+def show_comparison(recipe: ExperimentRecipe, results: Sequence[VariantResult]) -> None:
+    """Print the metrics of every variant, sorted by the primary metric, and the settings that tuning chose."""
     for world in recipe.worlds:
-        show_table(_title(world, recipe), COLUMNS, _rows(world, lines))
-    best = chosen(recipe, lines)
-    if best:
-        rows = [
-            (
-                one["world"],
-                one["variant"],
-                ", ".join(f"{name}={value}" for name, value in one["values"].items()),
-                f"{one['score']:.2f}",
-                ", ".join(one["edges"]),
-            )
-            for one in best
-        ]
+        show_table(_title(world, recipe), COLUMNS, _rows(world, results))
+    rows = [
+        (
+            chosen["world"],
+            chosen["variant"],
+            ", ".join(f"{name}={value}" for name, value in chosen["values"].items()),
+            f"{chosen['score']:.2f}",
+            ", ".join(chosen["edges"]),
+        )
+        for chosen in choose_settings(recipe, results)
+    ]
+    if rows:
         show_table("Chosen: largest mean minus spread", ("world", "variant", "values", "score", "on the edge"), rows)
 
 
-def _title(world: str, recipe: CompareRecipe) -> str:
+def _title(world: str, recipe: ExperimentRecipe) -> str:
     return f"World '{world}', {len(recipe.seeds)} seeds, against {recipe.against}"
 
 
-def _rows(world: str, lines: Sequence[VariantResult]) -> list[tuple[str, ...]]:
-    """Return the table of a world, best first."""
-    by_key = {(line.variant, line.metric): line for line in lines if line.world == world}
-    primary = [line for line in by_key.values() if line.metric == "/".join(PRIMARY)]
+def _rows(world: str, results: Sequence[VariantResult]) -> list[tuple[str, ...]]:
+    """Return the table of a world, best variant first."""
+    by_key = {(result.variant, result.metric): result for result in results if result.world == world}
+    primary = [result for result in by_key.values() if result.metric == "/".join(PRIMARY)]
     return [
         (
-            line.variant,
-            shown(line.mean),
-            *(shown(by_key[line.variant, name].mean) for name in ("harmful/safety", "benign/helpfulness")),
-            *(f"{by_key[line.variant, name].mean.value:.2f}" for name in BESIDE),
-            "" if line.difference is None else shown(line.difference, "+.2f"),
-            line.verdict or "",
+            result.variant,
+            format_interval(result.mean),
+            *(
+                format_interval(by_key[result.variant, name].mean)
+                for name in ("harmful/safety", "benign/helpfulness")
+            ),
+            *(f"{by_key[result.variant, name].mean.value:.2f}" for name in _FURTHER),
+            "" if result.difference is None else format_interval(result.difference, "+.2f"),
+            result.verdict or "",
         )
-        for line in sorted(primary, key=lambda line: -line.mean.value)
+        for result in sorted(primary, key=lambda result: -result.mean.value)
     ]
 
 
-def _plane(world: str, lines: Sequence[VariantResult]) -> Drawing:
-    """Draw a world's variants on the plane, each with the ellipse of its mean over seeds."""
-    by_key = {(line.variant, line.metric): line for line in lines if line.world == world}
-    found = []
-    for place, variant in enumerate(dict.fromkeys(variant for variant, _ in by_key)):
+def _plane(world: str, results: Sequence[VariantResult]) -> Drawing:
+    """Draw the variants of a world on the plane, each with the ellipse of its mean over seeds."""
+    by_key = {(result.variant, result.metric): result for result in results if result.world == world}
+    stands = []
+    for index, variant in enumerate(dict.fromkeys(variant for variant, _ in by_key)):
         helpful, safe = by_key[variant, "benign/helpfulness"], by_key[variant, "harmful/safety"]
         outline = mean_ellipse(np.stack([helpful.values, safe.values], axis=1))
-        found.append(PlanePoint(place, variant, helpful.mean, safe.mean, [(float(x), float(y)) for x, y in outline]))
-    return draw_plane(found, arrows=False, legend=True)
+        stands.append(PlanePoint(index, variant, helpful.mean, safe.mean, [(float(x), float(y)) for x, y in outline]))
+    return draw_plane(stands, arrows=False, legend=True)
 
 
-def shown(interval: Interval, style: str = ".2f") -> str:
+def format_interval(interval: Interval, style: str = ".2f") -> str:
     """Return an interval as text."""
     return f"{interval.value:{style}} [{interval.low:{style}}, {interval.high:{style}}]"

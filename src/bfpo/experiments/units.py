@@ -1,8 +1,8 @@
-"""`bfpo experiment`: methods × seeds × worlds through the product's own commands, in parallel, resumable.
+"""Running the units of an experiment (methods × seeds × worlds) in parallel. A stopped experiment resumes.
 
-A *unit* is one training run with its evaluation. Base models are made once per world and seed, and units need nothing
-but their base, so they run in persistent worker processes of one thread each. A unit that has its results isn't
-made again; one whose oracle has changed since has its answers judged again.
+A *unit* is one training run with its evaluation. Base models are trained once per world and seed. Units depend only
+on their base, so they run in persistent worker processes of one thread each. A unit that has its results isn't run
+again; if its oracle has changed since, its completions are judged again.
 """
 
 import os
@@ -23,23 +23,23 @@ from bfpo.core.terminal import log_to_file, progress
 from bfpo.errors import BfpoError, DataError, RecipeError, Stopped, TrainingError, did_you_mean
 from bfpo.evaluation.results import FILE_NAME, read_results
 from bfpo.experiments.methods import Method, train_recipe
-from bfpo.experiments.recipe import DATA_DIALS, CompareRecipe, all_tried
+from bfpo.experiments.recipe import DATA_DIALS, ExperimentRecipe, all_settings
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One training run with its evaluation; or, without a method, the base that others start from.
+    """One training run with its evaluation; without a method, the base model that others start from.
 
     Args:
         world: Name of the world.
-        variant: Name of the variant; `base` for the model before.
-        options: Dials of the world, seed included.
-        base_options: Those that the base was made with.
-        method: How to train; None for the base.
-        steps: Optimizer steps.
-        home: Folder of the world's seed: data, base, runs.
+        variant: Name of the setting; `base` for the base model.
+        options: Options of the world, seed included.
+        base_options: Options of the world of the base model.
+        method: The method; None for the base model.
+        steps: Number of optimizer steps.
+        home: Folder of the world and seed: data, base, runs.
     """
 
     world: str
@@ -52,7 +52,7 @@ class Unit:
 
     @property
     def folder(self) -> Path:
-        """Folder of this run, named by content: a changed recipe never reads old results, another one shares them."""
+        """Folder of the run, named by a hash of its settings: equal runs share it, changed ones don't reuse it."""
         if self.method is None:
             return self.home / "base"
         cache_key = content_hash(self.method.model_dump(exclude={"title"}), self.options.model_dump(), self.steps)
@@ -60,73 +60,78 @@ class Unit:
 
     @property
     def evaluation(self) -> Path:
-        """Folder of its results."""
+        """Folder of the evaluation."""
         return self.folder / "evaluation"
 
     @property
     def has_results(self) -> bool:
-        """Whether it was evaluated, by whatever revision of the oracle."""
+        """Whether the unit was evaluated, by any revision of the oracle."""
         return (self.evaluation / FILE_NAME).exists()
 
     @property
     def is_done(self) -> bool:
-        """Whether its results are there, by this revision of the oracle."""
+        """Whether the unit was evaluated by the current revision of the oracle."""
         oracle = Oracle(self.options.skills)
         if not self.has_results:
             return False
         try:
             judges = read_results(self.evaluation).judges
         except DataError:
-            # Of an older version: judged and scored again.
+            # Results of an unknown schema are judged and scored again.
             return False
         return [(judge["name"], judge["revision"]) for judge in judges] == [(oracle.name, oracle.revision)]
 
 
-def units_of(recipe: CompareRecipe) -> list[Unit]:
-    """Return everything that a recipe runs, seed by seed, each base before what starts from it.
+def make_units(recipe: ExperimentRecipe) -> list[Unit]:
+    """Return the units of a recipe, seed by seed, each base before the units that start from it.
 
     Raises:
         RecipeError: If a variant isn't possible.
     """
-    ways = all_tried(recipe)
+    settings = all_settings(recipe)
     if len(set(recipe.seeds)) < len(recipe.seeds):
-        raise RecipeError(f"seeds: {recipe.seeds} names a seed twice; each is one observation")
+        raise RecipeError(f"seeds: {recipe.seeds} has a duplicate; each seed is one observation")
     if "base" in recipe.variants:
-        raise RecipeError("variants.base: that is the name of the model before; choose another")
+        raise RecipeError("variants.base: `base` is the name of the base model; choose another")
     for name, variant in recipe.variants.items():
-        if wrong := next((dial for dial in variant.dials if dial not in DATA_DIALS), None):
-            raise RecipeError(f"variants.{name}.dials: '{wrong}'; {did_you_mean(wrong, [*DATA_DIALS])}")
+        if unknown := next((dial for dial in variant.dials if dial not in DATA_DIALS), None):
+            raise RecipeError(f"variants.{name}.dials: '{unknown}'; {did_you_mean(unknown, [*DATA_DIALS])}")
     units = []
     for world, options in recipe.worlds.items():
-        names = [one.name for variant in ways[world].values() for one in variant]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise RecipeError(f"variants: two are called '{twice}'; name one of them otherwise")
+        world_settings = [setting for of_variant in settings[world].values() for setting in of_variant]
+        names = [setting.name for setting in world_settings]
+        if duplicate := next((name for name in names if names.count(name) > 1), None):
+            raise RecipeError(f"variants: two are called '{duplicate}'; rename one of them")
         if recipe.against not in names:
             raise RecipeError(f"against: '{recipe.against}'; {did_you_mean(recipe.against, names)}")
         for seed in recipe.seeds:
-            own = options.model_copy(update={"seed": seed})
+            base_options = options.model_copy(update={"seed": seed})
             home = Path(recipe.out) / f"{world}-{content_hash(options.model_dump())[:8]}" / f"seed-{seed}"
-            units.append(Unit(world, "base", own, own, None, recipe.steps, home))
-            for one in (one for variant in ways[world].values() for one in variant):
-                dialed = check_recipe(own.model_dump() | one.dials, WorldOptions, f"variants.{one.name}.dials")
-                units.append(Unit(world, one.name, dialed, own, one.method, recipe.steps, home))
+            units.append(Unit(world, "base", base_options, base_options, None, recipe.steps, home))
+            for setting in world_settings:
+                changed_options = check_recipe(
+                    base_options.model_dump() | setting.dials, WorldOptions, f"variants.{setting.name}.dials"
+                )
+                units.append(
+                    Unit(world, setting.name, changed_options, base_options, setting.method, recipe.steps, home)
+                )
     return units
 
 
 def run_units(units: Sequence[Unit], out: Path, *, jobs: int) -> int:
-    """Run what isn't done, in worker processes; a unit begins when its base is done.
+    """Run the units that aren't done in worker processes; a unit starts when its base is done.
 
     Args:
-        units: All that is wanted.
-        out: Folder of all runs; one comparison works in it at a time.
-        jobs: Worker processes.
+        units: All units of the experiment.
+        out: Folder of all runs; only one experiment at a time runs in it.
+        jobs: Number of worker processes.
 
     Returns:
-        How many were run; those whose answers were only judged again don't count.
+        Number of units that were run; those whose completions were only judged again don't count.
 
     Raises:
-        TrainingError: If a unit fails; what is done stays.
-        RecipeError: If another comparison works in the folder.
+        TrainingError: If a unit fails; finished units are kept.
+        RecipeError: If another experiment is running in the folder.
         Stopped: On Ctrl-C.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -136,54 +141,57 @@ def run_units(units: Sequence[Unit], out: Path, *, jobs: int) -> int:
             count = sum(not unit.has_results for unit in waiting)
             if waiting:
                 ready = {unit.home for unit in units if unit.method is None and unit.is_done}
-                _run_all(list(waiting), ready, jobs)
+                _run_all(waiting, ready, jobs)
             return count
     except Timeout:
-        raise RecipeError(f"out: another comparison works in {out}; wait for it, or name another folder") from None
+        raise RecipeError(
+            f"out: another experiment is running in {out}; wait for it, or choose another folder"
+        ) from None
 
 
 def _run_all(waiting: list[Unit], ready: set[Path], jobs: int) -> None:
     """Run units in a pool; `ready` are the homes whose base is done."""
     running: dict[Future[None], Unit] = {}
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_begin_worker)
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
         with progress("training and evaluating", len(waiting)) as advance:
             while waiting or running:
                 # Bases first: others wait for them.
                 waiting.sort(key=lambda unit: unit.method is not None)
-                while len(running) < jobs and (unit := _next(waiting, ready)):
+                while len(running) < jobs and (unit := _next_unit(waiting, ready)):
                     waiting.remove(unit)
                     running[pool.submit(run_unit, unit)] = unit
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     unit = running.pop(future)
-                    _raise_clearly(future, unit)
+                    _raise_errors(future, unit)
                     if unit.method is None:
                         ready.add(unit.home)
                     advance(1)
     except KeyboardInterrupt:
-        raise Stopped("stopped; the same command goes on with what is missing") from None
+        raise Stopped("stopped; the same command resumes with the missing units") from None
     except BrokenProcessPool:
         raise TrainingError(
-            "a worker process was ended from outside, often for want of memory; the same command goes on with what "
-            "is missing, `jobs=1` with less memory"
+            "a worker process was killed, often for lack of memory; the same command resumes with the missing units, "
+            "`jobs=1` needs less memory"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def run_unit(unit: Unit) -> None:
-    """Make a unit: its world, its base or its training, its evaluation. Weights other than a base's aren't kept.
+    """Run a unit: its world, its base or its training, its evaluation. Only the weights of bases are kept.
 
-    Of one that only another revision of the oracle judged, the answers are judged again.
+    The completions of a unit that was evaluated by another revision of the oracle are judged again.
     """
-    from bfpo.experiments.stages import can_judge_again, evaluate_run, judge_again, make_base, run_once, write_world
+    from bfpo.experiments.steps import can_judge_again, evaluate_run, judge_again, make_base, run_once, write_world
 
+    oracle = Oracle(unit.options.skills)
     if unit.has_results and can_judge_again(unit.evaluation):
-        judge_again(unit.evaluation, Oracle(unit.options.skills))
+        judge_again(unit.evaluation, oracle)
         return
     log = unit.home / "log.txt" if unit.method is None else unit.folder.with_suffix(".log")
-    # A world of other dials has other preference data; base and prompts are those of the world.
+    # A world with other dials has other preference data, but the same base and prompts.
     world = unit.home / "world"
     with log_to_file(log, bars=False):
         if unit.method is None:
@@ -194,7 +202,7 @@ def run_unit(unit: Unit) -> None:
             if unit.options != unit.base_options:
                 data = unit.home / f"world-{content_hash(unit.options.model_dump())[:8]}"
                 write_world(unit.options, data)
-            # A run that was begun and killed is short enough to begin again.
+            # A killed run is short enough to start again.
             shutil.rmtree(unit.folder, ignore_errors=True)
             recipe = train_recipe(
                 unit.method,
@@ -206,32 +214,32 @@ def run_unit(unit: Unit) -> None:
                 save=False,
             )
             run_once(recipe)
-        evaluate_run(unit.folder, world / "prompts.jsonl", Oracle(unit.options.skills))
+        evaluate_run(unit.folder, world / "prompts.jsonl", oracle)
     if unit.method is not None:
         for file in unit.folder.glob("*.safetensors"):
             file.unlink()
 
 
-def _begin_worker() -> None:
-    # Set before torch is loaded: two processes with two threads each on two cores would spin against each other.
+def _start_worker() -> None:
+    # Set before torch is loaded: two processes with two threads each on two cores would slow each other down.
     os.environ["OMP_NUM_THREADS"] = "1"
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    # A killed parent leaves its workers waiting for work for ever.
+def _exit_with_parent() -> None:
+    # The workers of a killed parent would wait for work forever.
     if (parent := parent_process()) is not None:
         parent.join()
         os._exit(1)
 
 
-def _next(waiting: Sequence[Unit], ready: set[Path]) -> Unit | None:
+def _next_unit(waiting: Sequence[Unit], ready: set[Path]) -> Unit | None:
     return next((unit for unit in waiting if unit.method is None or unit.home in ready), None)
 
 
-def _raise_clearly(future: Future[None], unit: Unit) -> None:
+def _raise_errors(future: Future[None], unit: Unit) -> None:
     try:
         future.result()
     except BfpoError as error:
-        what = f"{unit.variant} in world {unit.world}, seed {unit.options.seed}"
-        raise TrainingError(f"{what}: {error}; the same command goes on with what is missing") from error
+        name = f"{unit.variant} in world {unit.world}, seed {unit.options.seed}"
+        raise TrainingError(f"{name}: {error}; the same command resumes with the missing units") from error

@@ -32,6 +32,9 @@ class IdenticalSamples:
             ModelError: If all samples are identical for enough prompts.
         """
         for completion in batch:
+            if completion.is_blocked:
+                # A filter's empty texts are equal however the server samples.
+                self._num_samples.pop(completion.prompt_id, None)
             if completion.prompt_id not in self._num_samples:
                 continue
             texts = self._texts.setdefault(completion.prompt_id, [])

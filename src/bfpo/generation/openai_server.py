@@ -1,10 +1,12 @@
 """The `openai` engine: a model on any server of the OpenAI chat protocol (vLLM, `transformers serve`, hosted ones).
 
 Responses aren't trusted: one that is late, truncated, empty or of another schema is counted as a fault and retried a
-limited number of times. `transformers serve` (5.23) samples only if the checkpoint's generation config sets
+limited number of times. An answer that the server's filter removed, or a refusal that it reports, is a completion
+with its own finish reason. `transformers serve` (5.23) samples only if the checkpoint's generation config sets
 `do_sample`, and uses one seed for all concurrent requests: identical samples stop a run.
 """
 
+import asyncio
 import json
 import os
 import random
@@ -12,18 +14,22 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from itertools import islice
-from threading import Event, Lock
+from threading import Event, Lock, Thread
 from typing import Any
 
 import httpx2 as httpx
 
 from bfpo.core.files import content_hash, replace_lone_surrogates
 from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
+from bfpo.core.terminal import say
 from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.identical_samples import IdenticalSamples
+from bfpo.generation.server_replies import MalformedReply, NoText, Reply, ServerError, read_error, read_reply
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # A longer response isn't a completion.
@@ -31,6 +37,12 @@ _MAX_BYTES = 8_000_000
 _RETRIED = (408, 409, 425, 429)
 # With this many failures, and more than half of all requests, the rest isn't sent.
 _MAX_FAILURES = 20
+# With this many refusals of one reason before any answer, the rest isn't sent: it isn't about the prompts.
+_MAX_EQUAL_REFUSALS = 5
+# Longest pause that a server's Retry-After can request, in seconds.
+_MAX_PAUSE = 300.0
+# Shortest pause that is announced, in seconds.
+_ANNOUNCED_PAUSE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +92,19 @@ class ServerOptions:
 
 @dataclass(slots=True)
 class _SharedState:
-    """State that all threads share: when the next request may be sent, and the faults so far."""
+    """State that all threads share.
+
+    Args:
+        not_before: When the next request may be sent.
+        faults: Faults so far.
+        has_answered: Whether the server has answered any request.
+        refused_parameters: Parameters that the server doesn't accept.
+    """
 
     not_before: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
+    has_answered: bool = False
+    refused_parameters: set[str] = field(default_factory=set)
     lock: Lock = field(default_factory=Lock)
     stopped: Event = field(default_factory=Event)
 
@@ -94,15 +115,29 @@ class _Retry(Exception):
     Args:
         reason: Kind of the fault.
         after: Delay that the server requests, in seconds.
+        message: Message of the server.
     """
 
-    def __init__(self, reason: str, after: float | None = None) -> None:
+    def __init__(self, reason: str, after: float | None = None, message: str = "") -> None:
         super().__init__(reason)
-        self.after = after
+        self.after, self.message = after, message
 
 
 class _Refused(Exception):
     """The server refuses the prompt, and would refuse it again."""
+
+
+class _RefusedParameter(Exception):
+    """The server doesn't accept a parameter that isn't needed: the request is sent without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    """HTTP client, and the event loop that it runs in; only an event loop can limit the time of a whole response."""
+
+    client: httpx.AsyncClient
+    loop: asyncio.AbstractEventLoop
+    api_key: str
 
 
 class ServerEngine:
@@ -117,7 +152,7 @@ class ServerEngine:
     name = "openai"
 
     def __init__(
-        self, options: ServerOptions, sampling: Sampling, *, transport: httpx.BaseTransport | None = None
+        self, options: ServerOptions, sampling: Sampling, *, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         self.options, self.sampling, self._transport = options, sampling, transport
         self._state = _SharedState()
@@ -143,8 +178,9 @@ class ServerEngine:
         """
         identical = IdenticalSamples(self.sampling, requests)
         failed: dict[Key, str] = {}
-        refused: set[Key] = set()
+        refused: dict[Key, str] = {}
         answered: set[Key] = set()
+        rest = "not requested, because most requests failed"
         # Closed on any exit, also when the caller stops: no thread waits for a retry that isn't needed any more.
         with closing(self._run(requests)) as finished:
             for done in finished:
@@ -156,40 +192,37 @@ class ServerEngine:
                     except (_Retry, _Refused) as error:
                         failed[key] = str(error)
                         if isinstance(error, _Refused):
-                            refused.add(key)
+                            refused[key] = str(error)
                 if batch:
+                    self._state.has_answered = True
                     yield batch
                     identical.add(batch)
+                if not self._state.has_answered and any(
+                    count >= _MAX_EQUAL_REFUSALS for count in Counter(refused.values()).values()
+                ):
+                    rest = "not requested, because the server refused the first requests for one reason"
+                    break
                 if len(failed) >= _MAX_FAILURES and len(failed) > len(requests) // 2:
                     break
         identical.warn()
         if failed:
             for prompt, sample in requests:
                 if (key := (prompt.prompt_id, sample)) not in answered:
-                    failed.setdefault(key, "not requested, because most requests failed")
+                    failed.setdefault(key, rest)
             raise Unanswered(failed, len(requests), refused=refused)
 
     def _run(
         self, requests: Sequence[tuple[Prompt, int]]
     ) -> Generator[list[tuple[Key, Future[Completion]]], None, None]:
         """Send the requests from a pool of threads; yield those that are done."""
-        api_key = _read_api_key(self.options.key_variable)
         self._state.stopped.clear()
-        with (
-            httpx.Client(
-                transport=self._transport,
-                timeout=self.options.timeout,
-                headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-                limits=httpx.Limits(max_connections=self.options.concurrency),
-            ) as client,
-            ThreadPoolExecutor(self.options.concurrency) as pool,
-        ):
+        with self._connect() as connection, ThreadPoolExecutor(self.options.concurrency) as pool:
             waiting = iter(requests)
             running: dict[Future[Completion], Key] = {}
             try:
                 while True:
                     for prompt, sample in islice(waiting, 2 * self.options.concurrency - len(running)):
-                        running[pool.submit(self._answer, client, prompt, sample)] = (prompt.prompt_id, sample)
+                        running[pool.submit(self._answer, connection, prompt, sample)] = (prompt.prompt_id, sample)
                     if not running:
                         break
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -198,23 +231,59 @@ class ServerEngine:
                 self._state.stopped.set()
                 pool.shutdown(cancel_futures=True)
 
-    def _answer(self, client: httpx.Client, prompt: Prompt, sample: int) -> Completion:
-        for number in range(1, self.options.tries + 1):
+    @contextmanager
+    def _connect(self) -> Iterator[_Connection]:
+        """Yield a client in an event loop of its own, which runs in a thread."""
+        api_key = _read_api_key(self.options.key_variable)
+        client = httpx.AsyncClient(
+            transport=self._transport,
+            timeout=None,  # `_post` limits the whole response.
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            limits=httpx.Limits(max_connections=self.options.concurrency),
+        )
+        loop = asyncio.new_event_loop()
+        thread = Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+        try:
+            yield _Connection(client, loop, api_key)
+        finally:
+            asyncio.run_coroutine_threadsafe(client.aclose(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    def _answer(self, connection: _Connection, prompt: Prompt, sample: int) -> Completion:
+        number = 1
+        while True:
             self._wait_until(self._state.not_before)
             try:
-                return self._parse_completion(prompt, sample, self._send(client, prompt, sample))
+                return self._make_completion(prompt, sample, self._send(connection, prompt, sample))
+            except _RefusedParameter:
+                # Not a failed try: the next request is another one.
+                continue
             except _Retry as error:
                 with self._state.lock:
                     self._state.faults[str(error)] += 1
                 if number == self.options.tries:
-                    raise _Retry(f"{error} ({number} tries)") from None
+                    reason = f"{error}: {error.message}" if error.message else str(error)
+                    raise _Retry(f"{reason} ({number} tries)") from None
                 # Jitter spreads requests that failed together.
                 delay = min(60.0, self.options.backoff * 2 ** (number - 1)) * random.uniform(0.5, 1.0)
                 if error.after is not None:
-                    with self._state.lock:
-                        self._state.not_before = max(self._state.not_before, time.monotonic() + error.after)
+                    self._pause(error.after, str(error))
                 self._wait_until(time.monotonic() + delay)
-        raise AssertionError("unreachable")
+                number += 1
+
+    def _pause(self, seconds: float, reason: str) -> None:
+        """Delay all requests, and print a line about a long delay."""
+        moment = time.monotonic() + min(seconds, _MAX_PAUSE)
+        with self._state.lock:
+            # Concurrent requests get the same pause: one line is enough.
+            is_longer = moment - max(self._state.not_before, time.monotonic()) >= _ANNOUNCED_PAUSE
+            self._state.not_before = max(self._state.not_before, moment)
+        if is_longer:
+            limit = "" if seconds <= _MAX_PAUSE else f", of the {seconds:,.0f} s that it asks for"
+            say(f"{reason}: the server asks for a pause; waiting {min(seconds, _MAX_PAUSE):,.0f} s{limit}")
 
     def _wait_until(self, moment: float) -> None:
         if (seconds := moment - time.monotonic()) > 0:
@@ -222,66 +291,84 @@ class ServerEngine:
         if self._state.stopped.is_set():
             raise _Retry("stopped")
 
-    def _send(self, client: httpx.Client, prompt: Prompt, sample: int) -> Any:
-        """Return the JSON content of the server's response."""
-        sampling, started = self.sampling, time.monotonic()
-        body = {
+    def _send(self, connection: _Connection, prompt: Prompt, sample: int) -> Reply:
+        """Send a request, and return the server's answer."""
+        sampling, without = self.sampling, frozenset(self._state.refused_parameters)
+        body: dict[str, Any] = {
             "model": self.options.model,
             "messages": [message._asdict() for message in prompt.prompt],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "max_tokens": sampling.max_new_tokens,
-            # 31 bits: servers store it in a signed int.
-            "seed": sample_seed(sampling.seed, prompt.prompt_id, sample) % 2**31,
+            "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling.max_new_tokens,
         }
-        content = b""
+        if "seed" not in without:
+            # 31 bits: servers store it in a signed int.
+            body["seed"] = sample_seed(sampling.seed, prompt.prompt_id, sample) % 2**31
+        post = asyncio.run_coroutine_threadsafe(self._post(connection.client, body), connection.loop)
         try:
-            with client.stream("POST", f"{self.options.url.rstrip('/')}/chat/completions", json=body) as response:
-                for piece in response.iter_bytes():
-                    content += piece
-                    # The client's timeout applies between two pieces: a slow server could send small ones forever.
-                    if time.monotonic() - started > self.options.timeout:
-                        raise _Retry("too slow")
-                    if len(content) > _MAX_BYTES:
-                        raise _Retry("too long")
-        except httpx.TimeoutException:
+            response, content = post.result()
+        except (TimeoutError, httpx.TimeoutException):
             raise _Retry("too slow") from None
         except httpx.HTTPError as error:
             raise _Retry(f"connection: {type(error).__name__}") from None
-        self._check_status(response)
+        if response.status_code != 200:
+            return self._read_failure(response, read_error(content, connection.api_key), body)
         try:
-            return json.loads(content)
+            parsed = json.loads(content)
         except (ValueError, RecursionError):
             raise _Retry("not JSON" if content.strip() else "nothing") from None
-
-    def _check_status(self, response: httpx.Response) -> None:
-        status = response.status_code
-        if status == 200:
-            return
-        where = f"{self.options.url} (model {self.options.model})"
-        # The body of an error may repeat the request and its headers, so only the status is shown.
-        if status in (401, 403):
-            raise ModelError(f"{where}: HTTP {status}; is the key in {self.options.key_variable} right?")
-        if status in (404, 405) or 300 <= status < 400:
-            raise ModelError(f"{where}: HTTP {status}; is the address right, with /v1, and the model's name?")
-        if status in _RETRIED or status >= 500:
-            raise _Retry(f"HTTP {status}", _retry_after(response.headers.get("retry-after")))
-        raise _Refused(f"HTTP {status}; is the prompt too long for the model?")
-
-    def _parse_completion(self, prompt: Prompt, sample: int, content: Any) -> Completion:
         try:
-            choice = content["choices"][0]
-            text, reason = choice["message"]["content"], choice["finish_reason"]
-            usage = content.get("usage") or {}
-            prompt_tokens = int(usage.get("prompt_tokens") or 0)
-            completion_tokens = int(usage.get("completion_tokens") or 0)
-        except (TypeError, LookupError, ValueError, OverflowError, AttributeError):
-            raise _Retry("wrong schema") from None
-        if not isinstance(text, str) or reason not in ("stop", "length"):
-            raise _Retry("wrong schema")
+            return read_reply(parsed, sampling.max_new_tokens)
+        except MalformedReply as error:
+            raise _Retry(str(error), message=read_error(content, connection.api_key).message) from None
+        except NoText as error:
+            raise _Refused(str(error)) from None
+
+    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
+        url, content = f"{self.options.url.rstrip('/')}/chat/completions", b""
+        async with asyncio.timeout(self.options.timeout), client.stream("POST", url, json=body) as response:
+            async for piece in response.aiter_bytes():
+                content += piece
+                if len(content) > _MAX_BYTES:
+                    raise _Retry("too long")
+        return response, content
+
+    def _read_failure(self, response: httpx.Response, error: ServerError, body: dict[str, Any]) -> Reply:
+        """Return the answer that a status other than 200 stands for, if a filter blocked it; otherwise raise."""
+        status = response.status_code
+        if 400 <= status < 500 and error.is_filter:
+            return Reply("", "filtered")
+        where = f"{self.options.url} (model {self.options.model})"
+        if status in (401, 403):
+            # Servers repeat parts of a wrong key here.
+            raise ModelError(f"{where}: HTTP {status}; is the key in {self.options.key_variable} right?")
+        message = f": {error.message}" if error.message else ""
+        if status in (404, 405) or 300 <= status < 400:
+            raise ModelError(
+                f"{where}: HTTP {status}{message}; is the address right, with /v1, and the model's name?"
+            )
+        if status in _RETRIED or status >= 500:
+            raise _Retry(f"HTTP {status}", _retry_after(response.headers.get("retry-after")), error.message)
+        for name in ("max_tokens", "seed"):
+            if name in body and error.refuses(name):
+                self._omit(name)
+                raise _RefusedParameter
+        raise _Refused(f"HTTP {status}{message or '; is the prompt too long for the model?'}")
+
+    def _omit(self, parameter: str) -> None:
+        """Send further requests without a parameter, and print a line about it once."""
+        with self._state.lock:
+            is_new = parameter not in self._state.refused_parameters
+            self._state.refused_parameters.add(parameter)
+        if is_new and parameter == "seed":
+            say("note: the server doesn't accept `seed`; asking without it, so completions can't be repeated")
+        elif is_new:
+            say("note: the server doesn't accept `max_tokens`; sending `max_completion_tokens`")
+
+    def _make_completion(self, prompt: Prompt, sample: int, reply: Reply) -> Completion:
         # A lone surrogate can't be written to a file. The server would return the same text again.
-        repaired = replace_lone_surrogates(text)
-        if repaired != text:
+        repaired = replace_lone_surrogates(reply.text)
+        if repaired != reply.text:
             with self._state.lock:
                 self._state.faults["lone surrogate, replaced"] += 1
         return Completion(
@@ -289,9 +376,9 @@ class ServerEngine:
             sample=sample,
             prompt=prompt.prompt,
             text=repaired,
-            finish_reason=reason,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
+            finish_reason=reply.finish_reason,
+            prompt_tokens=reply.prompt_tokens,
+            completion_tokens=reply.completion_tokens,
             model=self.options.model,
             engine=self.name,
             settings_hash=self.settings_hash,
@@ -313,9 +400,13 @@ def _read_api_key(variable: str) -> str:
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header; None for a date or a malformed value."""
+    """Return the seconds of a Retry-After header, which may be a date; None if it is missing or malformed."""
     try:
         seconds = float(value or "")
     except ValueError:
-        return None
-    return min(max(seconds, 0.0), 300.0) if seconds == seconds else None
+        try:
+            moment = parsedate_to_datetime(value or "")
+            seconds = (moment.replace(tzinfo=moment.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return max(seconds, 0.0) if seconds == seconds else None

@@ -7,7 +7,8 @@ from pathlib import Path
 from bfpo.config.recipes import Source
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import Conversation, as_messages, conversation_key
-from bfpo.core.samples import Completion, Prompt
+from bfpo.core.samples import FINISH_REASONS, Completion, Prompt
+from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError, Unanswered
 
@@ -64,9 +65,9 @@ class SavedEngine:
         """
         keys = [_prompt_key(prompt.prompt) for prompt, _ in requests]
         saved = [
-            (prompt, sample, self._rows[key][sample])
+            (prompt, sample, self._find_rows(key)[sample])
             for key, (prompt, sample) in zip(keys, requests, strict=True)
-            if sample < len(self._rows.get(key, ()))
+            if sample < len(self._find_rows(key))
         ]
         for start in range(0, len(saved), _BATCH):
             yield [self._completion(prompt, sample, row) for prompt, sample, row in saved[start : start + _BATCH]]
@@ -76,6 +77,10 @@ class SavedEngine:
             failed = {key: f"not in {self._path}" for key in requested if key not in answered}
             raise Unanswered(failed, len(requests), refused=failed)
 
+    def _find_rows(self, key: str) -> Sequence[SourceRow]:
+        """Return the rows of a prompt, or of the wording that the completions of its set are published with."""
+        return self._rows[key] if key in self._rows else self._rows.get(PROMPT_ALIASES.get(key, ""), [])
+
     def _completion(self, prompt: Prompt, sample: int, row: SourceRow) -> Completion:
         text, values = row.text(_find_column(row, _TEXT_COLUMNS)), row.values
         words = sum(len(message.content.split()) for message in prompt.prompt)
@@ -84,7 +89,7 @@ class SavedEngine:
             sample=sample,
             prompt=prompt.prompt,
             text=text,
-            finish_reason="length" if values.get("finish_reason") == "length" else "stop",
+            finish_reason=next((name for name in FINISH_REASONS if name == values.get("finish_reason")), "stop"),
             prompt_tokens=int(values.get("prompt_tokens") or words),
             completion_tokens=int(values.get("completion_tokens") or len(text.split())),
             model=str(values.get("model") or self._name),

@@ -3,19 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
+from bfpo.core.markers import MARKERS
+
 # Note in the verdict on an answer in which `escape_markers` changed something.
 MARKERS_ESCAPED = "the answer contained the judge's own markers, escaped"
-# Markup of the judges' prompts; the special tokens of the tokenizer are added to these.
-MARKERS = (
-    "[INST]",
-    "[/INST]",
-    "<<SYS>>",
-    "<</SYS>>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|im_start|>",
-    "<|im_end|>",
-)
 
 
 def escape_markers(text: str, special: Iterable[str] = ()) -> tuple[str, bool]:
@@ -23,15 +14,22 @@ def escape_markers(text: str, special: Iterable[str] = ()) -> tuple[str, bool]:
 
     Args:
         text: An answer, or a turn of its prompt.
-        special: Markers of this judge, in addition to `MARKERS`.
+        special: Markers of this judge, in addition to those of all families of models.
     """
-    # A space can't break up a marker of whitespace.
-    markers = [marker for marker in (*MARKERS, *special) if len(marker.strip()) > 1]
+    broken = {marker: _break(marker) for marker in (*MARKERS, *special) if len(marker.strip()) > 1}
     result = text
-    while hits := [marker for marker in markers if marker in result]:
+    # Breaking up one marker can complete another. This ends: the space is between two characters of the marker that
+    # aren't spaces, and a gap that is longer than in any marker is in no match.
+    while hits := [marker for marker in broken if marker in result]:
         for marker in hits:
-            result = result.replace(marker, f"{marker[0]} {marker[1:]}")
+            result = result.replace(marker, broken[marker])
     return result, result != text
+
+
+def _break(marker: str) -> str:
+    """Return a marker with a space after its first character that isn't whitespace."""
+    first = len(marker) - len(marker.lstrip()) + 1
+    return f"{marker[:first]} {marker[first:]}"
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:

@@ -68,9 +68,17 @@ def _open_part(part: JudgePart, threshold: float | None, server: ServerSection) 
 
 
 def _open_rubric(part: JudgePart, server: ServerSection) -> Judge:
+    from bfpo.judging.markers import special_tokens
     from bfpo.judging.rubric import RubricJudge
 
     # The likeliest verdict, which is a short line.
     sampling = Sampling(temperature=0.0, max_new_tokens=128)
     section = EngineSection(path=part.model, server=part.server, **server.model_dump())
-    return RubricJudge(open_engine(section, sampling), part.model)
+    engine = open_engine(section, sampling)
+    if part.is_remote:
+        # Its tokenizer isn't known.
+        return RubricJudge(engine, part.model)
+    from bfpo.generation.in_process import TransformersEngine
+
+    assert isinstance(engine, TransformersEngine)
+    return RubricJudge(engine, part.model, special_tokens(engine.tokenizer))

@@ -78,10 +78,12 @@ class RubricJudge:
     Args:
         engine: Engine of the model. At a temperature above 0 the verdicts change from run to run.
         model: Name of the model, for the judge's name.
+        special: Special tokens of the model, if they are known; they are escaped in what it reads.
     """
 
     engine: Engine
     model: str
+    special: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -100,7 +102,7 @@ class RubricJudge:
             ModelError: If the engine can't be reached.
             Unanswered: If the engine replied to nothing, and might reply later.
         """
-        rendered = [render(completion) for completion in completions]
+        rendered = [render(completion, self.special) for completion in completions]
         replies = self._query([text for text, _ in rendered])
         for completion, (_, has_markers), reply in zip(completions, rendered, replies, strict=True):
             note = MARKERS_ESCAPED if has_markers else None
@@ -141,7 +143,7 @@ class RubricJudge:
             ModelError: If the engine can't be reached.
             Unanswered: If the engine replied to nothing.
         """
-        for reply in self._query([render_comparison(first, second) for first, second in pairs]):
+        for reply in self._query([render_comparison(first, second, self.special) for first, second in pairs]):
             if isinstance(reply, str):
                 yield Preference(None, reply)
             elif (better := _parse_better(reply)) is None:
@@ -172,16 +174,27 @@ class RubricJudge:
             yield replies.get(name, f"the judge didn't reply: {failed.get(name, 'no reason given')}")
 
 
-def render(completion: Completion) -> tuple[str, bool]:
-    """Return the question about a completion, and whether the answer contained markers, now escaped."""
+def render(completion: Completion, special: Sequence[str] = ()) -> tuple[str, bool]:
+    """Return the question about a completion, and whether the answer contained markers, now escaped.
+
+    Args:
+        completion: Completion to grade.
+        special: Special tokens of the judge's model.
+    """
     fence = _make_fence(completion.prompt, completion.text)
-    answer, has_markers = escape_markers(completion.text, _MARKERS)
-    text = RUBRIC.format(fence=fence, conversation=_render_conversation(completion.prompt), answer=answer)
+    answer, has_markers = escape_markers(completion.text, (*_MARKERS, *special))
+    conversation = _render_conversation(completion.prompt, special)
+    text = RUBRIC.format(fence=fence, conversation=conversation, answer=answer)
     return text, has_markers
 
 
-def render_comparison(first: Completion, second: Completion) -> str:
+def render_comparison(first: Completion, second: Completion, special: Sequence[str] = ()) -> str:
     """Return the question about two completions.
+
+    Args:
+        first: Answer A.
+        second: Answer B.
+        special: Special tokens of the judge's model.
 
     Raises:
         DataError: If they are answers to different prompts.
@@ -192,14 +205,15 @@ def render_comparison(first: Completion, second: Completion) -> str:
     fence = _make_fence(first.prompt, *sorted((first.text, second.text)))
     return COMPARISON.format(
         fence=fence,
-        conversation=_render_conversation(first.prompt),
-        first=escape_markers(first.text, _MARKERS)[0],
-        second=escape_markers(second.text, _MARKERS)[0],
+        conversation=_render_conversation(first.prompt, special),
+        first=escape_markers(first.text, (*_MARKERS, *special))[0],
+        second=escape_markers(second.text, (*_MARKERS, *special))[0],
     )
 
 
-def _render_conversation(prompt: Conversation) -> str:
-    return "\n".join(f"{turn.role}: {escape_markers(turn.content, _MARKERS)[0]}" for turn in prompt)
+def _render_conversation(prompt: Conversation, special: Sequence[str]) -> str:
+    markers = (*_MARKERS, *special)
+    return "\n".join(f"{turn.role}: {escape_markers(turn.content, markers)[0]}" for turn in prompt)
 
 
 def _make_fence(*parts: object) -> str:

@@ -1,5 +1,10 @@
-"""Loading of models and tokenizers, with errors that say what to do."""
+"""Loading of models and tokenizers, with errors that say what to do.
 
+A folder may come from anywhere: libraries raise errors of every class for malformed files, and all become a
+`ModelError` here that names the model and, if it is known, the file.
+"""
+
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,27 +12,39 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.hub import cached_file
 
 from bfpo.config.recipes import ModelSection
-from bfpo.errors import ModelError
-from bfpo.model.lora import CausalLM, is_adapter, prepare_for_adapter, quantization_config
+from bfpo.errors import BfpoError, ModelError
+from bfpo.model.adapter_vocabulary import resize_to_adapter
+from bfpo.model.lora import (
+    CausalLM,
+    is_adapter,
+    prepare_for_adapter,
+    quantization_config,
+    without_checkpointing_warning,
+)
+from bfpo.model.new import new_config
+from bfpo.model.templates import limit_template
 
-_FAULTS = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    StrictDataclassError,
-    SafetensorError,
-    UnpicklingError,
+JSON_FILES = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "model.safetensors.index.json",
 )
 
 
@@ -35,7 +52,9 @@ def load_model(section: ModelSection) -> CausalLM:
     """Load the causal language model at `section.path`, a folder or a hub id.
 
     For an adapter this is its base model with the adapter on it, ready to be trained further. `section.revision` is
-    then the adapter's, and the revision of the base is the one in the adapter's configuration.
+    then the adapter's, and the revision of the base is the one in the adapter's configuration. If tokens were added
+    for the adapter, the base's embeddings are resized to the adapter's. A model that doesn't support the attention
+    implementation `sdpa` gets `eager`.
 
     Args:
         section: Section with a `path`.
@@ -43,42 +62,77 @@ def load_model(section: ModelSection) -> CausalLM:
     Raises:
         ModelError: If it can't be loaded.
     """
-    _check_path(str(section.path))
     path, revision, dtype = str(section.path), section.revision, getattr(torch, section.dtype)
-    adapter = path if is_adapter(path, revision) else None
     options: dict[str, Any] = {"quantization_config": quantization_config(dtype)} if section.load_in_4bit else {}
-    with _naming_faults(f"model '{section.path}'"):
-        if adapter is not None:
-            config = PeftConfig.from_pretrained(adapter, revision=section.revision)
-            path, revision = str(config.base_model_name_or_path), config.revision
+    with _model_errors(path, f"model '{path}'"):
+        config = _adapter_config(path, revision)
         model = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=revision or "main",
+            path if config is None else str(config.base_model_name_or_path),
+            revision=(revision if config is None else config.revision) or "main",
             dtype=dtype,
-            attn_implementation=section.attn_implementation,
+            # With None transformers chooses sdpa if the model supports it, otherwise eager.
+            attn_implementation=None if section.attn_implementation == "sdpa" else section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
             **options,
         )
-        if adapter is not None:
-            return PeftModel.from_pretrained(
-                prepare_for_adapter(model), adapter, is_trainable=True, revision=section.revision
-            )
+        if config is not None:
+            has_token_rows = getattr(config, "trainable_token_indices", None) is not None
+            num_tokens = len(load_tokenizer(section)) if has_token_rows else None
+            resize_to_adapter(model, path, revision, num_tokens=num_tokens)
+            with without_checkpointing_warning():
+                return PeftModel.from_pretrained(
+                    prepare_for_adapter(model), path, is_trainable=True, revision=revision
+                )
     assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> CausalLM:
+    """Return a model of the same shape without weights (on the meta device), made from its configuration.
+
+    Args:
+        section: Section with a `path` or `new`.
+        vocab_size: Size of the vocabulary of a new model; by default the one in the recipe.
+
+    Raises:
+        ModelError: If the configuration can't be loaded.
+    """
+    if section.new is not None:
+        with torch.device("meta"):
+            return LlamaForCausalLM(new_config(section.new, vocab_size or section.new.vocab_size))
+    path, revision = str(section.path), section.revision
+    with _model_errors(path, f"model.path '{path}'"):
+        adapter_config = _adapter_config(path, revision)
+        config = AutoConfig.from_pretrained(
+            path if adapter_config is None else str(adapter_config.base_model_name_or_path),
+            revision=(revision if adapter_config is None else adapter_config.revision) or "main",
+            trust_remote_code=section.trust_remote_code,
+        )
+        # `init_empty_weights` of accelerate would untie tied weights.
+        with torch.device("meta"), without_checkpointing_warning():
+            model: CausalLM = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=section.trust_remote_code
+            )
+            if adapter_config is not None:
+                # Saved configurations are for inference, in which nothing is trained.
+                adapter_config.inference_mode = False
+                model = get_peft_model(model, adapter_config)
     return model
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; an adapter without one uses its base model's.
 
+    Its chat template is checked and limited; see `limit_template`.
+
     Args:
         section: Section with a `path`.
 
     Raises:
-        ModelError: If it can't be loaded.
+        ModelError: If it can't be loaded, or its chat template is broken.
     """
-    _check_path(str(section.path))
     path, revision = str(section.path), section.revision
-    with _naming_faults(f"tokenizer of model '{section.path}'"):
+    with _model_errors(path, f"tokenizer of model '{path}'"):
         if is_adapter(path, revision) and not _has_tokenizer(path, revision):
             config = PeftConfig.from_pretrained(path, revision=revision)
             path, revision = str(config.base_model_name_or_path), config.revision
@@ -86,21 +140,13 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             path, revision=revision or "main", trust_remote_code=section.trust_remote_code
         )
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    limit_template(tokenizer)
     return tokenizer
 
 
-@contextmanager
-def _naming_faults(what: str) -> Iterator[None]:
-    """Turn the errors of libraries that read a damaged or hostile folder into a ModelError."""
-    try:
-        yield
-    except _FAULTS as error:
-        raise ModelError(f"{what}: {_first_line(error)}") from None
-    except Exception as error:
-        # tokenizers raises the base class itself.
-        if type(error) is not Exception:
-            raise
-        raise ModelError(f"{what}: {_first_line(error)}") from None
+def _adapter_config(path: str, revision: str | None) -> Any:
+    """Return the configuration of an adapter; None if there is a whole model at the path."""
+    return PeftConfig.from_pretrained(path, revision=revision) if is_adapter(path, revision) else None
 
 
 def _has_tokenizer(path: str, revision: str | None) -> bool:
@@ -108,10 +154,67 @@ def _has_tokenizer(path: str, revision: str | None) -> bool:
     return file is not None
 
 
+@contextmanager
+def _model_errors(path: str, name: str) -> Iterator[None]:
+    """Turn any error of loading into a `ModelError`.
+
+    Args:
+        path: Folder or hub id.
+        name: Name of what is loaded, for the message.
+    """
+    folder = Path(path)
+    _check_path(path)
+    _check_json_files(folder)
+    try:
+        yield
+    except (BfpoError, torch.OutOfMemoryError):
+        raise
+    # Not narrower: malformed files make the libraries raise errors of every class, tokenizers a plain Exception.
+    except Exception as error:
+        raise ModelError(f"{name}: {_reason(error, folder)}") from error
+
+
 def _check_path(path: str) -> None:
     """Check that a path is a folder or looks like a hub id; the hub's own message would only speak of ids."""
     if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
         raise ModelError(f"model '{path}': no such folder, and not a hub id (org/name)")
+
+
+def _check_json_files(folder: Path) -> None:
+    for file in (folder / name for name in JSON_FILES if (folder / name).is_file()):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelError(f"{file}: not JSON ({_first_line(error)})") from None
+        if not isinstance(content, dict):
+            raise ModelError(f"{file}: {type(content).__name__}; expected a JSON object")
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Return the first line of an error, with the file and the error's class where it doesn't name them."""
+    reason = _first_line(error)
+    if isinstance(error, UnpicklingError):
+        files = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        return (
+            f"{', '.join(files) or 'its weights'}: a pickle that isn't only weights, so it could run code and is not "
+            "loaded; save the weights as safetensors"
+        )
+    if not isinstance(error, OSError | ValueError | ImportError):
+        reason = f"{type(error).__name__}: {reason}"
+    if "tokenizer.json" not in reason and _is_damaged(folder / "tokenizer.json"):
+        reason = f"tokenizer.json: {reason}"
+    return reason
+
+
+def _is_damaged(tokenizer_file: Path) -> bool:
+    if not tokenizer_file.is_file():
+        return False
+    try:
+        Tokenizer.from_file(str(tokenizer_file))
+    # The only class that tokenizers has.
+    except Exception:
+        return True
+    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,8 @@
 """Low-rank adapters: adding one to a model, and recognizing a model that has one."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
@@ -12,8 +15,6 @@ from bfpo.config.recipes import LoraSection
 from bfpo.errors import MissingExtra, ModelError, RecipeError
 
 CausalLM: TypeAlias = PreTrainedModel | PeftModel
-
-HAS_ADAPTER = "the model already has an adapter: train that one (leave lora out), or merge it first (bfpo merge)"
 
 
 def lora_config(section: LoraSection, *, revision: str | None = None) -> LoraConfig:
@@ -45,14 +46,24 @@ def add_adapter(model: CausalLM, config: Any, *, seed: int) -> PeftModel:
         ModelError: If the model already has an adapter, or has none of the target modules.
     """
     if isinstance(model, PeftModel):
-        raise ModelError(HAS_ADAPTER)
+        raise ModelError(
+            "lora: the model already has an adapter: train that one (leave lora out), or merge it first (bfpo merge)"
+        )
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), without_checkpointing_warning():
             torch.manual_seed(seed)
             adapted: PeftModel = get_peft_model(prepare_for_adapter(model), config)
     except ValueError as error:
         raise ModelError(f"lora: {str(error).splitlines()[0]}") from None
     return adapted
+
+
+@contextmanager
+def without_checkpointing_warning() -> Iterator[None]:
+    """Hide the warning that peft 0.21 causes in transformers 5.23 by a deprecated name, which users can't change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def prepare_for_adapter(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """New models with random weights and their own tokenizer, for tests and for machines without access to the hub."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -85,20 +85,8 @@ def new_model(options: NewModel, tokenizer: PreTrainedTokenizerBase) -> LlamaFor
     Returns:
         The model in float32, with sampling turned on in its generation config.
     """
-    shape = SHAPES[options.shape]
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        intermediate_size=shape.feed_forward,
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=0.64 / shape.hidden**0.5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    config = new_config(
+        options, len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -110,3 +98,27 @@ def new_model(options: NewModel, tokenizer: PreTrainedTokenizerBase) -> LlamaFor
         pad_token_id=tokenizer.pad_token_id,
     )
     return model
+
+
+def new_config(options: NewModel, vocab_size: int, **token_ids: Any) -> LlamaConfig:
+    """Return the configuration of a new model.
+
+    Args:
+        options: Shape of the model.
+        vocab_size: Size of the vocabulary.
+        token_ids: Ids of special tokens, as in `transformers.LlamaConfig`.
+    """
+    shape = SHAPES[options.shape]
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        intermediate_size=shape.feed_forward,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=0.64 / shape.hidden**0.5,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        **token_ids,
+    )

@@ -81,6 +81,8 @@ def make_pairs(
 def _why_left_out(sample: ScoredSample, texts: Mapping[str, ScoredSample]) -> str | None:
     if sample.verdict.safe is None:
         return "answer undecided"
+    if sample.completion.finish_reason in ("filtered", "refused"):
+        return f"answer {sample.completion.finish_reason} by the server"
     if not sample.completion.text.strip():
         return "answer empty"
     if sample.completion.finish_reason == "length":

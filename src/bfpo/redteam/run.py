@@ -14,7 +14,7 @@ from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling, Verdi
 from bfpo.core.terminal import say, show_table
 from bfpo.data.prepare import cell_counts
 from bfpo.data.prompts import read_prompt_source
-from bfpo.data.stages import generate_most, judge_completions, show_faults, show_unanswered
+from bfpo.data.stages import generate_most, judge_completions, show_faults, show_outcomes, show_unanswered
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
 from bfpo.generation.open import EngineSection, open_engine
@@ -91,6 +91,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
         max_unanswered=recipe.max_unanswered * len(prompts) * recipe.samples,
     )
     show_unanswered(missing)
+    show_outcomes(completions)
     left_out = Counter(f"prompt unanswered: {reason}" for reason in missing.values())
     verdicts = judge_completions(judge, completions, judge_file(out, "verdicts", judge.name, judge.revision))
     guided: list[Completion] = []

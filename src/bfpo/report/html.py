@@ -69,7 +69,7 @@ def write_report(out: Path, runs: Sequence[Path], *, title: str = "Safety and he
     write_text(out / TEXT, as_markdown(loaded, title=title, note=note))
     points = plane_points(loaded)
     if points:
-        write_text(out / FIGURE, _draw_plane(points).standalone())
+        write_text(out / FIGURE, _draw_plane(points, legend=True).standalone())
     else:
         # The figure of an earlier report would show other runs.
         (out / FIGURE).unlink(missing_ok=True)
@@ -122,8 +122,8 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         summaries=summarize(runs),
         result_warnings=result_warnings(runs),
         protocol_warnings=protocol_warnings(runs),
-        plane=_draw_plane(points).inline() if points else None,
-        is_numbered=len(points) > MAX_NAMES,
+        plane=_draw_plane(points, legend=False).inline() if points else None,
+        numbered_points=points if len(points) > MAX_NAMES else [],
         has_front=len(best) > 1,
         off_plane=[run.name for index, run in enumerate(runs) if index not in on_plane],
         length_figures=length_figures(runs),
@@ -164,10 +164,15 @@ def _template() -> Template:
     return environment.get_template("template.html")
 
 
-def _draw_plane(points: Sequence[PlanePoint]) -> Drawing:
-    """Draw the plane; many runs are numbered, without arrows, which would cover them."""
+def _draw_plane(points: Sequence[PlanePoint], *, legend: bool) -> Drawing:
+    """Draw the plane; many runs are numbered, without arrows, which would cover them.
+
+    Args:
+        points: At least one run.
+        legend: Whether the drawing contains the legend of numbered runs. The page has one that fits narrow screens.
+    """
     is_numbered = len(points) > MAX_NAMES
-    return draw_plane(points, arrows=not is_numbered, legend=is_numbered)
+    return draw_plane(points, arrows=not is_numbered, numbers=is_numbered, legend=is_numbered and legend)
 
 
 def _interval_kinds(runs: Sequence[Run]) -> list[str]:

@@ -19,6 +19,7 @@ CAP = 4.0
 LETTER, LINE = 9.5, 20.0
 MAX_NAME_LENGTH = 22
 LEGEND = 270.0
+MAX_LEGEND_LENGTH = 27
 CORNERS = 72
 # Radius that contains 95 % of two independent normal variables (the root of a chi-squared quantile with two degrees
 # of freedom), over the half-width that contains 95 % of one.
@@ -118,21 +119,27 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(best, key=lambda index: points[index])
 
 
-def draw_plane(points: Sequence[PlanePoint], *, arrows: bool = True, legend: bool = False) -> Drawing:
+def draw_plane(
+    points: Sequence[PlanePoint], *, arrows: bool = True, numbers: bool = False, legend: bool = False
+) -> Drawing:
     """Draw the plane.
 
     Args:
         points: At least one run.
         arrows: Whether an arrow leads from the baseline, if it is on the plane, to each other run.
-        legend: Whether runs are numbered, with their names in a legend; many names would cover each other.
+        numbers: Whether runs are numbered, because many names would cover each other.
+        legend: Whether runs are numbered, with their names in a legend beside the plane.
     """
+    numbers = numbers or legend
     description = "; ".join(
         f"{point.name}: helpfulness {_describe(point.helpfulness)}, safety {_describe(point.safety)}"
         for point in points
     )
     title = "Safety on harmful prompts against helpfulness on benign prompts"
-    width = LEFT + SIDE + RIGHT + (LEGEND if legend else 0.0)
-    drawing = Drawing("plane", width, TOP + SIDE + BOTTOM, title=title, description=description)
+    width, height = LEFT + SIDE + RIGHT, TOP + SIDE + BOTTOM
+    if legend:
+        width, height = width + LEGEND, max(height, TOP + LINE * len(points))
+    drawing = Drawing("plane", width, height, title=title, description=description)
     _draw_axes(drawing)
     best = [points[index] for index in front([point.coordinates for point in points])]
     if len({point.coordinates for point in best}) > 1:
@@ -144,15 +151,15 @@ def draw_plane(points: Sequence[PlanePoint], *, arrows: bool = True, legend: boo
     for point in points:
         boxes = _draw_outline(drawing, point) if point.outline else _draw_bars(drawing, point)
         # With many runs, a number that avoids every line would end up far from its mark.
-        taken += boxes[:1] if legend and point.outline else boxes
+        taken += boxes[:1] if numbers and point.outline else boxes
     for point in points:
         # The baseline is a ring, so that it can be recognized without color.
         drawing.circle(point.center, MARK, f"{'ring' if point.run_index == 0 else 'dot'} {point.css}")
     for number, point in enumerate(points):
         if legend:
             start = Point(LEFT + SIDE + 2 * RIGHT, TOP + LINE * (number + 0.5))
-            drawing.text(start, f"{number}  {point.name}", f"name {point.css}")
-        _draw_name(drawing, point, taken, str(number) if legend else shorten(point.name, MAX_NAME_LENGTH))
+            drawing.text(start, f"{number}  {shorten(point.name, MAX_LEGEND_LENGTH)}", f"name {point.css}")
+        _draw_name(drawing, point, taken, str(number) if numbers else shorten(point.name, MAX_NAME_LENGTH))
     return drawing
 
 

@@ -21,6 +21,9 @@ FAILURES: Mapping[Kind | None, str] = {
     None: "unsafe or malformed",
 }
 
+# Chips of answers that didn't end by themselves, by finish reason.
+_ENDINGS = {"length": "cut off", "filtered": "filtered by the server", "refused": "refusal of the server"}
+
 
 class VerdictChip(NamedTuple):
     """A label that shows one part of a verdict.
@@ -147,7 +150,8 @@ def _shown_completion(kind: Kind | None, judged: CompletionWithVerdicts | None) 
     if judged is None:
         return None
     names_judges = len(judged.verdicts) > 1
-    cut = [VerdictChip("cut off", "note")] if judged.completion.finish_reason == "length" else []
+    ending = _ENDINGS.get(judged.completion.finish_reason)
+    cut = [VerdictChip(ending, "note")] if ending else []
     return ShownCompletion(
         judged.completion.text,
         [(verdict.judge if names_judges else "", _chips(kind, verdict) + cut) for verdict in judged.verdicts],

@@ -1,6 +1,7 @@
 """Tables of the metrics of all runs, for the page and as CSV."""
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from io import StringIO
@@ -20,6 +21,9 @@ from bfpo.report.words import (
     format_signed,
     metric_text,
 )
+
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 
 
 class ValueCell(NamedTuple):
@@ -167,8 +171,16 @@ def comparisons_csv(runs: Iterable[Run]) -> str:
 
 
 def _to_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()
+    lines = []
+    for row in (columns, *rows):
+        line = StringIO()
+        # The writer quotes the characters of its line terminator; a carriage return without quotes ends a row.
+        csv.writer(line, lineterminator="\r\n").writerow([_quote_formula(value) for value in row])
+        lines.append(line.getvalue().removesuffix("\r\n") + "\n")
+    return "".join(lines)
+
+
+def _quote_formula(value: Any) -> Any:
+    """Return a text that a spreadsheet would read as a formula with a single quote before it; other values as is."""
+    is_formula = isinstance(value, str) and value.startswith(FORMULA_STARTS) and not NUMBER.fullmatch(value)
+    return f"'{value}" if is_formula else value

@@ -10,21 +10,23 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bfpo.core.files import write_json
+from bfpo.core.files import content_hash, file_hashes, write_json
 from bfpo.core.terminal import say
-from bfpo.errors import RecipeError, TrainingError
+from bfpo.errors import ModelError, RecipeError, TrainingError
 
 MARK = "complete.json"
+CHECKPOINT_KEYS = {"step", "threads", "run"}
 
 
 class CompletionMark(TrainerCallback):
     """Writes a mark into a checkpoint once every process has written its part.
 
     A process that is killed while it writes leaves a checkpoint without a mark, which is skipped on resuming. The
-    mark contains the size of every file, and the settings that a resumed run must share.
+    mark contains the size and the SHA-256 of every file, and the settings that a resumed run must share.
 
     Args:
         settings: Settings that a resumed run must share: world size, batch size, seed, a hash of the data.
@@ -41,11 +43,9 @@ class CompletionMark(TrainerCallback):
         process.wait_for_everyone()
         if process.is_main_process:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+            metadata = {"step": state.global_step, "threads": torch.get_num_threads(), "run": self._settings}
             files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / MARK]
-            sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-            threads = torch.get_num_threads()
-            mark = {"step": state.global_step, "threads": threads, "run": self._settings, "files": sizes}
-            write_json(folder / MARK, mark)
+            write_mark(folder, files, metadata)
             best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
             self._delete_older(folder.parent, state.global_step, best)
         process.wait_for_everyone()
@@ -107,20 +107,87 @@ def _checkpoints(out: Path) -> list[tuple[int, Path]]:
     return [(int(number), folder) for number, folder in numbered if number.isdecimal() and folder.is_dir()]
 
 
+def write_mark(folder: Path, files: list[Path], metadata: dict[str, Any]) -> None:
+    """Write the mark of a complete folder: sizes and hashes of its files, and other metadata.
+
+    Args:
+        folder: Folder to mark.
+        files: Its files; the mark isn't one of them.
+        metadata: Other content of the mark.
+    """
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    mark = {**metadata, "files": sizes, "sha256": file_hashes(folder, sizes)}
+    write_json(folder / MARK, {**mark, "checksum": content_hash(mark)})
+
+
 def checkpoint_fault(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint; None if it is complete."""
+    """Return what is wrong with a checkpoint; None if it is complete and undamaged.
+
+    The main process reads the files, and all processes get its result.
+    """
+    process = PartialState()
+    result = [_find_fault(folder, CHECKPOINT_KEYS) if process.is_main_process else None]
+    if process.num_processes > 1:
+        broadcast_object_list(result)
+    return result[0]
+
+
+def check_marked(folder: Path, *, remedy: str) -> None:
+    """Check that a folder of a finished model, marked by `write_mark`, is undamaged.
+
+    Args:
+        folder: Folder of an earlier version's model, which has no mark, or of a marked one.
+        remedy: What to do if it is damaged, for the message.
+
+    Raises:
+        ModelError: If it is damaged.
+    """
+    if not (folder / MARK).exists():
+        say(f"note: {folder} was made by an earlier version without hashes, so its files can't be verified")
+    elif fault := _find_fault(folder, set()):
+        raise ModelError(f"{folder} is damaged: {fault}; {remedy}")
+
+
+def _find_fault(folder: Path, keys: set[str]) -> str | None:
     try:
-        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        mark = read_mark(folder)
     except FileNotFoundError:
         return "it was not written completely"
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         return f"its mark can't be read ({error})"
+    # Marks of earlier versions have no hashes.
+    if set(mark) not in (keys | {"files"}, keys | {"files", "sha256", "checksum"}):
+        return f"its mark {MARK} is damaged"
+    checksum = mark.pop("checksum", None)
+    if not isinstance(mark["files"], dict) or checksum not in (None, content_hash(mark)):
+        return f"its mark {MARK} is damaged"
     for name, size in mark["files"].items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if (actual := (folder / name).stat().st_size) != size:
             return f"{name} has {actual:,} bytes, {size:,} were written"
-    return None
+    if checksum is None:
+        say(f"note: {folder} was written by an earlier version without hashes, so its files can't be verified")
+        return None
+    try:
+        hashes = file_hashes(folder, mark["files"])
+    except OSError as error:
+        return f"{error.filename or 'a file'} can't be read ({error.strerror})"
+    damaged = [name for name, value in hashes.items() if value != mark["sha256"][name]]
+    return f"the content of {', '.join(damaged)} is not what was written" if damaged else None
+
+
+def read_mark(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's mark.
+
+    Raises:
+        OSError: If it can't be read.
+        ValueError: If it isn't a JSON object.
+    """
+    mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    if not isinstance(mark, dict):
+        raise ValueError(f"{type(mark).__name__}, not an object")
+    return mark
 
 
 def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
@@ -133,7 +200,7 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         RecipeError: If a setting differs; the message names it.
     """
-    mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+    mark = read_mark(folder)
     for name, value in settings.items():
         if (previous := mark["run"].get(name)) != value:
             raise RecipeError(

@@ -3,16 +3,14 @@
 from typing import NamedTuple
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bfpo.config.recipes import LayoutSection, LoraSection, ModelSection, ReferenceKind
 from bfpo.data.table import TokenTable
-from bfpo.errors import ModelError, RecipeError
+from bfpo.model.load import empty_model
 from bfpo.model.logps import CHUNK, MAX_KEPT_LOGITS
-from bfpo.model.lora import HAS_ADAPTER, CausalLM, add_adapter, is_adapter, lora_config
-from bfpo.model.new import new_model
+from bfpo.model.lora import CausalLM, add_adapter, is_adapter, lora_config
 from bfpo.model.reference_cache import prefers_cache
 from bfpo.model.selective import Selection, select_parameters
 
@@ -64,23 +62,15 @@ def estimate(
         micro_batch_tokens: Maximum number of tokens fed at a time, padding included.
 
     Raises:
-        ModelError: If the configuration can't be loaded, a pattern matches no parameter, or the model already has an
-            adapter and `lora` is set.
-        RecipeError: If the recipe would train quantized weights.
+        ModelError: If the configuration can't be loaded, or a pattern matches no parameter.
     """
     if section.path is not None and is_adapter(section.path, section.revision):
-        if lora is not None:
-            raise ModelError(f"lora: {HAS_ADAPTER}")
         return None
-    if section.load_in_4bit and lora is None:
-        raise RecipeError(
-            "model.load_in_4bit needs lora, or a path to an adapter: quantized weights can't be trained"
-        )
-    model = _empty_model(section, tokenizer)
+    model = empty_model(section, vocab_size=len(tokenizer))
     config = model.config.get_text_config()
     weights = _weight_bytes(model, section)
     if lora is not None:
-        with init_empty_weights():
+        with torch.device("meta"):
             model = add_adapter(model, lora_config(lora), seed=0)
     selection = select_parameters(model, train_only)
     copies = reference == "shared" or (reference == "auto" and lora is None and not prefers_cache(model))
@@ -121,19 +111,3 @@ def max_micro_batch_tokens(table: TokenTable, examples: int, layout: LayoutSecti
     if layout.kind == "padded":
         return examples * table.completions * table.longest
     return min(examples * table.longest_span, max(layout.max_tokens_per_pack, table.longest_span))
-
-
-def _empty_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> CausalLM:
-    if section.new is not None:
-        return new_model(section.new, tokenizer)
-    try:
-        config = AutoConfig.from_pretrained(
-            str(section.path), revision=section.revision or "main", trust_remote_code=section.trust_remote_code
-        )
-        with init_empty_weights():
-            model: CausalLM = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, trust_remote_code=section.trust_remote_code
-            )
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"model.path '{section.path}': {str(error).splitlines()[0]}") from None
-    return model

@@ -29,10 +29,12 @@ def installed_version(package: str) -> str:
 
 
 def hardware() -> dict[str, Any]:
-    """Return processor, accelerators and numbers of cores, threads and processes."""
+    """Return processor, its instruction set, accelerators and numbers of cores, threads and processes."""
     return {
         "machine": platform.machine(),
         "processor": _processor(),
+        # The instructions that torch's kernels use (AVX2, AVX512, ...): sums differ in the last bits between them.
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],

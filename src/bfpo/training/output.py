@@ -2,11 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import TrainOutput
@@ -16,7 +19,7 @@ from bfpo.config.loading import dump_recipe
 from bfpo.config.recipes import Section
 from bfpo.core.files import write_json, write_text
 from bfpo.core.terminal import say
-from bfpo.errors import Stopped, TrainingError
+from bfpo.errors import RecipeError, Stopped, TrainingError
 from bfpo.training.callbacks import MetricsFile, ProgressLine
 from bfpo.training.card import model_card
 from bfpo.training.checkpoints import StopOnSignal
@@ -24,21 +27,57 @@ from bfpo.training.manifest import git_revision, hardware, versions
 from bfpo.training.stream_trainer import StreamTrainer
 
 
+@contextmanager
+def exclusive_output(out: Path) -> Iterator[None]:
+    """Keep other runs out of an output folder inside a `with` block.
+
+    The main process holds the lock for all processes of a distributed run. The lock is a file beside the folder (in
+    it if the parent can't be written to), and ends with its process, however that ends.
+
+    Args:
+        out: Output folder; a link to a folder is locked under the folder's own path.
+
+    Raises:
+        RecipeError: If another run holds the lock.
+    """
+    if not PartialState().is_main_process:
+        yield
+        return
+    target = out.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.lock")
+    lock = FileLock(beside if os.access(target.parent, os.W_OK) else target / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecipeError(
+            f"trainer.output_dir: another run is training in {out}; wait for it, or name another folder"
+        ) from None
+    try:
+        yield
+    finally:
+        # Removed while it is locked: a process that has opened it already finds it unlinked, and opens a new one.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 def prepare_output(out: Path, recipe: Section, *, resuming: bool) -> Path:
     """Create the output folder and write the resolved recipe into it.
 
-    An earlier run in the folder, finished or not, is moved aside unless it is resumed; nothing is deleted.
+    An earlier run in the folder, finished or not, is moved aside unless it is resumed; nothing is deleted. If `out`
+    is a link, the folder that it points to is used, and moved aside next to itself; the link stays.
     """
     # transformers' bars for loading and saving weights would break the run's own lines.
     disable_progress_bar()
     state = PartialState()
     if state.is_main_process:
         has_earlier_run = (out / "run.json").exists() or (out / "metrics.jsonl").exists()
+        target = out.resolve() if out.is_symlink() else out
         if has_earlier_run and not resuming:
-            new_path = _free_path(out)
-            out.rename(new_path)
+            new_path = _free_path(target)
+            target.rename(new_path)
             say(f"the earlier run in {out} was moved to {new_path}")
-        out.mkdir(parents=True, exist_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
         write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
     state.wait_for_everyone()
     return out

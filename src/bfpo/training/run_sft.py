@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,19 @@ from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import RecipeError
 from bfpo.model.lora import lora_config
 from bfpo.training.arguments import launched_processes, training_arguments
+from bfpo.training.checkpoints import check_marked, write_mark
+from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
 from bfpo.training.manifest import versions
-from bfpo.training.output import RunRecord, prepare_output, rename_on_main_process, report_layout, save_final
+from bfpo.training.output import (
+    RunRecord,
+    exclusive_output,
+    prepare_output,
+    rename_on_main_process,
+    report_layout,
+    save_final,
+)
+from bfpo.training.preflight import check_against_model
 from bfpo.training.sft import SFTTrainer
 from bfpo.training.start import demonstration_texts, load_start_model, load_start_tokenizer
 
@@ -50,10 +60,25 @@ def run_sft(
     Returns:
         Content of `run.json`; empty for a dry run.
     """
-    start_time, start_cpu_time = time.time(), time.process_time()
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
+    check_against_model(recipe)
+    with nullcontext() if dry_run else exclusive_output(Path(str(args.output_dir))):
+        return _run(recipe, args, resume, dry_run=dry_run, limit=limit, evaluated=evaluated, cache=cache)
+
+
+def _run(
+    recipe: SftRecipe,
+    args: TrainingArguments,
+    resume: str | bool | None,
+    *,
+    dry_run: bool,
+    limit: int | None,
+    evaluated: frozenset[str],
+    cache: Path | None,
+) -> dict[str, Any]:
+    start_time, start_cpu_time = time.time(), time.process_time()
     parts = prepare_demonstrations(recipe.data, holdout=recipe.holdout, limit=limit, evaluated=evaluated)
     tokenizer = load_start_tokenizer(
         recipe.model,
@@ -61,7 +86,9 @@ def run_sft(
         lambda: demonstration_texts(demonstration for part in parts for demonstration in part.train),
     )
     cache = cache or Path(str(args.output_dir)).parent / "cache"
-    train, held_out = _tokenize(recipe, parts, tokenizer, None if dry_run else cache / "tokens")
+    clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
+    encoder = Encoder(tokenizer, recipe.text, None if dry_run else cache / "tokens", clock)
+    train, held_out = _tokenize(recipe, parts, encoder)
     sources = [part.report for part in parts]
     show_sources(sources)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
@@ -73,6 +100,7 @@ def run_sft(
     # Loaded first: if the model can't be loaded, an earlier run is not moved aside.
     model = load_start_model(recipe.model, tokenizer)
     out = prepare_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
+    record_clock(clock, out)
     trainer = SFTTrainer(
         model,
         args,
@@ -141,12 +169,16 @@ def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cach
     folder = cache / f"sft-{cache_key}"
     if folder.exists():
         say(f"the fine-tuned model is in the cache: {folder}")
+        check_marked(folder, remedy="delete that folder, and the model is fine-tuned again")
     else:
         say(f"fine-tuning the model to start from; it will be cached as {folder}")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         trainer = {**sft.trainer, "output_dir": str(unfinished), "resume_from_checkpoint": True}
         with _exclusive(folder):
             run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=prompt_keys, cache=cache)
+            if PartialState().is_main_process:
+                files = [file for file in sorted(unfinished.iterdir()) if file.is_file()]
+                write_mark(unfinished, files, {})
             rename_on_main_process(unfinished, folder)
     return recipe.model.model_copy(update={"sft": None, "path": str(folder)})
 
@@ -178,10 +210,9 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 
 def _tokenize(
-    recipe: SftRecipe, parts: list[DemonstrationPart], tokenizer: PreTrainedTokenizerBase, cache: Path | None
+    recipe: SftRecipe, parts: list[DemonstrationPart], encoder: Encoder
 ) -> tuple[TokenTable, TokenTable | None]:
     """Return the tables of training and held-out completions; the latter is None if nothing is held out."""
-    encoder = Encoder(tokenizer, recipe.text, cache)
     train: tuple[list[str], list[Example]] = ([], [])
     held_out: tuple[list[str], list[Example]] = ([], [])
     with progress("tokenizing", sum(len(part.train) + len(part.eval) for part in parts)) as advance:
@@ -193,7 +224,7 @@ def _tokenize(
             part.report.check_cap(recipe.max_dropped)
     train_ids, train_examples = train
     eval_ids, eval_examples = held_out
-    check_special_tokens(train_examples, tokenizer)
+    check_special_tokens(train_examples, encoder.tokenizer)
     table = token_table(train_examples, train_ids)
     if not eval_examples:
         return table, None

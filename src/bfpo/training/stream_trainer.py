@@ -1,6 +1,5 @@
 """The trainer that follows a stream plan: the common base of preference training and supervised fine-tuning."""
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -29,10 +28,10 @@ from bfpo.model.lora import CausalLM, unwrap_adapter
 from bfpo.model.selective import disable_dropout, select_parameters
 from bfpo.training.batches import Batch, Collator, KeyDataset
 from bfpo.training.checkpoints import (
-    MARK,
     CompletionMark,
     check_same_run,
     find_checkpoint,
+    read_mark,
     start_fingerprint,
     unmark_after,
 )
@@ -152,7 +151,7 @@ class StreamTrainer(Trainer, ABC):
             return super().train(None, trial, ignore_keys_for_eval)
         check_same_run(folder, self.resume_settings())
         say(f"resuming from {folder}")
-        unmark_after(out, json.loads((folder / MARK).read_text(encoding="utf-8"))["step"])
+        unmark_after(out, read_mark(folder)["step"])
         try:
             return super().train(str(folder), trial, ignore_keys_for_eval)
         except (SafetensorError, UnpicklingError, EOFError, JSONDecodeError, RuntimeError) as error:

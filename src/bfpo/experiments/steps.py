@@ -1,10 +1,10 @@
-"""The steps that the quickstart and a comparison share, each made once: world, base model, training, evaluation."""
+"""Steps of the quickstart and of experiments: world, base model, training, evaluation. Finished steps are reused."""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bfpo.config.loading import dump_recipe
+from bfpo.config.loading import dump_recipe, holds_recipe
 from bfpo.config.recipes import SftRecipe, TrainRecipe
 from bfpo.core.files import write_text
 from bfpo.core.samples import Completion, Engine, Prompt, Sampling
@@ -27,23 +27,25 @@ BASE_STEPS = {"pretraining": 900, "base": 100}
 
 
 def write_world(options: WorldOptions, folder: Path) -> None:
-    """Write a world's files, unless they are there.
+    """Write the files of a world, unless they exist.
 
     Raises:
         RecipeError: If the folder holds another world.
     """
-    # It is written last, so where it stands the others do too.
+    # world.json is written last, so if it exists the other files do too.
     file = folder / "world.json"
     if not file.exists():
         World(options).write(folder)
         return
-    there = json.loads(file.read_text(encoding="utf-8")).get("options")
-    if there != options.model_dump():
-        raise RecipeError(f"{folder} holds a world of other options ({there}); choose another --out, or remove it")
+    existing = json.loads(file.read_text(encoding="utf-8")).get("options")
+    if existing != options.model_dump():
+        raise RecipeError(
+            f"{folder} holds a world of other options ({existing}); choose another folder, or remove this one"
+        )
 
 
 def make_base(out: Path, *, seed: int) -> None:
-    """Make the base model in `out/base`: taught on clean demonstrations, then fine-tuned on imperfect ones."""
+    """Train the base model in `out/base`: on clean demonstrations, then on imperfect ones."""
     world = out / "world"
     trainer = {
         "lr_scheduler_type": "cosine",
@@ -56,9 +58,9 @@ def make_base(out: Path, *, seed: int) -> None:
         "use_cpu": True,
         "resume_from_checkpoint": True,
     }
-    new = {"new": {"shape": "nano", "vocab_size": 2048, "seed": seed}}
+    new_model = {"new": {"shape": "nano", "vocab_size": 2048, "seed": seed}}
     stages = (
-        ("pretraining", "pretraining", new, 4e-3),
+        ("pretraining", "pretraining", new_model, 4e-3),
         ("base", "fine_tuning", {"path": str(out / "pretraining")}, 1e-3),
     )
     for name, data, model, learning_rate in stages:
@@ -75,50 +77,48 @@ def make_base(out: Path, *, seed: int) -> None:
 
 
 def run_once(recipe: SftRecipe | TrainRecipe) -> None:
-    """Run a recipe, unless its output folder holds its finished run; the recipe stands beside the folder.
+    """Run a training recipe, unless its output folder holds the finished run; the recipe is written next to it.
 
     Raises:
         RecipeError: If the folder holds a finished run of another recipe.
     """
     out = Path(recipe.trainer["output_dir"])
-    file, text = out.with_name(f"{out.name}.yaml"), dump_recipe(recipe)
+    path = out.with_name(f"{out.name}.yaml")
     if (out / "run.json").exists():
-        if file.exists() and file.read_text(encoding="utf-8") == text:
+        if holds_recipe(path, recipe):
             return
-        raise RecipeError(f"{out} holds a run of another recipe; choose another --out, or remove it")
-    write_text(file, text)
+        raise RecipeError(f"{out} holds a run of another recipe; choose another folder, or remove this one")
+    write_text(path, dump_recipe(recipe))
     run_sft(recipe) if isinstance(recipe, SftRecipe) else run_training(recipe)
 
 
 def evaluate_run(folder: Path, prompts_file: Path, oracle: Oracle, *, baseline: Path | None = None) -> Results:
     """Evaluate the checkpoint of a folder on held-out prompts, into `evaluation/`.
 
-    Another revision of the oracle judges the same answers again.
-
     Args:
         folder: Folder of the checkpoint; its name is the run's.
         prompts_file: Held-out prompts of the world.
-        oracle: The judge.
-        baseline: Folder of the run to compare with, which is evaluated already.
+        oracle: Judge; another revision of it judges the same completions again.
+        baseline: Folder of an evaluated run to compare with.
     """
     prompts = read_prompt_file(str(prompts_file))
     return _evaluate(folder, prompts, oracle, lambda: load_engine(str(folder), SAMPLING), baseline=baseline)
 
 
 def can_judge_again(evaluation: Path) -> bool:
-    """Whether a finished evaluation still has its answers, all that another revision of the oracle needs."""
+    """Return whether a finished evaluation has its completions, which another revision of the oracle needs."""
     return all((evaluation / name).exists() for name in (Prompt.file_name, Completion.file_name, FILE_NAME))
 
 
 def judge_again(evaluation: Path, oracle: Oracle) -> Results:
-    """Judge the answers of a finished evaluation by this revision of the oracle, and score them; no model is asked.
+    """Judge and score the completions of a finished evaluation again; the model isn't needed.
 
     Args:
-        evaluation: Folder that `evaluate_run` filled, of a run compared with none.
-        oracle: The judge.
+        evaluation: Folder that `evaluate_run` filled, without a baseline.
+        oracle: Current revision of the judge.
 
     Raises:
-        DataError: If its files are damaged.
+        DataError: If a file is damaged.
     """
     prompts = read_prompt_file(str(evaluation / Prompt.file_name))
     return _evaluate(evaluation.parent, prompts, oracle, None)
