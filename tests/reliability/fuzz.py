@@ -51,8 +51,8 @@ from bfpo.evaluation.alpaca_eval import read_alpaca_annotations
 from bfpo.evaluation.gate import read_gate
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.subject import training_judges
-from bfpo.experiments.recipe import CompareRecipe
-from bfpo.experiments.units import units_of
+from bfpo.experiments.recipe import ExperimentRecipe
+from bfpo.experiments.units import make_units
 from bfpo.judging.spec import JUDGES
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.testbed.world import World, WorldOptions
@@ -471,7 +471,7 @@ def redteam_recipe(toy, rng):
 
 def experiment_recipe(toy, rng):
     write("r.yaml", mutate_yaml(COMPARE, rng))
-    return lambda: units_of(load_recipe("r.yaml", CompareRecipe))
+    return lambda: make_units(load_recipe("r.yaml", ExperimentRecipe))
 
 
 def tuning_file(toy, rng):
@@ -480,7 +480,7 @@ def tuning_file(toy, rng):
     content = {"chosen": [{"world": "shared", "variant": "dpo", "values": {"loss.beta": 0.1}}]}
     data = json.dumps(mutate_value(content, rng)).encode()
     write("t.json", data if rng.random() < 0.6 else mutate_bytes(data, rng))
-    return lambda: units_of(load_recipe("r.yaml", CompareRecipe))
+    return lambda: make_units(load_recipe("r.yaml", ExperimentRecipe))
 
 
 def trainer_section(toy, rng):
@@ -777,7 +777,6 @@ def describe(outcome):
     """Return the line of a failure that says most."""
     lines = outcome.text.strip().splitlines() or [""]
     return next((line for line in lines if BUG in line), lines[-1])[-400:]
-
 
 
 def show_line(*parts):

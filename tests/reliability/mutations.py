@@ -29,7 +29,7 @@ YAML_TEXTS = (
     "x: 2001-01-01 25:61:61\n", "x: 190:20:30\n", "= \n", "x: =\n", "x: .inf\n", "x: 1_0e1_0\n", "x: -.e5\n",
     "x: 0o9\n",
     "1: 2\n", "null: 2\n", "true: 1\n", "2001-01-01: 1\n", "1.5: x\n", "~: ~\n", f"x: {LONG_DIGITS}\n",
-    "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c]\n",
+    "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c]\n",
 )  # fmt: skip
 BYTES = (
     b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n\n", b"\xe2\x80\xa8", b"\xc2\x85", b'"', b"\\", b"{",
