@@ -178,7 +178,10 @@ def test_a_recipe_that_is_none_ends_with_one_message(content, message, run, fold
         ),
     ],
 )
-def test_a_tokenizer_that_lacks_something_ends_with_one_message(attribute, message, run, folder, tokenizer):
+def test_a_tokenizer_that_lacks_something_ends_with_one_message(
+    attribute, message, run, folder, tokenizer, make_model
+):
+    make_model().config.save_pretrained(folder / "model")
     lacking = copy.deepcopy(tokenizer)
     setattr(lacking, attribute, None)
     lacking.save_pretrained(folder / "model")
