@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -250,10 +250,21 @@ def load_scorer(
     if is_beaver and config.model_type != "llama":
         raise ModelError(f"{path} is a {config.model_type}; {kind} reads score models of safe-rlhf, which are llamas")
     model_class: Any = BeaverModel if is_beaver else AutoModelForSequenceClassification
-    model, info = _load(path, lambda: model_class.from_pretrained(path, **options))
-    if info["missing_keys"]:
+    states_bias = bool(getattr(config, "bias", False))
+    if is_beaver:
+        # The weights say whether the head has a bias: a configuration without the key would lose it.
+        config.bias = True
+    model, info = _load(path, lambda: model_class.from_pretrained(path, config=config, **options))
+    missing = set(info["missing_keys"])
+    if is_beaver and "score_head.bias" in missing and not states_bias:
+        missing.remove("score_head.bias")
+        model.score_head.bias = None
+    if missing:
+        raise ModelError(f"{path} has no trained head for {kind}: {', '.join(sorted(missing)[:3])} missing")
+    if unread := _unread_head_keys(model, info["unexpected_keys"]):
         raise ModelError(
-            f"{path} has no trained head for {kind}: {', '.join(sorted(info['missing_keys'])[:3])} missing"
+            f"{path} has weights of a head that {kind} doesn't read, which would change its scores: "
+            f"{', '.join(unread[:3])}"
         )
     if is_beaver and getattr(config, "do_normalize", False):
         raise ModelError(f"{path} normalizes its scores (do_normalize), which moves the sign; that isn't supported")
@@ -276,6 +287,16 @@ def _load(path: str, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"judge '{path}': {str(error).strip().partition(chr(10))[0]}") from None
+
+
+def _unread_head_keys(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Return the names of weights that weren't loaded and belong to the model's head."""
+    heads = {name for name, _ in model.named_children() if name != model.base_model_prefix}
+    return sorted(
+        key
+        for key in unexpected
+        if key.partition(".")[0] in heads or key.startswith(("score", "classif", f"{model.base_model_prefix}.score"))
+    )
 
 
 def _check_labels(path: str, config: Any, safe_labels: Mapping[str, bool] | None) -> tuple[tuple[str, bool], ...]:
