@@ -214,6 +214,28 @@ def test_a_reward_orders_and_is_undecided_on_safety(tmp_path, tokenizer, templat
     assert by_score == sorted(verdicts, key=lambda verdict: verdict.helpfulness)
 
 
+def test_a_conversation_that_the_template_refuses_is_undecided(tmp_path, tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    model = LlamaForSequenceClassification(config(tokenizer, num_labels=1))
+    judge = open_guard("reward", save(tmp_path / "reward", model, tokenizer))
+    system = replace(completion(), prompt=(Message("system", "c"), Message("user", "a")))
+    refused, judged = judge.judge([system, completion()])
+    assert (refused.safe, refused.helpfulness) == (None, None)
+    assert refused.reason == "the chat template refuses the conversation: System role not supported"
+    assert judged.helpfulness is not None
+
+
+def test_ids_without_an_embedding_are_refused(tmp_path, tokenizer):
+    model = LlamaForSequenceClassification(config(tokenizer, num_labels=1))
+    tokenizer.add_tokens(["extra"])
+    judge = open_guard("reward", save(tmp_path / "reward", model, tokenizer))
+    with pytest.raises(ModelError, match=f"the model has only {len(tokenizer) - 1} embeddings"):
+        list(judge.judge([completion("b extra")]))
+
+
 def bert(tokenizer, folder, **changes):
     torch.manual_seed(0)
     model = BertForSequenceClassification(config(tokenizer, BertConfig, **changes))

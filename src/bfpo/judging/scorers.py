@@ -21,6 +21,7 @@ from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import ModelError
 from bfpo.generation.in_process import checkpoint_identity
+from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
 from bfpo.judging.markers import MARKERS_ESCAPED, escape_markers, special_tokens
 from bfpo.model.load import load_tokenizer
 
@@ -96,17 +97,32 @@ class ScoreJudge:
 
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         """Return one verdict for each completion; see `Judge`."""
-        rendered = [self.render(completion) for completion in completions]
-        rows = [self._encode(text) for text, _ in rendered]
+        rendered: list[tuple[str | tuple[str, str], bool]] = []
+        refusals: dict[int, str] = {}
+        for index, completion in enumerate(completions):
+            try:
+                rendered.append(self.render(completion))
+            except TemplateRefusal as refusal:
+                rendered.append(("", False))
+                refusals[index] = str(refusal)
+        rows = [[] if index in refusals else self._encode(text) for index, (text, _) in enumerate(rendered)]
+        check_token_ids(self.model, rows, self.path)
         scores: dict[int, list[float]] = {}
         for batch in self._batches(rows):
             scores |= zip(batch, self._scores([rows[index] for index in batch]), strict=True)
         for index, (completion, (_, has_markers)) in enumerate(zip(completions, rendered, strict=True)):
+            if index in refusals:
+                yield Verdict.on(completion, self, safe=None, reason=refusals[index])
+                continue
             note = MARKERS_ESCAPED if has_markers else None
             yield self._make_verdict(completion, scores.get(index), len(rows[index]), note)
 
     def render(self, completion: Completion) -> tuple[str | tuple[str, str], bool]:
-        """Return the scored text, or its two parts, and whether the answer contained markers, now escaped."""
+        """Return the scored text, or its two parts, and whether the answer contained markers, now escaped.
+
+        Raises:
+            TemplateRefusal: If the tokenizer's template refuses the conversation.
+        """
         special = special_tokens(self.tokenizer)
         markers = (*special, "USER: ", "ASSISTANT:") if self._is_beaver else special
         answer, has_markers = escape_markers(completion.text, markers)
@@ -123,7 +139,7 @@ class ScoreJudge:
         if self.tokenizer.chat_template is None:
             return (turns[-1][1], answer), has_markers
         messages = [{"role": role, "content": content} for role, content in (*turns, ("assistant", answer))]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False)), has_markers
+        return render_chat(self.tokenizer, messages), has_markers
 
     @property
     def _is_beaver(self) -> bool:
