@@ -33,6 +33,8 @@ _UNKNOWN_PARAMETER = re.compile(
     r"extra_forbidden|extra (inputs|fields)",
     re.IGNORECASE,
 )
+# Start of the reason why a model wrote no text within its tokens.
+NO_TEXT = "no text: "
 # Longest message of a server that is shown.
 _MAX_MESSAGE = 200
 
@@ -121,7 +123,7 @@ def read_reply(content: Any, max_tokens: int) -> Reply:
     has_reasoning = any(message.get(key) for key in ("reasoning_content", "reasoning"))
     if reason in _CUT:
         if text is None or (has_reasoning and not text.strip()):
-            raise NoText(f"no text: {'the reasoning' if has_reasoning else 'the model'} used all {max_tokens} tokens")
+            raise NoText(f"{NO_TEXT}{'the reasoning' if has_reasoning else 'the model'} used all {max_tokens} tokens")
         return Reply(text, "length", *tokens)
     # Servers have names of their own for the end of a turn ("eos", "end_turn", null): a text is an answer.
     if text is None or (reason != "stop" and not text.strip()):
