@@ -1,7 +1,7 @@
 """Fuzz the program in this process: mutated recipes, data, and files that it reads back.
 
-`python tests/reliability/fuzz.py --count 10000 --seed 0 --out benchmarks/results/fuzz.json` runs by hand. Input N of a
-seed is always the same; `--only N` runs it alone, and shows the traceback.
+`python tests/reliability/fuzz.py --count 10000 --seed 0 --out benchmarks/results/fuzz.json` runs by hand. Input N of
+a seed is always the same; `--only N` runs it alone, and shows the traceback.
 """
 
 import argparse
@@ -51,8 +51,8 @@ from bfpo.evaluation.alpaca_eval import read_alpaca_annotations
 from bfpo.evaluation.gate import read_gate
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.subject import training_judges
-from bfpo.experiments.recipe import CompareRecipe
-from bfpo.experiments.units import units_of
+from bfpo.experiments.recipe import ExperimentRecipe
+from bfpo.experiments.units import make_units
 from bfpo.judging.spec import JUDGES
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.testbed.world import World, WorldOptions
@@ -76,7 +76,7 @@ TRAIN = {
     "eval": [{"path": "pairs.jsonl", "limit": 2, "sample": "head"}],
     "holdout": 0.1,
     "max_dropped": 0.5,
-    "on_leak": "remove",
+    "leaks": "remove",
     "benchmarks": ["prompts.txt"],
     "text": {"max_length": 64, "truncation": "keep_end"},
     "loss": {"name": "bfpo", "beta": 0.01, "alpha": 0.5},
@@ -150,7 +150,8 @@ GATE = {
     ]
 }
 STACKS = (
-    {"model_name_or_path": "a/b", "torch_dtype": None, "dataset_mixer": {"c/d": 0.5}, "dataset_splits": ["train_prefs"],
+    {"model_name_or_path": "a/b", "torch_dtype": None, "dataset_mixer": {"c/d": 0.5},
+     "dataset_splits": ["train_prefs"],
      "use_buffer": True, "buffer_dataset_mixer": {"e/f": 1.0}, "beta": 0.01, "b1": 3.0, "max_prompt_length": 12,
      "evaluation_strategy": "steps", "use_selective": True, "selected_layers": ["down_proj"], "hub_token": "x",
      "warmup_ratio": 0.1, "output_dir": "o", "other_data_config": "None"},
@@ -169,7 +170,8 @@ MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content
 ANSWER = {"role": "assistant", "content": "the red box"}
 ROWS = {
     "pairs": [
-        {"prompt": f"which box {i} ?", "chosen": "the red box", "rejected": "a ball", **LABELS, "expected_safety": 0.5,
+        {"prompt": f"which box {i} ?", "chosen": "the red box", "rejected": "a ball", **LABELS,
+         "expected_safety": 0.5,
          "chosen_safety_score": 0.9, "rejected_safety_score": 0.1, "chosen_win_rate": 0.8, "rejected_win_rate": 0.4,
          "reward_margin": 1.5, "harm_categories": ["x"], "stream": "main", "dataset_name": "d", "row_id": "r"}
         for i in range(4)
@@ -213,6 +215,10 @@ DEMONSTRATIONS = {
     "pku_safer": ROWS["pku_saferlhf"],
     "pairs": ROWS["pairs"],
 }
+LOSSES = (
+    {"name": "bfpo", "beta": 0.1, "alpha": 0.5, "b1": 3.0}, {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1},
+    {"name": "ipo", "beta": 0.1}, {"name": "modpo"}, {"name": "json:loads"}, {"name": "a.b:C", "x": 1},
+)  # fmt: skip
 SPECS = (
     "oracle", "oracle:shared", "linear:judge.npz", "people:labeled.jsonl", "oracle+linear:judge.npz",
     "majority:oracle+oracle:separate+linear:judge.npz", "rubric:m@http://127.0.0.1:9/v1", "json:loads", "a.b:C:x",
@@ -324,12 +330,14 @@ RUN_RECORD = {
     "versions": {"python": "3.11.7", "bfpo": "0.1.0"}, "steps": 20, "wall_seconds": 72.4, "cpu_seconds": 131.0,
     "hardware": {"machine": "x86_64", "processor": "x", "cores": 2, "threads": 1, "accelerators": []},
     "recipe": {"model": {"path": "runs/base"}, "data": [{"path": "pairs.jsonl", "name": "x"}],
-               "loss": {"name": "bfpo", "beta": 0.05}, "trainer": {"output_dir": "o", "seed": 42, "learning_rate": 1e-4}},
+               "loss": {"name": "bfpo", "beta": 0.05}, "trainer": {"output_dir": "o", "seed": 42,
+               "learning_rate": 1e-4}},
     "data": {"train": {"main": {"ss": 6, "su": 2, "us": 4, "uu": 0}, "buffer": {"ss": 25}}},
     "trained": {"parameters": 1475200, "of": 1475200},
 }  # fmt: skip
 LOG = [
-    {"step": step, "loss": 3.0 / step, "stream/main/loss": 2.0, "bfpo/margin/su": 0.1 * step, "bfpo/target_gap/su": -1.0,
+    {"step": step, "loss": 3.0 / step, "stream/main/loss": 2.0, "bfpo/margin/su": 0.1 * step,
+     "bfpo/target_gap/su": -1.0,
      "bfpo/margin/uu": None}
     for step in range(1, 8)
 ]  # fmt: skip
@@ -463,7 +471,7 @@ def redteam_recipe(toy, rng):
 
 def experiment_recipe(toy, rng):
     write("r.yaml", mutate_yaml(COMPARE, rng))
-    return lambda: units_of(load_recipe("r.yaml", CompareRecipe))
+    return lambda: make_units(load_recipe("r.yaml", ExperimentRecipe))
 
 
 def tuning_file(toy, rng):
@@ -472,7 +480,7 @@ def tuning_file(toy, rng):
     content = {"chosen": [{"world": "shared", "variant": "dpo", "values": {"loss.beta": 0.1}}]}
     data = json.dumps(mutate_value(content, rng)).encode()
     write("t.json", data if rng.random() < 0.6 else mutate_bytes(data, rng))
-    return lambda: units_of(load_recipe("r.yaml", CompareRecipe))
+    return lambda: make_units(load_recipe("r.yaml", ExperimentRecipe))
 
 
 def trainer_section(toy, rng):
@@ -486,11 +494,9 @@ def trainer_section(toy, rng):
 def losses(toy, rng):
     from bfpo.losses.build import make_loss
 
-    names = ("bfpo", "dpo", "ipo", "modpo", "safe_dpo", "kto", "json:loads", "a.b:C")
-    content = {"name": rng.choice(names), "beta": 0.1, "alpha": 0.5, "b1": 3.0, "b3": 0.5, "label_smoothing": 0.1}
-    content = {key: value for key, value in content.items() if key == "name" or rng.random() < 0.4}
-    recipe = TRAIN | {"loss": mutate_value(content, rng)}
-    return lambda: make_loss(check_recipe(recipe, TrainRecipe, "r.yaml").loss.model_dump())
+    content = rng.choice(LOSSES)
+    write("r.yaml", mutate_yaml({"model": {"path": "x"}, "data": [{"path": "x"}], "loss": content}, rng))
+    return lambda: make_loss(load_recipe("r.yaml", TrainRecipe).loss.model_dump())
 
 
 def overrides(toy, rng):
@@ -537,7 +543,7 @@ def prompt_rows(toy, rng):
 
 def completion_rows(toy, rng):
     name = write(f"c.{(form := rng.choice(FORMATS))}", mutate_table(toy.completions[:5], form, rng))
-    return ["judge", "run", name, "--judge", rng.choice(("oracle", "linear:judge.npz"))]
+    return ["judge", "run", name, "--judge", rng.choice(("oracle", "linear:judge.npz")), "--out", "o.jsonl"]
 
 
 def existing_verdicts(toy, rng):
@@ -634,7 +640,7 @@ def judge_specs(toy, rng):
 
         return lambda: parse_judge(spec)
     threshold = [] if rng.random() < 0.7 else ["--threshold", rng.choice(("0", "1", "2", "-1", "nan", "x"))]
-    return ["judge", "run", "completions.jsonl", f"--judge={spec}", *threshold]
+    return ["judge", "run", "completions.jsonl", f"--judge={spec}", "--out", "o.jsonl", *threshold]
 
 
 def judge_file(toy, rng):
@@ -659,7 +665,7 @@ def judge_file(toy, rng):
         else:
             content[name] = np.array(value)
         np.savez("j.npz", **content)
-    return ["judge", "run", "completions.jsonl", "--judge", "linear:j.npz"]
+    return ["judge", "run", "completions.jsonl", "--judge", "linear:j.npz", "--out", "o.jsonl"]
 
 
 def suite(toy, rng):
@@ -716,8 +722,10 @@ def tokenizer_files(toy, rng):
 TEMPLATES = (
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.system('true') }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% include '/etc/passwd' %}", "{{ 1/0 }}", "{{ 1 + 'a' }}",
-    "{{ messages[99].content.x.y }}", "{{ raise_exception('\x1b]0;x\x07 hi') }}", "{% for a in range(10**9) %}x{% endfor %}",
-    "{{ messages }}", "", "x", "{% for m in messages %}{{ m.content }}{% endfor %}", "{{ 'x' * 1000 }}", "{{ messages|tojson }}",
+    "{{ messages[99].content.x.y }}", "{{ raise_exception('\x1b]0;x\x07 hi') }}",
+    "{% for a in range(10**9) %}x{% endfor %}",
+    "{{ messages }}", "", "x", "{% for m in messages %}{{ m.content }}{% endfor %}", "{{ 'x' * 1000 }}",
+    "{{ messages|tojson }}",
 )  # fmt: skip
 
 
@@ -739,7 +747,7 @@ def draw(toy, seed, number):
     return target.__name__, target(toy, rng)
 
 
-def fuzz(toy, seed, count, *, most_seconds=None, show=print):
+def fuzz(toy, seed, count, *, show, most_seconds=None):
     """Run inputs; return the outcomes by target, and the failures as (number, target, outcome).
 
     Args:
@@ -759,10 +767,22 @@ def fuzz(toy, seed, count, *, most_seconds=None, show=print):
         counts.setdefault(target, Counter())[outcome.kind] += 1
         if outcome.kind in FAILURES:
             failures.append((number, target, outcome))
-            show(f"--seed {seed} --only {number}: {target} {outcome.kind}: {outcome.text.strip()[-400:]}")
+            show(f"--seed {seed} --only {number}: {target} {outcome.kind}: {describe(outcome)}")
         if most_seconds is not None and time.process_time() - start > most_seconds:
             break
     return counts, failures
+
+
+def describe(outcome):
+    """Return the line of a failure that says most."""
+    lines = outcome.text.strip().splitlines() or [""]
+    return next((line for line in lines if BUG in line), lines[-1])[-400:]
+
+
+def show_line(*parts):
+    """Print a line at once."""
+    sys.stdout.write(" ".join(map(str, parts)) + "\n")
+    sys.stdout.flush()
 
 
 def summary(seed, counts, failures, seconds):
@@ -796,18 +816,18 @@ def main():
         toy = Toy(Path(folder))
         if arguments.only is not None:
             target, case = draw(toy, arguments.seed, arguments.only)
-            print(target, case if isinstance(case, list) else "")
+            show_line(target, case if isinstance(case, list) else "")
             outcome = run(case)
-            print(outcome.kind, outcome.text[-3000:])
+            show_line(outcome.kind, outcome.text[-3000:])
             with contextlib.suppress(SystemExit):
                 draw(toy, arguments.seed, arguments.only)
                 case() if callable(case) else app(args=case)
             return
         start = time.process_time()
-        counts, failures = fuzz(toy, arguments.seed, arguments.count, show=lambda line: print(line, flush=True))
+        counts, failures = fuzz(toy, arguments.seed, arguments.count, show=show_line)
         os.chdir("/")
     result = summary(arguments.seed, counts, failures, time.process_time() - start)
-    print(json.dumps({key: result[key] for key in ("inputs", "outcomes", "cpu_seconds")}))
+    show_line(json.dumps({key: result[key] for key in ("inputs", "outcomes", "cpu_seconds")}))
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n")
     sys.exit(bool(failures))

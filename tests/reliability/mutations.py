@@ -13,25 +13,31 @@ LONG_DIGITS = "9" * 5000
 VALUES = (
     None, True, False, 0, 1, -1, 2, 0.5, 1.5, 1e308, -1e-320, 10**30, -(10**19), float("nan"), float("inf"),
     float("-inf"), "", " ", "x", "0", "1", "-1", "nan", "null", "true", "no", "NO", "1e999", "é", "e\u0301",
-    "\u202enpe", "\x00", "a\x00b", "\x1b[2J", "\ufeff", "\u2028", "\x85", "=1+1", "../..", "/", "/dev/null", "a" * 300,
+    "\u202enpe", "\x00", "a\x00b", "\x1b[2J", "\ufeff", "\u2028", "\x85", "=1+1", "../..", "/", "/dev/null",
+    "a" * 300,
     "a/b", "{{ 7*7 }}", "[", "%s {} {0}", "\U0001f600", "٣", "²", [], {}, [[]], [None], [1], ["x"], {"x": 1},
     {"": None}, [{}], {"role": "user"}, [{"role": "user", "content": "x"}], [{"role": "user", "content": 1}],
     [{"role": ["user"], "content": "x"}], [{"role": {}, "content": "x"}], [{"role": "tool", "content": None}],
 )  # fmt: skip
 LONE_SURROGATES = ("\ud800", "x\udc00y", ["\udfff"], {"\ud83d": 1})
 YAML_TEXTS = (
-    "&a [*a]\n", "a: &a {b: *a}\n", "<<: 1\n", "<<: [1]\n", "? [1]\n: 2\n", "? {a: 1}\n: 2\n", "!!python/object:os.system x\n",
+    "&a [*a]\n", "a: &a {b: *a}\n", "<<: 1\n", "<<: [1]\n", "? [1]\n: 2\n", "? {a: 1}\n: 2\n",
+    "!!python/object:os.system x\n",
     "!!python/name:os.system\n", "!!binary x\n", "!!timestamp 2001-13-45\n", "x: 2001-13-45\n", "x: 0b\n", "x: 0x\n",
     "x: 1:99:99\n", "x: !!int x\n", "x: !!float y\n", "x: !!bool z\n", "x: !!set {a, b}\n", "x: !!omap [a: 1, 1]\n",
     "x: !!pairs 1\n", "%YAML 3.0\n---\n", "---\n---\n", "...\n", "\t\n", "x: |\n", "!!null x\n", "*missing\n",
-    "x: 2001-01-01 25:61:61\n", "x: 190:20:30\n", "= \n", "x: =\n", "x: .inf\n", "x: 1_0e1_0\n", "x: -.e5\n", "x: 0o9\n",
+    "x: 2001-01-01 25:61:61\n", "x: 190:20:30\n", "= \n", "x: =\n", "x: .inf\n", "x: 1_0e1_0\n", "x: -.e5\n",
+    "x: 0o9\n",
     "1: 2\n", "null: 2\n", "true: 1\n", "2001-01-01: 1\n", "1.5: x\n", "~: ~\n", f"x: {LONG_DIGITS}\n",
-    "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c,*c]\n",
+    "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c]\n",
 )  # fmt: skip
 BYTES = (
-    b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n\n", b"\xe2\x80\xa8", b"\xc2\x85", b'"', b"\\", b"{", b"}", b"[",
-    b"]", b",", b":", b"'", b"\t", b"#", b"&", b"*", b"!", b"%", b"@", b"`", b"|", b">", b"-", b"NaN", b"Infinity", b"-Infinity",
-    b"1e999", b"null", b"\\ud800", b"\\u0000", b"\x1a", b"\xc3", b"\xed\xa0\x80", b"\xf0\x9f\x98", LONG_DIGITS.encode(),
+    b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n\n", b"\xe2\x80\xa8", b"\xc2\x85", b'"', b"\\", b"{",
+    b"}", b"[",
+    b"]", b",", b":", b"'", b"\t", b"#", b"&", b"*", b"!", b"%", b"@", b"`", b"|", b">", b"-", b"NaN", b"Infinity",
+    b"-Infinity",
+    b"1e999", b"null", b"\\ud800", b"\\u0000", b"\x1a", b"\xc3", b"\xed\xa0\x80", b"\xf0\x9f\x98",
+    LONG_DIGITS.encode(),
     b"[" * 3000, b'{"a":' * 3000, b"[" * 200_000, b"- " * 2000,
 )  # fmt: skip
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "jsonl.gz", "jsonl.xz", "csv.gz")

@@ -125,8 +125,8 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises:
         RecipeError: If the text isn't valid YAML or has a duplicate key; the message has the line.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None

@@ -143,6 +143,8 @@ def read_prompts(path: str) -> Iterator[str]:
 def local_files(source: Source) -> list[Path]:
     """Return the local files of a source; none for a hub id."""
     paths = [source.path] if isinstance(source.path, str) else source.path
+    if not paths:
+        raise DataError("path is an empty list; name at least one file")
     return [file for path in paths for file in _local_files(path) or []]
 
 

@@ -110,7 +110,7 @@ def _read_tuned_values(recipe: ExperimentRecipe) -> dict[tuple[str, str], dict[s
         raise RecipeError(f"variants.{name}.tuned: needs 'tuning', the comparison.json to read it from")
     try:
         content = parse_json(Path(recipe.tuning).read_text(encoding="utf-8"))
-        chosen = {(row["world"], row["variant"]): dict(row["values"]) for row in content["chosen"]}
+        chosen = {(str(row["world"]), str(row["variant"])): dict(row["values"]) for row in content["chosen"]}
     except FileNotFoundError:
         raise RecipeError(
             f"tuning: there is no {recipe.tuning}; run `bfpo experiment` with the tuning recipe first"

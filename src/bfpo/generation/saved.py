@@ -41,7 +41,10 @@ class SavedEngine:
         for row in map(_flatten, read_rows(Source(path=path))):
             prompt = as_messages(row.value(_find_column(row, _PROMPT_COLUMNS)))
             row.text(_find_column(row, _TEXT_COLUMNS))
-            models.add(row.values.get("model"))
+            model = row.values.get("model")
+            if not isinstance(model, str | None):
+                raise DataError(f"{row.where}: column 'model' is {model!r}; expected a string")
+            models.add(model)
             self._rows.setdefault(_prompt_key(prompt), []).append(row)
         if len(models) > 1:
             names = ", ".join(sorted(map(str, models)))
@@ -90,12 +93,21 @@ class SavedEngine:
             prompt=prompt.prompt,
             text=text,
             finish_reason=next((name for name in FINISH_REASONS if name == values.get("finish_reason")), "stop"),
-            prompt_tokens=int(values.get("prompt_tokens") or words),
-            completion_tokens=int(values.get("completion_tokens") or len(text.split())),
+            prompt_tokens=_token_count(row, "prompt_tokens") or words,
+            completion_tokens=_token_count(row, "completion_tokens") or len(text.split()),
             model=str(values.get("model") or self._name),
             engine=str(values.get("engine") or self.name),
             settings_hash=self.settings_hash,
         )
+
+
+def _token_count(row: SourceRow, column: str) -> int:
+    """Return a number of tokens; 0 where the row has none."""
+    with row.locate_errors():
+        number = row.number(column) or 0
+        if not 0 <= number < 2**31:
+            raise DataError(f"column '{column}' is {number}; expected a number of tokens")
+    return int(number)
 
 
 def _flatten(row: SourceRow) -> SourceRow:

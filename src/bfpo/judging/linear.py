@@ -207,14 +207,18 @@ def load_judge(path: Path, *, threshold: float | None = None) -> LinearJudge:
 
 
 def _load_head(name: str, arrays: dict[str, NDArray[np.generic]]) -> Head:
-    vectorizers = []
+    vectorizers, num_terms = [], 0
     for number, view in enumerate(VIEWS[name]):
         terms = parse_json(arrays[f"{name}.{number}.terms"].tobytes())
         vectorizer = make_vectorizer(view, {term: index for index, term in enumerate(terms)})
         vectorizer.idf_ = arrays[f"{name}.{number}.idf"]
         vectorizers.append((view, vectorizer))
+        num_terms += len(terms)
+    weights = np.asarray(arrays[f"{name}.weights"], dtype=np.float64)
+    if weights.shape != (num_terms,):
+        raise ValueError(f"{name}.weights has shape {weights.shape}, expected {num_terms} weights")
     bias, scale, shift = (float(value) for value in arrays[f"{name}.line"])
-    return Head(tuple(vectorizers), np.asarray(arrays[f"{name}.weights"], dtype=np.float64), bias, scale, shift)
+    return Head(tuple(vectorizers), weights, bias, scale, shift)
 
 
 def _make_regression() -> LogisticRegression:
