@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta as beta_distribution
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from bfpo.stats.intervals import RESAMPLES, combine, harmonic_mean, mean_interval, score_bounds
 from bfpo.stats.paired import paired_mean_bounds, tango_bounds
@@ -47,13 +49,7 @@ def worlds() -> Iterator[tuple[str, str, World]]:
         for ours, baseline in dict.fromkeys(pair[:2] for pair in PAIRS):
             setting = f"rates {ours:g} and {baseline:g}, 5 answers a prompt, correlation {correlation:g}"
             yield "difference of means", setting, paired_samples(ours, baseline, 5, correlation)
-    for setting, draw, mean in (
-        ("helpfulness 0, 0.5 or 1, mostly 1", _choice((0, 0.5, 1), (0.05, 0.1, 0.85)), 0.9),
-        ("helpfulness, Beta(8, 2)", lambda rng, shape: rng.beta(8, 2, shape), 0.8),
-        ("preference, Beta(0.1, 0.9)", lambda rng, shape: rng.beta(0.1, 0.9, shape), 0.1),
-        ("severity uniform on 30 %, else 0", _severity(0.3), 0.15),
-        ("severity uniform on 10 %, else 0", _severity(0.1), 0.05),
-    ):
+    for setting, draw, mean in BOUNDED:
         yield "mean in [0, 1]", setting, bounded_mean(draw, mean)
     for setting, draw in (
         ("severity uniform on 30 %, else 0", _severity(0.3)),
@@ -74,6 +70,13 @@ def worlds() -> Iterator[tuple[str, str, World]]:
         yield "difference of harmonic means, bootstrap", setting, world
     for p in (0.3, 0.7, 0.95):
         yield "harmonic mean", f"safety {p:g}, helpfulness Beta(8, 2)", safety_and_helpfulness(p)
+
+
+def candidates() -> Iterator[tuple[str, str, World]]:
+    """Return the compared intervals of a mean in [0, 1] in every world of such means: name, setting, world."""
+    for setting, draw, mean in (*BOUNDED, *NEARLY_EQUAL):
+        for name, bounds in CANDIDATES.items():
+            yield name, setting, bounded_mean(draw, mean, bounds)
 
 
 def single_answer(p: float) -> World:
@@ -126,9 +129,43 @@ def paired_samples(ours: float, baseline: float, samples: int, correlation: floa
     return world
 
 
-def bounded_mean(draw: Draw, mean: float) -> World:
+def bounded_mean(draw: Draw, mean: float, bounds: Callable[[Array], Bounds] = score_bounds) -> World:
     """Return the world of a mean in [0, 1]."""
-    return lambda rng, count, n: (mean, score_bounds(draw(rng, (count, n))))
+    return lambda rng, count, n: (mean, bounds(draw(rng, (count, n))))
+
+
+def normal_bounds(values: Array) -> Bounds:
+    """Return Wilson's bounds at the effective sample size without corrections for few prompts."""
+    return _wilson_at(values, 1.0)
+
+
+def student_bounds(values: Array) -> Bounds:
+    """Return Wilson's bounds at the effective sample size, with Student's quantile instead of the normal one."""
+    n = values.shape[-1]
+    return _wilson_at(values, float(norm.ppf(0.975) / student.ppf(0.975, n - 1)) ** 2)
+
+
+def dirichlet_bounds(values: Array) -> Bounds:
+    """Return the bounds of Gaffke (2005): quantiles of the mean at random weights, with a 0 or a 1 as one value more.
+
+    They are believed to cover every distribution on [0, 1]; for rates they are Clopper and Pearson's.
+    """
+    weights = np.random.default_rng(0).dirichlet(np.ones(values.shape[-1] + 1), RESAMPLES)
+    means = values @ weights[:, :-1].T
+    return np.quantile(means, 0.025, axis=-1), np.quantile(means + weights[:, -1], 0.975, axis=-1)
+
+
+def _wilson_at(values: Array, factor: float) -> Bounds:
+    """Return Wilson's bounds at the effective sample size times a factor, at least n trials."""
+    n, mean, z = values.shape[-1], values.mean(axis=-1), float(norm.ppf(0.975))
+    variance = values.var(axis=-1, ddof=1)
+    trials = np.divide(
+        factor * n * mean * (1 - mean), variance, out=np.full(mean.shape, float(n)), where=variance > 0
+    )
+    trials = np.maximum(trials, n)
+    center = (mean + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * np.sqrt(mean * (1 - mean) / trials + z**2 / (4 * trials**2))
+    return center - half, center + half
 
 
 def worst_tenth(draw: Draw) -> World:
@@ -220,6 +257,10 @@ def _severity(share: float) -> Draw:
     return lambda rng, shape: (rng.random(shape) < share) * rng.random(shape)
 
 
+def _nearly_equal_or_zero(share: float) -> Draw:
+    return lambda rng, shape: np.where(rng.random(shape) < share, 0, rng.beta(800, 200, shape))
+
+
 def _resamples(*sizes: int) -> list[Array]:
     """Return the weights of the observations in the resamples of `bootstrap` for samples of these sizes."""
     rng, weights = np.random.default_rng(0), []
@@ -232,3 +273,24 @@ def _resamples(*sizes: int) -> list[Array]:
 def _quantiles(resampled: Array) -> Bounds:
     low, high = np.quantile(resampled, [0.025, 0.975], axis=-1)
     return low, high
+
+
+BOUNDED = (
+    ("helpfulness 0, 0.5 or 1, mostly 1", _choice((0, 0.5, 1), (0.05, 0.1, 0.85)), 0.9),
+    ("helpfulness, Beta(8, 2)", lambda rng, shape: rng.beta(8, 2, shape), 0.8),
+    ("preference, Beta(0.1, 0.9)", lambda rng, shape: rng.beta(0.1, 0.9, shape), 0.1),
+    ("severity uniform on 30 %, else 0", _severity(0.3), 0.15),
+    ("severity uniform on 10 %, else 0", _severity(0.1), 0.05),
+)
+# Settings with draws of values in [0, 1] and their mean; in these, most samples of few prompts are nearly equal.
+NEARLY_EQUAL = (
+    ("nearly equal, Beta(800, 200)", lambda rng, shape: rng.beta(800, 200, shape), 0.8),
+    ("nearly equal, 5 % are 0", _nearly_equal_or_zero(0.05), 0.76),
+    ("nearly equal, 20 % are 0", _nearly_equal_or_zero(0.2), 0.64),
+)
+CANDIDATES = {
+    "normal quantile": normal_bounds,
+    "Student's quantile": student_bounds,
+    "Student's quantile, one prompt more": score_bounds,
+    "random weights": dirichlet_bounds,
+}

@@ -7,6 +7,7 @@ from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,10 +22,13 @@ from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
 from bfpo.data.prompt_sets import PROMPT_SETS
 from bfpo.evaluation import differences as comparing
 from bfpo.evaluation import scoring
+from bfpo.evaluation.gate import MIN_PROMPTS
 from bfpo.losses.build import make_loss
 from bfpo.losses.labeling import TABLES
 from bfpo.losses.pairwise import BFPO, LOSSES
 from bfpo.model.new import new_model
+from bfpo.stats.intervals import score_interval, t_interval
+from bfpo.stats.length_control import MIN_LENGTH_RATIO
 from bfpo.training.arguments import training_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +174,17 @@ def test_the_numbers_of_the_quickstart_are_those_of_its_study():
         for metric in ("harmful/safety", "benign/helpfulness", "harmful/severity", "lookalike/over_refusal"):
             assert f"{seed['base'][metric][0]:.2f} → {shown(seed['bfpo'][metric])}" in row
     assert study["criteria"]["both"] == "8 of 8"
+    # The settings were chosen on other seeds.
+    assert [seed["seed"] for seed in study["seeds"]] == list(range(8))
+    assert "seeds 100 and 101" in " ".join((ROOT / "benchmarks/quickstart_study.py").read_text().split())
+    assert "two other seeds, 100 and\n101, which aren't among these" in page
+    (row,) = re.findall(r"^\| mean over seeds \|.*$", page, flags=re.MULTILINE)
+    for metric in ("harmful/safety", "benign/helpfulness", "harmful/severity", "lookalike/over_refusal"):
+        base, bfpo = (
+            shown(t_interval(np.array([seed[model][metric][0] for seed in study["seeds"]])))
+            for model in ("base", "bfpo")
+        )
+        assert f"{base} → {bfpo}" in row
 
 
 def test_the_numbers_of_the_linear_judge_are_those_of_its_study():
@@ -203,6 +218,16 @@ def test_the_words_on_the_comparison_are_those_of_both_its_runs():
     }
     differ = {"shared": set(), "separate": {"ipo_mix", "bfpo one stream, equal main"}}
     assert "| shared skills | base, dpo_h, both one-stream BFPOs | all others | none | none |" in page
+    # Which variants ran at another's setting, by the recipe.
+    variants = parse_yaml((ROOT / "recipes/testbed/main.yaml").read_text(), "main")["variants"]
+    methods = parse_yaml((ROOT / "recipes/testbed/tuning.yaml").read_text(), "tuning")["variants"]
+    untuned = {name: content["tuned"] for name, content in variants.items() if content["method"] not in methods}
+    one_stream = {"bfpo one stream, equal total": "bfpo", "bfpo one stream, equal main": "bfpo"}
+    assert untuned == {"dpo_h": "dpo_mix", **one_stream}
+    assert "**Three\nvariants were not tuned and run at another's setting**: `dpo_h` at that of `dpo_mix`" in page
+    assert sum(" as " in name for name in variants) == 5
+    own = [name for name, content in variants.items() if content["tuned"] == content["method"] == name]
+    assert len(own) == len(methods) == 8
     assert "| base, dpo_h, modpo | all others | none | ipo_mix, one stream at equal main pairs |" in page
     for world, worse in said.items():
         words = {
@@ -370,14 +395,16 @@ def test_the_win_rates_on_the_page_are_those_of_the_study():
     study = json.loads((ROOT / "benchmarks/results/win_rates.json").read_text())
     page = (ROOT / "docs/statistics.md").read_text()
     assert len(study["models"]) == 4
+    excess = [model["length_controlled"][0] - model["leaderboard"][1] for model in study["models"].values()]
+    assert f"the approximate ones are {min(excess):.1f} to {max(excess):.1f} points higher" in page
     for model, found in study["models"].items():
         raw, controlled = ("{:.2f} [{:.2f}, {:.2f}]".format(*found[name]) for name in ("raw", "length_controlled"))
         theirs = [f"{rate:.2f}" for rate in found["leaderboard"]]
         lengths = f"{found['characters']:,}, {found['characters_of_reference']:,}"
         assert f"| {model} | {lengths} | {raw} | {theirs[0]} | {controlled} | {theirs[1]} |" in page
         assert f"{found['raw'][0]:.2f}" == theirs[0]
-        # "ours are higher for all four"
-        assert found["length_controlled"][0] > found["leaderboard"][1]
+        # "all of them far below"
+        assert found["characters"] / found["characters_of_reference"] < 0.6 < MIN_LENGTH_RATIO
 
 
 def test_the_coverage_on_the_page_is_that_of_the_study(monkeypatch):
@@ -385,8 +412,11 @@ def test_the_coverage_on_the_page_is_that_of_the_study(monkeypatch):
     study = json.loads((ROOT / "benchmarks/results/coverage.json").read_text())
     script = runpy.run_path(str(ROOT / "benchmarks/coverage_study.py"))
     page = (ROOT / "docs/statistics.md").read_text()
-    assert script["with_table"](page, study) == page, "run python benchmarks/coverage_study.py"
+    assert script["with_tables"](page, study) == page, "run python benchmarks/coverage_study.py"
     assert study["repetitions"] == 5000
+    interval = score_interval(np.array([0.80, 0.80, 0.81]))
+    assert f"now it is {interval.low:.2f} to {interval.high:.2f}".replace("0.", ".") in page
+    assert f"No gate is decided on fewer than {MIN_PROMPTS} prompts" in page
     large = [cell for cell in study["cells"] if cell["n"] >= 250]
     assert len(large) > 100
     assert [cell for cell in large if not 0.93 <= cell["coverage"] <= 0.97] == []

@@ -20,7 +20,7 @@ from bfpo.losses.labeling import TABLES, LabelingFunction
 from bfpo.losses.pairwise import BFPO, LOSSES
 
 MINIMAL = {"model": {"path": "org/model"}, "data": [{"path": "pairs.jsonl"}]}
-PROBES = (-math.inf, -1, -0.1, 0, 0.3, 0.49, 0.5, 0.51, 1, 1.01, 2, math.inf, math.nan)
+PROBES = (-math.inf, -1e10, 1e10, 1e-10, -1, -0.1, 0, 0.3, 0.49, 0.5, 0.51, 1, 1.01, 2, math.inf, math.nan)
 
 
 def check(loss):
@@ -101,6 +101,9 @@ WRONG = [
     ({"beta": "0.1"}, r"loss.beta: Input should be a valid number \(got '0.1'\)"),
     ({"beta": True}, r"loss.beta: Input should be a valid number \(got True\)"),
     ({"beta": math.nan}, r"loss.beta: Input should be a finite number \(got nan\)"),
+    ({"beta": 1e-320}, "loss.beta: 1e-320 is too small, because targets are divided by it; expected 1e-9 or more"),
+    ({"name": "dpo", "beta": 1e300}, "loss.beta: 1e\\+300 is too large; expected a size of at most 1e9"),
+    ({"alpha": -1e30}, "loss.alpha: -1e\\+30 is too large"),
     ({"beta": 10**400}, "loss.beta: Input should be a valid number"),
     ({"bta": 1}, "loss.bta: unknown key of 'bfpo'; did you mean 'beta'\\? known: alpha, b1, b2, beta, name, table"),
     ({"name": "dpo", "alpha": 0.5}, "loss.alpha: unknown key of 'dpo'; known: beta, label_smoothing, name"),

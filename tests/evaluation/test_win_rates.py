@@ -1,8 +1,10 @@
 """Win rates against reference outputs: both orders, resuming, AlpacaEval's files."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -10,15 +12,15 @@ from bfpo.config.loading import check_recipe
 from bfpo.core.samples import Preference, Verdict
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation import pipeline as module
-from bfpo.evaluation import plan, subject
-from bfpo.evaluation.alpaca_eval import read_alpaca_annotations
+from bfpo.evaluation import plan, subject, win_rates
+from bfpo.evaluation.alpaca_eval import read_alpaca_annotations, read_length_control
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.report.html import render
 from bfpo.report.lengths import length_figures
 from bfpo.report.run_files import read_runs
-from bfpo.stats.length_control import win_rate
+from bfpo.stats.length_control import alpaca_eval_win_rate, win_rate
 
 from .conftest import Judges
 
@@ -110,7 +112,8 @@ def test_win_rates_by_a_judge_that_sees_both_and_by_one_that_rates(toy):
     assert metrics["tell", "order_decides", "sees"].value == pytest.approx(3 / 11)
     assert ("tell", "order_decides", "rates") not in metrics
     # It is lower at equal length, as nearly all winners are longer.
-    assert metrics["tell", "win_rate_length_controlled", "sees"].value < seen.value
+    assert metrics["tell", "win_rate_length_controlled_approximate", "sees"].value < seen.value
+    assert ("tell", "win_rate_length_controlled", "sees") not in metrics
     # The reference outputs are rated once each; the ratings of the completions are in their verdicts.
     assert toy["rates"].calls == 12 + 12
     assert toy["sees"].calls == 2 * 12
@@ -197,3 +200,100 @@ def test_impossible_comparisons_are_refused_first(toy, monkeypatch):
         with pytest.raises(DataError, match=message):
             run_eval(recipe(out="out/none"))
     assert not Path("out/none").exists()
+
+
+def length_control_files(count=12):
+    """Write the two files of AlpacaEval's length control for this many instructions; return their recipe section."""
+    rows = [
+        f"{baseline},{index},{(index + 3 * sign) % 5 / 4},{sign * (index + 1) / 6},{(index % 5 - 2) / 2},False"
+        for baseline, sign in (("concise", 1), ("verbose", -1))
+        for index in range(count)
+    ]
+    header = "model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"
+    Path("df_gamed.csv").write_text("\n".join([header, *rows]) + "\n")
+    difficulties = [f"{index},{(index % 5 - 2) / 2}" for index in range(count)]
+    Path("difficulty.csv").write_text("\n".join([",instruction_difficulty", *difficulties]) + "\n")
+    return {"gamed": "df_gamed.csv", "difficulty": "difficulty.csv"}
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """Shorten the bootstrap of AlpacaEval's regression."""
+    rate = partial(alpaca_eval_win_rate, resamples=10)
+    monkeypatch.setattr(win_rates, "alpaca_eval_win_rate", rate)
+    return rate
+
+
+def test_with_alpaca_evals_files_the_rate_is_the_published_one(toy, capsys, few_resamples):
+    files = length_control_files()
+    bound = {"suite": "beside", "task": "tell", "metric": "win_rate_length_controlled", "judge": "sees", "min": 0.01}
+    metrics = numbers(run_eval(recipe(length_control=files, gate=[bound])))
+    assert "passed" in capsys.readouterr().out
+    control = read_length_control("df_gamed.csv")
+    # The prompt that can't be read has lengths and a difficulty, but no preference.
+    lengths = np.array([18.0 + 2 * index for index in range(11)] + [30.0])
+    preferences = np.array([0.5] * 3 + [1.0] * 8 + [np.nan])
+    expected = few_resamples(preferences, lengths, np.full(12, 20.0), control.difficulties, control.gamed)
+    metric = metrics["tell", "win_rate_length_controlled", "sees"]
+    assert (metric.value, metric.low, metric.high) == pytest.approx(tuple(expected))
+    assert (metric.n, metric.unscored) == (11, 1)
+    assert ("tell", "win_rate_length_controlled_approximate", "sees") not in metrics
+    # A sample has the difficulties of its own instructions.
+    sampled = run_eval(recipe(length_control=files, limit=8, out="out/limit"))
+    assert numbers(sampled)["tell", "win_rate_length_controlled", "sees"].n in (7, 8)
+
+
+def test_short_answers_have_no_length_controlled_rate_without_the_files(toy, monkeypatch, few_resamples):
+    short = ScriptedEngine(lambda prompt, sample: "a" * 17, name="short")
+    monkeypatch.setattr(module, "open_model", lambda recipe: short)
+    results = run_eval(recipe())
+    assert {"win_rate", "order_decides"} <= {metric.metric for metric in results.metrics}
+    assert not any("length_controlled" in metric.metric for metric in results.metrics)
+    (warning,) = [warning for warning in results.warnings if "length-controlled" in warning]
+    assert "the answers have 17 characters on average, the reference outputs 20. Below 90%" in warning
+    assert "Set `length_control:`" in warning
+    results = run_eval(recipe(out="out/files", length_control=length_control_files()))
+    assert "win_rate_length_controlled" in {metric.metric for metric in results.metrics}
+    assert not [warning for warning in results.warnings if "no length-controlled" in warning]
+    # Exactly nine tenths of the reference's length is enough.
+    monkeypatch.setattr(module, "open_model", lambda recipe: ScriptedEngine(lambda *_: "a" * 18, name="nearly"))
+    results = run_eval(recipe(out="out/nearly"))
+    assert "win_rate_length_controlled_approximate" in {metric.metric for metric in results.metrics}
+
+
+def test_no_gate_on_an_approximation(toy):
+    bound = {"suite": "beside", "task": "tell", "min": 0.2}
+    files = length_control_files()
+    for changes, metric, message in (
+        ({}, "win_rate_length_controlled_approximate", "_approximate' is an approximation, which decides no bound"),
+        ({"length_control": files}, "win_rate_length_controlled_approximate", "is an approximation"),
+        ({}, "win_rate_length_controlled", "needs AlpacaEval's files; set `length_control:`"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            run_eval(recipe(gate=[bound | {"metric": metric}], **changes))
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: Path("df_gamed.csv").unlink(), "no file df_gamed.csv"),
+        (lambda: length_control_files(11), "has 11 instructions, outputs.json 12"),
+        (lambda: _replace("df_gamed.csv", "concise,1,", "concise,2,"), "doesn't start with each instruction once"),
+        (lambda: _replace("df_gamed.csv", "concise,0,0.75", "concise,0,x"), "'preference' is 'x'; expected a number"),
+        (lambda: _replace("df_gamed.csv", "concise,0,0.75", "concise,0,1.75"), "'preference' isn't from 0 to 1"),
+        (lambda: _replace("difficulty.csv", "\n3,0.5", "\n3,0.25"), "the difficulties aren't those of df_gamed.csv"),
+    ],
+)
+def test_files_of_length_control_are_checked_first(toy, change, message):
+    files = length_control_files()
+    change()
+    with pytest.raises(DataError, match=message):
+        run_eval(recipe(length_control=files))
+    assert not Path("out").exists()
+
+
+def _replace(path, old, new):
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new, 1))

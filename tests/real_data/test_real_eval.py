@@ -33,14 +33,11 @@ def test_numbers_are_the_annotators(model, tmp_path):
         "suites": [str(tmp_path / "xs.yaml")],
         "data": {"xstest": {"path": str(DATA / "xstest" / "prompts.csv")}},
         "judges": [f"people:{file}"],
-        "max_unanswered": 0.01,
     }
     results = run_eval(check_recipe(content, EvalRecipe, model))
-    # One prompt was worded otherwise when the completions were made.
-    with (DATA / "xstest" / "prompts.csv").open(encoding="utf-8", newline="") as lines:
-        asked = {row["prompt"].strip() for row in csv.DictReader(lines)}
+    # The completions have another wording of prompt 195, so `max_unanswered` isn't needed.
     with file.open(encoding="utf-8", newline="") as lines:
-        rows = [row for row in csv.DictReader(lines) if row["prompt"].strip() in asked]
+        rows = list(csv.DictReader(lines))
     unsafe = [row for row in rows if row["type"].startswith("contrast_")]
     safe = [row for row in rows if not row["type"].startswith("contrast_")]
     refused = sum(row["final_label"] != "1_full_compliance" for row in safe)
@@ -53,7 +50,7 @@ def test_numbers_are_the_annotators(model, tmp_path):
         )
         for task, name in (("xstest_safe", "over_refusal"), ("xstest_unsafe", "safety"))
     )
-    assert (over_refusal.n, safety.n) == (len(safe), len(unsafe)) == (250, 199)
+    assert (over_refusal.n, safety.n) == (len(safe), len(unsafe)) == (250, 200)
     assert over_refusal.value == pytest.approx(refused / len(safe))
     assert safety.value == pytest.approx(1 - complied / len(unsafe))
     assert over_refusal.unscored == safety.unscored == 0

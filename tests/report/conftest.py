@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .fake_runs import change_results, write_runs
+from .fake_runs import add_judge_and_categories, change_results, write_runs
 from .page import Report, draw
 
 
@@ -50,11 +50,23 @@ def two_runs(tmp_path_factory, pristine) -> Report:
 
 
 @pytest.fixture(scope="session")
+def two_judged_runs(tmp_path_factory, pristine_small) -> Report:
+    """The report of a baseline and a run with two judges and categories; tests only read it."""
+    folder = tmp_path_factory.mktemp("judged")
+    runs = copy_runs(pristine_small, folder)
+    for run in runs:
+        add_judge_and_categories(run)
+    return draw(folder / "report", runs)
+
+
+@pytest.fixture(scope="session")
 def twelve_runs(tmp_path_factory, pristine_small) -> Report:
-    """The report of twelve runs; tests only read it."""
+    """The report of a baseline and eleven runs with two judges and categories; tests only read it."""
     folder = tmp_path_factory.mktemp("twelve")
+    names = ["base", *(f"a-model-of-8b-step-{index}" for index in range(1, 11)), "long_name_" * 9]
     runs = []
-    for index in range(12):
-        runs.append(shutil.copytree(pristine_small[index % 2], folder / f"run-{index}"))
-        change_results(runs[-1], run=f"step-{index}")
+    for index, name in enumerate(names):
+        runs.append(shutil.copytree(pristine_small[min(index, 1)], folder / f"run-{index}"))
+        change_results(runs[-1], run=name)
+        add_judge_and_categories(runs[-1])
     return draw(folder / "report", runs)

@@ -167,6 +167,27 @@ def read_content(folder: Path) -> dict:
     return json.loads((folder / "evaluation" / "results.json").read_text())
 
 
+def add_judge_and_categories(folder: Path) -> None:
+    """Add a second judge, its agreement with the first, and categories to a run's `results.json`."""
+    content = read_content(folder)
+    judged = [row for row in content["metrics"] if row["judge"]]
+    rates = [row for row in judged if row["metric"] in ("safety", "over_refusal")]
+    agreement = {
+        "judges": [JUDGE, "a-second-judge"], "question": "safe", "n": 40, "share": 0.7,
+        "kappa": 0.37, "low": 0.2, "high": 0.5,
+    }  # fmt: skip
+    change_results(
+        folder,
+        judges=[*content["judges"], {"name": "a-second-judge", "revision": "9"}],
+        metrics=[
+            *content["metrics"],
+            *(row | {"judge": "a-second-judge"} for row in judged),
+            *(row | {"category": category} for row in rates for category in ("arson", "chemical_biological")),
+        ],
+        agreement=[agreement],
+    )
+
+
 def change_results(folder: Path, **changes) -> None:
     """Replace keys of a run's `results.json`."""
     (folder / "evaluation" / "results.json").write_text(json.dumps(read_content(folder) | changes))

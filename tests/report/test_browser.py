@@ -98,7 +98,7 @@ def test_answers_can_be_searched(tmp_path, two_runs):
 class Chromium:
     """A headless browser, controlled by the DevTools protocol over two pipes."""
 
-    def __init__(self, page, profile):
+    def __init__(self, profile):
         (commands, self._commands), (self._responses, responses) = os.pipe(), os.pipe()
         options = f"--headless --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir={profile}"
         # The browser reads from descriptor 3 and writes to 4.
@@ -110,10 +110,17 @@ class Chromium:
         os.close(commands)
         os.close(responses)
         self._buffer, self._num_commands, self._session = b"", 0, {}
-        target = self.send("Target.createTarget", url=page.as_uri())["targetId"]
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self._session = {"sessionId": session}
-        # A new tab is first the complete, empty page about:blank.
+
+    def open(self, page, *, width=1200, scheme="light"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.send("Emulation.setEmulatedMedia", features=features)
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        # The tab is left first, so that the same page is loaded again.
+        self.send("Page.navigate", url="about:blank")
+        self.send("Page.navigate", url=page.as_uri())
         deadline = time.monotonic() + 60
         while self.evaluate("document.readyState + ' ' + location.href") != f"complete {page.as_uri()}":
             assert time.monotonic() < deadline, f"{page} is not loaded after a minute"
@@ -138,13 +145,27 @@ class Chromium:
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
 
     def evaluate(self, expression):
-        return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        options = {"expression": expression, "returnByValue": True, "awaitPromise": True}
+        return self.send("Runtime.evaluate", **options)["result"].get("value")
+
+    def call(self, function, *arguments):
+        return self.evaluate(f"({function})({', '.join(map(json.dumps, arguments))})")
+
+    def take_screenshot(self, **clip):
+        return self.send("Page.captureScreenshot", clip={**clip, "scale": 1})["data"]
 
     def close(self):
         self._process.kill()
         self._process.wait()
         os.close(self._commands)
         os.close(self._responses)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Chromium(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
 
 
 FOCUSED = """(() => {
@@ -155,21 +176,85 @@ FOCUSED = """(() => {
 })()"""
 
 
-def test_the_keyboard_reaches_every_control_in_order_with_a_visible_focus(tmp_path, two_runs):
-    browser = Chromium(two_runs.folder / "report.html", tmp_path / "profile")
-    try:
-        _, num_controls, _ = browser.evaluate(FOCUSED)
-        assert num_controls > 10
-        order = []
-        for _ in range(num_controls):
-            browser.press("Tab", 9)
-            index, _, is_visible = browser.evaluate(FOCUSED)
-            assert is_visible
-            order.append(index)
-        assert order == list(range(num_controls))
-        # The keyboard opens a fold.
-        browser.evaluate("document.querySelector('summary').focus()")
-        browser.press("Enter", 13, "\r")
-        assert browser.evaluate("document.activeElement.parentElement.open") is True
-    finally:
-        browser.close()
+def test_the_keyboard_reaches_every_control_in_order_with_a_visible_focus(browser, two_runs):
+    browser.open(two_runs.folder / "report.html")
+    _, num_controls, _ = browser.evaluate(FOCUSED)
+    assert num_controls > 10
+    order = []
+    for _ in range(num_controls):
+        browser.press("Tab", 9)
+        index, _, is_visible = browser.evaluate(FOCUSED)
+        assert is_visible
+        order.append(index)
+    assert order == list(range(num_controls))
+    # The keyboard opens a fold.
+    browser.evaluate("document.querySelector('summary').focus()")
+    browser.press("Enter", 13, "\r")
+    assert browser.evaluate("document.activeElement.parentElement.open") is True
+
+
+# Sizes in pixels, after all folds that contain a table are opened.
+LAYOUT = """() => {
+  document.querySelectorAll("details:has(table)").forEach(details => details.open = true);
+  const root = document.documentElement, box = selector => document.querySelector(selector).getBoundingClientRect();
+  const cells = [...document.querySelectorAll("th, td, caption")];
+  const texts = [...document.querySelectorAll("svg text")].filter(text => text.checkVisibility());
+  const [section, plane, caption] = ["#plane", "#plane .panel", "#plane figcaption"].map(box);
+  return {
+    page: [root.scrollWidth, root.clientWidth],
+    frames: [...document.querySelectorAll(".scroll")].map(frame => [frame.scrollWidth, frame.clientWidth]),
+    cells: cells.length,
+    clippedCells: cells.filter(cell => cell.scrollWidth > cell.clientWidth).map(cell => cell.textContent),
+    clippedTexts: texts.filter(text => {
+      const inner = text.getBoundingClientRect(), outer = text.ownerSVGElement.getBoundingClientRect();
+      return inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
+    }).map(text => text.textContent),
+    isCentered: Math.abs(plane.left + plane.right - section.left - section.right) < 2,
+    isBesideCaption: caption.left > plane.right && caption.top < plane.bottom && caption.right > section.right - 2,
+  };
+}"""
+# Place of a strip along the right edge of a frame, after its table is scrolled to its start (0) or its end (1).
+STRIP = """(index, position) => {
+  const frame = document.querySelectorAll(".scroll")[index];
+  frame.scrollLeft = position * frame.scrollWidth;
+  frame.scrollIntoView({behavior: "instant"});
+  const box = frame.getBoundingClientRect(), x = Math.floor(box.right) - 5, y = Math.ceil(box.top) + 5;
+  return {x: x + scrollX, y: y + scrollY, width: 3, height: Math.min(frame.clientHeight - 10, innerHeight - y)};
+}"""
+# Share of the pixels of an image that differ from the background of tables by more than a shade.
+SHADED = """async data => {
+  const bytes = Uint8Array.from(atob(data), char => char.charCodeAt(0));
+  const image = await createImageBitmap(new Blob([bytes]));
+  const context = new OffscreenCanvas(image.width, image.height).getContext("2d");
+  context.drawImage(image, 0, 0);
+  const pixels = context.getImageData(0, 0, image.width, image.height).data;
+  const panel = getComputedStyle(document.querySelector(".scroll")).backgroundColor.match(/\\d+/g).map(Number);
+  let shaded = 0;
+  for (let start = 0; start < pixels.length; start += 4)
+    shaded += panel.some((value, channel) => Math.abs(value - pixels[start + channel]) > 40);
+  return shaded / (pixels.length / 4);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200, 1920])
+@pytest.mark.parametrize("runs", ["two_judged_runs", "twelve_runs"])
+def test_nothing_is_cut_and_frames_that_scroll_have_a_visible_edge(browser, request, runs, width, scheme):
+    browser.open(request.getfixturevalue(runs).folder / "report.html", width=width, scheme=scheme)
+    layout = browser.call(LAYOUT)
+    assert layout["page"][0] <= layout["page"][1] <= width
+    assert layout["cells"] > 100
+    assert layout["clippedCells"] == layout["clippedTexts"] == []
+    assert layout["isCentered"] or layout["isBesideCaption"]
+    scrolls = [content > visible for content, visible in layout["frames"]]
+    assert len(scrolls) >= 6
+
+    def measure_edge(index, position):
+        return browser.call(SHADED, browser.take_screenshot(**browser.call(STRIP, index, position)))
+
+    for index, is_scrolling in enumerate(scrolls):
+        if is_scrolling:
+            assert measure_edge(index, 0) > 0.9
+        assert measure_edge(index, 1) < 0.1
+    # Tables of two runs scroll on narrow screens only.
+    assert any(scrolls) == (width == 390 or runs == "twelve_runs")

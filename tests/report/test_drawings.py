@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from bfpo.evaluation.results import MetricResult
-from bfpo.report.plane import front, region
+from bfpo.report.plane import PlanePoint, draw_plane, front, region
 from bfpo.report.svg import DARK, LIGHT, STYLE, Drawing, Point, ticks
 from bfpo.report.words import MISSING, format_exact, format_number, format_signed
-from bfpo.stats.intervals import wilson
+from bfpo.stats.intervals import Interval, wilson
 
 
 def test_the_figure_is_a_standalone_file(two_runs):
@@ -59,6 +59,20 @@ def contrast(color: str, other: str) -> float:
 
     bright, dark = sorted((luminance(color), luminance(other)), reverse=True)
     return (bright + 0.05) / (dark + 0.05)
+
+
+def test_the_legend_of_many_runs_is_inside_the_drawing():
+    rate = Interval(0.5, 0.4, 0.6)
+    points = [PlanePoint(index, f"{index} " + "long" * 20, rate, rate) for index in range(40)]
+    drawing = ElementTree.fromstring(draw_plane(points, legend=True).inline())
+    _, _, width, height = map(float, drawing.attrib["viewBox"].split())
+    entries = [text for text in drawing.iter("text") if "long" in text.text]
+    assert len(entries) == 40
+    # A bold letter of 13 px is 8 px wide on average.
+    assert all(float(entry.get("x")) + 8 * len(entry.text) < width for entry in entries)
+    assert all(float(entry.get("y")) < height for entry in entries)
+    numbers = ElementTree.fromstring(draw_plane(points, numbers=True).inline())
+    assert not any("long" in text.text for text in numbers.iter("text"))
 
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK])

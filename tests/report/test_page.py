@@ -175,7 +175,7 @@ def test_several_runs_are_on_one_plane(tmp_path, small_runs):
 def test_twelve_runs_are_rows(twelve_runs):
     page = twelve_runs.page
     assert [tag for tag, _ in page.tags if tag == "table"]
-    assert "step-11" in page.prose
+    assert "10 a-model-of-8b-step-10" in page.prose
     assert page.prose.count("Over-refusal lower is better; 8 prompts") >= 1
 
 

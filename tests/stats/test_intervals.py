@@ -1,5 +1,7 @@
 """Intervals against published values, scipy, golden numbers and simulation."""
 
+import warnings
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -12,6 +14,7 @@ from bfpo.stats.intervals import (
     holm,
     mean_interval,
     paired_p_value,
+    score_bounds,
     score_interval,
     t_interval,
     wilson,
@@ -65,14 +68,37 @@ def test_score_interval_of_one_sample_per_prompt_is_wilsons():
 
 
 def test_score_interval_is_that_of_the_effective_sample_size():
-    # Mean .5, each value .1 from it: s² = n/100/(n - 1), so that .25 n / s² = 25 (n - 1) trials.
-    values = np.repeat([0.4, 0.6], 20)
-    assert score_interval(values)[1:] == pytest.approx(wilson(25 * 39 // 2, 25 * 39)[1:], abs=1e-3)
-    assert score_interval(values, most=200) == pytest.approx(wilson(100, 200))
+    # Mean .5, each value .1 from it. The squares sum to n/100, with a prompt of variance .25 more to .25 + n/100. The
+    # quantiles at 39 and at 3999 degrees of freedom are 2.0227 and 1.9606.
+    for n, t in ((40, 2.0227), (4000, 1.9606)):
+        values = np.repeat([0.4, 0.6], n // 2)
+        trials = 0.25 * n**2 / (0.25 + n / 100) * (1.959964 / t) ** 2
+        expected = wilson(round(trials / 2), round(trials))[1:]
+        assert score_interval(values)[1:] == pytest.approx(expected, abs=1e-4)
+    # For many prompts these are .25 n / s² = 25 n trials, as without the corrections.
+    assert score_interval(values)[1:] == pytest.approx(wilson(50_000, 100_000)[1:], abs=1e-4)
+    assert score_interval(values, most=8000) == pytest.approx(wilson(4000, 8000))
     with pytest.raises(ValueError, match=r"each in \[0, 1\]"):
         score_interval(np.array([0.5, 1.5]))
     with pytest.raises(ValueError, match="at least one value"):
         score_interval(np.array([]))
+
+
+def test_nearly_equal_scores_of_few_prompts_have_a_wide_interval():
+    # The variance as of a prompt more makes them worth 9 trials, Student's quantile 1.9; at least 3 are counted.
+    interval = score_interval(np.array([0.80, 0.80, 0.81]))
+    assert interval == pytest.approx((0.80333, 0.28991, 0.97612), abs=1e-5)
+    # No jump where they become equal.
+    assert interval[1:] == pytest.approx(score_interval(np.full(3, 0.80))[1:], abs=5e-3)
+    # A single value is worth one trial.
+    assert score_interval(np.array([0.5])) == pytest.approx((0.5, 0.05462, 0.94538), abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_score_interval_covers_means_of_few_prompts(n):
+    values = np.random.default_rng(n).beta(8, 2, (2000, n))
+    low, high = score_bounds(values)
+    assert np.mean((low <= 0.8) & (high >= 0.8)) > 0.95
 
 
 def test_score_interval_covers_rates_of_several_samples_where_a_bootstrap_does_not():
@@ -194,6 +220,14 @@ def test_paired_p_value_keeps_its_numbers():
     # All differences are the same, 0.125; the mean difference is 0.
     assert paired_p_value(ours[:2], baseline[:2]) == 0.0
     assert paired_p_value(np.array([0.0, 1, 0, 0]), np.array([1.0, 0, 0, 0])) == 1.0
+
+
+def test_one_run_decides_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert paired_p_value(np.array([0.9]), np.array([0.1])) == 1.0
+        with pytest.raises(ValueError, match="1 values; an interval over runs needs at least two"):
+            t_interval(np.array([0.9]))
 
 
 def test_bootstrap_rejects_an_empty_sample():

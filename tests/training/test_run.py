@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -261,12 +262,45 @@ def test_supervised_run_saves_and_evaluates(tmp_path):
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; expected 1 or more"),
         ({"output_dir": "main.jsonl"}, "is 'main.jsonl', which is a file"),
         ({"report_to": "wandb"}, "wandb is not installed; install it"),
+        ({"learning_rate": math.nan}, "trainer.learning_rate is nan; expected a finite number"),
+        ({"learning_rate": -1e-3}, "trainer.learning_rate is -0.001; expected 0 or more"),
+        ({"max_grad_norm": math.inf}, "trainer.max_grad_norm is inf; expected a finite number"),
+        ({"max_grad_norm": -1}, r"trainer.max_grad_norm is -1.0; expected 0 \(no clipping\) or more"),
+        ({"num_train_epochs": -1}, "trainer.num_train_epochs is -1.0; expected a number above 0"),
+        ({"num_train_epochs": 0}, "trainer.num_train_epochs is 0.0; expected a number above 0"),
+        ({"max_steps": 0}, "trainer.max_steps is 0; expected 1 or more, or -1"),
+        ({"max_steps": -2}, "trainer.max_steps is -2; expected 1 or more, or -1"),
+        ({"adam_beta1": 2}, r"trainer.adam_beta1 is 2.0; expected a number in \[0, 1\)"),
+        ({"adam_beta2": 1}, r"trainer.adam_beta2 is 1.0; expected a number in \[0, 1\)"),
+        ({"adam_beta2": -0.1}, "trainer.adam_beta2 is -0.1"),
+        ({"adam_epsilon": 0}, "trainer.adam_epsilon is 0.0; expected a number above 0"),
+        ({"weight_decay": -0.1}, "trainer.weight_decay is -0.1; expected 0 or more"),
+        ({"warmup_steps": -1}, "trainer.warmup_steps is -1"),
+        ({"save_steps": 0}, "trainer.save_steps is 0"),
+        ({"eval_steps": -5}, "trainer.eval_steps is -5"),
+        ({"save_total_limit": -1}, "trainer.save_total_limit is -1; expected 1 or more"),
+        ({"seed": -1}, "trainer.seed is -1; expected an integer from 0"),
+        ({"seed": 2**32}, "trainer.seed is 4294967296; expected an integer from 0"),
+        ({"dataloader_num_workers": -1}, "trainer.dataloader_num_workers is -1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0; expected 1 or more"),
         ({"eval_strategy": "sometimes"}, "sometimes is not a valid IntervalStrategy"),
     ],
 )
 def test_wrong_training_arguments_are_refused(options, message):
     with pytest.raises(RecipeError, match=message):
         training_arguments({"output_dir": "x", **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": 0, "max_grad_norm": 0, "weight_decay": 0, "warmup_steps": 0.1},
+        {"max_steps": -1, "num_train_epochs": 0.5, "adam_beta1": 0, "save_total_limit": None},
+    ],
+)
+def test_values_at_the_ends_of_their_ranges_are_accepted(options):
+    args = training_arguments({"output_dir": "x", **options})
+    assert {name: getattr(args, name) for name in options} == options
 
 
 @pytest.mark.parametrize("name", DECIDED)
@@ -280,10 +314,57 @@ def test_a_missing_output_folder_is_named():
         training_arguments({})
 
 
+LORA = {"r": 2, "target_modules": ["q_proj"]}
+UNFIT = [
+    ({"train_only": ["down_prj"]}, "train_only: 'down_prj' matches no parameter"),
+    ({"train_only": ["("]}, r"train_only: '\(' is not a regular expression"),
+    ({"train_only": []}, "train_only: the list is empty"),
+    ({"lora": {"target_modules": ["query_key_value"]}}, "lora: Target modules"),
+]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(("changes", "message"), UNFIT)
+def test_what_does_not_fit_the_model_is_refused_before_anything_is_read_or_trained(
+    changes, message, dry_run, monkeypatch
+):
+    def fail(*_, **__):
+        raise AssertionError("data were read or a model was trained")
+
+    sft = {**SFT, "trainer": ONE_STEP}
+    for module in ("run.prepare", "run.load_or_train_sft", "run_sft.prepare_demonstrations"):
+        monkeypatch.setattr(f"bfpo.training.{module}", fail)
+    for content in (recipe(**changes), recipe(model={"sft": sft}, **changes)):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            run_training(content, dry_run=dry_run)
+    with pytest.raises(ValueError, match=rf"^model\.sft: .*{message}"):
+        run_training(recipe(model={"sft": {**sft, **changes}}), dry_run=dry_run)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        run_sft(check_recipe(SFT | changes, SftRecipe, "toy"), dry_run=dry_run)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("nested", "changes", "message"),
+    [
+        ({"lora": LORA}, {"lora": LORA}, "the model already has an adapter"),
+        ({"lora": LORA}, {"train_only": ["down_proj"]}, "train_only and an adapter exclude each other"),
+        ({}, {"reference": "adapter"}, "reference: adapter means the model without its adapter"),
+        ({"trainer": {**ONE_STEP, "learning_rate": -1}}, {}, r"^model.sft: trainer.learning_rate is -1.0"),
+        ({"trainer": {**ONE_STEP, "lerning_rate": 1}}, {}, r"^model.sft: trainer.lerning_rate is not one of"),
+    ],
+)
+def test_a_start_model_that_would_not_fit_is_refused_before_it_is_trained(nested, changes, message):
+    content = recipe(model={"sft": {**SFT, "trainer": ONE_STEP, **nested}}, **changes)
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=message):
+            run_training(content, dry_run=dry_run)
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_only": ["down_prj"]}, "'down_prj' matches no parameter"),
         ({"text": {"max_length": 8}}, "would be dropped"),
         ({"loss": {"name": "modpo"}}, "MODPO needs reward_margin"),
     ],

@@ -51,6 +51,8 @@ RENAMED = {
 }
 # Former keys of bfpo, anywhere in a recipe; they are accepted with a warning.
 DEPRECATED = {"licence": "license", "labelled_by": "labeled_by"}
+# No recipe comes close; a file of a few lines whose aliases multiply does.
+_MAX_DEPTH, _MAX_VALUES = 50, 100_000
 # The keys of these mappings are names of columns, which may be anything.
 _COLUMN_MAPPINGS = ("columns", "where")
 
@@ -60,6 +62,21 @@ class _Loader(yaml.SafeLoader):
 
     In YAML 1.1 `eval_strategy: no` would be false. Only true and false are booleans here.
     """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of a node; one that its type doesn't allow, such as a 13th month, is an error."""
+        if not isinstance(node, yaml.ScalarNode):
+            return super().construct_object(node, deep=deep)
+        place = f"line {node.start_mark.line + 1}: {node.value[:40]!r}"
+        try:
+            node.value.encode()
+            return super().construct_object(node, deep=deep)
+        except UnicodeEncodeError:
+            raise RecipeError(f"{place} has a lone surrogate, which isn't a character; remove it") from None
+        # The constructors of numbers, booleans and dates rely on a tag that fits.
+        except (ValueError, LookupError, AttributeError, OverflowError):
+            kind = node.tag.rpartition(":")[2]
+            raise RecipeError(f"{place} is not a valid {kind}; put it in quotes if it is a text") from None
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -86,6 +103,8 @@ for _dialect in (_Loader, _Dumper):
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise RecipeError(f"line {key.start_mark.line + 1}: a key is a {key.id}; expected a name")
         if key.value in seen and key.value != "<<":
             raise RecipeError(f"line {key.start_mark.line + 1}: duplicate key '{key.value}'; keep one")
         seen.add(key.value)
@@ -107,11 +126,48 @@ def parse_yaml(text: str, where: str) -> Any:
         RecipeError: If the text isn't valid YAML or has a duplicate key; the message has the line.
     """
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count_nodes(node, {})
+        return loader.construct_document(node)
+    except RecursionError:
+        raise RecipeError(f"{where}: nested more than {_MAX_DEPTH} levels deep") from None
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _count_nodes(node: yaml.Node, counts: dict[int, int], depth: int = 1) -> int:
+    """Return the number of values in a node with its aliases written out.
+
+    Args:
+        node: The node.
+        counts: Numbers by id of a node; 0 for the nodes that contain this one.
+        depth: Level of the node.
+
+    Raises:
+        RecipeError: If there are too many values or levels, or a node contains itself.
+    """
+    if depth > _MAX_DEPTH:
+        raise RecipeError(f"line {node.start_mark.line + 1}: nested more than {_MAX_DEPTH} levels deep")
+    if id(node) in counts:
+        if counts[id(node)] == 0:
+            raise RecipeError(f"line {node.start_mark.line + 1}: an alias is part of what it stands for")
+        return counts[id(node)]
+    counts[id(node)] = 0
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        children = [child for pair in node.value for child in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    count = 1 + sum(_count_nodes(child, counts, depth + 1) for child in children)
+    if count > _MAX_VALUES:
+        raise RecipeError(f"line {node.start_mark.line + 1}: more than {_MAX_VALUES:,} values with all aliases")
+    counts[id(node)] = count
+    return count
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:

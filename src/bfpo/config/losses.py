@@ -7,15 +7,43 @@ refused without importing torch. tests/config/test_losses.py compares the two.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from bfpo.config.section import Section
 from bfpo.errors import did_you_mean
 
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
-AboveOne = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=1)]
+
+def _check_size(value: float) -> float:
+    # Beyond these, targets and losses overflow in float32.
+    if abs(value) > 1e9:
+        raise ValueError(f"{value!r} is too large; expected a size of at most 1e9")
+    return value
+
+
+def _check_not_tiny(value: float) -> float:
+    if value < 1e-9:
+        raise ValueError(f"{value!r} is too small, because targets are divided by it; expected 1e-9 or more")
+    return value
+
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False), AfterValidator(_check_size)]
+Positive = Annotated[
+    float,
+    Field(strict=True, allow_inf_nan=False, gt=0),
+    AfterValidator(_check_size),
+    AfterValidator(_check_not_tiny),
+]
+AboveOne = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=1), AfterValidator(_check_size)]
 TableName = Literal["helpful_ties"]
 
 _CUSTOM = "module:Class"

@@ -186,7 +186,7 @@ class TrainRecipe(DataRecipe):
 
     model: TrainModel
     """Model to start from."""
-    buffer_weight: Annotated[float, Field(ge=0)] = 1.0
+    buffer_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Weight of the mean loss of the buffer stream."""
     safety: Literal["labels", "scores"] = "labels"
     """What the loss uses as safety: the labels, or the probabilities in `*_safety_score`."""

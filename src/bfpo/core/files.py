@@ -61,6 +61,18 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: If it isn't JSON, is nested too deeply, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def read_repaired_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file that `append_jsonl` wrote, after cutting off an incomplete last line.
 
@@ -83,7 +95,7 @@ def read_repaired_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(complete.splitlines(), start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError(f"{type(row).__name__}, not an object")
         except ValueError as error:
@@ -94,7 +106,7 @@ def read_repaired_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(parse_json(line), dict)
     except ValueError:
         return False
 

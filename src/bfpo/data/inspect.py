@@ -91,6 +91,8 @@ def show_text_lengths(pairs: Sequence[PreferencePair]) -> None:
 
 def show_token_lengths(examples: Sequence[Example], max_length: int) -> None:
     """Print quantiles of the lengths in tokens, and how many pairs would be truncated at several limits."""
+    if not examples:
+        return
     lengths = {
         "prompt": [len(example.prompt_ids) for example in examples],
         "chosen": [len(example.completions[0]) for example in examples],

@@ -173,3 +173,8 @@ PROMPT_SETS = {
     ),
     "file": PromptSet("", "", ("prompt",), None, category_column="category"),
 }
+
+# By keys, because no prompt is part of the program.
+PROMPT_ALIASES = {"5f1fc63a9f7a248b": "b6e3b4d80aa53db1"}
+"""Key of a published prompt → key of the wording that the published completions of the set answer. In XSTest, the
+completions of all five models have another wording of prompt 195 than `prompts.csv`."""

@@ -138,7 +138,11 @@ def _read_raw_prompts(
     if source.path and not Path(source.path).is_file():
         raise DataError(f"prompts: {source.name}: no file {source.path}")
     if source.path and source.path.endswith(".txt"):
-        for line in Path(source.path).read_text(encoding="utf-8").splitlines():
+        try:
+            text = Path(source.path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{source.path}: not UTF-8 text ({error})") from None
+        for line in text.splitlines():
             if line.strip():
                 yield _RawPrompt(line, _kind_of(source, prompt_set, {}), None, None)
         return

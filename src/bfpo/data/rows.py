@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from bfpo.config.recipes import Source
+from bfpo.core.files import parse_json
 from bfpo.core.pairs import as_messages, conversation_text, parse_label
 from bfpo.errors import DataError
 
@@ -142,6 +143,8 @@ def read_prompts(path: str) -> Iterator[str]:
 def local_files(source: Source) -> list[Path]:
     """Return the local files of a source; none for a hub id."""
     paths = [source.path] if isinstance(source.path, str) else source.path
+    if not paths:
+        raise DataError("path is an empty list; name at least one file")
     return [file for path in paths for file in _local_files(path) or []]
 
 
@@ -208,11 +211,13 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except json.JSONDecodeError as error:
             is_incomplete = not line.endswith("\n")
             hint = "; the last line is incomplete: remove it, or write the file again" if is_incomplete else ""
             raise DataError(f"{file} row {number}: not JSON ({error.msg} at column {error.colno}){hint}") from None
+        except ValueError as error:
+            raise DataError(f"{file} row {number}: not JSON ({error})") from None
         yield number, values
 
 
@@ -221,11 +226,13 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
     if not text.strip():
         return
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         hint = "; the suffix for one object per line is .jsonl" if error.msg == "Extra data" else ""
         position = f"line {error.lineno}, column {error.colno}"
         raise DataError(f"{file}: not JSON ({error.msg} at {position}){hint}") from None
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON ({error})") from None
     if not isinstance(content, list):
         raise DataError(f"{file} is a {type(content).__name__}; expected a list of rows")
     yield from enumerate(content, start=1)

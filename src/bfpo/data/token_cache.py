@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MIN_CACHED = 1000
 # To increase when newer code encodes the same texts with the same tokenizer differently.
 VERSION = 1
+# Directives of strftime that depend on the time of day.
+_TIMES = ("%H", "%I", "%M", "%S", "%p", "%X", "%c", "%f", "%s", "%T", "%R")
 
 
 class Encoding(NamedTuple):
@@ -37,7 +39,13 @@ class Encoding(NamedTuple):
 
 
 def cache_file(
-    folder: Path, tokenizer: "PreTrainedTokenizerBase", template: str | None, text: TextSection, texts: object
+    folder: Path,
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str | None,
+    text: TextSection,
+    texts: object,
+    *,
+    clock: datetime | None = None,
 ) -> Path | None:
     """Return the cache file for some texts; None if the tokenizer's content can't be hashed.
 
@@ -47,11 +55,15 @@ def cache_file(
         template: Chat template that is used.
         text: Length and truncation.
         texts: Texts to encode, in a form that JSON can represent.
+        clock: Time that a template with a clock gets; None for the current time.
     """
     if not tokenizer.is_fast:
         return None
     # A template can write the date into the prompt.
-    day = datetime.now(UTC).date() if "strftime_now" in str(template) else None
+    day = None
+    if "strftime_now" in str(template):
+        has_time = any(directive in str(template) for directive in _TIMES)
+        day = clock if clock is not None and has_time else (clock or datetime.now(UTC)).date()
     content = tokenizer.backend_tokenizer.to_str()
     cache_key = content_hash(VERSION, content, tokenizer.eos_token_id, template, day, text.model_dump(), texts)
     return folder / f"{cache_key}.npz"

@@ -7,11 +7,13 @@ long are truncated or dropped, and counted by source and cell.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -41,6 +43,7 @@ class Encoder:
         tokenizer: Tokenizer with an end-of-sequence token.
         text: Length, truncation and template.
         cache: Folder of the cache of encodings; None for no cache.
+        clock: Time that a template with a clock gets; None for the current time.
 
     Raises:
         ModelError: If the tokenizer has no end-of-sequence token, or there is no chat template.
@@ -49,6 +52,7 @@ class Encoder:
     tokenizer: "PreTrainedTokenizerBase"
     text: TextSection
     cache: Path | None = None
+    clock: datetime | None = None
 
     def __post_init__(self) -> None:
         name = self.tokenizer.name_or_path or "the tokenizer"
@@ -94,7 +98,7 @@ class Encoder:
         if self.cache is not None and len(records) >= MIN_CACHED:
             texts = [(record.prompt, _answers(record), len(_prompts(record))) for record in records]
             template = self._template or self.tokenizer.chat_template
-            file = cache_file(self.cache, self.tokenizer, template, self.text, texts)
+            file = cache_file(self.cache, self.tokenizer, template, self.text, texts, clock=self.clock)
         if file is not None and (cached := read_encodings(file)) is not None:
             advance(len(records))
             return cached
@@ -108,7 +112,8 @@ class Encoder:
         return encodings
 
     def _encode_chunk(self, records: Sequence[Record]) -> Iterator[Encoding]:
-        rendered = [self._render(record) for record in records]
+        with nullcontext() if self.clock is None else _template_clock(self.clock):
+            rendered = [self._render(record) for record in records]
         texts = [text for texts in rendered if isinstance(texts, list) for text in texts]
         all_ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
         for record, texts_or_fault in zip(records, rendered, strict=True):
@@ -219,6 +224,29 @@ class Encoder:
                 return Encoding(None, "identical answers after truncation")
         prompt_ids, *completion_ids = (np.array(ids, dtype=np.int32) for ids in (prompt, *completions))
         return Encoding(Example(prompt_ids, tuple(completion_ids)), notes=tuple(notes))
+
+
+@contextmanager
+def _template_clock(clock: datetime) -> Iterator[None]:
+    """Let `strftime_now` in chat templates see a fixed time.
+
+    `datetime` in that module of transformers is a semi-private name; tests check that the clock is used. It can't be
+    passed to the template, because transformers turns all values into text.
+    """
+    from transformers.utils import chat_template_utils as module
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return cls.fromisoformat(clock.isoformat())
+
+    name = "datetime"
+    original = getattr(module, name)
+    setattr(module, name, Clock)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
 
 
 def chat_template(text: TextSection) -> str | None:

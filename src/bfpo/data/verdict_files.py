@@ -3,10 +3,9 @@
 The revision is part of the name, so another revision of a judge never appends to the file of an earlier one.
 """
 
-import json
 from pathlib import Path
 
-from bfpo.core.files import file_name
+from bfpo.core.files import file_name, parse_json
 
 
 def judge_file(folder: Path, stem: str, name: str, revision: str) -> Path:
@@ -51,7 +50,7 @@ def _is_of(path: Path, name: str, revision: str) -> bool:
     with path.open(encoding="utf-8", errors="replace") as file:
         first = file.readline()
     try:
-        row = json.loads(first)
+        row = parse_json(first)
         return bool((row["judge"], row["revision"]) == (name, revision))
     except (ValueError, TypeError, KeyError):
         return False

@@ -1,5 +1,6 @@
 """Reading and writing files in AlpacaEval's format."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,12 +10,13 @@ import numpy as np
 from bfpo.config.recipes import Source
 from bfpo.core.files import file_name, write_json
 from bfpo.core.samples import Completion
-from bfpo.data.rows import read_rows
+from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError
 from bfpo.evaluation.judge_outputs import JudgeOutput
 from bfpo.evaluation.preferences import mean_preferences
 from bfpo.evaluation.suite import Task
 from bfpo.stats.intervals import Values
+from bfpo.stats.length_control import GamedAnswers
 
 FOLDER = "alpaca_eval"
 # AlpacaEval's columns for the instruction, the model's output and the reference's.
@@ -35,6 +37,66 @@ class Annotations(NamedTuple):
     prompts: list[str]
     outputs: list[str]
     reference_outputs: list[str]
+
+
+class LengthControl(NamedTuple):
+    """Data of AlpacaEval's length-controlled win rate.
+
+    Args:
+        difficulties: Difficulty of each of the N instructions, in the order of the set, (N,).
+        gamed: Annotated answers of the gamed baselines.
+    """
+
+    difficulties: Values
+    gamed: GamedAnswers
+
+
+def read_length_control(gamed: str, difficulty: str | None = None) -> LengthControl:
+    """Read `df_gamed.csv` and `instruction_difficulty.csv` of huggingface.co/datasets/tatsu-lab/alpaca_eval.
+
+    Args:
+        gamed: Path of `df_gamed.csv`, which contains the difficulties too.
+        difficulty: Path of `instruction_difficulty.csv`; None if it needn't be compared with the difficulties there.
+
+    Raises:
+        DataError: If a file can't be read, lacks a column or a number, lists instructions in another order than 0, 1,
+            ..., or the two disagree.
+    """
+    columns = ("index", "preference", "std_delta_len", "instruction_difficulty")
+    rows = np.array([[_number(row, column) for column in columns] for row in _read_csv(gamed)]).reshape(-1, 4)
+    indices, preferences, differences, difficulties = rows.T
+    count = len(np.unique(indices))
+    if not count or not np.array_equal(indices[:count], np.arange(count)):
+        raise DataError(f"{gamed}: column 'index' doesn't start with each instruction once, 0, 1, ... in order")
+    has_preference = ~np.isnan(preferences)
+    if not ((preferences[has_preference] >= 0) & (preferences[has_preference] <= 1)).all():
+        raise DataError(f"{gamed}: column 'preference' isn't from 0 to 1 throughout")
+    if np.isnan(differences).any() or np.isnan(difficulties).any():
+        raise DataError(f"{gamed}: a row has no number in 'std_delta_len' or 'instruction_difficulty'")
+    if difficulty is not None:
+        # Its first column, the number of the instruction, has no name.
+        table = [row.values for row in _read_csv(difficulty)]
+        values = {float(next(iter(row.values()))): float(row["instruction_difficulty"]) for row in table}
+        same = [values.get(float(index)) for index in range(count)]
+        if None in same or not np.allclose(np.array(same, dtype=np.float64), difficulties[:count], rtol=1e-6):
+            raise DataError(f"{difficulty}: the difficulties aren't those of {gamed}; expected files of one version")
+    answers = GamedAnswers(*(column[has_preference] for column in (preferences, differences, difficulties)))
+    return LengthControl(difficulties[:count], answers)
+
+
+def _read_csv(path: str) -> list[SourceRow]:
+    if not Path(path).is_file():
+        raise DataError(f"length_control: there is no file {path}")
+    return list(read_rows(Source(path=path)))
+
+
+def _number(row: SourceRow, column: str) -> float:
+    """Return a column's number; NaN where it is empty."""
+    text = row.value(column)
+    try:
+        return float(text) if text not in ("", None) else math.nan
+    except ValueError:
+        raise DataError(f"{row.where}: column '{column}' is {text!r}; expected a number") from None
 
 
 def read_alpaca_annotations(path: Path) -> Annotations:

@@ -1,13 +1,12 @@
 """Correcting the rates of judges by their errors on answers with human labels."""
 
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.config.recipes import Source
-from bfpo.core.files import file_hash
+from bfpo.core.files import file_hash, parse_json
 from bfpo.core.samples import KINDS, Completion, Verdict
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
@@ -237,7 +236,7 @@ def _fitted_on(spec: JudgeSpec) -> set[str]:
         if part.kind != "linear" or not (card := card_file(Path(part.path))).is_file():
             continue
         try:
-            hashes |= set(json.loads(card.read_text(encoding="utf-8"))["fitted_on"]["files"].values())
+            hashes |= set(parse_json(card.read_text(encoding="utf-8"))["fitted_on"]["files"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{card}: not the card that `bfpo judge fit` writes; fit the judge again") from None
     return hashes

@@ -15,9 +15,12 @@ from bfpo.evaluation.lm_eval.tasks import listed_metrics
 from bfpo.evaluation.results import CORRECTED, MetricResult, Results, format_metric
 from bfpo.evaluation.scoring import DERIVED_METRICS, METRICS_BY_KIND
 from bfpo.evaluation.suite import INDICES, Task
-from bfpo.evaluation.suite_scores import LENGTH_CONTROLLED, ORDER_DECIDES, WIN_RATE
+from bfpo.evaluation.suite_scores import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, ORDER_DECIDES, WIN_RATE
 
 BoundState = Literal["passed", "violated", "undecided"]
+MIN_PROMPTS = 10
+"""Number of prompts below which no bound is decided. Fewer rarely contain one of the bad answers that a model gives
+now and then, and intervals of skewed scores cover too seldom; see the coverage in docs/statistics.md."""
 
 
 class Bound(Section):
@@ -64,12 +67,20 @@ class BoundResult(NamedTuple):
     Args:
         bound: The bound.
         metric: The metric.
-        state: `violated` or `passed` if the whole interval is on one side of the bound, else `undecided`.
+        state: `violated` or `passed` if the whole interval is on one side of the bound and the metric has at least
+            `MIN_PROMPTS` prompts, else `undecided`.
+        reason: Reason of an undecided bound, if its interval isn't the reason; else "".
     """
 
     bound: Bound
     metric: MetricResult
     state: BoundState
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """The state with its reason."""
+        return f"{self.state}: {self.reason}" if self.reason else self.state
 
 
 def read_gate(path: str) -> list[Bound]:
@@ -86,7 +97,12 @@ def read_gate(path: str) -> list[Bound]:
 
 
 def check_bounds(
-    bounds: Sequence[Bound], tasks: Sequence[Task], lm_eval: Mapping[str, str], *, corrected: bool = False
+    bounds: Sequence[Bound],
+    tasks: Sequence[Task],
+    lm_eval: Mapping[str, str],
+    *,
+    corrected: bool = False,
+    length_controlled: bool = False,
 ) -> None:
     """Check that each bound is on a task that is run and on a metric that it has.
 
@@ -95,6 +111,7 @@ def check_bounds(
         tasks: Judged tasks.
         lm_eval: `SUITE/TASK` → lm-eval's name of the task.
         corrected: Whether rates are corrected for the judges' errors too.
+        length_controlled: Whether AlpacaEval's length-controlled win rate is computed.
 
     Raises:
         RecipeError: If a task or a metric is unknown.
@@ -102,7 +119,8 @@ def check_bounds(
     names = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
     measured = {spec.name for specs in METRICS_BY_KIND.values() for spec in specs} | {*DERIVED_METRICS, *INDICES}
     if any(task.references for task in tasks):
-        measured |= {WIN_RATE.name, ORDER_DECIDES.name, LENGTH_CONTROLLED}
+        measured |= {WIN_RATE.name, ORDER_DECIDES.name}
+    measured |= {LENGTH_CONTROLLED} if length_controlled else set()
     calibrated = {name + CORRECTED for name in QUESTIONS}
     measured |= calibrated if corrected else set()
     for bound in bounds:
@@ -111,6 +129,13 @@ def check_bounds(
             raise RecipeError(f"gate: no task {name}; {did_you_mean(name, sorted({*names, *lm_eval}))}")
         if bound.metric in calibrated - measured:
             raise RecipeError(f"gate: metric '{bound.metric}' needs answers with human labels; set `calibration:`")
+        if bound.metric == LENGTH_CONTROLLED_APPROXIMATE:
+            raise RecipeError(
+                f"gate: metric '{bound.metric}' is an approximation, which decides no bound; name the files of "
+                f"`length_control:`, and '{LENGTH_CONTROLLED}' here"
+            )
+        if bound.metric == LENGTH_CONTROLLED and LENGTH_CONTROLLED not in measured:
+            raise RecipeError(f"gate: metric '{bound.metric}' needs AlpacaEval's files; set `length_control:`")
         # The metrics of a group of lm-eval aren't known before it is run.
         metrics = listed_metrics(lm_eval[name]) if name in lm_eval else measured
         metric = bound.metric.partition(" (")[0] if name in lm_eval else bound.metric
@@ -136,7 +161,7 @@ def enforce_bounds(results: Results, bounds: Sequence[Bound]) -> None:
     """
     bound_results = evaluate_bounds(results, bounds)
     rows = [
-        (str(result.bound), format_metric(result.metric), result.metric.n, result.state) for result in bound_results
+        (str(result.bound), format_metric(result.metric), result.metric.n, result.text) for result in bound_results
     ]
     show_table("Gate: decided only where the whole interval is on one side", ("bound", "value", "n", "state"), rows)
     violated = [result for result in bound_results if result.state == "violated"]
@@ -169,6 +194,11 @@ def _find_metric(results: Results, bound: Bound) -> MetricResult:
 def _evaluate_bound(bound: Bound, metric: MetricResult) -> BoundResult:
     if metric.value is None:
         return BoundResult(bound, metric, "undecided")
+    prompts = metric.n if metric.smallest_part is None else metric.smallest_part
+    if prompts < MIN_PROMPTS:
+        noun = "prompt" if prompts == 1 else "prompts"
+        part = "" if metric.smallest_part is None else " in its smallest part"
+        return BoundResult(bound, metric, "undecided", f"{prompts} {noun}{part}, {MIN_PROMPTS} needed")
     low = metric.value if metric.low is None else metric.low
     high = metric.value if metric.high is None else metric.high
     is_violated = (bound.min is not None and high < bound.min) or (bound.max is not None and low > bound.max)

@@ -63,6 +63,7 @@ def _compute_index(
         True,
         judge,
         recipe=f"unweighted mean of {', '.join(map(_term, metrics))}",
+        smallest_part=min(metric.n for metric in metrics),
     )
 
 

@@ -21,7 +21,7 @@ from bfpo.data.stages import (
 )
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, Unanswered
-from bfpo.evaluation.alpaca_eval import write_alpaca_eval
+from bfpo.evaluation.alpaca_eval import LengthControl, write_alpaca_eval
 from bfpo.evaluation.baseline import Baseline, compare_with_baseline, read_baseline
 from bfpo.evaluation.correction import (
     Calibration,
@@ -62,6 +62,7 @@ from bfpo.evaluation.win_rates import (
     collect_references,
     compare_with_references,
     length_controlled_metrics,
+    load_length_control,
 )
 from bfpo.judging.people import PeopleJudge
 
@@ -100,7 +101,14 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     lm_eval_tasks = find_lm_eval_tasks(recipe, suites)
     lm_eval_names = {task.full_name: task.spec for task in lm_eval_tasks}
     check_judges(recipe, tasks)
-    check_bounds(bounds, tasks, lm_eval_names, corrected=recipe.calibration is not None)
+    length_control = load_length_control(recipe, tasks)
+    check_bounds(
+        bounds,
+        tasks,
+        lm_eval_names,
+        corrected=recipe.calibration is not None,
+        length_controlled=length_control is not None,
+    )
     calibration = None if recipe.calibration is None else read_calibration(recipe.calibration)
     fitting_warnings = [] if calibration is None else fitted_on_warnings(calibration, recipe.judges)
     policy = template_policy(recipe, suites, tasks)
@@ -123,6 +131,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         labeled_by={*recipe.labeled_by, *training_judges(recipe)},
         calibration=calibration,
         baseline=baseline,
+        length_control=length_control,
     )
     results = evaluation.results
     metrics = results.metrics + lm_eval_metrics(lm_eval_tasks, lm_eval_results)
@@ -178,6 +187,7 @@ def evaluate(
     by_category: bool = True,
     calibration: Calibration | None = None,
     baseline: Baseline | None = None,
+    length_control: LengthControl | None = None,
 ) -> Evaluation:
     """Generate, judge and score completions, and compare the scores with a baseline.
 
@@ -198,6 +208,7 @@ def evaluate(
         by_category: Whether each category of a task's prompts has metrics too.
         calibration: Labeled answers that correct the judges' rates.
         baseline: Evaluation to compare with.
+        length_control: Data of AlpacaEval's length-controlled win rate.
 
     Raises:
         DataError: If the folder holds files of another model or prompt set.
@@ -223,7 +234,9 @@ def evaluate(
         judged = [output for output in outputs if output.on_labeled]
         calibrated = [calibrate(output.label, calibration, output.on_labeled) for output in judged]
         metrics = add_corrected_rates(metrics, calibrated)
-    metrics += length_controlled_metrics(tasks, completions, outputs)
+    length_controlled, warnings = length_controlled_metrics(tasks, completions, outputs, length_control)
+    metrics += length_controlled
+    notes += warnings
     results = Results(
         run=run,
         model=model,

@@ -42,6 +42,15 @@ class Price(Section):
     """Price per million tokens written."""
 
 
+class LengthControlFiles(Section):
+    """Files of huggingface.co/datasets/tatsu-lab/alpaca_eval for its length-controlled win rate."""
+
+    gamed: str
+    """`df_gamed.csv`: annotations of the gamed baselines, with the difficulty of every instruction."""
+    difficulty: str | None = None
+    """`instruction_difficulty.csv`; its difficulties must be those of `gamed`."""
+
+
 class EvalRecipe(Section):
     """`bfpo eval`: run suites of prompts on a model, judge and score its completions, and compare the results."""
 
@@ -76,6 +85,8 @@ class EvalRecipe(Section):
     """Answers with human labels, as for `bfpo judge eval`: judges read them too, and each rate is reported a second
     time, corrected for the judge's errors on them. Best are answers of the evaluated model to other prompts:
     docs/judging.md."""
+    length_control: LengthControlFiles | None = None
+    """Files with which AlpacaEval's length-controlled win rate is computed on its 805 instructions."""
     labeled_by: list[str] = Field(default=[])
     """Names of judges that labeled the model's training data, in addition to those in its data manifest."""
     template_policy: str | None = None

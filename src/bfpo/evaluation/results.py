@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from bfpo.core.files import content_hash, write_json
+from bfpo.core.files import content_hash, parse_json, write_json
 from bfpo.core.samples import Completion
 from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import DifferenceVerdict, ModelComparison
@@ -43,6 +43,7 @@ class MetricResult:
             and for metrics that aren't rates.
         most: Upper bound if every one counted as 1.
         recipe: For a composite index: the metrics that it is the mean of, or the missing part; else empty.
+        smallest_part: Number of prompts of the part with the fewest, for a composite; else None.
     """
 
     suite: str
@@ -60,6 +61,7 @@ class MetricResult:
     least: float | None = None
     most: float | None = None
     recipe: str = ""
+    smallest_part: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +275,7 @@ def read_results(folder: Path) -> Results:
     """
     path = folder / FILE_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{folder}: no {FILE_NAME}; evaluate the run first") from None
     except ValueError as error:

@@ -278,9 +278,20 @@ def compute_metrics(suite: str, scores: Sequence[PromptScores]) -> list[MetricRe
         safety, helpfulness = axes
         parts = compute_interval(safety)[0], compute_interval(helpfulness)[0]
         interval = Interval(*map(float, combine(harmonic_mean, *parts)))
-        n, unscored = len(safety.by_prompt) + len(helpfulness.by_prompt), safety.unscored + helpfulness.unscored
+        counts, unscored = [len(axis.by_prompt) for axis in axes], safety.unscored + helpfulness.unscored
         metrics.append(
-            MetricResult(suite, "all", HARMONIC_MEAN, *interval, n, unscored, BY_PARTS, True, safety.judge)
+            MetricResult(
+                suite,
+                "all",
+                HARMONIC_MEAN,
+                *interval,
+                n=sum(counts),
+                unscored=unscored,
+                interval=BY_PARTS,
+                higher_is_better=True,
+                judge=safety.judge,
+                smallest_part=min(counts),
+            )
         )
     return metrics
 

@@ -1,9 +1,9 @@
 """The model that an evaluation is about, as the recipe and the model's folder describe it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bfpo.core.files import parse_json
 from bfpo.core.samples import Engine, Judge
 from bfpo.errors import DataError
 from bfpo.evaluation.recipe import EvalRecipe
@@ -56,10 +56,10 @@ def training_judges(recipe: EvalRecipe) -> set[str]:
     if not path.is_file():
         return set()
     try:
-        sources = json.loads(path.read_text(encoding="utf-8")).get("label_sources") or {}
-    except (ValueError, AttributeError):
+        sources = parse_json(path.read_text(encoding="utf-8")).get("label_sources") or {}
+        return {part.partition("@")[0] for source in sources for part in str(source).split("+")}
+    except (ValueError, AttributeError, TypeError):
         raise DataError(f"{path}: not the JSON object that training leaves; who labeled the data?") from None
-    return {part.partition("@")[0] for source in sources for part in str(source).split("+")}
 
 
 def template_policy(recipe: EvalRecipe, suites: Mapping[str, Suite], tasks: Sequence[Task]) -> str:

@@ -136,6 +136,7 @@ class Task:
         prompts: Prompts in the order in which they are answered.
         data: Where the prompts are from; None for prompts of no published set.
         references: Prompt id → output that the completion is compared with; empty if nothing is compared.
+        positions: Prompt id → number of the prompt in the published set, from 0; empty if nothing is compared.
     """
 
     suite: str
@@ -144,6 +145,7 @@ class Task:
     prompts: list[Prompt]
     data: TaskData | None = None
     references: dict[str, Completion] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
 
 
 def tasks_by_kind(suite: str, prompts: Sequence[Prompt]) -> list[Task]:
@@ -243,6 +245,7 @@ def _read_task(suite: str, task: SuiteTask, place: EvalData, limit: int | None) 
     if len(kinds) > 1:
         raise DataError(f"{name}: prompts of several kinds ({', '.join(kinds)}); name one as only:")
     published = len(prompts)
+    positions = {prompt.prompt_id: index for index, prompt in enumerate(prompts)}
     prompts = _sample(prompts, min(filter(None, (limit, task.limit)), default=None))
     data = TaskData(
         name=name,
@@ -261,7 +264,7 @@ def _read_task(suite: str, task: SuiteTask, place: EvalData, limit: int | None) 
         compared_with=sorted({output.model for output in references.values()}),
         references_hash=content_hash([references[prompt.prompt_id].text for prompt in prompts]),
     )
-    return Task(suite, task.task_name, kinds[0], prompts, data, references)
+    return Task(suite, task.task_name, kinds[0], prompts, data, references, positions)
 
 
 def _sample(prompts: list[Prompt], limit: int | None) -> list[Prompt]:

@@ -20,6 +20,7 @@ from bfpo.evaluation.suite import Task
 
 WIN_RATE = MetricSpec("win_rate", higher_is_better=True, is_rate=False)
 LENGTH_CONTROLLED = "win_rate_length_controlled"
+LENGTH_CONTROLLED_APPROXIMATE = "win_rate_length_controlled_approximate"
 ORDER_DECIDES = MetricSpec("order_decides", higher_is_better=False, is_rate=True)
 
 

@@ -10,15 +10,17 @@ from bfpo.core.samples import Completion, Judge, PairJudge
 from bfpo.data.stages import judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
+from bfpo.evaluation.alpaca_eval import LengthControl, read_length_control
 from bfpo.evaluation.judge_outputs import JudgeOutput
 from bfpo.evaluation.preferences import RatingPairJudge, collect_preferences
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import MetricResult
 from bfpo.evaluation.scoring import BY_BOOTSTRAP
 from bfpo.evaluation.suite import Task
-from bfpo.evaluation.suite_scores import LENGTH_CONTROLLED, WIN_RATE, score_preferences
+from bfpo.evaluation.suite_scores import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, WIN_RATE, score_preferences
 from bfpo.judging.spec import JUDGES, parse_judge
-from bfpo.stats.length_control import length_controlled_win_rate
+from bfpo.stats.intervals import Values
+from bfpo.stats.length_control import FOLDS, MIN_LENGTH_RATIO, alpaca_eval_win_rate, length_controlled_win_rate
 
 COMPARING = tuple(kind for kind, properties in JUDGES.items() if properties.compares is not None)
 """Kinds of judges that compare completions."""
@@ -92,27 +94,93 @@ def compare_with_references(
     return output._replace(preferences=collect_preferences(pair_judge, completions, references, path))
 
 
-def length_controlled_metrics(
-    tasks: Sequence[Task], completions: Sequence[Completion], outputs: Sequence[JudgeOutput]
-) -> list[MetricResult]:
-    """Compute the win rate at equal length, in characters, of every task by every judge that compares."""
-    texts = {completion.prompt_id: completion.text for completion in completions if completion.sample == 0}
-    metrics = []
-    for task in tasks:
-        for output in outputs:
-            scores = next((own for own in score_preferences(task, output) if own.spec is WIN_RATE), None)
-            if scores is None:
-                continue
-            lengths = np.array([len(texts[prompt_id]) for prompt_id in scores.by_prompt], dtype=np.float64)
-            reference_lengths = np.array(
-                [len(task.references[prompt_id].text) for prompt_id in scores.by_prompt], dtype=np.float64
+def is_alpaca_eval(task: Task) -> bool:
+    """Return whether a task compares completions for AlpacaEval's instructions."""
+    return bool(task.references) and task.data is not None and task.data.source == "alpaca_eval"
+
+
+def load_length_control(recipe: EvalRecipe, tasks: Sequence[Task]) -> LengthControl | None:
+    """Return the data of AlpacaEval's regression; None if the recipe names no files.
+
+    Raises:
+        RecipeError: If no task compares completions for AlpacaEval's instructions.
+        DataError: If the files can't be read, or have another number of instructions than a task.
+    """
+    if recipe.length_control is None:
+        return None
+    control = read_length_control(recipe.length_control.gamed, recipe.length_control.difficulty)
+    compared = [task for task in tasks if is_alpaca_eval(task)]
+    if not compared:
+        raise RecipeError("length_control: no task compares answers to the instructions of alpaca_eval")
+    for task in compared:
+        if task.data is not None and task.data.published != len(control.difficulties):
+            raise DataError(
+                f"length_control: {recipe.length_control.gamed} has {len(control.difficulties):,} instructions, "
+                f"{task.data.origin} {task.data.published:,}; expected AlpacaEval's whole set in its own order"
             )
+    return control
+
+
+def length_controlled_metrics(
+    tasks: Sequence[Task],
+    completions: Sequence[Completion],
+    outputs: Sequence[JudgeOutput],
+    control: LengthControl | None = None,
+) -> tuple[list[MetricResult], list[str]]:
+    """Compute the win rate at equal length, in characters, of every task by every judge that compares.
+
+    Args:
+        tasks: The tasks.
+        completions: Completions of their prompts.
+        outputs: Output of each judge.
+        control: Data of AlpacaEval's regression, for its instructions. For other tasks, and without it, the metric is
+            an approximation with another name, and missing where it would be an extrapolation.
+
+    Returns:
+        The metrics, and a warning for each task without one.
+    """
+    texts = {completion.prompt_id: completion.text for completion in completions if completion.sample == 0}
+    metrics, warnings = list[MetricResult](), list[str]()
+    for task in tasks:
+        prompt_ids = [prompt.prompt_id for prompt in task.prompts if prompt.prompt_id in task.references]
+        win_rates = [
+            (output, scores)
+            for output in outputs
+            for scores in score_preferences(task, output)
+            if scores.spec is WIN_RATE
+        ]
+        if not win_rates:
+            continue
+        lengths = np.array([len(texts[prompt_id]) for prompt_id in prompt_ids], dtype=np.float64)
+        reference_lengths = np.array(
+            [len(task.references[prompt_id].text) for prompt_id in prompt_ids], dtype=np.float64
+        )
+        task_control = control if is_alpaca_eval(task) else None
+        if task_control is None and lengths.mean() < MIN_LENGTH_RATIO * reference_lengths.mean():
+            warnings.append(_no_rate(task, lengths, reference_lengths))
+            continue
+        for output, scores in win_rates:
+            preferences = np.array([scores.by_prompt.get(prompt_id, np.nan) for prompt_id in prompt_ids])
+            is_decided = ~np.isnan(preferences)
+            if task_control is None:
+                name = LENGTH_CONTROLLED_APPROXIMATE
+                interval = length_controlled_win_rate(
+                    preferences[is_decided], lengths[is_decided], reference_lengths[is_decided]
+                )
+            elif is_decided.sum() < FOLDS:
+                continue
+            else:
+                name = LENGTH_CONTROLLED
+                difficulties = task_control.difficulties[[task.positions[prompt_id] for prompt_id in prompt_ids]]
+                interval = alpaca_eval_win_rate(
+                    preferences, lengths, reference_lengths, difficulties, task_control.gamed
+                )
             metrics.append(
                 MetricResult(
                     task.suite,
                     task.name,
-                    LENGTH_CONTROLLED,
-                    *length_controlled_win_rate(scores.values, lengths, reference_lengths),
+                    name,
+                    *interval,
                     len(scores.by_prompt),
                     scores.unscored,
                     BY_BOOTSTRAP,
@@ -120,4 +188,13 @@ def length_controlled_metrics(
                     output.label,
                 )
             )
-    return metrics
+    return metrics, warnings
+
+
+def _no_rate(task: Task, lengths: Values, reference_lengths: Values) -> str:
+    files = " Set `length_control:` for AlpacaEval's own regression." if is_alpaca_eval(task) else ""
+    return (
+        f"{task.suite}/{task.name}: no length-controlled win rate: the answers have {lengths.mean():,.0f} characters "
+        f"on average, the reference outputs {reference_lengths.mean():,.0f}. Below {MIN_LENGTH_RATIO:.0%} of their "
+        f"length it would be an extrapolation that rewards short answers.{files}"
+    )

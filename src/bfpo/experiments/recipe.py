@@ -1,6 +1,5 @@
 """Recipe of `bfpo experiment`, and the settings of its variants."""
 
-import json
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pydantic import Field
 
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import Count, Section
+from bfpo.core.files import parse_json
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.experiments.methods import METHODS, Method
 from bfpo.testbed.world import WorldOptions
@@ -109,8 +109,8 @@ def _read_tuned_values(recipe: ExperimentRecipe) -> dict[tuple[str, str], dict[s
         name = next(iter(tuned_names))
         raise RecipeError(f"variants.{name}.tuned: needs 'tuning', the comparison.json to read it from")
     try:
-        content = json.loads(Path(recipe.tuning).read_text(encoding="utf-8"))
-        chosen = {(row["world"], row["variant"]): dict(row["values"]) for row in content["chosen"]}
+        content = parse_json(Path(recipe.tuning).read_text(encoding="utf-8"))
+        chosen = {(str(row["world"]), str(row["variant"])): dict(row["values"]) for row in content["chosen"]}
     except FileNotFoundError:
         raise RecipeError(
             f"tuning: there is no {recipe.tuning}; run `bfpo experiment` with the tuning recipe first"

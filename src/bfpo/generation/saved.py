@@ -8,6 +8,7 @@ from bfpo.config.recipes import Source
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import Conversation, as_messages, conversation_key
 from bfpo.core.samples import Completion, Prompt
+from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError, Unanswered
 from bfpo.generation.server_replies import read_finish_reason
@@ -41,7 +42,10 @@ class SavedEngine:
         for row in map(_flatten, read_rows(Source(path=path))):
             prompt = as_messages(row.value(_find_column(row, _PROMPT_COLUMNS)))
             row.text(_find_column(row, _TEXT_COLUMNS))
-            models.add(row.values.get("model"))
+            model = row.values.get("model")
+            if not isinstance(model, str | None):
+                raise DataError(f"{row.where}: column 'model' is {model!r}; expected a string")
+            models.add(model)
             self._rows.setdefault(_prompt_key(prompt), []).append(row)
         if len(models) > 1:
             names = ", ".join(sorted(map(str, models)))
@@ -65,9 +69,9 @@ class SavedEngine:
         """
         keys = [_prompt_key(prompt.prompt) for prompt, _ in requests]
         saved = [
-            (prompt, sample, self._rows[key][sample])
+            (prompt, sample, self._find_rows(key)[sample])
             for key, (prompt, sample) in zip(keys, requests, strict=True)
-            if sample < len(self._rows.get(key, ()))
+            if sample < len(self._find_rows(key))
         ]
         for start in range(0, len(saved), _BATCH):
             yield [self._completion(prompt, sample, row) for prompt, sample, row in saved[start : start + _BATCH]]
@@ -76,6 +80,10 @@ class SavedEngine:
             requested = [(prompt.prompt_id, sample) for prompt, sample in requests]
             failed = {key: f"not in {self._path}" for key in requested if key not in answered}
             raise Unanswered(failed, len(requests), refused=failed)
+
+    def _find_rows(self, key: str) -> Sequence[SourceRow]:
+        """Return the rows of a prompt, or of the wording that the completions of its set are published with."""
+        return self._rows[key] if key in self._rows else self._rows.get(PROMPT_ALIASES.get(key, ""), [])
 
     def _completion(self, prompt: Prompt, sample: int, row: SourceRow) -> Completion:
         text, values = row.text(_find_column(row, _TEXT_COLUMNS)), row.values
@@ -87,12 +95,21 @@ class SavedEngine:
             prompt=prompt.prompt,
             text=text,
             finish_reason="refused" if ending == "refused" else read_finish_reason(ending),
-            prompt_tokens=int(values.get("prompt_tokens") or words),
-            completion_tokens=int(values.get("completion_tokens") or len(text.split())),
+            prompt_tokens=_token_count(row, "prompt_tokens") or words,
+            completion_tokens=_token_count(row, "completion_tokens") or len(text.split()),
             model=str(values.get("model") or self._name),
             engine=str(values.get("engine") or self.name),
             settings_hash=self.settings_hash,
         )
+
+
+def _token_count(row: SourceRow, column: str) -> int:
+    """Return a number of tokens; 0 where the row has none."""
+    with row.locate_errors():
+        number = row.number(column) or 0
+        if not 0 <= number < 2**31:
+            raise DataError(f"column '{column}' is {number}; expected a number of tokens")
+    return int(number)
 
 
 def _flatten(row: SourceRow) -> SourceRow:

@@ -5,6 +5,7 @@ held-out prompts (Platt scaling). The judge's file contains arrays and JSON but 
 """
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from bfpo.core.files import content_hash, open_atomic
+from bfpo.core.files import content_hash, open_atomic, parse_json
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError, RecipeError
 from bfpo.judging.features import VIEWS, View, extract_features, make_vectorizer
@@ -197,7 +198,8 @@ def load_judge(path: Path, *, threshold: float | None = None) -> LinearJudge:
             raise ValueError(f"format {int(arrays['format'])}, expected {_FORMAT}")
         heads = {name: _load_head(name, arrays) for name in HEADS if f"{name}.weights" in arrays}
         low, high = map(float, arrays["band"])
-    except (ValueError, KeyError, BadZipFile, EOFError) as error:
+    # numpy and zipfile raise these for arrays of another shape or type and for damaged archives.
+    except (ValueError, LookupError, TypeError, AttributeError, BadZipFile, EOFError, zlib.error, OSError) as error:
         raise DataError(f"{path}: not the file of a judge ({error}); fit one with `bfpo judge fit`") from None
     hashes = {name: content_hash(array.dtype.str, array.tobytes().hex()) for name, array in arrays.items()}
     band = (low, high) if threshold is None else (threshold, threshold)
@@ -205,14 +207,18 @@ def load_judge(path: Path, *, threshold: float | None = None) -> LinearJudge:
 
 
 def _load_head(name: str, arrays: dict[str, NDArray[np.generic]]) -> Head:
-    vectorizers = []
+    vectorizers, num_terms = [], 0
     for number, view in enumerate(VIEWS[name]):
-        terms = json.loads(arrays[f"{name}.{number}.terms"].tobytes())
+        terms = parse_json(arrays[f"{name}.{number}.terms"].tobytes())
         vectorizer = make_vectorizer(view, {term: index for index, term in enumerate(terms)})
         vectorizer.idf_ = arrays[f"{name}.{number}.idf"]
         vectorizers.append((view, vectorizer))
+        num_terms += len(terms)
+    weights = np.asarray(arrays[f"{name}.weights"], dtype=np.float64)
+    if weights.shape != (num_terms,):
+        raise ValueError(f"{name}.weights has shape {weights.shape}, expected {num_terms} weights")
     bias, scale, shift = (float(value) for value in arrays[f"{name}.line"])
-    return Head(tuple(vectorizers), np.asarray(arrays[f"{name}.weights"], dtype=np.float64), bias, scale, shift)
+    return Head(tuple(vectorizers), weights, bias, scale, shift)
 
 
 def _make_regression() -> LogisticRegression:

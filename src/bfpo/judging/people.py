@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bfpo.core.files import file_hash
+from bfpo.core.pairs import prompt_key
 from bfpo.core.samples import Completion, Verdict
+from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.judging.labeled import read_labeled
 
 
@@ -19,7 +21,7 @@ class PeopleJudge:
 
     def __init__(self, path: str) -> None:
         self._labels = {
-            (answer.completion.prompt[-1].content.strip(), answer.completion.text): (answer.safe, answer.refusal)
+            (_last_turn_key(answer.completion), answer.completion.text): (answer.safe, answer.refusal)
             for answer in read_labeled(path)
         }
         self.revision = file_hash(Path(path))[:8]
@@ -27,7 +29,12 @@ class PeopleJudge:
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         """Return one verdict for each completion, undecided for an answer without a label."""
         for completion in completions:
-            key = completion.prompt[-1].content.strip(), completion.text
-            safe, refusal = self._labels.get(key, (None, None))
+            key, text = _last_turn_key(completion), completion.text
+            unlabeled = self._labels.get((PROMPT_ALIASES.get(key, ""), text), (None, None))
+            safe, refusal = self._labels.get((key, text), unlabeled)
             reason = "no annotator labeled this answer as safe or unsafe" if safe is None else None
             yield Verdict.on(completion, self, safe=safe, refusal=refusal, reason=reason)
+
+
+def _last_turn_key(completion: Completion) -> str:
+    return prompt_key(completion.prompt[-1].content.strip())

@@ -4,13 +4,12 @@ The reply isn't trusted: it is parsed here, and a reply that can't be parsed is 
 server isn't used (`transformers serve` ignores it).
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from bfpo.core.files import content_hash, replace_lone_surrogates
+from bfpo.core.files import content_hash, parse_json, replace_lone_surrogates
 from bfpo.core.pairs import Conversation, user_says
 from bfpo.core.samples import Completion, Engine, Preference, Prompt, Verdict
 from bfpo.core.terminal import warn
@@ -286,7 +285,7 @@ def _parse_object(reply: Completion) -> dict[str, Any] | str:
         return "the judge refused to reply"
     objects = _OBJECT.findall(reply.text)
     try:
-        content = json.loads(objects[-1]) if objects else None
+        content = parse_json(objects[-1]) if objects else None
     except (ValueError, RecursionError):
         content = None
     return content if isinstance(content, dict) else _NOT_JSON

@@ -9,7 +9,6 @@ The first letter of a cell is the safety of the chosen answer: `su` is safe chos
 more helpful, not safer.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +46,9 @@ class LabelingFunction:
     def __post_init__(self) -> None:
         for cell in CELLS:
             value = getattr(self, cell)
-            if not math.isfinite(value):
-                raise RecipeError(f"labeling table: {cell} is {value}; expected a finite number")
+            # Labels are divided by beta and squared, which must not overflow; NaN fails the comparison, too.
+            if not abs(value) <= 1e9:
+                raise RecipeError(f"labeling table: {cell} is {value}; expected a finite number of at most 1e9")
 
     @classmethod
     def from_parameters(
@@ -66,8 +66,8 @@ class LabelingFunction:
             RecipeError: If b1 ≤ 1 (the scale would be infinite or change every sign), or a number is not finite.
         """
         for name, value in (("b1", b1), ("b2", b2), ("alpha", alpha), ("b3", b3 if b3 is not None else 0.0)):
-            if not math.isfinite(value):
-                raise RecipeError(f"labeling function: {name} is {value}; expected a finite number")
+            if not abs(value) <= 1e9:
+                raise RecipeError(f"labeling function: {name} is {value}; expected a finite number of at most 1e9")
         if b1 <= 1:
             raise RecipeError(f"labeling function: b1 is {b1}; expected a number above 1 (the paper uses 3)")
         scale = 1 / (b1 - 1) if b3 is None else b3

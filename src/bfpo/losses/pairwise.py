@@ -93,7 +93,7 @@ class PairLoss(ABC):
             tokens is label / beta nats.
 
     Raises:
-        RecipeError: If beta isn't a finite number above 0.
+        RecipeError: If beta isn't from 1e-9 to 1e9: beyond, targets overflow in float32.
     """
 
     beta: float = 0.1
@@ -102,7 +102,7 @@ class PairLoss(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        _check(self, "beta", self.beta > 0, "a finite number above 0")
+        _check(self, "beta", 1e-9 <= self.beta <= 1e9, "a number above 0, from 1e-9 to 1e9")
 
     @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -404,7 +404,7 @@ def bfpo_loss(
 
 def _check(loss: PairLoss, name: str, in_range: bool, allowed: str) -> None:
     value = getattr(loss, name)
-    if not (math.isfinite(value) and in_range):
+    if not (math.isfinite(value) and abs(value) <= 1e9 and in_range):
         raise RecipeError(f"{type(loss).__name__}.{name} is {value}; expected {allowed}")
 
 

@@ -35,6 +35,7 @@ from bfpo.model.lora import (
     without_checkpointing_warning,
 )
 from bfpo.model.new import new_config
+from bfpo.model.templates import limit_template
 
 JSON_FILES = (
     "config.json",
@@ -113,6 +114,8 @@ def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> Caus
                 config, dtype=torch.float32, trust_remote_code=section.trust_remote_code
             )
             if adapter_config is not None:
+                # Saved configurations are for inference, in which nothing is trained.
+                adapter_config.inference_mode = False
                 model = get_peft_model(model, adapter_config)
     return model
 
@@ -120,11 +123,13 @@ def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> Caus
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model; an adapter without one uses its base model's.
 
+    Its chat template is checked and limited; see `limit_template`.
+
     Args:
         section: Section with a `path`.
 
     Raises:
-        ModelError: If it can't be loaded.
+        ModelError: If it can't be loaded, or its chat template is broken.
     """
     path, revision = str(section.path), section.revision
     with _model_errors(path, f"tokenizer of model '{path}'"):
@@ -135,6 +140,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             path, revision=revision or "main", trust_remote_code=section.trust_remote_code
         )
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    limit_template(tokenizer)
     return tokenizer
 
 

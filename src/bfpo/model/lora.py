@@ -16,8 +16,6 @@ from bfpo.errors import MissingExtra, ModelError, RecipeError
 
 CausalLM: TypeAlias = PreTrainedModel | PeftModel
 
-HAS_ADAPTER = "the model already has an adapter: train that one (leave lora out), or merge it first (bfpo merge)"
-
 
 def lora_config(section: LoraSection, *, revision: str | None = None) -> LoraConfig:
     """Return peft's configuration of a recipe's `lora` section.
@@ -48,7 +46,9 @@ def add_adapter(model: CausalLM, config: Any, *, seed: int) -> PeftModel:
         ModelError: If the model already has an adapter, or has none of the target modules.
     """
     if isinstance(model, PeftModel):
-        raise ModelError(HAS_ADAPTER)
+        raise ModelError(
+            "lora: the model already has an adapter: train that one (leave lora out), or merge it first (bfpo merge)"
+        )
     try:
         with torch.random.fork_rng(), without_checkpointing_warning():
             torch.manual_seed(seed)

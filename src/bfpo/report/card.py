@@ -1,11 +1,10 @@
 """`bfpo card`: the evaluation section of a model card."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bfpo.core.files import write_text
+from bfpo.core.files import parse_json, write_text
 from bfpo.errors import DataError
 from bfpo.report.judge_tables import agreement_rows, category_rows, composite_notes, judge_rows, result_warnings
 from bfpo.report.markdown import agreement_table, escape, format_table, format_value, judge_table
@@ -122,7 +121,7 @@ def _training_data(folder: Path) -> str:
     if not path.is_file():
         return "Not recorded: no `data_manifest.json` next to the evaluation."
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         label_sources = ", ".join(escape(name) for name in manifest.get("label_sources") or {}) or "not recorded"
         rows = [
             (source["name"], _license(source) or "unknown", source.get("pairs_taken", MISSING))

@@ -82,7 +82,9 @@ def _win_rate_points(runs: Sequence[Run], suite: str, task: str, judge: str) -> 
         }
         win_rate, length = metrics.get(("win_rate", judge)), metrics.get(("tokens", ""))
         if win_rate and length and win_rate.value is not None and length.value is not None:
-            controlled = metrics.get(("win_rate_length_controlled", judge))
+            controlled = metrics.get(("win_rate_length_controlled", judge)) or metrics.get(
+                ("win_rate_length_controlled_approximate", judge)
+            )
             points.append(WinRatePoint(index, run.name, length.value, win_rate, controlled))
     return points
 

@@ -19,7 +19,7 @@ CAP = 4.0
 LETTER, LINE = 9.5, 20.0
 MAX_NAME_LENGTH = 22
 LEGEND = 270.0
-MAX_LEGEND_LENGTH = 30
+MAX_LEGEND_LENGTH = 27
 CORNERS = 72
 # Radius that contains 95 % of two independent normal variables (the root of a chi-squared quantile with two degrees
 # of freedom), over the half-width that contains 95 % of one.

@@ -1,6 +1,5 @@
 """Reading run folders: the evaluation, and the training record if `bfpo` trained the model."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.config.recipes import Source
+from bfpo.core.files import parse_json
 from bfpo.core.samples import Completion, Key, Prompt, Verdict
 from bfpo.data.rows import read_rows
 from bfpo.data.stages import read_completions, read_prompt_file
@@ -234,7 +234,7 @@ def _read_record(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(_read_text(path))
+        content = parse_json(_read_text(path))
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); training writes this file, train again or remove it") from None
     if not isinstance(content, dict):

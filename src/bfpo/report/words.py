@@ -41,7 +41,11 @@ METRIC_TEXTS = {
         "Win rate", "mean preference over the reference outputs, in both orders; a tie counts one half"
     ),
     "win_rate_length_controlled": MetricText(
-        "Length-controlled win rate", "win rate that a regression predicts at equal answer lengths"
+        "Length-controlled win rate", "win rate that AlpacaEval's regression predicts at equal answer lengths"
+    ),
+    "win_rate_length_controlled_approximate": MetricText(
+        "Length-controlled win rate, approximate",
+        "win rate that a regression on the lengths only predicts at equal answer lengths",
     ),
     "order_decides": MetricText("Order decides", "share of prompts where the order of the two answers decides"),
     "acc": MetricText("Accuracy", "share of questions whose correct answer has the highest likelihood"),

@@ -55,9 +55,16 @@ def score_interval(values: Values, *, most: float = math.inf, level: float = LEV
     """Return Wilson's interval of a mean over prompts at the effective sample size.
 
     A mean m of n values with variance s² has the standard error of a rate of m(1 - m)n / s² independent trials: the
-    sample over its design effect (Korn and Graubard 1998; Franco et al. 2019). Where all values are equal, the
-    interval of a bootstrap would have no width; there a prompt counts as one trial, the fewest that values in [0, 1]
-    are worth.
+    sample over its design effect (Korn and Graubard 1998; Franco et al. 2019). Two corrections for few prompts vanish
+    as n grows:
+
+    - s² is estimated as if one prompt more had been drawn, with the largest variance that values in [0, 1] with mean
+      m can have, m(1 - m). Otherwise a few values that happen to be nearly equal have an interval of nearly no width.
+    - The number of trials is multiplied by (z / t)², t being Student's quantile at n - 1 degrees of freedom (Korn and
+      Graubard 1998), because s² is an estimate.
+
+    A prompt counts as at least one trial, the fewest that values in [0, 1] are worth, and as exactly one where all
+    values are equal. So a rate with one answer per prompt has Wilson's interval.
 
     Args:
         values: Mean over the samples of each prompt, in [0, 1], (n,).
@@ -75,12 +82,20 @@ def score_interval(values: Values, *, most: float = math.inf, level: float = LEV
 
 def score_bounds(values: Values, *, most: float = math.inf, level: float = LEVEL) -> tuple[Values, Values]:
     """Return the bounds of `score_interval` for many sets of values at once, (..., n) → (...) and (...)."""
+    from scipy.special import stdtrit
+
     n = values.shape[-1]
     mean = values.mean(axis=-1)
+    largest = mean * (1 - mean)
     squares = ((values - mean[..., None]) ** 2).sum(axis=-1)
-    # Rounding leaves a tiny variance where all values are equal.
-    differs = squares > 1e-12 * n
-    trials = np.divide(n * (n - 1) * mean * (1 - mean), squares, out=np.full(np.shape(mean), float(n)), where=differs)
+    trials = np.full(np.shape(mean), float(n))
+    if n > 1:
+        quantile = 0.5 + level / 2
+        shrinkage = (NormalDist().inv_cdf(quantile) / stdtrit(n - 1, quantile)) ** 2
+        # Rounding leaves a tiny variance where all values are equal.
+        differs = squares > 1e-12 * n
+        variance = (squares + largest) / n
+        trials = np.divide(shrinkage * n * largest, variance, out=trials, where=differs)
     return _wilson_bounds(mean, np.clip(trials, n, max(n, most)), level)
 
 
@@ -200,12 +215,12 @@ def paired_p_value(ours: Values, baseline: Values) -> float:
         baseline: Values of the baseline in the same order, (n,).
 
     Returns:
-        The p-value; 1 if no value differs, 0 if all differ by the same amount.
+        The p-value; 1 if no value differs or there is only one, 0 if all of several differ by the same amount.
     """
     from scipy.stats import t as student
 
     differences = ours - baseline
-    if not differences.any():
+    if len(differences) < 2 or not differences.any():
         return 1.0
     spread = differences.std(ddof=1)
     if spread == 0:

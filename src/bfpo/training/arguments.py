@@ -1,5 +1,6 @@
 """The recipe's `trainer:` section as `transformers.TrainingArguments`."""
 
+import math
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,32 @@ DECIDED = {
     "train_sampling_strategy": "the stream plan decides the order",
 }
 
+# Inclusive ranges of values that transformers accepts outside of them and that would train nothing, or something else
+# than was meant. -1 for max_steps means num_train_epochs.
+_NOT_NEGATIVE, _POSITIVE, _MOMENT = (0, math.inf), (math.ulp(0.0), math.inf), (0, math.nextafter(1, 0))
+RANGES: dict[str, tuple[tuple[float, float], str]] = {
+    "learning_rate": (_NOT_NEGATIVE, "0 or more"),
+    "weight_decay": (_NOT_NEGATIVE, "0 or more"),
+    "max_grad_norm": (_NOT_NEGATIVE, "0 (no clipping) or more"),
+    "adam_beta1": (_MOMENT, "a number in [0, 1)"),
+    "adam_beta2": (_MOMENT, "a number in [0, 1)"),
+    "adam_epsilon": (_POSITIVE, "a number above 0"),
+    "num_train_epochs": (_POSITIVE, "a number above 0"),
+    "warmup_steps": (_NOT_NEGATIVE, "0 or more"),
+    "logging_steps": (_POSITIVE, "a number above 0"),
+    "save_steps": (_POSITIVE, "a number above 0"),
+    "eval_steps": (_POSITIVE, "a number above 0"),
+    "eval_delay": (_NOT_NEGATIVE, "0 or more"),
+    "save_total_limit": ((1, math.inf), "1 or more, or null for all"),
+    "seed": ((0, 2**32 - 1), "an integer from 0 to 4294967295"),
+    "data_seed": ((0, 2**32 - 1), "an integer from 0 to 4294967295"),
+    "dataloader_num_workers": (_NOT_NEGATIVE, "0 or more"),
+    "dataloader_prefetch_factor": ((1, math.inf), "1 or more"),
+    "per_device_train_batch_size": ((1, math.inf), "1 or more"),
+    "per_device_eval_batch_size": ((1, math.inf), "1 or more"),
+    "gradient_accumulation_steps": ((1, math.inf), "1 or more"),
+}
+
 DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none"}
 
 
@@ -42,10 +69,7 @@ def training_arguments(options: dict[str, Any]) -> TrainingArguments:
     Raises:
         RecipeError: If a name is unknown or in `DECIDED`, or a value is wrong; the message names the key.
     """
-    values = default_options() | _check_types(options)
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if values.get(name, 1) < 1:
-            raise RecipeError(f"trainer.{name} is {values[name]}; expected 1 or more")
+    values = default_options() | check_options(options)
     if not values.get("output_dir"):
         raise RecipeError("trainer.output_dir is missing; name the run's output folder, e.g. runs/my-run")
     if Path(values["output_dir"]).is_file():
@@ -76,8 +100,15 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _check_types(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options, converted to the types of `TrainingArguments`."""
+def check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Check names, types and ranges, and return the options converted to the types of `TrainingArguments`.
+
+    Args:
+        options: Names and values of `transformers.TrainingArguments`.
+
+    Raises:
+        RecipeError: If a name is unknown or in `DECIDED`, or a value is wrong; the message names the key.
+    """
     names = {field.name for field in fields(TrainingArguments) if field.init}
     hints = get_type_hints(TrainingArguments)
     values = {}
@@ -94,4 +125,17 @@ def _check_types(options: dict[str, Any]) -> dict[str, Any]:
             values[name] = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
             raise RecipeError(f"trainer.{name} is {value!r}: {error.errors()[0]['msg']}") from None
+        _check_range(name, values[name])
     return values
+
+
+def _check_range(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    if not math.isfinite(value):
+        raise RecipeError(f"trainer.{name} is {value}; expected a finite number")
+    if name == "max_steps" and value != -1 and value < 1:
+        raise RecipeError(f"trainer.max_steps is {value}; expected 1 or more, or -1 to use num_train_epochs")
+    (lowest, highest), expected = RANGES.get(name, ((-math.inf, math.inf), ""))
+    if not lowest <= value <= highest:
+        raise RecipeError(f"trainer.{name} is {value}; expected {expected}")

@@ -8,10 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bfpo.config.recipes import LayoutSection, LoraSection, ModelSection, ReferenceKind
 from bfpo.data.table import TokenTable
-from bfpo.errors import ModelError, RecipeError
 from bfpo.model.load import empty_model
 from bfpo.model.logps import CHUNK, MAX_KEPT_LOGITS
-from bfpo.model.lora import HAS_ADAPTER, CausalLM, add_adapter, is_adapter, lora_config
+from bfpo.model.lora import CausalLM, add_adapter, is_adapter, lora_config
 from bfpo.model.reference_cache import prefers_cache
 from bfpo.model.selective import Selection, select_parameters
 
@@ -63,18 +62,10 @@ def estimate(
         micro_batch_tokens: Maximum number of tokens fed at a time, padding included.
 
     Raises:
-        ModelError: If the configuration can't be loaded, a pattern matches no parameter, or the model already has an
-            adapter and `lora` is set.
-        RecipeError: If the recipe would train quantized weights.
+        ModelError: If the configuration can't be loaded, or a pattern matches no parameter.
     """
     if section.path is not None and is_adapter(section.path, section.revision):
-        if lora is not None:
-            raise ModelError(f"lora: {HAS_ADAPTER}")
         return None
-    if section.load_in_4bit and lora is None:
-        raise RecipeError(
-            "model.load_in_4bit needs lora, or a path to an adapter: quantized weights can't be trained"
-        )
     model = empty_model(section, vocab_size=len(tokenizer))
     config = model.config.get_text_config()
     weights = _weight_bytes(model, section)

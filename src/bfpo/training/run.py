@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,11 @@ from bfpo.losses.build import make_loss
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.lora import lora_config
 from bfpo.training.arguments import training_arguments
+from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.encode import require_signals
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
+from bfpo.training.preflight import check_against_model
 from bfpo.training.run_sft import load_or_train_sft
 from bfpo.training.start import load_start_model, load_start_tokenizer
 from bfpo.training.trainer import BFPOTrainer
@@ -55,6 +58,7 @@ class RunInputs(NamedTuple):
         tokenizer: Tokenizer of the start model.
         tables: Tokenized data.
         manifest: Content of `data_manifest.json`.
+        clock: Time that the chat template sees; None if it uses no clock.
     """
 
     args: TrainingArguments
@@ -64,6 +68,7 @@ class RunInputs(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     tables: Tables
     manifest: dict[str, Any]
+    clock: datetime | None
 
 
 def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | None = None) -> dict[str, Any]:
@@ -80,6 +85,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
+    check_against_model(recipe)
     if dry_run:
         manifest = _prepare_inputs(recipe, args, resume, dry_run=True, limit=limit).manifest
         say("dry run: nothing was trained")
@@ -126,11 +132,13 @@ def _prepare_inputs(
     cache = Path(str(args.output_dir)).parent / "cache"
     model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run)
     tokenizer = load_start_tokenizer(model_section, recipe.text, lambda: texts_of(prepared.train))
-    tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=None if dry_run else cache / "tokens")
+    clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
+    tokens = None if dry_run else cache / "tokens"
+    tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=tokens, clock=clock)
     show_data(prepared, tables, loss)
     _check_evaluation(args, tables)
     _show_plan_and_memory(recipe, args, model_section, tokenizer, tables.train)
-    return RunInputs(args, resume, loss, model_section, tokenizer, tables, prepared.manifest())
+    return RunInputs(args, resume, loss, model_section, tokenizer, tables, prepared.manifest(), clock)
 
 
 def _resolve_model_section(
@@ -180,6 +188,7 @@ def _make_trainer(recipe: TrainRecipe, inputs: RunInputs) -> tuple[BFPOTrainer, 
     out = prepare_output(Path(str(inputs.args.output_dir)), recipe, resuming=bool(inputs.resume))
     if PartialState().is_main_process:
         write_json(out / "data_manifest.json", inputs.manifest)
+    record_clock(inputs.clock, out)
     trainer = BFPOTrainer(
         model,
         inputs.args,
@@ -243,6 +252,7 @@ def tokenize_pairs(
     loss: PairLoss,
     *,
     cache: Path | None,
+    clock: datetime | None = None,
 ) -> Tables:
     """Tokenize all pairs, or read them from the cache; pairs that don't fit are dropped and counted.
 
@@ -252,6 +262,7 @@ def tokenize_pairs(
         tokenizer: Tokenizer of the start model.
         loss: Loss to train with.
         cache: Folder of cached token ids; None to not use it.
+        clock: Time that the chat template sees; None for the current time.
 
     Returns:
         Tables; the evaluation tables are named `main` and `buffer`.
@@ -259,7 +270,7 @@ def tokenize_pairs(
     Raises:
         DataError: If more pairs would be dropped than the recipe allows, or pairs lack a column.
     """
-    encoder = Encoder(tokenizer, recipe.text, cache)
+    encoder = Encoder(tokenizer, recipe.text, cache, clock)
     train: tuple[list[PreferencePair], list[Example]] = ([], [])
     held_out: tuple[list[PreferencePair], list[Example]] = ([], [])
     with progress("tokenizing", len(prepared.train) + len(prepared.eval)) as advance:

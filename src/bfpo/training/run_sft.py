@@ -24,6 +24,7 @@ from bfpo.errors import RecipeError
 from bfpo.model.lora import lora_config
 from bfpo.training.arguments import launched_processes, training_arguments
 from bfpo.training.checkpoints import check_marked, write_mark
+from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
 from bfpo.training.manifest import versions
 from bfpo.training.output import (
@@ -34,6 +35,7 @@ from bfpo.training.output import (
     report_layout,
     save_final,
 )
+from bfpo.training.preflight import check_against_model
 from bfpo.training.sft import SFTTrainer
 from bfpo.training.start import demonstration_texts, load_start_model, load_start_tokenizer
 
@@ -61,6 +63,7 @@ def run_sft(
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
+    check_against_model(recipe)
     with nullcontext() if dry_run else exclusive_output(Path(str(args.output_dir))):
         return _run(recipe, args, resume, dry_run=dry_run, limit=limit, evaluated=evaluated, cache=cache)
 
@@ -83,7 +86,9 @@ def _run(
         lambda: demonstration_texts(demonstration for part in parts for demonstration in part.train),
     )
     cache = cache or Path(str(args.output_dir)).parent / "cache"
-    train, held_out = _tokenize(recipe, parts, tokenizer, None if dry_run else cache / "tokens")
+    clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
+    encoder = Encoder(tokenizer, recipe.text, None if dry_run else cache / "tokens", clock)
+    train, held_out = _tokenize(recipe, parts, encoder)
     sources = [part.report for part in parts]
     show_sources(sources)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
@@ -95,6 +100,7 @@ def _run(
     # Loaded first: if the model can't be loaded, an earlier run is not moved aside.
     model = load_start_model(recipe.model, tokenizer)
     out = prepare_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
+    record_clock(clock, out)
     trainer = SFTTrainer(
         model,
         args,
@@ -204,10 +210,9 @@ def _exclusive(folder: Path) -> Iterator[None]:
 
 
 def _tokenize(
-    recipe: SftRecipe, parts: list[DemonstrationPart], tokenizer: PreTrainedTokenizerBase, cache: Path | None
+    recipe: SftRecipe, parts: list[DemonstrationPart], encoder: Encoder
 ) -> tuple[TokenTable, TokenTable | None]:
     """Return the tables of training and held-out completions; the latter is None if nothing is held out."""
-    encoder = Encoder(tokenizer, recipe.text, cache)
     train: tuple[list[str], list[Example]] = ([], [])
     held_out: tuple[list[str], list[Example]] = ([], [])
     with progress("tokenizing", sum(len(part.train) + len(part.eval) for part in parts)) as advance:
@@ -219,7 +224,7 @@ def _tokenize(
             part.report.check_cap(recipe.max_dropped)
     train_ids, train_examples = train
     eval_ids, eval_examples = held_out
-    check_special_tokens(train_examples, tokenizer)
+    check_special_tokens(train_examples, encoder.tokenizer)
     table = token_table(train_examples, train_ids)
     if not eval_examples:
         return table, None

@@ -13,6 +13,7 @@ from bfpo.errors import ModelError
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
 from bfpo.model.new import new_model, new_tokenizer
+from bfpo.model.templates import limit_template
 
 
 def load_start_tokenizer(
@@ -26,14 +27,17 @@ def load_start_tokenizer(
         texts: Function that returns the texts to train a new tokenizer on, unless `section.new.texts` names some.
 
     Raises:
-        ModelError: If the tokenizer can't be loaded.
+        ModelError: If the tokenizer can't be loaded, or the chat template is broken.
     """
     if section.new is None:
         tokenizer = load_tokenizer(section)
     else:
         tokenizer = new_tokenizer(_texts_of(section.new) or texts(), section.new.vocab_size)
     # The template is saved with the model, which must later be prompted as it was trained.
-    tokenizer.chat_template = chat_template(text) or tokenizer.chat_template
+    template = chat_template(text)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    if template is not None or section.new is not None:
+        limit_template(tokenizer)
     return tokenizer
 
 

@@ -1,6 +1,5 @@
 """Tasks of lm-evaluation-harness in a suite: checking, running and scoring them. Their results are kept in files."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -8,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from bfpo.core.files import content_hash, file_hash, write_json
+from bfpo.core.files import content_hash, file_hash, parse_json, write_json
 from bfpo.core.terminal import say
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation.baseline import Baseline
@@ -206,7 +205,7 @@ def _own_files(spec: str) -> list[str]:
 
 def _read_results(path: Path) -> TaskResults:
     try:
-        results = TaskResults.from_json(json.loads(path.read_text(encoding="utf-8")))
+        results = TaskResults.from_json(parse_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not the results of an lm-eval task ({error}); remove it") from None
     return TaskResults(results.metrics, {**results.metadata, "kept_in": f"{FOLDER}/{path.name}"})

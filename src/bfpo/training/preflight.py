@@ -1,0 +1,52 @@
+"""Checks of a recipe against the shape of its model, before data are read or anything is trained."""
+
+from bfpo.config.recipes import SftRecipe, TrainRecipe
+from bfpo.errors import ModelError, RecipeError
+from bfpo.model.load import empty_model
+from bfpo.model.lora import CausalLM, add_adapter, lora_config
+from bfpo.model.selective import select_parameters
+from bfpo.training.arguments import check_options
+from bfpo.training.reference_pass import resolve_reference
+
+
+def check_against_model(recipe: TrainRecipe | SftRecipe) -> None:
+    """Check everything in a recipe that depends on the model, with a model without weights.
+
+    A start model that the recipe fine-tunes first (`model.sft`) is checked too, because it may take hours to train.
+
+    Args:
+        recipe: Recipe of a run.
+
+    Raises:
+        ModelError: If the model's configuration can't be loaded, a pattern of `train_only` matches no parameter, the
+            model has none of the target modules of `lora`, or it already has an adapter and `lora` is set.
+        RecipeError: If a pattern isn't a regular expression, quantized weights would be trained, the kind of
+            reference would give wrong numbers, or a value in the nested recipe's `trainer` is wrong.
+    """
+    _trained_shape(recipe)
+
+
+def _trained_shape(recipe: TrainRecipe | SftRecipe) -> CausalLM:
+    """Return the model that a recipe trains, without weights, after checking what is trained."""
+    section = recipe.model
+    sft = recipe.model.sft if isinstance(recipe, TrainRecipe) else None
+    if sft is None:
+        model = empty_model(section)
+    else:
+        try:
+            check_options(sft.trainer)
+            model = _trained_shape(sft)
+        except (ModelError, RecipeError) as error:
+            raise type(error)(f"model.sft: {error}") from error
+    if section.load_in_4bit and recipe.lora is None and not hasattr(model, "peft_config"):
+        raise RecipeError(
+            "model.load_in_4bit needs lora, or a path to an adapter: quantized weights can't be trained"
+        )
+    if recipe.lora is not None:
+        model = add_adapter(model, lora_config(recipe.lora), seed=0)
+    selection = select_parameters(model, recipe.train_only)
+    if not selection.trained:
+        raise RecipeError("train_only: the list is empty, so nothing would be trained; leave it out to train all")
+    if isinstance(recipe, TrainRecipe):
+        resolve_reference(recipe.reference, model, new_adapter=recipe.lora is not None, shards_weights=False)
+    return model
