@@ -1,6 +1,7 @@
-"""`bfpo redteam` and `bfpo label` as processes that are killed at random moments: no row is lost or made twice."""
+"""Commands as processes that are killed with SIGKILL: no row is lost or made twice."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -135,3 +136,145 @@ def test_labeling_killed_at_random_moments(tmp_path):
     assert metadata[1].pop("seconds") >= 0
     assert metadata[0] == metadata[1]
     assert 0 < metadata[0]["labeled"] < 60
+
+
+# Small steps of the testbed: pretraining in seconds. Worker processes import this file too, as `__mp_main__`.
+SMALL_RUN = """
+from bfpo.experiments import steps
+steps.BASE_STEPS.update(pretraining=10, base=5)
+if __name__ == "__main__":
+    from bfpo.commands.app import main
+    main()
+"""
+WORLD = {
+    "pretraining": 60,
+    "fine_tuning": 40,
+    "safety_pairs": 40,
+    "helpful_pairs": 40,
+    "harmful_prompts": 6,
+    "benign_prompts": 6,
+    "lookalike_prompts": 6,
+}
+
+
+def files_of(folder, *patterns):
+    """Return the modification times of files, by path within a folder."""
+    files = [file for pattern in patterns for file in folder.rglob(pattern)]
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in files}
+
+
+def completed_texts(file):
+    """Return prompt id and text of every completion of a file."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [(row["prompt_id"], row["text"]) for row in rows]
+
+
+def run_until(command, is_reached, cwd=None):
+    """Run a command, and kill it with its workers when a condition is met; return the exit code."""
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=cwd
+    ) as process:
+        while process.poll() is None and not is_reached():
+            time.sleep(0.01)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode in (0, -signal.SIGKILL), output
+    return process.returncode
+
+
+@pytest.mark.slow
+def test_an_experiment_killed_at_its_stages(tmp_path):
+    (tmp_path / "small.py").write_text(SMALL_RUN)
+    finished = ("run.json", "results.json")
+
+    def command_into(out):
+        recipe = {
+            "out": str(out),
+            "worlds": {"shared": WORLD},
+            "seeds": [0, 1],
+            "against": "dpo",
+            "steps": 3,
+            "jobs": 1,
+            "variants": {"bfpo": {"method": "bfpo"}, "dpo": {"method": "dpo_h"}},
+        }
+        file = out.with_suffix(".yaml")
+        file.write_text(json.dumps(recipe))
+        return [sys.executable, str(tmp_path / "small.py"), "experiment", str(file)]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command_into(whole), check=True, stdout=subprocess.DEVNULL)
+    command, kept = command_into(killed), {}
+    # After the first base model, and in a training after the first evaluation of a method.
+    for pattern, number in (("base/run.json", 1), ("run-*/metrics.jsonl", 2)):
+        assert run_until(command, lambda: len(list(killed.rglob(pattern))) >= number) == -signal.SIGKILL  # noqa: B023
+        before, kept = kept, files_of(killed, *finished)
+        # What a killed start finished is neither lost nor made again.
+        assert before.items() <= kept.items()
+    assert run_until(command, lambda: False) == 0
+    assert kept.items() <= files_of(killed, *finished).items()
+    assert files_of(killed, *finished).keys() == files_of(whole, *finished).keys()
+    comparisons = [json.loads((out / "comparison.json").read_text()) for out in (whole, killed)]
+    assert comparisons[0]["lines"] == comparisons[1]["lines"]
+    # Every evaluation has each prompt once, and the same text as without a kill.
+    for file in whole.rglob("completions.jsonl"):
+        texts = completed_texts(file)
+        assert texts == completed_texts(killed / file.relative_to(whole))
+        assert len(texts) == len({prompt_id for prompt_id, _ in texts}) == 18
+
+
+@pytest.mark.slow
+def test_red_team_rounds_killed_at_their_stages(tmp_path, tokenizer, make_model):
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "judges.py").write_text(JUDGE)
+    for kind in ("harmful", "benign"):
+        (tmp_path / f"{kind}.txt").write_text("".join(f"{kind} red box {i}\n" for i in range(6)))
+
+    def command_into(out):
+        recipe = {
+            "out": str(out),
+            "model": {"path": str(tmp_path / "model")},
+            "prompts": [
+                {"name": "file", "path": str(tmp_path / f"{kind}.txt"), "kind": kind}
+                for kind in ("harmful", "benign")
+            ],
+            "judge": "judges:Parity",
+            "samples": 3,
+            "max_new_tokens": 200,
+            "rounds": 2,
+            "train": {"loss": {"name": "bfpo"}, "max_dropped": 0.9, "trainer": {"max_steps": 4, "use_cpu": True}},
+        }
+        file = out.with_suffix(".yaml")
+        file.write_text(json.dumps(recipe))
+        return [sys.executable, "-m", "bfpo", "redteam", str(file)]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command_into(whole), check=True, stdout=subprocess.DEVNULL, cwd=tmp_path)
+    command = command_into(killed)
+    for pattern in ("round-1/completions.jsonl*", "round-1/model/metrics.jsonl", "round-2/completions.jsonl*"):
+        assert run_until(command, lambda: list(killed.glob(pattern)), cwd=tmp_path) == -signal.SIGKILL  # noqa: B023
+    assert run_until(command, lambda: False, cwd=tmp_path) == 0
+    for number in (1, 2):
+        path = f"round-{number}/completions.jsonl"
+        assert len(completed_texts(whole / path)) == 36
+        assert completed_texts(whole / path) == completed_texts(killed / path)
+        path = f"round-{number}/pairs.jsonl"
+        assert (whole / path).read_bytes() == (killed / path).read_bytes()
+    # One model was trained between the rounds, in one folder.
+    models = [sorted(path.name for path in (out / "round-1").glob("model*")) for out in (whole, killed)]
+    assert models[0] == models[1] == ["model"]
+
+
+# A judge without a model: half of the completions are unsafe.
+JUDGE = """
+from bfpo.core.samples import Verdict
+
+
+class Parity:
+    name, revision = "parity", "1"
+
+    def judge(self, completions):
+        for completion in completions:
+            yield Verdict.on(completion, self, safe=len(completion.text) % 2 == 0, refusal=False)
+"""

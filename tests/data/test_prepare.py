@@ -279,6 +279,19 @@ def test_training_prompts_of_a_benchmark_are_found(name, content, write, tmp_pat
     assert texts(prepared(source, benchmarks=[name], leaks="drop").train) == ["good 0"]
 
 
+def test_a_leak_is_found_however_its_accents_are_encoded(write, tmp_path):
+    composed, decomposed = "O\u00f9 est le caf\u00e9 ?", "Ou\u0300 est le cafe\u0301 ?"
+    assert prompt_key(composed) == prompt_key(decomposed.upper())
+    source = write("a.jsonl", [row(0), row(1), row(2, prompt=composed)])
+    (tmp_path / "test.txt").write_text(f"{decomposed}\n", encoding="utf-8")
+    assert texts(prepared(source, benchmarks=["test.txt"], leaks="drop").train) == ["good 0", "good 1"]
+
+
+def test_keys_of_ascii_prompts_are_those_of_earlier_versions():
+    # A changed key would hold other prompts out of a run that is continued.
+    assert prompt_key("Tell me\n HOW to~bake `Bread` ^_^ 7 | {x}") == "4e8fa8ef1fc453af"
+
+
 def test_a_long_conversation_leaks_when_it_ends_with_an_evaluation_prompt(write):
     source = write("a.jsonl", [row(0), row(1, prompt=conversation("hello", "hi", "prompt 7"))])
     data = prepared(source, eval=[write("test.jsonl", [row(7)])], leaks="drop")

@@ -7,7 +7,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from bfpo.config.recipes import Source
@@ -74,6 +74,29 @@ def test_every_kind_of_text_file_gives_the_same_rows(kind, compression, write, t
 def test_parquet_gives_the_same_rows(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
     assert values(str(tmp_path / "rows.parquet")) == ROWS
+
+
+def test_class_labels_are_read_by_their_names(tmp_path, monkeypatch):
+    # datasets#3578: the class 0 of these columns is 'safe', so the number alone would be read as unsafe.
+    names = {"is_chosen_safe": ["safe", "unsafe"], "is_rejected_safe": ["unsafe", "safe"]}
+    features = Features(
+        {"prompt": Value("string")} | {column: ClassLabel(names=list(labels)) for column, labels in names.items()}
+    )
+    content = {"prompt": ["a", "b", "c"], "is_chosen_safe": [0, 1, 0], "is_rejected_safe": [0, 1, -1]}
+    dataset = Dataset.from_dict(content, features=features)
+    path = str(tmp_path / "rows.parquet")
+    dataset.to_parquet(path)
+    expected = [("safe", "unsafe"), ("unsafe", "safe"), ("safe", None)]
+    assert [(row["is_chosen_safe"], row["is_rejected_safe"]) for row in values(path)] == expected
+    assert [row.label("is_chosen_safe") for row in read(path)] == [True, False, True]
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **options: dataset)
+    assert values("org/name") == values(path)
+    metadata = {b"huggingface": b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["safe"]}}}}'}
+    table = pa.table({"label": [0, 3]})
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    assert refused(path) == f"{path} row 2: column 'label' is 3; its classes are safe"
+    pq.write_table(table.replace_schema_metadata({b"huggingface": b"["}), path)
+    assert "the metadata of `datasets` in a parquet file can't be read" in refused(path)
 
 
 def test_the_kind_of_a_file_is_read_in_any_case(write):

@@ -193,6 +193,8 @@ def test_secrets_are_neither_written_nor_shown(capsys):
 @pytest.mark.parametrize(
     ("content", "kind", "message"),
     [
+        ({"base_model": "a/b", "datasets": [{"path": "c/d"}], "lora_r": 8}, None, "old.yaml: axolotl isn't read"),
+        ({"base_model": "a/b", "datasets": [], "rl": "dpo"}, "train", "axolotl isn't read; write a recipe"),
         ({"layers": 3}, None, "neither of official BFPO.*its keys are layers"),
         (FACTORY_DPO | {"stage": "ppo"}, None, "stage is 'ppo'; only dpo and sft have a counterpart"),
         (TRL_SFT, None, "add --kind sft or --kind train"),

@@ -76,7 +76,7 @@ TRAIN = {
     "eval": [{"path": "pairs.jsonl", "limit": 2, "sample": "head"}],
     "holdout": 0.1,
     "max_dropped": 0.5,
-    "leaks": "remove",
+    "leaks": "drop",
     "benchmarks": ["prompts.txt"],
     "text": {"max_length": 64, "truncation": "keep_end"},
     "loss": {"name": "bfpo", "beta": 0.01, "alpha": 0.5},

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
+from unicodedata import normalize
 
 from bfpo.core.files import content_hash
 from bfpo.errors import DataError
@@ -254,8 +255,8 @@ def _check_ends_with_user(prompt: Conversation) -> None:
 
 
 def prompt_key(text: str) -> str:
-    """Return a hash of a prompt's words that ignores case and white space."""
-    return content_hash(" ".join(text.casefold().split()))
+    """Return a hash of a prompt's words that ignores case, white space, and how accents are encoded."""
+    return content_hash(" ".join(normalize("NFC", text.casefold()).split()))
 
 
 def conversation_key(prompt: Conversation) -> str:

@@ -96,6 +96,8 @@ def _describe(fault: ErrorDetails, kind: type[FileRow]) -> str:
         return f"no column '{fault['loc'][0]}'; {kind.file_name} needs {', '.join(_required_columns(kind))}"
     if fault["type"] == "value_error":
         return fault["msg"].removeprefix("Value error, ")
+    if not fault["loc"]:
+        return f"{fault['msg']} (got {fault['input']!r})"
     column = str(fault["loc"][0])
     expected = _EXPECTED.get(fault["type"]) or fault.get("ctx", {}).get("expected", fault["msg"])
     nullable = ", or null" if NoneType in get_args(get_type_hints(kind)[column]) else ""

@@ -276,13 +276,44 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         with ParquetFile(file) as table:
             rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
-            yield from enumerate(rows, start=1)
+            names = _class_names((table.schema_arrow.metadata or {}).get(b"huggingface"))
+            for number, values in enumerate(rows, start=1):
+                yield number, _with_class_names(values, names, f"{file} row {number}")
     except (ArrowException, OSError) as error:
         raise DataError(f"{file}: not a parquet file, or damaged ({error})") from None
 
 
+def _class_names(metadata: bytes | None) -> dict[str, list[str]]:
+    """Return the names of the classes of each ClassLabel column, from what `datasets` writes into a parquet file."""
+    try:
+        features = parse_json(metadata or b"{}").get("info", {}).get("features", {})
+        return {
+            column: list(map(str, feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and "names" in feature
+        }
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"the metadata of `datasets` in a parquet file can't be read ({error})") from None
+
+
+def _with_class_names(values: Mapping[str, Any], names: Mapping[str, list[str]], where: str) -> Mapping[str, Any]:
+    """Return a row with the names of classes instead of their numbers, whose order is the data set's own."""
+    if not names:
+        return values
+    named = dict(values)
+    for column in names.keys() & values.keys():
+        number = values[column]
+        if not isinstance(number, int):
+            continue
+        # `datasets` writes -1 for a missing label.
+        if not -1 <= number < len(names[column]):
+            raise DataError(f"{where}: column '{column}' is {number}; its classes are {', '.join(names[column])}")
+        named[column] = None if number == -1 else names[column][number]
+    return named
+
+
 def _hub_rows(path: str, source: Source) -> Iterator[SourceRow]:
-    from datasets import load_dataset
+    from datasets import ClassLabel, load_dataset
     from datasets.exceptions import DatasetsError
 
     split = source.split or "train"
@@ -291,8 +322,11 @@ def _hub_rows(path: str, source: Source) -> Iterator[SourceRow]:
     except (OSError, ValueError, DatasetsError) as error:  # not found, offline, no such split, damaged
         first_line = str(error).partition("\n")[0]
         raise DataError(f"hub data set '{path}' (split {split}): {first_line}") from None
+    features = getattr(dataset, "features", None) or {}
+    names = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
     for number, values in enumerate(dataset, start=1):
-        yield SourceRow(values, f"{path}[{split}] row {number}")
+        where = f"{path}[{split}] row {number}"
+        yield SourceRow(_with_class_names(values, names, where), where)
 
 
 def _rename_columns(row: SourceRow, columns: Mapping[str, str]) -> SourceRow:

@@ -9,7 +9,7 @@ from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import Conversation, as_messages, conversation_key
 from bfpo.core.samples import Completion, Prompt
 from bfpo.data.prompt_sets import PROMPT_ALIASES
-from bfpo.data.rows import SourceRow, read_rows
+from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, Unanswered
 from bfpo.generation.server_replies import read_finish_reason
 
@@ -40,6 +40,8 @@ class SavedEngine:
         self.settings_hash = content_hash("saved", file_hash(Path(path)))
         models = set()
         for row in map(_flatten, read_rows(Source(path=path))):
+            with row.locate_errors():
+                refuse_lone_surrogates(row)
             prompt = as_messages(row.value(_find_column(row, _PROMPT_COLUMNS)))
             row.text(_find_column(row, _TEXT_COLUMNS))
             model = row.values.get("model")

@@ -42,7 +42,11 @@ def open_judge(
 def _open_part(part: JudgePart, threshold: float | None, server: JudgeServerSection) -> Judge:
     kind, path = part.kind, part.path
     if part.is_custom:
-        judge: Judge = import_object(kind, f"judge '{part.text}'")(*([path] if path else []))
+        make_judge = import_object(kind, f"judge '{part.text}'")
+        try:
+            judge: Judge = make_judge(*([path] if path else []))
+        except TypeError as error:
+            raise RecipeError(f"judge '{part.text}': it can't be made ({error})") from error
         return judge
     if kind == "oracle":
         if path not in ("", "shared", "separate"):

@@ -32,8 +32,10 @@ def detect_stack(content: dict[str, Any], file: str) -> Stack:
         file: Name of the file, for errors.
 
     Raises:
-        RecipeError: If no key identifies a stack.
+        RecipeError: If no key identifies a stack, or the file is for axolotl.
     """
+    if content.keys() >= {"base_model", "datasets"}:
+        raise RecipeError(f"{file}: axolotl isn't read; write a recipe from docs/recipes.md instead")
     for stack, keys in MARKER_KEYS.items():
         if keys & content.keys():
             return stack
