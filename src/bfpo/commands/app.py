@@ -41,15 +41,20 @@ judge_app = typer.Typer(help="Judge completions, and evaluate judges against hum
 app.add_typer(judge_app, name="judge")
 
 
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
+        typer.echo(f"bfpo {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; accepted anywhere.")] = False,
 ) -> None:
     """Read the options that come before a command."""
-    if version:
-        typer.echo(f"bfpo {__version__}")
-        raise typer.Exit
 
 
 @app.command()
