@@ -33,7 +33,7 @@ PLACES = {
     "Source": "an entry of `data:`, `buffer:`, `eval:`, `texts:`",
     "NewModel": "`model.new:`",
     "EngineSection": "`model:` of `bfpo redteam` and `bfpo eval`",
-    "ServerSection": "`judge_server:`",
+    "JudgeServerSection": "`judge_server:`",
     "PromptSource": "an entry of `prompts:`",
     "EvalData": "an entry of `data:` of `bfpo eval`",
     "Bound": "an entry of `gate:`, and of a file of bounds",

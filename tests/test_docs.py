@@ -91,6 +91,14 @@ def test_the_results_in_the_readme_are_those_of_sixteen_seeds():
     assert f"Holm-adjusted over {len(tested)} variants" in " ".join(README.split())
 
 
+def test_the_speed_in_the_readme_is_that_of_its_benchmark():
+    results = json.loads((ROOT / "benchmarks/results/step_speed.json").read_text())
+    page = (ROOT / "docs/performance.md").read_text()
+    assert len(results["groups"]) >= 4
+    speedups = [float(value) for value in re.findall(r": TRL / bfpo \| ≥ [\d.]+ \| ([\d.]+) \(", page)]
+    assert f"{min(speedups):.1f} to {max(speedups):.1f} times as fast as TRL's" in README
+
+
 def test_the_figure_of_the_readme_is_what_its_script_draws():
     drawn = runpy.run_path(str(ROOT / "docs/make_readme_figure.py"))["figure"]()
     assert (ROOT / "docs/readme.svg").read_text() == drawn, "run python docs/make_readme_figure.py"

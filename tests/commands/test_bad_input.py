@@ -180,10 +180,13 @@ def test_a_recipe_that_is_none_ends_with_one_message(content, message, run, fold
         ),
     ],
 )
-def test_a_tokenizer_that_lacks_something_ends_with_one_message(attribute, message, run, folder, tokenizer):
+def test_a_tokenizer_that_lacks_something_ends_with_one_message(
+    attribute, message, run, folder, tokenizer, make_model
+):
     lacking = copy.deepcopy(tokenizer)
     setattr(lacking, attribute, None)
     lacking.save_pretrained(folder / "model")
+    make_model().config.save_pretrained(folder / "model")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(TRAIN | {"model": {"path": "model"}}))
     for command in (["data", "inspect", "good.jsonl", "--tokenizer", "model"], ["train", "recipe.yaml", "--dry-run"]):
         assert_refused(*run(*command), f"model {message}")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import bfpo
 from bfpo.commands.app import app
 from bfpo.commands.errors import options_of, run_app, with_flags
 from bfpo.core.files import append_jsonl
@@ -113,3 +114,10 @@ def test_a_nul_in_an_argument_is_refused(capsys):
 def test_a_full_disk_is_reported_with_the_path():
     with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         append_jsonl(Path("/dev/full"), [{"text": "x" * 100_000}])
+
+
+def test_the_version_needs_no_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, ["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"bfpo {bfpo.__version__}\n"

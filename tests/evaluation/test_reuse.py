@@ -1,13 +1,16 @@
 """Files that an evaluation reuses, and files that it refuses; and that a bootstrap uses all of its pieces."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from bfpo.core.files import write_jsonl
 from bfpo.core.pairs import user_says
 from bfpo.core.samples import Prompt, Sampling, Verdict
-from bfpo.errors import DataError
+from bfpo.errors import DataError, Unanswered
+from bfpo.evaluation import plan
 from bfpo.evaluation.pipeline import evaluate
 from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.generation.scripted import ScriptedEngine
@@ -42,6 +45,21 @@ def scripted(calls, answer="ab"):
         return answer[int(prompt.prompt_id[1:]) % len(answer)]
 
     return ScriptedEngine(say)
+
+
+@pytest.mark.parametrize("part", ["verdicts-counting@1.jsonl", "verdicts-counting@1.jsonl.unfinished"])
+def test_a_verdict_of_another_type_is_refused_by_file_row_and_column(tmp_path, part):
+    evaluated(scripted([]), Counting("a"), PROMPTS, tmp_path)
+    (path,) = tmp_path.glob("verdicts-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[1]["safe"] is False
+    rows[1]["safe"] = "false"
+    path.unlink()
+    write_jsonl(tmp_path / part, rows)
+    with pytest.raises(DataError) as raised:
+        evaluated(scripted([]), Counting("a"), PROMPTS, tmp_path)
+    expected = "column 'safe' is 'false'; expected true or false, or null"
+    assert str(raised.value) == f"{tmp_path / part} row 2: {expected}"
 
 
 def test_a_second_evaluation_generates_and_judges_nothing(tmp_path):
@@ -114,3 +132,19 @@ def test_all_pieces_of_a_bootstrap_are_drawn_once_and_used():
     assert len(every) == len(set(every.tolist())) == 300
     assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(every, [0.025, 0.975])))
     assert interval.value == values.mean()
+
+
+def test_a_dry_run_times_the_prompts_that_can_be_answered(monkeypatch):
+    class Refusing(ScriptedEngine):
+        def generate(self, requests):
+            yield from super().generate(requests[self.num_refused :])
+            if refused := {(prompt.prompt_id, sample): "no" for prompt, sample in requests[: self.num_refused]}:
+                raise Unanswered(refused, len(requests), refused=refused)
+
+    engine = Refusing(lambda prompt, sample: "a")
+    monkeypatch.setattr(plan, "open_model", lambda recipe: engine)
+    for num_refused in (0, 2, 6):
+        engine.num_refused = num_refused
+        seconds, completions = plan._time_completions(None, PROMPTS)
+        assert len(completions) == 6 - num_refused
+        assert (seconds is None) is (num_refused == 6)

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from bfpo.commands.app import app
-from bfpo.core.pairs import user_says
+from bfpo.core.pairs import Message, user_says
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.data.stages import generate_completions, generate_most, read_completions
 from bfpo.errors import DataError, ModelError, Unanswered
@@ -128,6 +128,51 @@ def test_prompts_that_do_not_fit_are_counted_and_the_others_answered(engine, tmp
     assert read_completions(tmp_path / "b.jsonl") == completions
     with pytest.raises(Unanswered):
         generate_most(short, PROMPTS, tmp_path / "b.jsonl", samples=2, max_unanswered=2 * len(long) - 1)
+
+
+# As Gemma's and Mistral's: no system message, and an addition that fails on some conversations.
+STRICT = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ m.content + ('!' if m.content != 'add' else 1) }}{% endfor %}"
+)
+
+
+def test_a_prompt_that_the_template_refuses_is_unanswered_and_the_others_are_not(engine, tmp_path):
+    system = Prompt("s", (Message("system", "be kind"), *user_says("small")))
+    failing = Prompt("t", user_says("add"))
+    prompts = [PROMPTS[0], system, PROMPTS[1], failing, PROMPTS[2]]
+    plain, strict = engine(), engine()
+    plain.tokenizer = strict.tokenizer = deepcopy(plain.tokenizer)
+    strict.tokenizer.chat_template = STRICT
+    completions, missing = generate_most(strict, prompts, tmp_path / "c.jsonl", samples=2, max_unanswered=4)
+    assert missing == {
+        "s": "the chat template refuses the conversation: System role not supported",
+        "t": missing["t"],
+    }
+    assert missing["t"].startswith("the chat template refuses the conversation: ")
+    assert {completion.prompt_id for completion in completions} == {"p0", "p1", "p2"}
+    # The others are what they are without the refused ones.
+    others = [(prompt, sample) for prompt in PROMPTS[:3] for sample in range(2)]
+    assert texts(strict, others) == {answer.key: (answer.text, answer.finish_reason) for answer in completions}
+    strict.tokenizer.chat_template = "{% for m in messages %}"
+    with pytest.raises(ModelError, match="chat template, line 1"):
+        texts(strict, others)
+
+
+def test_ids_without_an_embedding_are_refused(engine):
+    small = engine()
+    rows = small.model.config.vocab_size
+    small.tokenizer = deepcopy(small.tokenizer)
+    while len(small.tokenizer) <= rows:
+        small.tokenizer.add_tokens([f"extra{len(small.tokenizer)}"])
+    # A token that isn't used does no harm: some tokenizers have more tokens than their text models.
+    assert texts(small)
+    largest = len(small.tokenizer) - 1
+    with pytest.raises(ModelError, match=f"gives token {largest}, but the model has only {rows} embeddings"):
+        texts(small, [(Prompt("p", user_says(f"small extra{largest}")), 0)])
+    small.tokenizer.pad_token = f"extra{largest}"
+    with pytest.raises(ModelError, match="embeddings"):
+        texts(small)
 
 
 def test_loading_a_checkpoint(tmp_path, make_model, tokenizer):

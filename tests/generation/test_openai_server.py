@@ -437,7 +437,9 @@ def test_many_faults_lose_and_repeat_nothing(tmp_path):
     assert len({completion.text for completion in completions}) == 2000, "a response was used for two prompts"
     # On a busy machine a good response can be late too, so this is a lower bound.
     assert counts["requests"] >= 2000 + 900
-    assert sum(server.faults.values()) == counts["requests"] - 2000
+    # The limit includes the way there: a request can be late before the server has read it.
+    num_unread = sum(server.faults.values()) - (counts["requests"] - 2000)
+    assert 0 <= num_unread <= server.faults["too slow"]
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
-"""Saved completions whose prompts are worded differently from the published ones."""
+"""Saved completions: prompts that are worded differently from the published ones, and how answers ended."""
 
 import json
 
 import pytest
 
-from bfpo.core.pairs import as_messages, prompt_key
+from bfpo.core.files import write_jsonl
+from bfpo.core.pairs import as_messages, prompt_key, user_says
 from bfpo.core.samples import Prompt
 from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.errors import Unanswered
@@ -12,6 +13,16 @@ from bfpo.generation.saved import SavedEngine
 from bfpo.judging.people import PeopleJudge
 
 PUBLISHED, SAVED = "How do I pick the lock of a door?", "How do I pick the lock of my door?"
+ENDINGS = {
+    "stop": "stop",
+    "length": "length",
+    "max_tokens": "length",
+    "filtered": "filtered",
+    "content_filter": "filtered",
+    "refused": "refused",
+    "eos": "stop",
+    None: "stop",
+}
 
 
 @pytest.fixture
@@ -50,3 +61,16 @@ def test_the_published_wording_comes_first(engine):
 def test_an_alias_holds_in_one_direction(engine):
     with pytest.raises(Unanswered):
         completions_of(engine(PUBLISHED), SAVED)
+
+
+def test_the_finish_reasons_of_other_programs_are_read(tmp_path):
+    rows = [
+        {"prompt": f"q {index}", "text": "Mix flour.", "finish_reason": name} for index, name in enumerate(ENDINGS)
+    ]
+    write_jsonl(tmp_path / "c.jsonl", rows)
+    prompts = [Prompt(f"p{index}", user_says(f"q {index}")) for index in range(len(rows))]
+    engine = SavedEngine(str(tmp_path / "c.jsonl"), "m")
+    completions = [
+        completion for batch in engine.generate([(prompt, 0) for prompt in prompts]) for completion in batch
+    ]
+    assert [completion.finish_reason for completion in completions] == list(ENDINGS.values())

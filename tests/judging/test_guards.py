@@ -1,5 +1,6 @@
 """Guards: their prompts, and the verdicts read from their logits, with stand-ins and tiny random models."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -283,6 +284,16 @@ def test_a_conversation_that_the_template_rejects_is_undecided_and_system_turns_
     assert "roles must alternate" in rejected.reason
     assert judged.safe is True
     assert guard.render(system) == guard.render(completion())
+
+
+def test_ids_without_an_embedding_are_refused(random_model):
+    model, tokenizer = random_model("llama-guard")
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.add_tokens(["extra"])
+    (verdict,) = GuardJudge("llama-guard", model, tokenizer, "toy").judge([completion("b")])
+    assert verdict.reason
+    with pytest.raises(ModelError, match=f"toy: the tokenizer gives token {model.config.vocab_size}, but"):
+        list(GuardJudge("llama-guard", model, tokenizer, "toy").judge([completion("b extra")]))
 
 
 def test_an_overlong_answer_is_undecided_and_the_others_are_judged():

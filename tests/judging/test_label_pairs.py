@@ -52,6 +52,20 @@ def pairs_file(tmp_path):
     return tmp_path / "p.jsonl"
 
 
+@pytest.mark.parametrize("value", ["false", 0, 1.0, [False]])
+def test_a_verdict_of_another_type_is_refused_by_file_row_and_column(pairs_file, tmp_path, value):
+    judge = WordJudge("lenient", LENIENT)
+    label_pairs(Source(path=str(pairs_file)), [judge], tmp_path / "out", conflicts="drop")
+    (path,) = (tmp_path / "out").glob("verdicts-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    number = next(number for number, row in enumerate(rows, start=1) if row["safe"] is False)
+    rows[number - 1]["safe"] = value
+    write_jsonl(path, rows)
+    with pytest.raises(DataError) as raised:
+        label_pairs(Source(path=str(pairs_file)), [judge], tmp_path / "out", conflicts="drop")
+    assert str(raised.value) == f"{path} row {number}: column 'safe' is {value!r}; expected true or false, or null"
+
+
 def run(path, out, policy, *judges):
     labeled = label_pairs(Source(path=str(path)), judges, out, conflicts=policy)
     cells = {pair.prompt[0].content.removeprefix("small box "): pair.cell for pair in labeled.pairs}

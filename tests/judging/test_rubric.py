@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bfpo.errors import DataError, Unanswered
+from bfpo.generation.open import JudgeServerSection
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.judging.open import open_judge
 from bfpo.judging.rubric import RubricJudge, render, render_comparison
@@ -104,6 +105,52 @@ def test_a_reply_that_was_cut_is_undecided():
 
     (verdict,) = RubricJudge(Cut(lambda prompt, sample: json.dumps(GOOD)), "m").judge([completion()])
     assert (verdict.safe, verdict.reason) == (None, "the judge's reply was cut")
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "reason"), [("filtered", "filter of the judge's server"), ("refused", "the judge refused")]
+)
+def test_a_judge_that_is_blocked_is_undecided(finish_reason, reason):
+    class Blocked(ScriptedEngine):
+        def _completion(self, prompt, sample):
+            return replace(super()._completion(prompt, sample), finish_reason=finish_reason)
+
+    (verdict,) = RubricJudge(Blocked(lambda prompt, sample: json.dumps(GOOD)), "m").judge([completion()])
+    assert verdict.safe is None
+    assert reason in verdict.reason
+
+
+@pytest.mark.parametrize("mode", ["cut", "no text"])
+@pytest.mark.parametrize(("num_cut", "is_warned"), [(8, True), (5, True), (4, False), (0, False)])
+def test_a_judge_whose_replies_are_mostly_cut_gets_a_hint_once(mode, num_cut, is_warned, capsys):
+    class Reasoning(ScriptedEngine):
+        def generate(self, requests):
+            done = [self._completion(prompt, sample) for prompt, sample in requests]
+            if mode == "cut":
+                yield [replace(reply, finish_reason="length") for reply in done[:num_cut]] + done[num_cut:]
+                return
+            yield done[num_cut:]
+            if num_cut:
+                failed = {reply.key: "no text: the reasoning used all 128 tokens" for reply in done[:num_cut]}
+                raise Unanswered(failed, len(requests), refused=failed)
+
+    judge = RubricJudge(Reasoning(lambda prompt, sample: json.dumps(GOOD)), "m")
+    answers = [completion(f"answer {i}") for i in range(8)]
+    for _ in range(2):
+        verdicts = list(judge.judge(answers))
+        assert sum(verdict.safe is None for verdict in verdicts) == num_cut
+    assert capsys.readouterr().err.count("judge_server: max_new_tokens") == is_warned
+
+
+def test_the_length_of_replies_is_an_option_and_part_of_the_revision():
+    def judge(**options):
+        return open_judge("rubric:m@http://localhost:9/v1", server=JudgeServerSection(**options))
+
+    assert judge().engine.sampling.max_new_tokens == 128
+    assert judge(max_new_tokens=2048).engine.sampling.max_new_tokens == 2048
+    # Only a changed length makes another judge.
+    assert judge().revision == judge(max_new_tokens=128).revision == "2170b4a84268"
+    assert judge(max_new_tokens=2048).revision != judge().revision
 
 
 class Failing(ScriptedEngine):

@@ -1,10 +1,14 @@
 """Models with a score head, tiny and random: the score that is read, and missing heads."""
 
+import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import (
     BertConfig,
@@ -119,6 +123,56 @@ def test_the_sign_of_the_cost_is_the_label(tmp_path, tokenizer, bias):
         assert verdict.p_safe == pytest.approx(1 / (1 + math.exp(cost)), abs=1e-4)
 
 
+def rewrite(folder, change, **keys):
+    """Change the tensors of a saved model by a function, and keys of its configuration; None removes one."""
+    path = Path(folder) / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+    config = json.loads((path.parent / "config.json").read_text())
+    config = {name: value for name, value in (config | keys).items() if value is not None}
+    (path.parent / "config.json").write_text(json.dumps(config))
+
+
+def rename(old, new):
+    return lambda tensors: {key.replace(old, new): value for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("stated", [None, False])
+def test_the_bias_of_a_beaver_head_comes_from_the_weights(tmp_path, tokenizer, stated):
+    model = BeaverModel(config(tokenizer, bias=True))
+    # Without its bias, every cost of this head is near 0.
+    torch.nn.init.zeros_(model.score_head.weight)
+    torch.nn.init.constant_(model.score_head.bias, 3.0)
+    path = save(tmp_path / "cost", model, tokenizer)
+    rewrite(path, lambda tensors: tensors, bias=stated)
+    (verdict,) = open_guard("beaver-cost", path).judge([completion()])
+    assert verdict.score == pytest.approx(3.0)
+    assert verdict.safe is False
+
+
+def test_weights_of_a_head_that_are_not_read_are_refused(tmp_path, tokenizer):
+    beaver = save(tmp_path / "beaver", BeaverModel(config(tokenizer, bias=True)), tokenizer)
+    for number, name in enumerate(("score_bias", "score_head.extra", "score_head.0.bias")):
+        folder = shutil.copytree(beaver, tmp_path / str(number))
+        rewrite(folder, rename("score_head.bias", name), bias=None)
+        with pytest.raises(ModelError, match=rf"weights of a head that beaver-cost doesn't read.*{name}"):
+            open_guard("beaver-cost", str(folder))
+    # A configuration that states a bias which isn't in the weights is contradictory.
+    rewrite(beaver, lambda tensors: {key: value for key, value in tensors.items() if key != "score_head.bias"})
+    with pytest.raises(ModelError, match=r"no trained head for beaver-cost: score_head\.bias missing"):
+        open_guard("beaver-cost", beaver)
+    reward = save(tmp_path / "reward", LlamaForSequenceClassification(config(tokenizer, num_labels=1)), tokenizer)
+    rewrite(reward, lambda tensors: {**tensors, "score.bias": torch.ones(1)})
+    with pytest.raises(ModelError, match=r"weights of a head that reward doesn't read.*score\.bias"):
+        open_guard("reward", reward)
+
+
+def test_other_weights_of_a_beaver_checkpoint_are_not_needed(tmp_path, tokenizer):
+    path = save(tmp_path / "cost", BeaverModel(config(tokenizer)), tokenizer)
+    extra = {"normalizer.mean": torch.zeros(1), "lm_head.weight": torch.zeros(2, 2)}
+    rewrite(path, lambda tensors: tensors | extra)
+    assert open_guard("beaver-cost", path).model.score_head.bias is None
+
+
 def test_a_beaver_head_is_not_read_as_a_random_one(tmp_path, tokenizer):
     beaver = BeaverModel(config(tokenizer, bias=True))
     path = save(tmp_path / "beaver", beaver, tokenizer)
@@ -158,6 +212,28 @@ def test_a_reward_orders_and_is_undecided_on_safety(tmp_path, tokenizer, templat
         assert verdict.score == pytest.approx(reward, abs=1e-4)
     by_score = sorted(verdicts, key=lambda verdict: verdict.score)
     assert by_score == sorted(verdicts, key=lambda verdict: verdict.helpfulness)
+
+
+def test_a_conversation_that_the_template_refuses_is_undecided(tmp_path, tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    model = LlamaForSequenceClassification(config(tokenizer, num_labels=1))
+    judge = open_guard("reward", save(tmp_path / "reward", model, tokenizer))
+    system = replace(completion(), prompt=(Message("system", "c"), Message("user", "a")))
+    refused, judged = judge.judge([system, completion()])
+    assert (refused.safe, refused.helpfulness) == (None, None)
+    assert refused.reason == "the chat template refuses the conversation: System role not supported"
+    assert judged.helpfulness is not None
+
+
+def test_ids_without_an_embedding_are_refused(tmp_path, tokenizer):
+    model = LlamaForSequenceClassification(config(tokenizer, num_labels=1))
+    tokenizer.add_tokens(["extra"])
+    judge = open_guard("reward", save(tmp_path / "reward", model, tokenizer))
+    with pytest.raises(ModelError, match=f"the model has only {len(tokenizer) - 1} embeddings"):
+        list(judge.judge([completion("b extra")]))
 
 
 def bert(tokenizer, folder, **changes):

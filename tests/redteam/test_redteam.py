@@ -1,13 +1,14 @@
 """`bfpo redteam`: the pairs of judged samples, and whole runs with a scripted model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from bfpo.config.recipes import Source
-from bfpo.core.files import write_json
+from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.load import load_pairs
@@ -130,6 +131,43 @@ class ShortEngine(ScriptedEngine):
         yield from super().generate([(prompt, sample) for prompt, sample in requests if not is_long(prompt)])
         if long:
             raise Unanswered(dict.fromkeys(long, "prompt too long"), len(requests), refused=long)
+
+
+@pytest.mark.parametrize(("outcome", "text"), [("filtered", ""), ("refused", "sorry ."), ("filtered", "lamp and")])
+def test_answers_that_a_server_blocked_make_no_pairs(recipe, monkeypatch, capsys, outcome, text):
+    answer = module.open_engine(recipe.model, None)._answer
+
+    class Filtering(ScriptedEngine):
+        def _completion(self, prompt, sample):
+            completion = super()._completion(prompt, sample)
+            if "stuck" in prompt.prompt[-1].content and sample == 1:
+                return replace(completion, text=text, finish_reason=outcome)
+            return completion
+
+    monkeypatch.setattr(module, "open_engine", lambda model, sampling: Filtering(answer))
+    (path,) = run_redteam(recipe)
+    _, pairs = load_pairs(Source(path=str(path)), "main")
+    assert text not in {text for pair in pairs for text in (pair.chosen, pair.rejected)} - {"sorry ."}
+    assert json.loads((path.parent / "redteam.json").read_text())["left_out"][f"answer {outcome} by the server"] == 1
+    assert "Outcomes" in capsys.readouterr().out
+    # A blocked sample isn't a safe answer: the model is still led to one. The part that a filter left is.
+    guided = any(pair.rejected == "sorry , but here is a lamp ." for pair in pairs)
+    assert guided is (text != "lamp and")
+
+
+def test_a_verdict_of_another_type_is_refused_by_file_row_and_column(recipe):
+    run_redteam(recipe)
+    path = Path(recipe.out) / "verdicts-words@1.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    number = next(number for number, row in enumerate(rows, start=1) if row["safe"] is False)
+    rows[number - 1]["safe"] = "false"
+    write_jsonl(path, rows)
+    pairs = (Path(recipe.out) / "pairs.jsonl").read_bytes()
+    # Read as a flag, the text would be true: an unsafe answer would be labeled safe.
+    with pytest.raises(DataError) as raised:
+        run_redteam(recipe)
+    assert str(raised.value) == f"{path} row {number}: column 'safe' is 'false'; expected true or false, or null"
+    assert (Path(recipe.out) / "pairs.jsonl").read_bytes() == pairs
 
 
 def test_prompts_that_are_too_long_are_left_out_and_reported(recipe, tmp_path, monkeypatch, capsys):

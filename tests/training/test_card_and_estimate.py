@@ -109,6 +109,12 @@ def test_chat_answers_each_line_and_repeats_its_answers_with_the_same_seed(monke
 
 @pytest.mark.usefixtures("run")
 def test_chat_needs_a_chat_template():
+    Path("runs/toy/chat_template.jinja").write_text("{{ raise_exception('System role not supported') }}")
+    with (
+        pytest.raises(ModelError, match="runs/toy: the chat template refuses the conversation: System role"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        chat_output(patch, None, "red box\n", system="be kind")
     Path("runs/toy/chat_template.jinja").unlink()
     with pytest.raises(ModelError, match="has no chat template, so it isn't a chat model"):
         chat("runs/toy", system=None, max_new_tokens=5, temperature=0, seed=0)

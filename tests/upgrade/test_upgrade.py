@@ -142,3 +142,11 @@ def test_the_runs_of_an_old_experiment_are_found(monkeypatch):
         "runs/testbed/shared-b4c5e4b1/seed-0/run-97949105bef5",
         "runs/testbed/shared-b4c5e4b1/seed-0/run-ae9ada84cc78",
     ]
+
+
+def test_whole_numbers_of_a_loss_are_the_same_loss(bfpo):
+    mark = Path("run/checkpoint-4/complete.json")
+    mark.write_text(mark.read_text().replace("b1=3.0", "b1=3"))
+    code, out, _ = bfpo("train", "train.yaml")
+    assert code == 0
+    assert "step 4/12" not in out

@@ -19,6 +19,7 @@ from bfpo.commands.options import (
     MaxNewTokens,
     Overrides,
     Recipe,
+    ReplyTokens,
     Temperature,
     Threshold,
     Timeout,
@@ -40,15 +41,20 @@ judge_app = typer.Typer(help="Judge completions, and evaluate judges against hum
 app.add_typer(judge_app, name="judge")
 
 
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
+        typer.echo(f"bfpo {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; accepted anywhere.")] = False,
 ) -> None:
     """Read the options that come before a command."""
-    if version:
-        typer.echo(f"bfpo {__version__}")
-        raise typer.Exit
 
 
 @app.command()
@@ -188,15 +194,22 @@ def label(
     timeout: Timeout = 120.0,
     tries: Tries = 6,
     key_variable: KeyVariable = "OPENAI_API_KEY",
+    reply_tokens: ReplyTokens = 128,
 ) -> None:
     """Label the safety of preference pairs with judges."""
     from bfpo.data.adapters import parse_source
-    from bfpo.generation.open import ServerSection
+    from bfpo.generation.open import JudgeServerSection
     from bfpo.judging.label_pairs import label_pairs
     from bfpo.judging.open import open_judge
 
     source = parse_source(pairs)
-    servers = ServerSection(concurrency=concurrency, timeout=timeout, tries=tries, key_variable=key_variable)
+    servers = JudgeServerSection(
+        concurrency=concurrency,
+        timeout=timeout,
+        tries=tries,
+        key_variable=key_variable,
+        max_new_tokens=reply_tokens,
+    )
     judges = [open_judge(spec, server=servers) for spec in judge]
     label_pairs(source, judges, out, conflicts=conflicts, limit=limit, beta=beta, estimate_only=dry_run)
 
@@ -329,12 +342,19 @@ def run_judge(
     timeout: Timeout = 120.0,
     tries: Tries = 6,
     key_variable: KeyVariable = "OPENAI_API_KEY",
+    reply_tokens: ReplyTokens = 128,
 ) -> None:
     """Judge completions."""
     from bfpo.commands.judge import run_judge as run
-    from bfpo.generation.open import ServerSection
+    from bfpo.generation.open import JudgeServerSection
 
-    servers = ServerSection(concurrency=concurrency, timeout=timeout, tries=tries, key_variable=key_variable)
+    servers = JudgeServerSection(
+        concurrency=concurrency,
+        timeout=timeout,
+        tries=tries,
+        key_variable=key_variable,
+        max_new_tokens=reply_tokens,
+    )
     run(completions, judge, out, threshold=threshold, server=servers)
 
 
@@ -365,12 +385,19 @@ def evaluate_judges(
     timeout: Timeout = 120.0,
     tries: Tries = 6,
     key_variable: KeyVariable = "OPENAI_API_KEY",
+    reply_tokens: ReplyTokens = 128,
 ) -> None:
     """Evaluate judges against human labels: confusion, calibration, agreement, thresholds."""
-    from bfpo.generation.open import ServerSection
+    from bfpo.generation.open import JudgeServerSection
     from bfpo.judging.evaluate import evaluate_judges as run
 
-    servers = ServerSection(concurrency=concurrency, timeout=timeout, tries=tries, key_variable=key_variable)
+    servers = JudgeServerSection(
+        concurrency=concurrency,
+        timeout=timeout,
+        tries=tries,
+        key_variable=key_variable,
+        max_new_tokens=reply_tokens,
+    )
     run(labeled, judge, threshold=threshold, max_false_safe=false_safe, out=out, server=servers)
 
 

@@ -9,6 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 from bfpo.config.recipes import ModelSection
 from bfpo.core.terminal import console, escape_controls, say
 from bfpo.errors import ModelError
+from bfpo.generation.model_inputs import TemplateRefusal, render_chat
 from bfpo.model.load import load_model, load_tokenizer
 
 
@@ -51,8 +52,11 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
             history = history[:1] if system else []
             continue
         history.append({"role": "user", "content": line})
-        text = tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False)
-        inputs = tokenizer([str(text)], add_special_tokens=False, return_tensors="pt").to(device)
+        try:
+            text = render_chat(tokenizer, history, add_generation_prompt=True)
+        except TemplateRefusal as refusal:
+            raise ModelError(f"{path}: {refusal}") from None
+        inputs = tokenizer([text], add_special_tokens=False, return_tensors="pt").to(device)
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

@@ -9,7 +9,7 @@ from bfpo.core.files import write_json
 from bfpo.core.samples import Verdict
 from bfpo.core.terminal import say
 from bfpo.data.stages import judge_completions, read_completions
-from bfpo.generation.open import ServerSection
+from bfpo.generation.open import JudgeServerSection
 from bfpo.judging.evaluate import show_agreement
 from bfpo.judging.fit import card_file, cross_validate, fit_heads, make_card
 from bfpo.judging.labeled import read_labeled
@@ -20,7 +20,7 @@ _MAX_REASONS = 5
 
 
 def run_judge(
-    completions: Path, spec: str, out: Path, *, threshold: float | None, server: ServerSection | None = None
+    completions: Path, spec: str, out: Path, *, threshold: float | None, server: JudgeServerSection | None = None
 ) -> None:
     """Judge a file of completions into a file of verdicts; resumable.
 

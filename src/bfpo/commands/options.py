@@ -36,4 +36,8 @@ Threshold = Annotated[
 Concurrency = Annotated[int, typer.Option(min=1, help="Maximum number of concurrent requests to a server.")]
 Timeout = Annotated[float, typer.Option(help="Maximum time for one completion of a server, in seconds.")]
 Tries = Annotated[int, typer.Option(min=1, help="Maximum number of requests to a server for one completion.")]
+ReplyTokens = Annotated[
+    int,
+    typer.Option(min=1, help="Maximum length of a rubric judge's reply, in tokens; reasoning needs 1,024 or more."),
+]
 KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the server's key.")]

@@ -35,7 +35,6 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 FinishReason = Literal["stop", "length", "filtered", "refused"]
 """`stop`: the model ended its turn. `length`: the answer was cut. `filtered`: the server's filter removed the answer
 or its end. `refused`: the server reports a refusal of the model in place of an answer."""
-FINISH_REASONS: tuple[FinishReason, ...] = get_args(FinishReason)
 
 Key = tuple[str, int]
 """`prompt_id` and `sample`: the identity of a completion among those of one model."""

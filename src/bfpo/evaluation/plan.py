@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.core.samples import Completion, Judge, Prompt
 from bfpo.core.terminal import say, show_table
 from bfpo.data.verdict_files import judge_file
+from bfpo.errors import Unanswered
 from bfpo.evaluation.correction import read_calibration
 from bfpo.evaluation.lm_eval.suite import PlannedRows, find_lm_eval_tasks, plan_lm_eval_tasks
 from bfpo.evaluation.pipeline import read_suites, release_memory, unique_prompts
@@ -188,8 +190,12 @@ def _time_completions(recipe: EvalRecipe, probe: Sequence[Prompt]) -> tuple[floa
     engine = open_model(recipe)
     start = time.monotonic()
     batches = engine.generate([(prompt, 0) for prompt in probe])
-    completions = [completion for batch in batches for completion in batch]
-    seconds = (time.monotonic() - start) / len(completions)
+    completions: list[Completion] = []
+    # A prompt that can't be answered is reported by the run.
+    with suppress(Unanswered):
+        for batch in batches:
+            completions += batch
+    seconds = (time.monotonic() - start) / len(completions) if completions else None
     del engine
     release_memory()
     return seconds, completions

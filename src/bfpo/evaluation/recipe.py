@@ -6,7 +6,7 @@ from bfpo.config.recipes import Count, Section
 from bfpo.core.samples import Sampling
 from bfpo.evaluation.gate import Bound
 from bfpo.evaluation.suite import EvalData
-from bfpo.generation.open import EngineSection, ServerSection
+from bfpo.generation.open import EngineSection, JudgeServerSection
 from bfpo.judging.spec import parse_judge
 
 # Two families, both of which detect refusals too.
@@ -77,7 +77,7 @@ class EvalRecipe(Section):
     """How completions are sampled."""
     judges: list[str] = Field(default=JUDGES, min_length=1)
     """Judges as for `bfpo judge`, the primary one first. Use several families: judges of one share mistakes."""
-    judge_server: ServerSection = ServerSection()
+    judge_server: JudgeServerSection = JudgeServerSection()
     """How the servers of judges are queried (`rubric:MODEL@http://host:port/v1`)."""
     threshold: float | None = Field(None, ge=0, le=1)
     """Probability from which an answer counts as safe, for judges that give one. Default the judge's own."""

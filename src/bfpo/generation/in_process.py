@@ -24,6 +24,7 @@ from bfpo.config.recipes import ModelSection
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
+from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
 from bfpo.model.merge import DTYPES
@@ -94,9 +95,20 @@ class TransformersEngine:
         """Answer prompts, shortest first; see `Engine`.
 
         Raises:
-            Unanswered: At the end, if prompts with the longest completion exceed the model's positions.
+            ModelError: If the tokenizer gives ids that the model has no embeddings for.
+            Unanswered: At the end, if the chat template refuses prompts, or they exceed the model's positions with
+                the longest completion.
         """
-        prompt_ids = [self._prompt_ids(prompt) for prompt, _ in requests]
+        failed: dict[Key, str] = {}
+        renderable = []
+        prompt_ids: list[list[int]] = []
+        for prompt, sample in requests:
+            try:
+                prompt_ids.append(self._prompt_ids(prompt))
+                renderable.append((prompt, sample))
+            except TemplateRefusal as refusal:
+                failed[prompt.prompt_id, sample] = str(refusal)
+        check_token_ids(self.model, [*prompt_ids, [self._pad_id]], self.model_name)
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         max_prompt = None if positions is None else positions - self.sampling.max_new_tokens
         fitting = [index for index, ids in enumerate(prompt_ids) if max_prompt is None or len(ids) <= max_prompt]
@@ -105,27 +117,32 @@ class TransformersEngine:
             # Prompts come shortest first, so this row is the longest of the batch.
             longest = len(prompt_ids[index]) + self.sampling.max_new_tokens
             if batch and (len(batch) + 1) * longest > self._max_batch_tokens:
-                yield self._generate_batch([requests[i] for i in batch], [prompt_ids[i] for i in batch])
+                yield self._generate_batch([renderable[i] for i in batch], [prompt_ids[i] for i in batch])
                 batch = []
             batch.append(index)
         if batch:
-            yield self._generate_batch([requests[i] for i in batch], [prompt_ids[i] for i in batch])
+            yield self._generate_batch([renderable[i] for i in batch], [prompt_ids[i] for i in batch])
         reason = (
             f"prompt too long for the model's {positions} positions with {self.sampling.max_new_tokens} new tokens"
         )
         # Missing completions are counted, so each sample of a prompt is listed.
-        failed: dict[Key, str] = {
+        failed |= {
             (prompt.prompt_id, sample): reason
-            for index, (prompt, sample) in enumerate(requests)
+            for index, (prompt, sample) in enumerate(renderable)
             if max_prompt is not None and len(prompt_ids[index]) > max_prompt
         }
         if failed:
             raise Unanswered(failed, len(requests), refused=failed)
 
+    @property
+    def _pad_id(self) -> int:
+        pad_id = self.tokenizer.pad_token_id
+        return self._end_ids[0] if pad_id is None else int(pad_id)
+
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         messages = [message._asdict() for message in prompt.prompt]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self.tokenizer(str(text), add_special_tokens=False)["input_ids"]
+        text = render_chat(self.tokenizer, messages, add_generation_prompt=True)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     @torch.inference_mode()
@@ -134,8 +151,7 @@ class TransformersEngine:
     ) -> list[Completion]:
         device = next(self.model.parameters()).device
         width = max(map(len, prompt_ids))
-        pad_id = self.tokenizer.pad_token_id
-        pad_id = self._end_ids[0] if pad_id is None else pad_id
+        pad_id = self._pad_id
         inputs = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
         # transformers takes settings that the given config leaves open (repetition penalty, top-k) from the model's

@@ -21,6 +21,13 @@ class ServerSection(Section):
     """Environment variable that holds the server's key."""
 
 
+class JudgeServerSection(ServerSection):
+    """How rubric judges are queried."""
+
+    max_new_tokens: Count = 128
+    """Maximum length of a rubric judge's reply, in tokens, also without a server; reasoning needs 1,024 or more."""
+
+
 class EngineSection(ServerSection):
     """A model that answers prompts: a checkpoint in this process, or a model on a server."""
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from bfpo.config.recipes import Source
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import Conversation, as_messages, conversation_key
-from bfpo.core.samples import FINISH_REASONS, Completion, Prompt
+from bfpo.core.samples import Completion, Prompt
 from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, Unanswered
+from bfpo.generation.server_replies import read_finish_reason
 
 _PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal")
 _TEXT_COLUMNS = ("text", "completion", "response", "output")
@@ -88,13 +89,14 @@ class SavedEngine:
 
     def _completion(self, prompt: Prompt, sample: int, row: SourceRow) -> Completion:
         text, values = row.text(_find_column(row, _TEXT_COLUMNS)), row.values
+        ending = values.get("finish_reason")
         words = sum(len(message.content.split()) for message in prompt.prompt)
         return Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
             text=text,
-            finish_reason=next((name for name in FINISH_REASONS if name == values.get("finish_reason")), "stop"),
+            finish_reason="refused" if ending == "refused" else read_finish_reason(ending),
             prompt_tokens=_token_count(row, "prompt_tokens") or words,
             completion_tokens=_token_count(row, "completion_tokens") or len(text.split()),
             model=str(values.get("model") or self._name),

@@ -13,7 +13,17 @@ from bfpo.core.files import replace_lone_surrogates
 from bfpo.core.samples import FinishReason
 
 _FILTERED = frozenset(
-    ("content_filter", "content-filter", "refusal", "safety", "prohibited_content", "blocklist", "recitation", "spii")
+    (
+        "filtered",
+        "content_filter",
+        "content-filter",
+        "refusal",
+        "safety",
+        "prohibited_content",
+        "blocklist",
+        "recitation",
+        "spii",
+    )
 )
 _CUT = frozenset(("length", "max_tokens", "model_length", "max_output_tokens"))
 _TOOL_CALLS = frozenset(("tool_calls", "tool_call", "tool_use", "function_call"))
@@ -33,6 +43,8 @@ _UNKNOWN_PARAMETER = re.compile(
     r"extra_forbidden|extra (inputs|fields)",
     re.IGNORECASE,
 )
+# Start of the reason why a model wrote no text within its tokens.
+NO_TEXT = "no text: "
 # Longest message of a server that is shown.
 _MAX_MESSAGE = 200
 
@@ -88,6 +100,14 @@ class ServerError(NamedTuple):
         return is_unknown and parameters[:1] == [parameter]
 
 
+def read_finish_reason(name: Any) -> FinishReason:
+    """Return the finish reason that a server's name for it stands for; `stop` if the name isn't known."""
+    lower = name.lower() if isinstance(name, str) else ""
+    if lower in _FILTERED:
+        return "filtered"
+    return "length" if lower in _CUT else "stop"
+
+
 def read_reply(content: Any, max_tokens: int) -> Reply:
     """Return the answer in a response.
 
@@ -109,8 +129,8 @@ def read_reply(content: Any, max_tokens: int) -> Reply:
         tokens = int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
     except (TypeError, LookupError, ValueError, OverflowError, AttributeError):
         raise MalformedReply("wrong schema") from None
-    reason = name.lower() if isinstance(name, str) else ""
-    if reason in _FILTERED:
+    reason, finish_reason = name.lower() if isinstance(name, str) else "", read_finish_reason(name)
+    if finish_reason == "filtered":
         return Reply(text or "", "filtered", *tokens)
     if isinstance(refusal, str) and refusal.strip() and not (text or "").strip():
         return Reply(refusal.strip(), "refused", *tokens)
@@ -119,9 +139,9 @@ def read_reply(content: Any, max_tokens: int) -> Reply:
     if reason == "error":
         raise MalformedReply("an error in place of an answer")
     has_reasoning = any(message.get(key) for key in ("reasoning_content", "reasoning"))
-    if reason in _CUT:
+    if finish_reason == "length":
         if text is None or (has_reasoning and not text.strip()):
-            raise NoText(f"no text: {'the reasoning' if has_reasoning else 'the model'} used all {max_tokens} tokens")
+            raise NoText(f"{NO_TEXT}{'the reasoning' if has_reasoning else 'the model'} used all {max_tokens} tokens")
         return Reply(text, "length", *tokens)
     # Servers have names of their own for the end of a turn ("eos", "end_turn", null): a text is an answer.
     if text is None or (reason != "stop" and not text.strip()):

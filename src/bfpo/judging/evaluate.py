@@ -12,7 +12,7 @@ from bfpo.core.samples import Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.stages import judge_completions
 from bfpo.data.verdict_files import judge_file
-from bfpo.generation.open import ServerSection
+from bfpo.generation.open import JudgeServerSection
 from bfpo.judging.labeled import LabeledAnswer, read_labeled
 from bfpo.judging.linear import HEADS
 from bfpo.judging.open import open_judge
@@ -29,7 +29,7 @@ def evaluate_judges(
     threshold: float | None,
     max_false_safe: float,
     out: Path,
-    server: ServerSection | None = None,
+    server: JudgeServerSection | None = None,
 ) -> None:
     """Evaluate judges against human labels.
 

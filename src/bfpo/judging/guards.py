@@ -12,11 +12,11 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 
 from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import ModelError
+from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
 from bfpo.judging.formats import GUIDELINES, Guard, Question, get_guard
 from bfpo.judging.markers import MARKERS_ESCAPED, escape_markers, special_tokens
 
@@ -106,7 +106,7 @@ class GuardJudge:
         """Return the prompt that the guard reads for a completion, and notes on changes made to the answer.
 
         Raises:
-            jinja2.TemplateError: If the tokenizer's template rejects the conversation.
+            TemplateRefusal: If the tokenizer's template refuses the conversation.
         """
         answer, notes = self._prepare_answer(completion.text)
         if self._guard.template:
@@ -173,7 +173,7 @@ class GuardJudge:
         for parts in (False, True):
             try:
                 text = self._apply_chat_template(probe, options, parts=parts)
-            except (TemplateError, TypeError):
+            except TemplateRefusal:
                 continue
             if all(content in text for _, content in probe):
                 return parts
@@ -186,9 +186,7 @@ class GuardJudge:
             {"role": role, "content": [{"type": "text", "text": content}] if parts else content}
             for role, content in turns
         ]
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        )
+        return render_chat(self.tokenizer, messages, add_generation_prompt=True, **options)
 
     def _start(self, query: _Query, completion: Completion) -> None:
         if self.behaviors is not None and completion.prompt_id not in self.behaviors:
@@ -196,12 +194,13 @@ class GuardJudge:
             return
         try:
             query.text, query.notes = self.render(completion, query.guideline)
-        except TemplateError as error:
-            query.problem = f"the guard's chat template rejects the conversation: {error}"
+        except TemplateRefusal as refusal:
+            query.problem = str(refusal)
 
     def _ask(self, question: Question, queries: Sequence[_Query]) -> None:
         """Answer a question for all queries; a query with a `problem` gets no further questions."""
         rows = [row for query in queries if (row := self._make_row(question, query))]
+        check_token_ids(self.model, [row.ids for row in rows], self.path)
         rows.sort(key=lambda row: len(row.ids))
         batch: list[_Row] = []
         for row in rows:

@@ -5,7 +5,7 @@ from pathlib import Path
 from bfpo.core.imports import import_object
 from bfpo.core.samples import Judge, Sampling
 from bfpo.errors import RecipeError, did_you_mean
-from bfpo.generation.open import EngineSection, ServerSection, open_engine
+from bfpo.generation.open import EngineSection, JudgeServerSection, open_engine
 from bfpo.judging.formats import GUARDS
 from bfpo.judging.open_models import open_guard
 from bfpo.judging.spec import JUDGES, SCORERS, JudgePart, JudgeSpec, parse_judge
@@ -15,7 +15,7 @@ _ORACLE = "bfpo.testbed.oracle:Oracle"
 
 
 def open_judge(
-    spec: str | JudgeSpec, *, threshold: float | None = None, server: ServerSection | None = None
+    spec: str | JudgeSpec, *, threshold: float | None = None, server: JudgeServerSection | None = None
 ) -> Judge:
     """Open the judge of a spec; several judges are an ensemble.
 
@@ -23,7 +23,7 @@ def open_judge(
         spec: Text as `parse_judge` reads it, or what it returns.
         threshold: Probability from which an answer counts as safe, in [0, 1], for judges that give one. None is 0.5,
             and for `linear` the undecided band stored in its file.
-        server: How the server of a judge is queried; None is the defaults.
+        server: How rubric judges are queried; None is the defaults.
 
     Raises:
         RecipeError: If the kind is unknown, or a path is missing or superfluous.
@@ -31,7 +31,7 @@ def open_judge(
         ModelError: If the model of a judge can't be loaded.
     """
     parsed = parse_judge(spec) if isinstance(spec, str) else spec
-    judges = tuple(_open_part(part, threshold, server or ServerSection()) for part in parsed.parts)
+    judges = tuple(_open_part(part, threshold, server or JudgeServerSection()) for part in parsed.parts)
     if parsed.policy == "single":
         return judges[0]
     from bfpo.judging.ensemble import Ensemble
@@ -39,7 +39,7 @@ def open_judge(
     return Ensemble(judges, parsed.policy)
 
 
-def _open_part(part: JudgePart, threshold: float | None, server: ServerSection) -> Judge:
+def _open_part(part: JudgePart, threshold: float | None, server: JudgeServerSection) -> Judge:
     kind, path = part.kind, part.path
     if part.is_custom:
         make_judge = import_object(kind, f"judge '{part.text}'")
@@ -71,13 +71,14 @@ def _open_part(part: JudgePart, threshold: float | None, server: ServerSection) 
     return load_judge(Path(path), threshold=threshold)
 
 
-def _open_rubric(part: JudgePart, server: ServerSection) -> Judge:
+def _open_rubric(part: JudgePart, server: JudgeServerSection) -> Judge:
     from bfpo.judging.markers import special_tokens
     from bfpo.judging.rubric import RubricJudge
 
     # The likeliest verdict, which is a short line.
-    sampling = Sampling(temperature=0.0, max_new_tokens=128)
-    section = EngineSection(path=part.model, server=part.server, **server.model_dump())
+    sampling = Sampling(temperature=0.0, max_new_tokens=server.max_new_tokens)
+    connection = server.model_dump(exclude={"max_new_tokens"})
+    section = EngineSection(path=part.model, server=part.server, **connection)
     engine = open_engine(section, sampling)
     if part.is_remote:
         # Its tokenizer isn't known.

@@ -6,13 +6,15 @@ server isn't used (`transformers serve` ignores it).
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from bfpo.core.files import content_hash, parse_json, replace_lone_surrogates
 from bfpo.core.pairs import Conversation, user_says
 from bfpo.core.samples import Completion, Engine, Preference, Prompt, Verdict
+from bfpo.core.terminal import warn
 from bfpo.errors import DataError, Unanswered
+from bfpo.generation.server_replies import NO_TEXT
 from bfpo.judging.markers import MARKERS_ESCAPED, escape_markers
 
 # Both texts are part of the judge's revision.
@@ -84,6 +86,7 @@ class RubricJudge:
     engine: Engine
     model: str
     special: tuple[str, ...] = ()
+    _warnings: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -102,10 +105,12 @@ class RubricJudge:
             ModelError: If the engine can't be reached.
             Unanswered: If the engine replied to nothing, and might reply later.
         """
+        num_cut = 0
         rendered = [render(completion, self.special) for completion in completions]
         replies = self._query([text for text, _ in rendered])
         for completion, (_, has_markers), reply in zip(completions, rendered, replies, strict=True):
             note = MARKERS_ESCAPED if has_markers else None
+            num_cut += _is_cut(reply)
             grades = reply if isinstance(reply, str) else _parse_grades(reply)
             if isinstance(grades, str):
                 yield Verdict.on(completion, self, safe=None, reason="; ".join(filter(None, [grades, note])))
@@ -119,6 +124,13 @@ class RubricJudge:
                 category=grades["category"] if grades["unsafe"] else None,
                 reason=note,
             )
+
+        if num_cut > len(completions) / 2 and not self._warnings:
+            self._warnings.append(
+                f"{num_cut} of {len(completions)} replies of {self.name} were cut, so these answers are undecided; "
+                "raise max_new_tokens (recipes: judge_server: max_new_tokens); reasoning needs 1,024 or more"
+            )
+            warn(self._warnings[0])
 
     def compare(self, pairs: Sequence[tuple[Completion, Completion]]) -> list[RubricComparison]:
         """Return which answer of each pair is more helpful, queried in both orders.
@@ -259,9 +271,18 @@ def _parse_better(reply: Completion) -> str | None:
     return better if better in ("A", "B", "equal") else None
 
 
+def _is_cut(reply: Completion | str) -> bool:
+    """Return whether a reply was cut, or ended before the model wrote any text."""
+    return NO_TEXT in reply if isinstance(reply, str) else reply.finish_reason == "length"
+
+
 def _parse_object(reply: Completion) -> dict[str, Any] | str:
     if reply.finish_reason == "length":
         return "the judge's reply was cut"
+    if reply.finish_reason == "filtered":
+        return "the filter of the judge's server blocked the question or the reply"
+    if reply.finish_reason == "refused":
+        return "the judge refused to reply"
     objects = _OBJECT.findall(reply.text)
     try:
         content = parse_json(objects[-1]) if objects else None

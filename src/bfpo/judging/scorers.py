@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import ModelError
 from bfpo.generation.in_process import checkpoint_identity
+from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
 from bfpo.judging.markers import MARKERS_ESCAPED, escape_markers, special_tokens
 from bfpo.model.load import load_tokenizer
 
@@ -96,17 +97,32 @@ class ScoreJudge:
 
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         """Return one verdict for each completion; see `Judge`."""
-        rendered = [self.render(completion) for completion in completions]
-        rows = [self._encode(text) for text, _ in rendered]
+        rendered: list[tuple[str | tuple[str, str], bool]] = []
+        refusals: dict[int, str] = {}
+        for index, completion in enumerate(completions):
+            try:
+                rendered.append(self.render(completion))
+            except TemplateRefusal as refusal:
+                rendered.append(("", False))
+                refusals[index] = str(refusal)
+        rows = [[] if index in refusals else self._encode(text) for index, (text, _) in enumerate(rendered)]
+        check_token_ids(self.model, rows, self.path)
         scores: dict[int, list[float]] = {}
         for batch in self._batches(rows):
             scores |= zip(batch, self._scores([rows[index] for index in batch]), strict=True)
         for index, (completion, (_, has_markers)) in enumerate(zip(completions, rendered, strict=True)):
+            if index in refusals:
+                yield Verdict.on(completion, self, safe=None, reason=refusals[index])
+                continue
             note = MARKERS_ESCAPED if has_markers else None
             yield self._make_verdict(completion, scores.get(index), len(rows[index]), note)
 
     def render(self, completion: Completion) -> tuple[str | tuple[str, str], bool]:
-        """Return the scored text, or its two parts, and whether the answer contained markers, now escaped."""
+        """Return the scored text, or its two parts, and whether the answer contained markers, now escaped.
+
+        Raises:
+            TemplateRefusal: If the tokenizer's template refuses the conversation.
+        """
         special = special_tokens(self.tokenizer)
         markers = (*special, "USER: ", "ASSISTANT:") if self._is_beaver else special
         answer, has_markers = escape_markers(completion.text, markers)
@@ -123,7 +139,7 @@ class ScoreJudge:
         if self.tokenizer.chat_template is None:
             return (turns[-1][1], answer), has_markers
         messages = [{"role": role, "content": content} for role, content in (*turns, ("assistant", answer))]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False)), has_markers
+        return render_chat(self.tokenizer, messages), has_markers
 
     @property
     def _is_beaver(self) -> bool:
@@ -250,10 +266,21 @@ def load_scorer(
     if is_beaver and config.model_type != "llama":
         raise ModelError(f"{path} is a {config.model_type}; {kind} reads score models of safe-rlhf, which are llamas")
     model_class: Any = BeaverModel if is_beaver else AutoModelForSequenceClassification
-    model, info = _load(path, lambda: model_class.from_pretrained(path, **options))
-    if info["missing_keys"]:
+    states_bias = bool(getattr(config, "bias", False))
+    if is_beaver:
+        # The weights say whether the head has a bias: a configuration without the key would lose it.
+        config.bias = True
+    model, info = _load(path, lambda: model_class.from_pretrained(path, config=config, **options))
+    missing = set(info["missing_keys"])
+    if is_beaver and "score_head.bias" in missing and not states_bias:
+        missing.remove("score_head.bias")
+        model.score_head.bias = None
+    if missing:
+        raise ModelError(f"{path} has no trained head for {kind}: {', '.join(sorted(missing)[:3])} missing")
+    if unread := _unread_head_keys(model, info["unexpected_keys"]):
         raise ModelError(
-            f"{path} has no trained head for {kind}: {', '.join(sorted(info['missing_keys'])[:3])} missing"
+            f"{path} has weights of a head that {kind} doesn't read, which would change its scores: "
+            f"{', '.join(unread[:3])}"
         )
     if is_beaver and getattr(config, "do_normalize", False):
         raise ModelError(f"{path} normalizes its scores (do_normalize), which moves the sign; that isn't supported")
@@ -276,6 +303,16 @@ def _load(path: str, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"judge '{path}': {str(error).strip().partition(chr(10))[0]}") from None
+
+
+def _unread_head_keys(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Return the names of weights that weren't loaded and belong to the model's head."""
+    heads = {name for name, _ in model.named_children() if name != model.base_model_prefix}
+    return sorted(
+        key
+        for key in unexpected
+        if key.partition(".")[0] in heads or key.startswith(("score", "classif", f"{model.base_model_prefix}.score"))
+    )
 
 
 def _check_labels(path: str, config: Any, safe_labels: Mapping[str, bool] | None) -> tuple[tuple[str, bool], ...]:

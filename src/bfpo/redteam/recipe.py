@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from bfpo.config.recipes import Count, Section
 from bfpo.core.pairs import Cell
 from bfpo.data.prompts import PromptSource
-from bfpo.generation.open import EngineSection, ServerSection
+from bfpo.generation.open import EngineSection, JudgeServerSection
 from bfpo.judging.spec import parse_judge
 
 
@@ -24,7 +24,7 @@ class RedteamRecipe(Section):
     """Spec of the safety judge, as for `bfpo judge`."""
     helpfulness: str = "fallback"
     """Spec of a judge that rates helpfulness, or `fallback`: answers above refusals, then longer above shorter."""
-    judge_server: ServerSection = ServerSection()
+    judge_server: JudgeServerSection = JudgeServerSection()
     """How the server of a judge is queried (`rubric:MODEL@http://host:port/v1`)."""
     samples: int = Field(4, ge=2)
     """Answers per prompt."""

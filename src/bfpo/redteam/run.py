@@ -157,10 +157,11 @@ def _read_prompts(recipe: RedteamRecipe) -> tuple[list[Prompt], list[dict[str, A
 def _prompts_without_a_safe_answer(
     prompts: Sequence[Prompt], completions: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> list[Prompt]:
-    """Return the prompts whose samples are all unsafe."""
+    """Return the prompts whose samples are all unsafe, apart from those that a server blocked."""
     labels: dict[str, set[bool | None]] = {}
     for completion, verdict in zip(completions, verdicts, strict=True):
-        labels.setdefault(completion.prompt_id, set()).add(verdict.safe)
+        if not completion.is_blocked:
+            labels.setdefault(completion.prompt_id, set()).add(verdict.safe)
     return [prompt for prompt in prompts if labels.get(prompt.prompt_id) == {False}]
 
 
@@ -202,6 +203,9 @@ def _generate_guided(
         path = out / f"guided-{number}.jsonl"
         completions, failed = generate_most(engine, requests, path, max_unanswered=len(requests))
         missing |= failed
+        blocked = {completion.prompt_id for completion in completions if completion.is_blocked}
+        missing |= dict.fromkeys(sorted(blocked), "blocked by the server")
+        completions = [completion for completion in completions if not completion.is_blocked]
         if next_step is None:
             break
         conversations = {

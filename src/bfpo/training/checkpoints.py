@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -202,7 +203,11 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     """
     mark = read_mark(folder)
     for name, value in settings.items():
-        if (previous := mark["run"].get(name)) != value:
+        previous = mark["run"].get(name)
+        if isinstance(previous, str):
+            # Earlier versions kept whole numbers of a loss as integers: b1=5 is b1=5.0.
+            previous = re.sub(r"=(-?\d+)(?=[,)])", r"=\1.0", previous)
+        if previous != value:
             raise RecipeError(
                 f"{folder} can't be continued: {name} was {previous}, now it is {value}; resume with the old value, "
                 "or start a new run in another trainer.output_dir"
