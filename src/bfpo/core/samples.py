@@ -6,6 +6,7 @@ several judges. Nothing here needs torch.
 """
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -15,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from pydantic import (
     BeforeValidator,
+    Field,
     PlainValidator,
     StrictBool,
     StrictFloat,
@@ -46,9 +48,12 @@ _EXPECTED = {
     "string_type": "a string",
     "int_type": "a whole number",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "bool_type": "true or false",
 }
 
+# JSON has no infinity and no NaN, but Python's reader of JSON does.
+FiniteFloat = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 Messages = Annotated[Conversation, PlainValidator(as_messages)]
 # A table that isn't ours may have the column and no value in it.
 OptionalText = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
@@ -219,14 +224,14 @@ class Verdict(FileRow):
     judge: str
     revision: str
     safe: StrictBool | None
-    p_safe: StrictFloat | None = None
+    p_safe: FiniteFloat | None = None
     refusal: StrictBool | None = None
-    p_refusal: StrictFloat | None = None
-    helpfulness: StrictFloat | None = None
-    severity: StrictFloat | None = None
+    p_refusal: FiniteFloat | None = None
+    helpfulness: FiniteFloat | None = None
+    severity: FiniteFloat | None = None
     malformed: StrictBool | None = None
     category: str | None = None
-    score: StrictFloat | None = None
+    score: FiniteFloat | None = None
     reason: str | None = None
 
     @classmethod
@@ -283,7 +288,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, is_valid, allowed in (
             ("samples", self.samples >= 1, "at least 1"),
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
         ):

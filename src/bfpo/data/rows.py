@@ -279,7 +279,10 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
             names = _class_names((table.schema_arrow.metadata or {}).get(b"huggingface"))
             for number, values in enumerate(rows, start=1):
                 yield number, _with_class_names(values, names, f"{file} row {number}")
-    except (ArrowException, OSError) as error:
+    except DataError:
+        raise
+    # ValueError for values that Python has no object for, such as texts that aren't UTF-8.
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{file}: not a parquet file, or damaged ({error})") from None
 
 

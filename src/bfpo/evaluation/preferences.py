@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import StrictFloat
-
 from bfpo.core.files import content_hash
-from bfpo.core.samples import Completion, FileRow, PairJudge, Preference, Verdict
+from bfpo.core.samples import Completion, FileRow, FiniteFloat, PairJudge, Preference, Verdict
 from bfpo.data.stages import fill
 from bfpo.errors import DataError
 
@@ -45,7 +43,7 @@ class PairwisePreference(FileRow):
     pair_hash: str
     judge: str
     revision: str
-    preference: StrictFloat | None
+    preference: FiniteFloat | None
     reason: str | None = None
 
     def __post_init__(self) -> None:

@@ -211,6 +211,8 @@ def _load_head(name: str, arrays: dict[str, NDArray[np.generic]]) -> Head:
     for number, view in enumerate(VIEWS[name]):
         terms = parse_json(arrays[f"{name}.{number}.terms"].tobytes())
         vectorizer = make_vectorizer(view, {term: index for index, term in enumerate(terms)})
+        if (shape := arrays[f"{name}.{number}.idf"].shape) != (len(terms),):
+            raise ValueError(f"{name}.{number}.idf has shape {shape}, expected {len(terms)} numbers")
         vectorizer.idf_ = arrays[f"{name}.{number}.idf"]
         vectorizers.append((view, vectorizer))
         num_terms += len(terms)
