@@ -267,7 +267,7 @@ def test_a_bad_comparison_ends_with_one_message(run, folder):
     chosen = [{"world": "shared", "variant": "bfpo", "values": 3}]
     (folder / "tuning.json").write_text(json.dumps({"chosen": chosen}))
     assert_refused(
-        *run("compare", "compare.yaml"), "tuning.json isn't the comparison.json of a comparison with 'vary'"
+        *run("compare", "compare.yaml"), "tuning.json isn't the comparison.json of an experiment with 'vary'"
     )
 
 
