@@ -416,15 +416,16 @@ def mutate_file(name, rng):
     data = path.read_bytes()
     kind = path.name.removesuffix(".unfinished").rpartition(".")[2]
     action = rng.random()
-    if kind == "jsonl" and action < 0.6:
-        rows = mutate_rows([json.loads(line) for line in data.splitlines()], rng)
-        data = table_bytes(rows, "jsonl")
-    elif kind == "json" and action < 0.7:
-        data = json.dumps(mutate_value(json.loads(data), rng)).encode()
-    elif kind == "yaml" and action < 0.7:
-        data = mutate_yaml(yaml.safe_load(data), rng)
-    else:
-        data = mutate_bytes(data, rng)
+    mutated = None
+    # A file that is mutated a second time may not parse any more.
+    with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
+        if kind == "jsonl" and action < 0.6:
+            mutated = table_bytes(mutate_rows([json.loads(line) for line in data.splitlines()], rng), "jsonl")
+        elif kind == "json" and action < 0.7:
+            mutated = json.dumps(mutate_value(json.loads(data), rng)).encode()
+        elif kind == "yaml" and action < 0.7:
+            mutated = mutate_yaml(yaml.safe_load(data), rng)
+    data = mutate_bytes(data, rng) if mutated is None else mutated
     write(name, data)
 
 

@@ -75,6 +75,8 @@ def _merge_data_file(content: dict[str, Any]) -> tuple[dict[str, Any], list[KeyO
     rest = {key: value for key, value in content.items() if key != "other_data_config"}
     if path in (None, "None"):
         return rest, [KeyOutcome("not needed", "other_data_config", path, "", "names no file")]
+    if not isinstance(path, str):
+        raise RecipeError(f"other_data_config is {path!r}; expected the name of a file")
     reason = "its keys replace those of the file"
     return rest | read_recipe(path), [KeyOutcome("computed", "other_data_config", path, "data, buffer", reason)]
 

@@ -139,6 +139,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision or "main", trust_remote_code=section.trust_remote_code
         )
+        # Settings of wrong types, such as a length that is an object, raise only when the tokenizer is used.
+        tokenizer("a", add_special_tokens=False)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     limit_template(tokenizer)
     return tokenizer
