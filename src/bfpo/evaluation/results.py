@@ -287,12 +287,16 @@ def read_results(folder: Path) -> Results:
             "the completions and verdicts of the folder"
         )
     try:
-        return _results_adapter().validate_json(json.dumps(_to_fields(content)), strict=True)
+        results = _results_adapter().validate_json(json.dumps(_to_fields(content)), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         got = "" if first["type"] == "missing" else f" (it holds {str(first['input'])[:80]!r})"
         raise DataError(f"{path}: {where}: {first['msg']}{got}; evaluate the run again") from None
+    for index, judge in enumerate(results.judges):
+        if not (isinstance(judge.get("name"), str) and isinstance(judge.get("revision"), str)):
+            raise DataError(f"{path}: judges.{index}: expected a name and a revision, two strings; evaluate again")
+    return results
 
 
 def _to_fields(content: dict[str, Any]) -> dict[str, Any]:

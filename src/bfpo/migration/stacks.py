@@ -59,7 +59,7 @@ def detect_kind(content: dict[str, Any], stack: Stack, file: str) -> RecipeKind 
     if stack == "LLaMA-Factory":
         stages: dict[object, RecipeKind] = {"dpo": "train", "sft": "sft"}
         stage = content.get("stage")
-        if stage not in stages:
+        if not isinstance(stage, str) or stage not in stages:
             raise RecipeError(f"{file}: stage is {stage!r}; only dpo and sft have a counterpart")
         return stages[stage]
     if stack == "official BFPO" and "max_seq_length" in content:

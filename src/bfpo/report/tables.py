@@ -99,7 +99,8 @@ def metric_keys(runs: Sequence[Run]) -> list[MetricKey]:
         (metric.suite, metric.task, metric.metric)
         for run in runs
         for metric in run.results.metrics
-        if not metric.metric.endswith(CORRECTED) or metric.judge == run.results.judges[0]["name"]
+        if metric.category is None
+        and (not metric.metric.endswith(CORRECTED) or metric.judge in [row["name"] for row in run.results.judges[:1]])
     ]
     return list(dict.fromkeys(keys))
 
