@@ -15,7 +15,7 @@ from bfpo.core.pairs import as_messages
 from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
 from bfpo.core.terminal import progress, show_table
 from bfpo.data.blocked_answers import BlockedAnswers
-from bfpo.data.rows import read_prompts, read_rows, refuse_lone_surrogates
+from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, Unanswered
 
 Row = TypeVar("Row", bound=FileRow)
@@ -301,10 +301,11 @@ def _read_existing(path: Path, kind: type[Row]) -> Iterator[Row]:
     """Yield the rows of a file and of its unfinished part."""
     for part in (path, _unfinished(path)):
         for number, row in enumerate(read_repaired_jsonl(part), start=1):
-            try:
-                yield kind.from_row(row)
-            except DataError as error:
-                raise DataError(f"{part} row {number}: {error}") from None
+            source_row = SourceRow(row, f"{part} row {number}")
+            with source_row.locate_errors():
+                refuse_lone_surrogates(source_row)
+                value = kind.from_row(row)
+            yield value
 
 
 def _unfinished(path: Path) -> Path:

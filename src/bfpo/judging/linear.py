@@ -211,9 +211,12 @@ def _load_head(name: str, arrays: dict[str, NDArray[np.generic]]) -> Head:
     for number, view in enumerate(VIEWS[name]):
         terms = parse_json(arrays[f"{name}.{number}.terms"].tobytes())
         vectorizer = make_vectorizer(view, {term: index for index, term in enumerate(terms)})
-        if (shape := arrays[f"{name}.{number}.idf"].shape) != (len(terms),):
-            raise ValueError(f"{name}.{number}.idf has shape {shape}, expected {len(terms)} numbers")
-        vectorizer.idf_ = arrays[f"{name}.{number}.idf"]
+        idf = arrays[f"{name}.{number}.idf"]
+        if idf.shape != (len(terms),) or idf.dtype.kind != "f":
+            raise ValueError(
+                f"{name}.{number}.idf has shape {idf.shape} and type {idf.dtype}, not {len(terms)} numbers"
+            )
+        vectorizer.idf_ = idf
         vectorizers.append((view, vectorizer))
         num_terms += len(terms)
     weights = np.asarray(arrays[f"{name}.weights"], dtype=np.float64)

@@ -81,7 +81,7 @@ def training_arguments(options: dict[str, Any]) -> TrainingArguments:
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"trainer: {error}") from None
-    missing = sorted(set(args.report_to or ()) - {"none", *get_available_reporting_integrations()})
+    missing = sorted(set(map(str, args.report_to or ())) - {"none", *get_available_reporting_integrations()})
     if missing:
         raise RecipeError(f"trainer.report_to: {', '.join(missing)} is not installed; install it, or leave it out")
     return args
