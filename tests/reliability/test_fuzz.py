@@ -25,7 +25,8 @@ def toy(tmp_path_factory):
 
 @pytest.mark.slow
 def test_mutated_inputs_end_with_a_message(toy):
-    seed = int(os.environ.get("FUZZ_SEED", random.randrange(10**6)))
+    # A fixed seed, so that a change is judged by the same inputs; FUZZ_SEED looks for new ones.
+    seed = int(os.environ.get("FUZZ_SEED", "0"))
     lines = []
     counts, failures = fuzz.fuzz(toy, seed, INPUTS, most_seconds=CPU_SECONDS, show=lines.append)
     assert not failures, "python tests/reliability/fuzz.py " + "\n".join(lines)
