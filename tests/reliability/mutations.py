@@ -56,7 +56,7 @@ def places(content, path=()):
 def nested(rng):
     """Return a deeply nested value."""
     value = "x"
-    for _ in range(rng.choice((5, 50, 300))):
+    for _ in range(rng.choice((5, 20, 60))):
         value = [value] if rng.random() < 0.5 else {"a": value}
     return value
 
