@@ -192,12 +192,13 @@ def load_judge(path: Path, *, threshold: float | None = None) -> LinearJudge:
     try:
         if not is_zipfile(path):
             raise ValueError("no zip archive")
-        with np.load(path, allow_pickle=False) as file:
+        # numpy leaves a file open that it opened itself and can't read.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         if int(arrays["format"]) != _FORMAT:
             raise ValueError(f"format {int(arrays['format'])}, expected {_FORMAT}")
         heads = {name: _load_head(name, arrays) for name in HEADS if f"{name}.weights" in arrays}
-        low, high = map(float, arrays["band"])
+        low, high = map(float, _floats(arrays, "band", 2))
     # numpy and zipfile raise these for arrays of another shape or type and for damaged archives.
     except (ValueError, LookupError, TypeError, AttributeError, BadZipFile, EOFError, zlib.error, OSError) as error:
         raise DataError(f"{path}: not the file of a judge ({error}); fit one with `bfpo judge fit`") from None
@@ -211,19 +212,21 @@ def _load_head(name: str, arrays: dict[str, NDArray[np.generic]]) -> Head:
     for number, view in enumerate(VIEWS[name]):
         terms = parse_json(arrays[f"{name}.{number}.terms"].tobytes())
         vectorizer = make_vectorizer(view, {term: index for index, term in enumerate(terms)})
-        idf = arrays[f"{name}.{number}.idf"]
-        if idf.shape != (len(terms),) or idf.dtype.kind != "f":
-            raise ValueError(
-                f"{name}.{number}.idf has shape {idf.shape} and type {idf.dtype}, not {len(terms)} numbers"
-            )
+        idf = _floats(arrays, f"{name}.{number}.idf", len(terms))
         vectorizer.idf_ = idf
         vectorizers.append((view, vectorizer))
         num_terms += len(terms)
-    weights = np.asarray(arrays[f"{name}.weights"], dtype=np.float64)
-    if weights.shape != (num_terms,):
-        raise ValueError(f"{name}.weights has shape {weights.shape}, expected {num_terms} weights")
-    bias, scale, shift = (float(value) for value in arrays[f"{name}.line"])
+    weights = _floats(arrays, f"{name}.weights", num_terms)
+    bias, scale, shift = map(float, _floats(arrays, f"{name}.line", 3))
     return Head(tuple(vectorizers), weights, bias, scale, shift)
+
+
+def _floats(arrays: dict[str, NDArray[np.generic]], name: str, size: int) -> Floats:
+    """Return an array of floats; ValueError if it has another shape or type."""
+    array = arrays[name]
+    if array.shape != (size,) or array.dtype.kind != "f":
+        raise ValueError(f"{name} has shape {array.shape} and type {array.dtype}, expected {size} floats")
+    return array.astype(np.float64, copy=False)
 
 
 def _make_regression() -> LogisticRegression:
