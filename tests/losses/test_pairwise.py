@@ -227,6 +227,24 @@ def test_a_missing_column_is_named(loss, column):
         loss(batch([0.0], [(1, 1)]))
 
 
+def test_safety_weight_moves_the_targets_of_mixed_pairs_by_hand():
+    # beta 0.1: labels 1/2, 1 + 2, -1 - 2, -1/2 over beta
+    weighted = BFPO(beta=0.1, safety_weight=2)
+    assert weighted.target(batch([0, 0, 0, 0])).tolist() == pytest.approx([5, 30, -30, -5])
+    assert weighted(batch([7, 7, 7, 7])).tolist() == pytest.approx([4, 529, 1369, 144])
+    # Probabilities: the label grows by 2·(0.9 - 0.4) = 1.
+    soft = batch([0.0], [(0.9, 0.4)])
+    assert (weighted.target(soft) - BFPO(beta=0.1).target(soft)).item() == pytest.approx(10)
+
+
+def test_safety_weight_of_zero_changes_no_bit():
+    pairs = batch([3.0, -4.0, 10.0, 0.5], [(1, 0), (0.3, 0.8), (0, 1), (0, 0)])
+    for options in ({}, {"beta": 0.07, "b1": 2.3, "b2": 0.4, "alpha": 0.1}):
+        assert torch.equal(BFPO(**options, safety_weight=0.0)(pairs), BFPO(**options)(pairs))
+        plain, weighted = BFPO(**options).labeling, BFPO(**options, safety_weight=0.0).labeling
+        assert (plain.ss, plain.su, plain.us, plain.uu) == (weighted.ss, weighted.su, weighted.us, weighted.uu)
+
+
 def test_bfpo_loss_function_is_the_class():
     pairs = batch([3.0, -4.0, 10.0, 0.5])
     logps = (pairs.chosen_logps, pairs.rejected_logps, pairs.ref_chosen_logps, pairs.ref_rejected_logps)
@@ -234,6 +252,7 @@ def test_bfpo_loss_function_is_the_class():
     torch.testing.assert_close(
         bfpo_loss(*logps, *bits, beta=0.2, b1=5.0, alpha=0.1), BFPO(beta=0.2, b1=5.0, alpha=0.1)(pairs)
     )
+    torch.testing.assert_close(bfpo_loss(*logps, *bits, safety_weight=0.7), BFPO(safety_weight=0.7)(pairs))
 
 
 def test_shapes_that_differ_are_refused():

@@ -133,6 +133,8 @@ class BFPO(PairLoss):
         alpha: Shift of all labels; 0.5 makes them antisymmetric in safety.
         table: The four labels, instead of b1, b2 and alpha; a recipe can also name one of
             `bfpo.losses.labeling.TABLES`.
+        safety_weight: λ, at least 0: λ·(s_c - s_r) is added to every label. It is the multiplier of a constraint on
+            P(unsafe), and multiplies the optimal policy by exp(λ·safe / beta).
 
     Raises:
         RecipeError: If a number is out of its range, or both the table and b1, b2 or alpha are set.
@@ -152,17 +154,20 @@ class BFPO(PairLoss):
     b2: float = 0.0
     alpha: float = 0.5
     table: LabelingFunction | None = None
+    safety_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check(self, "safety_weight", self.safety_weight >= 0, "a number from 0 to 1e9")
         if self.table is not None and (self.b1, self.b2, self.alpha) != (3.0, 0.0, 0.5):
             raise RecipeError("loss: 'table' replaces b1, b2 and alpha; give either the table or these")
         self.labeling  # noqa: B018 - an invalid b1 is refused here, not at the first step
 
     @property
     def labeling(self) -> LabelingFunction:
-        """The labeling function in use."""
-        return self.table or LabelingFunction.from_parameters(self.b1, self.b2, self.alpha)
+        """The labeling function in use, with the safety weight."""
+        table = self.table or LabelingFunction.from_parameters(self.b1, self.b2, self.alpha)
+        return table.with_safety_weight(self.safety_weight)
 
     def target(self, pairs: PairLogps) -> Tensor:
         """Return label / beta."""
@@ -374,6 +379,7 @@ def bfpo_loss(
     beta: float = 0.01,
     b1: float = 3.0,
     alpha: float = 0.5,
+    safety_weight: float = 0.0,
 ) -> Tensor:
     """Return the BFPO loss of each pair, unreduced, (B,).
 
@@ -387,9 +393,11 @@ def bfpo_loss(
         beta: The paper's tau; above 0.
         b1: Weight of the chosen answer's safety; above 1.
         alpha: Shift of all labels.
+        safety_weight: Weight of s_chosen - s_rejected that is added to every label; at least 0.
 
     Returns:
-        `(h - (b3·(b1·s_chosen - s_rejected) - alpha)/beta)²` with b3 = 1/(b1-1).
+        `(h - (b3·(b1·s_chosen - s_rejected) - alpha + safety_weight·(s_chosen - s_rejected))/beta)²` with
+        b3 = 1/(b1-1).
 
     Example:
         >>> import torch
@@ -399,7 +407,7 @@ def bfpo_loss(
     """
     safe = is_chosen_safe.to(chosen_logps), is_rejected_safe.to(chosen_logps)
     pairs = PairLogps(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *safe)
-    return BFPO(beta=beta, b1=b1, alpha=alpha)(pairs)
+    return BFPO(beta=beta, b1=b1, alpha=alpha, safety_weight=safety_weight)(pairs)
 
 
 def _check(loss: PairLoss, name: str, in_range: bool, allowed: str) -> None:

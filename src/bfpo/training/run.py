@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from bfpo.config.losses import BFPOSection
 from bfpo.config.recipes import ModelSection, TrainRecipe
 from bfpo.core.files import write_json
 from bfpo.core.pairs import CELLS, PreferencePair
@@ -82,6 +83,7 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     Returns:
         Content of `run.json`; for a dry run, of `data_manifest.json`.
     """
+    recipe = _resolve_safety_weight(recipe)
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
@@ -92,6 +94,17 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
         return manifest
     with exclusive_output(Path(str(args.output_dir))):
         return _train(recipe, args, resume, limit=limit)
+
+
+def _resolve_safety_weight(recipe: TrainRecipe) -> TrainRecipe:
+    """Return the recipe with the number from the file of `loss.multiplier`; its record then doesn't need the file."""
+    if not isinstance(recipe.loss, BFPOSection) or recipe.loss.multiplier is None:
+        return recipe
+    loss = make_loss(recipe.loss.model_dump())
+    assert isinstance(loss, BFPO)
+    say(f"loss.multiplier: safety_weight {loss.safety_weight:.6g} from {recipe.loss.multiplier}")
+    section = recipe.loss.model_copy(update={"multiplier": None, "safety_weight": loss.safety_weight})
+    return recipe.model_copy(update={"loss": section})
 
 
 def _train(
