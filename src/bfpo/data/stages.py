@@ -16,6 +16,7 @@ from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdic
 from bfpo.core.terminal import progress, show_table
 from bfpo.data.blocked_answers import BlockedAnswers
 from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
+from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError, Unanswered
 
 Row = TypeVar("Row", bound=FileRow)
@@ -225,6 +226,19 @@ def read_verdicts(path: Path) -> list[Verdict]:
         DataError: If it is missing or malformed.
     """
     return _read_finished(path, Verdict)
+
+
+def verdicts_by_judge(folder: Path) -> dict[tuple[str, str], list[Verdict]]:
+    """Read all verdicts of a folder, by name and revision of the judge.
+
+    Raises:
+        DataError: If a file is malformed.
+    """
+    by_judge: dict[tuple[str, str], list[Verdict]] = {}
+    for path in judge_files(folder, "verdicts"):
+        for verdict in read_verdicts(path):
+            by_judge.setdefault((verdict.judge, verdict.revision), []).append(verdict)
+    return by_judge
 
 
 def fill(

@@ -92,8 +92,8 @@ class Dual:
         achieved: Value of the measure that is predicted; the lowest reachable one if the constraint is infeasible.
         achieved_low: Lower bound of its 95 % bootstrap interval over prompts, for this λ.
         achieved_high: Upper bound.
-        achieved_with_half: The same estimate from half of each prompt's samples: the error of importance sampling is
-            about as large as the difference. None if the constraint is infeasible.
+        achieved_with_half: The same estimate from half of each prompt's samples; None if the constraint is
+            infeasible.
         tail_start: Cost from which upwards the tail starts, for `cvar`; else None.
         base: The base model.
         predicted: The policy at λ; None if the constraint is infeasible.
@@ -138,6 +138,16 @@ class Dual:
     warnings: list[str] = field(default_factory=list)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
+
+    @property
+    def extrapolated(self) -> float | None:
+        """What is expected to be achieved in truth: the error of the estimate halves with twice the samples.
+
+        None if the constraint is infeasible.
+        """
+        if self.achieved_with_half is None:
+            return None
+        return 2 * self.achieved - self.achieved_with_half
 
     def write(self, folder: Path) -> Path:
         """Write `dual.json` into a folder and return its path."""
