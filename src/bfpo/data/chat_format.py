@@ -114,6 +114,17 @@ class ChatFormat:
         """What becomes of the reasoning in front of an answer."""
         return self.thinking or ("score" if self.is_thinking and self.reasoning_form else "drop")
 
+    def describe_reasoning(self) -> str:
+        """Return a line on how reasoning is rendered and used."""
+        forms = {
+            "key": "the chat template renders it from the message",
+            "inline": f"it is written in the text, in {self.marks[0]} and {self.marks[1]}",
+            "opened": f"the prompt for generation opens it with {self.marks[0]}",
+            None: "the chat template has no place for it",
+        }
+        uses = {"score": "it is part of the loss", "context": "it is read and not scored", "drop": "it is removed"}
+        return f"{forms[self.reasoning_form]}; {uses[self.reasoning_use]} (text.thinking: {self.reasoning_use})"
+
     def check_reasoning(self) -> None:
         """Check that the template renders reasoning, if it is to be read.
 
