@@ -24,6 +24,9 @@ ReasoningForm = Literal["key", "inline", "opened"]
 """Where a template reads reasoning. `key`: a key of the message, `reasoning_content` or `thinking`; `inline`: a
 `<think>` block in the text; `opened`: nowhere, but the prompt for generation opens a thought."""
 
+# What a template raises that refuses a conversation, or expects another one.
+TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError)
+
 # Words that no template has, and that no template changes.
 _USER, _ANSWER, _THOUGHT = "Quartzlantern", "Velvetharbor", "Copperthicket"
 
@@ -70,6 +73,20 @@ class ChatFormat:
             f"{self.tokenizer.name_or_path}: the chat template leaves out the text of user turns; set "
             "`text.chat_template`, or save the tokenizer with another template"
         )
+
+    @cached_property
+    def header(self) -> str:
+        """Text that the prompt for generation has after the last turn; "" if there is none."""
+        rows = [_row(user_says(_USER)[0], None, parts=self.takes_parts)]
+        with_header, without = self._try(rows, add_generation_prompt=True) or "", self._try(rows) or ""
+        return with_header.removeprefix(without) if with_header.startswith(without) else ""
+
+    @cached_property
+    def _developer_role(self) -> str:
+        """Role by which the template reads the developer's turn: older ones know only `system`."""
+        turns = (Message("developer", _ANSWER), Message("user", _USER))
+        text = self._try([_row(turn, None, parts=self.takes_parts) for turn in turns]) or ""
+        return "developer" if _ANSWER in text else "system"
 
     @cached_property
     def marks(self) -> tuple[str, str]:
@@ -221,6 +238,9 @@ class ChatFormat:
         self, conversation: Conversation, inputs: TemplateInputs, form: ReasoningForm | None, **options: Any
     ) -> str:
         rows = [_row(message, form, parts=self.takes_parts, marks=self.marks) for message in conversation]
+        for row in rows:
+            if row["role"] == "developer":
+                row["role"] = self._developer_role
         return str(
             self.tokenizer.apply_chat_template(
                 rows,
@@ -240,7 +260,7 @@ class ChatFormat:
             )
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
-        except (TemplateError, TypeError):
+        except TEMPLATE_ERRORS:
             return None
 
 

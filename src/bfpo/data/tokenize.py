@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 
 from bfpo.config.recipes import TextSection
 from bfpo.core.conversation import Conversation, Message, answer_turns
 from bfpo.core.pairs import NO_INPUTS, Demonstration, PreferencePair
-from bfpo.data.chat_format import ChatFormat
+from bfpo.data.chat_format import TEMPLATE_ERRORS, ChatFormat
 from bfpo.data.load import NOT_A_PREFIX, Reason, SourceReport
 from bfpo.data.table import Example, Ids, token_ids
 from bfpo.data.token_cache import MIN_CACHED, Encoding, cache_file, read_encodings, write_encodings
@@ -196,7 +196,7 @@ class Encoder:
                 rendered.append(_Rendered(tuple(prompts), text, unscored, (REASONING_DROPPED,) if is_dropped else ()))
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
-        except TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             return f"the chat template refuses the conversation ({error})"
         return rendered
 
@@ -238,7 +238,7 @@ class Encoder:
         """
         is_chat = len(conversations) == 1
         starts = [
-            [_common_prefix(prompt, conversation) for prompt in before]
+            [self._start_of_turn(prompt, conversation) for prompt in before]
             for before, conversation in zip(prompts, conversations, strict=True)
         ]
         first = min(turns[0] for turns in starts)
@@ -256,6 +256,20 @@ class Encoder:
         is_prefix = starts == [[len(prompt) for prompt in before] for before in prompts]
         notes = [] if is_prefix else [NOT_A_PREFIX]
         return self._fit(conversations[0][:first], [completion for completion in completions if completion], notes)
+
+    def _start_of_turn(self, prompt: list[int], conversation: list[int]) -> int:
+        """Return the index of an answer's first token: after its prompt, or after the next header if that differs."""
+        start = _common_prefix(prompt, conversation)
+        header = self._header_ids
+        if start == len(prompt) or not header:
+            return start
+        ends = range(start + len(header), len(conversation))
+        return next((end for end in ends if conversation[end - len(header) : end] == header), start)
+
+    @cached_property
+    def _header_ids(self) -> list[int]:
+        ids: list[int] = self.tokenizer(self.format.header, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _mark_turns(self, starts: list[int], conversation: list[int]) -> list[int] | None:
         """Return an answer with marks on the tokens between its turns; None if a turn's end couldn't be learned."""
