@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfpo.config.recipes import DataRecipe, Source
+from bfpo.core.conversation import prompt_key
 from bfpo.core.files import file_hash, write_jsonl
-from bfpo.core.pairs import prompt_key
 from bfpo.data.demonstrations import load_demonstrations, prepare_demonstrations
 from bfpo.data.load import Reason, SourceReport, load_pairs
 from bfpo.data.prepare import is_held_out, prepare, require_labels, write_prepared

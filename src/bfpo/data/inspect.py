@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from bfpo.core.conversation import Answer, answer_text, answer_turns, last_request
 from bfpo.core.pairs import CELLS, PreferencePair
 from bfpo.core.terminal import say, show_table
 from bfpo.data.load import SourceReport, by_reason
@@ -83,8 +84,8 @@ def show_text_lengths(pairs: Sequence[PreferencePair]) -> None:
     """Print quantiles of the lengths in words."""
     lengths = {
         "prompt": [sum(len(message.content.split()) for message in pair.prompt) for pair in pairs],
-        "chosen": [len(pair.chosen.split()) for pair in pairs],
-        "rejected": [len(pair.rejected.split()) for pair in pairs],
+        "chosen": [count_words(pair.chosen) for pair in pairs],
+        "rejected": [count_words(pair.rejected) for pair in pairs],
     }
     _show_quantiles("Lengths in words", lengths)
 
@@ -119,8 +120,8 @@ def show_cell_lengths(pairs: Sequence[PreferencePair]) -> None:
     for cell in CELLS:
         of_cell = [pair for pair in pairs if pair.cell == cell]
         if of_cell:
-            chosen = np.mean([len(pair.chosen.split()) for pair in of_cell])
-            rejected = np.mean([len(pair.rejected.split()) for pair in of_cell])
+            chosen = np.mean([count_words(pair.chosen) for pair in of_cell])
+            rejected = np.mean([count_words(pair.rejected) for pair in of_cell])
             rows.append((cell, len(of_cell), f"{chosen:.0f}", f"{rejected:.0f}", f"{chosen - rejected:+.0f}"))
     if rows:
         show_table("Mean words by cell", ("cell", "pairs", "chosen", "rejected", "gap"), rows)
@@ -131,9 +132,9 @@ def show_pairs(pairs: Sequence[PreferencePair], count: int) -> None:
     first_of_cell = {pair.cell: pair for pair in reversed(pairs)}
     for pair in list(first_of_cell.values())[:count]:
         say(f"\n[{pair.cell or 'unlabeled'}] row {pair.row_id}")
-        say(f"  prompt    {_short(pair.prompt[-1].content)}")
-        say(f"  chosen    {_short(pair.chosen)}")
-        say(f"  rejected  {_short(pair.rejected)}")
+        say(f"  prompt    {_short(last_request(pair.prompt))}")
+        say(f"  chosen    {_short(answer_text(pair.chosen))}")
+        say(f"  rejected  {_short(answer_text(pair.rejected))}")
 
 
 def show_samples(samples: Sequence[dict[str, str]]) -> None:
@@ -142,6 +143,11 @@ def show_samples(samples: Sequence[dict[str, str]]) -> None:
         say(f"\nsample {number} as the model sees it")
         for name, text in sample.items():
             say(f"  {name:<10} {_short(text, keep_end=True)}")
+
+
+def count_words(answer: Answer) -> int:
+    """Return the number of words of an answer, with its reasoning and its tool calls."""
+    return sum(len(text.split()) for turn in answer_turns(answer) for text in turn.texts())
 
 
 def _show_quantiles(title: str, lengths: dict[str, list[int]]) -> None:
