@@ -22,6 +22,7 @@ from bfpo.losses.pairwise import (
     IPOAvg,
     PairLogps,
     SafeDPO,
+    SoftLabels,
     bfpo_loss,
 )
 
@@ -116,6 +117,7 @@ OPTIONAL = {
     "rejected_win_rate": [0.2, 0.4, 0.1, 0.5],
     "expected_safety": [0.4, 0.4, 0.7, 0.7],
     "reward_margin": [1.0, -2.0, 0.5, 0.0],
+    "score_margin": [0.5, 1.0, -2.0, 0.0],
 }
 
 
@@ -313,3 +315,59 @@ def test_a_custom_loss_is_named_by_its_import_path(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     loss = make_loss({"name": "my_losses:Hinge", "beta": 0.5, "edge": 2})
     assert loss(batch([2.0, 6.0], [(1, 1), (1, 1)])).tolist() == [1, 0]
+
+
+# --- preferences from scores
+
+
+def score_batch(margins, scores, **changes):
+    return replace(batch(margins, **changes), score_margin=torch.tensor(scores, dtype=torch.float64))
+
+
+def test_soft_labels_of_dpo_average_both_orders():
+    pairs = score_batch([3.0, -1.0, 0.0, 2.0], [0.0, 2.0, -1.5, 40.0])
+    loss = SoftLabels(0.5, DPO(beta=0.5))
+    p = torch.tensor([0.5, 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1.5)), 1.0], dtype=torch.float64)
+    z = 0.5 * pairs.margin
+    expected = -p * torch.nn.functional.logsigmoid(z) - (1 - p) * torch.nn.functional.logsigmoid(-z)
+    torch.testing.assert_close(loss(pairs), expected, rtol=1e-12, atol=1e-12)
+    assert loss.target(pairs) is None
+    assert loss.direction(pairs).tolist() == [0, 1, -1, 1]
+
+
+def test_soft_labels_of_dpo_are_least_where_the_margin_is_the_score_over_beta():
+    pairs = score_batch([0.0] * 3, [0.7, -2.0, 0.0], bits=CELL_BITS[:3])
+    loss = SoftLabels(0.2, DPO(beta=0.2))
+    h = (pairs.score_margin / 0.2).requires_grad_()
+    loss(
+        replace(pairs, chosen_logps=h + pairs.ref_chosen_logps, rejected_logps=pairs.ref_rejected_logps)
+    ).sum().backward()
+    assert h.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("inner", [IPO(beta=0.2), BFPO(beta=0.2), Additive(beta=0.2)])
+def test_soft_labels_of_squared_losses_regress_onto_the_score(inner):
+    pairs = score_batch([5.0, 5.0, 5.0, 5.0], [1.0, -0.4, 0.0, 2.0])
+    loss = SoftLabels(0.2, inner)
+    assert loss.target(pairs).tolist() == pytest.approx([5, -2, 0, 10])
+    assert loss(pairs).tolist() == pytest.approx([0, 49, 25, 25])
+
+
+def test_soft_labels_do_not_depend_on_the_order_of_a_pair():
+    extra = {name: [1.0, 2, 3, 4] for name in ("chosen_lengths", "rejected_lengths", "reward_margin")}
+    pairs = replace(score_batch([3.0, -1.0, 0.5, 2.0], [1.0, 2.0, -1.5, 0.0]),
+                    **{name: torch.tensor(values) for name, values in extra.items()})  # fmt: skip
+    for inner in (DPO(beta=0.3), IPO(beta=0.3), MODPO(beta=0.3), IPOAvg(beta=0.3)):
+        loss = SoftLabels(0.3, inner)
+        torch.testing.assert_close(loss(pairs.swapped()), loss(pairs), rtol=1e-9, atol=1e-9)
+    assert torch.equal(pairs.swapped().swapped().margin, pairs.margin)
+    assert torch.equal(pairs.swapped().margin, -pairs.margin)
+
+
+def test_soft_labels_need_scores_and_what_their_loss_needs():
+    assert SoftLabels(0.1, MODPO()).needs == ("score_margin", "reward_margin")
+    assert SoftLabels(10, SafeDPO(beta=10)).keeps(SafetyLabels(False, False)) is False
+    with pytest.raises(DataError, match="score_margin"):
+        SoftLabels()(batch([0.0] * 4))
+    with pytest.raises(RecipeError, match=r"SoftLabels.beta is 0.2; expected that of its loss, 0.1"):
+        SoftLabels(0.2, DPO(beta=0.1))

@@ -176,14 +176,18 @@ class Dual:
         return self.reward_scale * reward - self.multiplier * self.constrained_cost(cost)
 
 
+def dual_path(path: str | Path) -> Path:
+    """Return the path of a `dual.json`, of which the folder may be given."""
+    return Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+
+
 def read_dual(path: str | Path) -> Dual:
     """Read a `dual.json`, or the one in a folder.
 
     Raises:
         DataError: If the file is missing, malformed, or of another schema.
     """
-    path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
+    path = dual_path(path)
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -10,7 +10,7 @@ nats (sums over tokens).
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -39,6 +39,7 @@ class PairLogps:
         chosen_win_rate: Probability in [0, 1] of beating a random answer of the data policy; None if unknown.
         rejected_win_rate: Same for the rejected answer.
         reward_margin: Reward by another objective, chosen minus rejected; None if unknown.
+        score_margin: Reward less multiplied cost, chosen minus rejected; None if unknown.
 
     Raises:
         ValueError: If shapes differ.
@@ -56,20 +57,32 @@ class PairLogps:
     chosen_win_rate: Tensor | None = None
     rejected_win_rate: Tensor | None = None
     reward_margin: Tensor | None = None
+    score_margin: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for column in fields(self):
+            value = getattr(self, column.name)
             if value is not None and value.shape != self.chosen_logps.shape:
                 raise ValueError(
                     f"Shape mismatch: chosen_logps is {tuple(self.chosen_logps.shape)}, "
-                    f"{field.name} is {tuple(value.shape)}"
+                    f"{column.name} is {tuple(value.shape)}"
                 )
 
     @property
     def margin(self) -> Tensor:
         """h: how much more than the reference the policy prefers the chosen answer, nats, (B,)."""
         return (self.chosen_logps - self.ref_chosen_logps) - (self.rejected_logps - self.ref_rejected_logps)
+
+    def swapped(self) -> "PairLogps":
+        """Return the pairs with their answers in the other order."""
+        columns = {column.name: getattr(self, column.name) for column in fields(self)}
+        for name in columns:
+            if "chosen" in name:
+                other = name.replace("chosen", "rejected")
+                columns[name], columns[other] = columns[other], columns[name]
+        for name in ("reward_margin", "score_margin"):
+            columns[name] = None if columns[name] is None else -columns[name]
+        return PairLogps(**columns)
 
     def require(self, name: str) -> Tensor:
         """Return an optional input that the loss needs.
@@ -366,6 +379,54 @@ class BFPOSoft(PairLoss):
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return the squared distance from the target."""
         return (pairs.margin - self.target(pairs)) ** 2
+
+
+@dataclass(frozen=True)
+class SoftLabels(PairLoss):
+    """A loss on preferences that follow from scores, without drawing them.
+
+    With m the difference of the scores of chosen and rejected, a loss without targets is averaged over both orders of
+    the pair, weighted by σ(m) and σ(-m): the expectation over labels that are drawn from the Bradley-Terry model. A
+    squared loss regresses the margin onto m/beta. For DPO and all squared losses on token sums, the tabular minimizer
+    is π_ref·exp(score / beta), the optimum of the constrained problem that the scores come from.
+
+    Args:
+        beta: Beta of the loss.
+        loss: The loss.
+
+    Source:
+        Bradley-Terry labels of reward + λ·safety: Huang et al., One-Shot Safety Alignment (MoCAN), arXiv 2405.19544.
+    """
+
+    loss: PairLoss = field(default_factory=DPO)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta != self.loss.beta:
+            raise RecipeError(f"SoftLabels.beta is {self.beta}; expected that of its loss, {self.loss.beta}")
+        object.__setattr__(self, "needs", ("score_margin", *self.loss.needs))
+
+    def keeps(self, labels: SafetyLabels) -> bool:
+        """Keep the pairs that the loss keeps."""
+        return self.loss.keeps(labels)
+
+    def target(self, pairs: PairLogps) -> Tensor | None:
+        """Return m/beta for a squared loss."""
+        if self.loss.target(pairs) is None:
+            return None
+        return pairs.require("score_margin") / self.beta
+
+    def direction(self, pairs: PairLogps) -> Tensor:
+        """Return the sign of m."""
+        return pairs.require("score_margin").sign()
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return `(h - m/beta)²`, or σ(m)·loss of the pair + σ(-m)·loss of the swapped pair."""
+        target = self.target(pairs)
+        if target is not None:
+            return (pairs.margin - target) ** 2
+        p_chosen = torch.sigmoid(pairs.require("score_margin"))
+        return p_chosen * self.loss(pairs) + (1 - p_chosen) * self.loss(pairs.swapped())
 
 
 def bfpo_loss(

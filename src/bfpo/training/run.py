@@ -1,7 +1,7 @@
 """The work of `bfpo train`: from a recipe to a checkpoint and its metadata."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from bfpo.config.losses import BFPOSection
 from bfpo.config.recipes import ModelSection, TrainRecipe
 from bfpo.core.files import write_json
 from bfpo.core.pairs import CELLS, PreferencePair
@@ -17,16 +16,18 @@ from bfpo.core.terminal import progress, say, show_table
 from bfpo.data.inspect import show_cells, show_samples, show_sources
 from bfpo.data.load import Reason
 from bfpo.data.prepare import PreparedData, prepare, require_labels
+from bfpo.data.score_labels import score_margins
 from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
 from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import DataError, RecipeError
-from bfpo.losses.build import make_loss
+from bfpo.losses.dual import Dual
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.lora import lora_config
 from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.encode import require_signals
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
+from bfpo.training.multipliers import build_loss, read_score_labels, relabel, resolve_safety_weight
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
 from bfpo.training.run_sft import load_or_train_sft
@@ -83,7 +84,8 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
     Returns:
         Content of `run.json`; for a dry run, of `data_manifest.json`.
     """
-    recipe = _resolve_safety_weight(recipe)
+    recipe = resolve_safety_weight(recipe)
+    read_score_labels(recipe)
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
@@ -94,17 +96,6 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
         return manifest
     with exclusive_output(Path(str(args.output_dir))):
         return _train(recipe, args, resume, limit=limit)
-
-
-def _resolve_safety_weight(recipe: TrainRecipe) -> TrainRecipe:
-    """Return the recipe with the number from the file of `loss.multiplier`; its record then doesn't need the file."""
-    if not isinstance(recipe.loss, BFPOSection) or recipe.loss.multiplier is None:
-        return recipe
-    loss = make_loss(recipe.loss.model_dump())
-    assert isinstance(loss, BFPO)
-    say(f"loss.multiplier: safety_weight {loss.safety_weight:.6g} from {recipe.loss.multiplier}")
-    section = recipe.loss.model_copy(update={"multiplier": None, "safety_weight": loss.safety_weight})
-    return recipe.model_copy(update={"loss": section})
 
 
 def _train(
@@ -139,19 +130,23 @@ def _prepare_inputs(
     recipe: TrainRecipe, args: TrainingArguments, resume: str | bool | None, *, dry_run: bool, limit: int | None
 ) -> RunInputs:
     """Read, clean and tokenize the data, and show them with the plan and the memory that a run needs."""
-    loss = make_loss(recipe.loss.model_dump())
+    labels = read_score_labels(recipe)
+    loss = build_loss(recipe, labels)
     prepared = prepare(recipe, limit=limit, log=say)
+    label_metadata = {} if labels is None else {"labels": relabel(prepared, labels)}
     remove_untrained(prepared, loss)
     cache = Path(str(args.output_dir)).parent / "cache"
     model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run)
     tokenizer = load_start_tokenizer(model_section, recipe.text, lambda: texts_of(prepared.train))
     clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
     tokens = None if dry_run else cache / "tokens"
-    tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=tokens, clock=clock)
+    dual = labels.dual if labels is not None else None
+    tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=tokens, clock=clock, dual=dual)
     show_data(prepared, tables, loss)
     _check_evaluation(args, tables)
     _show_plan_and_memory(recipe, args, model_section, tokenizer, tables.train)
-    return RunInputs(args, resume, loss, model_section, tokenizer, tables, prepared.manifest(), clock)
+    manifest = prepared.manifest() | label_metadata
+    return RunInputs(args, resume, loss, model_section, tokenizer, tables, manifest, clock)
 
 
 def _resolve_model_section(
@@ -265,6 +260,7 @@ def tokenize_pairs(
     *,
     cache: Path | None,
     clock: datetime | None = None,
+    dual: Dual | None = None,
 ) -> Tables:
     """Tokenize all pairs, or read them from the cache; pairs that don't fit are dropped and counted.
 
@@ -275,6 +271,7 @@ def tokenize_pairs(
         loss: Loss to train with.
         cache: Folder of cached token ids; None to not use it.
         clock: Time that the chat template sees; None for the current time.
+        dual: Constraint whose multiplier combines the scores of the pairs; None if the loss doesn't need them.
 
     Returns:
         Tables; the evaluation tables are named `main` and `buffer`.
@@ -299,15 +296,24 @@ def tokenize_pairs(
     use_scores = recipe.safety == "scores"
     if use_scores and any(pair.signals.chosen_safety_score is None for pair in (*train_pairs, *held_out[0])):
         raise DataError("safety: scores needs chosen_safety_score and rejected_safety_score for every pair")
-    table = pair_table(train_examples, train_pairs, use_scores=use_scores)
-    eval_tables = _evaluation_tables(*held_out, max_eval=recipe.max_eval, use_scores=use_scores)
+
+    def as_table(examples: Sequence[Example], pairs: Sequence[PreferencePair]) -> PairTable:
+        margins = None if dual is None else score_margins(pairs, dual)
+        return pair_table(examples, pairs, use_scores=use_scores, score_margins=margins)
+
+    table = as_table(train_examples, train_pairs)
+    eval_tables = _evaluation_tables(*held_out, max_eval=recipe.max_eval, as_table=as_table)
     for checked in (table, *eval_tables.values()):
         require_signals(checked, loss)
     return Tables(table, eval_tables, samples)
 
 
 def _evaluation_tables(
-    pairs: Sequence[PreferencePair], examples: Sequence[Example], *, max_eval: int | None, use_scores: bool
+    pairs: Sequence[PreferencePair],
+    examples: Sequence[Example],
+    *,
+    max_eval: int | None,
+    as_table: Callable[[Sequence[Example], Sequence[PreferencePair]], PairTable],
 ) -> dict[str, PairTable]:
     tables = {}
     for stream in ("main", "buffer"):
@@ -316,8 +322,7 @@ def _evaluation_tables(
         if len(rows) < len(in_stream):
             say(f"evaluating on a sample of {len(rows):,} of {len(in_stream):,} {stream} pairs (max_eval)")
         if rows:
-            sample = [examples[row] for row in rows], [pairs[row] for row in rows]
-            tables[stream] = pair_table(*sample, use_scores=use_scores)
+            tables[stream] = as_table([examples[row] for row in rows], [pairs[row] for row in rows])
     return tables
 
 
