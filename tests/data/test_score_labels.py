@@ -7,6 +7,7 @@ import pytest
 
 from bfpo.core.conversation import user_says
 from bfpo.core.pairs import PairSignals, PreferencePair, Provenance, SafetyLabels
+from bfpo.data.inspect import show_scores
 from bfpo.data.score_labels import is_reordered, require_scores, score_margins
 from bfpo.errors import DataError
 from bfpo.losses.dual import Constraint, Dual, FrontierPoint
@@ -75,3 +76,15 @@ def test_a_pair_without_scores_is_named():
     ):
         require_scores(pairs)
     require_scores(pairs[:1])
+
+
+def test_an_inspection_shows_scores_and_whether_costs_agree_with_labels(capsys):
+    pairs = [pair(number, (number, 0), (0.5 - number, -1)) for number in range(4)]
+    wrong = replace(pairs[0], labels=SafetyLabels(True, True))
+    show_scores([wrong, *pairs[1:]])
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if "_" in line}
+    assert lines["chosen_reward"] == ["chosen_reward", "4", "0.15", "1.5", "2.85"]
+    assert lines["chosen_cost"][-1] == "75.0%"
+    assert lines["rejected_cost"][-1] == "100.0%"
+    show_scores([replace(pairs[0], signals=PairSignals())])
+    assert capsys.readouterr().out == ""

@@ -182,20 +182,21 @@ def test_dpo_on_relabeled_pairs_has_its_minimizer_at_the_constrained_optimum():
     for reference, values in zip(problem.reference, combined, strict=True):
         values, log_reference = values[reference > 0], np.log(reference[reference > 0])
         i, j = (index.ravel() for index in np.indices((values.size, values.size)))
-        # Bradley-Terry labels of the combined score, pairs drawn from the reference.
-        weights = torch.tensor(np.exp(log_reference[i] + log_reference[j]) / (1 + np.exp(values[j] - values[i])))
 
-        def gradient(log_ratio, i=i, j=j, log_reference=log_reference, weights=weights):
-            u = torch.tensor(log_ratio, requires_grad=True)
-            logps, zero = u + torch.tensor(log_reference), torch.zeros(i.size, dtype=torch.float64)
-            ref = torch.tensor(log_reference)
-            (loss(PairLogps(logps[i], logps[j], ref[i], ref[j], zero, zero)) * weights).sum().backward()
+        def gradient(log_ratio, score, i=i, j=j, log_reference=log_reference):
+            # Bradley-Terry labels of a score, pairs drawn from the reference.
+            weights = np.exp(log_reference[i] + log_reference[j]) / (1 + np.exp(score[j] - score[i]))
+            u, ref = torch.tensor(log_ratio, requires_grad=True), torch.tensor(log_reference)
+            logps, zero = u + ref, torch.zeros(i.size, dtype=torch.float64)
+            losses = loss(PairLogps(logps[i], logps[j], ref[i], ref[j], zero, zero))
+            (losses * torch.tensor(weights)).sum().backward()
             return u.grad.abs().max()
 
         # The population loss is convex, and strictly so up to a constant: a zero gradient is the minimum.
-        assert gradient(values / problem.beta) < EXACT
-        # The labels of the official PeCAN code lack a factor beta: its minimum is elsewhere.
-        assert gradient(values / problem.beta**2) > 1e-5
+        assert gradient(values / problem.beta, values) < EXACT
+        assert gradient(values / problem.beta**2, values) > 1e-5
+        # The official PeCAN code draws labels from log-ratios, which lack the factor beta: its minimum is elsewhere.
+        assert gradient(values / problem.beta**2, values / problem.beta) < EXACT
     policy = problem.policy(multiplier)
     exists = problem.reference > 0
     scaled = np.where(
