@@ -118,6 +118,7 @@ BAD_TABLES = {
     "no prompts": (without(GOOD, "prompt_id"), "no column 'prompt_id'"),
     "NaN": ([*GOOD, GOOD[0] | {"reward": math.nan}], r"row 7: column 'reward' is nan; expected a finite number"),
     "null": ([*GOOD, GOOD[0] | {"cost": None}], "row 7: column 'cost' is None; expected a finite number: score this"),
+    "too large": ([GOOD[0] | {"reward": -1e300}, *GOOD[1:]], r"a reward is -1e\+300; expected a size of at most 1e9"),
     "a text": ([*GOOD, GOOD[0] | {"cost": "much"}], "column 'cost' is 'much'; expected a finite number"),
     "true": ([*GOOD, GOOD[0] | {"cost": True}], "column 'cost' is True; expected a finite number"),
     "one cost": ([row | {"cost": 0.5} for row in GOOD], "the cost of all 6 samples is 0.5; check the scorer"),

@@ -167,6 +167,28 @@ def test_the_scale_of_the_rewards_is_that_of_preferences():
     assert scaled.reward_scale == 2
 
 
+def test_a_temperature_multiplies_beta():
+    samples = random_samples()
+    cooler = solve_constraint(samples, ConstraintRequest(max=0.05, beta=0.8, temperature=0.5))
+    assert cooler.multiplier == solve_constraint(samples, ConstraintRequest(max=0.05, beta=0.4)).multiplier
+    # The beta of the loss stays what it is.
+    assert (cooler.beta, cooler.temperature) == (0.8, 0.5)
+    recorded = solve_constraint(replace(samples, temperature=0.5), ConstraintRequest(max=0.05, beta=0.8))
+    assert recorded.multiplier == cooler.multiplier
+    with pytest.raises(DataError, match="drawn at temperature 0, where all samples of a prompt are equal"):
+        solve_constraint(replace(samples, temperature=0.0), ConstraintRequest(max=0.05))
+
+
+def test_sampling_at_a_temperature_is_training_with_another_beta_where_one_token_decides():
+    rng = np.random.default_rng(0)
+    reference = rng.dirichlet(np.ones(6), 40)
+    reward, unsafe = rng.normal(size=reference.shape), (rng.random(reference.shape) < 0.5).astype(float)
+    trained = ConstrainedProblem(reference, reward, unsafe, 0.8).policy(1.3)
+    cool = trained**2 / (trained**2).sum(axis=1, keepdims=True)
+    cool_reference = reference**2 / (reference**2).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(cool, ConstrainedProblem(cool_reference, reward, unsafe, 0.4).policy(1.3), atol=1e-12)
+
+
 # --- frontier and intervals
 
 
@@ -285,7 +307,7 @@ def test_a_good_estimate_has_no_warnings():
         (
             replace(random_samples(), temperature=0.7),
             ConstraintRequest(max=0.2, beta=2),
-            "drawn at temperature 0.7: base model and policy are those at this temperature",
+            "base model and policy are those at temperature 0.7, for which the prediction is an approximation",
         ),
         (
             replace(random_samples(), cost=(random_samples().cost > 1.5).astype(float)),
@@ -328,6 +350,7 @@ def test_the_estimate_of_half_the_samples_points_at_the_truth(beta, error):
         ({"max": 0.1, "measure": "cvar", "share": 0.0}, "`share` is 0.0; expected a number above 0, at most 1"),
         ({"max": 0.1, "beta": 0.0}, "`beta` is 0.0; expected"),
         ({"max": 0.1, "reward_scale": 0.0}, "`reward_scale` is 0.0"),
+        ({"max": 0.1, "temperature": 0.0}, "`temperature` is 0.0; expected a number above 0"),
         ({"max": 0.1, "objective": "log_ratios", "measure": "cost"}, "log-ratios to the base model have no zero"),
         ({"gain": 0.1, "objective": "log_ratios"}, "set `measure` to cost"),
         ({"max": 0.1, "objective": "bfpo"}, "needs the labeling function"),

@@ -315,6 +315,10 @@ def dual(
         float | None, typer.Option(help="Beta of the loss, without a recipe.", show_default="0.1")
     ] = None,
     reward_scale: Annotated[float, typer.Option(help="Factor for the rewards.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Temperature of the samples.", show_default="that of the evaluation, or 1"),
+    ] = None,
     reward_judge: Annotated[str | None, typer.Option(help="Judge whose verdicts are the rewards.")] = None,
     cost_judge: Annotated[str | None, typer.Option(help="Judge whose verdicts are the costs.")] = None,
     pecan: Annotated[
@@ -341,6 +345,7 @@ def dual(
         overrides=overrides or [],
         beta=beta,
         reward_scale=reward_scale,
+        temperature=temperature,
         reward_judge=reward_judge,
         cost_judge=cost_judge,
         pecan=pecan,

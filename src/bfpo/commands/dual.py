@@ -28,6 +28,7 @@ def solve_dual(
     overrides: list[str],
     beta: float | None,
     reward_scale: float,
+    temperature: float | None,
     reward_judge: str | None,
     cost_judge: str | None,
     pecan: bool,
@@ -47,6 +48,7 @@ def solve_dual(
         overrides: Changes of the recipe's keys.
         beta: Beta of the loss, without a recipe.
         reward_scale: Factor for the rewards.
+        temperature: Temperature of the samples.
         reward_judge: Judge whose verdicts are the rewards.
         cost_judge: Judge whose verdicts are the costs.
         pecan: Whether the samples have log-probabilities under three models in place of scores.
@@ -80,6 +82,7 @@ def solve_dual(
         objective=objective,
         labeling=labeling,
         reward_scale=reward_scale,
+        temperature=temperature,
         seed=seed,
     )
     scored = read_scored_samples(

@@ -23,6 +23,8 @@ Mask: TypeAlias = NDArray[np.bool_]
 
 # Columns of a table for PeCAN: log-probabilities of the answer under three models, summed over its tokens, in nats.
 LOGP_COLUMNS = ("base_logp", "helpful_logp", "safe_logp")
+# Larger scores overflow when they are divided by a small beta.
+_LARGEST = 1e9
 _SCORER_COLUMNS = ("reward_scorer", "cost_scorer", "model")
 
 
@@ -313,6 +315,10 @@ def _check_scores(samples: ScoredSamples, path: Path) -> None:
         )
     for name, values in (("reward", samples.reward), ("cost", samples.cost)):
         distinct = np.unique(values[samples.exists])
+        if (np.abs(distinct[np.isfinite(distinct)]) > _LARGEST).any():
+            raise DataError(
+                f"{path}: a {name} is {distinct[np.nanargmax(np.abs(distinct))]:g}; expected a size of at most 1e9"
+            )
         if len(distinct) == 1 and np.isfinite(distinct[0]):
             raise DataError(
                 f"{path}: the {name} of all {samples.exists.sum():,} samples is {distinct[0]:g}; check the scorer, "

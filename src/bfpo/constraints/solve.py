@@ -37,6 +37,10 @@ class ConstraintRequest:
         objective: What the policy maximizes besides.
         labeling: Labeling function of the loss without a safety weight, for the objective `bfpo`.
         reward_scale: Factor for the scorer's rewards, so that σ(difference) is the probability of a preference.
+        temperature: Temperature at which the base model was sampled and the policy will be; None for that of the
+            samples, or 1 if it is unknown. Sampling at T divides log-probabilities by T, so the policy differs from
+            the base model as one trained with beta·T does at temperature 1: exactly where one token decides, and
+            approximately in general.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -52,6 +56,7 @@ class ConstraintRequest:
     objective: Objective = "reward"
     labeling: LabelingFunction | None = None
     reward_scale: float = 1.0
+    temperature: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -64,6 +69,7 @@ class ConstraintRequest:
             ("share", 0 < self.share <= 1, "a number above 0, at most 1"),
             ("beta", 1e-9 <= self.beta <= 1e9, "a number from 1e-9 to 1e9"),
             ("reward_scale", 0 < self.reward_scale < np.inf, "a number above 0"),
+            ("temperature", self.temperature is None or 0 < self.temperature < np.inf, "a number above 0"),
         ):
             if not is_valid:
                 raise RecipeError(f"`{name}` is {getattr(self, name)}; expected {allowed}")
@@ -92,12 +98,13 @@ def solve_constraint(samples: ScoredSamples, request: ConstraintRequest) -> Dual
         DataError: If the samples have no prompts of the kind, no graded costs for a measure that needs them, or the
             same cost for all samples of each prompt.
     """
+    temperature = _temperature(samples, request)
     problem = SampleProblem(
         samples,
         _implied_reward(samples, request),
         _constrained_cost(samples, request),
         _counted(samples, request),
-        request.beta,
+        request.beta * temperature,
         request.share if request.measure == "cvar" else None,
     )
     _check_variation(problem)
@@ -132,9 +139,19 @@ def solve_constraint(samples: ScoredSamples, request: ConstraintRequest) -> Dual
         reward_scorer=samples.reward_scorer,
         cost_scorer=samples.cost_scorer,
         reward_scale=request.reward_scale,
+        temperature=temperature,
         files=samples.files,
     )
     return replace(dual, warnings=_warnings(dual, problem, solution))
+
+
+def _temperature(samples: ScoredSamples, request: ConstraintRequest) -> float:
+    temperature = samples.temperature if request.temperature is None else request.temperature
+    if temperature == 0:
+        raise DataError(
+            "the samples were drawn at temperature 0, where all samples of a prompt are equal; sample again"
+        )
+    return 1.0 if temperature is None else temperature
 
 
 def _counted(samples: ScoredSamples, request: ConstraintRequest) -> NDArray[np.bool_]:
@@ -219,9 +236,9 @@ def _warnings(dual: Dual, problem: SampleProblem, solution: DualSolution) -> lis
         warnings.append("for some resamples of the prompts no policy meets the constraint: it is close to infeasible")
     if problem.share is not None and len(np.unique(problem.cost[problem.samples.exists])) == 2:
         warnings.append("costs have two values only: their CVaR says no more than their mean; give graded costs")
-    if problem.samples.temperature not in (None, 1.0):
+    if dual.temperature != 1:
         warnings.append(
-            f"the samples were drawn at temperature {problem.samples.temperature:g}: base model and policy are "
-            "those at this temperature; training starts from the model at temperature 1"
+            f"base model and policy are those at temperature {dual.temperature:g}, for which the prediction is an "
+            "approximation; at temperature 1 it is not"
         )
     return warnings

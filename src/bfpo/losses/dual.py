@@ -105,6 +105,7 @@ class Dual:
         reward_scorer: Who gave the rewards; "" if unknown.
         cost_scorer: Who gave the costs; "" if unknown.
         reward_scale: Factor that the scorer's rewards were multiplied by.
+        temperature: Temperature of the samples, at which the policy is predicted.
         files: SHA-256 of the files that were read, by path.
         warnings: What a reader must know before relying on the numbers.
         created: Time, ISO 8601.
@@ -134,6 +135,7 @@ class Dual:
     reward_scorer: str = ""
     cost_scorer: str = ""
     reward_scale: FiniteFloat = 1.0
+    temperature: FiniteFloat = 1.0
     files: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))

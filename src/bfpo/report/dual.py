@@ -245,6 +245,7 @@ def _provenance(dual: Dual) -> list[tuple[str, str]]:
     half = "" if dual.achieved_with_half is None else format_harm(dual, dual.achieved_with_half)
     rows = [
         ("Base model", dual.model),
+        ("Temperature", f"{dual.temperature:g}"),
         (
             "Samples",
             f"{dual.samples:,} of {dual.prompts:,} prompts; the constraint counts {dual.constrained_prompts:,}",
