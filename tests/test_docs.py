@@ -196,6 +196,26 @@ def test_the_numbers_of_the_quickstart_are_those_of_its_study():
         assert f"{base} → {bfpo}" in row
 
 
+def test_the_numbers_of_the_constraints_page_are_those_of_its_study():
+    study = json.loads((ROOT / "benchmarks/results/constraint.json").read_text())
+    page = (ROOT / "docs/constraints.md").read_text()
+
+    def shown(interval):
+        return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * number for number in interval))
+
+    assert len(study["policies"]) == 6
+    for policy in study["policies"]:
+        constraint, measured = policy["constraint"], policy["measured"]
+        multiplier, predicted = "", ""
+        if constraint:
+            multiplier, predicted = f"{constraint['multiplier']:.3g}", shown(constraint["predicted"]["unsafe"])
+        helpfulness = f"{measured['helpfulness']['benign'][0]:.2f}"
+        row = f"| {policy['policy']} | {multiplier} | {predicted} | {shown(measured['unsafe'])} | {helpfulness} |"
+        assert row.replace("|  |", "| |").replace("|  |", "| |") in page, row
+    # The figure is that of the constraint that the page asks for.
+    assert "at most 2 %" in (ROOT / "docs/frontier.svg").read_text()
+
+
 def test_the_numbers_of_the_linear_judge_are_those_of_its_study():
     study = json.loads((ROOT / "benchmarks/results/judge.json").read_text())
     page = (ROOT / "docs/judging.md").read_text()
