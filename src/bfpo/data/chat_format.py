@@ -160,7 +160,7 @@ class ChatFormat:
         Raises:
             TemplateError: If the template refuses the conversation.
         """
-        return self._apply(prompt, inputs, self.reasoning_form, add_generation_prompt=True)
+        return self._apply(prompt, inputs, add_generation_prompt=True)
 
     def render_answer(self, conversation: Conversation, inputs: TemplateInputs = NO_INPUTS) -> RenderedAnswer:
         """Return the text of a conversation that ends with an answer.
@@ -175,7 +175,7 @@ class ChatFormat:
             self.check_reasoning()
         if self.reasoning_use == "drop":
             last = Message(last.role, last.content, None, last.tool_calls, last.tool_call_id, last.name)
-        text = self._apply((*history, last), inputs, self.reasoning_form)
+        text = self._apply((*history, last), inputs)
         if self.opened:
             prompt = self.render_prompt(tuple(history), inputs)
             before = prompt.removesuffix(self.opened)
@@ -234,9 +234,10 @@ class ChatFormat:
         closing = next((mark for _, mark in MARKERS if rest.startswith(mark)), "")
         return len(text) - len(rest.removeprefix(closing).lstrip())
 
-    def _apply(
-        self, conversation: Conversation, inputs: TemplateInputs, form: ReasoningForm | None, **options: Any
-    ) -> str:
+    def _apply(self, conversation: Conversation, inputs: TemplateInputs, **options: Any) -> str:
+        # A thought in the text of an earlier turn would be new to a model that doesn't reason.
+        is_dropped = self.reasoning_use == "drop" and not self.is_thinking
+        form = None if is_dropped else self.reasoning_form
         rows = [_row(message, form, parts=self.takes_parts, marks=self.marks) for message in conversation]
         for row in rows:
             if row["role"] == "developer":
