@@ -53,7 +53,8 @@ class Source(Section):
     """For `xstest_completions`: what a partial refusal counts as."""
     use: Literal["chosen", "rejected", "both", "safer"] | None = None
     """For `bfpo sft`: which answers of a pair are imitated. `safer`: the safe one, and none of two unsafe ones.
-    Default `safer` for labeled pairs, because `chosen` is the more helpful answer and may be unsafe; else `chosen`."""
+    Default `safer` for labeled pairs, because `chosen` is the more helpful answer, which may be unsafe; else
+    `chosen`."""
     license: str | None = None
     """License of the data; default the adapter's."""
 
