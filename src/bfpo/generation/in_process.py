@@ -20,11 +20,12 @@ from transformers import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bfpo.config.recipes import ModelSection
+from bfpo.config.recipes import ModelSection, is_gguf
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
 from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
+from bfpo.model.gguf import find_gguf
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
 from bfpo.model.merge import DTYPES
@@ -269,9 +270,11 @@ def checkpoint_identity(path: str, revision: str | None = None) -> str:
     identity of an adapter includes that of its base model.
 
     Args:
-        path: Folder or hub id.
+        path: Folder, hub id or GGUF file.
         revision: Hub revision.
     """
+    if is_gguf(path):
+        return content_hash("gguf", file_hash(find_gguf(path, revision)))
     folder = Path(path)
     files = (
         sorted({file for pattern in _CHECKPOINT_FILES for file in folder.glob(pattern)}) if folder.is_dir() else []
