@@ -1,8 +1,6 @@
 """The transformers engine: batching doesn't change completions, and only the sampling shapes the distribution."""
 
 import json
-import math
-from collections import Counter
 from copy import deepcopy
 
 import huggingface_hub
@@ -17,7 +15,7 @@ from bfpo.core.conversation import Message, user_says
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.data.stages import generate_completions, generate_most, read_completions
 from bfpo.errors import DataError, ModelError, Unanswered
-from bfpo.generation.in_process import SeededNoise, TransformersEngine, checkpoint_identity, load_engine
+from bfpo.generation.in_process import TransformersEngine, checkpoint_identity, load_engine
 
 PROMPTS = [Prompt(f"p{i}", user_says(" ".join(["small red box"] * (1 + i % 4)) + f" near {i}")) for i in range(9)]
 REQUESTS = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]
@@ -54,17 +52,6 @@ def test_seed_and_sample_change_completions_except_greedy_ones(engine):
     assert any(sampled[f"p{i}", 0] != sampled[f"p{i}", 1] for i in range(9))
     greedy = texts(engine(temperature=0.0))
     assert all(greedy[f"p{i}", 0] == greedy[f"p{i}", 1] for i in range(9))
-
-
-def test_noise_samples_the_distribution():
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    n = 4000
-    scores = probabilities.log().repeat(n, 1)
-    tokens = SeededNoise(range(n))(torch.zeros(n, 1), scores).argmax(-1)
-    counts = Counter(tokens.tolist())
-    for token, p in enumerate(probabilities.tolist()):
-        # Four standard errors.
-        assert abs(counts[token] / n - p) < 4 * math.sqrt(p * (1 - p) / n)
 
 
 def test_the_checkpoints_generation_config_does_not_change_completions(make_model, tokenizer):
