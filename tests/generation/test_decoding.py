@@ -109,6 +109,18 @@ def test_a_shared_prompt_is_encoded_once_and_rows_are_refilled():
     assert len(steps) < 2 * 7
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
+def test_a_common_prefix_is_encoded_once(name):
+    model = family(name, torch.float64).eval()
+    system = tuple(range(30, 42))
+    requests = [request._replace(prompt_ids=system + request.prompt_ids) for request in make_requests()]
+    expected = [plain_answer(model, request, 1.0) for request in requests]
+    shapes = count_forwards(model)
+    assert decode(Decoder(model, ENDS, Sampler(Sampling(temperature=1.0)), max_tokens=400), requests) == expected
+    assert shapes[0] == (1, 12)
+    assert max(length for _, length in shapes[1:]) == max(len(request.prompt_ids) for request in requests) - 12
+
+
 def test_answers_are_yielded_as_they_end():
     model = family("llama").eval()
     requests = [Request((5, 9, 17), 1, 3), Request((5, 9, 17, 4), 2, 200)]

@@ -16,6 +16,8 @@ from bfpo.model.lora import CausalLM, unwrap_adapter
 
 # Prompts of equal length are encoded together up to this number of tokens.
 _ENCODED_TOKENS = 512
+# A shorter common prefix isn't worth the extra forward pass.
+_MIN_PREFIX = 8
 # On a CPU, rows are limited so that the longest answer takes at most about this time: a killed run loses it all.
 _MAX_SECONDS = 60.0
 _MIN_ROWS = 4
@@ -148,6 +150,7 @@ class Decoder:
         """Yield rows with their first token, encoding each prompt when its first row is next."""
         order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt_ids), requests[index][0]))
         by_prompt = [list(group) for _, group in groupby(order, lambda index: requests[index].prompt_ids)]
+        prefix = self._encode_prefix([requests[indices[0]].prompt_ids for indices in by_prompt])
         waiting = deque(by_prompt)
         while waiting:
             batch = [waiting.popleft()]
@@ -156,7 +159,7 @@ class Decoder:
                 if (len(batch) + 1) * length > _ENCODED_TOKENS:
                     break
                 batch.append(waiting.popleft())
-            states = self._model.encode([requests[indices[0]].prompt_ids for indices in batch])
+            states = self._model.encode([requests[indices[0]].prompt_ids for indices in batch], prefix)
             self._report(0)
             for prompt, indices in enumerate(batch):
                 seeds = [requests[index].seed for index in indices]
@@ -165,6 +168,16 @@ class Decoder:
                 for index, token in zip(indices, tokens, strict=True):
                     self._report(1)
                     yield _Upcoming(_Row(index, requests[index], [token]), states, prompt)
+
+    def _encode_prefix(self, prompts: Sequence[tuple[int, ...]]) -> PromptStates | None:
+        """Return the states of the first tokens that all prompts have in common, such as a system message."""
+        if len(prompts) < 2:
+            return None
+        # Where the first and the last in alphabetical order agree, all agree. Each prompt keeps its last token, whose
+        # logits are needed.
+        agree = [token == other for token, other in zip(min(prompts), max(prompts), strict=False)]
+        size = min([*map(len, prompts), (*agree, False).index(False) + 1]) - 1
+        return self._model.encode([prompts[0][:size]]) if size >= _MIN_PREFIX else None
 
     def _step(self, rows: list[_Row], cache: SlotCache) -> list[_Row]:
         """Add a token to each row; remove and return the rows that end."""
@@ -218,7 +231,8 @@ class Decoder:
         """Return the logits of the last tokens of sequences, decoded together."""
         cache, prompts = SlotCache(), [row[:-_CHECKED_STEPS] for row in rows]
         for slot, prompt in enumerate(prompts):
-            states = self._model.encode([prompt])
+            prefix = self._model.encode([prompt[:slot]]) if slot else None
+            states = self._model.encode([prompt], prefix)
             cache.reserve(states, len(rows), max(map(len, rows)), used=slot)
             cache.put(slot, states, 0)
         steps = []

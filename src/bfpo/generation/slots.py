@@ -155,19 +155,26 @@ class SlotModel:
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         self._windows = _windows(config)
 
-    def encode(self, prompts: Sequence[Sequence[int]]) -> PromptStates:
+    def encode(self, prompts: Sequence[Sequence[int]], prefix: PromptStates | None = None) -> PromptStates:
         """Return the states of prompts of equal length.
+
+        Args:
+            prompts: Token ids of the prompts.
+            prefix: States of their first tokens, which all have in common.
 
         Raises:
             UnsupportedModel: If the model's cache has layers that can't be copied into slots.
         """
-        ids = torch.tensor(prompts, device=self._device)
-        cache = DynamicCache()
-        positions = torch.arange(ids.shape[1], device=self._device)
+        length, start, cache = len(prompts[0]), 0, DynamicCache()
+        if prefix is not None:
+            start = prefix.num_tokens
+            for number, states in enumerate(prefix.layers):
+                cache.update(*(part.expand(len(prompts), -1, -1, -1) for part in states), number)
+        positions = torch.arange(start, length, device=self._device)[None]
         output = self._model(
-            input_ids=ids,
-            attention_mask=self._masks(positions[None], ids.shape[1]),
-            position_ids=positions[None].expand(len(ids), -1),
+            input_ids=torch.tensor(prompts, device=self._device)[:, start:],
+            attention_mask=self._masks(positions, length),
+            position_ids=positions.expand(len(prompts), -1),
             past_key_values=cache,
             use_cache=True,
             **self._last_logits,
@@ -175,7 +182,7 @@ class SlotModel:
         for layer in cache.layers:
             if type(layer) is not DynamicLayer or layer.keys is None or layer.keys.dim() != 4:
                 raise UnsupportedModel(f"a layer caches its state as {type(layer).__name__}")
-        if output.past_key_values is not cache or not cache.layers or cache.get_seq_length() != ids.shape[1]:
+        if output.past_key_values is not cache or not cache.layers or cache.get_seq_length() != length:
             raise UnsupportedModel("it keeps a cache of its own")
         return PromptStates(output.logits[:, -1], [(layer.keys, layer.values) for layer in cache.layers])
 
