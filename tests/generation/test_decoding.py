@@ -7,7 +7,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from bfpo.core.samples import Sampling
-from bfpo.generation.decoding import Decoder, Request, max_rows
+from bfpo.generation.decoding import Decoder, DecodeRequest, max_rows
 from bfpo.generation.noise import TokenNoise
 from bfpo.generation.sampler import Sampler
 from bfpo.generation.slots import UnsupportedModel
@@ -27,7 +27,7 @@ def make_requests(count=12, seed=0):
         return int(torch.randint(1, high, (), generator=generator))
 
     prompts = [tuple(random(250) for _ in range(3 + index % 5)) for index in range(count // 2)]
-    return [Request(prompts[index // 2], random(10**9), 2 + random(14)) for index in range(count)]
+    return [DecodeRequest(prompts[index // 2], random(10**9), 2 + random(14)) for index in range(count)]
 
 
 def plain_answer(model, request, temperature, ends=ENDS):
@@ -75,7 +75,7 @@ def test_greedy_answers_are_those_of_a_plain_loop():
 def test_answers_longer_than_the_window_are_those_of_a_plain_loop():
     # The windows of the families are 4 tokens: every answer here leaves its prompt behind.
     model = family("mistral", torch.float64).eval()
-    requests = [Request((5, 9, 17), seed, 40) for seed in range(4)]
+    requests = [DecodeRequest((5, 9, 17), seed, 40) for seed in range(4)]
     expected = [plain_answer(model, request, 1.0, ends=()) for request in requests]
     assert set(map(len, expected)) == {40}
     assert decode(Decoder(model, [], Sampler(Sampling(temperature=1.0)), max_tokens=200), requests) == expected
@@ -93,7 +93,7 @@ def test_a_shared_prompt_is_encoded_once_and_rows_are_refilled():
     model = family("llama").eval()
     shapes = count_forwards(model)
     # No end token, so that every answer has its full length.
-    requests = [Request((5, 9, 17), seed, 2 + 6 * (seed % 2)) for seed in range(8)]
+    requests = [DecodeRequest((5, 9, 17), seed, 2 + 6 * (seed % 2)) for seed in range(8)]
     reported = []
     decoder = Decoder(
         model, [], Sampler(Sampling(temperature=1.0)), max_tokens=1000, max_rows=4, report=reported.append
@@ -123,7 +123,7 @@ def test_a_common_prefix_is_encoded_once(name):
 
 def test_answers_are_yielded_as_they_end():
     model = family("llama").eval()
-    requests = [Request((5, 9, 17), 1, 3), Request((5, 9, 17, 4), 2, 200)]
+    requests = [DecodeRequest((5, 9, 17), 1, 3), DecodeRequest((5, 9, 17, 4), 2, 200)]
     decoder = Decoder(model, [], Sampler(Sampling(temperature=1.0)), max_tokens=1000)
     reported = []
     decoder._report = reported.append
@@ -163,7 +163,7 @@ def test_rows_on_a_cpu_are_limited_by_the_time_of_an_answer():
 def test_a_large_prompt_does_not_widen_the_rows_of_small_ones():
     model = family("llama").eval()
     shapes = count_forwards(model)
-    requests = [*(Request((5, 9, index), index, 4) for index in range(3, 23)), Request((7,) * 150, 1, 4)]
+    requests = [*(DecodeRequest((5, 9, index), index, 4) for index in range(3, 23)), DecodeRequest((7,) * 150, 1, 4)]
     decode(Decoder(model, [], Sampler(Sampling(temperature=1.0)), max_tokens=160), requests)
     steps = [shape[0] for shape in shapes if shape[1] == 1]
     assert max(steps) == 20
@@ -173,7 +173,7 @@ def test_a_large_prompt_does_not_widen_the_rows_of_small_ones():
 def test_decoding_starts_without_delay():
     """A guard against quadratic bookkeeping: thousands of requests must not keep the first answer waiting."""
     model = family("llama").eval()
-    requests = [Request((5, 9, index % 200 + 3), index, 2) for index in range(4000)]
+    requests = [DecodeRequest((5, 9, index % 200 + 3), index, 2) for index in range(4000)]
     start = time.monotonic()
     next(Decoder(model, [], Sampler(Sampling(temperature=1.0)), max_tokens=100).decode(requests))
     assert time.monotonic() - start < 5

@@ -32,7 +32,7 @@ _TOLERANCE_HALF = 0.05
 _FORWARD_ERRORS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-class Request(NamedTuple):
+class DecodeRequest(NamedTuple):
     """Answer to be decoded.
 
     Args:
@@ -64,11 +64,11 @@ class Answer(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Row:
+class _ActiveRow:
     """Answer in progress."""
 
     number: int
-    request: Request
+    request: DecodeRequest
     token_ids: list[int] = field(default_factory=list)
 
     @property
@@ -117,13 +117,13 @@ class Decoder:
         self._is_on_cpu = base.device.type == "cpu"
 
     @torch.inference_mode()
-    def decode(self, requests: Sequence[Request]) -> Iterator[list[Answer]]:
+    def decode(self, requests: Sequence[DecodeRequest]) -> Iterator[list[Answer]]:
         """Yield answers as they end."""
         limit = self._max_rows
         if limit is None:
             longest = max((request.max_new_tokens for request in requests), default=1)
             limit = max_rows(self._num_weights, longest) if self._is_on_cpu else len(requests)
-        waiting, rows, cache = self._encode(requests), list[_Row](), SlotCache()
+        waiting, rows, cache = self._encode(requests), list[_ActiveRow](), SlotCache()
         upcoming = next(waiting, None)
         while rows or upcoming is not None:
             ended = []
@@ -142,11 +142,11 @@ class Decoder:
             if ended:
                 yield [Answer(row.number, row.token_ids) for row in ended]
 
-    def _has_room(self, rows: Sequence[_Row], request: Request, limit: int) -> bool:
+    def _has_room(self, rows: Sequence[_ActiveRow], request: DecodeRequest, limit: int) -> bool:
         longest = max([request.max_length, *(row.request.max_length for row in rows)])
         return not rows or (len(rows) < limit and (len(rows) + 1) * longest <= self._max_tokens)
 
-    def _encode(self, requests: Sequence[Request]) -> Iterator["_Upcoming"]:
+    def _encode(self, requests: Sequence[DecodeRequest]) -> Iterator["_Upcoming"]:
         """Yield rows with their first token, encoding each prompt when its first row is next."""
         order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt_ids), requests[index][0]))
         by_prompt = [list(group) for _, group in groupby(order, lambda index: requests[index].prompt_ids)]
@@ -167,7 +167,7 @@ class Decoder:
                 tokens = self._sampler.choose(logits, seeds, [0] * len(indices))
                 for index, token in zip(indices, tokens, strict=True):
                     self._report(1)
-                    yield _Upcoming(_Row(index, requests[index], [token]), states, prompt)
+                    yield _Upcoming(_ActiveRow(index, requests[index], [token]), states, prompt)
 
     def _encode_prefix(self, prompts: Sequence[tuple[int, ...]]) -> PromptStates | None:
         """Return the states of the first tokens that all prompts have in common, such as a system message."""
@@ -179,7 +179,7 @@ class Decoder:
         size = min([*map(len, prompts), (*agree, False).index(False) + 1]) - 1
         return self._model.encode([prompts[0][:size]]) if size >= _MIN_PREFIX else None
 
-    def _step(self, rows: list[_Row], cache: SlotCache) -> list[_Row]:
+    def _step(self, rows: list[_ActiveRow], cache: SlotCache) -> list[_ActiveRow]:
         """Add a token to each row; remove and return the rows that end."""
         if not rows:
             return []
@@ -198,7 +198,7 @@ class Decoder:
                     rows[slot] = last
         return ended[::-1]
 
-    def _is_ended(self, row: _Row) -> bool:
+    def _is_ended(self, row: _ActiveRow) -> bool:
         return row.token_ids[-1] in self._end_ids or len(row.token_ids) >= row.request.max_new_tokens
 
     @torch.inference_mode()
@@ -246,12 +246,12 @@ class Decoder:
 class _Upcoming(NamedTuple):
     """Row that can take a slot, and its encoded prompt."""
 
-    row: _Row
+    row: _ActiveRow
     states: PromptStates
     prompt: int
 
     @property
-    def request(self) -> Request:
+    def request(self) -> DecodeRequest:
         return self.row.request
 
 

@@ -17,7 +17,7 @@ from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.core.terminal import say, show_activity
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
-from bfpo.generation.decoding import Answer, Decoder, Request
+from bfpo.generation.decoding import Answer, Decoder, DecodeRequest
 from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
 from bfpo.generation.noise import VERSION as NOISE_VERSION
 from bfpo.generation.sampler import Sampler
@@ -107,7 +107,7 @@ class TransformersEngine:
         """
         failed: dict[Key, str] = {}
         fitting: list[tuple[Prompt, int]] = []
-        to_decode: list[Request] = []
+        to_decode: list[DecodeRequest] = []
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         max_prompt = None if positions is None else positions - self.sampling.max_new_tokens
         for prompt, sample in requests:
@@ -125,7 +125,7 @@ class TransformersEngine:
                 continue
             fitting.append((prompt, sample))
             seed = sample_seed(self.sampling.seed, *key)
-            to_decode.append(Request(tuple(prompt_ids), seed, self.sampling.max_new_tokens))
+            to_decode.append(DecodeRequest(tuple(prompt_ids), seed, self.sampling.max_new_tokens))
         check_token_ids(self.model, [*(request.prompt_ids for request in to_decode), [self._pad_id]], self.model_name)
         tokens = _TokenCount()
         for answers in self._decode(to_decode, tokens.add):
@@ -136,7 +136,7 @@ class TransformersEngine:
         if failed:
             raise Unanswered(failed, len(requests), refused=failed)
 
-    def _decode(self, requests: Sequence[Request], report: Callable[[int], None]) -> Iterator[list[Answer]]:
+    def _decode(self, requests: Sequence[DecodeRequest], report: Callable[[int], None]) -> Iterator[list[Answer]]:
         """Yield answers as they end, or in whole batches for a model whose cache can't be edited."""
         if not requests:
             return

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from bfpo.generation.decoding import Answer, Request, max_rows
+from bfpo.generation.decoding import Answer, DecodeRequest, max_rows
 from bfpo.generation.sampler import Sampler
 from bfpo.model.lora import CausalLM
 
@@ -37,7 +37,7 @@ class WholeBatches:
         self._model, self._end_ids, self._pad_id = model, list(end_ids), pad_id
         self._sampler, self._max_tokens, self._report = sampler, max_tokens, report
 
-    def decode(self, requests: Sequence[Request]) -> Iterator[list[Answer]]:
+    def decode(self, requests: Sequence[DecodeRequest]) -> Iterator[list[Answer]]:
         """Yield the answers of one batch after another, shortest prompts first."""
         limit = len(requests)
         if self._model.device.type == "cpu":
@@ -55,7 +55,7 @@ class WholeBatches:
             yield self._decode_batch(batch, [requests[i] for i in batch])
 
     @torch.inference_mode()
-    def _decode_batch(self, indices: Sequence[int], requests: Sequence[Request]) -> list[Answer]:
+    def _decode_batch(self, indices: Sequence[int], requests: Sequence[DecodeRequest]) -> list[Answer]:
         model: Any = self._model
         width = max(len(request.prompt_ids) for request in requests)
         padding = [width - len(request.prompt_ids) for request in requests]
