@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from bfpo.commands.app import app
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import LoraSection, ModelSection, SftRecipe, TrainRecipe
+from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import user_says
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.errors import MissingExtra, ModelError, RecipeError
 from bfpo.generation.in_process import checkpoint_identity, load_engine
