@@ -3,6 +3,7 @@
 import json
 import re
 from copy import deepcopy
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from bfpo.commands.app import app
 from bfpo.core import terminal
 from bfpo.core.conversation import Message, user_says
-from bfpo.core.files import content_hash, read_repaired_jsonl
+from bfpo.core.files import content_hash, read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.data import stages
 from bfpo.data.stages import generate_completions, generate_most, read_completions
@@ -102,6 +103,27 @@ def test_tokens_are_counted_while_answers_are_generated(engine, tmp_path, capsys
     # The first line comes after the first forward pass, long before an answer ends.
     assert re.fullmatch(r"generating: 0 of 9 \(\d+ tokens, [\d,]+ per second\)", lines[0])
     assert re.search(r"generating: [1-8] of 9, about \d+ min left \(\d+ tokens", lines[-1])
+
+
+def test_finished_samples_of_the_former_noise_are_kept_and_unfinished_ones_refused(engine, tmp_path):
+    path = tmp_path / "c.jsonl"
+    sampled = engine()
+    made = generate_completions(sampled, PROMPTS[:3], path, samples=2)
+    old = [replace(completion, text="former", settings_hash=sampled.former_settings_hash) for completion in made]
+    write_jsonl(path, [completion.to_row() for completion in old])
+    before = path.read_bytes()
+    assert generate_completions(sampled, PROMPTS[:3], path, samples=2) == old
+    assert path.read_bytes() == before
+    for prompts, samples in ((PROMPTS[:4], 2), (PROMPTS[:3], 3)):
+        with pytest.raises(DataError, match=r"sampled by an earlier version, .* and [23] completions are missing"):
+            generate_completions(sampled, prompts, path, samples=samples)
+    (tmp_path / "c.jsonl.unfinished").write_bytes(before)
+    path.unlink()
+    with pytest.raises(DataError, match="sampled by an earlier version"):
+        generate_completions(sampled, PROMPTS[:4], path, samples=2)
+    # Another seed is still another run.
+    with pytest.raises(DataError, match="another model or other settings"):
+        generate_completions(engine(seed=1), PROMPTS[:3], path, samples=2)
 
 
 def test_the_version_of_the_noise_is_a_setting_of_samples_only(engine):

@@ -88,10 +88,16 @@ class TransformersEngine:
     @property
     def settings_hash(self) -> str:
         """Hash of model, template, end tokens and sampling, without the number of samples, so more can be added."""
+        return self._hash_settings(*([NOISE_VERSION] if self.sampling.temperature > 0 else []))
+
+    @property
+    def former_settings_hash(self) -> str:
+        """The same hash as it was before noise had a version; a finished file with it is kept."""
+        return self._hash_settings()
+
+    def _hash_settings(self, *noise: int) -> str:
         sampling = self.sampling
-        settings: tuple[float, ...] = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed)
-        if sampling.temperature > 0:
-            settings += (NOISE_VERSION,)
+        settings = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed, *noise)
         # The identity covers the tokenizer's end token; those of the generation config are added if they differ.
         ends = () if self._end_ids == [self.tokenizer.eos_token_id] else (self._end_ids,)
         dtype, template = str(self.model.dtype), self.tokenizer.chat_template
