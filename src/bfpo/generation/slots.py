@@ -169,7 +169,8 @@ class SlotModel:
         if prefix is not None:
             start = prefix.num_tokens
             for number, states in enumerate(prefix.layers):
-                cache.update(*(part.expand(len(prompts), -1, -1, -1) for part in states), number)
+                keys, values = (part.expand(len(prompts), -1, -1, -1) for part in states)
+                cache.update(keys, values, number)
         positions = torch.arange(start, length, device=self._device)[None]
         output = self._model(
             input_ids=torch.tensor(prompts, device=self._device)[:, start:],
