@@ -13,6 +13,7 @@ from bfpo.config.recipes import Source
 from bfpo.core.conversation import as_messages
 from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
+from bfpo.core.samples import Key as CompletionKey
 from bfpo.core.terminal import progress, show_table
 from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
 from bfpo.data.unread_answers import UnreadAnswers
@@ -72,24 +73,39 @@ def generate_completions(
         Unanswered: If some completions are missing.
     """
     requests = {(prompt.prompt_id, sample): (prompt, sample) for prompt in prompts for sample in range(samples)}
+    # An engine whose samples changed has the hash of its former ones too: a finished file of them is kept.
+    former_hash = getattr(engine, "former_settings_hash", None)
+    former: list[Completion] = []
 
     def check(completion: Completion) -> None:
         if completion.key in requests and completion.prompt != requests[completion.key][0].prompt:
             raise DataError(
                 f"{path}: {completion.key} answers another prompt with this id; choose another output file"
             )
-        if completion.settings_hash != engine.settings_hash:
+        if completion.settings_hash == engine.settings_hash:
+            return
+        if completion.settings_hash == former_hash:
+            former.append(completion)
+        else:
             raise DataError(
                 f"{path} has completions of another model or other settings (hash {completion.settings_hash}, but "
                 f"{engine.settings_hash} for this run); choose another output file, or remove this one"
             )
+
+    def generate(missing: Sequence[CompletionKey]) -> Iterator[list[Completion]]:
+        if former:
+            raise DataError(
+                f"{path} was sampled by an earlier version, whose samples are others, and {len(missing)} completions "
+                "are missing; finish it with that version, choose another output file, or remove this one"
+            )
+        return engine.generate([requests[key] for key in missing])
 
     return fill(
         path,
         Completion,
         requests,
         lambda completion: completion.key,
-        lambda missing: engine.generate([requests[key] for key in missing]),
+        generate,
         check=check,
         what="generating",
     )
