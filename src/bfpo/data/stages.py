@@ -13,9 +13,9 @@ from bfpo.config.recipes import Source
 from bfpo.core.conversation import as_messages
 from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
-from bfpo.core.terminal import progress, show_table
+from bfpo.core.terminal import progress, say, show_table
 from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
-from bfpo.data.unread_answers import UnreadAnswers
+from bfpo.data.unread_answers import UnreadAnswers, describe_missing_answers
 from bfpo.errors import DataError, Unanswered
 
 Row = TypeVar("Row", bound=FileRow)
@@ -148,10 +148,12 @@ def show_faults(faults: Counter[str]) -> None:
 
 
 def show_outcomes(completions: Sequence[Completion]) -> None:
-    """Print a table of how the answers ended, if a server blocked or cut off any of them."""
+    """Print a table of how the answers ended if a server blocked any, and how many have reasoning and no answer."""
     outcomes = Counter(completion.finish_reason for completion in completions)
     if outcomes["filtered"] or outcomes["refused"]:
         show_table("Outcomes", ("outcome", "completions"), outcomes.most_common())
+    for line in describe_missing_answers(completions):
+        say(line)
 
 
 def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:
