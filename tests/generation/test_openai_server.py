@@ -520,6 +520,27 @@ def test_the_command_queries_a_server(tmp_path):
     assert {completion.model for completion in read_completions(out)} == {"toy"}
 
 
+def test_the_command_sends_and_writes_everything_that_a_file_of_prompts_has(tmp_path):
+    row = {"prompt": [message.to_row() for message in HISTORY[1:]], "system": "Be brief.", "note": "a private note"}
+    row |= {"tools": TOOLS.value, "chat_template_kwargs": {"enable_thinking": False}, "language": "en"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "c.jsonl"
+    bodies = []
+    with faulty_server(lambda number, body: bodies.append(body)) as (url, _):
+        arguments = ["generate", "toy", str(tmp_path / "prompts.jsonl"), "--server", url, "--out", str(out)]
+        refused = CliRunner().invoke(app, arguments)
+        assert "columns not read: note" in str(refused.exception)
+        result = CliRunner().invoke(app, [*arguments, "--ignore-column", "note"])
+        again = CliRunner().invoke(app, [*arguments, "--ignore-column", "note"])
+    assert result.exit_code == again.exit_code == 0, result.output
+    ((body,), (completion,)) = bodies, read_completions(out)
+    assert [message["role"] for message in body["messages"]] == ["system", "user", "assistant", "tool"]
+    assert (body["tools"], body["chat_template_kwargs"]) == (TOOLS.value, {"enable_thinking": False})
+    assert completion.prompt == (Message("system", "Be brief."), *HISTORY[1:])
+    assert completion.inputs == WITH_TOOLS.inputs
+    assert completion.language == "en"
+
+
 def test_the_command_shows_how_often_reasoning_used_all_tokens(tmp_path):
     (tmp_path / "prompts.txt").write_text("small red box\nlarge blue door\ngreen ball\n")
     out = tmp_path / "c.jsonl"

@@ -349,7 +349,8 @@ def _read_message(turn: object, column: str, ignore: Collection[str]) -> Message
     if unknown := sorted(str(key) for key in values if key not in _KEYS):
         raise DataError(
             f"column '{column}': unknown key '{unknown[0]}' of a message ({_shorten(turn)}); the keys are "
-            f"{', '.join(_KEYS)}; set `text: {{ignore_message_keys: [{', '.join(unknown)}]}}` to leave it out"
+            f"{', '.join(_KEYS)}; set `ignore_message_keys: [{', '.join(unknown)}]` (of `text:`, or of a source of "
+            "prompts) to leave it out"
         )
     role = values.get("role")
     if role not in ROLES:

@@ -38,7 +38,7 @@ from bfpo.core.conversation import (
     as_tools,
 )
 from bfpo.core.files import content_hash
-from bfpo.core.pairs import TemplateInputs
+from bfpo.core.pairs import NO_INPUTS, TemplateInputs
 from bfpo.core.reasoning import MARKERS, split_reasoning
 from bfpo.errors import DataError
 
@@ -444,9 +444,9 @@ class Judge(Protocol):
         """Return a verdict for each completion, in the order of the completions."""
 
 
-def prompt_id(prompt: Conversation) -> str:
-    """Return a hash of a prompt, which is its id if its source has none."""
-    return content_hash(prompt)[:12]
+def prompt_id(prompt: Conversation, inputs: TemplateInputs = NO_INPUTS) -> str:
+    """Return a hash of a prompt and its tools, which is its id if its source has none."""
+    return content_hash(prompt, *inputs.hashed)[:12]
 
 
 def sample_seed(seed: int, prompt_id: str, sample: int) -> int:
