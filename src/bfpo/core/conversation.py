@@ -273,11 +273,13 @@ def conversation_text(prompt: Conversation) -> str:
 
 
 def as_tool_calls(value: object) -> tuple[ToolCall, ...]:
-    """Return the tool calls of a list of objects; none for null.
+    """Return the tool calls of a list of objects, or of its JSON text; none for null.
 
     Raises:
         DataError: If it isn't a list, or a call is malformed.
     """
+    if isinstance(value, str) and (not value.strip() or value.lstrip().startswith("[")):
+        value = _parse_if_text(value, "tool_calls")
     if value is None:
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str):
