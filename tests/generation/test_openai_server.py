@@ -352,6 +352,31 @@ def test_a_server_that_refuses_a_key_gets_the_rest(name, error, capsys):
     assert other is None or bodies[-1]["messages"][2][other] == "She is owed 5."
 
 
+IN_TEXT = '<tool_call>\n{"name": "wire", "arguments": {"to": "Ada", "sum": 5}}\n</tool_call>'
+CHANNELS = (
+    "<|channel|>analysis<|message|>Let me<|end|><|start|>assistant<|channel|>commentary to=functions.wire "
+    '<|constrain|>json<|message|>{"to": "Ada", "sum": 5}'
+)
+
+
+@pytest.mark.parametrize(
+    ("reply", "reasoning", "text"),
+    [
+        (reply_of(f"Now.\n{IN_TEXT}"), None, "Now."),
+        (reply_of(f"<think>Let me</think>{IN_TEXT}"), "Let me", ""),
+        (reply_of(IN_TEXT, reasoning="Let me"), "Let me", ""),
+        (reply_of(CHANNELS), "Let me", ""),
+    ],
+)
+def test_a_call_that_a_server_left_in_the_text_is_read(reply, reasoning, text):
+    (completion,) = generate(served_by(lambda body: (200, reply))[0], [WITH_TOOLS])
+    assert [(call.name, call.arguments) for call in completion.tool_calls] == [("wire", WIRE.arguments)]
+    assert (completion.reasoning, completion.text) == (reasoning, text)
+    # Without tools there are no calls.
+    (completion,) = generate(served_by(lambda body: (200, reply))[0])
+    assert not completion.tool_calls
+
+
 def test_a_server_that_refuses_tools_is_not_asked_without_them():
     error = {"error": {"message": "tools is not supported by this model", "param": "tools"}}
     server, bodies = served_by(lambda body: (400, error))

@@ -185,6 +185,14 @@ def test_an_answer_to_a_prompt_with_other_tools_is_not_taken(tmp_path):
     assert (completion.text, completion.tools, completion.language) == ("any", others, "fr")
 
 
+def test_a_call_in_the_text_of_an_answer_to_a_prompt_with_tools_is_read(tmp_path):
+    row = {"prompt": "Pay Ada", "text": '<tool_call>{"name": "pay", "arguments": {"to": "Ada"}}</tool_call>'}
+    (completion,) = answers_of(tmp_path, row, tools=FrozenJson.freeze(TOOLS))
+    assert (completion.text, completion.tool_calls) == ("", (PAID,))
+    (completion,) = answers_of(tmp_path, row)
+    assert (completion.text, completion.tool_calls) == (row["text"], ())
+
+
 def test_columns_that_are_not_read_are_named(tmp_path, capsys):
     row = {"prompt": "Pay Ada", "goal": "to pay Ada", "text": "Paid.", "id": "one", "notes": ["a"], "model": "m"}
     answers_of(tmp_path, row, row | {"critique": "a good answer"})

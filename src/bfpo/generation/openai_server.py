@@ -31,6 +31,7 @@ from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.core.terminal import say
 from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.identical_samples import IdenticalSamples
+from bfpo.generation.model_text import read_parts_in_text
 from bfpo.generation.server_replies import MalformedReply, Reply, ServerError, read_error, read_reply
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -388,7 +389,7 @@ class ServerEngine:
             self._state.unread |= unread
         if unread:
             say(f"note: fields of the server's replies that aren't read: {', '.join(sorted(unread))}")
-        return Completion(
+        completion = Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
@@ -405,6 +406,7 @@ class ServerEngine:
             chat_template_kwargs=prompt.chat_template_kwargs,
             language=prompt.language,
         )
+        return read_parts_in_text(completion)
 
 
 def _message_to_row(message: Message, without: Collection[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from bfpo.data.pair_formats import find_unread_columns, read_inputs
 from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, Unanswered
+from bfpo.generation.model_text import read_parts_in_text
 from bfpo.generation.server_replies import REASONING_FIELDS, read_finish_reason
 
 _PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal")
@@ -114,7 +115,7 @@ class SavedEngine:
         message, row = answer.message, answer.row
         ending = row.values.get("finish_reason")
         words = sum(len(turn.content.split()) for turn in prompt.prompt)
-        return Completion(
+        completion = Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
@@ -132,6 +133,7 @@ class SavedEngine:
             chat_template_kwargs=prompt.chat_template_kwargs,
             language=prompt.language,
         )
+        return read_parts_in_text(completion)
 
 
 class _SavedAnswer(NamedTuple):
