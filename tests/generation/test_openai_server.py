@@ -709,6 +709,12 @@ def test_transformers_serve_answers(tmp_path, make_model, tokenizer):
             ServerOptions(url, str(tmp_path / "m"), concurrency=2), Sampling(2, temperature=1.0, max_new_tokens=8)
         )
         completions = generate_completions(server, PROMPTS[:5], tmp_path / "c.jsonl", samples=2)
+        # It takes tools, template arguments, tool calls and results, and both keys of reasoning.
+        call = replace(HISTORY[2], tool_calls=(WIRE,))
+        whole = replace(WITH_TOOLS, prompt=(Message("system", "Be brief."), HISTORY[1], call, HISTORY[3]))
+        (answer,) = generate_completions(server, [whole], tmp_path / "whole.jsonl")
     assert [completion.key for completion in completions] == [(f"p{i}", k) for i in range(5) for k in range(2)]
     assert len({completion.text for completion in completions}) > 5
     assert all(completion.completion_tokens <= 9 for completion in completions)
+    assert answer.prompt_tokens > completions[0].prompt_tokens
+    assert not server.faults
