@@ -125,6 +125,9 @@ def test_the_same_words_with_other_tools_are_another_prompt(tmp_path):
             "row 1: column 'chat_template_kwargs' is .*expected an object",
         ),
         ({"prompt": "a", "language": 5}, "row 1: column 'language' is 5; expected a string"),
+        ({"prompt": '[{"role": "user", "content": "\\ud800"}]'}, r"row 1: lone surrogate \\ud800"),
+        ({"prompt": "a", "tools": '[{"name": "\\ud800"}]'}, r"row 1: lone surrogate \\ud800"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, r"from is \['human'\]; expected system, human"),
     ],
 )
 def test_what_can_not_be_read_is_named(tmp_path, row, message):

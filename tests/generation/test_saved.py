@@ -165,6 +165,8 @@ def test_completions_of_the_program_are_read_back_equal(tmp_path):
             "column 'tool_calls' have different calls",
         ),
         ({"prompt": "a", "text": "b", "tool_calls": [{"name": ""}]}, "row 1: tool call"),
+        ({"prompt": "a", "text": '[{"role": "assistant", "content": "\\ud800"}]'}, "row 1: lone surrogate"),
+        ({"prompt": "a", "text": None, "tool_calls": '[{"name": "\\ud800"}]'}, "row 1: lone surrogate"),
     ],
 )
 def test_a_row_whose_answer_is_not_clear_is_refused(tmp_path, row, message):

@@ -378,7 +378,7 @@ def _read_message(turn: object, column: str, ignore: Collection[str]) -> Message
 
 def _from_sharegpt(values: Mapping[str, Any], column: str) -> dict[str, Any]:
     speaker, text = values["from"], values["value"]
-    if speaker not in _SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
         raise DataError(f"column '{column}': from is {speaker!r}; expected {', '.join(_SHAREGPT_ROLES)}")
     others = {key: value for key, value in values.items() if key not in ("from", "value")}
     if speaker != "function_call":

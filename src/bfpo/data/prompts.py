@@ -14,7 +14,7 @@ from bfpo.core.pairs import COLUMNS, NO_INPUTS, TemplateInputs, check_asks
 from bfpo.core.samples import Completion, Kind, Prompt
 from bfpo.data.pair_formats import read_inputs, refuse_unread_columns, with_system, without_aliases
 from bfpo.data.prompt_sets import PromptSet, find_prompt_set
-from bfpo.data.rows import SourceRow, read_rows
+from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, RecipeError
 
 
@@ -104,7 +104,11 @@ def read_prompt_content(row: SourceRow, columns: Sequence[str] = PROMPT_COLUMNS)
     language = row.values.get("language") or None
     if not isinstance(language, str | None):
         raise DataError(f"column 'language' is {language!r}; expected a string, or null")
-    return PromptContent(with_system(row, messages), read_inputs(row), language)
+    content = PromptContent(with_system(row, messages), read_inputs(row), language)
+    # Also those in the JSON text of a cell, which the row doesn't have yet.
+    texts = {"prompt": [message.to_row() for message in content.messages], **content.inputs.to_row()}
+    refuse_lone_surrogates(SourceRow(dict(row.values) | texts, row.where))
+    return content
 
 
 def check_prompt_columns(row: SourceRow, others: Collection[str] = ()) -> None:

@@ -50,7 +50,6 @@ def read_prompt_file(
     else:
         for row in read_rows(Source(path=path, ignore_columns=list(ignore_columns)), ignore_message_keys):
             with row.locate_errors():
-                refuse_lone_surrogates(row)
                 messages, inputs, language = read_prompt_content(row)
                 default_id = prompt_id(messages, inputs)
                 columns = {"prompt": [message.to_row() for message in messages], "language": language}

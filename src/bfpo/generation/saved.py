@@ -61,8 +61,9 @@ class SavedEngine:
         unread: dict[str, None] = {}
         for row in map(_flatten, read_rows(Source(path=path))):
             with row.locate_errors():
-                refuse_lone_surrogates(row)
                 answer = _read_answer(row)
+                # Also those in the JSON text of a cell, which the row doesn't have.
+                refuse_lone_surrogates(SourceRow(dict(row.values) | {"answer": answer.message.to_row()}, row.where))
                 model = row.values.get("model")
                 if not isinstance(model, str | None):
                     raise DataError(f"column 'model' is {model!r}; expected a string")
