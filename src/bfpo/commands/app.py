@@ -160,6 +160,13 @@ def generate(
             help="Share of completions that may be missing because a prompt is too long or the server fails.",
         ),
     ] = 0.1,
+    ignore_column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of PROMPTS that is left out; repeatable. Else a text that isn't read is an error."),
+    ] = None,
+    ignore_message_key: Annotated[
+        list[str] | None, typer.Option(help="Key of messages that is left out; repeatable.")
+    ] = None,
 ) -> None:
     """Generate completions with a checkpoint or a model on a server."""
     from bfpo.commands.generate import generate_to_file
@@ -176,7 +183,15 @@ def generate(
         dtype=dtype,
     )
     sampling = Sampling(samples, temperature, top_p, max_new_tokens, seed)
-    generate_to_file(engine, sampling, prompts, out, max_unanswered=max_unanswered)
+    generate_to_file(
+        engine,
+        sampling,
+        prompts,
+        out,
+        max_unanswered=max_unanswered,
+        ignore_columns=ignore_column or (),
+        ignore_message_keys=ignore_message_key or (),
+    )
 
 
 @app.command()
