@@ -11,6 +11,7 @@ from bfpo.core.terminal import console, escape_controls, say
 from bfpo.errors import ModelError
 from bfpo.generation.model_inputs import TemplateRefusal, render_chat
 from bfpo.model.load import load_model, load_tokenizer
+from bfpo.model.vocabulary import check_token_ids
 
 
 class PlainStreamer(TextStreamer):
@@ -57,6 +58,7 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
         except TemplateRefusal as refusal:
             raise ModelError(f"{path}: {refusal}") from None
         inputs = tokenizer([text], add_special_tokens=False, return_tensors="pt").to(device)
+        check_token_ids(model, inputs["input_ids"].tolist(), path)
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

@@ -13,7 +13,7 @@ from bfpo.errors import RecipeError, Stopped, did_you_mean
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.show import show_results
 from bfpo.experiments.methods import METHODS, train_recipe
-from bfpo.experiments.steps import evaluate_run, make_base, run_once, write_world
+from bfpo.experiments.steps import base_recipes, evaluate_run, is_finished, make_base, run_once, write_world
 from bfpo.report.html import write_report
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
@@ -45,6 +45,12 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
         raise RecipeError(f"method '{method}'; {did_you_mean(method, list(METHODS))}")
     start, log = time.monotonic(), out / "quickstart.log"
     world, base = out / "world", out / "base"
+    training = train_recipe(
+        METHODS[method], world=world, base=base, out=out / method, seed=seed, steps=METHOD_STEPS
+    )
+    # A folder with another quickstart is refused before anything is trained, not at the step that finds it.
+    for recipe in (*base_recipes(out, seed=seed), training):
+        is_finished(recipe)
     try:
         with _step(1, "the world: requests, answers, preferences", log):
             options = WorldOptions(seed=seed)
@@ -52,9 +58,7 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
         with _step(2, "a base model that answers every request", log):
             make_base(out, seed=seed)
         with _step(3, f"{METHODS[method].title}: preference training", log):
-            run_once(
-                train_recipe(METHODS[method], world=world, base=base, out=out / method, seed=seed, steps=METHOD_STEPS)
-            )
+            run_once(training)
         with _step(4, "completions before and after, on held-out prompts", log):
             runs = [out / name for name in METHODS if (out / name / "run.json").exists()]
             results = evaluate_against(base, runs, world / "prompts.jsonl", Oracle(options.skills))

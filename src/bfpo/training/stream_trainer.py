@@ -26,6 +26,7 @@ from bfpo.model.layout_check import PackingCheck, resolve_layout
 from bfpo.model.logps import add_layout_forward
 from bfpo.model.lora import CausalLM, unwrap_adapter
 from bfpo.model.selective import disable_dropout, select_parameters
+from bfpo.model.vocabulary import check_token_ids
 from bfpo.training.batches import Batch, Collator, KeyDataset
 from bfpo.training.checkpoints import (
     CompletionMark,
@@ -64,6 +65,7 @@ class StreamTrainer(Trainer, ABC):
         optimizers: Optimizer and scheduler, as in transformers.
 
     Raises:
+        ModelError: If a token of the data has no embedding.
         RecipeError: If the launched processes or the requested sharding can't be used; see `bfpo.training.processes`.
     """
 
@@ -86,6 +88,9 @@ class StreamTrainer(Trainer, ABC):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         check_devices(args)
+        config = unwrap_adapter(model).config
+        largest_ids = [[each.largest_id] for each in (table, *eval_tables.values())]
+        check_token_ids(model, largest_ids, str(config._name_or_path or config.model_type))
         self._start_fingerprint = start_fingerprint(model)
         self.selection = select_parameters(model, train_only)
         disable_dropout(model)
