@@ -18,8 +18,8 @@ from bfpo.evaluation.results import MetricResult, Results, read_results
 from bfpo.experiments import steps
 from bfpo.experiments import units as module
 from bfpo.experiments.recipe import ExperimentRecipe, all_settings
-from bfpo.experiments.run import run_experiment
 from bfpo.experiments.results import METRICS, choose_settings, collect_results, show_comparison, write_comparison
+from bfpo.experiments.run import run_experiment
 from bfpo.experiments.units import make_units, run_unit, run_units
 from bfpo.testbed.oracle import Oracle
 
@@ -121,7 +121,10 @@ TWICE = {
         ({"variants": {"bfpo": {"method": "bfpo", "vary": {"loss.alpha": [1]}}}}, "no center of loss.alpha"),
         ({"variants": TWICE}, "two are called 'bfpo beta=0.1'"),
         ({"variants": {"bfpo": {"method": "bfpo", "changes": {"loss.beta": -1}}}}, r"variants\.bfpo:\n  loss\.beta"),
-        ({"variants": {"bfpo": {"method": "bfpo", "vary": {"loss.beta": [0.1, -1]}}}}, r"variants\.bfpo:\n  loss\.beta"),
+        (
+            {"variants": {"bfpo": {"method": "bfpo", "vary": {"loss.beta": [0.1, -1]}}}},
+            r"variants\.bfpo:\n  loss\.beta",
+        ),
         ({"variants": {"bfpo": {"method": "bfpo", "changes": {"pairs_per_step": 1}}}}, "with a buffer, half of them"),
         ({"variants": {"bfpo": {"method": "bfpo", "changes": {"learning_rate": float("inf")}}}}, "learning_rate"),
         ({"results": "taken"}, "results: taken is a file"),

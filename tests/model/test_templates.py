@@ -174,7 +174,7 @@ def test_a_copy_of_the_tokenizer_has_its_own_template_and_the_limits(load, make_
     copied.chat_template = LATER.replace("WRONG", LOOPS)
     assert "red box" in tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
     assert copied.apply_chat_template([{"role": "user", "content": "blue"}], tokenize=False) == "fine"
-    with pytest.raises(TemplateLimit, match="more than 0.2 seconds"):
+    with pytest.raises(TemplateLimit, match=r"more than 0\.2 seconds"):
         copied.apply_chat_template(CONVERSATION, tokenize=False)
     assert copied("red box")["input_ids"] == tokenizer("red box")["input_ids"]
     # A copy of a copy, too.

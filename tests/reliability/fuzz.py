@@ -54,8 +54,8 @@ from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.subject import training_judges
 from bfpo.experiments.recipe import ExperimentRecipe
 from bfpo.experiments.units import make_units
-from bfpo.judging.spec import JUDGES
 from bfpo.generation.scripted import ScriptedEngine
+from bfpo.judging.spec import JUDGES
 from bfpo.redteam import run as redteam
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.testbed.world import World, WorldOptions

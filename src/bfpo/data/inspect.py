@@ -88,7 +88,9 @@ def show_markers(pairs: Sequence[PreferencePair]) -> None:
     totals = {family: Counter[str]() for family in MARKERS_BY_FAMILY}
     for pair in pairs:
         prompt = "\n".join(message.content for message in pair.prompt)
-        by_text = {name: find_markers(text) for name, text in zip(_TEXTS, (prompt, pair.chosen, pair.rejected), strict=True)}
+        by_text = {
+            name: find_markers(text) for name, text in zip(_TEXTS, (prompt, pair.chosen, pair.rejected), strict=True)
+        }
         for family, family_markers in MARKERS_BY_FAMILY.items():
             texts = [name for name, markers in by_text.items() if markers.intersection(family_markers)]
             counts[family].update(["pairs", *texts] if texts else [])

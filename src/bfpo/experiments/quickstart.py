@@ -45,9 +45,7 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
         raise RecipeError(f"method '{method}'; {did_you_mean(method, list(METHODS))}")
     start, log = time.monotonic(), out / "quickstart.log"
     world, base = out / "world", out / "base"
-    training = train_recipe(
-        METHODS[method], world=world, base=base, out=out / method, seed=seed, steps=METHOD_STEPS
-    )
+    training = train_recipe(METHODS[method], world=world, base=base, out=out / method, seed=seed, steps=METHOD_STEPS)
     # A folder with another quickstart is refused before anything is trained, not at the step that finds it.
     for recipe in (*base_recipes(out, seed=seed), training):
         is_finished(recipe)

@@ -1,4 +1,4 @@
-"""The requests that lm-eval makes of a task: their number, their tokens, and the time that the model needs for them."""
+"""The requests that lm-eval makes for a task: their number, their tokens, and an estimate of their time."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

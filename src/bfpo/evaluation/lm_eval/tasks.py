@@ -185,7 +185,7 @@ def count_task_rows(loaded: Any, limit: int | None) -> RowCount:
 
 
 def find_license(name: str, loaded: Any = None) -> str:
-    """Return the license of a task's data, from the task's `metadata`, the loaded data set or a table; else `unknown`.
+    """Return the license of a task's data: from the task's `metadata`, the data set or a table; else `unknown`.
 
     Args:
         name: Name of a task or a group, or path of a YAML task.
