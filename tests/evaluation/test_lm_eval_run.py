@@ -223,7 +223,7 @@ class Recorder:
 def test_planned_requests_are_those_that_the_model_gets(make_model, tokenizer, files, tmp_path, monkeypatch, task):
     lm = open_lm(make_model(shape="nano"), tokenizer, batch_size=1)
     # Shorter than some rows, which are cut.
-    lm.max_length = 512 if task == "gsm8k" else 64
+    lm._max_length = 512 if task == "gsm8k" else 64
 
     def load():
         if task == "rolling":

@@ -13,7 +13,15 @@ from bfpo.errors import RecipeError, Stopped, did_you_mean
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.show import show_results
 from bfpo.experiments.methods import METHODS, train_recipe
-from bfpo.experiments.steps import base_recipes, evaluate_run, is_finished, make_base, run_once, write_world
+from bfpo.experiments.steps import (
+    base_recipes,
+    evaluate_run,
+    holds_world,
+    is_finished,
+    make_base,
+    run_once,
+    write_world,
+)
 from bfpo.report.html import write_report
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
@@ -46,12 +54,13 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
     start, log = time.monotonic(), out / "quickstart.log"
     world, base = out / "world", out / "base"
     training = train_recipe(METHODS[method], world=world, base=base, out=out / method, seed=seed, steps=METHOD_STEPS)
+    options = WorldOptions(seed=seed)
     # A folder with another quickstart is refused before anything is trained, not at the step that finds it.
+    holds_world(options, world)
     for recipe in (*base_recipes(out, seed=seed), training):
         is_finished(recipe)
     try:
         with _step(1, "the world: requests, answers, preferences", log):
-            options = WorldOptions(seed=seed)
             write_world(options, world)
         with _step(2, "a base model that answers every request", log):
             make_base(out, seed=seed)

@@ -33,16 +33,26 @@ def write_world(options: WorldOptions, folder: Path) -> None:
     Raises:
         RecipeError: If the folder holds another world.
     """
+    if not holds_world(options, folder):
+        World(options).write(folder)
+
+
+def holds_world(options: WorldOptions, folder: Path) -> bool:
+    """Return whether a folder holds the files of a world.
+
+    Raises:
+        RecipeError: If it holds another world.
+    """
     # world.json is written last, so if it exists the other files do too.
     file = folder / "world.json"
     if not file.exists():
-        World(options).write(folder)
-        return
+        return False
     existing = json.loads(file.read_text(encoding="utf-8")).get("options")
     if existing != options.model_dump():
         raise RecipeError(
             f"{folder} holds a world of other options ({existing}); choose another folder, or remove this one"
         )
+    return True
 
 
 def base_recipes(out: Path, *, seed: int) -> list[SftRecipe]:
