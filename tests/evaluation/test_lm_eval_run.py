@@ -239,14 +239,14 @@ def test_planned_requests_are_those_that_the_model_gets(make_model, tokenizer, f
     run_task(lm, load(), task, limit=5)
     if task == "gsm8k":
         assert planned.kind == "generated texts"
-        assert (planned.count, planned.tokens_read) == (len(recorder.texts), sum(read for read, _ in recorder.texts))
+        assert (planned.total, planned.tokens_read) == (len(recorder.texts), sum(read for read, _ in recorder.texts))
         assert planned.tokens_written == sum(written for _, written in recorder.texts)
     else:
         assert planned[:4] == ("forward passes", len(recorder.passes), sum(recorder.passes), 0)
     if task == "mmlu_anatomy":
-        assert planned.count == 5, "four answers of one token share a forward pass"
+        assert planned.total == 5, "four answers of one token share a forward pass"
     if task == "rolling":
-        assert planned.count > 5, "a long text is read in several windows"
+        assert planned.total > 5, "a long text is read in several windows"
 
 
 def test_requests_of_a_long_task_are_counted_on_a_sample(lm, files, tmp_path, monkeypatch):
@@ -254,7 +254,7 @@ def test_requests_of_a_long_task_are_counted_on_a_sample(lm, files, tmp_path, mo
     (whole,) = plan_requests(lm, load_task("winogrande", tmp_path, path=path), limit=None, timed=False)
     monkeypatch.setattr(requests, "MAX_ROWS", 4)
     (scaled,) = plan_requests(lm, load_task("winogrande", tmp_path, path=path), limit=None, timed=False)
-    assert (scaled.count, scaled.seconds) == (whole.count, None)
+    assert (scaled.total, scaled.seconds) == (whole.total, None)
     assert scaled.tokens_read == pytest.approx(whole.tokens_read, rel=0.1)
     assert len(load_task("winogrande", tmp_path, path=path)["tasks"]["winogrande"].eval_docs) == 8
 

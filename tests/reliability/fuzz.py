@@ -322,7 +322,7 @@ class Toy:
         trainer = {"output_dir": "trained", "max_steps": 2, "save_steps": 1, "use_cpu": True,
                    "per_device_train_batch_size": 2}  # fmt: skip
         data = [{"adapter": "demonstrations", "path": "demos.jsonl"}]
-        recipe = {"model": {"path": "model"}, "data": data, "text": {"max_length": 64}, "trainer": trainer}
+        recipe = {"model": {"path": "model"}, "data": data, "text": {"max_length": 256}, "trainer": trainer}
         Path("sft.yaml").write_text(yaml.safe_dump(recipe))
         must("sft", "sft.yaml")
 
@@ -702,6 +702,7 @@ def suite(toy, rng):
 
 
 def checkpoint_files(toy, rng):
+    toy.copy("model")
     toy.copy("trained")
     folder = Path("trained/checkpoint-1")
     mark = read_mark(folder)

@@ -84,8 +84,8 @@ def _lm_eval_stages(planned: PlannedTask) -> list[PlannedStage]:
     return [
         PlannedStage(
             f"{planned.name}: {requests.kind}",
-            requests.count,
-            requests.count if planned.has_results else 0,
+            requests.total,
+            requests.total if planned.has_results else 0,
             0 if planned.has_results else requests.tokens_read,
             0 if planned.has_results else requests.tokens_written,
             requests.seconds,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bfpo.config.recipes import SftRecipe, TrainRecipe
 from bfpo.core.terminal import log_to_file, say, show_table
 from bfpo.errors import RecipeError, Stopped, did_you_mean
 from bfpo.evaluation.results import Results
@@ -57,7 +58,8 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
     options = WorldOptions(seed=seed)
     # A folder with another quickstart is refused before anything is trained, not at the step that finds it.
     holds_world(options, world)
-    for recipe in (*base_recipes(out, seed=seed), training):
+    planned: list[SftRecipe | TrainRecipe] = [*base_recipes(out, seed=seed), training]
+    for recipe in planned:
         is_finished(recipe)
     try:
         with _step(1, "the world: requests, answers, preferences", log):

@@ -54,7 +54,8 @@ def limit_template(tokenizer: PreTrainedTokenizerBase) -> None:
             conversation. One that refuses these conversations by itself passes: it may be a judge's.
     """
     if not isinstance(tokenizer, _LimitedTemplate):
-        tokenizer.__class__ = _limited_class(type(tokenizer))
+        base: Any = type(tokenizer)
+        tokenizer.__class__ = _limited_class(base)
     if tokenizer.chat_template is not None:
         _probe(tokenizer)
 
@@ -86,12 +87,13 @@ class _LimitedTemplate:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # A class that is made at run time can't be pickled by its name, so its base is.
-        _, (limited, *args), *rest = super().__reduce_ex__(max(int(protocol), 2))
-        return (_new_limited, (limited.__mro__[2], *args), *rest)
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        _, (limited, *args), *rest = reduced
+        return (_new_limited, (limited.__bases__[1], *args), *rest)
 
 
 @cache
-def _limited_class(base: type) -> type:
+def _limited_class(base: Any) -> Any:
     """Return the subclass of a tokenizer class whose templates have limits. Its name is saved with a tokenizer."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (_LimitedTemplate, base), names)

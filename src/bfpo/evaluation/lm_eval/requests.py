@@ -22,14 +22,14 @@ class PlannedRequests(NamedTuple):
 
     Args:
         kind: `forward passes` for likelihoods, or `generated texts`.
-        count: Number of rows that the model reads. Answers of one token to the same prompt share a forward pass.
+        total: Number of rows that the model reads. Answers of one token to the same prompt share a forward pass.
         tokens_read: Tokens of these rows, as the model's tokenizer counts them.
         tokens_written: Maximum number of generated tokens; 0 for likelihoods.
         seconds: Estimated time, from a few requests of the task; None if it wasn't measured.
     """
 
     kind: str
-    count: int
+    total: int
     tokens_read: int
     tokens_written: int
     seconds: float | None
@@ -52,7 +52,13 @@ class _Request(NamedTuple):
 
     @property
     def tokens_read(self) -> int:
+        """Number of tokens of the rows."""
         return sum(map(len, self.rows))
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Number of rows, of tokens read and of tokens written."""
+        return len(self.rows), self.tokens_read, self.tokens_written
 
 
 def plan_requests(lm: Any, loaded: Any, *, limit: int | None, timed: bool = True) -> list[PlannedRequests]:
@@ -73,20 +79,14 @@ def plan_requests(lm: Any, loaded: Any, *, limit: int | None, timed: bool = True
         if not weighted:
             continue
 
-        def total(number: Callable[[_Request], int], weighted: Any = weighted) -> int:
-            return round(sum(weight * number(request) for request, weight in weighted))
-
-        tokens = total(lambda request: request.tokens_read)
-        rate = _seconds_per_token(lm, [request for request, _ in weighted]) if timed else None
-        planned.append(
-            PlannedRequests(
-                kind,
-                total(lambda request: len(request.rows)),
-                tokens,
-                total(lambda request: request.tokens_written),
-                None if rate is None else rate * tokens,
-            )
+        rows, tokens_read, tokens_written = (
+            round(sum(weight * count for (_, weight), count in zip(weighted, counts, strict=True)))
+            for counts in zip(*(request.counts for request, _ in weighted), strict=True)
         )
+        seconds = None
+        if timed:
+            seconds = _seconds_per_token(lm, [request for request, _ in weighted]) * tokens_read
+        planned.append(PlannedRequests(kind, rows, tokens_read, tokens_written, seconds))
     return planned
 
 
