@@ -66,6 +66,15 @@ def test_a_token_that_no_text_contains_does_not_stop_a_run(extra, run):
     assert run()["steps"] == 1
 
 
+@pytest.mark.parametrize("run", [train, sft])
+def test_a_token_that_only_the_prompt_for_generation_has_is_refused_before_training(extra, run):
+    template = Path("small/chat_template.jinja")
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<extra>{% endif %}")
+    write_jsonl(Path("rows.jsonl"), rows("box"))
+    with pytest.raises(ModelError, match=sentence(extra)):
+        run()
+
+
 def test_a_trainer_refuses_them_too(extra):
     demonstrations = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows("<extra>")]
     with pytest.raises(ModelError, match=sentence(extra)):

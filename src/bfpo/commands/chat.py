@@ -58,7 +58,7 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
         except TemplateRefusal as refusal:
             raise ModelError(f"{path}: {refusal}") from None
         inputs = tokenizer([text], add_special_tokens=False, return_tensors="pt").to(device)
-        check_token_ids(model, inputs["input_ids"].tolist(), path)
+        check_token_ids(model.config, inputs["input_ids"].tolist(), path)
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

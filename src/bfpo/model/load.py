@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -87,6 +88,23 @@ def load_model(section: ModelSection) -> CausalLM:
     return model
 
 
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """Load the configuration of the model at `section.path`; for an adapter, that of its base model.
+
+    Raises:
+        ModelError: If it can't be loaded.
+    """
+    path, revision = str(section.path), section.revision
+    with _model_errors(path, f"model.path '{path}'"):
+        adapter_config = _adapter_config(path, revision)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            path if adapter_config is None else str(adapter_config.base_model_name_or_path),
+            revision=(revision if adapter_config is None else adapter_config.revision) or "main",
+            trust_remote_code=section.trust_remote_code,
+        )
+    return config
+
+
 def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> CausalLM:
     """Return a model of the same shape without weights (on the meta device), made from its configuration.
 
@@ -101,13 +119,9 @@ def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> Caus
         with torch.device("meta"):
             return LlamaForCausalLM(new_config(section.new, vocab_size or section.new.vocab_size))
     path, revision = str(section.path), section.revision
+    config = load_config(section)
     with _model_errors(path, f"model.path '{path}'"):
         adapter_config = _adapter_config(path, revision)
-        config = AutoConfig.from_pretrained(
-            path if adapter_config is None else str(adapter_config.base_model_name_or_path),
-            revision=(revision if adapter_config is None else adapter_config.revision) or "main",
-            trust_remote_code=section.trust_remote_code,
-        )
         # `init_empty_weights` of accelerate would untie tied weights.
         with torch.device("meta"), without_checkpointing_warning():
             model: CausalLM = AutoModelForCausalLM.from_config(

@@ -6,21 +6,21 @@ from typing import Any
 from bfpo.errors import ModelError
 
 
-def check_token_ids(model: Any, rows: Iterable[Sequence[int]], path: str) -> None:
+def check_token_ids(config: Any, rows: Iterable[Sequence[int]], path: str) -> None:
     """Check that the model has an embedding for each token id that it reads.
 
     Only ids in use count: tokenizers have tokens that no text contains, and some have tokens that their text models
     don't read.
 
     Args:
-        model: Model.
+        config: Configuration of the model.
         rows: Token ids that it reads.
         path: Name of the model, for the error.
 
     Raises:
         ModelError: If an id has no embedding.
     """
-    num_embeddings = getattr(model.config.get_text_config(), "vocab_size", None)
+    num_embeddings = getattr(config.get_text_config(), "vocab_size", None)
     largest = max((max(row, default=0) for row in rows), default=0)
     if num_embeddings is not None and largest >= num_embeddings:
         raise ModelError(

@@ -56,10 +56,10 @@ def wilson(successes: int, n: int, *, level: float = LEVEL) -> Interval:
 def score_interval(values: Values, *, most: float = math.inf, level: float = LEVEL) -> Interval:
     """Return the interval of a mean over prompts.
 
-    Where all values are 0 or 1 it is Wilson's. For other scores it consists of quantiles of Beta distributions: the
-    mean at random Dirichlet weights (Rubin 1981) with one value more, of weight `END_WEIGHT`, at 0 for the lower bound
-    and at 1 for the upper one, has a mean and a variance, and the Beta distribution has the same. So scores that
-    happen to be nearly equal don't exclude rare scores of 0 or 1.
+    Where all values are 0 or 1 it is Wilson's. For other scores it consists of quantiles of Beta distributions: those
+    with the mean and the variance of the mean at random Dirichlet weights (Rubin 1981), with one value more of weight
+    `END_WEIGHT`, 0 for the lower bound and 1 for the upper one. So scores that happen to be nearly equal don't
+    exclude rare scores of 0 or 1.
 
     For rates of several answers a prompt (`most`) it is Wilson's at the effective sample size. A mean m of n values
     with variance s² has the standard error of a rate of m(1 - m)n / s² independent trials: the sample over its design

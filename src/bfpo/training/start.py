@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
@@ -10,7 +11,7 @@ from bfpo.core.pairs import Demonstration
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.data.table import TokenTable
 from bfpo.data.tokenize import chat_template
-from bfpo.model.load import empty_model, load_model, load_tokenizer
+from bfpo.model.load import load_config, load_model, load_tokenizer
 from bfpo.model.lora import CausalLM, is_adapter
 from bfpo.model.new import new_model, new_tokenizer
 from bfpo.model.templates import limit_template
@@ -60,8 +61,10 @@ def load_start_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) 
     return load_model(section)
 
 
-def check_vocabulary(section: ModelSection, tables: Iterable[TokenTable]) -> None:
-    """Check, without the weights, that the model has an embedding for each token of the data.
+def check_vocabulary(
+    section: ModelSection, tokenizer: PreTrainedTokenizerBase, tables: Iterable[TokenTable] = ()
+) -> None:
+    """Check that the model has an embedding for each token of a prompt and of the data; the weights aren't loaded.
 
     A new model gets as many as its tokenizer has. The embeddings of an adapter's base may be resized when it is
     loaded, so those are checked then, by `StreamTrainer`.
@@ -70,7 +73,19 @@ def check_vocabulary(section: ModelSection, tables: Iterable[TokenTable]) -> Non
         ModelError: If a token has no embedding.
     """
     if section.path is not None and not is_adapter(section.path, section.revision):
-        check_token_ids(empty_model(section), [[table.largest_id] for table in tables], section.path)
+        rows = [[table.largest_id] for table in tables]
+        check_token_ids(load_config(section), [*rows, _prompt_ids(tokenizer)], section.path)
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a short prompt: its chat template may write tokens that no training text contains."""
+    message = {"role": "user", "content": "Hello"}
+    try:
+        text = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+    except TemplateError:
+        return []
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def demonstration_texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:

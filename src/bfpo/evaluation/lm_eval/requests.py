@@ -105,7 +105,7 @@ def check_requests(lm: Any, loaded: Any, path: str, *, limit: int | None) -> Non
     # The requests of most models needn't be made twice.
     if len(lm.tokenizer) > lm.model.config.get_text_config().vocab_size:
         requests = _make_requests(lm, loaded, limit, max_rows=None)
-        check_token_ids(lm.model, (row for request, _ in requests for row in request.rows), path)
+        check_token_ids(lm.model.config, (row for request, _ in requests for row in request.rows), path)
 
 
 def _make_requests(
