@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from bfpo.commands.data import inspect_sources
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.markers import MARKERS, find_markers
-from bfpo.core.pairs import Message, PreferencePair, user_says
+from bfpo.core.pairs import PreferencePair
 from bfpo.data.inspect import show_markers
 
 

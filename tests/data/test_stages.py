@@ -5,8 +5,8 @@ from dataclasses import fields
 
 import pytest
 
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
-from bfpo.core.pairs import Message, user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict, prompt_id
 from bfpo.data.stages import (
     find_unjudged,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import user_says
 from bfpo.core.samples import Prompt
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation.lm_eval.pack import FOLDER, rows, score

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.errors import DataError
 from bfpo.evaluation.differences import compare_scores

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from bfpo.commands.app import app
-from bfpo.core.pairs import Message, user_says
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.data.stages import generate_completions, generate_most, read_completions
 from bfpo.errors import DataError, ModelError, Unanswered

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bfpo.commands.app import app
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.data.stages import generate_completions, read_completions
 from bfpo.errors import ModelError, Unanswered

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from bfpo.core.conversation import as_messages, prompt_key, user_says
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import as_messages, prompt_key, user_says
 from bfpo.core.samples import Prompt
 from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.errors import Unanswered

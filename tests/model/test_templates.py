@@ -14,7 +14,8 @@ from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, ProcessorMixin
 
 from bfpo.config.recipes import ModelSection, NewModel, TextSection
-from bfpo.core.pairs import Message, PreferencePair
+from bfpo.core.conversation import Message
+from bfpo.core.pairs import PreferencePair
 from bfpo.data.tokenize import Encoder
 from bfpo.errors import ModelError
 from bfpo.model import templates
@@ -27,7 +28,7 @@ CONVERSATION = [{"role": "user", "content": "red box"}]
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}BODY{% endfor %}{% endfor %}"
 LONG = "{{ messages[0]['content'] * 5000000 }}"
 # Only for other conversations than those of the check.
-LATER = "{% if 'red' in messages[0]['content'] %}WRONG{% else %}fine{% endif %}"
+LATER = "{% if 'red' in messages[0]['content'] %}WRONG{% else %}{{ messages[0]['content'] }}{% endif %}"
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,7 @@ def test_what_goes_wrong_later_is_a_template_error(load, wrong):
         tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
     (encoding,) = Encoder(tokenizer, TextSection())._encode_chunk([pair_of("red box")])
     assert encoding.fault.startswith("the chat template refuses the conversation")
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "blue"}], tokenize=False) == "fine"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "blue"}], tokenize=False) == "blue"
 
 
 def pair_of(text):

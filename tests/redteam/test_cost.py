@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Prompt, Verdict
 from bfpo.errors import DataError
 from bfpo.generation.scripted import ScriptedEngine

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import user_says
 from bfpo.core.files import write_json, write_jsonl
-from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.load import load_pairs
 from bfpo.data.prompts import PromptSource, read_prompt_source

@@ -42,14 +42,37 @@ class Source(Section):
     """Seed of the sample."""
     columns: dict[str, str] = Field(default={})
     """Renamed columns, `{name for the adapter: name in the file}`."""
+    ignore_columns: list[str] = Field(default=[])
+    """Columns that are left out; without it, a text that the adapter `pairs` doesn't read is an error."""
+    turns: Literal["last", "all", "each"] = "last"
+    """What is compared in conversations of several turns. `last`: the last answers, after one history. `all`: all
+    turns after the common beginning. `each`: each answer of the first with the one at its place in the second."""
     assume_safe: bool = False
     """Label all answers of an unlabeled set safe; `safety_label_source` is then `assumed`."""
     partial_refusals: Literal["refusal", "compliance", "drop"] = "refusal"
     """For `xstest_completions`: what a partial refusal counts as."""
-    use: Literal["chosen", "rejected", "both", "safer"] = "chosen"
-    """For `bfpo sft`: which answers of a pair are imitated. `safer`: the safe one, and none of two unsafe ones."""
+    use: Literal["chosen", "rejected", "both", "safer"] | None = None
+    """For `bfpo sft`: which answers of a pair are imitated. `safer`: the safe one, and none of two unsafe ones.
+    Default `safer` for labeled pairs, because `chosen` is the more helpful answer, which may be unsafe; else
+    `chosen`."""
     license: str | None = None
     """License of the data; default the adapter's."""
+
+
+class TextSection(Section):
+    """How conversations are converted to token ids."""
+
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Maximum length of prompt plus completion, in tokens."""
+    truncation: Literal["keep_start", "keep_end"] = "keep_start"
+    """`keep_start` cuts the end of the completion; `keep_end` cuts the beginning of the prompt."""
+    chat_template: str | None = None
+    """Jinja template, or a file with one; default the tokenizer's."""
+    thinking: Literal["score", "context", "drop"] | None = None
+    """Reasoning in front of answers. `score`: part of the loss. `context`: read, but not scored. `drop`: removed.
+    Default `score` if the chat template renders reasoning, else `drop`."""
+    ignore_message_keys: list[str] = Field(default=[])
+    """Keys of messages that are left out; without it, an unknown key is an error."""
 
 
 class DataRecipe(Section):
@@ -65,6 +88,8 @@ class DataRecipe(Section):
     """Share of the prompts of `data` and `buffer` held out for evaluation, chosen by a hash of the prompt."""
     benchmarks: list[str] = Field(default=[])
     """Files of prompts (txt, csv, json, jsonl) for later evaluations; training prompts must not be among them."""
+    text: TextSection = TextSection()
+    """How conversations are converted to token ids."""
     conflicts: Literal["drop", "keep", "error"] = "drop"
     """What to do with answers labeled both safe and unsafe, and with pairs that occur in both orders."""
     leaks: Literal["error", "drop"] = "error"
@@ -84,17 +109,6 @@ class NewModel(Section):
     """Training texts of the tokenizer; default the recipe's training data."""
     seed: int = 42
     """Seed of the initial weights."""
-
-
-class TextSection(Section):
-    """How conversations are converted to token ids."""
-
-    max_length: Annotated[int, Field(ge=8)] = 1024
-    """Maximum length of prompt plus completion, in tokens."""
-    truncation: Literal["keep_start", "keep_end"] = "keep_start"
-    """`keep_start` cuts the end of the completion; `keep_end` cuts the beginning of the prompt."""
-    chat_template: str | None = None
-    """Jinja template, or a file with one; default the tokenizer's."""
 
 
 class LayoutSection(Section):
@@ -190,8 +204,6 @@ class TrainRecipe(DataRecipe):
     """Weight of the mean loss of the buffer stream."""
     safety: Literal["labels", "scores"] = "labels"
     """What the loss uses as safety: the labels, or the probabilities in `*_safety_score`."""
-    text: TextSection = TextSection()
-    """How conversations are converted to token ids."""
     loss: LossSection = BFPOSection()
     """Name and hyperparameters of the loss."""
     train_only: list[str] | None = None

@@ -139,9 +139,16 @@ def file_name(label: str) -> str:
 
 
 def content_hash(*parts: object) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of the parts as canonical JSON."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    """Return 16 hexadecimal digits of the SHA-256 of the parts as canonical JSON.
+
+    A value that JSON can't represent is hashed by its method `to_hash`, or else by its text.
+    """
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=_to_hash)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _to_hash(value: Any) -> object:
+    return value.to_hash() if hasattr(value, "to_hash") else str(value)
 
 
 def file_hash(path: Path) -> str:

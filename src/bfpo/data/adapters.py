@@ -13,7 +13,7 @@ from bfpo.config.recipes import Source
 from bfpo.core.imports import import_object
 from bfpo.core.pairs import Demonstration, PreferencePair
 from bfpo.data import published_sets
-from bfpo.data.pair_formats import SkipRow, read_demonstration, read_pair
+from bfpo.data.pair_formats import SkipRow, read_demonstration, read_pair_rows
 from bfpo.data.rows import MissingColumn, SourceRow
 from bfpo.errors import DataError, RecipeError, did_you_mean
 
@@ -129,7 +129,7 @@ def _how_to_read(columns: Collection[str], adapter: str) -> str:
 NON_COMMERCIAL = "CC-BY-NC-4.0"
 
 ADAPTERS: dict[str, Adapter] = {
-    "pairs": Adapter(_each_row(read_pair), columns=("chosen", "rejected")),
+    "pairs": Adapter(read_pair_rows, columns=("chosen", "rejected")),
     "ultrafeedback": Adapter(
         _each_row(published_sets.read_ultrafeedback), "MIT", "safety labels are assumed, not annotated"
     ),

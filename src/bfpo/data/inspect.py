@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from bfpo.core.conversation import Answer, Conversation, answer_text, answer_turns, last_request
 from bfpo.core.markers import MARKERS_BY_FAMILY, find_markers
 from bfpo.core.pairs import CELLS, PreferencePair
 from bfpo.core.terminal import say, show_table
@@ -87,10 +88,8 @@ def show_markers(pairs: Sequence[PreferencePair]) -> None:
     counts = {family: Counter[str]() for family in MARKERS_BY_FAMILY}
     totals = {family: Counter[str]() for family in MARKERS_BY_FAMILY}
     for pair in pairs:
-        prompt = "\n".join(message.content for message in pair.prompt)
-        by_text = {
-            name: find_markers(text) for name, text in zip(_TEXTS, (prompt, pair.chosen, pair.rejected), strict=True)
-        }
+        turns = (pair.prompt, *map(answer_turns, pair.answers))
+        by_text = {name: _markers_of(messages) for name, messages in zip(_TEXTS, turns, strict=True)}
         for family, family_markers in MARKERS_BY_FAMILY.items():
             texts = [name for name, markers in by_text.items() if markers.intersection(family_markers)]
             counts[family].update(["pairs", *texts] if texts else [])
@@ -105,6 +104,10 @@ def show_markers(pairs: Sequence[PreferencePair]) -> None:
         show_table("Control tokens of chat templates in texts, by family of models", columns, rows)
 
 
+def _markers_of(messages: Conversation) -> set[str]:
+    return find_markers("\n".join(text for message in messages for text in message.texts()))
+
+
 def _list_markers(counts: Counter[str]) -> str:
     by_count = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
     listed = ", ".join(f"{marker} {count}" for marker, count in by_count[:3])
@@ -115,8 +118,8 @@ def show_text_lengths(pairs: Sequence[PreferencePair]) -> None:
     """Print quantiles of the lengths in words."""
     lengths = {
         "prompt": [sum(len(message.content.split()) for message in pair.prompt) for pair in pairs],
-        "chosen": [len(pair.chosen.split()) for pair in pairs],
-        "rejected": [len(pair.rejected.split()) for pair in pairs],
+        "chosen": [count_words(pair.chosen) for pair in pairs],
+        "rejected": [count_words(pair.rejected) for pair in pairs],
     }
     _show_quantiles("Lengths in words", lengths)
 
@@ -151,8 +154,8 @@ def show_cell_lengths(pairs: Sequence[PreferencePair]) -> None:
     for cell in CELLS:
         of_cell = [pair for pair in pairs if pair.cell == cell]
         if of_cell:
-            chosen = np.mean([len(pair.chosen.split()) for pair in of_cell])
-            rejected = np.mean([len(pair.rejected.split()) for pair in of_cell])
+            chosen = np.mean([count_words(pair.chosen) for pair in of_cell])
+            rejected = np.mean([count_words(pair.rejected) for pair in of_cell])
             rows.append((cell, len(of_cell), f"{chosen:.0f}", f"{rejected:.0f}", f"{chosen - rejected:+.0f}"))
     if rows:
         show_table("Mean words by cell", ("cell", "pairs", "chosen", "rejected", "gap"), rows)
@@ -163,9 +166,9 @@ def show_pairs(pairs: Sequence[PreferencePair], count: int) -> None:
     first_of_cell = {pair.cell: pair for pair in reversed(pairs)}
     for pair in list(first_of_cell.values())[:count]:
         say(f"\n[{pair.cell or 'unlabeled'}] row {pair.row_id}")
-        say(f"  prompt    {_short(pair.prompt[-1].content)}")
-        say(f"  chosen    {_short(pair.chosen)}")
-        say(f"  rejected  {_short(pair.rejected)}")
+        say(f"  prompt    {_short(last_request(pair.prompt))}")
+        say(f"  chosen    {_short(answer_text(pair.chosen))}")
+        say(f"  rejected  {_short(answer_text(pair.rejected))}")
 
 
 def show_samples(samples: Sequence[dict[str, str]]) -> None:
@@ -174,6 +177,11 @@ def show_samples(samples: Sequence[dict[str, str]]) -> None:
         say(f"\nsample {number} as the model sees it")
         for name, text in sample.items():
             say(f"  {name:<10} {_short(text, keep_end=True)}")
+
+
+def count_words(answer: Answer) -> int:
+    """Return the number of words of an answer, with its reasoning and its tool calls."""
+    return sum(len(text.split()) for turn in answer_turns(answer) for text in turn.texts())
 
 
 def _show_quantiles(title: str, lengths: dict[str, list[int]]) -> None:

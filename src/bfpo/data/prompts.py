@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bfpo.config.recipes import Count, Section, Source
+from bfpo.core.conversation import Conversation, Message, as_messages, conversation_key
 from bfpo.core.files import content_hash, file_hash
-from bfpo.core.pairs import Conversation, Message, as_messages, conversation_key
 from bfpo.core.samples import Kind, Prompt
 from bfpo.data.prompt_sets import PromptSet, find_prompt_set
 from bfpo.data.rows import SourceRow, read_rows

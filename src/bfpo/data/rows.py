@@ -10,14 +10,15 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import IO, Any, cast
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import Conversation, as_messages, conversation_text
 from bfpo.core.files import parse_json
-from bfpo.core.pairs import as_messages, conversation_text, parse_label
+from bfpo.core.pairs import parse_label
 from bfpo.errors import DataError
 
 _SUFFIXES = ("json", "jsonl", "csv", "tsv", "parquet")
@@ -46,10 +47,12 @@ class SourceRow:
     Args:
         values: Values by column.
         where: Location: the file or hub id, and the number of the row from 1.
+        ignored_keys: Keys of messages that are left out.
     """
 
     values: Mapping[str, Any]
     where: str
+    ignored_keys: Collection[str] = ()
 
     @contextmanager
     def locate_errors(self) -> Iterator[None]:
@@ -78,6 +81,10 @@ class SourceRow:
         if not isinstance(value, str):
             raise DataError(f"column '{column}' is {value!r} ({type(value).__name__}); expected a string")
         return value
+
+    def messages(self, column: str) -> Conversation:
+        """Return a column that must be a string (one user turn) or a list of messages, see `as_messages`."""
+        return as_messages(self.value(column), column, ignore=self.ignored_keys)
 
     def label(self, column: str) -> bool:
         """Return a column that must be a safety label; True means safe, see `parse_label`."""
@@ -108,8 +115,12 @@ class SourceRow:
         return None if math.isnan(number) else number
 
 
-def read_rows(source: Source) -> Iterator[SourceRow]:
+def read_rows(source: Source, ignored_keys: Collection[str] = ()) -> Iterator[SourceRow]:
     """Yield the raw rows of a source, in their order.
+
+    Args:
+        source: Files or hub data set, with the columns that are renamed or left out.
+        ignored_keys: Keys of messages that are left out.
 
     Raises:
         DataError: If a file is missing, empty, truncated or malformed, or the hub can't be reached.
@@ -118,7 +129,7 @@ def read_rows(source: Source) -> Iterator[SourceRow]:
     for path in paths:
         files = _local_files(path)
         for row in _hub_rows(path, source) if files is None else _file_rows(files):
-            yield _rename_columns(row, source.columns)
+            yield replace(_select_columns(row, source), ignored_keys=ignored_keys)
 
 
 def read_prompts(path: str) -> Iterator[str]:
@@ -138,7 +149,7 @@ def read_prompts(path: str) -> Iterator[str]:
         if column is None:
             raise DataError(f"{row.where}: no column 'prompt', 'instruction', 'question' or 'goal'")
         with row.locate_errors():
-            prompt = as_messages(row.value(column), column)
+            prompt = row.messages(column)
         yield conversation_text(prompt)
 
 
@@ -306,10 +317,8 @@ def _class_names(metadata: bytes | None) -> dict[str, list[str]]:
 
 
 def _with_class_names(values: Mapping[str, Any], names: Mapping[str, list[str]], where: str) -> Mapping[str, Any]:
-    """Return a row with the names of classes instead of their numbers, whose order is the data set's own."""
-    if not names:
-        return values
-    named = dict(values)
+    """Return a row of a table with the names of classes instead of their numbers, and without padded objects."""
+    named = {column: without_padding(value) for column, value in values.items()}
     for column in names.keys() & values.keys():
         number = values[column]
         if not isinstance(number, int):
@@ -338,7 +347,19 @@ def _hub_rows(path: str, source: Source) -> Iterator[SourceRow]:
         yield SourceRow(_with_class_names(values, names, where), where)
 
 
-def _rename_columns(row: SourceRow, columns: Mapping[str, str]) -> SourceRow:
+def without_padding(value: Any) -> Any:
+    """Return a value of a table without the nulls of objects: a table gives every object the keys of all of them."""
+    if isinstance(value, Mapping):
+        return {key: without_padding(content) for key, content in value.items() if content is not None}
+    return [without_padding(content) for content in value] if isinstance(value, list) else value
+
+
+def _select_columns(row: SourceRow, source: Source) -> SourceRow:
+    """Rename the columns of a row, and leave out those that are ignored."""
+    if source.ignore_columns:
+        values = {name: value for name, value in row.values.items() if name not in source.ignore_columns}
+        row = replace(row, values=values)
+    columns = source.columns
     if not columns:
         return row
     for theirs in columns.values():
@@ -348,4 +369,4 @@ def _rename_columns(row: SourceRow, columns: Mapping[str, str]) -> SourceRow:
             )
     # All at once, so that two columns can be swapped.
     others = {name: value for name, value in row.values.items() if name not in columns.values()}
-    return SourceRow(others | {ours: row.values[theirs] for ours, theirs in columns.items()}, row.where)
+    return replace(row, values=others | {ours: row.values[theirs] for ours, theirs in columns.items()})

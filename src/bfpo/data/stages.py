@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import as_messages
 from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
-from bfpo.core.pairs import as_messages
 from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
 from bfpo.core.terminal import progress, show_table
-from bfpo.data.blocked_answers import BlockedAnswers
 from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
+from bfpo.data.unread_answers import UnreadAnswers
 from bfpo.errors import DataError, Unanswered
 
 Row = TypeVar("Row", bound=FileRow)
@@ -157,7 +157,7 @@ def show_outcomes(completions: Sequence[Completion]) -> None:
 def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:
     """Judge every completion, and write the verdicts into a file.
 
-    Answers that a server blocked get the verdict of `BlockedAnswers`; the judge reads the others.
+    Completions without an answer get the verdict of `UnreadAnswers`; the judge reads the others.
 
     Args:
         judge: Judge of the completions.
@@ -171,7 +171,7 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
         DataError: If the file has verdicts on other texts, or of another judge or revision.
     """
     by_key = {completion.key: completion for completion in completions}
-    blocked = BlockedAnswers(judge)
+    unread = UnreadAnswers(judge)
 
     def check(verdict: Verdict) -> None:
         if (verdict.judge, verdict.revision) != (judge.name, judge.revision):
@@ -181,16 +181,16 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
             )
         if verdict.key in by_key and verdict.text_hash != by_key[verdict.key].text_hash:
             raise DataError(f"{path}: the verdict on {verdict.key} is about another text; remove the file")
-        if verdict.key in by_key and not by_key[verdict.key].is_blocked:
-            blocked.add([verdict])
+        if verdict.key in by_key and not by_key[verdict.key].is_unread:
+            unread.add([verdict])
 
     def judge_missing(missing: Sequence[tuple[str, int]]) -> Iterator[list[Verdict]]:
-        for verdicts in _judge_in_batches(judge, [by_key[key] for key in missing if not by_key[key].is_blocked]):
-            blocked.add(verdicts)
+        for verdicts in _judge_in_batches(judge, [by_key[key] for key in missing if not by_key[key].is_unread]):
+            unread.add(verdicts)
             yield verdicts
         # Last, because only now it is known what the judge assesses.
-        if of_blocked := [blocked.verdict(by_key[key]) for key in missing if by_key[key].is_blocked]:
-            yield of_blocked
+        if of_unread := [unread.verdict(by_key[key]) for key in missing if by_key[key].is_unread]:
+            yield of_unread
 
     return fill(
         path,

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 
 from bfpo.config.loading import check_recipe, read_recipe
 from bfpo.config.recipes import Count, Section
+from bfpo.core.conversation import conversation_key
 from bfpo.core.files import content_hash
-from bfpo.core.pairs import conversation_key
 from bfpo.core.samples import KINDS, Completion, Kind, Prompt
 from bfpo.data.prompt_sets import find_prompt_set
 from bfpo.data.prompts import PromptSource, read_prompt_source, read_reference_outputs

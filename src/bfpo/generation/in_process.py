@@ -140,7 +140,7 @@ class TransformersEngine:
         return self._end_ids[0] if pad_id is None else int(pad_id)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        messages = [message._asdict() for message in prompt.prompt]
+        messages = [message.to_row() for message in prompt.prompt]
         text = render_chat(self.tokenizer, messages, add_generation_prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids

@@ -296,7 +296,7 @@ class ServerEngine:
         sampling, without = self.sampling, frozenset(self._state.refused_parameters)
         body: dict[str, Any] = {
             "model": self.options.model,
-            "messages": [message._asdict() for message in prompt.prompt],
+            "messages": [message.to_row() for message in prompt.prompt],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling.max_new_tokens,

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import Conversation, as_messages, conversation_key
 from bfpo.core.files import content_hash, file_hash
-from bfpo.core.pairs import Conversation, as_messages, conversation_key
 from bfpo.core.samples import Completion, Prompt
 from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
@@ -129,7 +130,7 @@ def _flatten(row: SourceRow) -> SourceRow:
 def _prompt_key(conversation: Conversation) -> str:
     return conversation_key(
         tuple(
-            message._replace(content=message.content.strip()) for message in conversation if message.role != "system"
+            replace(message, content=message.content.strip()) for message in conversation if message.role != "system"
         )
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import Message, answer_turns, conversation_text
 from bfpo.core.files import content_hash, write_json, write_jsonl
 from bfpo.core.pairs import CELLS, PreferencePair, SafetyLabels
 from bfpo.core.samples import Completion, Judge, Key, Verdict
@@ -133,18 +134,25 @@ def as_completion(pair: PreferencePair, side: int) -> Completion:
         pair: The pair.
         side: 0 for the chosen answer, 1 for the rejected one.
     """
-    text = (pair.chosen, pair.rejected)[side]
+    answer = pair.answers[side]
+    turns = answer_turns(answer)
+    # A judge reads an answer of several turns as a transcript.
+    message = turns[0] if len(turns) == 1 else Message("assistant", conversation_text(turns))
     return Completion(
-        prompt_id=content_hash(pair.prompt, text),
+        prompt_id=content_hash(pair.prompt, answer),
         sample=0,
         prompt=pair.prompt,
-        text=text,
+        text=message.content,
         finish_reason="stop",
         prompt_tokens=0,
         completion_tokens=0,
         model=pair.provenance.dataset_name,
         engine="pairs",
         settings_hash="",
+        reasoning=message.reasoning,
+        tool_calls=message.tool_calls,
+        tools=pair.inputs.tools,
+        chat_template_kwargs=pair.inputs.kwargs,
     )
 
 

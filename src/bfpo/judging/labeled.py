@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from bfpo.config.recipes import Source
-from bfpo.core.pairs import as_messages
+from bfpo.core.conversation import as_messages
 from bfpo.core.samples import KINDS, Completion, Kind, prompt_id
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError

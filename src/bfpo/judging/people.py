@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bfpo.core.conversation import prompt_key
 from bfpo.core.files import file_hash
-from bfpo.core.pairs import prompt_key
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.judging.labeled import read_labeled

@@ -226,8 +226,7 @@ def _check_start(trainer: BFPOTrainer) -> dict[str, Any]:
 def texts_of(pairs: Iterable[PreferencePair]) -> Iterable[str]:
     """Return all texts of pairs."""
     for pair in pairs:
-        yield from (message.content for message in pair.prompt)
-        yield from (pair.chosen, pair.rejected)
+        yield from pair.texts()
 
 
 def remove_untrained(prepared: PreparedData, loss: PairLoss) -> None:

@@ -79,7 +79,13 @@ def _run(
     cache: Path | None,
 ) -> dict[str, Any]:
     start_time, start_cpu_time = time.time(), time.process_time()
-    parts = prepare_demonstrations(recipe.data, holdout=recipe.holdout, limit=limit, evaluated=evaluated)
+    parts = prepare_demonstrations(
+        recipe.data,
+        holdout=recipe.holdout,
+        limit=limit,
+        evaluated=evaluated,
+        ignored_keys=recipe.text.ignore_message_keys,
+    )
     tokenizer = load_start_tokenizer(
         recipe.model,
         recipe.text,

@@ -91,8 +91,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def demonstration_texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:
     """Return all texts of demonstrations."""
     for demonstration in demonstrations:
-        yield from (message.content for message in demonstration.prompt)
-        yield demonstration.completion
+        yield from demonstration.texts()
 
 
 def _texts_of(new: NewModel) -> list[str]:
