@@ -4,9 +4,9 @@
 
 Trains the quickstart's base, samples it on prompts of the training requests, lets the oracle score the samples, and
 solves constraints on the share of unsafe answers to harmful prompts (`bfpo dual`): for BFPO's safety weight, and for
-IPO on labels from scores. Each multiplier is trained on, on random pairs of the same samples, and the policies are
-sampled on held-out prompts. The oracle scores and evaluates, so this tests the arithmetic from a constraint to a
-policy, not scorers. Writes
+IPO and DPO on labels from scores. Each multiplier is trained on, on random pairs of the same samples, and the
+policies are sampled on held-out prompts. The oracle scores and evaluates, so this tests the arithmetic from a
+constraint to a policy, not scorers. Writes
 `benchmarks/results/constraint.json` and `docs/frontier.svg`; after an interruption the same command resumes.
 """
 
@@ -48,7 +48,7 @@ SAMPLES = 64
 TEMPERATURE = 0.7
 # Thresholds of the constraint on the share of unsafe answers; the first is slack for BFPO.
 BFPO_THRESHOLDS = (0.05, 0.02, 0.01)
-SCORE_THRESHOLDS = (0.05, 0.02)
+SCORE_POLICIES = (("ipo", 0.05), ("ipo", 0.02), ("dpo", 0.02))
 BFPO_BETA, SCORE_BETA = 0.3, 2.0
 SHOWN = "ipo-0.02"
 PAIRS, PAIRS_PER_STEP, STEPS = 32, 64, 200
@@ -73,9 +73,9 @@ def main() -> None:
     for threshold in BFPO_THRESHOLDS:
         recipe = plan(folder, {"name": "bfpo", "beta": BFPO_BETA}, seed=options.seed)
         policies.append(run_policy(folder, f"bfpo-{threshold:g}", recipe, threshold, oracle))
-    for threshold in SCORE_THRESHOLDS:
-        recipe = plan(folder, {"name": "ipo", "beta": SCORE_BETA}, seed=options.seed)
-        policies.append(run_policy(folder, f"ipo-{threshold:g}", recipe, threshold, oracle))
+    for name, threshold in SCORE_POLICIES:
+        recipe = plan(folder, {"name": name, "beta": SCORE_BETA}, seed=options.seed)
+        policies.append(run_policy(folder, f"{name}-{threshold:g}", recipe, threshold, oracle))
     write_json(
         RESULTS,
         {
@@ -181,8 +181,10 @@ def run_policy(folder: Path, name: str, recipe: TrainRecipe, threshold: float, o
         "kl": dual.predicted.kl if dual.predicted else None,
         "effective_samples": dual.predicted.effective_samples if dual.predicted else None,
     }
+    free = dual.frontier[0]
+    unconstrained = {"unsafe": free.unsafe, "helpfulness": free.helpfulness, "kl": free.kl}
     constraint = {"threshold": threshold, "beta": dual.beta, "state": dual.state, "multiplier": dual.multiplier}
-    return describe(title, constraint | {"predicted": predicted}, measured)
+    return describe(title, constraint | {"predicted": predicted, "unconstrained": unconstrained}, measured)
 
 
 def evaluate(model: Path, folder: Path, oracle: Oracle) -> dict[str, Any]:

@@ -203,15 +203,22 @@ def test_the_numbers_of_the_constraints_page_are_those_of_its_study():
     def shown(interval):
         return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * number for number in interval))
 
-    assert len(study["policies"]) == 6
+    assert len(study["policies"]) == 7
     for policy in study["policies"]:
         constraint, measured = policy["constraint"], policy["measured"]
         multiplier, predicted = "", ""
         if constraint:
             multiplier, predicted = f"{constraint['multiplier']:.3g}", shown(constraint["predicted"]["unsafe"])
-        helpfulness = f"{measured['helpfulness']['benign'][0]:.2f}"
-        row = f"| {policy['policy']} | {multiplier} | {predicted} | {shown(measured['unsafe'])} | {helpfulness} |"
+        numbers = f"{100 * measured['undecided'][0]:.1f} % | {measured['helpfulness']['benign'][0]:.2f}"
+        row = f"| {policy['policy']} | {multiplier} | {predicted} | {shown(measured['unsafe'])} | {numbers} |"
         assert row.replace("|  |", "| |").replace("|  |", "| |") in page, row
+    free, limited = (
+        study["policies"][-1]["constraint"]["unconstrained"],
+        study["policies"][-1]["constraint"]["predicted"],
+    )
+    assert round(free["unsafe"], 2) == 0.98
+    assert round(1 - limited["helpfulness"] / free["helpfulness"], 2) == 0.26
+    assert [round(policy["kl"], 1) for policy in (free, limited)] == [0.8, 1.0]
     # The figure is that of the constraint that the page asks for.
     assert "at most 2 %" in (ROOT / "docs/frontier.svg").read_text()
 

@@ -16,8 +16,9 @@ from bfpo.core.files import file_hash, write_jsonl
 from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import RecipeError, TrainingError
 from bfpo.losses.pairwise import BFPO
-from bfpo.training.checkpoints import MARK, check_same_run, checkpoint_fault, newest_complete
+from bfpo.training.checkpoints import MARK, check_same_run, checkpoint_fault, newest_complete, write_mark
 from bfpo.training.run import run_training
+from bfpo.training.stream_trainer import StreamTrainer
 
 OUT = Path("runs/toy")
 
@@ -123,6 +124,34 @@ def flip_bit(file: Path, position: float) -> None:
 
 
 @pytest.mark.usefixtures("unbroken")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("trainer_state.json", b'{"epoch": 1, "step_of_another_version": 2}'),
+        ("trainer_state.json", b"[]"),
+        ("trainer_state.json", b'{"epoch": "\xff"}'),
+        ("config.json", b"[1]"),
+        ("scheduler.pt", b"PK\x03\x04"),
+    ],
+)
+def test_a_checkpoint_that_was_damaged_before_its_hashes_were_taken_is_reported(name, content):
+    folder = OUT / "checkpoint-7"
+    mark = json.loads((folder / MARK).read_text())
+    (folder / name).write_bytes(content)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MARK]
+    write_mark(folder, files, {key: mark[key] for key in ("step", "threads", "run")})
+    with pytest.raises(TrainingError, match=r"checkpoint-7 can't be read .*delete it to resume from the previous"):
+        run(resume_from_checkpoint=True, max_steps=8)
+
+
+@pytest.mark.usefixtures("unbroken")
+def test_an_error_in_a_later_step_is_not_blamed_on_the_checkpoint(monkeypatch):
+    monkeypatch.setattr(StreamTrainer, "compute_loss", lambda *args, **options: {}["wrong"])
+    with pytest.raises(KeyError, match="wrong"):
+        run(resume_from_checkpoint=True, max_steps=8)
+
+
+@pytest.mark.usefixtures("unbroken")
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
 def test_damage_of_a_checkpoint_without_hashes_is_reported_if_it_cannot_be_read(name, capsys):
     remove_hashes(OUT / "checkpoint-7")
@@ -216,7 +245,6 @@ def test_resuming_with_other_settings_is_refused(change, named):
         run(resume_from_checkpoint=True, **change)
 
 
-@pytest.mark.usefixtures("unbroken")
 def test_a_checkpoint_from_before_safety_weights_belongs_to_the_same_run(tmp_path):
     mark = {
         "run": {"loss": "BFPO(beta=0.5, b1=3.0, b2=0.0, alpha=0.5, table=None)"},
@@ -229,6 +257,7 @@ def test_a_checkpoint_from_before_safety_weights_belongs_to_the_same_run(tmp_pat
             check_same_run(tmp_path, {"loss": repr(other)})
 
 
+@pytest.mark.usefixtures("unbroken")
 def test_the_mark_contains_step_settings_file_sizes_and_hashes():
     mark = json.loads((OUT / "checkpoint-4" / MARK).read_text())
     assert mark["step"] == 4

@@ -10,6 +10,7 @@ from bfpo.data.adapters import parse_source
 from bfpo.data.inspect import (
     show_cell_lengths,
     show_cells,
+    show_markers,
     show_pairs,
     show_scores,
     show_sources,
@@ -66,6 +67,7 @@ def inspect_sources(
     show_cells(pairs, labeling, beta)
     show_cell_lengths(pairs)
     show_scores(pairs)
+    show_markers(pairs)
     if tokenizer is None:
         show_text_lengths(pairs)
         say("--tokenizer shows the lengths in tokens")

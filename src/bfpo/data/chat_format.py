@@ -25,7 +25,7 @@ ReasoningForm = Literal["key", "inline", "opened"]
 `<think>` block in the text; `opened`: nowhere, but the prompt for generation opens a thought."""
 
 # What a template raises that refuses a conversation, or expects another one.
-TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError)
+TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 # Words that no template has, and that no template changes.
 _USER, _ANSWER, _THOUGHT = "Quartzlantern", "Velvetharbor", "Copperthicket"
@@ -160,7 +160,7 @@ class ChatFormat:
         Raises:
             TemplateError: If the template refuses the conversation.
         """
-        return self._apply(prompt, inputs, self.reasoning_form, add_generation_prompt=True)
+        return self._apply(prompt, inputs, add_generation_prompt=True)
 
     def render_answer(self, conversation: Conversation, inputs: TemplateInputs = NO_INPUTS) -> RenderedAnswer:
         """Return the text of a conversation that ends with an answer.
@@ -175,7 +175,7 @@ class ChatFormat:
             self.check_reasoning()
         if self.reasoning_use == "drop":
             last = Message(last.role, last.content, None, last.tool_calls, last.tool_call_id, last.name)
-        text = self._apply((*history, last), inputs, self.reasoning_form)
+        text = self._apply((*history, last), inputs)
         if self.opened:
             prompt = self.render_prompt(tuple(history), inputs)
             before = prompt.removesuffix(self.opened)
@@ -201,7 +201,7 @@ class ChatFormat:
         Args:
             text: Text of the conversation.
             conversation: The conversation.
-            first_answer: Index of the first turn of the answer.
+            first_answer: Index of the first turn of the answer; the number of turns without an answer.
             inputs: Tools, whose names must be in the text.
         """
         rendered = _squeeze(text)
@@ -215,7 +215,7 @@ class ChatFormat:
                 return f"the chat template leaves out {kind}"
             if not all(_contains(rendered, part) for call in message.tool_calls for part in _leaves(call.to_row())):
                 return "the chat template leaves out a tool call"
-        last = conversation[-1].reasoning
+        last = conversation[-1].reasoning if first_answer < len(conversation) else None
         if last is not None and self.reasoning_use != "drop" and not _contains(rendered, last):
             return "the chat template leaves out the reasoning of an answer"
         return None
@@ -234,9 +234,10 @@ class ChatFormat:
         closing = next((mark for _, mark in MARKERS if rest.startswith(mark)), "")
         return len(text) - len(rest.removeprefix(closing).lstrip())
 
-    def _apply(
-        self, conversation: Conversation, inputs: TemplateInputs, form: ReasoningForm | None, **options: Any
-    ) -> str:
+    def _apply(self, conversation: Conversation, inputs: TemplateInputs, **options: Any) -> str:
+        # A thought in the text of an earlier turn would be new to a model that doesn't reason.
+        is_dropped = self.reasoning_use == "drop" and not self.is_thinking
+        form = None if is_dropped else self.reasoning_form
         rows = [_row(message, form, parts=self.takes_parts, marks=self.marks) for message in conversation]
         for row in rows:
             if row["role"] == "developer":

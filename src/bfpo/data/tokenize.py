@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 _CHUNK = 512
 EOS_INSIDE = "end-of-sequence token inside an answer"
 
-REASONING_DROPPED = "reasoning left out (text.thinking: drop)"
+# Notes on pairs with reasoning, by what becomes of it.
+_REASONING = {
+    "score": "reasoning in the loss (text.thinking: score)",
+    "context": "reasoning read, not scored (text.thinking: context)",
+    "drop": "reasoning left out (text.thinking: drop)",
+}
+_EARLIER_REASONING = "reasoning of earlier turns left out by the chat template"
 
 Record = TypeVar("Record", PreferencePair, Demonstration)
 
@@ -192,13 +198,19 @@ class Encoder:
                     first if turn == len(record.prompt) else self._render_prompt(conversation[:turn], record)
                     for turn in _imitated_turns(record, conversation)
                 )
-                is_dropped = conversation[-1].reasoning is not None and self.format.reasoning_use == "drop"
-                rendered.append(_Rendered(tuple(prompts), text, unscored, (REASONING_DROPPED,) if is_dropped else ()))
+                rendered.append(_Rendered(tuple(prompts), text, unscored, self._reasoning_notes(text, conversation)))
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
         except TEMPLATE_ERRORS as error:
             return f"the chat template refuses the conversation ({error})"
         return rendered
+
+    def _reasoning_notes(self, text: str, conversation: Conversation) -> tuple[str, ...]:
+        *earlier, last = conversation
+        notes = [] if last.reasoning is None else [_REASONING[self.format.reasoning_use]]
+        if any(message.reasoning is not None and message.reasoning not in text for message in earlier):
+            notes.append(_EARLIER_REASONING)
+        return tuple(notes)
 
     def _render_prompt(self, prompt: Conversation, record: PreferencePair | Demonstration) -> str:
         return self.format.render_prompt(prompt, record.inputs)
