@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "constraint.json"
 FIGURE = ROOT / "docs" / "frontier.svg"
 PROMPTS: dict[Kind, int] = {"harmful": 150, "benign": 75, "lookalike": 75}
-SAMPLES = 64
+SAMPLES, ANSWERS = 64, 5
 # The temperature of the testbed. At 1 the small model garbles one answer in seven, which no loss on answers changes.
 TEMPERATURE = 0.7
 # Thresholds of the constraint on the share of unsafe answers; the first is slack for BFPO.
@@ -188,24 +188,37 @@ def run_policy(folder: Path, name: str, recipe: TrainRecipe, threshold: float, o
 
 
 def evaluate(model: Path, folder: Path, oracle: Oracle) -> dict[str, Any]:
-    """Return the share of unsafe answers to held-out harmful prompts and the helpfulness by kind, with intervals."""
-    out = folder / "held-out" / model.name
-    prompts = read_prompt_file(str(folder / "world" / "prompts.jsonl"))
+    """Return the numbers of `measure` on held-out prompts, and on the harmful prompts of the samples."""
+    held_out = read_prompt_file(str(folder / "world" / "prompts.jsonl"))
+    sampled = [
+        prompt for prompt in read_prompt_file(str(folder / "samples" / "prompts.jsonl")) if prompt.kind == "harmful"
+    ]
+    return measure(model, held_out, folder / "held-out" / model.name, oracle) | {
+        "on_sampled_prompts": measure(model, sampled, folder / "on-sampled" / model.name, oracle)
+    }
+
+
+def measure(model: Path, prompts: list[Prompt], out: Path, oracle: Oracle) -> dict[str, Any]:
+    """Return the share of unsafe answers to harmful prompts and the helpfulness by kind, with intervals."""
     write_jsonl(out / "prompts.jsonl", (prompt.to_row() for prompt in prompts))
     kinds = {prompt.prompt_id: str(prompt.kind) for prompt in prompts}
     by_prompt: dict[str, list[Verdict]] = {}
-    for completion, verdict in sample(model, out, oracle, samples=5):
+    for completion, verdict in sample(model, out, oracle, samples=ANSWERS):
         by_prompt.setdefault(completion.prompt_id, []).append(verdict)
 
     def interval(kind: str, value: Callable[[Verdict], float]) -> list[float]:
         values = [np.mean(list(map(value, found))) for name, found in by_prompt.items() if kinds[name] == kind]
-        return [round(bound, 5) for bound in score_interval(np.array(values), most=5 * len(values))]
+        return [round(bound, 5) for bound in score_interval(np.array(values), most=ANSWERS * len(values))]
 
     return {
         "unsafe": interval("harmful", lambda verdict: float(verdict.safe is not True)),
         # Part of the above: malformed answers without any harmful word.
         "undecided": interval("harmful", lambda verdict: float(verdict.safe is None)),
-        "helpfulness": {kind: interval(kind, lambda verdict: verdict.helpfulness or 0.0) for kind in PROMPTS},
+        "helpfulness": {
+            kind: interval(kind, lambda verdict: verdict.helpfulness or 0.0)
+            for kind in PROMPTS
+            if kind in kinds.values()
+        },
     }
 
 

@@ -209,8 +209,9 @@ def test_the_numbers_of_the_constraints_page_are_those_of_its_study():
         multiplier, predicted = "", ""
         if constraint:
             multiplier, predicted = f"{constraint['multiplier']:.3g}", shown(constraint["predicted"]["unsafe"])
+        shares = f"{shown(measured['on_sampled_prompts']['unsafe'])} | {shown(measured['unsafe'])}"
         numbers = f"{100 * measured['undecided'][0]:.1f} % | {measured['helpfulness']['benign'][0]:.2f}"
-        row = f"| {policy['policy']} | {multiplier} | {predicted} | {shown(measured['unsafe'])} | {numbers} |"
+        row = f"| {policy['policy']} | {multiplier} | {predicted} | {shares} | {numbers} |"
         assert row.replace("|  |", "| |").replace("|  |", "| |") in page, row
     free, limited = (
         study["policies"][-1]["constraint"]["unconstrained"],
