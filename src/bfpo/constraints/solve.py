@@ -21,6 +21,8 @@ MIN_EFFECTIVE_SAMPLES = 10.0
 # Share of the prompts that may rest on a single sample, in effect.
 _MAX_SINGLE = 0.1
 _MIN_PROMPTS = 50
+# Error of the estimate that isn't worth a warning, as a share of the difference from the base model.
+_NEGLIGIBLE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +224,9 @@ def _warnings(dual: Dual, problem: SampleProblem, solution: DualSolution) -> lis
     if dual.multiplier is not None and single > _MAX_SINGLE:
         warnings.append(f"for {single:.0%} of the prompts one sample has most of the weight; generate more samples")
     half, extrapolated = dual.achieved_with_half, dual.extrapolated
-    if half is not None and abs(half - dual.achieved) > (dual.achieved_high - dual.achieved_low) / 2:
+    half_width = (dual.achieved_high - dual.achieved_low) / 2
+    tolerance = max(half_width, _NEGLIGIBLE * abs(dual.base.harm - dual.achieved))
+    if half is not None and abs(half - dual.achieved) > tolerance:
         warnings.append(
             f"half of the samples predict {half:.3g} in place of {dual.achieved:.3g}, which differs by more than the "
             f"interval: expect about {extrapolated:.3g}, and generate more samples"
