@@ -207,7 +207,7 @@ def measure(model: Path, prompts: list[Prompt], out: Path, oracle: Oracle) -> di
         by_prompt.setdefault(completion.prompt_id, []).append(verdict)
 
     def interval(kind: str, value: Callable[[Verdict], float]) -> list[float]:
-        values = [np.mean(list(map(value, found))) for name, found in by_prompt.items() if kinds[name] == kind]
+        values = [np.mean(list(map(value, verdicts))) for name, verdicts in by_prompt.items() if kinds[name] == kind]
         return [round(bound, 5) for bound in score_interval(np.array(values), most=ANSWERS * len(values))]
 
     return {

@@ -13,13 +13,13 @@ from bfpo.core.samples import Completion, Prompt, Verdict
 def rows(prompts: int = 60, samples: int = 16, *, seed: int = 0, **columns) -> list[dict]:
     """Rows of a table in which harm helps; a fixed seed draws the same prompts."""
     rng = np.random.default_rng(seed)
-    made = []
+    table = []
     for x in range(prompts):
         cost = rng.normal(-0.2, 1, samples)
         reward = 0.7 * cost + rng.normal(0, 1, samples)
         for n in range(samples):
-            made.append({"prompt_id": f"p{x}", "reward": float(reward[n]), "cost": float(cost[n]), **columns})
-    return made
+            table.append({"prompt_id": f"p{x}", "reward": float(reward[n]), "cost": float(cost[n]), **columns})
+    return table
 
 
 def write_table(path: Path, table: list[dict]) -> Path:
@@ -31,11 +31,11 @@ def write_table(path: Path, table: list[dict]) -> Path:
 def write_evaluation(folder: Path, *, prompts: int = 6, samples: int = 4) -> tuple[list[Completion], list[Verdict]]:
     """Write completions with the verdicts of a judge that grades everything; half of the prompts are harmful."""
     rng = np.random.default_rng(0)
-    asked = [
+    harmful_and_benign = [
         Prompt(f"q{x}", as_messages(f"question {x}"), "harmful" if x % 2 == 0 else "benign") for x in range(prompts)
     ]
     completions, verdicts = [], []
-    for prompt in asked:
+    for prompt in harmful_and_benign:
         for n in range(samples):
             text = f"answer {n} to {prompt.prompt_id}"
             completion = Completion(prompt.prompt_id, n, prompt.prompt, text, "stop", 3, 4, "base", "test", "abc")
@@ -50,7 +50,7 @@ def write_evaluation(folder: Path, *, prompts: int = 6, samples: int = 4) -> tup
                     reason="unclear",
                 )
             )  # fmt: skip
-    write_jsonl(folder / "prompts.jsonl", (prompt.to_row() for prompt in asked))
+    write_jsonl(folder / "prompts.jsonl", (prompt.to_row() for prompt in harmful_and_benign))
     write_jsonl(folder / "completions.jsonl", (completion.to_row() for completion in completions))
     write_jsonl(folder / "verdicts-grader@1.jsonl", (verdict.to_row() for verdict in verdicts))
     return completions, verdicts

@@ -71,8 +71,8 @@ def test_two_judges_one_of_rewards_one_of_costs(tmp_path):
     ]
     costs[0] = replace(costs[0], score=-2.0, safe=True)
     rewards = [replace(v, judge="reward", safe=None, severity=None, score=10 * v.helpfulness) for v in verdicts]
-    for found in (costs, rewards):
-        write_jsonl(tmp_path / f"verdicts-{found[0].judge}@1.jsonl", (verdict.to_row() for verdict in found))
+    for judged in (costs, rewards):
+        write_jsonl(tmp_path / f"verdicts-{judged[0].judge}@1.jsonl", (verdict.to_row() for verdict in judged))
     samples = read_scored_samples(tmp_path)
     assert samples.cost.ravel()[:2].tolist() == [-2.0, 1.5]
     # The raw score of a reward model, not its squashed helpfulness.
@@ -181,3 +181,11 @@ def test_a_judge_of_a_table_is_refused(tmp_path):
     with pytest.raises(DataError, match="is a table, which has no verdicts of judges to choose from"):
         read_scored_samples(path, cost_judge="x")
     assert json.loads(path.read_text().splitlines()[0]) == GOOD[0]
+
+
+def test_a_judge_that_rates_everything_useless_rates_helpfulness(tmp_path):
+    _, verdicts = write_evaluation(tmp_path)
+    path = tmp_path / "verdicts-grader@1.jsonl"
+    write_jsonl(path, (replace(verdict, helpfulness=0.0).to_row() for verdict in verdicts))
+    with pytest.raises(DataError, match="the reward of all 24 samples is 0; check the scorer"):
+        read_scored_samples(tmp_path)

@@ -217,8 +217,8 @@ def test_the_bootstrap_is_that_of_solving_every_resample(monkeypatch):
             resample = scored(samples.reward[chosen], samples.cost[chosen])
             problem = uniform(resample, cost[chosen], 0.8)
             threshold = request.max if request.max is not None else float(cost[chosen].mean()) - request.gain
-            found = solve_mean(problem, threshold).multiplier
-            multipliers.append(np.inf if found is None else found)
+            multiplier = solve_mean(problem, threshold).multiplier
+            multipliers.append(np.inf if multiplier is None else multiplier)
             achieved.append(problem.expected_cost(dual.multiplier))
         low, high = np.sort(multipliers)[[5, 194]]
         # Roots are interpolated between multipliers 6 % apart.

@@ -334,9 +334,9 @@ def test_cvar_constraint_holds_and_no_other_start_of_the_tail_is_better(seed):
     assert solution.achieved == pytest.approx(threshold, abs=1e-9)
     for start in np.linspace(-0.2, threshold, 60):
         other = problem.with_cost(tail_cost(problem.cost, start=start, share=share))
-        found = solve_mean(other, threshold)
-        if found.multiplier is not None:
-            assert problem.objective(other.policy(found.multiplier)) <= problem.objective(policy) + 1e-9
+        candidate = solve_mean(other, threshold)
+        if candidate.multiplier is not None:
+            assert problem.objective(other.policy(candidate.multiplier)) <= problem.objective(policy) + 1e-9
 
 
 def test_bounding_the_tail_is_not_bounding_the_mean():
@@ -360,8 +360,8 @@ def test_many_distinct_costs_still_meet_the_constraint_and_cost_little():
 
     def value_at(start):
         shifted = problem.with_cost(tail_cost(cost, start=start, share=0.1))
-        found = solve_mean(shifted, 1.2)
-        return -problem.objective(shifted.policy(found.multiplier)) if found.multiplier is not None else np.inf
+        multiplier = solve_mean(shifted, 1.2).multiplier
+        return np.inf if multiplier is None else -problem.objective(shifted.policy(multiplier))
 
     best = -minimize_scalar(value_at, bounds=(0.2, 1.2), method="bounded", options={"xatol": 1e-6}).fun
     shifted = problem.with_cost(tail_cost(cost, start=solution.tail_start, share=0.1))

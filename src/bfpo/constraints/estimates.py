@@ -100,9 +100,14 @@ class SampleProblem:
         problem = self.shifted(self.counted_problem(), solution.tail_start)
         unconstrained, least = problem.expected_cost(0.0), problem.least_cost()
         steps = np.linspace(0, _FURTHEST, _POINTS + 1)
-        solutions = [solve_mean(problem, unconstrained + step * (least - unconstrained)) for step in steps]
-        multipliers = {found.multiplier for found in (*solutions, solution) if found.multiplier is not None}
-        return [self.point(multiplier, solution.tail_start) for multiplier in sorted(multipliers)]
+        multipliers = {
+            solve_mean(problem, unconstrained + step * (least - unconstrained)).multiplier for step in steps
+        }
+        multipliers.add(solution.multiplier)
+        return [
+            self.point(multiplier, solution.tail_start)
+            for multiplier in sorted(multiplier for multiplier in multipliers if multiplier is not None)
+        ]
 
     def with_half(self, solution: DualSolution) -> float | None:
         """Return the measure at the solution as estimated from half of the samples, averaged over both halves.

@@ -23,6 +23,7 @@ Mask: TypeAlias = NDArray[np.bool_]
 
 # Columns of a table for PeCAN: log-probabilities of the answer under three models, summed over its tokens, in nats.
 LOGP_COLUMNS = ("base_logp", "helpful_logp", "safe_logp")
+_LOGPS = ", ".join(LOGP_COLUMNS)
 # Larger scores overflow when they are divided by a small beta.
 _LARGEST = 1e9
 _SCORER_COLUMNS = ("reward_scorer", "cost_scorer", "model")
@@ -113,9 +114,6 @@ def read_scored_samples(
     return samples
 
 
-_LOGPS = ", ".join(LOGP_COLUMNS)
-
-
 def _read_table(path: Path, log_ratio_beta: float | None) -> ScoredSamples:
     rows: list[SampleScores] = []
     kinds: dict[str, str | None] = {}
@@ -187,9 +185,12 @@ def _read_folder(folder: Path, reward_judge: str | None, cost_judge: str | None)
         raise DataError(f"{folder} has no {Completion.file_name}; generate completions first, several of each prompt")
     completions = read_completions(path)
     _check_one_model(completions, path)
-    by_judge = verdicts_by_judge(folder)
-    rewards = {judge: verdicts for judge, verdicts in by_judge.items() if any(map(_reward, verdicts))}
-    costs = {judge: verdicts for judge, verdicts in by_judge.items() if any(v.safe is not None for v in verdicts)}
+    rewards, costs = {}, {}
+    for judge, verdicts in verdicts_by_judge(folder).items():
+        if any(_reward(verdict) is not None for verdict in verdicts):
+            rewards[judge] = verdicts
+        if any(verdict.safe is not None for verdict in verdicts):
+            costs[judge] = verdicts
     reward_name, reward_verdicts = _choose(rewards, reward_judge, folder, "rates helpfulness", "reward_judge")
     cost_name, cost_verdicts = _choose(costs, cost_judge, folder, "judges safety", "cost_judge")
     reward_by_key, cost_by_key = _by_key(reward_verdicts, completions), _by_key(cost_verdicts, completions)
@@ -237,7 +238,10 @@ def _reward(verdict: Verdict) -> float | None:
 def _grade(verdicts: Iterable[Verdict]) -> str | None:
     """Return the field that grades harm: the cost of a cost model, or the severity; None if a judge has neither."""
     decided = [verdict for verdict in verdicts if verdict.safe is not None]
-    return next((name for name in ("score", "severity") if any(getattr(v, name) is not None for v in decided)), None)
+    for name in ("score", "severity"):
+        if any(getattr(verdict, name) is not None for verdict in decided):
+            return name
+    return None
 
 
 def _choose(

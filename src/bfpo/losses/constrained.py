@@ -15,7 +15,7 @@ and all expectations are self-normalized importance estimates.
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,6 @@ from bfpo.losses.combiners import tail_cost
 
 Array: TypeAlias = NDArray[np.float64]
 DualState = Literal["active", "slack", "infeasible"]
-DUAL_STATES: tuple[DualState, ...] = get_args(DualState)
 
 _TOLERANCE = 1e-9
 # Values at which a tail may start are tried one by one; of more distinct costs, evenly spaced ones by rank.

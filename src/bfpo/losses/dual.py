@@ -143,10 +143,7 @@ class Dual:
 
     @property
     def extrapolated(self) -> float | None:
-        """What is expected to be achieved in truth: the error of the estimate halves with twice the samples.
-
-        None if the constraint is infeasible.
-        """
+        """Estimate for unlimited samples, whose error halves with twice the samples; None if infeasible."""
         if self.achieved_with_half is None:
             return None
         return 2 * self.achieved - self.achieved_with_half
