@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bfpo.core.conversation import user_says
+from bfpo.core.conversation import last_request, user_says
 from bfpo.core.samples import Completion, Judge
 from bfpo.evaluation.scoring import METRICS_BY_KIND, JudgedCompletion
 from bfpo.evaluation.suite import EvalData, load_suite, read_tasks
@@ -49,7 +49,7 @@ def rows(
             [
                 {
                     "prompt_id": prompt.prompt_id,
-                    "prompt": prompt.prompt[-1].content,
+                    "prompt": last_request(prompt.prompt),
                     "kind": prompt.kind,
                     "category": prompt.category or "",
                     "judge": judge,
