@@ -26,6 +26,16 @@ def read_by(judge: Any) -> Reads:
     return reads
 
 
+def name_with_part(name: str, reads: Reads) -> str:
+    """Return the name of a judge that reads another part than the answer."""
+    return f"{name}:{reads}"
+
+
+def part_in_name(name: str) -> Reads:
+    """Return the part that a judge reads by its name, as verdicts have it."""
+    return next((reads for reads in READS if name.endswith(name_with_part("", reads))), "answer")
+
+
 def has_reasoning(completion: Completion) -> bool:
     """Return whether a completion has a thought that can be read."""
     return bool(completion.reasoning and completion.reasoning.strip())

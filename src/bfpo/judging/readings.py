@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Judge, Verdict
-from bfpo.data.readings import Reads
+from bfpo.data.readings import Reads, name_with_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class ReadingJudge:
     @property
     def name(self) -> str:
         """Name of the judge with the part, so that its verdicts aren't mixed with those on answers."""
-        return f"{self.judge_of_text.name}:{self.reads}"
+        return name_with_part(self.judge_of_text.name, self.reads)
 
     @property
     def revision(self) -> str:
