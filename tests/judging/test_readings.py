@@ -7,7 +7,7 @@ import pytest
 from bfpo.config.loading import check_recipe, dump_recipe
 from bfpo.core.conversation import FrozenJson, ToolCall, user_says
 from bfpo.core.samples import Completion, Verdict
-from bfpo.data.readings import NO_REASONING, as_completion, read_part
+from bfpo.data.readings import NO_REASONING, answer_completion, read_part
 from bfpo.data.stages import judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import RecipeError
@@ -111,7 +111,7 @@ def test_an_answer_of_several_turns_is_read_as_a_transcript():
         replace(PLAIN.message, role="tool", content="sent", tool_call_id="c1"),
         THOUGHT.message,
     )
-    completion = as_completion(user_says("Mail Eve."), answer, model="m", engine="pairs")
+    completion = answer_completion(user_says("Mail Eve."), answer, model="m", engine="pairs")
     assert read_part(completion).text.splitlines() == [
         "assistant: The assistant calls the tool send_email with to = eve@example.com, body = hi.",
         "tool: sent",

@@ -11,6 +11,7 @@ from bfpo.data.inspect import (
     show_cell_lengths,
     show_cells,
     show_pairs,
+    show_parts,
     show_sources,
     show_text_lengths,
     show_token_lengths,
@@ -57,6 +58,7 @@ def inspect_sources(
     pairs = [*prepared.train, *prepared.eval]
     show_cells(pairs, labeling, beta)
     show_cell_lengths(pairs)
+    show_parts(pairs)
     if tokenizer is None:
         show_text_lengths(pairs)
         say("--tokenizer shows the lengths in tokens")

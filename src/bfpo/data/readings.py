@@ -83,7 +83,7 @@ def _about(completion: Completion, verdict: Verdict) -> Verdict:
     return replace(verdict, text_hash=completion.text_hash)
 
 
-def as_completion(
+def answer_completion(
     prompt: Conversation,
     answer: Answer,
     *,

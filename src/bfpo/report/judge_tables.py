@@ -117,7 +117,10 @@ def judge_rows(runs: Sequence[Run]) -> list[JudgeRow]:
                 for metric in run.results.metrics
                 if metric.judge == name and metric.category is None
             }
-            for shown_name, suffix in ((name, ""), (f"{name}, corrected", CORRECTED)):
+            reads = judge.get("reads")
+            # So that the name of a narrow column breaks before the part.
+            label = name.replace(f":{reads}", f", {reads}") if reads else name
+            for shown_name, suffix in ((label, ""), (f"{label}, corrected", CORRECTED)):
                 metrics = [by_key.get((suite, task, metric + suffix)) for suite, task, metric in columns]
                 if any(metric is not None for metric in metrics):
                     values = [value_cell(metric) for metric in metrics]
