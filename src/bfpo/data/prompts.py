@@ -1,13 +1,16 @@
 """Prompts of published sets and of local files, with the metadata that identifies them."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from bfpo.config.recipes import Count, Section, Source
 from bfpo.core.conversation import Conversation, Message, as_messages, conversation_key
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Kind, Prompt
+from bfpo.data.agent_prompts import read_agent_columns
 from bfpo.data.prompt_sets import PromptSet, find_prompt_set
 from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError, RecipeError
@@ -37,6 +40,8 @@ class _RawPrompt(NamedTuple):
     kind: Kind
     category: str | None
     prompt_id: str | None
+    # Further fields of `Prompt`.
+    columns: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_prompt_source(
@@ -75,7 +80,8 @@ def read_prompt_source(
         key = conversation_key(messages)
         if key not in prompts:
             prompt_id = raw.prompt_id or f"{source.name}-{key[:12]}"
-            prompts[key] = Prompt(prompt_id, messages, raw.kind, raw.category, source.name, license)
+            prompt = Prompt(prompt_id, messages, raw.kind, raw.category, source.name, license)
+            prompts[key] = replace(prompt, **raw.columns)
         if len(prompts) == source.limit:
             break
     if not prompts:
@@ -151,7 +157,9 @@ def _read_raw_prompts(
             str(row.values.get(column) or "") or None if column else None
             for column in (prompt_set.category_column, prompt_set.id_column)
         )
-        yield _RawPrompt(text, _kind_of(source, prompt_set, row.values), category, prompt_id)
+        with row.locate_errors():
+            columns = read_agent_columns(row, prompt_set, source.name)
+        yield _RawPrompt(text, _kind_of(source, prompt_set, row.values), category, prompt_id, columns)
 
 
 def _read_texts(
@@ -159,7 +167,11 @@ def _read_texts(
 ) -> Iterator[tuple[str, SourceRow]]:
     """Yield the prompt of each row, and the row."""
     table = Source(
-        path=source.path or prompt_set.hub, name=prompt_set.config, split=prompt_set.split, revision=revision
+        path=source.path or prompt_set.hub,
+        name=prompt_set.config,
+        split=prompt_set.split,
+        revision=revision,
+        field=prompt_set.field,
     )
     try:
         for row in read_rows(table):
