@@ -136,9 +136,8 @@ def test_lengths_and_missing_answers_are_told_apart(evaluation):
     assert metrics["reasoning_words", ""].value == 2
     assert metrics["answer_words", ""].n == 6
     assert (metrics["no_answer", ""].value, metrics["no_answer", ""].n) == (1 / 6, 6)
-    (warning,) = [warning for warning in evaluation.results.warnings if "no answer" in warning]
-    assert warning.startswith("1 of 8 completions (12%) have no answer, because their reasoning didn't end")
-    assert warning.endswith("Raise `max_new_tokens`.")
+    (warning,) = [warning for warning in evaluation.results.warnings if "1 of 8 completions" in warning]
+    assert "`max_new_tokens`" in warning
 
 
 def test_completions_without_reasoning_are_no_undecided_ones(evaluation):
