@@ -25,7 +25,7 @@ LabeledAnswers = Annotated[
 Judges = Annotated[
     list[str],
     typer.Option(
-        help="KIND or KIND:PATH, e.g. linear:judge.npz; reasoning=SPEC and both=SPEC judge the reasoning; repeatable.",
+        help="KIND or KIND:PATH, e.g. linear:judge.npz; reasoning=SPEC judges the reasoning; repeatable.",
         show_default=False,
     ),
 ]
