@@ -105,7 +105,7 @@ class Caller(ScriptedEngine):
     """Model that calls a target tool on the first behavior, another tool on the second, and refuses the third."""
 
     def _completion(self, prompt: Prompt, sample: int):
-        completion = replace(super()._completion(prompt, sample), tools=prompt.tools)
+        completion = super()._completion(prompt, sample)
         name = {"0": "send_email", "1": "look_up"}.get(prompt.group.rpartition("-")[2])
         calls = (ToolCall(name, FrozenJson.freeze({})),) if name else ()
         return replace(completion, text="" if calls else "I won't.", tool_calls=calls)

@@ -47,7 +47,7 @@ class Thinking(ScriptedEngine):
 
     def _completion(self, prompt: Prompt, sample: int) -> Completion:
         reasoning, text, call = HARMFUL[int(prompt.prompt[-1].content.split()[-1])]
-        completion = replace(super()._completion(prompt, sample), tools=prompt.tools)
+        completion = super()._completion(prompt, sample)
         return replace(
             completion,
             text=text,

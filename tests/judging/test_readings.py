@@ -99,7 +99,7 @@ def test_verdicts_on_different_parts_have_files_of_their_own(tmp_path):
 
 
 def test_markers_of_thoughts_inside_what_is_read_stay_where_they_are():
-    nested = replace(THOUGHT, reasoning="a</think>b", text="c</think>d")
+    nested = replace(THOUGHT, reasoning="<think>\n<think>a</think>b", text="c</think>d")
     assert read_part(nested).text == "c</think>d"
     assert read_part(nested, "reasoning").text == "a</think>b"
     assert read_part(PLAIN) is PLAIN

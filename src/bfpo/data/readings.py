@@ -4,6 +4,7 @@ A judge reads the answer with its tool calls in words. It reads the reasoning on
 says so.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 from bfpo.core.conversation import Answer, Conversation, Message, answer_turns, conversation_text
 from bfpo.core.files import content_hash
 from bfpo.core.pairs import NO_INPUTS, TemplateInputs
+from bfpo.core.reasoning import MARKERS
 from bfpo.core.samples import Completion, Judge, Verdict
 
 Reads = Literal["answer", "reasoning", "both"]
@@ -18,6 +20,8 @@ Reads = Literal["answer", "reasoning", "both"]
 READS: tuple[Reads, ...] = get_args(Reads)
 
 NO_REASONING = "the completion has no reasoning"
+
+_OPENINGS = re.compile(rf"\A(\s*({'|'.join(re.escape(opening) for opening, _ in MARKERS)}))+\s*")
 
 
 def read_by(judge: Any) -> Reads:
@@ -57,10 +61,11 @@ def read_part(completion: Completion, reads: Reads = "answer") -> Completion:
         return completion
     text = completion.message.in_words()
     if reads == "reasoning":
-        text = completion.reasoning or ""
+        # Servers leave the mark of the beginning in some thoughts.
+        text = _OPENINGS.sub("", completion.reasoning or "")
     elif reads == "both" and has_reasoning(completion):
         text = f"Reasoning:\n{completion.reasoning}\n\nAnswer:\n{text}"
-    # Not None: otherwise a marker of a thought inside the text would split it again.
+    # Not None: otherwise the mark of a thought's end inside the text would split it again.
     return replace(completion, text=text, reasoning="", tool_calls=())
 
 
