@@ -12,6 +12,7 @@ from bfpo.config.loading import dump_recipe
 from bfpo.core.files import write_jsonl, write_text
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.core.terminal import say
+from bfpo.data.readings import read_by
 from bfpo.data.stages import (
     generate_completions,
     judge_completions,
@@ -35,7 +36,7 @@ from bfpo.evaluation.correction import (
 )
 from bfpo.evaluation.gate import Bound, check_bounds, enforce_bounds, read_gate
 from bfpo.evaluation.indices import compute_indices
-from bfpo.evaluation.judge_outputs import JudgeOutput, compute_agreement, member_names
+from bfpo.evaluation.judge_outputs import JudgeOutput, base_of, compare_parts, compute_agreement, member_names
 from bfpo.evaluation.lm_eval.suite import (
     compare_lm_eval_tasks,
     find_lm_eval_tasks,
@@ -66,6 +67,9 @@ from bfpo.evaluation.win_rates import (
     load_length_control,
 )
 from bfpo.judging.people import PeopleJudge
+
+# Share of completions without an answer above which the length of completions is too small for a model that reasons.
+MAX_WITHOUT_ANSWER = 0.05
 
 
 class Evaluation(NamedTuple):
@@ -248,12 +252,14 @@ def evaluate(
                 "revision": output.revision,
                 "circular": not labeled_by.isdisjoint(output.members),
             }
+            | ({} if output.reads == "answer" else {"reads": output.reads})
             for output in outputs
         ],
         sampling=asdict(sampling),
         metrics=metrics,
         answers=answers_hash(completions) if completions else "",
         agreement=compute_agreement(tasks, outputs),
+        reasoning=compare_parts(completions, outputs),
         data=[task.data for task in tasks if task.data is not None],
     )
     if calibration is not None and calibrated:
@@ -356,11 +362,14 @@ def judge_all(
             raise DataError(f"judges: {name}@{revision} is already listed")
         label = name if name not in {output.label for output in outputs} else f"{name}@{revision[:8]}"
         verdicts = judge_completions(judge, completions, judge_file(folder, "verdicts", name, revision))
-        on_labeled = []
-        if labeled and name != PeopleJudge.name:
+        on_labeled, reads = [], read_by(judge)
+        # Annotators labeled answers.
+        if labeled and name != PeopleJudge.name and reads == "answer":
             on_labeled = judge_completions(judge, labeled, judge_file(folder, "calibration", name, revision))
-        output = JudgeOutput(label, name, revision, member_names(judge), verdicts, on_labeled)
-        if references:
+        output = JudgeOutput(
+            label, name, revision, member_names(judge), verdicts, on_labeled, reads=reads, base=base_of(judge)
+        )
+        if references and reads == "answer":
             output = compare_with_references(judge, output, completions, references, folder)
         outputs.append(output)
         del judge
