@@ -21,10 +21,12 @@ MEASURED_LANGUAGES = ("en",)
 REVISION = content_hash(MARKERS)[:8]
 """Changes with the markers."""
 
-_VARIANTS = str.maketrans({
-    "‘": "'", "’": "'", "‛": "'", "ʼ": "'", "′": "'", "`": "'", "´": "'", "“": '"', "”": '"', "„": '"',
-    "、": ",", "。": ".", "「": '"', "」": '"', "『": '"', "』": '"',
-})  # fmt: skip
+# Apostrophes, quotes, and the punctuation of Chinese and Japanese.
+_VARIANTS = str.maketrans(
+    dict.fromkeys("\u2018\u2019\u201b\u02bc\u2032\u00b4`", "'")
+    | dict.fromkeys("\u201c\u201d\u201e\u300c\u300d\u300e\u300f", '"')
+    | {"\u3001": ",", "\u3002": "."}
+)
 # Emphasis, quotes, dashes and spaces in front of the first word.
 _OPENING = re.compile(r"^[\W_]+")
 
@@ -39,9 +41,7 @@ def is_refusal(text: str, language: str | None = None) -> bool | None:
     if language is not None and language not in MEASURED_LANGUAGES:
         return None
     start = normalize_answer(text[:400])
-    return any(
-        start.startswith(marker) and not start[len(marker) : len(marker) + 1].isalpha() for marker in MARKERS
-    )
+    return any(start.startswith(marker) and not start[len(marker) : len(marker) + 1].isalpha() for marker in MARKERS)
 
 
 def normalize_answer(text: str) -> str:

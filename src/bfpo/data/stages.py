@@ -6,6 +6,7 @@ of its input. A stage that was killed resumes, and one that is called again reus
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,7 +75,8 @@ def generate_completions(
     requests = {(prompt.prompt_id, sample): (prompt, sample) for prompt in prompts for sample in range(samples)}
 
     def check(completion: Completion) -> None:
-        if completion.key in requests and completion.prompt != requests[completion.key][0].prompt:
+        request = requests[completion.key][0] if completion.key in requests else None
+        if request and (completion.prompt, completion.inputs) != (request.prompt, request.inputs):
             raise DataError(
                 f"{path}: {completion.key} answers another prompt with this id; choose another output file"
             )
@@ -89,9 +91,22 @@ def generate_completions(
         Completion,
         requests,
         lambda completion: completion.key,
-        lambda missing: engine.generate([requests[key] for key in missing]),
+        lambda missing: (
+            [_with_prompt_columns(completion, requests[completion.key][0]) for completion in batch]
+            for batch in engine.generate([requests[key] for key in missing])
+        ),
         check=check,
         what="generating",
+    )
+
+
+def _with_prompt_columns(completion: Completion, prompt: Prompt) -> Completion:
+    """Return a completion with the columns of its prompt, whether the engine filled them or not."""
+    return replace(
+        completion,
+        tools=prompt.tools,
+        chat_template_kwargs=prompt.chat_template_kwargs,
+        language=completion.language or prompt.language,
     )
 
 

@@ -133,7 +133,8 @@ class Dialogue:
         sample: Number of the conversation about this prompt, from 0.
         exchanges: Turns of the attack and the model's replies so far, without refused ones.
         refused: User turn that the model just refused.
-        ended: Reason why the attack ended early.
+        ended: Reason why the attacker stopped early.
+        failed: Reason why the attacker gave no reply, as a server's failure; a second start requests it again.
     """
 
     prompt: Prompt
@@ -141,6 +142,7 @@ class Dialogue:
     exchanges: list[Message] = field(default_factory=list)
     refused: str | None = None
     ended: str | None = None
+    failed: str | None = None
 
     @property
     def key(self) -> Key:
@@ -181,7 +183,7 @@ class Attack(Protocol):
     def write(
         self, dialogues: Sequence[Dialogue], turn: int, *, is_fallback: bool, folder: Path
     ) -> list[Conversation | None]:
-        """Return the next turns of each dialogue; None ends a dialogue, with its reason in `ended`.
+        """Return the next turns of each dialogue; None ends a dialogue, with its reason in `ended` or `failed`.
 
         Args:
             dialogues: The dialogues.
@@ -260,7 +262,7 @@ class Attacker:
             missing = {
                 self._request(dialogue, turn, is_fallback, attempt).prompt_id: dialogue
                 for dialogue in dialogues
-                if dialogue.key not in messages
+                if dialogue.key not in messages and dialogue.failed is None
             }
             if not missing:
                 break
@@ -268,8 +270,7 @@ class Attacker:
             name = f"attacker-{turn}{'-fallback' if is_fallback else ''}-{attempt + 1}.jsonl"
             completions, failed = generate_most(self.engine, requests, folder / name, max_unanswered=len(requests))
             for request_id, reason in failed.items():
-                missing[request_id].ended = f"attacker unanswered: {reason}"
-                self.counts["attacker unanswered"] += 1
+                missing[request_id].failed = f"attacker unanswered: {reason}"
             for completion in completions:
                 dialogue = missing[completion.prompt_id]
                 message = read_message(completion)

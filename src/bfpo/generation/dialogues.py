@@ -109,7 +109,9 @@ def attack_folder(out: Path, name: str) -> Path:
     return out / f"attack-{file_name(label)}@{revision}"
 
 
-def run_attack(attack: Attack, engine: Engine, prompts: Sequence[Prompt], out: Path, *, samples: int = 1) -> AttackRun:
+def run_attack(
+    attack: Attack, engine: Engine, prompts: Sequence[Prompt], out: Path, *, samples: int = 1
+) -> AttackRun:
     """Attack a model with conversations about prompts; a second call resumes, also within a turn.
 
     The model answers at most two requests for each turn: a refused exchange is dropped from the conversation, and the
@@ -186,6 +188,7 @@ def _take_turn(
         The replies; and the reason of each prompt whose request failed, by id.
     """
     written = attack.write(dialogues, number, is_fallback=is_fallback, folder=folder)
+    reasons = {dialogue.prompt.prompt_id: dialogue.failed for dialogue in dialogues if dialogue.failed is not None}
     requests: dict[str, tuple[Dialogue, Conversation, Prompt]] = {}
     for dialogue, messages in zip(dialogues, written, strict=True):
         if messages is not None:
@@ -195,7 +198,7 @@ def _take_turn(
             request = replace(dialogue.prompt, prompt_id=request_id, prompt=conversation)
             requests[request_id] = dialogue, messages, request
     if not requests:
-        return [], {}
+        return [], reasons
     path = folder / f"turn-{number}{'-fallback' if is_fallback else ''}.jsonl"
     prompts = [request for _, _, request in requests.values()]
     completions, failed = generate_most(engine, prompts, path, max_unanswered=len(prompts))
@@ -208,7 +211,7 @@ def _take_turn(
             dialogue.exchanges += [*messages, *completion.as_history]
         dialogue.refused = None if turn.is_kept else messages[0].content
         replies.append((dialogue, turn))
-    reasons = {requests[name][0].prompt.prompt_id: f"turn {number}: {reason}" for name, reason in failed.items()}
+    reasons |= {requests[name][0].prompt.prompt_id: f"turn {number}: {reason}" for name, reason in failed.items()}
     return replies, reasons
 
 
