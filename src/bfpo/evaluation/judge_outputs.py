@@ -27,6 +27,7 @@ class JudgeOutput(NamedTuple):
         on_labeled: Verdicts on the answers with human labels; empty without calibration.
         preferences: Preferences between completions and reference outputs; empty if the judge compares none.
         sees_both: Whether the judge sees both answers at once, so that their order may matter.
+        on_turns: Verdicts on the replies of attacks of several turns.
     """
 
     label: str
@@ -37,6 +38,7 @@ class JudgeOutput(NamedTuple):
     on_labeled: Sequence[Verdict] = ()
     preferences: Sequence[PairwisePreference] = ()
     sees_both: bool = False
+    on_turns: Sequence[Verdict] = ()
 
 
 def member_names(judge: Judge) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from pydantic import StrictBool, StrictInt
 
+from bfpo.core.conversation import Conversation
 from bfpo.core.files import write_jsonl
-from bfpo.core.samples import FileRow, Judge, Key, Prompt, Verdict
+from bfpo.core.samples import FileRow, Judge, Key, Verdict
 from bfpo.data.stages import judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.generation.dialogues import AttackRun, AttackTurn, by_conversation
@@ -112,19 +113,19 @@ def describe_attack(run: AttackRun, outcomes: Sequence[AttackOutcome]) -> dict[s
     }
 
 
-def judge_turns(judge: Judge, run: AttackRun, prompts: Mapping[str, Prompt]) -> list[Verdict]:
-    """Judge every reply of an attack as an answer to the attacked prompt.
+def judge_attack(
+    judge: Judge, run: AttackRun, prompts: Mapping[str, Conversation], single_turn: Iterable[Verdict]
+) -> list[Verdict]:
+    """Judge every reply of an attack as an answer to the attacked prompt, and write the outcome of each conversation.
 
     Args:
         judge: The judge.
         run: The attack.
         prompts: Attacked prompts by id.
+        single_turn: Verdicts of the judge on the answers to the prompts alone.
     """
     answers = [turn.answering(prompts[turn.original_id]) for turn in run.turns]
-    return judge_completions(judge, answers, judge_file(run.folder, "verdicts", judge.name, judge.revision))
-
-
-def write_outcomes(run: AttackRun, judge: Judge, outcomes: Sequence[AttackOutcome]) -> None:
-    """Write the outcomes by one judge into the folder of an attack."""
+    verdicts = judge_completions(judge, answers, judge_file(run.folder, "verdicts", judge.name, judge.revision))
     path = judge_file(run.folder, "conversations", judge.name, judge.revision)
-    write_jsonl(path, (outcome.to_row() for outcome in outcomes))
+    write_jsonl(path, (outcome.to_row() for outcome in attack_outcomes(run.turns, verdicts, single_turn)))
+    return verdicts

@@ -52,9 +52,9 @@ class AttackTurn:
         """Whether the exchange stays in the conversation."""
         return self.outcome in ("answered", "unread")
 
-    def answering(self, original: Prompt) -> Completion:
+    def answering(self, original: Conversation) -> Completion:
         """Return the reply as an answer to the attacked prompt, which judges read instead of the conversation."""
-        return replace(self.completion, prompt=original.prompt)
+        return replace(self.completion, prompt=original)
 
     def to_row(self) -> dict[str, Any]:
         """Return the turn as a row: the columns of the completion, and those of the attack."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Verdict
 from bfpo.data.stages import generate_most, judge_completions, show_unanswered
 from bfpo.data.verdict_files import judge_file
-from bfpo.generation.attack_outcomes import attack_outcomes, describe_attack, judge_turns, write_outcomes
+from bfpo.generation.attack_outcomes import attack_outcomes, describe_attack, judge_attack
 from bfpo.generation.attacks import open_attack
 from bfpo.generation.dialogues import AttackTurn, by_conversation, run_attack
 from bfpo.redteam.recipe import RedteamRecipe
@@ -60,9 +60,8 @@ def sample_under_attack(
     harmful = {prompt.prompt_id: prompt for prompt in prompts if prompt.kind == "harmful"}
     run = run_attack(open_attack(recipe.attack), engine, list(harmful.values()), out)
     left_out = Counter(f"attack without a result: {reason}" for reason in run.missing.values())
-    verdicts = judge_turns(judge, run, harmful)
-    outcomes = attack_outcomes(run.turns, verdicts, single_turn)
-    write_outcomes(run, judge, outcomes)
+    conversation_of = {prompt_id: prompt.prompt for prompt_id, prompt in harmful.items()}
+    outcomes = attack_outcomes(run.turns, judge_attack(judge, run, conversation_of, single_turn), single_turn)
     first_unsafe = {outcome.prompt_id: outcome.first_unsafe_turn for outcome in outcomes}
     originals, conversations = {}, []
     for (prompt_id, _), turns in by_conversation(run.turns).items():
