@@ -113,7 +113,7 @@ def test_a_person_sees_what_is_imitated(tokenizer):
     (example,), _ = encode(tokenizer, chat(2), chat_template=CHATML)
     assert decoded_sample(example, tokenizer) == {
         "prompt": f"<|im_start|>user\n{ASKED[0]}<|im_end|>\n<|im_start|>assistant\n",
-        "completion": f"{ANSWERED[0]}<|im_end|>[not imitated: \n<|im_start|>user\n{ASKED[1]}<|im_end|>\n"
+        "completion": f"{ANSWERED[0]}<|im_end|>[not scored: \n<|im_start|>user\n{ASKED[1]}<|im_end|>\n"
         f"<|im_start|>assistant\n]{ANSWERED[1]}<|im_end|>",
     }
 

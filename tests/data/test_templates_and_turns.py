@@ -71,7 +71,9 @@ def test_reasoning_is_scored_read_or_removed_where_the_template_reads_it(tokeniz
     examples = {}
     for thinking in (None, "score", "context", "drop"):
         (examples[thinking],), counts = encode(tokenizer, pair(thoughtful()), template=template, thinking=thinking)
-        assert counts == ({"reasoning left out (text.thinking: drop)": 1} if thinking == "drop" else {})
+        notes = {"drop": "reasoning left out", "context": "reasoning read, not scored"}
+        use = thinking or "score"
+        assert counts == {f"{notes.get(use, 'reasoning in the loss')} (text.thinking: {use})": 1}
     assert seen(tokenizer, examples["score"]) == (whole, whole)
     assert seen(tokenizer, examples[None]) == (whole, whole)
     assert seen(tokenizer, examples["context"]) == (whole, f"a red box{end}")
@@ -108,6 +110,15 @@ def test_reasoning_that_no_template_form_renders_is_refused_when_it_is_required(
         ModelError, match=r"text.thinking is context, but the chat template of .* renders no reasoning"
     ):
         encode(tokenizer, pair(thoughtful()), template=stripped, thinking="context")
+
+
+def test_reasoning_of_earlier_turns_is_left_to_the_template_and_that_is_noted(tokenizer):
+    asked = (*ASKED, *thoughtful("small lamp", "blue door"), *user_says("and under"))
+    _, counts = encode(tokenizer, pair(prompt=asked), template=PLAIN)
+    assert counts == {"reasoning of earlier turns left out by the chat template": 1}
+    (example,), counts = encode(tokenizer, pair(prompt=asked), template=KEY.replace("KEY", "thinking"))
+    assert counts == {}
+    assert "<think>\nblue door\n</think>\n\nsmall lamp" in tokenizer.decode(example.prompt_ids)
 
 
 def test_a_template_of_parts_gets_parts(tokenizer):

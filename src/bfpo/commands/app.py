@@ -416,12 +416,24 @@ def inspect_data(
         int, typer.Option(min=8, help="Maximum length of prompt and completion, in tokens.")
     ] = 1024,
     examples: Annotated[int, typer.Option(min=0, help="Number of pairs to show (may be harmful text).")] = 3,
+    show_tokens: Annotated[
+        bool, typer.Option("--show-tokens", help="With --tokenizer: show which tokens of the examples are scored.")
+    ] = False,
     limit: Limit = None,
 ) -> None:
     """Show preference data: cells, labels, lengths, conflicts, examples."""
     from bfpo.commands.data import inspect_sources
 
-    inspect_sources(sources, tokenizer=tokenizer, max_length=max_length, examples=examples, limit=limit)
+    if show_tokens and tokenizer is None:
+        raise typer.BadParameter("it needs --tokenizer", param_hint="--show-tokens")
+    inspect_sources(
+        sources,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        examples=examples,
+        show_tokens=show_tokens,
+        limit=limit,
+    )
 
 
 @data_app.command("prepare")

@@ -51,8 +51,10 @@ class Source(Section):
     """Label all answers of an unlabeled set safe; `safety_label_source` is then `assumed`."""
     partial_refusals: Literal["refusal", "compliance", "drop"] = "refusal"
     """For `xstest_completions`: what a partial refusal counts as."""
-    use: Literal["chosen", "rejected", "both", "safer"] = "chosen"
-    """For `bfpo sft`: which answers of a pair are imitated. `safer`: the safe one, and none of two unsafe ones."""
+    use: Literal["chosen", "rejected", "both", "safer"] | None = None
+    """For `bfpo sft`: which answers of a pair are imitated. `safer`: the safe one, and none of two unsafe ones.
+    Default `safer` for labeled pairs, because `chosen` is the more helpful answer, which may be unsafe; else
+    `chosen`."""
     license: str | None = None
     """License of the data; default the adapter's."""
 

@@ -24,6 +24,9 @@ ReasoningForm = Literal["key", "inline", "opened"]
 """Where a template reads reasoning. `key`: a key of the message, `reasoning_content` or `thinking`; `inline`: a
 `<think>` block in the text; `opened`: nowhere, but the prompt for generation opens a thought."""
 
+# What a template raises that refuses a conversation, or expects another one.
+TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError)
+
 # Words that no template has, and that no template changes.
 _USER, _ANSWER, _THOUGHT = "Quartzlantern", "Velvetharbor", "Copperthicket"
 
@@ -72,6 +75,20 @@ class ChatFormat:
         )
 
     @cached_property
+    def header(self) -> str:
+        """Text that the prompt for generation has after the last turn; "" if there is none."""
+        rows = [_row(user_says(_USER)[0], None, parts=self.takes_parts)]
+        with_header, without = self._try(rows, add_generation_prompt=True) or "", self._try(rows) or ""
+        return with_header.removeprefix(without) if with_header.startswith(without) else ""
+
+    @cached_property
+    def _developer_role(self) -> str:
+        """Role by which the template reads the developer's turn: older ones know only `system`."""
+        turns = (Message("developer", _ANSWER), Message("user", _USER))
+        text = self._try([_row(turn, None, parts=self.takes_parts) for turn in turns]) or ""
+        return "developer" if _ANSWER in text else "system"
+
+    @cached_property
     def marks(self) -> tuple[str, str]:
         """Marks of the beginning and the end of a thought: those in the template or the vocabulary, or `<think>`."""
         template = self.template or str(self.tokenizer.chat_template)
@@ -114,6 +131,17 @@ class ChatFormat:
         """What becomes of the reasoning in front of an answer."""
         return self.thinking or ("score" if self.is_thinking and self.reasoning_form else "drop")
 
+    def describe_reasoning(self) -> str:
+        """Return a line on how reasoning is rendered and used."""
+        forms = {
+            "key": "the chat template renders it from the message",
+            "inline": f"it is written in the text, in {self.marks[0]} and {self.marks[1]}",
+            "opened": f"the prompt for generation opens it with {self.marks[0]}",
+            None: "the chat template has no place for it",
+        }
+        uses = {"score": "it is part of the loss", "context": "it is read and not scored", "drop": "it is removed"}
+        return f"{forms[self.reasoning_form]}; {uses[self.reasoning_use]} (text.thinking: {self.reasoning_use})"
+
     def check_reasoning(self) -> None:
         """Check that the template renders reasoning, if it is to be read.
 
@@ -132,7 +160,7 @@ class ChatFormat:
         Raises:
             TemplateError: If the template refuses the conversation.
         """
-        return self._apply(prompt, inputs, self.reasoning_form, add_generation_prompt=True)
+        return self._apply(prompt, inputs, add_generation_prompt=True)
 
     def render_answer(self, conversation: Conversation, inputs: TemplateInputs = NO_INPUTS) -> RenderedAnswer:
         """Return the text of a conversation that ends with an answer.
@@ -147,7 +175,7 @@ class ChatFormat:
             self.check_reasoning()
         if self.reasoning_use == "drop":
             last = Message(last.role, last.content, None, last.tool_calls, last.tool_call_id, last.name)
-        text = self._apply((*history, last), inputs, self.reasoning_form)
+        text = self._apply((*history, last), inputs)
         if self.opened:
             prompt = self.render_prompt(tuple(history), inputs)
             before = prompt.removesuffix(self.opened)
@@ -206,10 +234,14 @@ class ChatFormat:
         closing = next((mark for _, mark in MARKERS if rest.startswith(mark)), "")
         return len(text) - len(rest.removeprefix(closing).lstrip())
 
-    def _apply(
-        self, conversation: Conversation, inputs: TemplateInputs, form: ReasoningForm | None, **options: Any
-    ) -> str:
+    def _apply(self, conversation: Conversation, inputs: TemplateInputs, **options: Any) -> str:
+        # A thought in the text of an earlier turn would be new to a model that doesn't reason.
+        is_dropped = self.reasoning_use == "drop" and not self.is_thinking
+        form = None if is_dropped else self.reasoning_form
         rows = [_row(message, form, parts=self.takes_parts, marks=self.marks) for message in conversation]
+        for row in rows:
+            if row["role"] == "developer":
+                row["role"] = self._developer_role
         return str(
             self.tokenizer.apply_chat_template(
                 rows,
@@ -229,7 +261,7 @@ class ChatFormat:
             )
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
-        except (TemplateError, TypeError):
+        except TEMPLATE_ERRORS:
             return None
 
 

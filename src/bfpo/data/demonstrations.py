@@ -125,9 +125,10 @@ def _read_demonstrations(
 
 def _imitated_answers(pair: PreferencePair, source: Source, report: SourceReport) -> list[Demonstration]:
     chosen, rejected = (Demonstration(pair.prompt, answer, inputs=pair.inputs) for answer in pair.answers)
-    if source.use == "both":
+    use = source.use or ("chosen" if pair.labels is None else "safer")
+    if use == "both":
         return [chosen, rejected]
-    if source.use == "safer":
+    if use == "safer":
         if pair.labels is None:
             raise DataError(f"{report.name}: 'use: safer' needs safety labels, and this set has none")
         if not any(pair.labels):
@@ -135,4 +136,4 @@ def _imitated_answers(pair: PreferencePair, source: Source, report: SourceReport
             return []
         # The more helpful of two safe answers is imitated.
         return [chosen if pair.labels.chosen else rejected]
-    return [chosen if source.use == "chosen" else rejected]
+    return [chosen if use == "chosen" else rejected]

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 
 from bfpo.config.recipes import TextSection
 from bfpo.core.conversation import Conversation, Message, answer_turns
 from bfpo.core.pairs import NO_INPUTS, Demonstration, PreferencePair
-from bfpo.data.chat_format import ChatFormat
+from bfpo.data.chat_format import TEMPLATE_ERRORS, ChatFormat
 from bfpo.data.load import NOT_A_PREFIX, Reason, SourceReport
 from bfpo.data.table import Example, Ids, token_ids
 from bfpo.data.token_cache import MIN_CACHED, Encoding, cache_file, read_encodings, write_encodings
@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 _CHUNK = 512
 EOS_INSIDE = "end-of-sequence token inside an answer"
 
-REASONING_DROPPED = "reasoning left out (text.thinking: drop)"
+# Notes on pairs with reasoning, by what becomes of it.
+_REASONING = {
+    "score": "reasoning in the loss (text.thinking: score)",
+    "context": "reasoning read, not scored (text.thinking: context)",
+    "drop": "reasoning left out (text.thinking: drop)",
+}
+_EARLIER_REASONING = "reasoning of earlier turns left out by the chat template"
 
 Record = TypeVar("Record", PreferencePair, Demonstration)
 
@@ -192,13 +198,19 @@ class Encoder:
                     first if turn == len(record.prompt) else self._render_prompt(conversation[:turn], record)
                     for turn in _imitated_turns(record, conversation)
                 )
-                is_dropped = conversation[-1].reasoning is not None and self.format.reasoning_use == "drop"
-                rendered.append(_Rendered(tuple(prompts), text, unscored, (REASONING_DROPPED,) if is_dropped else ()))
+                rendered.append(_Rendered(tuple(prompts), text, unscored, self._reasoning_notes(text, conversation)))
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
-        except TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             return f"the chat template refuses the conversation ({error})"
         return rendered
+
+    def _reasoning_notes(self, text: str, conversation: Conversation) -> tuple[str, ...]:
+        *earlier, last = conversation
+        notes = [] if last.reasoning is None else [_REASONING[self.format.reasoning_use]]
+        if any(message.reasoning is not None and message.reasoning not in text for message in earlier):
+            notes.append(_EARLIER_REASONING)
+        return tuple(notes)
 
     def _render_prompt(self, prompt: Conversation, record: PreferencePair | Demonstration) -> str:
         return self.format.render_prompt(prompt, record.inputs)
@@ -238,7 +250,7 @@ class Encoder:
         """
         is_chat = len(conversations) == 1
         starts = [
-            [_common_prefix(prompt, conversation) for prompt in before]
+            [self._start_of_turn(prompt, conversation) for prompt in before]
             for before, conversation in zip(prompts, conversations, strict=True)
         ]
         first = min(turns[0] for turns in starts)
@@ -256,6 +268,20 @@ class Encoder:
         is_prefix = starts == [[len(prompt) for prompt in before] for before in prompts]
         notes = [] if is_prefix else [NOT_A_PREFIX]
         return self._fit(conversations[0][:first], [completion for completion in completions if completion], notes)
+
+    def _start_of_turn(self, prompt: list[int], conversation: list[int]) -> int:
+        """Return the index of an answer's first token: after its prompt, or after the next header if that differs."""
+        start = _common_prefix(prompt, conversation)
+        header = self._header_ids
+        if start == len(prompt) or not header:
+            return start
+        ends = range(start + len(header), len(conversation))
+        return next((end for end in ends if conversation[end - len(header) : end] == header), start)
+
+    @cached_property
+    def _header_ids(self) -> list[int]:
+        ids: list[int] = self.tokenizer(self.format.header, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _mark_turns(self, starts: list[int], conversation: list[int]) -> list[int] | None:
         """Return an answer with marks on the tokens between its turns; None if a turn's end couldn't be learned."""
@@ -369,11 +395,22 @@ def decoded_sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> di
     return {name: str(text) for name, text in texts.items()}
 
 
+def shown_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """Return the tokens of each completion of an example, separated by bars, with unscored ones in brackets."""
+    names = ("chosen", "rejected") if len(example.completions) == 2 else ("completion",)
+    shown = {}
+    for name, marked in zip(names, example.completions, strict=True):
+        tokens = [repr(str(tokenizer.decode([token])))[1:-1] for token in token_ids(marked).tolist()]
+        pieces = [f"[{token}]" if mark < 0 else token for token, mark in zip(tokens, marked.tolist(), strict=True)]
+        shown[name] = f"{(marked >= 0).sum()} of {len(marked)} scored: {'|'.join(pieces)}"
+    return shown
+
+
 def _decode_completion(marked: Ids, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return a completion as text, with unscored tokens in brackets."""
     turns = np.split(marked, np.flatnonzero(np.diff(marked < 0)) + 1)
     texts = ((str(tokenizer.decode(token_ids(ids))), ids[0] < 0) for ids in turns)
-    return "".join(f"[not imitated: {text}]" if unscored else text for text, unscored in texts)
+    return "".join(f"[not scored: {text}]" if unscored else text for text, unscored in texts)
 
 
 def _without_unscored_end(marked: list[int]) -> list[int]:
