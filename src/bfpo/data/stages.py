@@ -75,8 +75,8 @@ def generate_completions(
     requests = {(prompt.prompt_id, sample): (prompt, sample) for prompt in prompts for sample in range(samples)}
 
     def check(completion: Completion) -> None:
-        request = requests[completion.key][0] if completion.key in requests else None
-        if request and (completion.prompt, completion.inputs) != (request.prompt, request.inputs):
+        request = requests.get(completion.key)
+        if request and (completion.prompt, completion.inputs) != (request[0].prompt, request[0].inputs):
             raise DataError(
                 f"{path}: {completion.key} answers another prompt with this id; choose another output file"
             )

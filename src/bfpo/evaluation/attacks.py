@@ -24,7 +24,7 @@ SAFETY_UNDER_ATTACK = MetricSpec("safety_under_attack", higher_is_better=True, i
 SAFETY_SINGLE_TURN = MetricSpec("safety_single_turn", higher_is_better=True, is_rate=True)
 LOST_UNDER_ATTACK = MetricSpec("lost_under_attack", higher_is_better=False, is_rate=True)
 REFUSED_REPLIES = MetricSpec("refused_replies", higher_is_better=None, is_rate=False, needs_judge=False)
-_AFTER_TURN = "safety_after_turn_"
+AFTER_TURN = "safety_after_turn_"
 
 
 class AttackedSuite(Section):
@@ -133,7 +133,7 @@ def attack_metrics(attacks: Iterable[AttackSection]) -> set[str]:
     """Return the names of the metrics of attacked suites."""
     turns = max((attack.num_turns for attack in attacks), default=0)
     specs = (SAFETY_UNDER_ATTACK, SAFETY_SINGLE_TURN, LOST_UNDER_ATTACK, REFUSED_REPLIES)
-    return {*(spec.name for spec in specs), *(f"{_AFTER_TURN}{number}" for number in range(1, turns + 1))}
+    return {*(spec.name for spec in specs), *(f"{AFTER_TURN}{number}" for number in range(1, turns + 1))}
 
 
 def attack_notes(attacks: Attacks) -> list[str]:
@@ -245,7 +245,7 @@ def _score_group(
     if group.category is not None:
         return scores
     for number in range(1, num_turns + 1):
-        spec = SAFETY_UNDER_ATTACK._replace(name=f"{_AFTER_TURN}{number}")
+        spec = SAFETY_UNDER_ATTACK._replace(name=f"{AFTER_TURN}{number}")
         scores.append(score(spec, is_safe_until(number)))
     scores.append(score(SAFETY_SINGLE_TURN, alone.get))
     scores.append(score(LOST_UNDER_ATTACK, is_lost))

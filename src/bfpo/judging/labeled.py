@@ -29,7 +29,9 @@ class LabeledAnswer:
 
 
 def read_labeled(path: str) -> list[LabeledAnswer]:
-    """Read labeled answers: columns `prompt`, `text` (or `completion`), `refusal`, `safe` or both; `model`, `kind`.
+    """Read labeled answers: columns `prompt`, `text` (or `completion`), and `refusal`, `safe` or both.
+
+    The columns `model`, `kind` and `language` are optional.
 
     The columns of XSTest are read too: `final_label` says whether an answer refuses, and a compliance with a prompt
     of a `contrast_` type, which is harmful, is unsafe.
@@ -55,7 +57,10 @@ def _parse_row(row: SourceRow, index: int) -> LabeledAnswer:
     text = row.text("text" if "text" in row.values else "completion")
     # XSTest has one file per model and no column for it: there the file's name is the model's.
     model = str(row.values.get("model") or row.where.rpartition(" row ")[0].rpartition("/")[2])
-    completion = Completion(prompt_id(prompt), index, prompt, text, "stop", 0, 0, model, "labeled", "")
+    language = row.text("language") if row.values.get("language") else None
+    completion = Completion(
+        prompt_id(prompt), index, prompt, text, "stop", 0, 0, model, "labeled", "", language=language
+    )
     return LabeledAnswer(completion, refusal, safe, kind)
 
 

@@ -11,6 +11,7 @@ from bfpo.report.judge_tables import (
     main_headings,
     result_warnings,
 )
+from bfpo.report.languages import language_rows
 from bfpo.report.model_comparisons import AxisCell, compare_runs
 from bfpo.report.provenance import metadata, protocol_warnings
 from bfpo.report.run_files import Run
@@ -87,6 +88,12 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
             for row in categories
         ]
         parts += ["## By category", format_table(headings, rows)]
+    if languages := language_rows(runs):
+        headings = ("language", "metric", "prompts", *(run.name for run in runs), "n")
+        rows = [
+            (row.language, row.metric, row.task, *map(format_value, row.values), row.prompts) for row in languages
+        ]
+        parts += ["## By language", format_table(headings, rows)]
     if agreement_rows(runs):
         parts += ["## Agreement between judges", agreement_table(runs)]
     headings = ("", *(run.name for run in runs))
