@@ -263,7 +263,8 @@ def last_user_index(prompt: Conversation) -> int:
 
 def prompt_key(text: str) -> str:
     """Return a hash of a prompt's words that ignores case, white space, and how accents are encoded."""
-    return content_hash(" ".join(normalize("NFC", text.casefold()).split()))
+    # Canonical caseless matching of the Unicode Standard (D145): decomposed before the case is folded.
+    return content_hash(" ".join(normalize("NFC", normalize("NFD", text).casefold()).split()))
 
 
 def conversation_key(prompt: Conversation) -> str:
