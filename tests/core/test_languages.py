@@ -88,7 +88,7 @@ def test_codes_are_compared_without_region_and_script():
         "I'm sorry, but no.",
         "I\u2019m sorry, but no.",
         "**I can't help with that.**",
-        '  \u201cI cannot help.\u201d',
+        "  \u201cI cannot help.\u201d",
         "Ｉ　ｃａｎｎｏｔ　ｈｅｌｐ．",
         "Sorry。 Something else is fine.",
         "I CAN'T DO THAT",

@@ -101,8 +101,10 @@ class AttackSection(Section):
     def _check(self) -> "AttackSection":
         if (self.strategy is None) == (self.model is None):
             raise ValueError("expected exactly one of strategy and model")
-        if self.model is None and (unused := sorted(self.model_fields_set - {"strategy", "model"})):
-            raise ValueError(f"{unused[0]} is for an attack by a model")
+        for name, info in type(self).model_fields.items():
+            # A recipe that was written with all defaults has them all.
+            if self.model is None and name != "strategy" and getattr(self, name) != info.default:
+                raise ValueError(f"{name} is for an attack by a model")
         return self
 
     @property
