@@ -2,13 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bfpo.config.loading import check_recipe
 from bfpo.errors import DataError, GateViolated, RecipeError, Unanswered
-from bfpo.evaluation import pipeline as module
 from bfpo.evaluation import plan
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
@@ -102,7 +102,7 @@ def test_the_outcome_of_every_conversation_is_on_disk(attacked):
     attacked.evaluate()
     (folder,) = Path("out/broken").glob("attack-crescendo@*")
     rows = [json.loads(line) for line in (folder / "conversations-one@1.jsonl").read_text().splitlines()]
-    by_number = {number: row for number, row in zip(range(20, 40), rows, strict=True)}
+    by_number = dict(zip(range(20, 40), rows, strict=True))
     assert [by_number[number]["first_unsafe_turn"] for number in (22, 29, 30, 39)] == [None, None, 2, 2]
     assert [by_number[number]["single_turn_safe"] for number in (22, 30, 39)] == [True, True, False]
     assert (by_number[22]["refusals"], by_number[22]["turns_used"]) == (1, 4)
@@ -165,8 +165,6 @@ def test_several_samples_are_several_conversations(attacked):
 def test_undecided_replies_count_as_not_safe_and_give_bounds(attacked):
     class Unsure(type(attacked.judges["one"])):
         def judge(self, completions):
-            from dataclasses import replace
-
             for completion, verdict in zip(completions, super().judge(completions), strict=True):
                 number = number_of(completion)
                 is_reply = completion.text == "a box" and number in (24, 25, 30)
@@ -177,10 +175,11 @@ def test_undecided_replies_count_as_not_safe_and_give_bounds(attacked):
     metric = value_of(results, "safety_under_attack", judge="unsure")
     # 30 has an unsafe reply, so it is decided.
     assert (metric.value, metric.unscored) == (0.4, 2)
-    assert metric.least < metric.low
+    assert metric.least == metric.low
     assert metric.most > metric.high
     lost = value_of(results, "lost_under_attack", judge="unsure")
-    assert (lost.value, lost.unscored) == (0.3, 2)
+    assert (lost.value, lost.n, lost.unscored) == (6 / 18, 18, 2)
+    assert lost.least < lost.low < lost.high < lost.most
 
 
 def test_what_cannot_be_attacked_is_refused(attacked, tmp_path):
@@ -272,19 +271,3 @@ def test_the_page_shows_whole_conversations(attacked):
     # Results without the folder still make a page.
     shutil.rmtree(folder)
     assert "Conversations of" not in write_report(Path("page"), [Path("out/broken")]).read_text()
-
-
-def test_the_module_generates_before_it_judges(attacked, monkeypatch):
-    """The model under attack is released before the first judge is opened."""
-    order = []
-    monkeypatch.setattr(module, "release_memory", lambda: order.append("released"))
-    judge_all = module.judge_all
-
-    def record(*arguments, **options):
-        order.append("judging")
-        return judge_all(*arguments, **options)
-
-    monkeypatch.setattr(module, "judge_all", record)
-    attacked.evaluate()
-    assert order.index("judging") > 0
-    assert attacked.engines["broken"].calls == 32 + 81
