@@ -1,18 +1,23 @@
 """Attacks of several turns: what the model under attack reads, what becomes of refusals, and resuming."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from bfpo.core.conversation import FrozenJson, Message, ToolCall, user_says
 from bfpo.core.files import content_hash
-from bfpo.core.samples import Completion, Prompt, Verdict
+from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.errors import DataError, Unanswered
 from bfpo.generation.attack_outcomes import attack_outcomes, describe_attack, safe_until
 from bfpo.generation.attacks import SCRIPTS, Attacker, AttackSection, Script, read_message
-from bfpo.generation.dialogues import read_turns, run_attack
+from bfpo.generation.dialogues import by_conversation, read_turns, run_attack
+from bfpo.generation.in_process import TransformersEngine
+from bfpo.generation.openai_server import ServerEngine, ServerOptions
 from bfpo.generation.scripted import ScriptedEngine
 
 SCRIPT = SCRIPTS["crescendo"]
@@ -325,3 +330,44 @@ def test_a_row_of_turns_with_a_wrong_value_is_refused_by_file_and_row(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"turns.jsonl row 2: column 'is_fallback' is 'no'; expected bool"):
         read_turns(run.folder)
+
+
+# Real engines.
+
+
+def test_a_model_in_this_process_is_attacked_and_batching_does_not_matter(tmp_path, make_model, tokenizer):
+    prompts = [Prompt(f"p{number}", user_says("small red box " * number), "harmful") for number in (1, 2, 3)]
+
+    def attack(folder, max_batch_tokens):
+        model = make_model().to(torch.float64)
+        sampling = Sampling(max_new_tokens=6, temperature=1.0)
+        engine = TransformersEngine(
+            model, tokenizer, sampling, name="m", identity="i", max_batch_tokens=max_batch_tokens
+        )
+        return run_attack(Script("crescendo"), engine, prompts, folder, samples=2)
+
+    together = attack(tmp_path / "together", 100_000)
+    assert len(by_conversation(together.turns)) == 6
+    kept = [turn for turn in together.turns if turn.is_kept]
+    assert len(kept) >= 6
+    assert attack(tmp_path / "alone", 1).turns == together.turns
+    # Both conversations about a prompt have noise of their own.
+    assert len({turn.completion.text for turn in together.turns if turn.turn == 1}) > 3
+
+
+def test_a_model_on_a_faulty_server_is_attacked(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parent))
+    from faulty_server import faulty_server
+
+    bodies = []
+
+    def text_of(body):
+        bodies.append(body)
+        return f"reply {len(body['messages'])}"
+
+    with faulty_server(lambda number, body: "500" if number % 5 == 0 else None, text_of=text_of) as (url, _):
+        options = ServerOptions(url, "toy", concurrency=4, timeout=5.0, backoff=0.002)
+        run = run_attack(Script("crescendo"), ServerEngine(options, Sampling()), [BOX, BALL], tmp_path)
+    assert [turn.completion.text for turn in run.turns] == [f"reply {length}" for length in (1, 3, 5, 7)] * 2
+    roles = {tuple(message["role"] for message in body["messages"]) for body in bodies}
+    assert roles == {("user", "assistant") * number + ("user",) for number in range(4)}
