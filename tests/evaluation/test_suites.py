@@ -55,7 +55,7 @@ def test_the_page_lists_the_tasks_of_lm_eval_suite_by_suite():
 
 def test_the_recipes_on_the_page_are_recipes():
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    recipe, attacked, suite, win_rates, gates = (
+    recipe, suite, attacked, win_rates, gates = (
         parse_yaml(block, "docs") for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     )
     checked = check_recipe(recipe, EvalRecipe, "docs")
