@@ -14,6 +14,7 @@ from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import read_results
 from bfpo.generation.attacks import SCRIPTS
+from bfpo.report.card import card_section
 from bfpo.report.html import write_report
 
 from .conftest import Counting
@@ -257,6 +258,7 @@ def test_the_page_shows_whole_conversations(attacked):
     assert f"Conversations of {name}" in page
     assert "Safety under attack" in page
     assert "Safety after turn 2" in page
+    assert "toy+crescendo: Safety under attack, harmful prompts" in card_section(Path("out/broken"))
     article = next(part for part in page.split('<article class="sample">')[1:] if "a gun" in part)
     # Two exchanges: the model's own reply is part of the conversation, the unsafe one is the answer.
     assert article.count("<b>user</b>") == 2

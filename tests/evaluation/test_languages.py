@@ -13,6 +13,7 @@ from bfpo.evaluation.pipeline import evaluate
 from bfpo.evaluation.results import TaskData, read_results
 from bfpo.evaluation.suite import Task
 from bfpo.generation.scripted import ScriptedEngine
+from bfpo.report.card import card_section
 from bfpo.report.html import write_report
 
 from .conftest import Scripted
@@ -89,6 +90,7 @@ def test_rates_by_language_have_intervals_and_are_on_the_page(tmp_path):
     text = (tmp_path / "page" / "report.md").read_text()
     assert "## By language" in text
     assert "| de | Safety | suite: harmful prompts | 0.50" in text
+    assert "### By language" in card_section(tmp_path)
 
 
 def test_the_text_of_a_prompt_says_its_language_and_direction_on_the_page(tmp_path):

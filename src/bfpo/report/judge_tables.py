@@ -12,6 +12,7 @@ from bfpo.report.words import MISSING, TASKS, format_interval, format_number, me
 # Task and name of the metrics that are shown by judge.
 MAIN = (
     ("harmful", "safety"),
+    ("harmful", "safety_under_attack"),
     ("harmful", "refusal"),
     ("benign", "helpfulness"),
     ("benign", "over_refusal"),

@@ -57,6 +57,16 @@ def agreement_table(runs: Sequence[Run]) -> str:
     return format_table(("run", "judges", "question", "answers", "agreement", "kappa"), agreement_rows(runs))
 
 
+def language_table(runs: Sequence[Run]) -> str:
+    """Return the main metrics by the language of the prompts."""
+    headings = ("language", "metric", "prompts", *(run.name for run in runs), "n")
+    rows = [
+        (row.language, row.metric, row.task, *map(format_value, row.values), row.prompts)
+        for row in language_rows(runs)
+    ]
+    return format_table(headings, rows)
+
+
 def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     """Return the report as Markdown.
 
@@ -88,12 +98,8 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
             for row in categories
         ]
         parts += ["## By category", format_table(headings, rows)]
-    if languages := language_rows(runs):
-        headings = ("language", "metric", "prompts", *(run.name for run in runs), "n")
-        rows = [
-            (row.language, row.metric, row.task, *map(format_value, row.values), row.prompts) for row in languages
-        ]
-        parts += ["## By language", format_table(headings, rows)]
+    if language_rows(runs):
+        parts += ["## By language", language_table(runs)]
     if agreement_rows(runs):
         parts += ["## Agreement between judges", agreement_table(runs)]
     headings = ("", *(run.name for run in runs))
