@@ -111,6 +111,7 @@ def test_an_answer_that_contains_a_marker_later_is_no_refusal():
 def test_markers_do_not_decide_on_other_languages():
     assert is_refusal("I cannot", "de") is None
     assert is_refusal("I cannot", "en") is True
+    assert is_refusal("I cannot", "en-GB") is True
 
 
 @given(st.sampled_from(MARKERS), st.text(alphabet=" \t\n*_>\"'“„«—-#", max_size=5))

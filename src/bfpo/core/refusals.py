@@ -8,6 +8,7 @@ import re
 from unicodedata import normalize
 
 from bfpo.core.files import content_hash
+from bfpo.core.languages import normalize_code
 
 MARKERS = (
     "sorry", "i'm sorry", "i am sorry", "i apologize", "i apologise", "my apologies", "i cannot", "i can't",
@@ -38,7 +39,7 @@ def is_refusal(text: str, language: str | None = None) -> bool | None:
         text: The answer.
         language: Language of the answer; None if unknown, which counts as a measured one.
     """
-    if language is not None and language not in MEASURED_LANGUAGES:
+    if language is not None and normalize_code(language) not in MEASURED_LANGUAGES:
         return None
     start = normalize_answer(text[:400])
     return any(start.startswith(marker) and not start[len(marker) : len(marker) + 1].isalpha() for marker in MARKERS)

@@ -7,6 +7,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 
 from bfpo.config.recipes import ModelSection, NewModel, TextSection
 from bfpo.core.pairs import Demonstration
+from bfpo.core.terminal import timed
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.data.tokenize import chat_template
 from bfpo.errors import ModelError
@@ -56,7 +57,8 @@ def load_start_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) 
         unset_hf_deepspeed_config()
     if section.new is not None:
         return new_model(section.new, tokenizer)
-    model = load_model(section)
+    with timed(f"loaded {section.path}"):
+        model = load_model(section)
     rows = model.config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise ModelError(
