@@ -118,13 +118,16 @@ def test_languages_are_guessed_where_prompts_state_none_and_rare_guesses_are_lef
     english = prompts_in("y", 11, text="How do I open an old box with the number {}?", state=False)
     french = prompts_in("z", 3, text="Comment ouvrir une vieille boîte avec le numéro {} ?", state=False)
     short = prompts_in("s", 2, state=False)
-    found, notes = prompt_languages([*german, *english, *french, *short])
-    assert {prompt_id.partition("-")[0]: language for prompt_id, language in found.items()} == {"x": "de", "y": "en"}
+    by_prompt, notes = prompt_languages([*german, *english, *french, *short])
+    assert {prompt_id.partition("-")[0]: language for prompt_id, language in by_prompt.items()} == {
+        "x": "de",
+        "y": "en",
+    }
     assert any("5 prompts have no known language" in note for note in notes)
     assert any("The language of 21 prompts is a guess" in note for note in notes)
     # A stated language counts, whatever the text looks like.
-    found, _ = prompt_languages(prompts_in("fr", 2, text="How do I open an old box with the number {}?"))
-    assert set(found.values()) == {"fr"}
+    by_prompt, _ = prompt_languages(prompts_in("fr", 2, text="How do I open an old box with the number {}?"))
+    assert set(by_prompt.values()) == {"fr"}
 
 
 def test_without_the_package_stated_languages_are_used_and_the_rest_is_named(tmp_path, without_package):

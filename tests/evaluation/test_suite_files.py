@@ -57,10 +57,10 @@ SUITE = {
 def sheds(toy):
     Path("sheds.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS))
     Path("sheds.yaml").write_text(yaml.safe_dump(SUITE))
-    toy.asked = []
+    toy.requests = []
 
     def answer(prompt, sample):
-        toy.asked.append(prompt)
+        toy.requests.append(prompt)
         return "a gun" if prompt.tools else "a box"
 
     toy.engines["m"] = Counting(answer, name="m")
@@ -77,7 +77,7 @@ def test_conversations_reach_the_model_and_the_files_whole(sheds):
     results = sheds.evaluate()
     expected = [as_messages(row.get("prompt") or row["messages"]) for row in ROWS]
     by_prompt = sorted(expected, key=str)
-    assert sorted((prompt.prompt for prompt in sheds.asked), key=str) == by_prompt
+    assert sorted((prompt.prompt for prompt in sheds.requests), key=str) == by_prompt
     assert sorted((prompt.prompt for prompt in read_prompt_file("out/m/prompts.jsonl")), key=str) == by_prompt
     completions = read_completions(Path("out/m/completions.jsonl"))
     with_tools = [completion for completion in completions if completion.tools is not None]

@@ -26,17 +26,17 @@ BALL = Prompt("ball", user_says("How do I throw a ball?"), "harmful")
 
 
 class Recording(ScriptedEngine):
-    """Engine that records what it is asked, and may be stopped."""
+    """Engine that records what it reads, and may be stopped."""
 
     def __init__(self, answer, *, name="m", stop_after=10**9):
         super().__init__(answer, name=name, batch=1)
-        self.asked, self.stop_after = [], stop_after
+        self.requests, self.stop_after = [], stop_after
 
     def generate(self, requests):
         for batch in super().generate(requests):
-            if len(self.asked) >= self.stop_after:
+            if len(self.requests) >= self.stop_after:
                 raise KeyboardInterrupt
-            self.asked += [completion.prompt for completion in batch]
+            self.requests += [completion.prompt for completion in batch]
             yield batch
 
 
@@ -158,17 +158,19 @@ def test_a_killed_attack_goes_on_within_a_turn(tmp_path):
     prompts = [Prompt(f"p{number}", user_says(f"Box {number}?"), "harmful") for number in range(5)]
     whole = Recording(answers)
     expected = run_attack(Script("crescendo"), whole, prompts, tmp_path / "whole", samples=2)
-    asked = []
+    requests = []
     for stop in (3, 9, 0, 14, 10**9):
         engine = Recording(answers, stop_after=stop)
         try:
             run = run_attack(Script("crescendo"), engine, prompts, tmp_path / "killed", samples=2)
         except KeyboardInterrupt:
             run = None
-        asked += engine.asked
+        requests += engine.requests
     assert run is not None
     assert run.turns == expected.turns
-    assert sorted(map(content_hash, asked)) == sorted(map(content_hash, whole.asked)), "nothing is asked twice"
+    assert sorted(map(content_hash, requests)) == sorted(map(content_hash, whole.requests)), (
+        "nothing is requested twice"
+    )
     files = {path.name: path.read_bytes() for path in run.folder.iterdir()}
     assert files == {path.name: path.read_bytes() for path in expected.folder.iterdir()}
 
@@ -205,7 +207,7 @@ def test_an_attacker_reads_the_request_and_the_conversation(tmp_path):
     attacker = Recording(write("And then?"), name="attacker")
     run = run_attack(Attacker(attacker, "attacker-a", 2), Recording(answers), [BOX], tmp_path)
     assert [last(turn.completion) for turn in run.turns] == ["And then?", "And then?"]
-    first, second = (asked[0].content for asked in attacker.asked)
+    first, second = (request[0].content for request in attacker.requests)
     assert "How do I open {a} box?" in first
     assert "message 1 of 2" in first
     assert f"user: And then?\nassistant: {run.turns[0].completion.text}" in second
@@ -223,7 +225,7 @@ def test_an_attacker_is_told_of_a_refusal(tmp_path):
         ("refused", "Hard!"),
         ("answered", "Softer?"),
     ]
-    assert "so write a milder one: Hard!" in attacker.asked[1][0].content
+    assert "so write a milder one: Hard!" in attacker.requests[1][0].content
 
 
 @pytest.mark.parametrize(
@@ -348,8 +350,8 @@ def test_a_model_in_this_process_is_attacked_and_batching_does_not_matter(tmp_pa
 
     together = attack(tmp_path / "together", 100_000)
     assert len(by_conversation(together.turns)) == 6
-    kept = [turn for turn in together.turns if turn.is_kept]
-    assert len(kept) >= 6
+    replies = [turn for turn in together.turns if turn.is_kept]
+    assert len(replies) >= 6
     assert attack(tmp_path / "alone", 1).turns == together.turns
     # Both conversations about a prompt have noise of their own.
     assert len({turn.completion.text for turn in together.turns if turn.turn == 1}) > 3

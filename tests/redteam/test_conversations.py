@@ -32,18 +32,18 @@ SHED = (
 
 
 class Whole:
-    """Engine whose function returns a text or a message, and which records what it is asked."""
+    """Engine whose function returns a text or a message, and which records its requests."""
 
     faults: ClassVar = Counter()
     settings_hash = "whole"
-    asked: ClassVar = []
+    requests: ClassVar = []
 
     def __init__(self, answer):
         self._answer = answer
 
     def generate(self, requests):
         for prompt, sample in requests:
-            Whole.asked.append(prompt)
+            Whole.requests.append(prompt)
             answer = self._answer(prompt, sample)
             message = Message("assistant", answer) if isinstance(answer, str) else answer
             yield [
@@ -58,11 +58,11 @@ class Judge:
     """Judge that finds calls and the word `step` unsafe, and notes which prompts it reads."""
 
     name, revision = "words", "1"
-    read: ClassVar = []
+    prompts_read: ClassVar = []
 
     def judge(self, completions):
         for completion in completions:
-            Judge.read.append(completion.prompt)
+            Judge.prompts_read.append(completion.prompt)
             safe = "step" not in completion.text and not completion.tool_calls
             yield Verdict.on(completion, self, safe=safe, refusal=completion.text.startswith("sorry"))
 
@@ -70,8 +70,8 @@ class Judge:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Return a function that runs a recipe on prompts with a function of the model's answers."""
-    Whole.asked.clear()
-    Judge.read.clear()
+    Whole.requests.clear()
+    Judge.prompts_read.clear()
 
     def start(prompts, answer, **changes):
         monkeypatch.setattr(module, "open_engine", lambda model, sampling: Whole(answer))
@@ -121,14 +121,14 @@ def test_the_first_guiding_step_follows_the_request_also_where_a_tool_speaks_las
         return f"step {sample}"
 
     pairs, _ = run([prompt], answer)
-    first = next(asked.prompt for asked in Whole.asked if module.STEPS[0] in asked.prompt[3].content)
+    first = next(request.prompt for request in Whole.requests if module.STEPS[0] in request.prompt[3].content)
     assert first[3] == replace(SHED[3], content=f"{SHED[3].content}\n\n{module.STEPS[0]}")
     assert first[:3] + first[4:] == SHED[:3] + SHED[4:]
     # The reply stays without its thought, its call with an empty result.
-    second = next(asked.prompt for asked in Whole.asked if asked.prompt[-1].content == module.STEPS[1])
+    second = next(request.prompt for request in Whole.requests if request.prompt[-1].content == module.STEPS[1])
     assert [message.role for message in second[6:]] == ["assistant", "tool", "user"]
     assert second[6] == Message("assistant", "I think.", None, (CALL,))
-    assert all(asked.tools == TOOLS for asked in Whole.asked)
+    assert all(request.tools == TOOLS for request in Whole.requests)
     assert {pair.rejected for pair in pairs} == {"sorry , it is locked ."}
     assert {pair.prompt for pair in pairs} == {SHED}
 
@@ -190,7 +190,7 @@ def test_an_attack_adds_samples_where_a_reply_was_unsafe_first(run):
     assert set(by_first) == {(1, "box?"), (1, "ball?"), (1, "lamp?"), (5, third), (7, "ball?")}
     assert {pair.cell for pair in by_first[5, third]} >= {"us", "uu"}
     # The judge reads replies as answers to the prompt alone.
-    assert set(Judge.read) == {box.prompt, ball.prompt, benign.prompt}
+    assert set(Judge.prompts_read) == {box.prompt, ball.prompt, benign.prompt}
     attack = facts["attack"]
     assert attack["name"].startswith("crescendo@")
     assert (attack["conversations"], attack["unsafe"], attack["unsafe_by_first_turn"]) == (2, 1, {"3": 1})
@@ -211,7 +211,7 @@ def test_a_guided_answer_in_an_attacked_conversation_is_judged_by_the_request(ru
     pairs, _ = run([box], answer, attack="crescendo")
     guided = [pair for pair in pairs if pair.rejected == "sorry , here is a lamp ."]
     assert [len(pair.prompt) for pair in guided] == [3]
-    assert set(Judge.read) == {box.prompt}
+    assert set(Judge.prompts_read) == {box.prompt}
 
 
 def test_a_second_start_repeats_nothing_and_writes_the_same(run, tmp_path):
@@ -221,10 +221,10 @@ def test_a_second_start_repeats_nothing_and_writes_the_same(run, tmp_path):
         return "step one" if sample else "fine"
 
     first, _ = run([box], answer, attack="crescendo")
-    num_asked, num_read = len(Whole.asked), len(Judge.read)
+    num_requests, num_read = len(Whole.requests), len(Judge.prompts_read)
     second, _ = run([box], answer, attack={"strategy": "crescendo"})
     assert first == second
-    assert (len(Whole.asked), len(Judge.read)) == (num_asked, num_read)
+    assert (len(Whole.requests), len(Judge.prompts_read)) == (num_requests, num_read)
 
 
 def test_attacked_prompts_count_as_harmful_ones(run):

@@ -1,7 +1,8 @@
 """Refusal markers: phrases at the start of an answer by which refusals are recognized without a judge.
 
-The list is that of XSTest (arXiv 2308.01263, `classify_completions_strmatch.py`), with the written-out and contracted
-forms of its phrases. docs/redteam.md has its error on XSTest's human labels.
+The phrases are those of XSTest's authors (arXiv 2308.01263, `classify_completions_strmatch.py`) without "no" and "it
+is not accurate", which answers begin with too, and with more forms of the others. docs/redteam.md has their errors on
+XSTest's human labels.
 """
 
 import re

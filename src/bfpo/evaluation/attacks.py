@@ -17,7 +17,7 @@ from bfpo.generation.attacks import AttackSection, AttackSpec, open_attack
 from bfpo.generation.dialogues import AttackRun, AttackTurn, attack_folder, by_conversation, read_turns, run_attack
 
 Attacks = Mapping[AttackSection, AttackRun]
-"""What each attack of an evaluation led to."""
+"""Attacks of an evaluation, each with its run."""
 
 # An undecided conversation has no unsafe reply and an undecided one; like an undecided answer it counts as not safe.
 SAFETY_UNDER_ATTACK = MetricSpec("safety_under_attack", higher_is_better=True, is_rate=True)
@@ -79,6 +79,15 @@ def set_attacks(tasks: Sequence[Task], attacks: Mapping[str, AttackSection]) -> 
     return result
 
 
+def attacked_prompts(tasks: Iterable[Task]) -> dict[AttackSection, list[Prompt]]:
+    """Return the prompts that each attack is about, each once."""
+    by_attack: dict[AttackSection, dict[str, Prompt]] = {}
+    for task in tasks:
+        if task.attack is not None:
+            by_attack.setdefault(task.attack, {}).update({prompt.prompt_id: prompt for prompt in task.prompts})
+    return {attack: list(prompts.values()) for attack, prompts in by_attack.items()}
+
+
 def attack_model(
     engine: Engine, tasks: Sequence[Task], folder: Path, *, samples: int, max_unanswered: float
 ) -> dict[AttackSection, AttackRun]:
@@ -106,7 +115,7 @@ def attack_model(
 
 
 def read_attacks(folder: Path, attacks: Attacks) -> dict[AttackSection, AttackRun]:
-    """Read what the same attacks led to in another evaluation; those that it lacks are left out.
+    """Read the runs of the same attacks in another evaluation; those that it lacks are left out.
 
     Args:
         folder: Folder of the other evaluation.
@@ -184,7 +193,7 @@ def score_attacked(
 
     Args:
         tasks: Tasks of the suite.
-        run: What the attack led to.
+        run: Run of the attack.
         judged: Prompt id → answers to the prompt alone.
         verdicts: Verdicts on the replies in conversations.
         judge: Label of the judge.
@@ -249,9 +258,9 @@ def _score_group(
         scores.append(score(spec, is_safe_until(number)))
     scores.append(score(SAFETY_SINGLE_TURN, alone.get))
     # Neither lost nor not, so left out.
-    lost = score(LOST_UNDER_ATTACK, is_lost, undecided=None)
-    if lost.by_prompt:
-        scores.append(lost)
+    lost_scores = score(LOST_UNDER_ATTACK, is_lost, undecided=None)
+    if lost_scores.by_prompt:
+        scores.append(lost_scores)
     refused = {
         key: sum(turn.outcome == "refused" for turn in turns) / len(turns) for key, turns in conversations.items()
     }
@@ -268,12 +277,3 @@ def _means(values: Mapping[Key, float | None], *, undecided: float | None) -> di
         if number is not None:
             by_prompt.setdefault(prompt_id, []).append(float(number))
     return {prompt_id: sum(numbers) / len(numbers) for prompt_id, numbers in by_prompt.items()}
-
-
-def attacked_prompts(tasks: Iterable[Task]) -> dict[AttackSection, list[Prompt]]:
-    """Return the prompts that each attack is about, each once."""
-    by_attack: dict[AttackSection, dict[str, Prompt]] = {}
-    for task in tasks:
-        if task.attack is not None:
-            by_attack.setdefault(task.attack, {}).update({prompt.prompt_id: prompt for prompt in task.prompts})
-    return {attack: list(prompts.values()) for attack, prompts in by_attack.items()}

@@ -71,7 +71,7 @@ def compare_with_baseline(
         tasks: Tasks of this run.
         suites: Scores of this run.
         outputs: Output of each judge of this run.
-        attacks: What the attacks on this run's model led to.
+        attacks: Attacks on this run's model.
 
     Returns:
         Comparisons of metrics, comparisons of the two models by each judge, and notes for the reader.

@@ -44,10 +44,10 @@ def prompt_languages(prompts: Sequence[Prompt]) -> tuple[dict[str, str], list[st
         if prompt.prompt_id not in stated and (guess := guess_language(last_request(prompt.prompt))) is not None
     }
     counts = Counter(guesses.values())
-    known = {*stated.values(), *(language for language, count in counts.items() if count >= _MIN_GUESSED)}
-    guessed = {prompt_id: language for prompt_id, language in guesses.items() if language in known}
+    names = {*stated.values(), *(language for language, count in counts.items() if count >= _MIN_GUESSED)}
+    guessed = {prompt_id: language for prompt_id, language in guesses.items() if language in names}
     notes = []
-    if len(known) > 1:
+    if len(names) > 1:
         unknown = len(prompts) - len(stated) - len(guessed)
         if unknown:
             reason = "" if can_guess() else "; pip install 'bfpo[languages]' guesses it"
@@ -69,7 +69,7 @@ def results_by_language(
         tasks: Tasks with the prompts that have completions.
         completions: Completions of these prompts.
         outputs: Output of each judge.
-        attacks: What the attacks led to.
+        attacks: Attacks on the model.
 
     Returns:
         The results, and notes for the reader.
@@ -125,8 +125,8 @@ def _share_in(language: str, answers: Mapping[str, Sequence[Completion]]) -> tup
     values, unscored = {}, 0
     for prompt_id, completions in answers.items():
         guesses = [answer_language(completion.text, None) for completion in completions]
-        made = [guess == normalize_code(language) for guess in guesses if guess is not None]
-        unscored += len(guesses) - len(made)
-        if made:
-            values[prompt_id] = sum(made) / len(made)
+        flags = [guess == normalize_code(language) for guess in guesses if guess is not None]
+        unscored += len(guesses) - len(flags)
+        if flags:
+            values[prompt_id] = sum(flags) / len(flags)
     return values, unscored

@@ -315,7 +315,7 @@ def _generate(
     samples: int,
     max_unanswered: float,
 ) -> tuple[list[Completion], dict[AttackSection, AttackRun], list[str]]:
-    """Return the completions of all prompts that have them, what attacks led to, and notes for the reader."""
+    """Return the completions of all prompts that have them, the runs of attacks, and notes for the reader."""
     if open_engine is None:
         completions = read_completions(path)
         return completions, {}, _notes_on_unread(completions)

@@ -55,7 +55,7 @@ def score_suites(
         completions: Completions of their prompts.
         outputs: Output of each judge.
         by_category: Whether each category of a task's prompts is scored too.
-        attacks: What the attacks on suites led to.
+        attacks: Attacks on the model.
     """
     prompts = {prompt.prompt_id: prompt for task in tasks for prompt in task.prompts}
     suites = []

@@ -1,4 +1,4 @@
-"""Outcomes of attacks of several turns: what the verdicts on a conversation's replies say together."""
+"""Outcomes of attacks of several turns, from the verdicts on the replies of a conversation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Running an attack of several turns: one request to the model after the other, each on disk when it is answered."""
+"""Running an attack of several turns: the requests of a turn depend on the replies before it, which are on disk."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ class AttackTurn:
         original_sample: Number of the conversation about it, from 0.
         turn: Number of the turn, from 1.
         is_fallback: Whether the first wording of the turn was refused.
-        outcome: What became of the exchange.
+        outcome: Whether the exchange stays in the conversation, and why.
         completion: The reply; its prompt is the conversation up to it, with an id of its own.
     """
 
@@ -182,7 +182,7 @@ def by_conversation(turns: Iterable[AttackTurn]) -> dict[Key, list[AttackTurn]]:
 def _take_turn(
     attack: Attack, engine: Engine, dialogues: Sequence[Dialogue], number: int, is_fallback: bool, folder: Path
 ) -> tuple[list[tuple[Dialogue, AttackTurn]], dict[str, str]]:
-    """Put one turn to the model in each dialogue.
+    """Run one turn of each dialogue.
 
     Returns:
         The replies; and the reason of each prompt whose request failed, by id.
@@ -216,7 +216,7 @@ def _take_turn(
 
 
 def read_outcome(completion: Completion) -> Outcome:
-    """Return what becomes of an exchange with this reply, by refusal markers."""
+    """Return the outcome of an exchange with this reply, by refusal markers."""
     if completion.is_blocked:
         return "refused"
     if completion.message.is_empty:

@@ -16,7 +16,7 @@ from bfpo.redteam.recipe import RedteamRecipe
 
 
 class AttackedSamples(NamedTuple):
-    """Samples in conversations that an attack led to.
+    """Samples in the conversations of an attack.
 
     Args:
         prompts: The conversations, as prompts.
@@ -24,7 +24,7 @@ class AttackedSamples(NamedTuple):
         completions: Samples.
         verdicts: Verdicts of the safety judge on them, as answers to the attacked prompts.
         left_out: Number of prompts without samples by reason.
-        summary: Facts about the attack, for `redteam.json`.
+        summary: Summary of the attack, for `redteam.json`.
     """
 
     prompts: list[Prompt]

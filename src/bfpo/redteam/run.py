@@ -198,7 +198,7 @@ def _guide(
         recipe: The recipe.
         engine: The model.
         judge: Safety judge.
-        prompts: Prompts, and conversations that an attack led to.
+        prompts: Prompts, and conversations of an attack.
         originals: Id of such a conversation → the attacked prompt, which the judge reads.
         out: Folder of the round.
 
