@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -96,11 +97,17 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
             table.add_row(*map(Text, row))
         output.print(table)
         return
-    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
     say(f"\n{title}")
     for line in (columns, *cells):
-        first, *rest = (f"{text:<{width}}" for text, width in zip(line, widths, strict=True))
-        say("  ".join((first, *(text.strip().rjust(len(text)) for text in rest))).rstrip())
+        rest = (text.strip() for text in line[1:])
+        aligned = (_padding(text, width) + text for text, width in zip(rest, widths[1:], strict=True))
+        say("  ".join((line[0] + _padding(line[0], widths[0]), *aligned)).rstrip())
+
+
+def _padding(text: str, width: int) -> str:
+    """Return the spaces that fill a cell: a Chinese character or an emoji is two cells wide, an accent none."""
+    return " " * (width - cell_len(text))
 
 
 @contextmanager

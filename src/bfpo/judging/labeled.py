@@ -11,7 +11,7 @@ from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError
 
 # Columns of a completion besides its text.
-_PARTS = ("reasoning", "tool_calls", "tools", "chat_template_kwargs")
+_PARTS = ("reasoning", "tool_calls", "tools", "chat_template_kwargs", "language")
 _XSTEST = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusal": True}
 
 
@@ -33,7 +33,9 @@ class LabeledAnswer:
 
 
 def read_labeled(path: str) -> list[LabeledAnswer]:
-    """Read labeled answers: columns `prompt`, `text` (or `completion`), `refusal`, `safe` or both; `model`, `kind`.
+    """Read labeled answers: columns `prompt`, `text` (or `completion`), and `refusal`, `safe` or both.
+
+    The columns `model`, `kind` and `language` are optional.
 
     The columns of XSTest are read too: `final_label` says whether an answer refuses, and a compliance with a prompt
     of a `contrast_` type, which is harmful, is unsafe. So are the sets of `bfpo.data.agent_sets`.

@@ -6,7 +6,7 @@ held-out prompts (Platt scaling). The judge's file contains arrays and JSON but 
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, is_zipfile
@@ -148,7 +148,13 @@ def fit_head(name: str, prompts: Sequence[str], answers: Sequence[str], labels: 
     )
 
 
-def save_judge(heads: dict[str, Head], path: Path, *, abstain_threshold: float = ABSTAIN_THRESHOLD) -> LinearJudge:
+def save_judge(
+    heads: dict[str, Head],
+    path: Path,
+    *,
+    abstain_threshold: float = ABSTAIN_THRESHOLD,
+    languages: Collection[str] = (),
+) -> LinearJudge:
     """Write the file of a judge (`.npz`) atomically, and return the judge.
 
     Args:
@@ -157,6 +163,7 @@ def save_judge(heads: dict[str, Head], path: Path, *, abstain_threshold: float =
         abstain_threshold: Probability of an error on safety above which the judge is undecided, in (0, 0.5]; 0.5
             decides everything. For calibrated probabilities the optimal rule of this kind is a band around 0.5 (Chow
             1970, doi 10.1109/TIT.1970.1054406).
+        languages: Languages that the judge was measured on; see `bfpo.judging.languages`.
 
     Raises:
         RecipeError: If `abstain_threshold` is out of its range.
@@ -172,6 +179,8 @@ def save_judge(heads: dict[str, Head], path: Path, *, abstain_threshold: float =
             terms = json.dumps(vectorizer.get_feature_names_out().tolist(), ensure_ascii=False).encode()
             arrays[f"{name}.{number}.terms"] = np.frombuffer(terms, dtype=np.uint8)
             arrays[f"{name}.{number}.idf"] = vectorizer.idf_
+    if languages:
+        arrays["languages"] = np.frombuffer(json.dumps(sorted(languages)).encode(), dtype=np.uint8)
     with open_atomic(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return load_judge(path)

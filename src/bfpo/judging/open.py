@@ -71,9 +71,10 @@ def _open_part(part: JudgePart, threshold: float | None, server: JudgeServerSect
         )
     if kind in GUARDS or kind in SCORERS:
         return open_guard(kind, path, threshold=0.5 if threshold is None else threshold)
+    from bfpo.judging.languages import guard_languages
     from bfpo.judging.linear import load_judge
 
-    return load_judge(Path(path), threshold=threshold)
+    return guard_languages(load_judge(Path(path), threshold=threshold), Path(path))
 
 
 def _open_rubric(part: JudgePart, server: JudgeServerSection) -> Judge:
