@@ -234,6 +234,26 @@ class _TokenCount:
         show_activity(f"{self._count:,} tokens, {self._count / max(seconds, 1e-9):,.0f} per second")
 
 
+def likeliest_answers(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
+) -> dict[str, str]:
+    """Return a model's answers at temperature 0, by prompt id; prompts that it can't be asked are left out.
+
+    Args:
+        model: Model, in memory.
+        tokenizer: Tokenizer of the model, with a chat template.
+        prompts: Prompts.
+        max_new_tokens: Maximum length of an answer, in tokens.
+    """
+    sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
+    engine = TransformersEngine(model, tokenizer, sampling, name="the policy", identity="")
+    answers: dict[str, str] = {}
+    with suppress(Unanswered):
+        for completions in engine.generate([(prompt, 0) for prompt in prompts]):
+            answers |= {completion.prompt_id: completion.message.in_words() for completion in completions}
+    return answers
+
+
 def load_engine(
     path: str, sampling: Sampling, *, dtype: str = "float32", revision: str | None = None
 ) -> TransformersEngine:
