@@ -189,6 +189,15 @@ def test_ignored_keys_are_left_out_and_null_keys_are_no_keys():
     assert as_messages([turn], ignore=["weight"]) == user_says("a")
 
 
+def test_an_empty_thought_is_none():
+    empty = "<think>\n\n</think>\n\nYes."
+    assert as_answer(empty) == "Yes."
+    assert as_messages([{"role": "assistant", "content": empty}]) == (Message("assistant", "Yes."),)
+    assert as_messages([{"role": "assistant", "content": "Yes.", "reasoning_content": ""}])[0].is_plain
+    completion = Completion("p", 0, user_says("1?"), "<think></think>", "length", 1, 1, "m", "e", "h")
+    assert completion.lacks_answer
+
+
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "red "}, {"type": "text", "text": "box"}]
     assert as_messages([{"role": "user", "content": parts}]) == user_says("red box")

@@ -155,7 +155,7 @@ def test_columns_are_left_out_by_name_and_answers_are_no_prompts(tmp_path):
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "group": "of two words", "gold": "an answer"}])
     source = PromptSource(name="file", path=str(tmp_path / "p.jsonl"), kind="benign")
     where = {"group": "of two words"}
-    assert len(read_prompt_source(source, where=where, others=["gold"])[0]) == 1
+    assert len(read_prompt_source(source, where=where, other_columns=["gold"])[0]) == 1
     assert read_reference_outputs(source, "gold", where=where).popitem()[1].text == "an answer"
 
 

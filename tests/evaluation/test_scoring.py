@@ -93,7 +93,7 @@ def test_samples_are_counted_decided_or_not():
     assert refused.samples == 2
     assert (metric.value, metric.unscored, metric.interval) == (1.0, 4, BY_SCORE)
     # Half of the completions of each prompt may be no refusals.
-    assert (metric.least, metric.most) == (score_interval(np.full(4, 0.5)).low, 1.0)
+    assert (metric.least, metric.most) == (score_interval(np.full(4, 0.5), most=8).low, 1.0)
 
 
 def test_several_samples_are_averaged_by_prompt_first():

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from bfpo.commands.app import app
 from bfpo.core import terminal
-from bfpo.core.conversation import Message, user_says
+from bfpo.core.conversation import Message, as_tools, user_says
 from bfpo.core.files import content_hash, read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.data import stages
@@ -23,6 +23,7 @@ from bfpo.errors import DataError, ModelError, Unanswered
 from bfpo.generation.decoding import Decoder
 from bfpo.generation.in_process import TransformersEngine, checkpoint_identity, load_engine
 from bfpo.generation.slots import UnsupportedModel
+from bfpo.model.new import CHAT_TEMPLATE
 
 PROMPTS = [Prompt(f"p{i}", user_says(" ".join(["small red box"] * (1 + i % 4)) + f" near {i}")) for i in range(9)]
 REQUESTS = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]
@@ -312,3 +313,43 @@ def test_the_command_answers_a_file_and_resumes(tmp_path, make_model, tokenizer)
     assert out.read_bytes() == before
     changed = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "4"])
     assert isinstance(changed.exception, DataError)
+
+
+THINKING = CHAT_TEMPLATE.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+
+
+@pytest.mark.parametrize(
+    ("written", "ending", "expected"),
+    [
+        ("small</think>\n\nred box", "stop", ("red box", "small", False)),
+        ("small and small", "length", ("", "small and small", True)),
+        ("small and small", "stop", ("", "small and small", True)),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_split_off(engine, tokenizer, written, ending, expected):
+    thinking = engine()
+    thinking.tokenizer = deepcopy(tokenizer)
+    thinking.tokenizer.chat_template = THINKING
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    new_ids = ids if ending == "length" else [*ids, tokenizer.eos_token_id]
+    completion = thinking._make_completion(PROMPTS[0], 0, 3, new_ids)
+    assert (completion.text, completion.reasoning, completion.lacks_answer) == expected
+    assert completion.finish_reason == ending
+
+
+def test_calls_are_read_where_the_prompt_has_tools(engine, tokenizer):
+    tools = as_tools([{"type": "function", "function": {"name": "lamp"}}])
+    prompt = Prompt("p", user_says("small"), tools=tools)
+    ids = tokenizer('<tool_call>{"name": "lamp", "arguments": {"a": 1}}</tool_call>', add_special_tokens=False)
+    with_tools, without = (engine()._make_completion(asked, 0, 3, ids["input_ids"]) for asked in (prompt, PROMPTS[0]))
+    assert (with_tools.text, with_tools.tool_calls[0].name) == ("", "lamp")
+    assert with_tools.tools == tools
+    assert without.text.startswith("<tool_call>")
+
+
+def test_a_prompt_of_which_the_template_leaves_something_out_is_unanswered(engine, tmp_path):
+    tools = as_tools([{"type": "function", "function": {"name": "lamp"}}])
+    prompts = [PROMPTS[0], Prompt("t", user_says("add"), tools=tools)]
+    completions, missing = generate_most(engine(), prompts, tmp_path / "c.jsonl", samples=1, max_unanswered=1)
+    assert missing == {"t": "the chat template leaves out the tools"}
+    assert len(completions) == 1

@@ -309,6 +309,7 @@ OPENAI = "Unsupported parameter: 'max_tokens' is not supported with this model. 
         ("max_tokens", {"error": {"message": OPENAI, "param": "max_tokens", "code": "unsupported_parameter"}}),
         ("max_tokens", {"error": {"message": OPENAI}}),
         ("seed", {"error": {"message": "Unknown parameter: seed"}}),
+        ("seed", {"error": {"message": "This reasoning model doesn't support seed or tools"}}),
         ("seed", {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]}),
     ],
 )

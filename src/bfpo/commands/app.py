@@ -312,6 +312,11 @@ def experiment(recipe: Recipe, overrides: Overrides = None) -> None:
 
     checked = load_recipe(recipe, ExperimentRecipe, overrides)
 
+    from bfpo.experiments.units import make_units
+
+    # Refuses an impossible variant before torch is loaded.
+    make_units(checked)
+
     from bfpo.experiments.run import run_experiment as run
 
     run(checked, command=" ".join(["bfpo experiment", str(recipe), *(overrides or [])]))

@@ -14,6 +14,7 @@ from bfpo.data.chat_format import TEMPLATE_ERRORS, ChatFormat
 from bfpo.errors import ModelError
 from bfpo.generation.model_text import parse_model_text
 from bfpo.model.load import load_model, load_tokenizer
+from bfpo.model.vocabulary import check_token_ids
 
 
 class ChatStreamer(TextStreamer):
@@ -97,6 +98,7 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
         history.append(Message("user", line))
         text = _render(chat_format, history, path)
         inputs = tokenizer([text], add_special_tokens=False, return_tensors="pt").to(device)
+        check_token_ids(model.config, inputs["input_ids"].tolist(), path)
         streamer = ChatStreamer(tokenizer, opened=bool(chat_format.opened))
         model.generate(
             **inputs,

@@ -10,6 +10,7 @@ from bfpo.data.adapters import parse_source
 from bfpo.data.inspect import (
     show_cell_lengths,
     show_cells,
+    show_markers,
     show_pairs,
     show_sources,
     show_text_lengths,
@@ -64,6 +65,7 @@ def inspect_sources(
     pairs = [*prepared.train, *prepared.eval]
     show_cells(pairs, labeling, beta)
     show_cell_lengths(pairs)
+    show_markers(pairs)
     if tokenizer is None:
         show_text_lengths(pairs)
         say("--tokenizer shows the lengths in tokens")

@@ -148,6 +148,10 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        # An empty thought, as a model writes it that was told not to think, is none.
+        object.__setattr__(self, "reasoning", self.reasoning or None)
+
     @property
     def is_plain(self) -> bool:
         """Whether the message has a role and a text and nothing else."""
@@ -233,7 +237,9 @@ def as_answer(answer: Answer) -> Answer:
     """
     if isinstance(answer, str):
         reasoning, content = split_reasoning(answer)
-        return answer if reasoning is None else (Message("assistant", content, reasoning),)
+        if reasoning is None:
+            return answer
+        return as_answer((Message("assistant", content, reasoning),))
     if not answer or answer[0].role != "assistant" or answer[-1].role != "assistant":
         roles = ", ".join(message.role for message in answer) or "none"
         raise DataError(f"the turns of an answer are {roles}; expected them to begin and end with an assistant turn")

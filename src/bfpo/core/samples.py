@@ -58,7 +58,7 @@ _OPENINGS = tuple(opening for opening, _ in MARKERS)
 # Columns that most rows have no value in.
 _SPARSE = ("tools", "chat_template_kwargs", "language", "reasoning", "tool_calls")
 # Columns of files that earlier versions wrote.
-_RENAMED = {"licence": "license"}
+RENAMED_COLUMNS = {"licence": "license"}
 _EXPECTED = {
     "string_type": "a string",
     "int_type": "a whole number",
@@ -102,7 +102,7 @@ class FileRow:
             DataError: If a column is missing or has a value of another type.
         """
         kind: Any = cls  # mypy doesn't take the class of a dataclass for hashable
-        current = {_RENAMED.get(name, name): value for name, value in row.items()}
+        current = {RENAMED_COLUMNS.get(name, name): value for name, value in row.items()}
         try:
             value: Self = _columns_of(kind).validate_python(current)
         except ValidationError as error:

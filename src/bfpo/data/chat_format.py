@@ -25,7 +25,7 @@ ReasoningForm = Literal["key", "inline", "opened"]
 `<think>` block in the text; `opened`: nowhere, but the prompt for generation opens a thought."""
 
 # What a template raises that refuses a conversation, or expects another one.
-TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError)
+TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 # Words that no template has, and that no template changes.
 _USER, _ANSWER, _THOUGHT = "Quartzlantern", "Velvetharbor", "Copperthicket"
@@ -201,7 +201,7 @@ class ChatFormat:
         Args:
             text: Text of the conversation.
             conversation: The conversation.
-            first_answer: Index of the first turn of the answer.
+            first_answer: Index of the first turn of the answer; the number of turns without an answer.
             inputs: Tools, whose names must be in the text.
         """
         rendered = _squeeze(text)
@@ -215,7 +215,7 @@ class ChatFormat:
                 return f"the chat template leaves out {kind}"
             if not all(_contains(rendered, part) for call in message.tool_calls for part in _leaves(call.to_row())):
                 return "the chat template leaves out a tool call"
-        last = conversation[-1].reasoning
+        last = conversation[-1].reasoning if first_answer < len(conversation) else None
         if last is not None and self.reasoning_use != "drop" and not _contains(rendered, last):
             return "the chat template leaves out the reasoning of an answer"
         return None

@@ -5,13 +5,16 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bfpo.core.conversation import Answer, answer_text, answer_turns, last_request
+from bfpo.core.conversation import Answer, Conversation, answer_text, answer_turns, last_request
+from bfpo.core.markers import MARKERS_BY_FAMILY, find_markers
 from bfpo.core.pairs import CELLS, PreferencePair
 from bfpo.core.terminal import say, show_table
 from bfpo.data.load import SourceReport, by_reason
 from bfpo.data.prepare import cell_counts
 from bfpo.data.table import Example
 from bfpo.losses.labeling import LabelingFunction
+
+_TEXTS = ("prompt", "chosen", "rejected")
 
 
 def show_sources(reports: Iterable[SourceReport]) -> None:
@@ -78,6 +81,37 @@ def show_cells(pairs: Sequence[PreferencePair], labeling: LabelingFunction | Non
         label_sources = ", ".join(f"{name or 'none'} {count}" for name, count in sources.items())
         columns = ("cell (chosen means more helpful)", "pairs", "share", "label", "target (nats)")
         show_table(f"Stream {stream}: {total} pairs; labels by {label_sources}", columns, rows)
+
+
+def show_markers(pairs: Sequence[PreferencePair]) -> None:
+    """Print how many pairs contain control tokens of chat templates in their texts, by family of models."""
+    counts = {family: Counter[str]() for family in MARKERS_BY_FAMILY}
+    totals = {family: Counter[str]() for family in MARKERS_BY_FAMILY}
+    for pair in pairs:
+        turns = (pair.prompt, *map(answer_turns, pair.answers))
+        by_text = {name: _markers_of(messages) for name, messages in zip(_TEXTS, turns, strict=True)}
+        for family, family_markers in MARKERS_BY_FAMILY.items():
+            texts = [name for name, markers in by_text.items() if markers.intersection(family_markers)]
+            counts[family].update(["pairs", *texts] if texts else [])
+            totals[family].update(set().union(*by_text.values()).intersection(family_markers))
+    rows = [
+        (family, *(counts[family][name] for name in ("pairs", *_TEXTS)), _list_markers(totals[family]))
+        for family in MARKERS_BY_FAMILY
+        if counts[family]
+    ]
+    if rows:
+        columns = ("family", "pairs", *(f"in {name}" for name in _TEXTS), "tokens, with their pairs")
+        show_table("Control tokens of chat templates in texts, by family of models", columns, rows)
+
+
+def _markers_of(messages: Conversation) -> set[str]:
+    return find_markers("\n".join(text for message in messages for text in message.texts()))
+
+
+def _list_markers(counts: Counter[str]) -> str:
+    by_count = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    listed = ", ".join(f"{marker} {count}" for marker, count in by_count[:3])
+    return listed + (f", and {len(counts) - 3} more" if len(counts) > 3 else "")
 
 
 def show_text_lengths(pairs: Sequence[PreferencePair]) -> None:

@@ -11,7 +11,7 @@ from bfpo.config.recipes import Count, Section, Source
 from bfpo.core.conversation import Conversation, Message, as_messages, conversation_key
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import COLUMNS, NO_INPUTS, TemplateInputs, check_asks
-from bfpo.core.samples import Completion, Kind, Prompt
+from bfpo.core.samples import RENAMED_COLUMNS, Completion, Kind, Prompt
 from bfpo.data.pair_formats import read_inputs, refuse_unread_columns, with_system, without_aliases
 from bfpo.data.prompt_sets import PromptSet, find_prompt_set
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
@@ -48,7 +48,7 @@ _READ_COLUMNS = frozenset(
         *Prompt.__dataclass_fields__,
         *Completion.__dataclass_fields__,
         "system",
-        "licence",
+        *RENAMED_COLUMNS,
         "completion",
         "response",
         "output",
@@ -111,19 +111,19 @@ def read_prompt_content(row: SourceRow, columns: Sequence[str] = PROMPT_COLUMNS)
     return content
 
 
-def check_prompt_columns(row: SourceRow, others: Collection[str] = ()) -> None:
+def check_prompt_columns(row: SourceRow, other_columns: Collection[str] = ()) -> None:
     """Check that nothing in a row of a file of prompts could have been meant for the model and isn't read.
 
     Args:
         row: Row.
-        others: Columns that are read besides those of prompts.
+        other_columns: Columns that are read besides those of prompts.
 
     Raises:
         DataError: If a column could.
     """
     row = without_aliases(row)
     column = next((name for name in PROMPT_COLUMNS if row.values.get(name)), "prompt")
-    refuse_unread_columns(row, {*_READ_COLUMNS, *others, column}, can_rename=False)
+    refuse_unread_columns(row, {*_READ_COLUMNS, *other_columns, column}, can_rename=False)
 
 
 def read_prompt_source(
@@ -131,7 +131,7 @@ def read_prompt_source(
     *,
     where: Mapping[str, str] | None = None,
     system: str | None = None,
-    others: Collection[str] = (),
+    other_columns: Collection[str] = (),
 ) -> tuple[list[Prompt], dict[str, Any]]:
     """Read the prompts of a source, and its metadata.
 
@@ -139,7 +139,7 @@ def read_prompt_source(
         source: Set of prompts.
         where: Values by column that select rows; a file without such a column is taken whole.
         system: System message in front of each prompt.
-        others: Columns of your own file that are read elsewhere.
+        other_columns: Columns of your own file that are read elsewhere.
 
     Returns:
         The prompts without duplicates, and the name, origin, license, hashes and size of the set.
@@ -160,7 +160,7 @@ def read_prompt_source(
         )
     license = source.license or prompt_set.license
     prompts: dict[str, Prompt] = {}
-    for raw in _read_raw_prompts(source, prompt_set, revision, where or {}, system, others):
+    for raw in _read_raw_prompts(source, prompt_set, revision, where or {}, system, other_columns):
         key = raw.content.key
         if key not in prompts:
             prompts[key] = Prompt(
@@ -248,7 +248,7 @@ def _read_raw_prompts(
     revision: str | None,
     where: Mapping[str, str],
     system: str | None,
-    others: Collection[str],
+    other_columns: Collection[str],
 ) -> Iterator[_RawPrompt]:
     if source.path and not Path(source.path).is_file():
         raise DataError(f"prompts: {source.name}: no file {source.path}")
@@ -262,7 +262,7 @@ def _read_raw_prompts(
                 content = _add_system(PromptContent(as_messages(line.strip())), system)
                 yield _RawPrompt(content, _kind_of(source, prompt_set, {}), None, None)
         return
-    for content, row in _read_contents(source, prompt_set, revision, where, system, others):
+    for content, row in _read_contents(source, prompt_set, revision, where, system, other_columns):
         category, prompt_id = (
             str(row.values.get(column) or "") or None if column else None
             for column in (prompt_set.category_column, prompt_set.id_column)
@@ -276,7 +276,7 @@ def _read_contents(
     revision: str | None,
     where: Mapping[str, str],
     system: str | None,
-    others: Collection[str],
+    other_columns: Collection[str],
 ) -> Iterator[tuple[PromptContent, SourceRow]]:
     """Yield the prompt of each row that has one, and the row."""
     table = Source(
@@ -294,7 +294,7 @@ def _read_contents(
                 content = _add_system(read_prompt_content(row, prompt_set.prompt_columns), system)
                 # The columns of published sets are known.
                 if source.name == "file":
-                    check_prompt_columns(row, {*where, *others})
+                    check_prompt_columns(row, {*where, *other_columns})
                 check_asks(content.messages)
             if content.messages[-1].content.strip() or content.messages[-1].role == "tool":
                 yield content, row

@@ -22,6 +22,8 @@ from bfpo.core.pairs import parse_label
 from bfpo.errors import DataError
 
 _SUFFIXES = ("json", "jsonl", "csv", "tsv", "parquet")
+# Characters of a line; more than any row has.
+MAX_LINE = 1 << 28
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -208,7 +210,11 @@ def _open(file: Path) -> IO[str]:
 def _lines(file: Path) -> Iterator[str]:
     try:
         with _open(file) as text:
-            yield from text
+            # Otherwise a small compressed file could contain a line that fills the memory.
+            while line := text.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    raise DataError(f"{file}: a line of more than {MAX_LINE:,} characters")
+                yield line
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise DataError(f"{file}: the compressed file is truncated or damaged ({error}); get it again") from None
     except UnicodeDecodeError as error:

@@ -1,6 +1,5 @@
 """From verdicts to metrics: scores of prompts by their kind, and means over prompts with intervals."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from bfpo.stats.intervals import (
 from bfpo.stats.tail import worst_mean_interval
 
 BY_WILSON = "95 % Wilson, over prompts"
+BY_BETA = "95 % Beta with the moments of the mean, over prompts"
 BY_SCORE = "95 % Wilson at the effective sample size, over prompts"
 BY_BOOTSTRAP = "95 % bootstrap over prompts"
 BY_PARTS = "95 % from the intervals of its parts, squared and added"
@@ -327,8 +327,9 @@ def compute_interval(scores: PromptScores) -> tuple[Interval, str]:
     if scores.spec.is_rate and scores.samples == 1:
         return wilson(int(values.sum()), len(values)), BY_WILSON
     if scores.spec is not TOKENS and in_unit_interval(values):
-        most = scores.samples * len(values) if scores.spec.is_rate else math.inf
-        return score_interval(values, most=most), BY_SCORE
+        if scores.spec.is_rate:
+            return score_interval(values, most=scores.samples * len(values)), BY_SCORE
+        return score_interval(values), BY_BETA
     return mean_interval(values), BY_BOOTSTRAP
 
 

@@ -240,9 +240,11 @@ def _read_task(suite: str, task: SuiteTask, place: EvalData, limit: int | None) 
         ignore_columns=task.ignore_columns,
         ignore_message_keys=task.ignore_message_keys,
     )
-    others = [task.compare] if task.compare else []
+    other_columns = [task.compare] if task.compare else []
     try:
-        prompts, metadata = read_prompt_source(source, where=task.where, system=task.system, others=others)
+        prompts, metadata = read_prompt_source(
+            source, where=task.where, system=task.system, other_columns=other_columns
+        )
     except (DataError, RecipeError) as error:
         raise type(error)(
             f"{name}: {error}\n  in the recipe: data: {{{task.source}: {{path: FILE}}}}, or leave_out: [{name}]"

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,9 +17,11 @@ from bfpo.config.recipes import ModelSection, is_gguf
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.core.terminal import say, show_activity
+from bfpo.data.chat_format import ChatFormat
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
 from bfpo.generation.decoding import Answer, Decoder, DecodeRequest
-from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
+from bfpo.generation.model_inputs import TemplateRefusal, render_prompt
+from bfpo.generation.model_text import parse_model_text
 from bfpo.generation.noise import VERSION as NOISE_VERSION
 from bfpo.generation.sampler import Sampler
 from bfpo.generation.slots import UnsupportedModel
@@ -27,6 +30,7 @@ from bfpo.model.gguf import find_gguf
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
 from bfpo.model.merge import DTYPES
+from bfpo.model.vocabulary import check_token_ids
 
 # Files that a checkpoint's completions depend on; README, training state and evaluation don't count.
 _CHECKPOINT_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*", "*.jinja")
@@ -132,7 +136,9 @@ class TransformersEngine:
             fitting.append((prompt, sample))
             seed = sample_seed(self.sampling.seed, *key)
             to_decode.append(DecodeRequest(tuple(prompt_ids), seed, self.sampling.max_new_tokens))
-        check_token_ids(self.model, [*(request.prompt_ids for request in to_decode), [self._pad_id]], self.model_name)
+        check_token_ids(
+            self.model.config, [*(request.prompt_ids for request in to_decode), [self._pad_id]], self.model_name
+        )
         tokens = _TokenCount()
         for answers in self._decode(to_decode, tokens.add):
             yield [
@@ -165,8 +171,7 @@ class TransformersEngine:
         return self._end_ids[0] if pad_id is None else int(pad_id)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        messages = [message.to_row() for message in prompt.prompt]
-        text = render_chat(self.tokenizer, messages, add_generation_prompt=True)
+        text = render_prompt(self._chat_format, prompt.prompt, prompt.inputs)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
@@ -174,18 +179,47 @@ class TransformersEngine:
         """Return the completion that token ids stand for; they are decoded only here."""
         end = next((index for index, token in enumerate(new_ids) if token in self._end_ids), None)
         text_ids = new_ids if end is None else new_ids[:end]
+        message = parse_model_text(
+            str(self.tokenizer.decode(text_ids, skip_special_tokens=False)),
+            opened=self._opens_thought(prompt),
+            has_tools=prompt.tools is not None,
+            special_tokens=self._special_tokens,
+        )
+        is_plain = message.reasoning is None and not message.tool_calls
+        text = str(self.tokenizer.decode(text_ids, skip_special_tokens=True)) if is_plain else message.content
         return Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
-            text=str(self.tokenizer.decode(text_ids, skip_special_tokens=True)),
+            text=text,
             finish_reason="length" if end is None else "stop",
             prompt_tokens=prompt_tokens,
             completion_tokens=len(text_ids) + (end is not None),
             model=self.model_name,
             engine=self.name,
             settings_hash=self.settings_hash,
+            reasoning=message.reasoning,
+            tool_calls=message.tool_calls,
+            tools=prompt.tools,
+            chat_template_kwargs=prompt.chat_template_kwargs,
+            language=prompt.language,
         )
+
+    @cached_property
+    def _chat_format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer)
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
+
+    def _opens_thought(self, prompt: Prompt) -> bool:
+        """Return whether the prompt for generation ends inside a thought."""
+        if not self._chat_format.opened:
+            return False
+        text = self._chat_format.render_prompt(prompt.prompt, prompt.inputs)
+        return text.endswith(self._chat_format.opened)
 
 
 class _TokenCount:

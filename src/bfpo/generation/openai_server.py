@@ -366,7 +366,7 @@ class ServerEngine:
             raise _Retry(f"HTTP {status}", _retry_after(response.headers.get("retry-after")), error.message)
         sent = body.keys() | {key for message in body["messages"] for key in message}
         for name in _OPTIONAL:
-            if name in sent and error.refuses(name):
+            if name in sent and error.refuses(name, sent):
                 self._omit(name)
                 raise _RefusedParameter
         raise _Refused(f"HTTP {status}{message or '; is the prompt too long for the model?'}")

@@ -128,7 +128,8 @@ class SavedEngine:
             model=str(row.values.get("model") or self._name),
             engine=str(row.values.get("engine") or self.name),
             settings_hash=self.settings_hash,
-            reasoning=message.reasoning,
+            # A thought that was cut at once has no text, and there is no answer after it.
+            reasoning="" if _is_ours(row) and row.values.get("reasoning") == "" else message.reasoning,
             tool_calls=message.tool_calls,
             tools=prompt.tools,
             chat_template_kwargs=prompt.chat_template_kwargs,
@@ -247,11 +248,7 @@ def _add_columns(row: SourceRow, message: Message) -> Message:
     calls = as_tool_calls(row.values.get("tool_calls"))
     if calls and message.tool_calls and calls != message.tool_calls:
         raise DataError("the message and column 'tool_calls' have different calls; keep one")
-    reasoning = thoughts[0] if thoughts else None
-    if reasoning is None and _is_ours(row) and row.values.get("reasoning") == "":
-        # Reasoning that wasn't shown; other programs have empty texts where there was none.
-        reasoning = ""
-    return replace(message, reasoning=reasoning, tool_calls=message.tool_calls or calls)
+    return replace(message, reasoning=thoughts[0] if thoughts else None, tool_calls=message.tool_calls or calls)
 
 
 def _begins_with(conversation: Conversation, prompt: Conversation) -> bool:

@@ -6,7 +6,7 @@ error, and refusals as a field of their own.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from bfpo.core.conversation import FrozenJson, ToolCall
@@ -127,12 +127,19 @@ class ServerError(NamedTuple):
         """Whether a content filter rejected the prompt or the answer."""
         return any(map(_FILTER_CODE.search, self.codes)) or bool(_FILTER_MESSAGE.search(self.message))
 
-    def refuses(self, parameter: str) -> bool:
-        """Return whether the server doesn't accept a parameter at all, whatever its value."""
+    def refuses(self, parameter: str, sent: Collection[str]) -> bool:
+        """Return whether the server doesn't accept a parameter at all, whatever its value.
+
+        Args:
+            parameter: Name of a parameter, or of a key of messages.
+            sent: Names in the request; others are words of the message.
+        """
         is_unknown = any(map(_UNKNOWN_PARAMETER.search, (self.message, *self.codes)))
         # The parameter that a message recommends instead comes later in it. A path ends with the name of a key.
-        names = re.findall(r"\w+", self.message) if not self.parameter else re.findall(r"\w+", self.parameter)[::-1]
-        return is_unknown and next((name for name in names if name in _PARAMETERS), None) == parameter
+        names = re.findall(r"\w+", self.parameter)[::-1] or re.findall(r"\w+", self.message)
+        return (
+            is_unknown and next((name for name in names if name in _PARAMETERS and name in sent), None) == parameter
+        )
 
 
 def read_finish_reason(name: Any) -> FinishReason:

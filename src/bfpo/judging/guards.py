@@ -16,9 +16,10 @@ import torch
 from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import ModelError
-from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
+from bfpo.generation.model_inputs import TemplateRefusal, render_chat
 from bfpo.judging.formats import GUIDELINES, Guard, Question, get_guard
 from bfpo.judging.markers import MARKERS_ESCAPED, escape_markers, special_tokens
+from bfpo.model.vocabulary import check_token_ids
 
 # Minimum probability of all words of a question together; below it the guard is undecided.
 _MIN_MASS = 0.5
@@ -200,7 +201,7 @@ class GuardJudge:
     def _ask(self, question: Question, queries: Sequence[_Query]) -> None:
         """Answer a question for all queries; a query with a `problem` gets no further questions."""
         rows = [row for query in queries if (row := self._make_row(question, query))]
-        check_token_ids(self.model, [row.ids for row in rows], self.path)
+        check_token_ids(self.model.config, [row.ids for row in rows], self.path)
         rows.sort(key=lambda row: len(row.ids))
         batch: list[_Row] = []
         for row in rows:

@@ -21,9 +21,10 @@ from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import ModelError
 from bfpo.generation.in_process import checkpoint_identity
-from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
+from bfpo.generation.model_inputs import TemplateRefusal, render_chat
 from bfpo.judging.markers import MARKERS_ESCAPED, escape_markers, special_tokens
 from bfpo.model.load import load_tokenizer
+from bfpo.model.vocabulary import check_token_ids
 
 ScorerKind = Literal["beaver-cost", "beaver-reward", "reward", "classifier"]
 
@@ -106,7 +107,7 @@ class ScoreJudge:
                 rendered.append(("", False))
                 refusals[index] = str(refusal)
         rows = [[] if index in refusals else self._encode(text) for index, (text, _) in enumerate(rendered)]
-        check_token_ids(self.model, rows, self.path)
+        check_token_ids(self.model.config, rows, self.path)
         scores: dict[int, list[float]] = {}
         for batch in self._batches(rows):
             scores |= zip(batch, self._scores([rows[index] for index in batch]), strict=True)

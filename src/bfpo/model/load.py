@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -94,6 +95,23 @@ def load_model(section: ModelSection) -> CausalLM:
     return model
 
 
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """Load the configuration of the model at `section.path`; for an adapter, that of its base model.
+
+    Raises:
+        ModelError: If it can't be loaded.
+    """
+    path, revision = str(section.path), section.revision
+    with _model_errors(path, f"model.path '{path}'"):
+        adapter_config = _adapter_config(path, revision)
+        config: PreTrainedConfig = read_config(
+            path if adapter_config is None else str(adapter_config.base_model_name_or_path),
+            revision if adapter_config is None else adapter_config.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+    return config
+
+
 def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> CausalLM:
     """Return a model of the same shape without weights (on the meta device), made from its configuration.
 
@@ -108,13 +126,9 @@ def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> Caus
         with torch.device("meta"):
             return LlamaForCausalLM(new_config(section.new, vocab_size or section.new.vocab_size))
     path, revision = str(section.path), section.revision
+    config = load_config(section)
     with _model_errors(path, f"model.path '{path}'"):
         adapter_config = _adapter_config(path, revision)
-        config = load_config(
-            path if adapter_config is None else str(adapter_config.base_model_name_or_path),
-            revision if adapter_config is None else adapter_config.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
         # `init_empty_weights` of accelerate would untie tied weights.
         with torch.device("meta"), without_checkpointing_warning():
             model: CausalLM = AutoModelForCausalLM.from_config(
@@ -127,7 +141,7 @@ def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> Caus
     return model
 
 
-def load_config(path: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
+def read_config(path: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
     """Return the configuration of a whole model, without turning errors into `ModelError`.
 
     Args:

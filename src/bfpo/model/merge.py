@@ -11,7 +11,7 @@ from bfpo.config.loading import parse_yaml
 from bfpo.config.recipes import ModelSection, is_gguf
 from bfpo.core.terminal import say
 from bfpo.errors import ModelError, RecipeError
-from bfpo.model.load import load_config, load_model, load_tokenizer
+from bfpo.model.load import load_model, load_tokenizer, read_config
 from bfpo.model.lora import is_adapter
 from bfpo.model.save import check_out, save_checkpoint
 
@@ -80,7 +80,7 @@ def _check_adapter(checkpoint: Path, *, trust_remote_code: bool) -> None:
         raise ModelError(f"'{checkpoint}' is an adapter of type {config.peft_type}; only LORA can be merged")
     base = str(config.base_model_name_or_path)
     try:
-        base_config = load_config(base, config.revision, trust_remote_code=trust_remote_code)
+        base_config = read_config(base, config.revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ModelError(f"'{checkpoint}': its base model '{base}' can't be read: {reason}") from None

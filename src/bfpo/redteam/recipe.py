@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bfpo.config.recipes import Count, Section
 from bfpo.core.pairs import Cell
 from bfpo.data.prompts import PromptSource
 from bfpo.generation.attacks import AttackSpec
 from bfpo.generation.open import EngineSection, JudgeServerSection
-from bfpo.judging.spec import parse_judge
+from bfpo.judging.spec import JUDGES, parse_judge
 
 
 class RedteamRecipe(Section):
@@ -57,10 +57,20 @@ class RedteamRecipe(Section):
 
     @field_validator("judge", "helpfulness")
     @classmethod
-    def _is_a_judge(cls, spec: str) -> str:
-        if spec != "fallback":
+    def _is_a_judge(cls, spec: str, info: ValidationInfo) -> str:
+        if spec != "fallback" or info.field_name == "judge":
             parse_judge(spec)
         return spec
+
+    @model_validator(mode="after")
+    def _check_findings(self) -> "RedteamRecipe":
+        for key, finding in (("judge", "safe"), ("helpfulness", "helpfulness")):
+            spec = getattr(self, key)
+            if spec != "fallback" and finding not in parse_judge(spec).findings:
+                able = ", ".join(name for name, kind in JUDGES.items() if finding in kind.findings)
+                verb = "judge safety" if finding == "safe" else "rate helpfulness"
+                raise ValueError(f"{key}: '{spec}' doesn't {verb}; expected one of {able}, or your own")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> "RedteamRecipe":

@@ -302,9 +302,11 @@ def _train(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], o
 def _check_training(recipe: TrainRecipe) -> None:
     from bfpo.losses.build import make_loss
     from bfpo.training.arguments import training_arguments
+    from bfpo.training.preflight import check_against_model
 
     make_loss(recipe.loss.model_dump())
     training_arguments({name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"})
+    check_against_model(recipe)
 
 
 def _train_recipe(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], out: Path) -> TrainRecipe:

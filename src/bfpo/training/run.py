@@ -30,7 +30,7 @@ from bfpo.training.estimate import estimate, max_micro_batch_tokens
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
 from bfpo.training.run_sft import load_or_train_sft
-from bfpo.training.start import load_start_model, load_start_tokenizer
+from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
 from bfpo.training.trainer import BFPOTrainer
 
 
@@ -136,11 +136,13 @@ def _prepare_inputs(
     cache = Path(str(args.output_dir)).parent / "cache"
     model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run)
     tokenizer = load_start_tokenizer(model_section, recipe.text, lambda: texts_of(prepared.train))
+    check_vocabulary(model_section, tokenizer)
     clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
     tokens = None if dry_run else cache / "tokens"
     tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=tokens, clock=clock)
     show_data(prepared, tables, loss)
     _check_evaluation(args, tables)
+    check_vocabulary(model_section, tokenizer, [tables.train, *tables.eval.values()])
     _show_plan_and_memory(recipe, args, model_section, tokenizer, tables.train)
     return RunInputs(args, resume, loss, model_section, tokenizer, tables, prepared.manifest(), clock)
 

@@ -38,7 +38,7 @@ from bfpo.training.output import (
 )
 from bfpo.training.preflight import check_against_model
 from bfpo.training.sft import SFTTrainer
-from bfpo.training.start import demonstration_texts, load_start_model, load_start_tokenizer
+from bfpo.training.start import check_vocabulary, demonstration_texts, load_start_model, load_start_tokenizer
 
 
 def run_sft(
@@ -92,6 +92,7 @@ def _run(
         recipe.text,
         lambda: demonstration_texts(demonstration for part in parts for demonstration in part.train),
     )
+    check_vocabulary(recipe.model, tokenizer)
     cache = cache or Path(str(args.output_dir)).parent / "cache"
     clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
     encoder = Encoder(tokenizer, recipe.text, None if dry_run else cache / "tokens", clock)
@@ -99,6 +100,7 @@ def _run(
     sources = [part.report for part in parts]
     show_sources(sources)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
+    check_vocabulary(recipe.model, tokenizer, [train, *([held_out] if held_out else [])])
     _show_memory(recipe, args, tokenizer, train)
     if dry_run:
         say("dry run: nothing was trained")

@@ -44,20 +44,20 @@ def rows(
         {name: content.model_copy(update={"tasks": tasks, "lm_eval": []})},
         data={key: EvalData.model_validate(value) for key, value in places.items()},
     )
-    return {
-        "test": Dataset.from_list(
-            [
-                {
-                    "prompt_id": prompt.prompt_id,
-                    "prompt": prompt.prompt[-1].content,
-                    "kind": prompt.kind,
-                    "category": prompt.category or "",
-                    "judge": judge,
-                }
-                for prompt in read_task.prompts
-            ]
-        )
-    }
+    prompts = Dataset.from_list(
+        [
+            {
+                "prompt_id": prompt.prompt_id,
+                "prompt": prompt.prompt[-1].content,
+                "kind": prompt.kind,
+                "category": prompt.category or "",
+                "judge": judge,
+            }
+            for prompt in read_task.prompts
+        ]
+    )
+    prompts.info.license = (read_task.data and read_task.data.license) or ""
+    return {"test": prompts}
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
