@@ -189,6 +189,8 @@ def test_what_cannot_be_attacked_is_refused(attacked, tmp_path):
     )
     with pytest.raises(RecipeError, match="kind\\+crescendo has no harmful prompts"):
         attacked.evaluate(suites=[{"suite": "kind.yaml", "attack": "crescendo"}])
+    with pytest.raises(RecipeError, match="capabilities has only tasks of lm-eval"):
+        attacked.evaluate(suites=[{"suite": "capabilities", "attack": "crescendo"}])
     with pytest.raises(RecipeError, match="already listed"):
         attacked.evaluate(suites=[ATTACKED, ATTACKED])
     with pytest.raises(RecipeError, match="'crescendo'"):
