@@ -588,6 +588,11 @@ GOOD_ROWS = {
     "bfpo_redteam": REDTEAM,
     "alpaca_eval": ALPACA,
     "xstest_completions": XSTEST[0],
+    "atbench": {
+        "tool_used": [{"name": "pay"}],
+        "contents": [[{"role": "user", "content": "a"}, {"role": "agent", "thought": None, "action": "b"}]],
+        "label": 0,
+    },
     "pairs": PLAIN | LABELS,
 }
 

@@ -62,6 +62,8 @@ class Source(Section):
     """Which pairs `fraction` and `limit` select: a seeded sample, or the first ones as in the official code."""
     seed: int = 42
     """Seed of the sample."""
+    field: str | None = None
+    """Key of the list of rows, in a JSON file that is an object."""
     columns: dict[str, str] = Field(default={})
     """Renamed columns, `{name for the adapter: name in the file}`."""
     ignore_columns: list[str] = Field(default=[])

@@ -134,7 +134,7 @@ def read_comparison(row: SourceRow, turns: Turns = "last") -> tuple[Conversation
             raise DataError(f"column '{column}' ends with a {messages[-1].role} turn; expected an assistant turn")
     if prompt is None and turns == "last":
         return _checked(shared_history(chosen[:-1], rejected[:-1])), chosen[-1:], rejected[-1:]
-    return _split_trajectories(_join_prompt(prompt, chosen), _join_prompt(prompt, rejected))
+    return split_trajectories(_join_prompt(prompt, chosen), _join_prompt(prompt, rejected))
 
 
 def shared_history(chosen: Conversation, rejected: Conversation) -> Conversation:
@@ -327,7 +327,7 @@ def _checked(history: Conversation) -> Conversation:
     return history
 
 
-def _split_trajectories(
+def split_trajectories(
     chosen: Conversation, rejected: Conversation
 ) -> tuple[Conversation, Conversation, Conversation]:
     """Split two conversations into their common beginning, up to a turn that asks, and the turns after it."""

@@ -12,6 +12,7 @@ from bfpo.config.loading import dump_recipe
 from bfpo.core.files import write_jsonl, write_text
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.core.terminal import say
+from bfpo.data.readings import read_by
 from bfpo.data.stages import (
     generate_completions,
     judge_completions,
@@ -36,7 +37,7 @@ from bfpo.evaluation.correction import (
 )
 from bfpo.evaluation.gate import Bound, check_bounds, enforce_bounds, read_gate
 from bfpo.evaluation.indices import compute_indices
-from bfpo.evaluation.judge_outputs import JudgeOutput, compute_agreement, member_names
+from bfpo.evaluation.judge_outputs import JudgeOutput, base_of, compare_parts, compute_agreement, member_names
 from bfpo.evaluation.languages import results_by_language
 from bfpo.evaluation.lm_eval.suite import (
     compare_lm_eval_tasks,
@@ -71,6 +72,9 @@ from bfpo.generation.attack_outcomes import judge_attack
 from bfpo.generation.attacks import AttackSection
 from bfpo.generation.dialogues import AttackRun
 from bfpo.judging.people import PeopleJudge
+
+# Share of completions without an answer above which the length of completions is too small for a model that reasons.
+MAX_WITHOUT_ANSWER = 0.05
 
 
 class Evaluation(NamedTuple):
@@ -260,12 +264,14 @@ def evaluate(
                 "revision": output.revision,
                 "circular": not labeled_by.isdisjoint(output.members),
             }
+            | ({} if output.reads == "answer" else {"reads": output.reads})
             for output in outputs
         ],
         sampling=asdict(sampling),
         metrics=metrics,
         answers=answers_hash(completions) if completions else "",
         agreement=compute_agreement(tasks, outputs),
+        reasoning=compare_parts(completions, outputs),
         data=[task.data for task in tasks if task.data is not None],
         languages=by_language,
     )
@@ -382,12 +388,25 @@ def judge_all(
             raise DataError(f"judges: {name}@{revision} is already listed")
         label = name if name not in {output.label for output in outputs} else f"{name}@{revision[:8]}"
         verdicts = judge_completions(judge, completions, judge_file(folder, "verdicts", name, revision))
-        on_labeled = []
-        if labeled and name != PeopleJudge.name:
+        on_labeled, reads = [], read_by(judge)
+        # Annotators labeled answers.
+        if labeled and name != PeopleJudge.name and reads == "answer":
             on_labeled = judge_completions(judge, labeled, judge_file(folder, "calibration", name, revision))
-        on_turns = [verdict for attack in attacks for verdict in judge_attack(judge, attack, prompts, verdicts)]
-        output = JudgeOutput(label, name, revision, member_names(judge), verdicts, on_labeled, on_turns=on_turns)
-        if references:
+        on_turns = []
+        if reads != "reasoning":
+            on_turns = [verdict for attack in attacks for verdict in judge_attack(judge, attack, prompts, verdicts)]
+        output = JudgeOutput(
+            label,
+            name,
+            revision,
+            member_names(judge),
+            verdicts,
+            on_labeled,
+            reads=reads,
+            base=base_of(judge),
+            on_turns=on_turns,
+        )
+        if references and reads == "answer":
             output = compare_with_references(judge, output, completions, references, folder)
         outputs.append(output)
         del judge

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from bfpo.core.files import file_name
 from bfpo.core.samples import Completion, Judge, Prompt
 from bfpo.core.terminal import say, show_table
+from bfpo.data.readings import is_unread, judge_readings
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import Unanswered
 from bfpo.evaluation.attacks import attacked_prompts
@@ -167,12 +168,13 @@ def _plan_stages(
         missing, seconds = total - existing, None
         if completions and not spec.is_remote:
             start = time.monotonic()
-            list(judge.judge(completions))
+            readable = [completion for completion in completions if not is_unread(completion, spec.reads)]
+            list(judge_readings(judge, readable))
             seconds = (time.monotonic() - start) / len(completions) * missing
         judged_tokens = prompt_tokens + total * (recipe.sampling.max_new_tokens + _INSTRUCTIONS)
         each = round(missing / total * judged_tokens)
         stages.append(plan_judge(recipe, spec, f"verdicts of {spec.text}", total, existing, each, seconds))
-        compares = "both" if hasattr(judge, "prefer") else spec.compares
+        compares = "both" if spec.reads == "answer" and hasattr(judge, "prefer") else spec.compares
         if references and compares is not None:
             stages.append(_plan_comparisons(recipe, spec, judge, references, sees_both=compares == "both"))
         del judge
@@ -255,7 +257,8 @@ def _time_completions(recipe: EvalRecipe, probe: Sequence[Prompt]) -> tuple[floa
 
 
 def _count_tokens(prompt: Prompt) -> int:
-    return sum(len(message.content) for message in prompt.prompt) // _CHARACTERS + 1
+    characters = sum(len(text) for message in prompt.prompt for text in message.texts())
+    return (characters + len(prompt.tools.text if prompt.tools else "")) // _CHARACTERS + 1
 
 
 def _count_lines(path: Path) -> int:

@@ -18,6 +18,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
+from bfpo.core.conversation import last_request
 from bfpo.core.files import content_hash, open_atomic, parse_json
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError, RecipeError
@@ -80,7 +81,7 @@ class LinearJudge:
         """Return one verdict for each completion; see `Judge`."""
         if not completions:
             return
-        prompts = [completion.prompt[-1].content for completion in completions]
+        prompts = [last_request(completion.prompt) for completion in completions]
         answers = [completion.text for completion in completions]
         p_yes = {name: head.probability(prompts, answers).tolist() for name, head in self.heads.items()}
         for index, completion in enumerate(completions):

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unicodedata import normalize
 
-from bfpo.core.conversation import prompt_key
+from bfpo.core.conversation import last_request, prompt_key
 from bfpo.core.files import file_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.prompt_sets import PROMPT_ALIASES
+from bfpo.data.readings import read_part
 from bfpo.judging.labeled import read_labeled
 
 
@@ -22,7 +23,10 @@ class PeopleJudge:
 
     def __init__(self, path: str) -> None:
         self._labels = {
-            (_last_turn_key(answer.completion), _as_compared(answer.completion.text)): (answer.safe, answer.refusal)
+            (_last_turn_key(answer.completion), _as_compared(read_part(answer.completion).text)): (
+                answer.safe,
+                answer.refusal,
+            )
             for answer in read_labeled(path)
         }
         self.revision = file_hash(Path(path))[:8]
@@ -43,4 +47,4 @@ def _as_compared(text: str) -> str:
 
 
 def _last_turn_key(completion: Completion) -> str:
-    return prompt_key(completion.prompt[-1].content.strip())
+    return prompt_key(last_request(completion.prompt).strip())

@@ -9,7 +9,7 @@ from bfpo.core.pairs import Cell
 from bfpo.data.prompts import PromptSource
 from bfpo.generation.attacks import AttackSpec
 from bfpo.generation.open import EngineSection, JudgeServerSection
-from bfpo.judging.spec import JUDGES, parse_judge
+from bfpo.judging.spec import JUDGES, AnswerJudgeText, parse_judge
 
 
 class RedteamRecipe(Section):
@@ -21,8 +21,8 @@ class RedteamRecipe(Section):
     """Model whose answers are sampled."""
     prompts: list[PromptSource] = Field(min_length=1)
     """Harmful prompts, and benign ones, without which the pairs would teach a model to refuse everything."""
-    judge: str
-    """Spec of the safety judge, as for `bfpo judge`."""
+    judge: AnswerJudgeText
+    """Spec of the safety judge, as for `bfpo judge`; `{spec: SPEC, reads: both}` reads the reasoning too."""
     helpfulness: str = "fallback"
     """Spec of a judge that rates helpfulness, or `fallback`: answers above refusals, then longer above shorter."""
     judge_server: JudgeServerSection = JudgeServerSection()

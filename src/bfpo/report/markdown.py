@@ -9,6 +9,7 @@ from bfpo.report.judge_tables import (
     composite_notes,
     judge_rows,
     main_headings,
+    reasoning_rows,
     result_warnings,
 )
 from bfpo.report.languages import language_rows
@@ -50,6 +51,21 @@ def judge_table(runs: Sequence[Run]) -> str:
         judge += " (circular)" if row.is_circular else ""
         rows.append((runs[row.run_index].name, judge, *map(format_value, row.values)))
     return format_table(["run", "judge", *main_headings(runs)], rows)
+
+
+def reasoning_table(runs: Sequence[Run]) -> str:
+    """Return the numbers of completions by the verdicts on answer and reasoning."""
+    headings = (
+        "run",
+        "judge",
+        "completions with reasoning",
+        "both safe",
+        "safe answer, unsafe reasoning",
+        "unsafe answer, safe reasoning",
+        "both unsafe",
+        "undecided",
+    )
+    return format_table(headings, reasoning_rows(runs))
 
 
 def agreement_table(runs: Sequence[Run]) -> str:
@@ -102,6 +118,8 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         parts += ["## By language", language_table(runs)]
     if agreement_rows(runs):
         parts += ["## Agreement between judges", agreement_table(runs)]
+    if reasoning_rows(runs):
+        parts += ["## Answers and their reasoning", reasoning_table(runs)]
     headings = ("", *(run.name for run in runs))
     parts += ["## Provenance", format_table(headings, [(heading, *values) for heading, values in metadata(runs)])]
     text = "\n\n".join(parts) + "\n"
