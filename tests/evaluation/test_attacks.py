@@ -14,6 +14,7 @@ from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import read_results
 from bfpo.generation.attacks import SCRIPTS
+from bfpo.judging.readings import ReadingJudge
 from bfpo.report.card import card_section
 from bfpo.report.html import write_report
 
@@ -183,12 +184,24 @@ def test_undecided_replies_count_as_not_safe_and_give_bounds(attacked):
     assert lost.least < lost.low < lost.high < lost.most
 
 
+def test_a_judge_of_reasoning_reads_the_answers_alone_only(attacked):
+    thinking = Counting(lambda prompt, sample: f"<think>a gun</think>{answer(prompt, sample)}", name="broken")
+    attacked.engines["broken"] = thinking
+    dict.__setitem__(attacked.judges, "reasoning=one", ReadingJudge(attacked.judges["one"], "reasoning"))
+    results = attacked.evaluate(judges=["one", {"spec": "one", "reads": "reasoning"}])
+    assert value_of(results, "safety_under_attack").value == 0.5
+    assert {row.judge for row in results.metrics if row.suite == SUITE} == {"one", ""}
+    assert {row.judge for row in results.metrics if row.suite == "toy"} >= {"one", "one:reasoning"}
+
+
 def test_what_cannot_be_attacked_is_refused(attacked, tmp_path):
     (tmp_path / "kind.yaml").write_text(
         "title: t\ntasks: [{name: fine, source: file, path: prompts.jsonl, only: lookalike}]\n"
     )
     with pytest.raises(RecipeError, match="kind\\+crescendo has no harmful prompts"):
         attacked.evaluate(suites=[{"suite": "kind.yaml", "attack": "crescendo"}])
+    with pytest.raises(RecipeError, match="capabilities has only tasks of lm-eval"):
+        attacked.evaluate(suites=[{"suite": "capabilities", "attack": "crescendo"}])
     with pytest.raises(RecipeError, match="already listed"):
         attacked.evaluate(suites=[ATTACKED, ATTACKED])
     with pytest.raises(RecipeError, match="'crescendo'"):

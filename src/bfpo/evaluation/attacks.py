@@ -42,7 +42,7 @@ def load_suites(entries: Sequence[str | AttackedSuite]) -> tuple[dict[str, Suite
     """Load suites, and the attacks on those that are attacked, by name.
 
     Raises:
-        RecipeError: If a suite is unknown or malformed, or two have one name.
+        RecipeError: If a suite is unknown or malformed, two have one name, or an attacked one has no prompts.
     """
     suites: dict[str, Suite] = {}
     attacks: dict[str, AttackSection] = {}
@@ -50,6 +50,8 @@ def load_suites(entries: Sequence[str | AttackedSuite]) -> tuple[dict[str, Suite
         name, suite = load_suite(entry if isinstance(entry, str) else entry.suite)
         if not isinstance(entry, str):
             name = entry.name or f"{name}+{entry.attack.label}"
+            if not suite.tasks:
+                raise RecipeError(f"suites: {entry.suite} has only tasks of lm-eval, which can't be attacked")
             suite = suite.model_copy(update={"lm_eval": [], "indices": {}})
             if name in suites:
                 raise RecipeError(f"suites: '{name}' is already listed; set `name:` of one of them")

@@ -68,6 +68,9 @@ def score_suites(
         for suite in dict.fromkeys(task.suite for task in tasks):
             own_tasks = [task for task in tasks if task.suite == suite]
             if (attack := own_tasks[0].attack) is not None:
+                # The reasoning of the replies isn't judged.
+                if output.reads == "reasoning":
+                    continue
                 scores = score_attacked(
                     own_tasks, attacks[attack], judged, output.on_turns, judge=output.label, by_category=by_category
                 )
