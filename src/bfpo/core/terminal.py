@@ -7,10 +7,11 @@ a file can't control the terminal.
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ SECONDS_BETWEEN_LINES = 60.0
 # Control characters except tab and line feed, marks that change the direction of writing, and lone surrogates.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# Work that takes longer prints its time.
+# Work that takes longer is announced, and prints its time.
 NOTICEABLE_SECONDS = 2.0
 # The first of these lines comes early, so that a run is seen to start.
 SECONDS_BEFORE_FIRST_LINE = 5.0
@@ -112,15 +113,22 @@ def _padding(text: str, width: int) -> str:
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Print how long a `with` block took, if that was noticeable.
+    """Print what a `with` block does once it takes noticeably long, and at its end how long it took.
 
     Args:
-        what: What was done, in the past tense.
+        what: What is done, such as "loading the model".
     """
     start = time.monotonic()
-    yield
+    # In this context, so that the line goes where others go.
+    timer = threading.Timer(NOTICEABLE_SECONDS, copy_context().run, [say, f"{what} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
     if (seconds := time.monotonic() - start) > NOTICEABLE_SECONDS:
-        say(f"{what} ({seconds:,.0f} s)")
+        say(f"{what} took {seconds:,.0f} s")
 
 
 @contextmanager

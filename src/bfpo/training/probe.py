@@ -133,8 +133,8 @@ def show_probe(result: ProbeResult, sign_agreement: float | None) -> None:
         say(
             f"note: margins moved ({sign_agreement:.0%} of the held-out signs are right), and the policy's own "
             f"answers did not: of {num_harmful} harmful prompts it refused {refused} before training and "
-            f"{refused_after} after. Margins are of given answers, not of what the policy writes: fine-tune it on safe "
-            "answers first, or train on its own (docs/training.md, Margins are not answers)"
+            f"{refused_after} after. Margins are of given answers, not of what the policy writes: fine-tune it on "
+            "safe answers first, or train on its own (docs/training.md, Margins are not answers)"
         )
 
 

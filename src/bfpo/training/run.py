@@ -123,7 +123,7 @@ def _train(
     result = record.train(inputs.resume)
     # First: evaluating may take longer than training did.
     save_final(trainer, out)
-    with timed("evaluated the held-out pairs"):
+    with timed("evaluating the held-out pairs"):
         metrics = trainer.evaluate() if inputs.tables.eval else {}
     probed = None
     if probe is not None:
@@ -246,7 +246,7 @@ def _check_start(trainer: BFPOTrainer) -> dict[str, Any]:
     """Print what is trained, and check policy and reference before the first step."""
     copied = f"copies {trainer.reference.nbytes / 2**20:,.1f} MiB" if trainer.reference else "is in the cache"
     say(f"training {trainer.selection}; the reference {copied}")
-    with timed("compared policy and reference"):
+    with timed("comparing policy and reference"):
         check = trainer.start_check = trainer.check_start()
     report_layout(trainer)
     say(
