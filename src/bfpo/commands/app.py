@@ -39,6 +39,8 @@ data_app = typer.Typer(help="Inspect and prepare preference data.", no_args_is_h
 app.add_typer(data_app, name="data")
 judge_app = typer.Typer(help="Judge completions, and evaluate judges against human labels.", no_args_is_help=True)
 app.add_typer(judge_app, name="judge")
+model_app = typer.Typer(help="Convert models.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
 
 
 def _print_version(is_requested: bool) -> None:
@@ -158,6 +160,13 @@ def generate(
             help="Share of completions that may be missing because a prompt is too long or the server fails.",
         ),
     ] = 0.1,
+    ignore_column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of PROMPTS that is left out; repeatable. Else a text that isn't read is an error."),
+    ] = None,
+    ignore_message_key: Annotated[
+        list[str] | None, typer.Option(help="Key of messages that is left out; repeatable.")
+    ] = None,
 ) -> None:
     """Generate completions with a checkpoint or a model on a server."""
     from bfpo.commands.generate import generate_to_file
@@ -174,7 +183,15 @@ def generate(
         dtype=dtype,
     )
     sampling = Sampling(samples, temperature, top_p, max_new_tokens, seed)
-    generate_to_file(engine, sampling, prompts, out, max_unanswered=max_unanswered)
+    generate_to_file(
+        engine,
+        sampling,
+        prompts,
+        out,
+        max_unanswered=max_unanswered,
+        ignore_columns=ignore_column or (),
+        ignore_message_keys=ignore_message_key or (),
+    )
 
 
 @app.command()
@@ -452,6 +469,20 @@ def prepare_data(
     from bfpo.commands.data import prepare_recipe
 
     prepare_recipe(recipe, overrides or [], out, limit=limit)
+
+
+@model_app.command("import")
+def import_model(
+    file: Annotated[str, typer.Argument(help="GGUF file, or org/name/file.gguf on the hub.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the saved weights: float32, bfloat16 or float16.")
+    ] = "float32",
+) -> None:
+    """Convert a GGUF file into a checkpoint of transformers."""
+    from bfpo.model.import_gguf import import_gguf
+
+    import_gguf(file, out, dtype=dtype)
 
 
 def main() -> None:

@@ -16,6 +16,28 @@ from bfpo.config.section import Fraction as Fraction
 from bfpo.config.section import Section as Section
 from bfpo.config.section import Share as Share
 
+
+def is_gguf(path: str) -> bool:
+    """Return whether a model's path names a GGUF file."""
+    return path.lower().endswith(".gguf")
+
+
+def join_gguf_file(values: Any) -> Any:
+    """Return the keys of a model with `path` and `gguf_file` joined into one path.
+
+    Raises:
+        ValueError: If there is no `path`, or `gguf_file` isn't the name of a GGUF file.
+    """
+    if not isinstance(values, dict) or values.get("gguf_file") is None:
+        return values
+    path, file = values.get("path"), values["gguf_file"]
+    if not isinstance(file, str) or not is_gguf(file):
+        raise ValueError(f"gguf_file is {file!r}; expected the name of a file that ends in .gguf")
+    if not isinstance(path, str) or is_gguf(path):
+        raise ValueError(f"gguf_file needs path, the folder or hub id that contains {file}; got {path!r}")
+    return {**values, "path": f"{path.rstrip('/')}/{file}", "gguf_file": None}
+
+
 ReferenceKind = Literal["auto", "adapter", "shared", "cache"]
 
 
@@ -135,7 +157,9 @@ class ModelSection(Section):
     """Model that supervised fine-tuning starts from."""
 
     path: str | None = None
-    """Hub id or folder of a model, or of an adapter to train further."""
+    """Hub id or folder of a model, or of an adapter to train further; or a GGUF file (`.gguf`)."""
+    gguf_file: str | None = None
+    """GGUF file in the folder or hub repository `path`; its weights are dequantized."""
     new: NewModel | None = None
     """A new, randomly initialized model instead."""
     revision: str | None = None
@@ -149,12 +173,19 @@ class ModelSection(Section):
     load_in_4bit: bool = False
     """Whether to quantize the frozen weights to 4 bits (QLoRA); needs a GPU, and `lora` or an adapter at `path`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _join_gguf_file(cls, values: Any) -> Any:
+        return join_gguf_file(values)
+
     @model_validator(mode="after")
     def _check_origin(self) -> "ModelSection":
         origins = [name for name in ("path", "new", "sft") if getattr(self, name, None) is not None]
         allowed = [name for name in ("path", "new", "sft") if name in type(self).model_fields]
         if len(origins) != 1:
             raise ValueError(f"expected exactly one of {', '.join(allowed)}; got {', '.join(origins) or 'none'}")
+        if self.load_in_4bit and self.path is not None and is_gguf(self.path):
+            raise ValueError("load_in_4bit can't read a GGUF file; convert it first (bfpo model import)")
         return self
 
 

@@ -273,11 +273,13 @@ def conversation_text(prompt: Conversation) -> str:
 
 
 def as_tool_calls(value: object) -> tuple[ToolCall, ...]:
-    """Return the tool calls of a list of objects; none for null.
+    """Return the tool calls of a list of objects, or of its JSON text; none for null.
 
     Raises:
         DataError: If it isn't a list, or a call is malformed.
     """
+    if isinstance(value, str) and (not value.strip() or value.lstrip().startswith("[")):
+        value = _parse_if_text(value, "tool_calls")
     if value is None:
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -349,7 +351,8 @@ def _read_message(turn: object, column: str, ignore: Collection[str]) -> Message
     if unknown := sorted(str(key) for key in values if key not in _KEYS):
         raise DataError(
             f"column '{column}': unknown key '{unknown[0]}' of a message ({_shorten(turn)}); the keys are "
-            f"{', '.join(_KEYS)}; set `text: {{ignore_message_keys: [{', '.join(unknown)}]}}` to leave it out"
+            f"{', '.join(_KEYS)}; set `ignore_message_keys: [{', '.join(unknown)}]` (of `text:`, or of a source of "
+            "prompts) to leave it out"
         )
     role = values.get("role")
     if role not in ROLES:
@@ -375,7 +378,7 @@ def _read_message(turn: object, column: str, ignore: Collection[str]) -> Message
 
 def _from_sharegpt(values: Mapping[str, Any], column: str) -> dict[str, Any]:
     speaker, text = values["from"], values["value"]
-    if speaker not in _SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
         raise DataError(f"column '{column}': from is {speaker!r}; expected {', '.join(_SHAREGPT_ROLES)}")
     others = {key: value for key, value in values.items() if key not in ("from", "value")}
     if speaker != "function_call":

@@ -144,6 +144,11 @@ class TemplateInputs:
         """Return what `content_hash` hashes."""
         return [self.tools, self.kwargs]
 
+    @property
+    def hashed(self) -> tuple["TemplateInputs", ...]:
+        """What hashes of a row contain; nothing if there are none, as in the hashes of earlier versions."""
+        return () if self == NO_INPUTS else (self,)
+
 
 NO_INPUTS = TemplateInputs()
 
@@ -180,7 +185,7 @@ class PreferencePair:
     reasoning_labels: SafetyLabels | None = None
 
     def __post_init__(self) -> None:
-        _check_asks(self.prompt)
+        check_asks(self.prompt)
         for side in SIDES:
             object.__setattr__(self, side, as_answer(getattr(self, side)))
 
@@ -192,7 +197,7 @@ class PreferencePair:
     @property
     def row_id(self) -> str:
         """Hash of the texts, 16 hexadecimal digits; independent of labels and provenance."""
-        return content_hash(self.prompt, *self.answers, *_to_hash(self.inputs))
+        return content_hash(self.prompt, *self.answers, *self.inputs.hashed)
 
     @property
     def prompt_key(self) -> str:
@@ -255,7 +260,7 @@ class Demonstration:
     inputs: TemplateInputs = NO_INPUTS
 
     def __post_init__(self) -> None:
-        _check_asks(self.prompt)
+        check_asks(self.prompt)
         object.__setattr__(self, "completion", as_answer(self.completion))
 
     @property
@@ -266,7 +271,7 @@ class Demonstration:
     @property
     def row_id(self) -> str:
         """Hash of the texts, 16 hexadecimal digits."""
-        return content_hash(self.prompt, self.completion, *_to_hash(self.inputs))
+        return content_hash(self.prompt, self.completion, *self.inputs.hashed)
 
     @property
     def prompt_key(self) -> str:
@@ -278,15 +283,15 @@ class Demonstration:
         yield from _texts(self.prompt, self.completion)
 
 
-def _check_asks(prompt: Conversation) -> None:
+def check_asks(prompt: Conversation) -> None:
+    """Check that a prompt ends with a turn that a model can answer.
+
+    Raises:
+        DataError: If it doesn't.
+    """
     if not prompt or prompt[-1].role not in ASKING_ROLES:
         last_role = prompt[-1].role if prompt else "nothing"
         raise DataError(f"prompt ends with {last_role}; expected it to end with a user turn or the result of a tool")
-
-
-def _to_hash(inputs: TemplateInputs) -> tuple[TemplateInputs, ...]:
-    # Row ids of earlier versions have no inputs.
-    return () if inputs == NO_INPUTS else (inputs,)
 
 
 def _texts(prompt: Conversation, *answers: Answer) -> Iterator[str]:

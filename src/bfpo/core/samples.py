@@ -38,8 +38,8 @@ from bfpo.core.conversation import (
     as_tools,
 )
 from bfpo.core.files import content_hash
-from bfpo.core.pairs import TemplateInputs
-from bfpo.core.reasoning import split_reasoning
+from bfpo.core.pairs import NO_INPUTS, TemplateInputs
+from bfpo.core.reasoning import MARKERS, split_reasoning
 from bfpo.errors import DataError
 
 Kind = Literal["harmful", "benign", "lookalike"]
@@ -54,6 +54,7 @@ Key = tuple[str, int]
 """`prompt_id` and `sample`: the identity of a completion among those of one model."""
 
 
+_OPENINGS = tuple(opening for opening, _ in MARKERS)
 # Columns that most rows have no value in.
 _SPARSE = ("tools", "chat_template_kwargs", "language", "reasoning", "tool_calls")
 # Columns of files that earlier versions wrote.
@@ -88,7 +89,10 @@ class FileRow:
     def to_row(self) -> dict[str, Any]:
         """Return the columns as an object of JSON; those of `_SPARSE` only if they have a value."""
         row = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: _to_json(value) for name, value in row.items() if value or name not in _SPARSE}
+        # An empty thought is a value: an answer that was cut in it has none.
+        return {
+            name: _to_json(value) for name, value in row.items() if name not in _SPARSE or value not in (None, ())
+        }
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
@@ -184,6 +188,7 @@ class Completion(FileRow):
     """Answer of a model to a prompt.
 
     A thought in front of the text, `<think>` or the like, becomes the reasoning, wherever the completion comes from.
+    So does a further one; the same text again is left out, because some servers send it apart and in the answer.
 
     Args:
         prompt_id: Identifier of the prompt.
@@ -222,10 +227,15 @@ class Completion(FileRow):
     language: str | None = None
 
     def __post_init__(self) -> None:
-        if self.reasoning is None:
-            reasoning, text = split_reasoning(self.text)
-            object.__setattr__(self, "reasoning", reasoning)
-            object.__setattr__(self, "text", text)
+        reasoning, text = self.reasoning, self.text
+        if reasoning is None:
+            reasoning, text = split_reasoning(text)
+        while text.lstrip().startswith(_OPENINGS):
+            thought, text = split_reasoning(text)
+            if thought and thought != reasoning:
+                reasoning = f"{reasoning}\n\n{thought}" if reasoning else thought
+        object.__setattr__(self, "reasoning", reasoning)
+        object.__setattr__(self, "text", text)
 
     @property
     def key(self) -> Key:
@@ -434,9 +444,9 @@ class Judge(Protocol):
         """Return a verdict for each completion, in the order of the completions."""
 
 
-def prompt_id(prompt: Conversation) -> str:
-    """Return a hash of a prompt, which is its id if its source has none."""
-    return content_hash(prompt)[:12]
+def prompt_id(prompt: Conversation, inputs: TemplateInputs = NO_INPUTS) -> str:
+    """Return a hash of a prompt and its tools, which is its id if its source has none."""
+    return content_hash(prompt, *inputs.hashed)[:12]
 
 
 def sample_seed(seed: int, prompt_id: str, sample: int) -> int:

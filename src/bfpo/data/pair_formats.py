@@ -87,9 +87,9 @@ def read_demonstration(row: SourceRow) -> Demonstration:
     Raises:
         DataError: If a column is missing or malformed, or a column with text isn't read.
     """
-    row = _without_aliases(row)
+    row = without_aliases(row)
     demonstration = _read_demonstration(row)
-    _refuse_unread_columns(row, _DEMONSTRATION_COLUMNS)
+    refuse_unread_columns(row, _DEMONSTRATION_COLUMNS)
     return demonstration
 
 
@@ -99,14 +99,14 @@ def _read_demonstration(row: SourceRow) -> Demonstration:
         *history, last = row.messages("messages")
         if last.role != "assistant" or not history:
             raise DataError("column 'messages' doesn't end with an assistant turn after a user turn")
-        return Demonstration(_with_system(row, tuple(history)), (last,), every_turn=True, inputs=inputs)
+        return Demonstration(with_system(row, tuple(history)), (last,), every_turn=True, inputs=inputs)
     prompt = row.messages("prompt")
-    completion = _read_side(row, "completion")
+    completion = read_side(row, "completion")
     if not isinstance(completion, str) and completion[-1].role != "assistant":
         raise DataError(f"column 'completion' ends with a {completion[-1].role} turn; expected an assistant turn")
     if not isinstance(completion, str) and completion[0].role != "assistant":
         raise DataError("column 'completion' has turns before the answer; they belong at the end of 'prompt'")
-    return Demonstration(_with_system(row, prompt), completion, inputs=inputs)
+    return Demonstration(with_system(row, prompt), completion, inputs=inputs)
 
 
 def read_comparison(row: SourceRow, turns: Turns = "last") -> tuple[Conversation, Answer, Answer]:
@@ -124,11 +124,12 @@ def read_comparison(row: SourceRow, turns: Turns = "last") -> tuple[Conversation
     prompt = row.messages("prompt") if "prompt" in row.values else None
     if isinstance(row.value("chosen"), str) != isinstance(row.value("rejected"), str):
         raise DataError("columns 'chosen' and 'rejected': one is a string, the other isn't")
-    chosen, rejected = (_read_side(row, column) for column in ("chosen", "rejected"))
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        assert isinstance(chosen, str)
-        assert isinstance(rejected, str)
+    chosen, rejected = (read_side(row, column) for column in ("chosen", "rejected"))
+    if isinstance(chosen, str) and isinstance(rejected, str):
         return _split_common_prefix(chosen, rejected) if prompt is None else (prompt, chosen, rejected)
+    # One of two texts can be the JSON of messages.
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise DataError("columns 'chosen' and 'rejected': one is a text, the other is a list of messages")
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1].role != "assistant":
             raise DataError(f"column '{column}' ends with a {messages[-1].role} turn; expected an assistant turn")
@@ -156,15 +157,15 @@ def read_inputs(row: SourceRow) -> TemplateInputs:
 
 
 def _read_row(row: SourceRow, turns: Turns) -> list[PreferencePair]:
-    row = _without_aliases(row)
+    row = without_aliases(row)
     if turns == "each":
         pairs = _read_each_turn(row)
     else:
         prompt, chosen, rejected = read_comparison(row, turns)
         labels = _read_labels(row, "is_chosen_safe", "is_rejected_safe")
-        pairs = [_make_pair(row, _with_system(row, prompt), chosen, rejected, labels)]
+        pairs = [_make_pair(row, with_system(row, prompt), chosen, rejected, labels)]
     # Last: a row of another format lacks a column, and that message says how it is read.
-    _refuse_unread_columns(row, _PAIR_COLUMNS)
+    refuse_unread_columns(row, _PAIR_COLUMNS)
     return pairs
 
 
@@ -173,7 +174,7 @@ def _read_each_turn(row: SourceRow) -> list[PreferencePair]:
     prompt, chosen, rejected = read_comparison(row, "all")
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise DataError("`turns: each` needs conversations in 'chosen' and 'rejected', not strings")
-    history = _with_system(row, prompt)
+    history = with_system(row, prompt)
     compared: list[tuple[Conversation, Message, Message]] = []
     for turn, other in zip_longest(chosen, rejected):
         if turn is None or other is None or (turn.role != "assistant" and turn != other) or turn.role != other.role:
@@ -239,7 +240,7 @@ def _read_labels(
     return SafetyLabels(*labels)
 
 
-def _read_side(row: SourceRow, column: str) -> Conversation | str:
+def read_side(row: SourceRow, column: str) -> Conversation | str:
     """Return the text of an answer, or its turns."""
     value = row.value(column)
     if not isinstance(value, str):
@@ -249,7 +250,7 @@ def _read_side(row: SourceRow, column: str) -> Conversation | str:
     return value if messages == user_says(value) else messages
 
 
-def _with_system(row: SourceRow, prompt: Conversation) -> Conversation:
+def with_system(row: SourceRow, prompt: Conversation) -> Conversation:
     """Return a prompt with the system message of the row's column `system`, if there is one."""
     system = row.values.get("system")
     if system is None or system == "":
@@ -259,7 +260,12 @@ def _with_system(row: SourceRow, prompt: Conversation) -> Conversation:
     return (Message("system", row.text("system")), *prompt)
 
 
-def _without_aliases(row: SourceRow) -> SourceRow:
+def without_aliases(row: SourceRow) -> SourceRow:
+    """Return a row with our names of columns for their other names.
+
+    Raises:
+        DataError: If a column has both names.
+    """
     renamed = dict(row.values)
     for alias, name in _ALIASES.items():
         if alias in renamed and (alias != "conversations" or "chosen" in renamed):
@@ -270,16 +276,29 @@ def _without_aliases(row: SourceRow) -> SourceRow:
     return SourceRow(renamed, row.where, row.ignored_keys)
 
 
-def _refuse_unread_columns(row: SourceRow, columns: Iterable[str]) -> None:
-    """Refuse columns that could have been meant for the model: texts of several words, lists and objects.
+def find_unread_columns(row: SourceRow, columns: Iterable[str]) -> list[str]:
+    """Return other columns that could have been meant for the model: texts of several words, lists and objects.
 
-    Numbers, names and ids describe a row; without them the pair is the same.
+    Numbers, names and ids describe a row; without them its meaning is the same.
     """
-    unread = [name for name, value in row.values.items() if name not in columns and _is_content(value)]
-    if unread:
+    return [str(name) for name, value in row.values.items() if name not in columns and _is_content(value)]
+
+
+def refuse_unread_columns(row: SourceRow, columns: Iterable[str], *, can_rename: bool = True) -> None:
+    """Refuse columns that could have been meant for the model, see `find_unread_columns`.
+
+    Args:
+        row: Row.
+        columns: Columns that are read.
+        can_rename: Whether the source has a key that renames columns.
+
+    Raises:
+        DataError: If the row has one.
+    """
+    if unread := ", ".join(find_unread_columns(row, columns)):
+        rename = "rename them with `columns: {OURS: THEIRS}`, or set" if can_rename else "set"
         raise DataError(
-            f"columns not read: {', '.join(map(str, unread))}; rename them with `columns: {{OURS: THEIRS}}`, or set "
-            f"`ignore_columns: [{', '.join(map(str, unread))}]` of the source to leave them out"
+            f"columns not read: {unread}; {rename} `ignore_columns: [{unread}]` of the source to leave them out"
         )
 
 

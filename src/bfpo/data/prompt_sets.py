@@ -171,7 +171,7 @@ PROMPT_SETS = {
         file="`bfpo quickstart` writes one",
         id_column="prompt_id",
     ),
-    "file": PromptSet("", "", ("prompt",), None, category_column="category"),
+    "file": PromptSet("", "", ("prompt", "messages", "conversations"), None, category_column="category"),
 }
 
 # By keys, because no prompt is part of the program.

@@ -13,9 +13,11 @@ from bfpo.config.recipes import Source
 from bfpo.core.conversation import as_messages
 from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
-from bfpo.core.terminal import progress, show_table
+from bfpo.core.samples import Key as CompletionKey
+from bfpo.core.terminal import progress, say, show_table
+from bfpo.data.prompts import check_prompt_columns, read_prompt_content
 from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
-from bfpo.data.unread_answers import UnreadAnswers
+from bfpo.data.unread_answers import UnreadAnswers, describe_missing_answers
 from bfpo.errors import DataError, Unanswered
 
 Row = TypeVar("Row", bound=FileRow)
@@ -28,11 +30,18 @@ _BATCH = 64
 _NUM_SHOWN = 5
 
 
-def read_prompt_file(path: str) -> list[Prompt]:
+def read_prompt_file(
+    path: str, *, ignore_columns: Sequence[str] = (), ignore_message_keys: Sequence[str] = ()
+) -> list[Prompt]:
     """Read prompts from a `prompts.jsonl`, any table with a prompt column, or a text file with a prompt on each line.
 
+    Args:
+        path: File.
+        ignore_columns: Columns that are left out.
+        ignore_message_keys: Keys of messages that are left out.
+
     Raises:
-        DataError: If there are no prompts, one is malformed, or an id is duplicated.
+        DataError: If there are no prompts, one is malformed, a column with text isn't read, or an id is duplicated.
     """
     prompts = []
     if Path(path).suffix == ".txt":
@@ -40,11 +49,13 @@ def read_prompt_file(path: str) -> list[Prompt]:
             messages = as_messages(line)
             prompts.append(Prompt(prompt_id(messages), messages, source=path))
     else:
-        for row in read_rows(Source(path=path)):
+        for row in read_rows(Source(path=path, ignore_columns=list(ignore_columns)), ignore_message_keys):
             with row.locate_errors():
-                refuse_lone_surrogates(row)
-                default_id = prompt_id(as_messages(row.value("prompt")))
-                prompts.append(Prompt.from_row({"prompt_id": default_id, "source": path, **row.values}))
+                messages, inputs, language = read_prompt_content(row)
+                default_id = prompt_id(messages, inputs)
+                columns = {"prompt": [message.to_row() for message in messages], "language": language}
+                prompts.append(Prompt.from_row({"prompt_id": default_id, "source": path, **row.values, **columns}))
+                check_prompt_columns(row)
     if not prompts:
         raise DataError(f"{path} has no prompts")
     if duplicate := _first_duplicate(prompt.prompt_id for prompt in prompts):
@@ -72,24 +83,40 @@ def generate_completions(
         Unanswered: If some completions are missing.
     """
     requests = {(prompt.prompt_id, sample): (prompt, sample) for prompt in prompts for sample in range(samples)}
+    # An engine whose samples changed has the hash of its former ones too: a finished file of them is kept.
+    former_hash = getattr(engine, "former_settings_hash", None)
+    former: list[Completion] = []
 
     def check(completion: Completion) -> None:
-        if completion.key in requests and completion.prompt != requests[completion.key][0].prompt:
+        request = requests.get(completion.key)
+        if request and (completion.prompt, completion.inputs) != (request[0].prompt, request[0].inputs):
             raise DataError(
                 f"{path}: {completion.key} answers another prompt with this id; choose another output file"
             )
-        if completion.settings_hash != engine.settings_hash:
+        if completion.settings_hash == engine.settings_hash:
+            return
+        if completion.settings_hash == former_hash:
+            former.append(completion)
+        else:
             raise DataError(
                 f"{path} has completions of another model or other settings (hash {completion.settings_hash}, but "
                 f"{engine.settings_hash} for this run); choose another output file, or remove this one"
             )
+
+    def generate(missing: Sequence[CompletionKey]) -> Iterator[list[Completion]]:
+        if former:
+            raise DataError(
+                f"{path} was sampled by an earlier version, whose samples are others, and {len(missing)} completions "
+                "are missing; finish it with that version, choose another output file, or remove this one"
+            )
+        return engine.generate([requests[key] for key in missing])
 
     return fill(
         path,
         Completion,
         requests,
         lambda completion: completion.key,
-        lambda missing: engine.generate([requests[key] for key in missing]),
+        generate,
         check=check,
         what="generating",
     )
@@ -148,10 +175,12 @@ def show_faults(faults: Counter[str]) -> None:
 
 
 def show_outcomes(completions: Sequence[Completion]) -> None:
-    """Print a table of how the answers ended, if a server blocked or cut off any of them."""
+    """Print a table of how the answers ended if a server blocked any, and how many have reasoning and no answer."""
     outcomes = Counter(completion.finish_reason for completion in completions)
     if outcomes["filtered"] or outcomes["refused"]:
         show_table("Outcomes", ("outcome", "completions"), outcomes.most_common())
+    for line in describe_missing_answers(completions):
+        say(line)
 
 
 def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:

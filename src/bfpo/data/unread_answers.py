@@ -1,6 +1,7 @@
-"""Verdicts on completions without an answer that a judge could read: one rule for all judges."""
+"""Completions without an answer that a judge could read: one rule for all judges, and their number."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bfpo.core.samples import Completion, Judge, Verdict
@@ -39,9 +40,31 @@ class UnreadAnswers:
         assessed = self._assessed if self._num_read else {"safe", "refusal"}
         if completion.lacks_answer:
             helpfulness = 0.0 if "helpfulness" in assessed else None
-            reason = f"reasoning used all {completion.completion_tokens} tokens, no answer"
+            reason = _describe_lacking(completion.finish_reason, completion.completion_tokens, ", no answer")
             return Verdict.on(completion, self._judge, safe=None, helpfulness=helpfulness, reason=reason)
         assessments: dict[str, Any] = {name: value for name, value in _VALUES.items() if name in assessed}
         safe = assessments.pop("safe", None)
         reason = _BLOCKED[completion.finish_reason]
         return Verdict.on(completion, self._judge, safe=safe, reason=reason, **assessments)
+
+
+def describe_missing_answers(completions: Sequence[Completion]) -> list[str]:
+    """Return how many completions have no answer after their reasoning, and what to do; one clause for each cause.
+
+    Args:
+        completions: Completions of one model.
+    """
+    lacking = [completion for completion in completions if completion.lacks_answer]
+    num_tokens = max((completion.completion_tokens for completion in lacking), default=0)
+    return [
+        f"{_describe_lacking(finish_reason, num_tokens)} in {count:,} of {len(completions):,} completions"
+        + ("; raise `max_new_tokens`" if finish_reason == "length" else "")
+        for finish_reason, count in Counter(completion.finish_reason for completion in lacking).most_common()
+    ]
+
+
+def _describe_lacking(finish_reason: str, num_tokens: int, ending: str = "") -> str:
+    """Return why there is no answer; the number of tokens is 0 if a server doesn't say it."""
+    if finish_reason != "length":
+        return "no answer after the reasoning"
+    return f"reasoning used all{f' {num_tokens}' if num_tokens else ''} tokens{ending}"

@@ -45,6 +45,10 @@ class SuiteTask(Section):
     """File to read instead of the hub; the recipe's `data:` overrides it."""
     license: str | None = None
     """License of your own file."""
+    ignore_columns: list[str] = Field(default=[])
+    """Columns of your own file that are left out; without it, a text that isn't read is an error."""
+    ignore_message_keys: list[str] = Field(default=[])
+    """Keys of messages that are left out; without it, an unknown key is an error."""
     compare: str | None = None
     """Column with a reference output for each prompt; the win rate of the completions against it is computed."""
 
@@ -230,9 +234,12 @@ def _read_task(suite: str, task: SuiteTask, place: EvalData, limit: int | None) 
         revision=place.revision,
         kind=task.kind,
         license=task.license,
+        ignore_columns=task.ignore_columns,
+        ignore_message_keys=task.ignore_message_keys,
     )
+    others = [task.compare] if task.compare else []
     try:
-        prompts, metadata = read_prompt_source(source, where=task.where, system=task.system)
+        prompts, metadata = read_prompt_source(source, where=task.where, system=task.system, others=others)
     except (DataError, RecipeError) as error:
         raise type(error)(
             f"{name}: {error}\n  in the recipe: data: {{{task.source}: {{path: FILE}}}}, or leave_out: [{name}]"

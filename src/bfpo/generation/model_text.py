@@ -7,11 +7,13 @@ the channels of gpt-oss. Text that looks like a call and isn't one stays text.
 import json
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 from bfpo.core.conversation import Message, ToolCall
 from bfpo.core.files import parse_json
 from bfpo.core.reasoning import split_reasoning
+from bfpo.core.samples import Completion
 from bfpo.errors import DataError
 
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
@@ -44,6 +46,15 @@ def parse_model_text(
     if has_tools:
         calls, answer = _split_calls(answer)
     return Message("assistant", _without(answer, special_tokens), reasoning, tuple(calls))
+
+
+def read_parts_in_text(completion: Completion) -> Completion:
+    """Return a completion with the tool calls, and the channels of gpt-oss, that a server left in its text."""
+    message = parse_model_text(completion.text, has_tools=completion.tools is not None)
+    if completion.tool_calls or not (message.tool_calls or "<|channel|>" in completion.text):
+        return completion
+    reasoning = message.reasoning if completion.reasoning is None else completion.reasoning
+    return replace(completion, text=message.content, reasoning=reasoning, tool_calls=message.tool_calls)
 
 
 def _parse_channels(text: str, has_tools: bool, special_tokens: Collection[str]) -> Message:

@@ -101,6 +101,10 @@ class _CountedEngine:
     def settings_hash(self) -> str:
         return self._inner.settings_hash
 
+    @property
+    def former_settings_hash(self) -> str | None:
+        return getattr(self._inner, "former_settings_hash", None)
+
     def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         for batch in self._inner.generate(requests):
             self._meter.add("generations", len(batch))

@@ -8,6 +8,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 
 from bfpo.config.recipes import ModelSection, NewModel, TextSection
 from bfpo.core.pairs import Demonstration
+from bfpo.core.terminal import timed
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.data.table import TokenTable
 from bfpo.data.tokenize import chat_template
@@ -58,7 +59,8 @@ def load_start_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) 
         unset_hf_deepspeed_config()
     if section.new is not None:
         return new_model(section.new, tokenizer)
-    return load_model(section)
+    with timed(f"loaded {section.path}"):
+        return load_model(section)
 
 
 def check_vocabulary(
@@ -73,8 +75,9 @@ def check_vocabulary(
         ModelError: If a token has no embedding.
     """
     if section.path is not None and not is_adapter(section.path, section.revision):
+        config = load_config(section.path, section.revision, trust_remote_code=section.trust_remote_code)
         rows = [[table.largest_id] for table in tables]
-        check_token_ids(load_config(section), [*rows, _prompt_ids(tokenizer)], section.path)
+        check_token_ids(config, [*rows, _prompt_ids(tokenizer)], section.path)
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

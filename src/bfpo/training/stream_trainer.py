@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -17,19 +17,20 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from bfpo.config.recipes import LayoutSection
-from bfpo.core.terminal import say
+from bfpo.core.terminal import progress, say
 from bfpo.data.table import TokenTable
 from bfpo.errors import BfpoError, TrainingError
 from bfpo.model.attention import span_attention
 from bfpo.model.layout_check import PackingCheck, resolve_layout
 from bfpo.model.logps import add_layout_forward
-from bfpo.model.lora import CausalLM, unwrap_adapter
+from bfpo.model.lora import CausalLM, unwrap_adapter, without_base_config_warning
 from bfpo.model.selective import disable_dropout, select_parameters
 from bfpo.model.vocabulary import check_token_ids
 from bfpo.training.batches import Batch, Collator, KeyDataset
 from bfpo.training.checkpoints import (
     CompletionMark,
     check_same_run,
+    check_state,
     find_checkpoint,
     read_mark,
     start_fingerprint,
@@ -52,8 +53,9 @@ class StreamTrainer(Trainer, ABC):
     """A `transformers.Trainer` that follows a stream plan. Subclasses implement the loss.
 
     Overridden public hooks: `get_train_dataloader`, `get_eval_dataloader`, `training_step`, `compute_loss`,
-    `prediction_step`, `evaluation_loop`, `log`, `floating_point_ops`. Semi-private names in use: `_get_grad_norm` (to
-    count clipped steps) and the class attribute `loss_is_scaled_for_ga`; a test checks that both exist.
+    `prediction_step`, `evaluation_loop`, `save_model`, `log`, `floating_point_ops`. Semi-private names in use:
+    `_get_grad_norm` (to count clipped steps) and the class attribute `loss_is_scaled_for_ga`; a test checks that both
+    exist.
 
     Args:
         model: Causal language model, changed in place (dropout off, `requires_grad`, a forward for layouts).
@@ -121,6 +123,7 @@ class StreamTrainer(Trainer, ABC):
         args.save_total_limit = None
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._finite_loss, self._has_stepped = FiniteLossCheck(), False
+        self._advance_evaluation: Callable[[int], None] = lambda batches: None
         self._clipped_steps, self._steps_since_log = torch.zeros((), device=args.device), 0
         self._tokens_since_log, self._last_log = 0, time.monotonic()
 
@@ -163,6 +166,7 @@ class StreamTrainer(Trainer, ABC):
         unmark_after(out, read_mark(folder)["step"])
         self._has_stepped = False
         try:
+            check_state(folder)
             return super().train(str(folder), trial, ignore_keys_for_eval)
         except _UNREADABLE as error:
             # After the first step, it isn't the checkpoint.
@@ -172,6 +176,11 @@ class StreamTrainer(Trainer, ABC):
             raise TrainingError(
                 f"{folder} can't be read ({reason}); delete it to resume from the previous checkpoint"
             ) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, as transformers does."""
+        with without_base_config_warning():
+            super().save_model(output_dir, _internal_call)
 
     # The loss, implemented by subclasses.
 
@@ -314,6 +323,7 @@ class StreamTrainer(Trainer, ABC):
                 if not batch.is_filler:
                     self._finite_loss.add(batch.row_ids, losses)
         self._finite_loss.check(self.accelerator, "evaluation")
+        self._advance_evaluation(1)
         return None, None, None
 
     def evaluation_loop(
@@ -325,8 +335,10 @@ class StreamTrainer(Trainer, ABC):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate and return exact means over the examples of all processes; a metric without examples is None."""
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         prefix = metric_key_prefix.rstrip("_")
+        name = "held-out data" if prefix == "eval" else prefix.removeprefix("eval_")
+        with progress(f"evaluating {name}", len(dataloader)) as self._advance_evaluation:
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means: dict[str, Any] = {
             f"{prefix}_{name}": value for name, value in self._eval_sums.means(self.accelerator).items()
         }
