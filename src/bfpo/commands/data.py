@@ -12,6 +12,7 @@ from bfpo.data.inspect import (
     show_cells,
     show_markers,
     show_pairs,
+    show_parts,
     show_scores,
     show_sources,
     show_text_lengths,
@@ -68,6 +69,7 @@ def inspect_sources(
     show_cell_lengths(pairs)
     show_scores(pairs)
     show_markers(pairs)
+    show_parts(pairs)
     if tokenizer is None:
         show_text_lengths(pairs)
         say("--tokenizer shows the lengths in tokens")

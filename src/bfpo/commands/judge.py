@@ -13,6 +13,7 @@ from bfpo.generation.open import JudgeServerSection
 from bfpo.judging.evaluate import show_agreement
 from bfpo.judging.fit import card_file, cross_validate, fit_heads, make_card
 from bfpo.judging.labeled import read_labeled
+from bfpo.judging.languages import measured_languages
 from bfpo.judging.linear import ABSTAIN_THRESHOLD, save_judge
 from bfpo.judging.open import open_judge
 
@@ -68,9 +69,17 @@ def fit_judge(labeled: str, out: Path, *, abstain_threshold: float = ABSTAIN_THR
         RecipeError: If `abstain_threshold` is out of its range.
     """
     answers = read_labeled(labeled)
-    judge = save_judge(fit_heads(answers, labeled), out, abstain_threshold=abstain_threshold)
+    languages = measured_languages(answers)
+    judge = save_judge(fit_heads(answers, labeled), out, abstain_threshold=abstain_threshold, languages=languages)
     say(f"{out}: linear@{judge.revision} with heads {' and '.join(judge.heads)}, from {len(answers)} answers")
-    card = make_card(judge, labeled, answers, cross_validate(answers, judge.band))
+    if languages:
+        say(f"measured on answers in {', '.join(languages)}, and undecided on answers in other languages")
+    else:
+        say(
+            "note: the languages of the answers are unknown, so the judge decides on answers in any; add a column "
+            "'language', or pip install 'bfpo[languages]'"
+        )
+    card = make_card(judge, labeled, answers, cross_validate(answers, judge.band)) | {"languages": list(languages)}
     write_json(card_file(out), card)
     for question, rows in card["quality"].items():
         if rows is None:

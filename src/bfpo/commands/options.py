@@ -25,7 +25,11 @@ LabeledAnswers = Annotated[
     ),
 ]
 Judges = Annotated[
-    list[str], typer.Option(help="KIND or KIND:PATH, e.g. linear:judge.npz; repeatable.", show_default=False)
+    list[str],
+    typer.Option(
+        help="KIND or KIND:PATH, e.g. linear:judge.npz; reasoning=SPEC judges the reasoning; repeatable.",
+        show_default=False,
+    ),
 ]
 Threshold = Annotated[
     float | None,

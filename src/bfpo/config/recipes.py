@@ -63,6 +63,8 @@ class Source(Section):
     """Which pairs `fraction` and `limit` select: a seeded sample, or the first ones as in the official code."""
     seed: int = 42
     """Seed of the sample."""
+    field: str | None = None
+    """Key of the list of rows, in a JSON file that is an object."""
     columns: dict[str, str] = Field(default={})
     """Renamed columns, `{name for the adapter: name in the file}`."""
     ignore_columns: list[str] = Field(default=[])
@@ -152,6 +154,15 @@ class LoraSection(Section):
     """Scale; updates are multiplied by alpha / r."""
     target_modules: str | list[str] = "all-linear"
     """Names of the layers with adapters; `all-linear` means every linear layer except the head."""
+
+
+class ProbeSection(Section):
+    """Held-out prompts that the policy itself answers before and after training."""
+
+    prompts: Annotated[int, Field(ge=2)] = 12
+    """Number of prompts: half of them with an unsafe answer in the data, half without."""
+    max_new_tokens: Count = 32
+    """Maximum length of an answer, in tokens."""
 
 
 class ModelSection(Section):
@@ -271,6 +282,8 @@ class TrainRecipe(DataRecipe):
     """How tokens are laid out; affects time and memory, not the numbers."""
     max_eval: Count | None = 2000
     """Maximum number of evaluated pairs of each stream, a seeded sample; null for all."""
+    probe: ProbeSection | None = ProbeSection()
+    """Held-out prompts that the policy itself answers before and after `bfpo train`; null for none."""
     trainer: dict[str, Any] = Field(default={})
     """Arguments of `transformers.TrainingArguments`."""
 

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args, get_type_hints
@@ -56,7 +56,7 @@ Key = tuple[str, int]
 
 _OPENINGS = tuple(opening for opening, _ in MARKERS)
 # Columns that most rows have no value in.
-_SPARSE = ("tools", "chat_template_kwargs", "language", "reasoning", "tool_calls")
+_SPARSE = ("tools", "chat_template_kwargs", "language", "reasoning", "tool_calls", "group", "target_functions")
 # Columns of files that earlier versions wrote.
 RENAMED_COLUMNS = {"licence": "license"}
 _EXPECTED = {
@@ -154,6 +154,8 @@ class Prompt(FileRow):
         tools: JSON schemas of the functions that the model can call; None without tools.
         chat_template_kwargs: Arguments of the chat template.
         language: Language of the prompt, as an ISO 639-1 code; None if unknown.
+        group: Identifier that variants of one prompt share; None if it is a prompt of its own.
+        target_functions: Names of the tools that doing what is asked takes.
 
     Raises:
         DataError: If the kind is unknown, or the prompt doesn't end with a user turn or the result of a tool.
@@ -170,6 +172,8 @@ class Prompt(FileRow):
     tools: Tools = None
     chat_template_kwargs: TemplateKwargs = None
     language: str | None = None
+    group: str | None = None
+    target_functions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
@@ -246,6 +250,16 @@ class Completion(FileRow):
     def message(self) -> Message:
         """The answer as a turn of the conversation."""
         return Message("assistant", self.text, self.reasoning, self.tool_calls)
+
+    @property
+    def as_history(self) -> Conversation:
+        """The answer as turns of a longer conversation: without its reasoning, each tool call with an empty result.
+
+        Chat templates leave out the reasoning of earlier turns, and servers refuse a call without a result.
+        """
+        message = replace(self.message, reasoning=None)
+        results = (Message("tool", "(no result)", tool_call_id=call.id, name=call.name) for call in self.tool_calls)
+        return (message, *results)
 
     @property
     def inputs(self) -> TemplateInputs:

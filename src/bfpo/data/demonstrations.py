@@ -15,6 +15,7 @@ from bfpo.data.load import (
     make_source_report,
     sample,
 )
+from bfpo.data.pair_formats import SkipRow
 from bfpo.data.prepare import is_empty_answer, is_held_out
 from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError
@@ -116,7 +117,11 @@ def _read_demonstrations(
 ) -> Iterator[Demonstration]:
     for row in read_rows(source, ignored_keys):
         with row.locate_errors():
-            demonstration = convert(row)
+            try:
+                demonstration = convert(row)
+            except SkipRow as skip:
+                report.skip(skip.reason, fault=skip.fault)
+                continue
         if has_lone_surrogate(*demonstration.texts()):
             report.skip(LONE_SURROGATE, fault=True)
         else:

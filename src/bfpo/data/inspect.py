@@ -1,13 +1,22 @@
 """Tables that describe the data and what happened to them."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from bfpo.core.conversation import Answer, Conversation, answer_text, answer_turns, last_request
+from bfpo.core.conversation import (
+    ASKING_ROLES,
+    Answer,
+    Conversation,
+    Message,
+    Role,
+    answer_text,
+    answer_turns,
+    last_request,
+)
 from bfpo.core.markers import MARKERS_BY_FAMILY, find_markers
-from bfpo.core.pairs import CELLS, PreferencePair
+from bfpo.core.pairs import CELLS, SIDES, PreferencePair
 from bfpo.core.terminal import say, show_table
 from bfpo.data.load import SourceReport, by_reason
 from bfpo.data.prepare import cell_counts
@@ -112,6 +121,57 @@ def _list_markers(counts: Counter[str]) -> str:
     by_count = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
     listed = ", ".join(f"{marker} {count}" for marker, count in by_count[:3])
     return listed + (f", and {len(counts) - 3} more" if len(counts) > 3 else "")
+
+
+def show_parts(pairs: Sequence[PreferencePair]) -> None:
+    """Print how many pairs have more than texts, and where labels of answers and of their reasoning differ."""
+    counts = {
+        "tools": sum(pair.inputs.tools is not None for pair in pairs),
+        "tool calls in an answer": sum(any(turn.tool_calls for turn in _turns(pair)) for pair in pairs),
+        "reasoning in an answer": sum(any(turn.reasoning for turn in _turns(pair)) for pair in pairs),
+        "a system or developer turn": sum(_has_role(pair, "system", "developer") for pair in pairs),
+        "several turns before the answer": sum(_count_questions(pair) > 1 for pair in pairs),
+        "an answer of several turns": sum(
+            any(len(answer_turns(answer)) > 1 for answer in pair.answers) for pair in pairs
+        ),
+        "labels of the reasoning": sum(pair.reasoning_labels is not None for pair in pairs),
+    }
+    rows = [(name, count, f"{count / len(pairs):.1%}") for name, count in counts.items() if count]
+    if rows:
+        show_table("Pairs with more than texts", ("pairs with", "pairs", "share"), rows)
+    if counts["labels of the reasoning"]:
+        show_table(
+            "Answers whose label differs from that of their reasoning",
+            ("answers", "safe answer, unsafe reasoning", "unsafe answer, safe reasoning"),
+            [(side, *_count_differences(pairs, index)) for index, side in enumerate(SIDES)],
+        )
+
+
+def count_disagreements(pairs: Sequence[PreferencePair]) -> dict[str, int]:
+    """Return the number of pairs whose labels of answer and reasoning differ, by side."""
+    return {side: sum(_count_differences(pairs, index)) for index, side in enumerate(SIDES)}
+
+
+def _count_differences(pairs: Sequence[PreferencePair], side: int) -> tuple[int, int]:
+    """Return the numbers of safe answers with unsafe reasoning, and of unsafe answers with safe reasoning."""
+    labels = Counter(
+        (pair.labels[side], pair.reasoning_labels[side])
+        for pair in pairs
+        if pair.labels is not None and pair.reasoning_labels is not None
+    )
+    return labels[True, False], labels[False, True]
+
+
+def _turns(pair: PreferencePair) -> Iterator[Message]:
+    return (turn for answer in pair.answers for turn in answer_turns(answer))
+
+
+def _has_role(pair: PreferencePair, *roles: Role) -> bool:
+    return any(message.role in roles for message in (*pair.prompt, *_turns(pair)))
+
+
+def _count_questions(pair: PreferencePair) -> int:
+    return sum(message.role in ASKING_ROLES for message in pair.prompt)
 
 
 def show_text_lengths(pairs: Sequence[PreferencePair]) -> None:

@@ -125,16 +125,17 @@ def read_comparison(row: SourceRow, turns: Turns = "last") -> tuple[Conversation
     if isinstance(row.value("chosen"), str) != isinstance(row.value("rejected"), str):
         raise DataError("columns 'chosen' and 'rejected': one is a string, the other isn't")
     chosen, rejected = (read_side(row, column) for column in ("chosen", "rejected"))
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        assert isinstance(chosen, str)
-        assert isinstance(rejected, str)
+    if isinstance(chosen, str) and isinstance(rejected, str):
         return _split_common_prefix(chosen, rejected) if prompt is None else (prompt, chosen, rejected)
+    # One of two texts can be the JSON of messages.
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise DataError("columns 'chosen' and 'rejected': one is a text, the other is a list of messages")
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1].role != "assistant":
             raise DataError(f"column '{column}' ends with a {messages[-1].role} turn; expected an assistant turn")
     if prompt is None and turns == "last":
         return _checked(shared_history(chosen[:-1], rejected[:-1])), chosen[-1:], rejected[-1:]
-    return _split_trajectories(_join_prompt(prompt, chosen), _join_prompt(prompt, rejected))
+    return split_trajectories(_join_prompt(prompt, chosen), _join_prompt(prompt, rejected))
 
 
 def shared_history(chosen: Conversation, rejected: Conversation) -> Conversation:
@@ -327,7 +328,7 @@ def _checked(history: Conversation) -> Conversation:
     return history
 
 
-def _split_trajectories(
+def split_trajectories(
     chosen: Conversation, rejected: Conversation
 ) -> tuple[Conversation, Conversation, Conversation]:
     """Split two conversations into their common beginning, up to a turn that asks, and the turns after it."""

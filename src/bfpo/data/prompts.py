@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pydantic import Field
@@ -12,6 +13,7 @@ from bfpo.core.conversation import Conversation, Message, as_messages, conversat
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import COLUMNS, NO_INPUTS, TemplateInputs, check_asks
 from bfpo.core.samples import RENAMED_COLUMNS, Completion, Kind, Prompt
+from bfpo.data.agent_prompts import read_agent_columns
 from bfpo.data.pair_formats import read_inputs, refuse_unread_columns, with_system, without_aliases
 from bfpo.data.prompt_sets import PromptSet, find_prompt_set
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
@@ -84,6 +86,8 @@ class _RawPrompt(NamedTuple):
     kind: Kind
     category: str | None
     prompt_id: str | None
+    # Further fields of `Prompt`.
+    columns: Mapping[str, Any] = MappingProxyType({})
 
 
 def read_prompt_content(row: SourceRow, columns: Sequence[str] = PROMPT_COLUMNS) -> PromptContent:
@@ -163,7 +167,7 @@ def read_prompt_source(
     for raw in _read_raw_prompts(source, prompt_set, revision, where or {}, system, other_columns):
         key = raw.content.key
         if key not in prompts:
-            prompts[key] = Prompt(
+            prompt = Prompt(
                 raw.prompt_id or f"{source.name}-{key[:12]}",
                 raw.content.messages,
                 raw.kind,
@@ -174,6 +178,7 @@ def read_prompt_source(
                 raw.content.inputs.kwargs,
                 raw.content.language,
             )
+            prompts[key] = replace(prompt, **raw.columns)
         if len(prompts) == source.limit:
             break
     if not prompts:
@@ -267,7 +272,9 @@ def _read_raw_prompts(
             str(row.values.get(column) or "") or None if column else None
             for column in (prompt_set.category_column, prompt_set.id_column)
         )
-        yield _RawPrompt(content, _kind_of(source, prompt_set, row.values), category, prompt_id)
+        with row.locate_errors():
+            columns = read_agent_columns(row, prompt_set, source.name)
+        yield _RawPrompt(content, _kind_of(source, prompt_set, row.values), category, prompt_id, columns)
 
 
 def _read_contents(
@@ -285,6 +292,7 @@ def _read_contents(
         split=prompt_set.split,
         revision=revision,
         ignore_columns=source.ignore_columns,
+        field=prompt_set.field,
     )
     try:
         for row in read_rows(table, source.ignore_message_keys):

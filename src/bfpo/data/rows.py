@@ -128,7 +128,7 @@ def read_rows(source: Source, ignored_keys: Collection[str] = ()) -> Iterator[So
     paths = [source.path] if isinstance(source.path, str) else source.path
     for path in paths:
         files = _local_files(path)
-        for row in _hub_rows(path, source) if files is None else _file_rows(files):
+        for row in _hub_rows(path, source) if files is None else _file_rows(files, source.field):
             yield replace(_select_columns(row, source), ignored_keys=ignored_keys)
 
 
@@ -184,15 +184,15 @@ def _format_of(file: Path) -> str | None:
     return suffix if suffix in _SUFFIXES else None
 
 
-def _file_rows(files: list[Path]) -> Iterator[SourceRow]:
-    readers = {"json": _json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
+def _file_rows(files: list[Path], field: str | None) -> Iterator[SourceRow]:
+    readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
     for file in files:
         file_format = _format_of(file)
         if file_format is None:
             suffixes = ", .".join(_SUFFIXES)
             raise DataError(f"{file}: unknown file format; expected .{suffixes}, optionally with .gz or .xz")
         is_empty = True
-        for number, values in readers[file_format](file):
+        for number, values in _json_rows(file, field) if file_format == "json" else readers[file_format](file):
             is_empty = False
             if not isinstance(values, Mapping):
                 raise DataError(f"{file} row {number}: {type(values).__name__}; expected an object with columns")
@@ -238,7 +238,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
         yield number, values
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def _json_rows(file: Path, field: str | None) -> Iterator[tuple[int, Any]]:
     text = "".join(_lines(file))
     if not text.strip():
         return
@@ -250,8 +250,13 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{file}: not JSON ({error.msg} at {position}){hint}") from None
     except ValueError as error:
         raise DataError(f"{file}: not JSON ({error})") from None
+    if isinstance(content, dict) and field is not None:
+        if field not in content:
+            raise DataError(f"{file}: no key '{field}'; the keys are {', '.join(content)}")
+        content = content[field]
     if not isinstance(content, list):
-        raise DataError(f"{file} is a {type(content).__name__}; expected a list of rows")
+        hint = "; `field:` of the source names the key of its list" if isinstance(content, dict) else ""
+        raise DataError(f"{file} is a {type(content).__name__}; expected a list of rows{hint}")
     yield from enumerate(content, start=1)
 
 

@@ -6,6 +6,7 @@ of its input. A stage that was killed resumes, and one that is called again reus
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdic
 from bfpo.core.samples import Key as CompletionKey
 from bfpo.core.terminal import progress, say, show_table
 from bfpo.data.prompts import check_prompt_columns, read_prompt_content
+from bfpo.data.readings import judge_readings
 from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
 from bfpo.data.unread_answers import UnreadAnswers, describe_missing_answers
 from bfpo.data.verdict_files import judge_files
@@ -110,7 +112,8 @@ def generate_completions(
                 f"{path} was sampled by an earlier version, whose samples are others, and {len(missing)} completions "
                 "are missing; finish it with that version, choose another output file, or remove this one"
             )
-        return engine.generate([requests[key] for key in missing])
+        for batch in engine.generate([requests[key] for key in missing]):
+            yield [_with_prompt_columns(completion, requests[completion.key][0]) for completion in batch]
 
     return fill(
         path,
@@ -120,6 +123,16 @@ def generate_completions(
         generate,
         check=check,
         what="generating",
+    )
+
+
+def _with_prompt_columns(completion: Completion, prompt: Prompt) -> Completion:
+    """Return a completion with the columns of its prompt, whether the engine filled them or not."""
+    return replace(
+        completion,
+        tools=prompt.tools,
+        chat_template_kwargs=prompt.chat_template_kwargs,
+        language=completion.language or prompt.language,
     )
 
 
@@ -187,7 +200,8 @@ def show_outcomes(completions: Sequence[Completion]) -> None:
 def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:
     """Judge every completion, and write the verdicts into a file.
 
-    Completions without an answer get the verdict of `UnreadAnswers`; the judge reads the others.
+    The judge reads the part of each completion that `bfpo.data.readings` makes. Completions without that part get the
+    verdict of `UnreadAnswers`.
 
     Args:
         judge: Judge of the completions.
@@ -211,15 +225,17 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
             )
         if verdict.key in by_key and verdict.text_hash != by_key[verdict.key].text_hash:
             raise DataError(f"{path}: the verdict on {verdict.key} is about another text; remove the file")
-        if verdict.key in by_key and not by_key[verdict.key].is_unread:
+        if verdict.key in by_key and not unread.is_unread(by_key[verdict.key]):
             unread.add([verdict])
 
     def judge_missing(missing: Sequence[tuple[str, int]]) -> Iterator[list[Verdict]]:
-        for verdicts in _judge_in_batches(judge, [by_key[key] for key in missing if not by_key[key].is_unread]):
+        unjudged = [by_key[key] for key in missing]
+        to_read = [completion for completion in unjudged if not unread.is_unread(completion)]
+        for verdicts in _judge_in_batches(judge, to_read):
             unread.add(verdicts)
             yield verdicts
         # Last, because only now it is known what the judge assesses.
-        if of_unread := [unread.verdict(by_key[key]) for key in missing if by_key[key].is_unread]:
+        if of_unread := [unread.verdict(completion) for completion in unjudged if unread.is_unread(completion)]:
             yield of_unread
 
     return fill(
@@ -327,7 +343,7 @@ def fill(
 def _judge_in_batches(judge: Judge, completions: Sequence[Completion]) -> Iterator[list[Verdict]]:
     """Yield each verdict as soon as the judge returns it, so that a killed run loses at most one batch."""
     for start in range(0, len(completions), _BATCH):
-        for verdict in judge.judge(completions[start : start + _BATCH]):
+        for verdict in judge_readings(judge, completions[start : start + _BATCH]):
             yield [verdict]
 
 

@@ -1,10 +1,11 @@
-"""Completions without an answer that a judge could read: one rule for all judges, and their number."""
+"""Completions without the part that a judge reads: one rule for all judges, and their number."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bfpo.core.samples import Completion, Judge, Verdict
+from bfpo.data.readings import NO_REASONING, Reads, is_unread, read_by
 
 _BLOCKED = {
     "filtered": "blocked by the server's filter: the model's text wasn't shown",
@@ -20,14 +21,21 @@ class UnreadAnswers:
     nothing. Where the reasoning ended before an answer began, there is nothing to call safe: it is undecided. Only
     what the judge assesses on other answers is set, so that a judge of safety gets no rate of refusals from them.
 
+    A judge of reasoning is undecided on a completion without any.
+
     Args:
         judge: The judge.
     """
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
+        self._reads: Reads = read_by(judge)
         self._assessed: set[str] = set()
         self._num_read = 0
+
+    def is_unread(self, completion: Completion) -> bool:
+        """Return whether the judge doesn't read a completion."""
+        return is_unread(completion, self._reads)
 
     def add(self, verdicts: Iterable[Verdict]) -> None:
         """Note what the judge assesses, from its verdicts on other answers."""
@@ -37,6 +45,8 @@ class UnreadAnswers:
 
     def verdict(self, completion: Completion) -> Verdict:
         """Return the verdict on a completion that the judge doesn't read."""
+        if self._reads == "reasoning":
+            return Verdict.on(completion, self._judge, safe=None, reason=NO_REASONING)
         assessed = self._assessed if self._num_read else {"safe", "refusal"}
         if completion.lacks_answer:
             helpfulness = 0.0 if "helpfulness" in assessed else None

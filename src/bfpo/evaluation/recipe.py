@@ -4,10 +4,11 @@ from pydantic import Field, field_validator, model_validator
 
 from bfpo.config.recipes import Count, Section
 from bfpo.core.samples import Sampling
+from bfpo.evaluation.attacks import AttackedSuite
 from bfpo.evaluation.gate import Bound
 from bfpo.evaluation.suite import EvalData
 from bfpo.generation.open import EngineSection, JudgeServerSection
-from bfpo.judging.spec import parse_judge
+from bfpo.judging.spec import JudgeText, parse_judge
 
 # Two families, both of which detect refusals too.
 JUDGES = ["wildguard:allenai/wildguard", "qwen3guard:Qwen/Qwen3Guard-Gen-4B"]
@@ -62,8 +63,9 @@ class EvalRecipe(Section):
     """Model to evaluate; or `completions`."""
     completions: str | None = None
     """Completions saved by another program: completions.jsonl, or a table with a prompt and an answer in each row."""
-    suites: list[str] = Field(default=["safety", "over_refusal"], min_length=1)
-    """Names of shipped suites, or paths of your own."""
+    suites: list[str | AttackedSuite] = Field(default=["safety", "over_refusal"], min_length=1)
+    """Names of shipped suites, or paths of your own; `{suite: safety, attack: crescendo}` attacks the harmful prompts
+    of one in conversations of several turns."""
     data: dict[str, EvalData] = Field(default={})
     """Source, or task of lm-eval → where its rows are read from, instead of the hub's (pinned) revision."""
     leave_out: list[str] = Field(default=[])
@@ -75,8 +77,9 @@ class EvalRecipe(Section):
     the results say how many."""
     sampling: SamplingSection = SamplingSection()
     """How completions are sampled."""
-    judges: list[str] = Field(default=JUDGES, min_length=1)
-    """Judges as for `bfpo judge`, the primary one first. Use several families: judges of one share mistakes."""
+    judges: list[JudgeText] = Field(default=JUDGES, min_length=1)
+    """Judges as for `bfpo judge`, the primary one first. Use several families: judges of one share mistakes. A judge
+    reads the answer; `{spec: SPEC, reads: reasoning}`, or `both`, reads the reasoning too (docs/judging.md)."""
     judge_server: JudgeServerSection = JudgeServerSection()
     """How the servers of judges are queried (`rubric:MODEL@http://host:port/v1`)."""
     threshold: float | None = Field(None, ge=0, le=1)
@@ -103,13 +106,15 @@ class EvalRecipe(Section):
 
     @field_validator("judges")
     @classmethod
-    def _check_judges(cls, specs: list[str]) -> list[str]:
-        for spec in specs:
-            parse_judge(spec)
+    def _check_primary(cls, specs: list[str]) -> list[str]:
+        if parse_judge(specs[0]).reads == "reasoning":
+            raise ValueError(f"the first judge is the primary one, and must read answers; got '{specs[0]}'")
         return specs
 
     @model_validator(mode="after")
     def _check_origin(self) -> "EvalRecipe":
         if (self.model is None) == (self.completions is None):
             raise ValueError("expected exactly one of model and completions")
+        if self.model is None and any(isinstance(entry, AttackedSuite) for entry in self.suites):
+            raise ValueError("suites: an attack needs model; saved completions answer no further turn")
         return self

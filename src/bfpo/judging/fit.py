@@ -8,9 +8,11 @@ from typing import Any
 from sklearn.model_selection import GroupKFold
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import last_request
 from bfpo.core.files import file_hash
 from bfpo.core.samples import Verdict
 from bfpo.core.terminal import progress
+from bfpo.data.readings import judge_readings, read_part
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
 from bfpo.judging.evaluate import agreement_by_model
@@ -57,7 +59,7 @@ def cross_validate(answers: Sequence[LabeledAnswer], band: tuple[float, float]) 
                 for train, test in GroupKFold(FOLDS).split(answers, groups=groups):
                     head = _fit(name, _with_label(name, [answers[index] for index in train]))
                     judge = LinearJudge({name: head}, "", band)
-                    judged = judge.judge([answers[index].completion for index in test])
+                    judged = judge_readings(judge, [answers[index].completion for index in test])
                     verdicts |= zip(map(int, test), judged, strict=True)
                     advance(1)
                 result[name] = [verdicts[index] for index in range(len(answers))]
@@ -115,6 +117,6 @@ def _with_label(name: str, answers: Sequence[LabeledAnswer]) -> list[LabeledAnsw
 
 
 def _fit(name: str, answers: Sequence[LabeledAnswer]) -> Head:
-    prompts = [answer.completion.prompt[-1].content for answer in answers]
-    texts = [answer.completion.text for answer in answers]
+    prompts = [last_request(answer.completion.prompt) for answer in answers]
+    texts = [read_part(answer.completion).text for answer in answers]
     return fit_head(name, prompts, texts, [getattr(answer, name) for answer in answers])

@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from bfpo.config.recipes import Source
 from bfpo.core.conversation import as_messages
 from bfpo.core.samples import KINDS, Completion, Kind, prompt_id
+from bfpo.data.agent_sets import read_agent_answer
+from bfpo.data.readings import answer_completion
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError
 
+# Columns of a completion besides its text.
+_PARTS = ("reasoning", "tool_calls", "tools", "chat_template_kwargs", "language")
 _XSTEST = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusal": True}
 
 
@@ -29,10 +33,12 @@ class LabeledAnswer:
 
 
 def read_labeled(path: str) -> list[LabeledAnswer]:
-    """Read labeled answers: columns `prompt`, `text` (or `completion`), `refusal`, `safe` or both; `model`, `kind`.
+    """Read labeled answers: columns `prompt`, `text` (or `completion`), and `refusal`, `safe` or both.
+
+    The columns `model`, `kind` and `language` are optional.
 
     The columns of XSTest are read too: `final_label` says whether an answer refuses, and a compliance with a prompt
-    of a `contrast_` type, which is harmful, is unsafe.
+    of a `contrast_` type, which is harmful, is unsafe. So are the sets of `bfpo.data.agent_sets`.
 
     Raises:
         DataError: If the file has no answers, or a row is malformed.
@@ -50,12 +56,27 @@ def read_labeled(path: str) -> list[LabeledAnswer]:
 
 
 def _parse_row(row: SourceRow, index: int) -> LabeledAnswer:
+    # XSTest has one file per model and no column for it: there the file's name is the model's.
+    model = str(row.values.get("model") or row.where.rpartition(" row ")[0].rpartition("/")[2])
+    if (agent := read_agent_answer(row)) is not None:
+        name = prompt_id(agent.prompt)
+        completion = answer_completion(
+            agent.prompt,
+            agent.answer,
+            model=model,
+            engine="labeled",
+            sample=index,
+            prompt_id=name,
+            inputs=agent.inputs,
+        )
+        return LabeledAnswer(completion, agent.refusal, agent.safe, agent.kind)
     refusal, safe, kind = _xstest_labels(row) if "final_label" in row.values else _labels(row)
     prompt = as_messages(row.value("prompt"))
     text = row.text("text" if "text" in row.values else "completion")
-    # XSTest has one file per model and no column for it: there the file's name is the model's.
-    model = str(row.values.get("model") or row.where.rpartition(" row ")[0].rpartition("/")[2])
+    parts = {name: value for name in _PARTS if (value := row.values.get(name))}
     completion = Completion(prompt_id(prompt), index, prompt, text, "stop", 0, 0, model, "labeled", "")
+    if parts:
+        completion = Completion.from_row({**completion.to_row(), **parts})
     return LabeledAnswer(completion, refusal, safe, kind)
 
 

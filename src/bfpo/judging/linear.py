@@ -6,7 +6,7 @@ held-out prompts (Platt scaling). The judge's file contains arrays and JSON but 
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, is_zipfile
@@ -18,6 +18,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
+from bfpo.core.conversation import last_request
 from bfpo.core.files import content_hash, open_atomic, parse_json
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError, RecipeError
@@ -80,7 +81,7 @@ class LinearJudge:
         """Return one verdict for each completion; see `Judge`."""
         if not completions:
             return
-        prompts = [completion.prompt[-1].content for completion in completions]
+        prompts = [last_request(completion.prompt) for completion in completions]
         answers = [completion.text for completion in completions]
         p_yes = {name: head.probability(prompts, answers).tolist() for name, head in self.heads.items()}
         for index, completion in enumerate(completions):
@@ -147,7 +148,13 @@ def fit_head(name: str, prompts: Sequence[str], answers: Sequence[str], labels: 
     )
 
 
-def save_judge(heads: dict[str, Head], path: Path, *, abstain_threshold: float = ABSTAIN_THRESHOLD) -> LinearJudge:
+def save_judge(
+    heads: dict[str, Head],
+    path: Path,
+    *,
+    abstain_threshold: float = ABSTAIN_THRESHOLD,
+    languages: Collection[str] = (),
+) -> LinearJudge:
     """Write the file of a judge (`.npz`) atomically, and return the judge.
 
     Args:
@@ -156,6 +163,7 @@ def save_judge(heads: dict[str, Head], path: Path, *, abstain_threshold: float =
         abstain_threshold: Probability of an error on safety above which the judge is undecided, in (0, 0.5]; 0.5
             decides everything. For calibrated probabilities the optimal rule of this kind is a band around 0.5 (Chow
             1970, doi 10.1109/TIT.1970.1054406).
+        languages: Languages that the judge was measured on; see `bfpo.judging.languages`.
 
     Raises:
         RecipeError: If `abstain_threshold` is out of its range.
@@ -171,6 +179,8 @@ def save_judge(heads: dict[str, Head], path: Path, *, abstain_threshold: float =
             terms = json.dumps(vectorizer.get_feature_names_out().tolist(), ensure_ascii=False).encode()
             arrays[f"{name}.{number}.terms"] = np.frombuffer(terms, dtype=np.uint8)
             arrays[f"{name}.{number}.idf"] = vectorizer.idf_
+    if languages:
+        arrays["languages"] = np.frombuffer(json.dumps(sorted(languages)).encode(), dtype=np.uint8)
     with open_atomic(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return load_judge(path)

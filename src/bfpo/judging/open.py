@@ -32,11 +32,16 @@ def open_judge(
     """
     parsed = parse_judge(spec) if isinstance(spec, str) else spec
     judges = tuple(_open_part(part, threshold, server or JudgeServerSection()) for part in parsed.parts)
-    if parsed.policy == "single":
-        return judges[0]
-    from bfpo.judging.ensemble import Ensemble
+    judge = judges[0]
+    if parsed.policy != "single":
+        from bfpo.judging.ensemble import Ensemble
 
-    return Ensemble(judges, parsed.policy)
+        judge = Ensemble(judges, parsed.policy)
+    if parsed.reads == "answer":
+        return judge
+    from bfpo.judging.readings import ReadingJudge
+
+    return ReadingJudge(judge, parsed.reads)
 
 
 def _open_part(part: JudgePart, threshold: float | None, server: JudgeServerSection) -> Judge:
@@ -66,9 +71,10 @@ def _open_part(part: JudgePart, threshold: float | None, server: JudgeServerSect
         )
     if kind in GUARDS or kind in SCORERS:
         return open_guard(kind, path, threshold=0.5 if threshold is None else threshold)
+    from bfpo.judging.languages import guard_languages
     from bfpo.judging.linear import load_judge
 
-    return load_judge(Path(path), threshold=threshold)
+    return guard_languages(load_judge(Path(path), threshold=threshold), Path(path))
 
 
 def _open_rubric(part: JudgePart, server: JudgeServerSection) -> Judge:

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unicodedata import normalize
 
-from bfpo.core.conversation import prompt_key
+from bfpo.core.conversation import last_request, prompt_key
 from bfpo.core.files import file_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.prompt_sets import PROMPT_ALIASES
+from bfpo.data.readings import read_part
 from bfpo.judging.labeled import read_labeled
 
 
@@ -21,7 +23,10 @@ class PeopleJudge:
 
     def __init__(self, path: str) -> None:
         self._labels = {
-            (_last_turn_key(answer.completion), answer.completion.text): (answer.safe, answer.refusal)
+            (_last_turn_key(answer.completion), _as_compared(read_part(answer.completion).text)): (
+                answer.safe,
+                answer.refusal,
+            )
             for answer in read_labeled(path)
         }
         self.revision = file_hash(Path(path))[:8]
@@ -29,12 +34,17 @@ class PeopleJudge:
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         """Return one verdict for each completion, undecided for an answer without a label."""
         for completion in completions:
-            key, text = _last_turn_key(completion), completion.text
+            key, text = _last_turn_key(completion), _as_compared(completion.text)
             unlabeled = self._labels.get((PROMPT_ALIASES.get(key, ""), text), (None, None))
             safe, refusal = self._labels.get((key, text), unlabeled)
             reason = "no annotator labeled this answer as safe or unsafe" if safe is None else None
             yield Verdict.on(completion, self, safe=safe, refusal=refusal, reason=reason)
 
 
+def _as_compared(text: str) -> str:
+    """Return a text by which answers are found: how its accents are encoded doesn't matter."""
+    return normalize("NFC", text)
+
+
 def _last_turn_key(completion: Completion) -> str:
-    return prompt_key(completion.prompt[-1].content.strip())
+    return prompt_key(last_request(completion.prompt).strip())

@@ -225,7 +225,7 @@ def render_comparison(first: Completion, second: Completion, special: Sequence[s
 
 def _render_conversation(prompt: Conversation, special: Sequence[str]) -> str:
     markers = (*_MARKERS, *special)
-    return "\n".join(f"{turn.role}: {escape_markers(turn.content, markers)[0]}" for turn in prompt)
+    return "\n".join(f"{turn.role}: {escape_markers(turn.in_words(), markers)[0]}" for turn in prompt)
 
 
 def _make_fence(*parts: object) -> str:

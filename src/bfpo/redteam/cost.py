@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from bfpo.core.files import read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Verdict
+from bfpo.data.readings import Reads, read_by
 from bfpo.errors import DataError
 
 # An atomic write takes milliseconds, which may be more than a verdict takes.
@@ -122,6 +123,10 @@ class _CountedJudge:
     @property
     def revision(self) -> str:
         return self._inner.revision
+
+    @property
+    def reads(self) -> Reads:
+        return read_by(self._inner)
 
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         for verdict in self._inner.judge(completions):

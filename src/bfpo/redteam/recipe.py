@@ -7,8 +7,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from bfpo.config.recipes import Count, Section
 from bfpo.core.pairs import Cell
 from bfpo.data.prompts import PromptSource
+from bfpo.generation.attacks import AttackSpec
 from bfpo.generation.open import EngineSection, JudgeServerSection
-from bfpo.judging.spec import JUDGES, parse_judge
+from bfpo.judging.spec import JUDGES, AnswerJudgeText, parse_judge
 
 
 class RedteamRecipe(Section):
@@ -20,8 +21,8 @@ class RedteamRecipe(Section):
     """Model whose answers are sampled."""
     prompts: list[PromptSource] = Field(min_length=1)
     """Harmful prompts, and benign ones, without which the pairs would teach a model to refuse everything."""
-    judge: str
-    """Spec of the safety judge, as for `bfpo judge`."""
+    judge: AnswerJudgeText
+    """Spec of the safety judge, as for `bfpo judge`; `{spec: SPEC, reads: both}` reads the reasoning too."""
     helpfulness: str = "fallback"
     """Spec of a judge that rates helpfulness, or `fallback`: answers above refusals, then longer above shorter."""
     judge_server: JudgeServerSection = JudgeServerSection()
@@ -36,6 +37,9 @@ class RedteamRecipe(Section):
     """Maximum length of an answer, in tokens."""
     seed: int = 0
     """Seed of the sampling."""
+    attack: AttackSpec | None = None
+    """Attack of several turns on the harmful prompts, `crescendo` or a section; answers are sampled where a reply was
+    unsafe first, or at the last turn, and add to those to the prompts alone."""
     guide: bool = True
     """Whether to lead the model to a safe answer in three steps where every sample is unsafe."""
     per_prompt: Count = 2

@@ -9,8 +9,10 @@ from bfpo.report.judge_tables import (
     composite_notes,
     judge_rows,
     main_headings,
+    reasoning_rows,
     result_warnings,
 )
+from bfpo.report.languages import language_rows
 from bfpo.report.model_comparisons import AxisCell, compare_runs
 from bfpo.report.provenance import metadata, protocol_warnings
 from bfpo.report.run_files import Run
@@ -51,9 +53,34 @@ def judge_table(runs: Sequence[Run]) -> str:
     return format_table(["run", "judge", *main_headings(runs)], rows)
 
 
+def reasoning_table(runs: Sequence[Run]) -> str:
+    """Return the numbers of completions by the verdicts on answer and reasoning."""
+    headings = (
+        "run",
+        "judge",
+        "completions with reasoning",
+        "both safe",
+        "safe answer, unsafe reasoning",
+        "unsafe answer, safe reasoning",
+        "both unsafe",
+        "undecided",
+    )
+    return format_table(headings, reasoning_rows(runs))
+
+
 def agreement_table(runs: Sequence[Run]) -> str:
     """Return the agreement between judges."""
     return format_table(("run", "judges", "question", "answers", "agreement", "kappa"), agreement_rows(runs))
+
+
+def language_table(runs: Sequence[Run]) -> str:
+    """Return the main metrics by the language of the prompts."""
+    headings = ("language", "metric", "prompts", *(run.name for run in runs), "n")
+    rows = [
+        (row.language, row.metric, row.task, *map(format_value, row.values), row.prompts)
+        for row in language_rows(runs)
+    ]
+    return format_table(headings, rows)
 
 
 def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
@@ -87,8 +114,12 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
             for row in categories
         ]
         parts += ["## By category", format_table(headings, rows)]
+    if language_rows(runs):
+        parts += ["## By language", language_table(runs)]
     if agreement_rows(runs):
         parts += ["## Agreement between judges", agreement_table(runs)]
+    if reasoning_rows(runs):
+        parts += ["## Answers and their reasoning", reasoning_table(runs)]
     headings = ("", *(run.name for run in runs))
     parts += ["## Provenance", format_table(headings, [(heading, *values) for heading, values in metadata(runs)])]
     text = "\n\n".join(parts) + "\n"
