@@ -11,7 +11,7 @@ from bfpo.core.samples import KINDS, Completion, Verdict
 from bfpo.data.rows import local_files
 from bfpo.errors import DataError
 from bfpo.evaluation.results import CORRECTED, CalibrationResult, MetricResult
-from bfpo.judging.fit import card_file
+from bfpo.judging.card import card_file
 from bfpo.judging.labeled import LabeledAnswer, read_labeled
 from bfpo.judging.spec import JudgeSpec, parse_judge
 from bfpo.stats.judge_error import JudgeErrors, corrected_rate, is_consistent, is_informative, judge_errors

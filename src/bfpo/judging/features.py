@@ -1,11 +1,16 @@
 """Features of the `linear` judge: word and character n-grams of an answer and of its prompt."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import csr_matrix, hstack
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.preprocessing import normalize as normalize_rows
+
+from bfpo.judging.ngrams import Hashes, Ngrams, Unit, hash_ngrams
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _QUOTES = str.maketrans("\u2019\u2018\u201c\u201d", "''\"\"")
@@ -28,6 +33,13 @@ _COMMON_WORDS = (
 _COMMON = frozenset(_COMMON_WORDS.split())
 
 
+# An n-gram that occurs in a single answer says nothing about others.
+_MIN_ANSWERS = 2
+
+Floats = NDArray[np.float64]
+Rows = NDArray[np.int64]
+
+
 class View(NamedTuple):
     """One family of features.
 
@@ -40,7 +52,7 @@ class View(NamedTuple):
     """
 
     text: Literal["answer", "prompt"]
-    unit: Literal["word", "char_wb"]
+    unit: Unit
     min_n: int
     max_n: int
     max_chars: int | None
@@ -73,40 +85,157 @@ def mask_prompt_words(prompt: str, answer: str) -> str:
     return " ".join("_" if word in prompt_words else word for word in _WORD.findall(normalize(answer)))
 
 
-def make_vectorizer(view: View, vocabulary: dict[str, int] | None = None) -> TfidfVectorizer:
-    """Return the vectorizer of a view: log counts scaled to norm 1, so that the length of a text doesn't matter.
+@dataclass(frozen=True, slots=True, eq=False)
+class Vocabulary:
+    """N-grams of one view that a judge was fitted on, by their hashes.
 
     Args:
-        view: Family of features.
-        vocabulary: N-gram → column; None learns the n-grams that occur in at least two texts.
+        hashes: Hash of the n-gram of each column, (n-grams,).
+        idf: Inverse document frequency of each n-gram, (n-grams,).
     """
-    return TfidfVectorizer(
-        analyzer=view.unit,
-        ngram_range=(view.min_n, view.max_n),
-        token_pattern=r"\w+|[^\w\s]" if view.unit == "word" else None,
-        sublinear_tf=True,
-        min_df=1 if vocabulary is not None else 2,
-        vocabulary=vocabulary,
-    )
+
+    hashes: Hashes
+    idf: Floats
+    _order: Rows = field(init=False)
+    _ordered: Hashes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_order", np.argsort(self.hashes))
+        object.__setattr__(self, "_ordered", self.hashes[self._order])
+
+    def count(self, ngrams: Ngrams, num_texts: int) -> tuple[csr_matrix, Floats]:
+        """Return the counts of n-grams in texts, (N, n-grams), and the share of each text's that are unknown, (N,).
+
+        The share is 0 for a text without n-grams.
+        """
+        columns = self._columns(ngrams.hashes)
+        is_known = columns >= 0
+        rows, columns = ngrams.rows[is_known], columns[is_known]
+        counts = csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(num_texts, len(self.hashes)))
+        totals = np.bincount(ngrams.rows, minlength=num_texts)
+        unknown = np.bincount(ngrams.rows[~is_known], minlength=num_texts)
+        return counts, unknown / np.maximum(totals, 1)
+
+    def _columns(self, hashes: Hashes) -> Rows:
+        """Return the column of each hash; -1 for unknown ones."""
+        if not len(self.hashes):
+            return np.full(len(hashes), -1)
+        positions = np.minimum(np.searchsorted(self._ordered, hashes), len(self.hashes) - 1)
+        return np.where(self._ordered[positions] == hashes, self._order[positions], -1)
 
 
-def extract_features(
-    vectorizers: Sequence[tuple[View, TfidfVectorizer]], prompts: Sequence[str], answers: Sequence[str], *, fit: bool
-) -> csr_matrix:
-    """Return the features of answers, a sparse matrix (N, n-grams of all views).
+Vocabularies = tuple[tuple[View, Vocabulary], ...]
+
+
+class Features(NamedTuple):
+    """Features of N answers, by view.
 
     Args:
-        vectorizers: Views with their vectorizers.
+        blocks: Weighted n-grams, (N, n-grams) each.
+        unknown: Share of an answer's n-grams that aren't in the vocabulary, (N,) each.
+    """
+
+    blocks: dict[View, csr_matrix]
+    unknown: dict[View, Floats]
+
+    @property
+    def x(self) -> csr_matrix:
+        """Weighted n-grams of all views, (N, n-grams)."""
+        return csr_matrix(hstack(list(self.blocks.values())))
+
+
+class Texts:
+    """Answers to judge, whose n-grams are extracted once for all heads of a judge.
+
+    Args:
         prompts: N last user turns.
         answers: N answers.
-        fit: Whether to learn the vocabularies from these texts first.
+        views: Families of features.
     """
+
+    def __init__(self, prompts: Sequence[str], answers: Sequence[str], views: Iterable[View]) -> None:
+        self._num_texts = len(answers)
+        self._ngrams = _extract_ngrams(prompts, answers, views)
+        self._blocks: dict[int, tuple[csr_matrix, Floats]] = {}
+
+    def features(self, vocabularies: Vocabularies) -> Features:
+        """Return the features by the vocabularies of a head; heads may share them."""
+        blocks = {view: self._block(view, vocabulary) for view, vocabulary in vocabularies}
+        return Features(
+            {view: block for view, (block, _) in blocks.items()},
+            {view: unknown for view, (_, unknown) in blocks.items()},
+        )
+
+    def _block(self, view: View, vocabulary: Vocabulary) -> tuple[csr_matrix, Floats]:
+        if id(vocabulary) not in self._blocks:
+            counts, unknown = vocabulary.count(self._ngrams[view], self._num_texts)
+            self._blocks[id(vocabulary)] = weight_counts(counts, vocabulary.idf), unknown
+        return self._blocks[id(vocabulary)]
+
+
+class Corpus:
+    """Labeled answers, whose n-grams are counted once for all fits on parts of the answers.
+
+    Args:
+        prompts: N last user turns.
+        answers: N answers.
+    """
+
+    def __init__(self, prompts: Sequence[str], answers: Sequence[str]) -> None:
+        self._hashes: dict[View, Hashes] = {}
+        self._counts: dict[View, csr_matrix] = {}
+        for view, ngrams in _extract_ngrams(prompts, answers, VIEWS["safe"]).items():
+            self._hashes[view], columns = np.unique(ngrams.hashes, return_inverse=True)
+            shape = len(answers), len(self._hashes[view])
+            self._counts[view] = csr_matrix((np.ones(len(columns)), (ngrams.rows, columns)), shape=shape)
+
+    def learn(self, views: Sequence[View], rows: Rows) -> Vocabularies:
+        """Return the vocabularies of some answers: the n-grams that occur in at least two of them."""
+        vocabularies = []
+        for view in views:
+            frequency = np.bincount(self._counts[view][rows].indices, minlength=len(self._hashes[view]))
+            columns = np.flatnonzero(frequency >= _MIN_ANSWERS)
+            idf = np.log((1 + len(rows)) / (1 + frequency[columns])) + 1
+            vocabularies.append((view, Vocabulary(self._hashes[view][columns], idf)))
+        return tuple(vocabularies)
+
+    def features(self, vocabularies: Vocabularies, rows: Rows) -> Features:
+        """Return the features of some answers by vocabularies that were learned here."""
+        blocks, unknown = {}, {}
+        for view, vocabulary in vocabularies:
+            counts = self._counts[view][rows]
+            totals = np.asarray(counts.sum(axis=1)).ravel()
+            counts = counts[:, np.searchsorted(self._hashes[view], vocabulary.hashes)]
+            known = np.asarray(counts.sum(axis=1)).ravel()
+            unknown[view] = (totals - known) / np.maximum(totals, 1)
+            blocks[view] = weight_counts(counts, vocabulary.idf)
+        return Features(blocks, unknown)
+
+    def counts(self, view: View, vocabulary: Vocabulary, rows: Rows) -> csr_matrix:
+        """Return the counts of the n-grams of some answers, (answers, n-grams)."""
+        return self._counts[view][rows][:, np.searchsorted(self._hashes[view], vocabulary.hashes)]
+
+
+def _extract_ngrams(prompts: Sequence[str], answers: Sequence[str], views: Iterable[View]) -> dict[View, Ngrams]:
+    """Return the n-grams of each view of N answers, given with their prompts."""
     texts = {
         "answer": [mask_prompt_words(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)],
-        "prompt": [normalize(prompt) for prompt in prompts],
+        "prompt": [" ".join(_WORD.findall(normalize(prompt))) for prompt in prompts],
     }
-    blocks = []
-    for view, vectorizer in vectorizers:
-        starts = [text[: view.max_chars] for text in texts[view.text]]
-        blocks.append(vectorizer.fit_transform(starts) if fit else vectorizer.transform(starts))
-    return csr_matrix(hstack(blocks))
+    return {
+        view: hash_ngrams(
+            [text[: view.max_chars].split() for text in texts[view.text]], view.unit, view.min_n, view.max_n
+        )
+        for view in views
+    }
+
+
+def weight_counts(counts: csr_matrix, idf: Floats) -> csr_matrix:
+    """Return log counts times the inverse document frequency, scaled to norm 1: the length of a text doesn't matter.
+
+    Args:
+        counts: Counts of n-grams, (N, n-grams); changed in place.
+        idf: Inverse document frequency of each n-gram, (n-grams,).
+    """
+    counts.data = (np.log(counts.data) + 1) * idf[counts.indices]
+    return normalize_rows(counts, copy=False)
