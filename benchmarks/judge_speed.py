@@ -2,8 +2,8 @@
 
     python benchmarks/judge_speed.py FOLDER-OF-XSTEST --before SRC-OF-AN-EARLIER-VERSION
 
-Writes `benchmarks/results/judge_speed.json`: CPU seconds of one thread, the versions in turn, in processes of their
-own. It also compares the two fits, and the verdicts of both versions by the earlier version's file.
+Writes `benchmarks/results/judge_speed.json`: CPU seconds of one thread, in processes of their own: each version fits
+once, then they judge in turn. It also compares the two fits, and the verdicts of both versions by the earlier version's file.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--before", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     labeled = str(options.folder / "completions_*.csv")
     sources = {"before": options.before, "after": ROOT / "src"}
@@ -52,17 +52,15 @@ def main() -> None:
     judged: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: f"{folder}/{name}.npz" for name in sources}
-        for number in range(options.rounds):
+        for name, source in sources.items():
+            timings[name]["fit"].append(run(source, "-m", "bfpo", "judge", "fit", labeled, "--out", files[name])[0])
+            print(name, timings[name], flush=True)
+        for _ in range(options.rounds):
             for name, source in sources.items():
-                seconds = run(source, "-m", "bfpo", "judge", "fit", labeled, "--out", files[name])[0]
                 judged[name] = json.loads(run(source, "-c", JUDGE, files[name], labeled)[1])
-                for what, value in (
-                    ("fit", seconds),
-                    ("load", judged[name]["load"]),
-                    ("judge", judged[name]["seconds"]),
-                ):
-                    timings[name][what].append(value)
-                print(number, name, {what: values[-1] for what, values in timings[name].items()}, flush=True)
+                timings[name]["load"].append(judged[name]["load"])
+                timings[name]["judge"].append(judged[name]["seconds"])
+        print(timings, flush=True)
         by_old_file = json.loads(run(sources["after"], "-c", JUDGE, files["before"], labeled)[1])
         sizes = {name: Path(file).stat().st_size for name, file in files.items()}
     before, after = (np.array([row[:2] for row in judged[name]["rows"]], dtype=float) for name in sources)

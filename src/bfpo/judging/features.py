@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -71,9 +72,16 @@ VIEWS = {"refusal": ANSWER_VIEWS, "safe": (*ANSWER_VIEWS, View("prompt", "word",
 def normalize(text: str) -> str:
     """Return a text in lower case, with straight quotes and contractions written out."""
     text = text.translate(_QUOTES).lower()
-    for pattern, full in _CONTRACTIONS:
-        text = pattern.sub(full, text)
+    if "'" in text or "cannot" in text:
+        for pattern, full in _CONTRACTIONS:
+            text = pattern.sub(full, text)
     return text
+
+
+@lru_cache(maxsize=1024)
+def _words(prompt: str) -> tuple[str, ...]:
+    """Return the words of a prompt, which usually has several answers."""
+    return tuple(_WORD.findall(normalize(prompt)))
 
 
 def mask_prompt_words(prompt: str, answer: str) -> str:
@@ -81,7 +89,7 @@ def mask_prompt_words(prompt: str, answer: str) -> str:
 
     Without the mask a judge learns which topics were refused in its training data.
     """
-    prompt_words = set(_WORD.findall(normalize(prompt))) - _COMMON
+    prompt_words = frozenset(_words(prompt)) - _COMMON
     return " ".join("_" if word in prompt_words else word for word in _WORD.findall(normalize(answer)))
 
 
@@ -96,32 +104,48 @@ class Vocabulary:
 
     hashes: Hashes
     idf: Floats
-    _order: Rows = field(init=False)
+    _columns: Rows = field(init=False)
     _ordered: Hashes = field(init=False)
+    _starts: Rows = field(init=False)
+    _shift: np.uint64 = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_order", np.argsort(self.hashes))
-        object.__setattr__(self, "_ordered", self.hashes[self._order])
+        # The hashes in order, and where those with each beginning start: a search in memory that is near.
+        order = np.argsort(self.hashes)
+        bits = max(1, len(order).bit_length())
+        shift = np.uint64(64 - bits)
+        ordered = self.hashes[order]
+        beginnings = np.arange(2**bits, dtype=np.uint64) << shift
+        object.__setattr__(self, "_columns", np.append(order, -1))
+        object.__setattr__(self, "_ordered", np.append(ordered, np.uint64(2**64 - 1)))
+        object.__setattr__(self, "_starts", np.searchsorted(ordered, beginnings))
+        object.__setattr__(self, "_shift", shift)
 
     def count(self, ngrams: Ngrams, num_texts: int) -> tuple[csr_matrix, Floats]:
         """Return the counts of n-grams in texts, (N, n-grams), and the share of each text's that are unknown, (N,).
 
         The share is 0 for a text without n-grams.
         """
-        columns = self._columns(ngrams.hashes)
+        columns = self._find(ngrams.hashes)
         is_known = columns >= 0
-        rows, columns = ngrams.rows[is_known], columns[is_known]
-        counts = csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(num_texts, len(self.hashes)))
+        shape = num_texts, len(self.hashes)
+        counts = _count(ngrams.rows[is_known], columns[is_known], shape)
         totals = np.bincount(ngrams.rows, minlength=num_texts)
         unknown = np.bincount(ngrams.rows[~is_known], minlength=num_texts)
         return counts, unknown / np.maximum(totals, 1)
 
-    def _columns(self, hashes: Hashes) -> Rows:
+    def _find(self, hashes: Hashes) -> Rows:
         """Return the column of each hash; -1 for unknown ones."""
-        if not len(self.hashes):
-            return np.full(len(hashes), -1)
-        positions = np.minimum(np.searchsorted(self._ordered, hashes), len(self.hashes) - 1)
-        return np.where(self._ordered[positions] == hashes, self._order[positions], -1)
+        columns = np.full(len(hashes), -1)
+        positions = self._starts[(hashes >> self._shift).astype(np.int64)]
+        rest = np.arange(len(hashes))
+        while len(rest):
+            stored, searched = self._ordered[positions], hashes[rest]
+            is_found = stored == searched
+            columns[rest[is_found]] = self._columns[positions[is_found]]
+            is_further = stored < searched
+            rest, positions = rest[is_further], positions[is_further] + 1
+        return columns
 
 
 Vocabularies = tuple[tuple[View, Vocabulary], ...]
@@ -186,8 +210,7 @@ class Corpus:
         self._counts: dict[View, csr_matrix] = {}
         for view, ngrams in _extract_ngrams(prompts, answers, VIEWS["safe"]).items():
             self._hashes[view], columns = np.unique(ngrams.hashes, return_inverse=True)
-            shape = len(answers), len(self._hashes[view])
-            self._counts[view] = csr_matrix((np.ones(len(columns)), (ngrams.rows, columns)), shape=shape)
+            self._counts[view] = _count(ngrams.rows, columns, (len(answers), len(self._hashes[view])))
 
     def learn(self, views: Sequence[View], rows: Rows) -> Vocabularies:
         """Return the vocabularies of some answers: the n-grams that occur in at least two of them."""
@@ -220,7 +243,7 @@ def _extract_ngrams(prompts: Sequence[str], answers: Sequence[str], views: Itera
     """Return the n-grams of each view of N answers, given with their prompts."""
     texts = {
         "answer": [mask_prompt_words(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)],
-        "prompt": [" ".join(_WORD.findall(normalize(prompt))) for prompt in prompts],
+        "prompt": [" ".join(_words(prompt)) for prompt in prompts],
     }
     return {
         view: hash_ngrams(
@@ -228,6 +251,15 @@ def _extract_ngrams(prompts: Sequence[str], answers: Sequence[str], views: Itera
         )
         for view in views
     }
+
+
+def _count(rows: Rows, columns: Rows, shape: tuple[int, int]) -> csr_matrix:
+    """Return how often each column occurs in each row; the rows come in order."""
+    cells, counts = np.unique(rows * shape[1] + columns, return_counts=True)
+    starts = np.searchsorted(cells, np.arange(shape[0] + 1) * shape[1])
+    matrix = csr_matrix(shape)
+    matrix.data, matrix.indices, matrix.indptr = counts.astype(np.float64), cells % max(shape[1], 1), starts
+    return matrix
 
 
 def weight_counts(counts: csr_matrix, idf: Floats) -> csr_matrix:

@@ -89,7 +89,7 @@ def compare(references: csr_matrix, features: Features) -> Comparison:
     """Compare answers with weighted fitting answers, (n-grams, references)."""
     words = features.blocks[ANSWER_WORDS]
     nearest = [
-        (words[start : start + _BATCH] @ references).max(axis=1).toarray().ravel()
+        (words[start : start + _BATCH] @ references).toarray().max(axis=1)
         for start in range(0, words.shape[0], _BATCH)
     ]
     return Comparison(np.concatenate(nearest), features.unknown[PROMPT_WORDS])
