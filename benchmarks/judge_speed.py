@@ -3,7 +3,7 @@
     python benchmarks/judge_speed.py FOLDER-OF-XSTEST --before SRC-OF-AN-EARLIER-VERSION
 
 Writes `benchmarks/results/judge_speed.json`: CPU seconds of one thread, in processes of their own: each version fits
-once, then they judge in turn. It also compares the two fits, and the verdicts of both versions by the earlier version's file.
+once, then they judge in turn. It also compares the fits, and both versions' verdicts by the earlier version's file.
 """
 
 import argparse

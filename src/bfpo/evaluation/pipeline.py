@@ -121,7 +121,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     evaluation = evaluate(
         tasks,
         lambda: open_model(recipe),
-        (open_recipe_judge(recipe, spec) for spec in recipe.judges),
+        (open_recipe_judge(recipe, spec, unique_prompts(tasks)) for spec in recipe.judges),
         folder,
         run=run_name(recipe),
         model=model_name(recipe),
