@@ -257,9 +257,9 @@ def _count(rows: Rows, columns: Rows, shape: tuple[int, int]) -> csr_matrix:
     """Return how often each column occurs in each row; the rows come in order."""
     cells, counts = np.unique(rows * shape[1] + columns, return_counts=True)
     starts = np.searchsorted(cells, np.arange(shape[0] + 1) * shape[1])
-    matrix = csr_matrix(shape)
-    matrix.data, matrix.indices, matrix.indptr = counts.astype(np.float64), cells % max(shape[1], 1), starts
-    return matrix
+    # Products of matrices are faster with indices of 32 bits.
+    columns = (cells % max(shape[1], 1)).astype(np.int32)
+    return csr_matrix((counts.astype(np.float64), columns, starts.astype(np.int32)), shape=shape)
 
 
 def weight_counts(counts: csr_matrix, idf: Floats) -> csr_matrix:

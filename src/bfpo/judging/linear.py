@@ -263,9 +263,7 @@ def _load_heads(arrays: Arrays, version: int) -> dict[str, Head]:
     for name in (name for name in HEADS if f"{name}.weights" in arrays):
         vocabularies = []
         for number, view in enumerate(VIEWS[name]):
-            key = f"{name}.{number}"
-            if version == _FORMAT:
-                key = arrays[f"{key}.in"].tobytes().decode()
+            key = _stored_key(arrays, name, number, version)
             if key not in loaded:
                 if version == _FORMAT:
                     hashes = _integers(arrays, f"{key}.hashes")
@@ -279,11 +277,24 @@ def _load_heads(arrays: Arrays, version: int) -> dict[str, Head]:
     return heads
 
 
+def _stored_key(arrays: Arrays, name: str, number: int, version: int) -> str:
+    """Return under which key the vocabulary of a view is stored; heads fitted on the same answers share it."""
+    key, other = f"{name}.{number}", f"{HEADS[0]}.{number}"
+    if version == _FORMAT:
+        return arrays[f"{key}.in"].tobytes().decode()
+    parts = ("terms", "idf")
+    is_shared = all(
+        f"{other}.{part}" in arrays and np.array_equal(arrays[f"{key}.{part}"], arrays[f"{other}.{part}"])
+        for part in parts
+    )
+    return other if is_shared else key
+
+
 def _load_likeness(arrays: Arrays, heads: Mapping[str, Head]) -> Likeness:
     vocabulary = dict(heads["safe"].vocabularies)[ANSWER_WORDS]
     counts, columns, rows = (_integers(arrays, f"like.{name}") for name in ("counts", "columns", "rows"))
     shape = len(rows) - 1, len(vocabulary.hashes)
-    references = csr_matrix((counts.astype(np.float64), columns.astype(np.int64), rows.astype(np.int64)), shape=shape)
+    references = csr_matrix((counts.astype(np.float64), columns.astype(np.int32), rows.astype(np.int32)), shape=shape)
     references.check_format()
     if not shape[0] or not (references.data > 0).all():
         raise ValueError("like.counts has values below 1, or none")

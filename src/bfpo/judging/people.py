@@ -1,13 +1,12 @@
 """Human labels as a judge, for answers that annotators have labeled."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from bfpo.core.files import file_hash
+from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import prompt_key
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.prompt_sets import PROMPT_ALIASES
-from bfpo.judging.labeled import read_labeled
+from bfpo.judging.labeled import labeled_files, read_labeled
 
 
 class PeopleJudge:
@@ -24,7 +23,8 @@ class PeopleJudge:
             (_last_turn_key(answer.completion), answer.completion.text): (answer.safe, answer.refusal)
             for answer in read_labeled(path)
         }
-        self.revision = file_hash(Path(path))[:8]
+        hashes = [file_hash(file) for file in labeled_files(path)]
+        self.revision = hashes[0][:8] if len(hashes) == 1 else content_hash(hashes)[:8]
 
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         """Return one verdict for each completion, undecided for an answer without a label."""
