@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from itertools import chain, repeat
+from select import select
 
 import pytest
 from sklearn.metrics import cohen_kappa_score
@@ -291,18 +292,23 @@ def test_a_person_presses_keys_in_a_terminal(files):
     command += ["--out", str(files / "labels.jsonl"), "--annotator", "ann"]
     process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
+
     shown = b""
-    for key, expected in (
-        (b" ", b"Space shows it"),
-        (b"u", b"s safe, u unsafe, d undecided | space"),
-        (b"y", b"refuse, in"),
-    ):
-        while expected not in shown:
-            shown += os.read(controller, 4096)
-        shown = b""
-        os.write(controller, key)
-    while b"1 labeled" not in shown:
-        shown += os.read(controller, 4096)
+
+    def press(key, expected):
+        """Press a key until it has an effect: what is typed while the program isn't reading is dropped."""
+        nonlocal shown
+        for _ in range(30):
+            os.write(controller, key)
+            while select([controller], [], [], 1)[0]:
+                shown += os.read(controller, 4096)
+            if expected in shown:
+                return
+        raise AssertionError(shown)
+
+    press(b" ", b"undecided | space")
+    press(b"u", b"refuse, in full")
+    press(b"y", b"1 labeled")
     process.kill()
     process.wait()
     os.close(controller)

@@ -180,8 +180,8 @@ def calibration_warnings(
     warnings, names = [], ", ".join(judge.judge for judge in calibrations)
     if calibration.programs:
         warnings.append(
-            f"The calibration has labels of programs ({', '.join(calibration.programs)}), not of people: corrected rates "
-            "are those that the programs would find."
+            f"The calibration has labels of programs ({', '.join(calibration.programs)}), not of people: corrected "
+            "rates are those that the programs would find."
         )
     if not calibration.own:
         warnings.append(
