@@ -3,7 +3,7 @@
     python benchmarks/judge_transfer_study.py FOLDER-OF-DATA
 
 Writes `benchmarks/results/judge_transfer.json`. The folder holds `xstest/` (completions of five models; a compliance
-with an unsafe prompt is unsafe), `gptfuzz_labelled/` (answers under jailbreaks) and `pku_saferlhf/` (pairs of a safe
+with an unsafe prompt is unsafe), `gptfuzz*/` (answers under jailbreaks) and `pku_saferlhf/` (pairs of a safe
 and an unsafe answer), all labeled by people. The judge is fitted on one or two of them, and judges each:
 the set itself in five folds grouped by prompt, another set as a whole.
 """
@@ -31,7 +31,7 @@ from bfpo.training.manifest import hardware, versions
 RESULTS = Path(__file__).parent / "results" / "judge_transfer.json"
 PATHS = {
     "xstest": "xstest/completions_*.csv",
-    "gptfuzz": "gptfuzz_labelled/train.jsonl.gz",
+    "gptfuzz": "gptfuzz*/train.jsonl.gz",
     "pku": "pku_saferlhf/test_safe_unsafe_pairs.jsonl.gz",
 }
 FITTED_ON = (("xstest",), ("gptfuzz",), ("xstest", "gptfuzz"))

@@ -24,7 +24,7 @@ from bfpo.training.manifest import hardware, versions
 RESULTS = Path(__file__).parent / "results" / "refusal_rule.json"
 LABELS = {"1_full_compliance": "compliance", "2_full_refusal": "full refusal", "3_partial_refusal": "partial refusal"}
 OTHERS = {
-    "gptfuzz": ("gptfuzz_labelled/train.jsonl.gz", "text"),
+    "gptfuzz": ("gptfuzz*/train.jsonl.gz", "text"),
     "alpaca_eval": ("alpaca_eval/*.jsonl.gz", "output_2"),
     "jailbreakbench": ("jailbreakbench/artifacts.jsonl.gz", "text"),
 }
