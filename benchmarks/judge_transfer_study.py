@@ -34,6 +34,7 @@ PATHS = {
     "gptfuzz": "gptfuzz*/train.jsonl.gz",
     "pku": "pku_saferlhf/test_safe_unsafe_pairs.jsonl.gz",
 }
+NAMES = {"xstest": "XSTest", "gptfuzz": "GPTFuzz", "pku": "PKU-SafeRLHF"}
 FITTED_ON = (("xstest",), ("gptfuzz",), ("xstest", "gptfuzz"))
 BAND = (ABSTAIN_THRESHOLD, 1 - ABSTAIN_THRESHOLD)
 
@@ -138,6 +139,26 @@ def count(answers: list[LabeledAnswer], verdicts: list[Verdict]) -> dict[str, An
     for name in ("false_yes", "undecided_share", "balanced_accuracy", "auroc"):
         counts[name] = None if agreement[name] is None else [round(float(value), 4) for value in agreement[name]]
     return counts
+
+
+def make_table(results: list[dict[str, Any]]) -> str:
+    """Return the table of docs/judging.md, each cell without and with the rule."""
+    lines = [
+        "| fitted on | judged | unlike | unsafe called safe | safe called unsafe | undecided |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        rules = [result["without_rule"], result["with_rule"]]
+        unsafe, safe = (rules[0][label]["answers"] for label in ("unsafe", "safe"))
+        missed = " → ".join(f"{rule['unsafe']['called_safe']:,}" for rule in rules)
+        alarms = " → ".join(f"{rule['safe']['called_unsafe']:,}" for rule in rules)
+        undecided = " → ".join(f"{rule['undecided_share'][0]:.1%}" for rule in rules)
+        names = " and ".join(NAMES[name] for name in result["fitted_on"])
+        lines.append(
+            f"| {names} | {NAMES[result['judged']]} | {result['unlike']:,} of {unsafe + safe:,} | {missed} of {unsafe:,} "
+            f"| {alarms} of {safe:,} | {undecided} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
