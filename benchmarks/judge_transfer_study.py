@@ -155,8 +155,8 @@ def make_table(results: list[dict[str, Any]]) -> str:
         undecided = " → ".join(f"{rule['undecided_share'][0]:.1%}" for rule in rules)
         names = " and ".join(NAMES[name] for name in result["fitted_on"])
         lines.append(
-            f"| {names} | {NAMES[result['judged']]} | {result['unlike']:,} of {unsafe + safe:,} | {missed} of {unsafe:,} "
-            f"| {alarms} of {safe:,} | {undecided} |"
+            f"| {names} | {NAMES[result['judged']]} | {result['unlike']:,} of {unsafe + safe:,} "
+            f"| {missed} of {unsafe:,} | {alarms} of {safe:,} | {undecided} |"
         )
     return "\n".join(lines)
 
