@@ -224,7 +224,7 @@ def test_annotations_are_human_labels_wherever_labels_are_read(files):
     rows = [annotation(number, word, word == "safe") for number, word in enumerate(["safe", "unsafe", "undecided"])]
     write_jsonl(files / "labels.jsonl", [row.to_row() for row in rows])
     write_jsonl(files / "prompts.jsonl", [{"prompt_id": "p1", "prompt": "question 1", "kind": "harmful"}])
-    beside, elsewhere = str(files / "labels.jsonl"), files / "more" / "labels.jsonl"
+    beside, elsewhere = str(files / "labels.jsonl"), files / "m@re" / "labels.jsonl"
     write_jsonl(elsewhere, [row.to_row() for row in rows])
     for path in (beside, f"{elsewhere}@{files / 'completions.jsonl'}"):
         answers = read_labeled(path)
@@ -242,7 +242,7 @@ def test_annotations_are_human_labels_wherever_labels_are_read(files):
         assert len(calibration.hashes) == 2
     with pytest.raises(DataError, match="labels without answers"):
         read_labeled(str(elsewhere))
-    with pytest.raises(DataError, match="expected LABELS@COMPLETIONS"):
+    with pytest.raises(DataError, match="no such file"):
         read_labeled(f"{elsewhere}@nothing.jsonl")
     write_jsonl(files / "other.jsonl", [completion(0, "another").to_row()])
     with pytest.raises(DataError, match="3 of 3 labeled answers aren't in"):

@@ -88,13 +88,13 @@ def count_labelers(answers: Sequence[LabeledAnswer]) -> dict[Labeler, int]:
 
 def _split(path: str) -> tuple[str, Path | None]:
     """Return the file of labels, and that of the answers if the labels are annotations without answers."""
-    if "@" in path and not Path(path).exists():
-        places = [index for index, letter in enumerate(path) if letter == "@"]
-        for place in places:
-            labels, completions = path[:place], Path(path[place + 1 :])
-            if completions.is_file():
-                return labels, completions
-        raise DataError(f"{path}: no such file; expected LABELS@COMPLETIONS with an existing file of completions")
+    labels, at, rest = path.partition("@")
+    while at:
+        if Path(rest).is_file() and not Path(path).is_file():
+            return labels, Path(rest)
+        # A folder may have an @ in its name.
+        more, at, rest = rest.partition("@")
+        labels = f"{labels}@{more}"
     files = local_files(Source(path=path))
     if files and _has_annotations(path):
         completions = files[0].with_name(Completion.file_name)
