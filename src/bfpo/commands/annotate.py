@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import click
+import typer
 
 from bfpo.core.files import append_jsonl, read_repaired_jsonl
 from bfpo.core.pairs import conversation_text
@@ -227,7 +227,7 @@ def _pages(answer: Completion) -> list[str]:
 
 def _terminal_keys() -> Keys:
     if sys.stdin.isatty():
-        return Keys(click.getchar, sys.stdin.readline)
+        return Keys(typer.getchar, sys.stdin.readline)
     return Keys(_read_piped_key, sys.stdin.readline)
 
 
