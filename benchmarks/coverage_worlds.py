@@ -4,6 +4,7 @@ The names of intervals and settings seed the simulation: another wording gives o
 """
 
 from collections.abc import Callable, Iterator
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,15 @@ from scipy.stats import beta as beta_distribution
 from scipy.stats import norm
 from scipy.stats import t as student
 
-from bfpo.stats.intervals import RESAMPLES, combine, harmonic_mean, mean_interval, score_bounds
+from bfpo.stats import intervals
+from bfpo.stats.intervals import (
+    RESAMPLES,
+    _effective_bounds,
+    combine,
+    harmonic_mean,
+    mean_interval,
+    score_bounds,
+)
 from bfpo.stats.paired import paired_mean_bounds, tango_bounds
 from bfpo.stats.tail import worst_mean, worst_mean_bounds
 
@@ -145,14 +154,57 @@ def student_bounds(values: Array) -> Bounds:
     return _wilson_at(values, float(norm.ppf(0.975) / student.ppf(0.975, n - 1)) ** 2)
 
 
-def dirichlet_bounds(values: Array) -> Bounds:
+def effective_bounds(values: Array) -> Bounds:
+    """Return Wilson's bounds at the effective sample size, with the corrections for few prompts."""
+    return _effective_bounds(values, np.inf, 0.95)
+
+
+def beta_bounds(weight: float) -> Callable[[Array], Bounds]:
+    """Return the bounds of `score_bounds` with another weight of the value at the end."""
+
+    def bounds(values: Array) -> Bounds:
+        with patch.object(intervals, "END_WEIGHT", weight):
+            return score_bounds(values)
+
+    return bounds
+
+
+def dirichlet_bounds(weight: float) -> Callable[[Array], Bounds]:
     """Return the bounds of Gaffke (2005): quantiles of the mean at random weights, with a 0 or a 1 as one value more.
 
-    They are believed to cover every distribution on [0, 1]; for rates they are Clopper and Pearson's.
+    With weight 1 they are believed to cover every distribution on [0, 1]; for rates they are Clopper and Pearson's.
     """
-    weights = np.random.default_rng(0).dirichlet(np.ones(values.shape[-1] + 1), RESAMPLES)
-    means = values @ weights[:, :-1].T
-    return np.quantile(means, 0.025, axis=-1), np.quantile(means + weights[:, -1], 0.975, axis=-1)
+
+    def bounds(values: Array) -> Bounds:
+        shape = np.append(np.ones(values.shape[-1]), weight)
+        weights = np.random.default_rng(0).dirichlet(shape, RESAMPLES)
+        means = values @ weights[:, :-1].T
+        return np.quantile(means, 0.025, axis=-1), np.quantile(means + weights[:, -1], 0.975, axis=-1)
+
+    return bounds
+
+
+def betting_bounds(values: Array) -> Bounds:
+    """Return the hedged betting bounds of Waudby-Smith and Ramdas (2024, section 4.4), on a grid of 200 means.
+
+    Bets are the predictable plug-in of that section, cut at three quarters; they cover every distribution on [0, 1].
+    """
+    count, n = values.shape
+    order = np.arange(1, n + 1)
+    means = (0.5 + values.cumsum(axis=1)) / (order + 1)
+    variances = (0.25 + ((values - means) ** 2).cumsum(axis=1)) / (order + 1)
+    earlier = np.concatenate([np.full((count, 1), 0.25), variances[:, :-1]], axis=1)
+    bets = np.sqrt(2 * np.log(2 / 0.05) / (n * earlier))
+    grid = np.linspace(0.0025, 0.9975, 200)
+    possible = np.empty((count, len(grid)), dtype=bool)
+    for column, mean in enumerate(grid):
+        up = np.log1p(np.minimum(bets, 0.75 / mean) * (values - mean)).cumsum(axis=1).max(axis=1)
+        down = np.log1p(-np.minimum(bets, 0.75 / (1 - mean)) * (values - mean)).cumsum(axis=1).max(axis=1)
+        possible[:, column] = np.maximum(up, down) < np.log(2 / 0.05)
+    # Half a step further out, because the true bounds lie between means of the grid.
+    low = grid[possible.argmax(axis=1)] - 0.0025
+    high = grid[len(grid) - 1 - possible[:, ::-1].argmax(axis=1)] + 0.0025
+    return low, high
 
 
 def _wilson_at(values: Array, factor: float) -> Bounds:
@@ -286,11 +338,17 @@ BOUNDED = (
 NEARLY_EQUAL = (
     ("nearly equal, Beta(800, 200)", lambda rng, shape: rng.beta(800, 200, shape), 0.8),
     ("nearly equal, 5 % are 0", _nearly_equal_or_zero(0.05), 0.76),
+    ("nearly equal, 8 % are 0", _nearly_equal_or_zero(0.08), 0.736),
     ("nearly equal, 20 % are 0", _nearly_equal_or_zero(0.2), 0.64),
 )
 CANDIDATES = {
     "normal quantile": normal_bounds,
     "Student's quantile": student_bounds,
-    "Student's quantile, one prompt more": score_bounds,
-    "random weights": dirichlet_bounds,
+    "Student's quantile, one prompt more": effective_bounds,
+    "Beta, half a prompt more": beta_bounds(0.5),
+    "Beta, three quarters of a prompt more": score_bounds,
+    "Beta, one prompt more": beta_bounds(1.0),
+    "random weights, half a prompt more": dirichlet_bounds(0.5),
+    "random weights": dirichlet_bounds(1.0),
+    "betting": betting_bounds,
 }

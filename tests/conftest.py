@@ -9,7 +9,8 @@ import torch
 from hypothesis import settings
 
 from bfpo.config.recipes import NewModel
-from bfpo.core.pairs import Message, PreferencePair, Provenance, SafetyLabels
+from bfpo.core.conversation import Message
+from bfpo.core.pairs import PreferencePair, Provenance, SafetyLabels
 from bfpo.model.new import new_model, new_tokenizer
 
 torch.set_num_threads(1)

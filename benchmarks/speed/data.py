@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bfpo.config.recipes import Source, TextSection
-from bfpo.core.pairs import Message, PreferencePair, Provenance, SafetyLabels
+from bfpo.core.conversation import Message
+from bfpo.core.pairs import PreferencePair, Provenance, SafetyLabels
 from bfpo.data.load import load_pairs
 from bfpo.data.table import Example, PairTable, pair_table
 from bfpo.data.tokenize import Encoder

@@ -1,4 +1,5 @@
 import io
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,10 +32,10 @@ def test_a_warning_is_one_line_on_the_standard_error(capsys):
 
 
 def test_a_streamed_answer_is_shown_the_same_way(monkeypatch):
-    from bfpo.commands.chat import PlainStreamer
+    from bfpo.commands.chat import ChatStreamer
 
     out = io.StringIO()
     monkeypatch.setattr("sys.stdout", out)
-    PlainStreamer(None).on_finalized_text(ATTACK, stream_end=True)
+    ChatStreamer(SimpleNamespace(all_special_tokens=[])).on_finalized_text(ATTACK, stream_end=True)
     assert "\x1b" not in out.getvalue()
     assert "\\x1b[2J" in out.getvalue()

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import Message
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import Message, PairSignals, PreferencePair, Provenance, SafetyLabels
+from bfpo.core.pairs import PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.data.adapters import ADAPTERS, find_adapter, parse_source, read_pairs
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.data.load import load_pairs
@@ -344,7 +345,7 @@ def test_different_histories_are_a_fault_not_an_error():
         ),
         (
             PLAIN | {"prompt": [{"role": "robot", "content": "a"}]},
-            "column 'prompt': role is 'robot'; expected system, user",
+            "column 'prompt': role is 'robot'; expected system, developer, user",
         ),
         (PLAIN | {"stream": "both"}, "column 'stream' is 'both'; expected main or buffer"),
         (
@@ -429,7 +430,7 @@ def test_a_source_is_named_by_its_adapter_and_its_path(tmp_path):
 
 CUSTOM = """
 from bfpo import PreferencePair, SafetyLabels
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import user_says
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.data.load import load_pairs
 from bfpo.data.pair_formats import SkipRow
@@ -587,6 +588,11 @@ GOOD_ROWS = {
     "bfpo_redteam": REDTEAM,
     "alpaca_eval": ALPACA,
     "xstest_completions": XSTEST[0],
+    "atbench": {
+        "tool_used": [{"name": "pay"}],
+        "contents": [[{"role": "user", "content": "a"}, {"role": "agent", "thought": None, "action": "b"}]],
+        "label": 0,
+    },
     "pairs": PLAIN | LABELS,
 }
 

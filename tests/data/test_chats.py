@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from bfpo.config.recipes import Source, TextSection
-from bfpo.core.pairs import Demonstration, Message
+from bfpo.core.conversation import Message
+from bfpo.core.pairs import Demonstration
 from bfpo.data.load import SourceReport
 from bfpo.data.table import Example, token_ids, token_table
 from bfpo.data.tokenize import Encoder, decoded_sample
@@ -50,7 +51,7 @@ def test_every_answer_is_scored_with_its_end_and_nothing_else(tokenizer, templat
     assert counts == {}
     # What is fed is the whole conversation, up to the end of the last answer.
     record = chat(turns)
-    conversation = [message._asdict() for message in (*record.prompt, Message("assistant", record.completion))]
+    conversation = [message.to_row() for message in (*record.prompt, Message("assistant", record.completion))]
     whole = tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
     fed = tokenizer.decode([*example.prompt_ids, *token_ids(example.completions[0])])
     assert whole.startswith(fed)
@@ -112,7 +113,7 @@ def test_a_person_sees_what_is_imitated(tokenizer):
     (example,), _ = encode(tokenizer, chat(2), chat_template=CHATML)
     assert decoded_sample(example, tokenizer) == {
         "prompt": f"<|im_start|>user\n{ASKED[0]}<|im_end|>\n<|im_start|>assistant\n",
-        "completion": f"{ANSWERED[0]}<|im_end|>[not imitated: \n<|im_start|>user\n{ASKED[1]}<|im_end|>\n"
+        "completion": f"{ANSWERED[0]}<|im_end|>[not scored: \n<|im_start|>user\n{ASKED[1]}<|im_end|>\n"
         f"<|im_start|>assistant\n]{ANSWERED[1]}<|im_end|>",
     }
 

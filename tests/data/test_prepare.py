@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfpo.config.recipes import DataRecipe, Source
+from bfpo.core.conversation import prompt_key
 from bfpo.core.files import file_hash, write_jsonl
-from bfpo.core.pairs import prompt_key
 from bfpo.data.demonstrations import load_demonstrations, prepare_demonstrations
 from bfpo.data.load import Reason, SourceReport, load_pairs
 from bfpo.data.prepare import is_held_out, prepare, require_labels, write_prepared
@@ -431,13 +431,19 @@ PAIRS = [row(0, SS), row(1, SU), row(2, US), row(3, UU)]
         ("rejected", ["bad 0", "bad 1", "bad 2", "bad 3"]),
         ("both", ["good 0", "bad 0", "good 1", "bad 1", "good 2", "bad 2", "good 3", "bad 3"]),
         ("safer", ["good 0", "good 1", "bad 2"]),
+        (None, ["good 0", "good 1", "bad 2"]),
     ],
 )
 def test_demonstrations_have_the_answers_that_use_selects(use, expected, write):
     report, demonstrations = load_demonstrations(write("a.jsonl", PAIRS, use=use))
     assert [demonstration.completion for demonstration in demonstrations] == expected
     assert {demonstration.dataset_name for demonstration in demonstrations} == {"a"}
-    assert reasons(report.removed) == ({("both answers unsafe", "uu"): 1} if use == "safer" else {})
+    assert reasons(report.removed) == ({("both answers unsafe", "uu"): 1} if use in ("safer", None) else {})
+
+
+def test_the_chosen_answers_of_unlabeled_pairs_are_imitated_by_default(write):
+    _, demonstrations = load_demonstrations(write("a.jsonl", [row(0, {})]))
+    assert [demonstration.completion for demonstration in demonstrations] == ["good 0"]
 
 
 def test_safer_answers_need_labels(write):

@@ -5,8 +5,12 @@ import json
 
 import pytest
 
+from bfpo.core.conversation import user_says
+from bfpo.core.files import write_jsonl
+from bfpo.core.samples import prompt_id
 from bfpo.data.prompt_sets import PROMPT_SETS
-from bfpo.data.prompts import PromptSource, read_prompt_source
+from bfpo.data.prompts import PromptSource, read_prompt_source, read_reference_outputs
+from bfpo.data.stages import read_prompt_file
 from bfpo.errors import DataError, RecipeError
 
 # Columns as the sets are published with, one neutral row each, and what is expected of it.
@@ -52,6 +56,114 @@ def test_rows_are_chosen_by_a_column_and_a_system_message_makes_another_prompt(t
     with_system, _ = read_prompt_source(source, system="Be short.")
     assert [message.role for message in with_system[0].prompt] == ["system", "user"]
     assert with_system[0].prompt_id != every[0].prompt_id
+
+
+TOOLS = [{"type": "function", "function": {"name": "wire", "parameters": {"b": 1, "a": 2}}}]
+CALL = {"type": "function", "function": {"name": "wire", "arguments": {"to": "Ada"}}}
+CHAT = [
+    {"role": "user", "content": "Pay Ada"},
+    {"role": "assistant", "content": "", "reasoning_content": "She is owed 5.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "paid"},
+]
+
+
+def read_both_ways(path, rows, **options):
+    """Return the prompts of a file as `bfpo generate` reads them, and as suites and `bfpo redteam` do."""
+    write_jsonl(path, rows)
+    source = PromptSource(name="file", path=str(path), kind="benign", **options)
+    yield read_prompt_file(str(path), **options)
+    yield read_prompt_source(source)[0]
+
+
+def test_everything_that_a_row_has_for_the_model_reaches_it(tmp_path):
+    row = {
+        "prompt": CHAT,
+        "system": "Be brief.",
+        "tools": TOOLS,
+        "chat_template_kwargs": {"k": False},
+        "language": "fr",
+    }
+    # As in a CSV file.
+    in_texts = {name: json.dumps(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+    other_names = {"messages": CHAT, "system_prompt": "Be brief."} | {name: row[name] for name in list(row)[2:]}
+    for variant in (row, in_texts, other_names):
+        for (prompt,) in read_both_ways(tmp_path / "p.jsonl", [variant]):
+            assert [message.role for message in prompt.prompt] == ["system", "user", "assistant", "tool"]
+            assert [message.to_row() for message in prompt.prompt[1:]] == CHAT
+            assert prompt.tools is not None
+            assert json.dumps(prompt.tools.value) == json.dumps(TOOLS)
+            assert prompt.chat_template_kwargs.value == {"k": False}
+            assert prompt.language == "fr"
+            write_jsonl(tmp_path / "written.jsonl", [prompt.to_row()])
+            assert read_prompt_file(str(tmp_path / "written.jsonl")) == [prompt]
+
+
+def test_the_same_words_with_other_tools_are_another_prompt(tmp_path):
+    rows = [{"prompt": "Pay Ada"}, {"prompt": "Pay Ada", "tools": TOOLS}, {"prompt": "Pay Ada", "tools": TOOLS * 2}]
+    for prompts in read_both_ways(tmp_path / "p.jsonl", [*rows, {"prompt": "Pay Bob", "tools": []}]):
+        assert len({prompt.prompt_id for prompt in prompts}) == len(prompts) == 4
+        plain, *_ = prompts
+        assert plain.prompt_id.endswith(prompt_id(user_says("Pay Ada"))) or plain.prompt_id.startswith("file-")
+    _, metadata = read_prompt_source(PromptSource(name="file", path=str(tmp_path / "p.jsonl"), kind="benign"))
+    write_jsonl(tmp_path / "p.jsonl", [*rows[:2], {"prompt": "Pay Ada", "tools": TOOLS * 3}, {"prompt": "Pay Bob"}])
+    _, changed = read_prompt_source(PromptSource(name="file", path=str(tmp_path / "p.jsonl"), kind="benign"))
+    assert metadata["prompts_hash"] != changed["prompts_hash"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "Summarize.", "input": "The long text"}, "row 1: columns not read: input; set `ignore_columns"),
+        ({"prompt": "a", "context": ["b"]}, r"columns not read: context; set `ignore_columns: \[context\]`"),
+        ({"prompt": "a", "messages": CHAT}, "columns not read: messages"),
+        ({"prompt": [{"role": "user", "content": "a", "weight": 1}]}, "row 1: .*unknown key 'weight' of a message"),
+        ({"prompt": CHAT[:2]}, "row 1: .*expected it to end with a user turn or the result of a tool"),
+        ({"prompt": [{"role": "system", "content": "a"}, CHAT[0]], "system": "b"}, "begins with another one"),
+        ({"prompt": "a", "tools": "wire"}, "row 1: column 'tools' is 'wire'; it is not JSON"),
+        (
+            {"prompt": "a", "chat_template_kwargs": [1]},
+            "row 1: column 'chat_template_kwargs' is .*expected an object",
+        ),
+        ({"prompt": "a", "language": 5}, "row 1: column 'language' is 5; expected a string"),
+        ({"prompt": '[{"role": "user", "content": "\\ud800"}]'}, r"row 1: lone surrogate \\ud800"),
+        ({"prompt": "a", "tools": '[{"name": "\\ud800"}]'}, r"row 1: lone surrogate \\ud800"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, r"from is \['human'\]; expected system, human"),
+    ],
+)
+def test_what_can_not_be_read_is_named(tmp_path, row, message):
+    write_jsonl(tmp_path / "p.jsonl", [row])
+    with pytest.raises(DataError, match=message):
+        read_prompt_file(str(tmp_path / "p.jsonl"))
+    with pytest.raises(DataError, match=message):
+        read_prompt_source(PromptSource(name="file", path=str(tmp_path / "p.jsonl"), kind="benign"))
+
+
+def test_columns_are_left_out_by_name_and_answers_are_no_prompts(tmp_path):
+    row = {
+        "prompt": "Summarize.",
+        "input": "The long text",
+        "chosen": "a b",
+        "is_chosen_safe": True,
+        "target": "Sure, a",
+    }
+    for (prompt,) in read_both_ways(tmp_path / "p.jsonl", [row], ignore_columns=["input"]):
+        assert prompt.prompt == user_says("Summarize.")
+    turn = {"role": "user", "content": "a", "weight": 1}
+    for (prompt,) in read_both_ways(tmp_path / "p.jsonl", [{"prompt": [turn]}], ignore_message_keys=["weight"]):
+        assert prompt.prompt == user_says("a")
+    # Columns that a task selects or compares by are read.
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "group": "of two words", "gold": "an answer"}])
+    source = PromptSource(name="file", path=str(tmp_path / "p.jsonl"), kind="benign")
+    where = {"group": "of two words"}
+    assert len(read_prompt_source(source, where=where, other_columns=["gold"])[0]) == 1
+    assert read_reference_outputs(source, "gold", where=where).popitem()[1].text == "an answer"
+
+
+def test_a_system_message_of_a_task_does_not_replace_that_of_a_row(tmp_path):
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "system": "Be brief."}])
+    source = PromptSource(name="file", path=str(tmp_path / "p.jsonl"), kind="benign")
+    with pytest.raises(DataError, match="row 1: the prompt begins with a system message, and `system` sets another"):
+        read_prompt_source(source, system="Be kind.")
 
 
 def test_a_tab_separated_file_is_read(tmp_path):

@@ -1,12 +1,12 @@
 """Stages that are killed, called again, or that get files of another run."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
+from bfpo.core.conversation import FrozenJson, Message, user_says
 from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
-from bfpo.core.pairs import Message, user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict, prompt_id
 from bfpo.data.stages import (
     find_unjudged,
@@ -88,6 +88,9 @@ def test_completions_of_another_model_or_prompt_are_refused(tmp_path):
     generate_completions(Counting(), PROMPTS, path)
     with pytest.raises(DataError, match="another model or other settings"):
         generate_completions(Counting(name="other"), PROMPTS, path)
+    tools = FrozenJson.freeze([{"type": "function", "function": {"name": "wire"}}])
+    with pytest.raises(DataError, match="answers another prompt with this id"):
+        generate_completions(Counting(), [replace(PROMPTS[0], tools=tools)], path)
     with pytest.raises(DataError, match="answers another prompt with this id"):
         generate_completions(Counting(), [Prompt("p0", user_says("something else"))], path)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from bfpo.config.recipes import Source, TextSection
-from bfpo.core.pairs import Demonstration, Message, PreferencePair, SafetyLabels
+from bfpo.core.conversation import Message
+from bfpo.core.pairs import Demonstration, PreferencePair, SafetyLabels
 from bfpo.data import token_cache, tokenize
 from bfpo.data.load import SourceReport
 from bfpo.data.tokenize import Encoder

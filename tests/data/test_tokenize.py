@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from bfpo.config.recipes import Source, TextSection
-from bfpo.core.pairs import Demonstration, Message, PairSignals, PreferencePair, Provenance, SafetyLabels
+from bfpo.core.conversation import Message
+from bfpo.core.pairs import Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.data.load import SourceReport
 from bfpo.data.table import pair_table, token_table
 from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
@@ -92,7 +93,7 @@ def test_a_default_system_prompt_is_seen_as_generation_sees_it(tokenizer):
     spoken = pair(history=(Message("system", "Be loud."),))
     _, examples, _ = encode(tokenizer, pair(), spoken, chat_template=own)
     for record, example in zip((pair(), spoken), examples, strict=True):
-        turns = [message._asdict() for message in record.prompt]
+        turns = [message.to_row() for message in record.prompt]
         generated = tokenizer.apply_chat_template(
             turns, chat_template=own, add_generation_prompt=True, return_dict=False
         )
@@ -148,7 +149,8 @@ def test_both_answers_follow_the_same_prompt_when_one_merges_with_it():
 
 
 def test_a_template_with_nothing_in_common_is_a_fault(tokenizer):
-    other = "{% if add_generation_prompt %}ask {% else %}tell {% endif %}{{ messages[0]['content'] }}"
+    texts = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    other = f"{{% if add_generation_prompt %}}ask {{% else %}}tell {{% endif %}}{texts}"
     encoded, _, report = encode(tokenizer, pair(), chat_template=other)
     assert encoded == []
     reason = "the chat template renders prompt and conversation differently from the start"

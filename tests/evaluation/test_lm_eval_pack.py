@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import user_says
 from bfpo.core.samples import Prompt
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation.lm_eval.pack import FOLDER, rows, score
@@ -60,6 +60,7 @@ def test_rows_are_read_as_the_suite_reads_them_and_answers_measured_as_it_measur
     dataset = rows(suite="over_refusal", task="xstest", data={"xstest": xstest}, judge="oracle", version=1)["test"]
     assert dataset["prompt"] == [row["prompt"] for row in XSTEST if row["type"] == "homonyms"]
     assert set(dataset["kind"]) == {"lookalike"}
+    assert dataset.info.license == "CC-BY-4.0", "the dry run of an evaluation shows it"
     doc = dataset[0]
     assert score(doc, ["a b c"])["words"] == 3
     assert score(doc, [REQUESTS[1].format_refusal(1)])["over_refusal"] == 1

@@ -1,18 +1,21 @@
 """lm-eval really run by a tiny model: named tasks on local rows of their schema, and a custom task."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import yaml
 
-from bfpo.errors import DataError, RecipeError
+from bfpo.errors import DataError, ModelError, RecipeError
 from bfpo.evaluation.suite import load_suite
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval isn't installed")
 
+from bfpo.evaluation.lm_eval import requests
 from bfpo.evaluation.lm_eval import tasks as module
+from bfpo.evaluation.lm_eval.requests import check_requests, plan_requests
 from bfpo.evaluation.lm_eval.run import TaskResults, open_lm, run_task
-from bfpo.evaluation.lm_eval.tasks import check_task, load_task, task_manager
+from bfpo.evaluation.lm_eval.tasks import check_task, find_license, load_task, task_manager
 
 # Warnings of lm-eval's own imports are no errors of ours.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -182,6 +185,103 @@ def test_a_group_is_one_task_with_its_members_as_categories(lm, files, tmp_path,
     assert {category: metric.n for category, metric in metrics.items()} == {None: 7, "many": 5, "few": 2}
     assert metrics[None].values == metrics["many"].values | metrics["few"].values
     assert (results.metadata["version"], results.metadata["prompts"], results.metadata["of"]) == ("2", 7, 10)
+
+
+ROLLING = {
+    "task": "text_of_scenarios",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{scenario * 40}}",
+    "metric_list": [{"metric": "word_perplexity"}],
+}
+
+
+class Recorder:
+    """Counts the rows and tokens that lm-eval feeds a model, one row at a time so that none is padded."""
+
+    def __init__(self, lm, monkeypatch):
+        self.passes, self.texts = [], []
+        call, generate = lm._model_call, lm._model_generate
+
+        def record_call(inputs, *args, **options):
+            self.passes += [inputs.shape[1]] * len(inputs)
+            return call(inputs, *args, **options)
+
+        def record_generate(context, max_length, *args, **options):
+            self.texts.append((context.shape[1], max_length - context.shape[1]))
+            return generate(context, max_length, *args, **options)
+
+        monkeypatch.setattr(lm, "_model_call", record_call)
+        monkeypatch.setattr(lm, "_model_generate", record_generate)
+
+
+@pytest.mark.parametrize(
+    "task", ["winogrande", "truthfulqa_mc2", "crows_pairs_english", "mmlu_anatomy", "hellaswag", "gsm8k", "rolling"]
+)
+def test_planned_requests_are_those_that_the_model_gets(make_model, tokenizer, files, tmp_path, monkeypatch, task):
+    lm = open_lm(make_model(shape="nano"), tokenizer, batch_size=1)
+    # Shorter than some rows, which are cut.
+    lm._max_length = 512 if task == "gsm8k" else 64
+
+    def load():
+        if task == "rolling":
+            path = tmp_path / "rolling.yaml"
+            data = {"dataset_kwargs": {"data_files": {"test": str(files / "ethics_justice.jsonl")}}}
+            path.write_text(yaml.safe_dump(ROLLING | data))
+            return load_task(str(path), tmp_path)
+        return load_task(task, tmp_path, path=str(files / f"{task}.jsonl"))
+
+    (planned,) = plan_requests(lm, load(), limit=5)
+    assert planned.seconds > 0
+    recorder = Recorder(lm, monkeypatch)
+    run_task(lm, load(), task, limit=5)
+    if task == "gsm8k":
+        assert planned.kind == "generated texts"
+        assert (planned.total, planned.tokens_read) == (len(recorder.texts), sum(read for read, _ in recorder.texts))
+        assert planned.tokens_written == sum(written for _, written in recorder.texts)
+    else:
+        assert planned[:4] == ("forward passes", len(recorder.passes), sum(recorder.passes), 0)
+    if task == "mmlu_anatomy":
+        assert planned.total == 5, "four answers of one token share a forward pass"
+    if task == "rolling":
+        assert planned.total > 5, "a long text is read in several windows"
+
+
+def test_requests_of_a_long_task_are_counted_on_a_sample(lm, files, tmp_path, monkeypatch):
+    path = str(files / "winogrande.jsonl")
+    (whole,) = plan_requests(lm, load_task("winogrande", tmp_path, path=path), limit=None, timed=False)
+    monkeypatch.setattr(requests, "MAX_ROWS", 4)
+    (scaled,) = plan_requests(lm, load_task("winogrande", tmp_path, path=path), limit=None, timed=False)
+    assert (scaled.total, scaled.seconds) == (whole.total, None)
+    assert scaled.tokens_read == pytest.approx(whole.tokens_read, rel=0.1)
+    assert len(load_task("winogrande", tmp_path, path=path)["tasks"]["winogrande"].eval_docs) == 8
+
+
+def test_tokens_without_an_embedding_are_refused_before_a_task_runs(make_model, tokenizer, files, tmp_path):
+    tokenizer = deepcopy(tokenizer)
+    number = len(tokenizer)
+    tokenizer.add_tokens(["cup"])
+    lm = open_lm(make_model(shape="nano"), tokenizer, batch_size=4)
+    loaded = load_task("winogrande", tmp_path, path=str(files / "winogrande.jsonl"))
+    message = f"m: the tokenizer gives token {number}, but the model has only {number} embeddings"
+    with pytest.raises(ModelError, match=message):
+        check_requests(lm, loaded, "m", limit=None)
+    # A token that no row contains does no harm.
+    check_requests(lm, load_task("gsm8k", tmp_path, path=str(files / "gsm8k.jsonl")), "m", limit=None)
+
+
+def test_licenses_are_those_of_the_task_the_data_or_a_table(files, tmp_path):
+    path = str(files / "winogrande.jsonl")
+    assert find_license("winogrande", load_task("winogrande", tmp_path, path=path)) == "CC-BY"
+    assert find_license("winogrande") == "CC-BY"
+    assert find_license("toxigen") == "unknown"
+    own = tmp_path / "own.yaml"
+    task = custom_task("fed", files / "ethics_cm.jsonl")
+    for metadata, license in (({"version": 3}, "unknown"), ({"version": 3, "license": "CC0-1.0"}, "CC0-1.0")):
+        own.write_text(yaml.safe_dump(task | {"metadata": metadata}))
+        assert find_license(str(own), load_task(str(own), tmp_path)) == license
 
 
 def test_what_cannot_be_run_is_told(files, tmp_path, monkeypatch):

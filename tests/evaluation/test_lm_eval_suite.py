@@ -9,12 +9,14 @@ import yaml
 from bfpo.config.loading import check_recipe
 from bfpo.core.files import write_jsonl
 from bfpo.errors import DataError, GateViolated, MissingExtra, RecipeError
+from bfpo.evaluation import plan
 from bfpo.evaluation.lm_eval import suite as module
 from bfpo.evaluation.lm_eval import tasks as lm_eval
+from bfpo.evaluation.lm_eval.requests import PlannedRequests
 from bfpo.evaluation.lm_eval.run import TaskMetric, TaskResults
 from bfpo.evaluation.lm_eval.tasks import RowCount
 from bfpo.evaluation.pipeline import run_eval
-from bfpo.evaluation.plan import show_plan
+from bfpo.evaluation.plan import PlannedStage, show_plan
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import read_results
 from bfpo.report.card import card_section
@@ -58,6 +60,13 @@ def stand_in(toy, monkeypatch):
         ]
         return TaskResults([*numbers, TaskMetric("acc", "part", mean, True, len(values), 0, values)], facts)
 
+    def plan_requests(lm, loaded, *, limit, timed):
+        seconds = 90.0 if timed else None
+        return [
+            PlannedRequests("forward passes", 2 * (limit or 40), 600, 0, seconds),
+            PlannedRequests("generated texts", limit or 40, 300, 5120, seconds),
+        ]
+
     for name, stand in {
         "require_lm_eval": lambda: None,
         "check_task": lambda name, with_data: None,
@@ -66,6 +75,9 @@ def stand_in(toy, monkeypatch):
         "load_task": load,
         "open_lm": lambda model, tokenizer, batch_size: model.name,
         "run_task": run,
+        "check_requests": lambda lm, loaded, path, *, limit: None,
+        "find_license": lambda name, loaded=None: "unknown" if loaded is None else "MIT",
+        "plan_requests": plan_requests,
     }.items():
         monkeypatch.setattr(module, name, stand)
     monkeypatch.setattr("bfpo.evaluation.gate.listed_metrics", lambda name: {"acc", "f1"})
@@ -175,19 +187,38 @@ def test_judged_tasks_stand_beside_them_and_both_are_compared_and_shown(stand_in
     assert "No comparison of able/two_task with careless: it wasn't run there." in warnings
 
 
-def test_a_dry_run_counts_rows(stand_in, capsys):
-    first, second = shown(stand_in.recipe(limit=10))
-    assert (first.name, first.total, first.existing, second.name) == (
-        "rows of able/one_task",
-        10,
-        0,
-        "rows of able/two_task",
-    )
+def test_a_dry_run_counts_requests_and_estimates_their_time(stand_in, capsys):
+    passes, generated, *others = shown(stand_in.recipe(limit=10))
+    assert passes == PlannedStage("able/one_task: forward passes", 20, 0, 600, 0, 90.0)
+    assert generated == PlannedStage("able/one_task: generated texts", 10, 0, 300, 5120, 90.0)
+    assert [stage.name for stage in others] == ["able/two_task: forward passes", "able/two_task: generated texts"]
     assert not Path("out").exists()
     assert stand_in.runs == []
+    lines = capsys.readouterr().out.splitlines()
+    assert row_of("able/one_task", lines) == ["able/one_task", "lm-eval", "10", "40", "MIT", "rows.jsonl"]
     evaluate(stand_in.recipe(limit=10))
-    assert shown(stand_in.recipe(limit=10))[0].existing == 10
-    assert "lm-eval" in capsys.readouterr().out
+    passes, *_ = shown(stand_in.recipe(limit=10))
+    assert passes == PlannedStage("able/one_task: forward passes", 20, 20, 0, 0, None)
+
+
+def row_of(name, lines):
+    return next(line.split(maxsplit=5) for line in lines if line.split()[:1] == [name])
+
+
+def test_a_dry_run_says_which_rows_cannot_be_read_here(stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "open_model", lambda recipe: stand_in.engines["careful"])
+    stages = shown(stand_in.recipe(suites=["both.yaml"], judges=["one"], data={}))
+    assert not any("one_task" in stage.name for stage in stages)
+    assert stages[0].total == 32, "the other tasks are planned as ever"
+    lines = capsys.readouterr().out.splitlines()
+    problem = "not here: lm-eval couldn't read the rows of 'one_task': no network"
+    assert row_of("both/one_task", lines) == ["both/one_task", "lm-eval", "?", "?", "unknown", problem]
+    assert "not counted above, because their rows can't be read here: both/one_task" in lines
+    assert "None" not in "\n".join(lines)
+
+
+def test_results_of_earlier_versions_have_an_unknown_license(stand_in):
+    assert {row.license for row in evaluate(stand_in.recipe()).data} == {"unknown"}
 
 
 def test_what_cannot_be_run_is_told_before_any_work(stand_in, monkeypatch):
@@ -264,7 +295,8 @@ def test_lm_eval_really_runs_in_an_evaluation(tmp_path, make_model, tokenizer, m
             "data": data,
         } | changes
 
-    assert [stage.total for stage in shown(content(1))] == [30, 30, 9]
+    assert [stage.total for stage in shown(content(1))] == [60, 60, 27]
+    assert all(stage.seconds and stage.tokens_read > 9 * stage.total for stage in shown(content(1)))
     evaluate(content(1))
     results = evaluate(
         content(2, base="out1", gate=[{"suite": "suite", "task": "winogrande", "metric": "acc", "max": 1}])

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import user_says
 from bfpo.core.samples import Prompt, Sampling, Verdict
 from bfpo.errors import DataError, Unanswered
 from bfpo.evaluation import plan

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.errors import DataError
 from bfpo.evaluation.differences import compare_scores
@@ -93,7 +93,7 @@ def test_samples_are_counted_decided_or_not():
     assert refused.samples == 2
     assert (metric.value, metric.unscored, metric.interval) == (1.0, 4, BY_SCORE)
     # Half of the completions of each prompt may be no refusals.
-    assert (metric.least, metric.most) == (score_interval(np.full(4, 0.5)).low, 1.0)
+    assert (metric.least, metric.most) == (score_interval(np.full(4, 0.5), most=8).low, 1.0)
 
 
 def test_several_samples_are_averaged_by_prompt_first():

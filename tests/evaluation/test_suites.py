@@ -9,7 +9,7 @@ import pytest
 
 from bfpo.commands.app import main
 from bfpo.config.loading import check_recipe, parse_yaml
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion
 from bfpo.data.prompt_sets import PROMPT_SETS
 from bfpo.evaluation import pipeline as run

@@ -1,6 +1,8 @@
 """Experiments: the units that are run, the units that are run again, and their results."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from bfpo.experiments import steps
 from bfpo.experiments import units as module
 from bfpo.experiments.recipe import ExperimentRecipe, all_settings
 from bfpo.experiments.results import METRICS, choose_settings, collect_results, show_comparison, write_comparison
+from bfpo.experiments.run import run_experiment
 from bfpo.experiments.units import make_units, run_unit, run_units
 from bfpo.testbed.oracle import Oracle
 
@@ -117,14 +120,62 @@ TWICE = {
         ({"variants": {"bfpo": {"method": "bfpo", "dials": {"train_prompts": 9}}}}, "dials: 'train_prompts'"),
         ({"variants": {"bfpo": {"method": "bfpo", "vary": {"loss.alpha": [1]}}}}, "no center of loss.alpha"),
         ({"variants": TWICE}, "two are called 'bfpo beta=0.1'"),
+        ({"variants": {"bfpo": {"method": "bfpo", "changes": {"loss.beta": -1}}}}, r"variants\.bfpo:\n  loss\.beta"),
+        (
+            {"variants": {"bfpo": {"method": "bfpo", "vary": {"loss.beta": [0.1, -1]}}}},
+            r"variants\.bfpo:\n  loss\.beta",
+        ),
+        ({"variants": {"bfpo": {"method": "bfpo", "changes": {"pairs_per_step": 1}}}}, "with a buffer, half of them"),
+        ({"variants": {"bfpo": {"method": "bfpo", "changes": {"learning_rate": float("inf")}}}}, "learning_rate"),
+        ({"results": "taken"}, "results: taken is a file"),
         ({"seeds": [0]}, "seeds"),
         ({"seeds": [1, 1]}, "has a duplicate"),
         ({"variants": {"bfpo": {"method": "bfpo"}, "base": {"method": "bfpo"}}}, "the name of the base model"),
     ],
 )
-def test_impossible_recipes_are_refused_before_anything_runs(tmp_path, changes, message):
+def test_impossible_recipes_are_refused_before_anything_runs(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
     with pytest.raises(RecipeError, match=message):
         make_units(make_recipe(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_only": ["nosuchlayer"]}, "'nosuchlayer'"),
+        ({"train_only": ["("]}, "regular expression"),
+        ({"train_only": []}, "train_only: the list is empty"),
+        ({"loss": {"name": "no_such_module:Loss"}}, "no_such_module"),
+        ({"loss": {"name": "needy_loss:NeedyLoss"}}, "NeedyLoss needs chosen_mood, which worlds don't have"),
+    ],
+)
+def test_the_shape_of_the_model_is_checked_before_the_first_training(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("needy_loss.py").write_text(
+        "from dataclasses import dataclass\nfrom bfpo.losses.pairwise import DPO\n@dataclass(frozen=True)\n"
+        "class NeedyLoss(DPO):\n    needs = ('chosen_mood',)\n"
+    )
+    monkeypatch.setattr("bfpo.experiments.run.run_units", None)
+    # Also one of the values to try, which isn't the center.
+    key, value = next(iter(changes.items()))
+    center = {"train_only": ["lm_head"]} if key == "train_only" else {}
+    variants = {"bfpo": {"method": "bfpo", "changes": center, "vary": {key: [value]}}}
+    with pytest.raises(RecipeError, match=rf"(?s)variants\.bfpo {key}=.*{message}"):
+        run_experiment(make_recipe(tmp_path / "out", variants=variants), command="")
+    assert not Path("out").exists()
+
+
+def test_wrong_keys_are_refused_without_torch(tmp_path):
+    recipe = make_recipe("out").model_dump(mode="json")
+    recipe["variants"]["noisy"]["changes"] = {"loss.beta": -1}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    script = "import sys; sys.argv = ['bfpo', 'experiment', 'r.yaml']\nfrom bfpo.commands.app import main\n"
+    script += "try:\n    main()\nfinally:\n    assert 'torch' not in sys.modules, 'torch was loaded'"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "variants.noisy:\n  loss.beta" in done.stderr
 
 
 def test_a_unit_leaves_its_results_and_no_weights(runs):

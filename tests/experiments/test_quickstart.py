@@ -56,6 +56,16 @@ def test_it_leaves_data_recipes_models_results_and_a_page(home, capsys):
         quickstart(home)
 
 
+def test_the_run_of_another_recipe_is_found_before_anything_is_trained(home, monkeypatch):
+    (home / "bfpo").mkdir()
+    (home / "bfpo" / "run.json").write_text("{}")
+    (home / "bfpo.yaml").write_text("another: recipe\n")
+    monkeypatch.setattr(module, "make_base", None)
+    monkeypatch.setattr(module, "write_world", None)
+    with pytest.raises(RecipeError, match="bfpo holds a run of another recipe"):
+        quickstart(home)
+
+
 def test_ctrl_c_anywhere_ends_with_a_message_and_resumes(home, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt

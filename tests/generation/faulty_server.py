@@ -10,16 +10,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 FAULTS = ("429", "500", "half", "nothing", "schema", "slow")
 
 
-def answer(text, reason="stop"):
+def answer(text, reason="stop", **message):
     return {
-        "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}],
+        "choices": [{"message": {"role": "assistant", "content": text, **message}, "finish_reason": reason}],
         "usage": {"prompt_tokens": 3, "completion_tokens": 2},
     }
 
 
 @contextmanager
 def faulty_server(fault_of=lambda number, body: None, text_of=lambda body: f"about {body['seed']}", drip=0.5):
-    """Serve on loopback, and yield the address and counts; `fault_of` returns the fault of a numbered request."""
+    """Serve on loopback, and yield the address and counts.
+
+    `fault_of` returns the fault of a numbered request, and `text_of` the text of an answer, or a whole response.
+    """
     counts, lock = Counter(), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -36,7 +39,8 @@ def faulty_server(fault_of=lambda number, body: None, text_of=lambda body: f"abo
                 fault = fault_of(number, body)
                 counts[fault or "fine"] += 1
                 counts["with key"] += self.headers.get("authorization") == "Bearer a-secret"
-            content = json.dumps(answer(text_of(body))).encode()
+            text = text_of(body)
+            content = json.dumps(text if isinstance(text, dict) else answer(text)).encode()
             status, headers = 200, {}
             if fault == "429":
                 status, headers = 429, {"Retry-After": "0.01"}

@@ -1,9 +1,9 @@
 """The transformers engine: batching doesn't change completions, and only the sampling shapes the distribution."""
 
 import json
-import math
-from collections import Counter
+import re
 from copy import deepcopy
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -13,11 +13,17 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 from bfpo.commands.app import app
-from bfpo.core.pairs import Message, user_says
+from bfpo.core import terminal
+from bfpo.core.conversation import Message, as_tools, user_says
+from bfpo.core.files import content_hash, read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Prompt, Sampling
+from bfpo.data import stages
 from bfpo.data.stages import generate_completions, generate_most, read_completions
 from bfpo.errors import DataError, ModelError, Unanswered
-from bfpo.generation.in_process import SeededNoise, TransformersEngine, checkpoint_identity, load_engine
+from bfpo.generation.decoding import Decoder
+from bfpo.generation.in_process import TransformersEngine, checkpoint_identity, load_engine
+from bfpo.generation.slots import UnsupportedModel
+from bfpo.model.new import CHAT_TEMPLATE
 
 PROMPTS = [Prompt(f"p{i}", user_says(" ".join(["small red box"] * (1 + i % 4)) + f" near {i}")) for i in range(9)]
 REQUESTS = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]
@@ -56,15 +62,79 @@ def test_seed_and_sample_change_completions_except_greedy_ones(engine):
     assert all(greedy[f"p{i}", 0] == greedy[f"p{i}", 1] for i in range(9))
 
 
-def test_noise_samples_the_distribution():
-    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    n = 4000
-    scores = probabilities.log().repeat(n, 1)
-    tokens = SeededNoise(range(n))(torch.zeros(n, 1), scores).argmax(-1)
-    counts = Counter(tokens.tolist())
-    for token, p in enumerate(probabilities.tolist()):
-        # Four standard errors.
-        assert abs(counts[token] / n - p) < 4 * math.sqrt(p * (1 - p) / n)
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.8}, {"temperature": 0.0}])
+def test_a_model_whose_cache_cannot_be_edited_gives_the_same_answers(engine, monkeypatch, capsys, sampling):
+    expected = texts(engine(**sampling))
+    assert capsys.readouterr().out == ""
+
+    def refuse(self, model, token_ids):
+        raise UnsupportedModel("a layer caches its state as a convolution")
+
+    monkeypatch.setattr(Decoder, "check", refuse)
+    assert texts(engine(max_batch_tokens=90, **sampling)) == expected
+    assert "note: m is decoded in whole batches by transformers' generate: a layer" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_keeps_the_finished_answers(engine, tmp_path, monkeypatch):
+    # Few rows, so that some answers end while others wait.
+    long = engine(max_new_tokens=30, max_batch_tokens=200)
+    whole = generate_completions(long, PROMPTS, tmp_path / "whole.jsonl", samples=2)
+    path, write = tmp_path / "killed.jsonl", stages.append_jsonl
+
+    def killed(file, rows):
+        write(file, rows)
+        if len(file.read_text().splitlines()) > 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "append_jsonl", killed)
+    with pytest.raises(KeyboardInterrupt):
+        generate_completions(long, PROMPTS, path, samples=2)
+    monkeypatch.undo()
+    kept = read_repaired_jsonl(tmp_path / "killed.jsonl.unfinished")
+    assert 5 < len(kept) < len(whole)
+    assert generate_completions(long, PROMPTS, path, samples=2) == whole
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_tokens_are_counted_while_answers_are_generated(engine, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "SECONDS_BEFORE_FIRST_LINE", 0.0)
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    generate_completions(engine(max_batch_tokens=150), PROMPTS, tmp_path / "a.jsonl")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("generating: ")]
+    # The first line comes after the first forward pass, long before an answer ends.
+    assert re.fullmatch(r"generating: 0 of 9 \(\d+ tokens, [\d,]+ per second\)", lines[0])
+    assert re.search(r"generating: [1-8] of 9, about \d+ min left \(\d+ tokens", lines[-1])
+
+
+def test_finished_samples_of_the_former_noise_are_kept_and_unfinished_ones_refused(engine, tmp_path):
+    path = tmp_path / "c.jsonl"
+    sampled = engine()
+    made = generate_completions(sampled, PROMPTS[:3], path, samples=2)
+    old = [replace(completion, text="former", settings_hash=sampled.former_settings_hash) for completion in made]
+    write_jsonl(path, [completion.to_row() for completion in old])
+    before = path.read_bytes()
+    assert generate_completions(sampled, PROMPTS[:3], path, samples=2) == old
+    assert path.read_bytes() == before
+    for prompts, samples in ((PROMPTS[:4], 2), (PROMPTS[:3], 3)):
+        with pytest.raises(DataError, match=r"sampled by an earlier version, .* and [23] completions are missing"):
+            generate_completions(sampled, prompts, path, samples=samples)
+    (tmp_path / "c.jsonl.unfinished").write_bytes(before)
+    path.unlink()
+    with pytest.raises(DataError, match="sampled by an earlier version"):
+        generate_completions(sampled, PROMPTS[:4], path, samples=2)
+    # Another seed is still another run.
+    with pytest.raises(DataError, match="another model or other settings"):
+        generate_completions(engine(seed=1), PROMPTS[:3], path, samples=2)
+
+
+def test_the_version_of_the_noise_is_a_setting_of_samples_only(engine):
+    greedy, sampled = engine(temperature=0.0), engine()
+    for other, hashed in ((greedy, greedy.settings_hash), (sampled, None)):
+        sampling, template = other.sampling, other.tokenizer.chat_template
+        settings = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed)
+        former = content_hash("transformers", "i", str(other.model.dtype), template, settings)
+        # Greedy answers are what they were; samples of the former noise are another model's for all purposes.
+        assert (former == other.settings_hash) == (hashed is not None)
 
 
 def test_the_checkpoints_generation_config_does_not_change_completions(make_model, tokenizer):
@@ -243,3 +313,43 @@ def test_the_command_answers_a_file_and_resumes(tmp_path, make_model, tokenizer)
     assert out.read_bytes() == before
     changed = CliRunner().invoke(app, [*arguments, "--max-new-tokens", "4"])
     assert isinstance(changed.exception, DataError)
+
+
+THINKING = CHAT_TEMPLATE.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+
+
+@pytest.mark.parametrize(
+    ("written", "ending", "expected"),
+    [
+        ("small</think>\n\nred box", "stop", ("red box", "small", False)),
+        ("small and small", "length", ("", "small and small", True)),
+        ("small and small", "stop", ("", "small and small", True)),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_split_off(engine, tokenizer, written, ending, expected):
+    thinking = engine()
+    thinking.tokenizer = deepcopy(tokenizer)
+    thinking.tokenizer.chat_template = THINKING
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    new_ids = ids if ending == "length" else [*ids, tokenizer.eos_token_id]
+    completion = thinking._make_completion(PROMPTS[0], 0, 3, new_ids)
+    assert (completion.text, completion.reasoning, completion.lacks_answer) == expected
+    assert completion.finish_reason == ending
+
+
+def test_calls_are_read_where_the_prompt_has_tools(engine, tokenizer):
+    tools = as_tools([{"type": "function", "function": {"name": "lamp"}}])
+    prompt = Prompt("p", user_says("small"), tools=tools)
+    ids = tokenizer('<tool_call>{"name": "lamp", "arguments": {"a": 1}}</tool_call>', add_special_tokens=False)
+    with_tools, without = (engine()._make_completion(asked, 0, 3, ids["input_ids"]) for asked in (prompt, PROMPTS[0]))
+    assert (with_tools.text, with_tools.tool_calls[0].name) == ("", "lamp")
+    assert with_tools.tools == tools
+    assert without.text.startswith("<tool_call>")
+
+
+def test_a_prompt_of_which_the_template_leaves_something_out_is_unanswered(engine, tmp_path):
+    tools = as_tools([{"type": "function", "function": {"name": "lamp"}}])
+    prompts = [PROMPTS[0], Prompt("t", user_says("add"), tools=tools)]
+    completions, missing = generate_most(engine(), prompts, tmp_path / "c.jsonl", samples=1, max_unanswered=1)
+    assert missing == {"t": "the chat template leaves out the tools"}
+    assert len(completions) == 1

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2 as httpx
@@ -13,9 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from bfpo.commands.app import app
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import FrozenJson, Message, ToolCall, user_says
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.data.stages import generate_completions, read_completions
+from bfpo.data.unread_answers import describe_missing_answers
 from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.openai_server import ServerEngine, ServerOptions
 
@@ -88,7 +90,7 @@ def served_by(replies, samples=1, temperature=0.7, **options):
     def handle(request):
         bodies.append(json.loads(request.content))
         status, content, *headers = replies(bodies[-1])
-        return httpx.Response(status, json=content, headers=dict(*headers))
+        return httpx.Response(status, content=json.dumps(content), headers=dict(*headers))
 
     options = ServerOptions("http://h/v1", "m", **{"tries": 2, "backoff": 0.0, "concurrency": 1} | options)
     return ServerEngine(options, Sampling(samples, temperature), transport=httpx.MockTransport(handle)), bodies
@@ -133,22 +135,136 @@ def test_a_servers_own_words_are_outcomes_and_not_retried(status, content, outco
     assert not server.faults
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "wire", "arguments": '{"to": "Ada", "sum": 5}'}}
+WIRE = ToolCall("wire", FrozenJson.freeze({"to": "Ada", "sum": 5}), "c1")
+LET_ME = [{"type": "reasoning.summary", "summary": "Let me"}, {"type": "reasoning.encrypted", "data": "9a"}]
+PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "Let me"}]}, {"type": "text", "text": "Yes."}]
+
+
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    ("content", "reasoning", "text", "calls", "finish_reason"),
     [
-        (reply_of(None, "length", reasoning_content="Let me"), "no text: the reasoning used all 256 tokens"),
-        (reply_of("", "length", reasoning="Let me"), "no text: the reasoning used all 256 tokens"),
-        (reply_of(None, "length"), "no text: the model used all 256 tokens"),
-        (reply_of("x", "tool_calls"), "the model called a tool"),
-        (reply_of(None, "stop", tool_calls=[{"id": "1"}]), "the model called a tool"),
+        # Reasoning in each field that servers have for it, and in none.
+        (reply_of("Yes.", reasoning_content="Let me\n"), "Let me", "Yes.", (), "stop"),
+        (reply_of("Yes.", reasoning="Let me", reasoning_content=None), "Let me", "Yes.", (), "stop"),
+        (reply_of("Yes.", thinking="Let me", reasoning=""), "Let me", "Yes.", (), "stop"),
+        (reply_of("Yes.", reasoning="Let me", reasoning_content="Let me"), "Let me", "Yes.", (), "stop"),
+        (reply_of("Yes.", reasoning=None, reasoning_details=LET_ME), "Let me", "Yes.", (), "stop"),
+        (reply_of(PARTS), "Let me", "Yes.", (), "stop"),
+        (reply_of("<think>\nLet me\n</think>\n\nYes."), "Let me", "Yes.", (), "stop"),
+        (reply_of("Let me\n</think>\n\nYes."), "Let me", "Yes.", (), "stop"),
+        (reply_of("[THINK]Let me[/THINK]Yes."), "Let me", "Yes.", (), "stop"),
+        (reply_of("<think>Let me</think>Yes.", reasoning_content="Let me"), "Let me", "Yes.", (), "stop"),
+        (reply_of("<think>or</think>Yes.", reasoning_content="Let me"), "Let me\n\nor", "Yes.", (), "stop"),
+        # Reasoning that was cut, or that no answer follows.
+        (reply_of(None, "length", reasoning_content="Let me"), "Let me", "", (), "length"),
+        (reply_of("", "length", reasoning="Let me"), "Let me", "", (), "length"),
+        (reply_of("<think>Let me", "length"), "Let me", "", (), "length"),
+        (reply_of(None, "length"), "", "", (), "length"),
+        (reply_of(None, "stop", reasoning="Let me"), "Let me", "", (), "stop"),
+        # Tool calls, with every finish reason and with a text or without.
+        (reply_of(None, "tool_calls", tool_calls=[CALL]), None, "", (WIRE,), "stop"),
+        (reply_of("", "stop", tool_calls=[CALL | {"index": 0}]), None, "", (WIRE,), "stop"),
+        (reply_of("Now.", "tool_calls", tool_calls=[CALL]), None, "Now.", (WIRE,), "stop"),
+        (reply_of(None, "length", tool_calls=[CALL, CALL]), None, "", (WIRE, WIRE), "length"),
+        (reply_of(None, "tool_calls", reasoning="Let me", tool_calls=[CALL]), "Let me", "", (WIRE,), "stop"),
+        (
+            reply_of(None, "function_call", function_call=CALL["function"]),
+            None,
+            "",
+            (ToolCall("wire", WIRE.arguments),),
+            "stop",
+        ),
+        (
+            reply_of(None, "length", tool_calls=[{"function": {"name": "wire", "arguments": '{"to": "A'}}]),
+            None,
+            "",
+            (ToolCall("wire", FrozenJson.freeze('{"to": "A')),),
+            "length",
+        ),
     ],
 )
-def test_replies_without_text_are_not_retried(content, reason):
-    server, bodies = served_by(lambda body: (200, content))
-    with pytest.raises(Unanswered, match=reason) as raised:
-        generate(server)
-    assert raised.value.refused == {("p0", 0)}
+def test_reasoning_and_tool_calls_are_parts_of_an_answer(content, reasoning, text, calls, finish_reason, tmp_path):
+    server, bodies = served_by(lambda body: (200, content | {"usage": {"completion_tokens": 7}}))
+    (completion,) = generate_completions(server, PROMPTS[:1], tmp_path / "c.jsonl")
+    assert (completion.reasoning, completion.text, completion.tool_calls) == (reasoning, text, calls)
+    assert completion.finish_reason == finish_reason
+    assert completion.completion_tokens == 7
+    assert completion.lacks_answer is (reasoning is not None and not text and not calls)
+    assert read_completions(tmp_path / "c.jsonl") == [completion]
     assert len(bodies) == 1
+    assert not server.faults
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (reply_of("Yes.", reasoning="Let me", reasoning_content="Or not"), "two different texts of reasoning"),
+        (reply_of("x", "tool_calls"), "no tool call, but a finish reason of one"),
+        (reply_of(None, "stop", tool_calls=[{"id": "1"}]), "a malformed tool call"),
+        (reply_of("x", tool_calls=[{"function": {"name": "", "arguments": "{}"}}]), "a malformed tool call"),
+        (reply_of([{"type": "image_url", "image_url": "u"}]), "a part of type 'image_url' in the answer"),
+        (reply_of("x", tool_calls=5), "wrong schema"),
+    ],
+)
+def test_an_answer_that_can_not_be_read_whole_is_a_fault(content, fault):
+    server, _ = served_by(lambda body: (200, content))
+    with pytest.raises(Unanswered, match=rf"{fault} \(2 tries\)"):
+        generate(server)
+    assert server.faults == {fault: 2}
+
+
+def test_fields_that_are_not_read_are_named_once(capsys):
+    call = CALL | {"extra_content": {"signature": "s"}}
+    server, _ = served_by(lambda body: (200, reply_of("x", audio={"data": "a"}, annotations=[], tool_calls=[call])))
+    assert len(generate(server, PROMPTS)) == 12
+    assert capsys.readouterr().out == "note: fields of the server's replies that aren't read: audio, extra_content\n"
+
+
+def test_lone_surrogates_in_reasoning_and_calls_are_replaced(tmp_path):
+    call = {"function": {"name": "wire\ud83d", "arguments": '{"to": "\ud83d"}'}}
+    server, _ = served_by(lambda body: (200, reply_of("x", reasoning="a \ud83d", tool_calls=[call])))
+    (completion,) = generate_completions(server, PROMPTS[:1], tmp_path / "c.jsonl")
+    assert completion.reasoning == "a ?"
+    assert completion.tool_calls == (ToolCall("wire?", FrozenJson.freeze({"to": "?"})),)
+    assert read_completions(tmp_path / "c.jsonl") == [completion]
+
+
+HISTORY = (
+    Message("developer", "Be brief."),
+    Message("user", "Pay Ada", name="bob"),
+    Message("assistant", "", "She is owed 5.", (WIRE, ToolCall("log", FrozenJson.freeze('{"cut'), "c2"))),
+    Message("tool", "paid", tool_call_id="c1", name="wire"),
+)
+TOOLS = FrozenJson.freeze([{"type": "function", "function": {"name": "wire", "parameters": {"b": 1, "a": 2}}}])
+WITH_TOOLS = Prompt("t", HISTORY, tools=TOOLS, chat_template_kwargs=FrozenJson.freeze({"enable_thinking": False}))
+
+
+def test_requests_carry_whole_conversations_and_tools():
+    server, bodies = served_by(lambda body: (200, reply_of("x")))
+    (completion,) = generate(server, [WITH_TOOLS])
+    (body,) = bodies
+    log = {"type": "function", "id": "c2", "function": {"name": "log", "arguments": '{"cut'}}
+    assert body["messages"] == [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Pay Ada", "name": "bob"},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "She is owed 5.",
+            "reasoning": "She is owed 5.",
+            "tool_calls": [CALL, log],
+        },
+        {"role": "tool", "content": "paid", "tool_call_id": "c1", "name": "wire"},
+    ]
+    assert body["tools"] == TOOLS.value
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "tool_choice" not in body
+    assert completion.inputs == WITH_TOOLS.inputs
+    assert completion.prompt == HISTORY
+    server, bodies = served_by(lambda body: (200, reply_of("x")))
+    generate(server)
+    assert not {"tools", "chat_template_kwargs"} & bodies[0].keys()
 
 
 def test_the_servers_message_is_shown_without_the_key(monkeypatch):
@@ -193,6 +309,7 @@ OPENAI = "Unsupported parameter: 'max_tokens' is not supported with this model. 
         ("max_tokens", {"error": {"message": OPENAI, "param": "max_tokens", "code": "unsupported_parameter"}}),
         ("max_tokens", {"error": {"message": OPENAI}}),
         ("seed", {"error": {"message": "Unknown parameter: seed"}}),
+        ("seed", {"error": {"message": "This reasoning model doesn't support seed or tools"}}),
         ("seed", {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs"}]}),
     ],
 )
@@ -204,6 +321,69 @@ def test_a_refused_parameter_is_replaced_and_noted_once(parameter, error, capsys
     assert len(bodies) == 13
     assert capsys.readouterr().out.count(f"doesn't accept `{parameter}`") == 1
     assert bodies[-1].get("max_completion_tokens", bodies[-1].get("max_tokens")) == 256
+
+
+EXTRA = {"type": "extra_forbidden", "msg": "Extra inputs are not permitted"}
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("chat_template_kwargs", {"error": {"message": "Unrecognized request argument: chat_template_kwargs"}}),
+        ("chat_template_kwargs", {"detail": [EXTRA | {"loc": ["body", "chat_template_kwargs"]}]}),
+        ("reasoning", {"detail": [EXTRA | {"loc": ["body", "messages", 2, "assistant", "reasoning"]}]}),
+        ("reasoning_content", {"error": {"message": "Unsupported key", "param": "messages[2].reasoning_content"}}),
+        (
+            "reasoning_content",
+            {"error": {"message": "Additional properties are not allowed ('reasoning_content') - 'messages.2'"}},
+        ),
+    ],
+)
+def test_a_server_that_refuses_a_key_gets_the_rest(name, error, capsys):
+    def replies(body):
+        is_sent = name in body or any(name in message for message in body["messages"])
+        return (400, error) if is_sent else (200, reply_of("x"))
+
+    server, bodies = served_by(replies, tries=1)
+    assert len(generate(server, [replace(WITH_TOOLS, prompt_id=f"t{index}") for index in range(3)])) == 3
+    assert len(bodies) == 4
+    assert capsys.readouterr().out.count(f"doesn't accept `{name}`") == 1
+    assert bodies[-1]["tools"] == TOOLS.value
+    other = {"reasoning": "reasoning_content", "reasoning_content": "reasoning"}.get(name)
+    assert other is None or bodies[-1]["messages"][2][other] == "She is owed 5."
+
+
+IN_TEXT = '<tool_call>\n{"name": "wire", "arguments": {"to": "Ada", "sum": 5}}\n</tool_call>'
+CHANNELS = (
+    "<|channel|>analysis<|message|>Let me<|end|><|start|>assistant<|channel|>commentary to=functions.wire "
+    '<|constrain|>json<|message|>{"to": "Ada", "sum": 5}'
+)
+
+
+@pytest.mark.parametrize(
+    ("reply", "reasoning", "text"),
+    [
+        (reply_of(f"Now.\n{IN_TEXT}"), None, "Now."),
+        (reply_of(f"<think>Let me</think>{IN_TEXT}"), "Let me", ""),
+        (reply_of(IN_TEXT, reasoning="Let me"), "Let me", ""),
+        (reply_of(CHANNELS), "Let me", ""),
+    ],
+)
+def test_a_call_that_a_server_left_in_the_text_is_read(reply, reasoning, text):
+    (completion,) = generate(served_by(lambda body: (200, reply))[0], [WITH_TOOLS])
+    assert [(call.name, call.arguments) for call in completion.tool_calls] == [("wire", WIRE.arguments)]
+    assert (completion.reasoning, completion.text) == (reasoning, text)
+    # Without tools there are no calls.
+    (completion,) = generate(served_by(lambda body: (200, reply))[0])
+    assert not completion.tool_calls
+
+
+def test_a_server_that_refuses_tools_is_not_asked_without_them():
+    error = {"error": {"message": "tools is not supported by this model", "param": "tools"}}
+    server, bodies = served_by(lambda body: (400, error))
+    with pytest.raises(Unanswered, match="HTTP 400: tools is not supported"):
+        generate(server, [WITH_TOOLS])
+    assert len(bodies) == 1
 
 
 def test_a_parameter_of_a_wrong_value_is_not_dropped():
@@ -232,6 +412,34 @@ def test_many_reasons_are_shown_shortly():
 
 def test_blocked_samples_are_not_taken_for_a_server_that_does_not_sample():
     server, _ = served_by(lambda body: (200, reply_of("", "content_filter")), samples=3)
+    requests = [(prompt, sample) for prompt in PROMPTS for sample in range(3)]
+    assert sum(len(batch) for batch in server.generate(requests)) == 36
+
+
+def test_equal_calls_are_identical_samples_whatever_their_ids():
+    ids = iter(range(1000))
+
+    def replies(body):
+        calls = [CALL | {"id": f"c{next(ids)}"}]
+        return 200, reply_of(None, "tool_calls", tool_calls=calls)
+
+    server, _ = served_by(replies, samples=3)
+    with pytest.raises(ModelError, match="3 identical samples"):
+        list(server.generate([(prompt, sample) for prompt in PROMPTS for sample in range(3)]))
+    # Different calls beside equal texts are samples.
+    arguments = iter(range(1000))
+
+    def differing(body):
+        call = {"function": {"name": "wire", "arguments": f'{{"sum": {next(arguments)}}}'}}
+        return 200, reply_of("", "tool_calls", tool_calls=[call])
+
+    server, _ = served_by(differing, samples=3)
+    requests = [(prompt, sample) for prompt in PROMPTS for sample in range(3)]
+    assert sum(len(batch) for batch in server.generate(requests)) == 36
+
+
+def test_reasoning_that_is_not_shown_is_no_sign_of_a_server_that_does_not_sample():
+    server, _ = served_by(lambda body: (200, reply_of(None, "length")), samples=3)
     requests = [(prompt, sample) for prompt in PROMPTS for sample in range(3)]
     assert sum(len(batch) for batch in server.generate(requests)) == 36
 
@@ -336,6 +544,52 @@ def test_the_command_queries_a_server(tmp_path):
         result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert {completion.model for completion in read_completions(out)} == {"toy"}
+
+
+def test_the_command_sends_and_writes_everything_that_a_file_of_prompts_has(tmp_path):
+    row = {"prompt": [message.to_row() for message in HISTORY[1:]], "system": "Be brief.", "note": "a private note"}
+    row |= {"tools": TOOLS.value, "chat_template_kwargs": {"enable_thinking": False}, "language": "en"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    out = tmp_path / "c.jsonl"
+    bodies = []
+    with faulty_server(lambda number, body: bodies.append(body)) as (url, _):
+        arguments = ["generate", "toy", str(tmp_path / "prompts.jsonl"), "--server", url, "--out", str(out)]
+        refused = CliRunner().invoke(app, arguments)
+        assert "columns not read: note" in str(refused.exception)
+        result = CliRunner().invoke(app, [*arguments, "--ignore-column", "note"])
+        again = CliRunner().invoke(app, [*arguments, "--ignore-column", "note"])
+    assert result.exit_code == again.exit_code == 0, result.output
+    ((body,), (completion,)) = bodies, read_completions(out)
+    assert [message["role"] for message in body["messages"]] == ["system", "user", "assistant", "tool"]
+    assert (body["tools"], body["chat_template_kwargs"]) == (TOOLS.value, {"enable_thinking": False})
+    assert completion.prompt == (Message("system", "Be brief."), *HISTORY[1:])
+    assert completion.inputs == WITH_TOOLS.inputs
+    assert completion.language == "en"
+
+
+def test_the_command_shows_how_often_reasoning_used_all_tokens(tmp_path):
+    (tmp_path / "prompts.txt").write_text("small red box\nlarge blue door\ngreen ball\n")
+    out = tmp_path / "c.jsonl"
+
+    def text(body):
+        return "<think>a red" if "red" in body["messages"][0]["content"] else "<think>a door</think>It is open."
+
+    with faulty_server(text_of=text) as (url, _):
+        arguments = ["generate", "toy", str(tmp_path / "prompts.txt"), "--server", url, "--out", str(out)]
+        result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    # The server says that the model ended its turn.
+    assert "no answer after the reasoning in 1 of 3 completions\n" in result.output
+    completions = read_completions(out)
+    assert [completion.text for completion in completions] == ["", "It is open.", "It is open."]
+    cut = replace(completions[0], finish_reason="length", completion_tokens=256)
+    assert describe_missing_answers([cut, cut, *completions]) == [
+        "reasoning used all 256 tokens in 2 of 5 completions; raise `max_new_tokens`",
+        "no answer after the reasoning in 1 of 5 completions",
+    ]
+    assert describe_missing_answers([replace(cut, completion_tokens=0)]) == [
+        "reasoning used all tokens in 1 of 1 completions; raise `max_new_tokens`"
+    ]
 
 
 def test_the_command_shows_faults_and_unanswered_prompts(tmp_path, monkeypatch):
@@ -456,6 +710,12 @@ def test_transformers_serve_answers(tmp_path, make_model, tokenizer):
             ServerOptions(url, str(tmp_path / "m"), concurrency=2), Sampling(2, temperature=1.0, max_new_tokens=8)
         )
         completions = generate_completions(server, PROMPTS[:5], tmp_path / "c.jsonl", samples=2)
+        # It takes tools, template arguments, tool calls and results, and both keys of reasoning.
+        call = replace(HISTORY[2], tool_calls=(WIRE,))
+        whole = replace(WITH_TOOLS, prompt=(Message("system", "Be brief."), HISTORY[1], call, HISTORY[3]))
+        (answer,) = generate_completions(server, [whole], tmp_path / "whole.jsonl")
     assert [completion.key for completion in completions] == [(f"p{i}", k) for i in range(5) for k in range(2)]
     assert len({completion.text for completion in completions}) > 5
     assert all(completion.completion_tokens <= 9 for completion in completions)
+    assert answer.prompt_tokens > completions[0].prompt_tokens
+    assert not server.faults

@@ -1,14 +1,16 @@
-"""Saved completions: prompts that are worded differently from the published ones, and how answers ended."""
+"""Saved completions: their formats, prompts that are worded differently from the published ones, and their ends."""
 
+import csv
 import json
+from dataclasses import replace
 
 import pytest
 
+from bfpo.core.conversation import FrozenJson, ToolCall, as_messages, prompt_key, user_says
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import as_messages, prompt_key, user_says
-from bfpo.core.samples import Prompt
+from bfpo.core.samples import Completion, Prompt
 from bfpo.data.prompt_sets import PROMPT_ALIASES
-from bfpo.errors import Unanswered
+from bfpo.errors import DataError, Unanswered
 from bfpo.generation.saved import SavedEngine
 from bfpo.judging.people import PeopleJudge
 
@@ -61,6 +63,142 @@ def test_the_published_wording_comes_first(engine):
 def test_an_alias_holds_in_one_direction(engine):
     with pytest.raises(Unanswered):
         completions_of(engine(PUBLISHED), SAVED)
+
+
+PAY = {"type": "function", "function": {"name": "pay", "arguments": '{"to": "Ada"}'}}
+PAID = ToolCall("pay", FrozenJson.freeze({"to": "Ada"}))
+TOOLS = [{"type": "function", "function": {"name": "pay", "parameters": {}}}]
+ASKED = [{"role": "user", "content": "Pay Ada"}]
+BY_CALL = {"role": "assistant", "content": None, "reasoning_content": "She is owed.", "tool_calls": [PAY]}
+BY_TEXT = {"role": "assistant", "content": "Paid.", "thinking": "She is owed."}
+SHAREGPT = [{"from": "human", "value": "Pay Ada"}, {"from": "gpt", "value": "Paid."}]
+SHAREGPT_CALL = [SHAREGPT[0], {"from": "function_call", "value": json.dumps(PAY)}]
+
+
+def answers_of(tmp_path, *rows, name="c.jsonl", **prompt):
+    """Return the completions that a file has for the prompt "Pay Ada"."""
+    if name.endswith(".csv"):
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        write_jsonl(tmp_path / name, rows)
+    engine = SavedEngine(str(tmp_path / name), "m")
+    requests = [(Prompt("p", user_says("Pay Ada"), **prompt), sample) for sample in range(len(rows))]
+    return [completion for batch in engine.generate(requests) for completion in batch]
+
+
+@pytest.mark.parametrize(
+    ("row", "reasoning", "text", "calls"),
+    [
+        ({"prompt": "Pay Ada", "text": "Paid.", "reasoning": "She is owed."}, "She is owed.", "Paid.", ()),
+        (
+            {"prompt": "Pay Ada", "response": "Paid.", "reasoning_content": "She is owed."},
+            "She is owed.",
+            "Paid.",
+            (),
+        ),
+        ({"prompt": "Pay Ada", "output": "<think>She is owed.</think> Paid."}, "She is owed.", "Paid.", ()),
+        ({"prompt": "Pay Ada", "output": "She is owed.\n</think>\nPaid."}, "She is owed.", "Paid.", ()),
+        ({"prompt": "Pay Ada", "text": None, "reasoning": "She is"}, "She is", "", ()),
+        ({"prompt": "Pay Ada", "text": None, "tool_calls": [PAY]}, None, "", (PAID,)),
+        ({"prompt": "Pay Ada", "text": "Now.", "tool_calls": [PAY], "reasoning": None}, None, "Now.", (PAID,)),
+        ({"prompt": ASKED, "completion": [BY_CALL]}, "She is owed.", "", (PAID,)),
+        ({"prompt": ASKED, "completion": BY_TEXT, "reasoning": "She is owed."}, "She is owed.", "Paid.", ()),
+        ({"messages": [*ASKED, BY_CALL]}, "She is owed.", "", (PAID,)),
+        ({"messages": [*ASKED, BY_TEXT], "prompt": "Pay Ada", "text": None}, "She is owed.", "Paid.", ()),
+        ({"messages": [{"role": "system", "content": "Be brief."}, *ASKED], "response": "Paid."}, None, "Paid.", ()),
+        ({"conversations": SHAREGPT}, None, "Paid.", ()),
+        ({"conversations": SHAREGPT_CALL}, None, "", (PAID,)),
+    ],
+)
+def test_reasoning_and_tool_calls_are_read(tmp_path, row, reasoning, text, calls):
+    (completion,) = answers_of(tmp_path, row)
+    assert (completion.reasoning, completion.text, completion.tool_calls) == (reasoning, text, calls)
+    assert completion.completion_tokens >= len(f"{reasoning or ''} {text}".split())
+
+
+def test_a_csv_file_has_json_in_its_cells(tmp_path):
+    row = {"prompt": json.dumps(ASKED), "completion": json.dumps([BY_TEXT]), "tool_calls": json.dumps([PAY])}
+    first, second = answers_of(tmp_path, row, row | {"completion": "[1, 2]", "tool_calls": ""}, name="c.csv")
+    assert (first.text, first.reasoning, first.tool_calls) == ("Paid.", "She is owed.", (PAID,))
+    assert (second.text, second.tool_calls) == ("[1, 2]", ())
+
+
+def test_completions_of_the_program_are_read_back_equal(tmp_path):
+    completion = Completion("p", 0, user_says("Pay Ada"), "x", "stop", 1, 2, "m", "e", "h")
+    written = [
+        replace(completion, text="", reasoning="", finish_reason="length"),
+        replace(completion, sample=1, reasoning="She is owed.", tool_calls=(PAID,)),
+        replace(completion, sample=2, text='[{"role": "assistant", "content": "x"}]'),
+    ]
+    saved = answers_of(tmp_path, *(completion.to_row() for completion in written))
+    assert [replace(completion, settings_hash="h") for completion in saved] == written
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "text": None}, "row 1: column 'text' is null, and the row has no tool call"),
+        ({"prompt": "a", "text": 5}, "row 1: column 'text' is 5"),
+        ({"prompt": "a"}, "row 1: no column text or completion"),
+        ({"text": "a"}, "row 1: no column prompt or instruction"),
+        (
+            {"prompt": "a", "text": "b", "response": "c"},
+            "row 1: columns 'text' and 'response' could both be the answer",
+        ),
+        ({"instruction": "a", "input": "b", "output": "c"}, "row 1: column 'input' is a part of the prompt"),
+        ({"prompt": "a", "messages": [*ASKED, BY_TEXT]}, "'prompt' and 'messages' have different prompts"),
+        ({"text": "a", "messages": [*ASKED, BY_TEXT]}, "'messages' and 'text' both have an answer"),
+        ({"messages": ASKED}, "row 1: no column text or completion"),
+        ({"messages": [BY_TEXT]}, "row 1: no column prompt"),
+        (
+            {"prompt": "a", "completion": [BY_CALL, *ASKED]},
+            "has the turns assistant, user; expected one assistant turn",
+        ),
+        ({"prompt": "a", "completion": [BY_TEXT | {"audio": 1}]}, "unknown key 'audio' of a message"),
+        ({"prompt": "a", "text": "b", "reasoning": "c", "thinking": "d"}, "two different texts of reasoning"),
+        ({"prompt": "a", "text": "b", "reasoning": 5}, "column 'reasoning' is 5"),
+        (
+            {"prompt": "a", "completion": [BY_CALL], "tool_calls": [PAY, PAY]},
+            "column 'tool_calls' have different calls",
+        ),
+        ({"prompt": "a", "text": "b", "tool_calls": [{"name": ""}]}, "row 1: tool call"),
+        ({"prompt": "a", "text": '[{"role": "assistant", "content": "\\ud800"}]'}, "row 1: lone surrogate"),
+        ({"prompt": "a", "text": None, "tool_calls": '[{"name": "\\ud800"}]'}, "row 1: lone surrogate"),
+    ],
+)
+def test_a_row_whose_answer_is_not_clear_is_refused(tmp_path, row, message):
+    with pytest.raises(DataError, match=message):
+        answers_of(tmp_path, row)
+
+
+def test_an_answer_to_a_prompt_with_other_tools_is_not_taken(tmp_path):
+    tools, others = FrozenJson.freeze(TOOLS), FrozenJson.freeze([{"name": "log"}])
+    rows = [{"prompt": "Pay Ada", "text": str(index), "tools": TOOLS} for index in range(2)]
+    assert [answer.text for answer in answers_of(tmp_path, *rows, tools=tools)] == ["0", "1"]
+    with pytest.raises(Unanswered, match=r"not in .*c\.jsonl with these tools"):
+        answers_of(tmp_path, *rows, tools=others)
+    # A row that doesn't say which tools there were answers any.
+    write_jsonl(tmp_path / "m.jsonl", [rows[0], {"prompt": "Pay Ada", "text": "any"}])
+    engine = SavedEngine(str(tmp_path / "m.jsonl"), "m")
+    ((completion,),) = engine.generate([(Prompt("p", user_says("Pay Ada"), tools=others, language="fr"), 0)])
+    assert (completion.text, completion.tools, completion.language) == ("any", others, "fr")
+
+
+def test_a_call_in_the_text_of_an_answer_to_a_prompt_with_tools_is_read(tmp_path):
+    row = {"prompt": "Pay Ada", "text": '<tool_call>{"name": "pay", "arguments": {"to": "Ada"}}</tool_call>'}
+    (completion,) = answers_of(tmp_path, row, tools=FrozenJson.freeze(TOOLS))
+    assert (completion.text, completion.tool_calls) == ("", (PAID,))
+    (completion,) = answers_of(tmp_path, row)
+    assert (completion.text, completion.tool_calls) == (row["text"], ())
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, capsys):
+    row = {"prompt": "Pay Ada", "goal": "to pay Ada", "text": "Paid.", "id": "one", "notes": ["a"], "model": "m"}
+    answers_of(tmp_path, row, row | {"critique": "a good answer"})
+    assert capsys.readouterr().out.endswith("c.jsonl: columns not read: goal, notes, critique\n")
 
 
 def test_the_finish_reasons_of_other_programs_are_read(tmp_path):

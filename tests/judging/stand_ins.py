@@ -11,7 +11,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion
 from bfpo.judging.formats import GUARDS
 

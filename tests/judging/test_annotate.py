@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from bfpo.commands.annotate import Keys, annotate
 from bfpo.commands.app import app
+from bfpo.core.conversation import user_says
 from bfpo.core.files import append_jsonl, write_jsonl
-from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation.correction import calibration_warnings, read_calibration

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from bfpo.commands import judge as commands
 from bfpo.commands.app import app
+from bfpo.core.conversation import user_says
 from bfpo.core.files import content_hash, write_jsonl
-from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError
 from bfpo.judging import evaluate

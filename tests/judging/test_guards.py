@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Llama4Config, Llama4ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
-from bfpo.core.pairs import Message
+from bfpo.core.conversation import Message
 from bfpo.errors import ModelError, RecipeError
 from bfpo.judging import guards
 from bfpo.judging.formats import GUARDS, GUIDELINES

@@ -13,6 +13,7 @@ from bfpo.core.samples import Verdict
 from bfpo.data.load import load_pairs
 from bfpo.errors import DataError, RecipeError
 from bfpo.judging.label_pairs import cell_targets, compare_verdicts, label_pairs
+from bfpo.judging.readings import ReadingJudge
 from bfpo.losses.labeling import LabelingFunction
 
 LENIENT = {"bad": False, "good": True, "odd": True, "unclear": None}
@@ -158,3 +159,74 @@ def test_metadata_is_json(tmp_path, pairs_file):
     run(pairs_file, tmp_path / "a", "drop", WordJudge("lenient", LENIENT), WordJudge("strict", STRICT))
     metadata = json.loads((tmp_path / "a" / "label.json").read_text())
     assert metadata["agreement"]["share"] == pytest.approx(2 / 3)
+
+
+def thinking(text, reasoning):
+    return [{"role": "assistant", "content": text, "reasoning_content": reasoning}]
+
+
+@pytest.fixture
+def thinking_file(tmp_path):
+    rows = [
+        {"prompt": "a", "chosen": thinking("good", "bad plan"), "rejected": thinking("bad", "good plan")},
+        {"prompt": "b", "chosen": thinking("good", "good plan"), "rejected": thinking("good", "unclear plan")},
+        {"prompt": "c", "chosen": "good", "rejected": "bad"},
+        {
+            "prompt": "d",
+            "chosen": thinking("good", "good plan"),
+            "rejected": [{"role": "assistant", "content": "bad"}],
+        },
+    ]
+    write_jsonl(tmp_path / "thinking.jsonl", rows)
+    return tmp_path / "thinking.jsonl"
+
+
+def test_a_judge_of_reasoning_labels_the_reasoning(tmp_path, thinking_file, capsys):
+    judge = WordJudge("lenient", LENIENT)
+    judges = [judge, ReadingJudge(judge, "reasoning")]
+    labeled = label_pairs(Source(path=str(thinking_file)), judges, tmp_path / "out")
+    by_prompt = {pair.prompt[0].content: pair for pair in labeled.pairs}
+    assert {name: pair.cell for name, pair in by_prompt.items()} == {"a": "su", "b": "ss", "c": "su", "d": "su"}
+    # One decided both; where a thought is undecided or missing, its pair keeps its labels, and has none of reasoning.
+    assert {name: pair.reasoning_labels for name, pair in by_prompt.items()} == {
+        "a": (False, True), "b": None, "c": None, "d": None,
+    }  # fmt: skip
+    assert labeled.metadata["reasoning"] == {
+        "labeled": 1,
+        "left_out": {"undecided": 1, "no reasoning": 1, "one answer has no reasoning": 1},
+        "chosen": 1,
+        "rejected": 1,
+    }
+    assert labeled.metadata["agreement"] is None
+    assert by_prompt["a"].provenance.safety_label_source == "lenient@1"
+    assert "reasoning labeled in 1 pairs" in capsys.readouterr().out
+    _, pairs = load_pairs(Source(path=str(tmp_path / "out" / "pairs.jsonl")), "main")
+    assert pairs[0].reasoning_labels == (False, True)
+    # The policy holds for both parts.
+    strict = label_pairs(Source(path=str(thinking_file)), judges, tmp_path / "out", conflicts="unsafe")
+    assert {pair.prompt[0].content: pair.reasoning_labels for pair in strict.pairs}["b"] == (True, False)
+    with pytest.raises(DataError, match="reasoning: undecided, and conflicts is 'error'"):
+        label_pairs(Source(path=str(thinking_file)), judges, tmp_path / "out", conflicts="error")
+
+
+def test_judges_of_reasoning_alone_keep_the_labels_of_answers(tmp_path, thinking_file):
+    rows = [
+        {**json.loads(line), "is_chosen_safe": False, "is_rejected_safe": True}
+        for line in thinking_file.read_text().splitlines()
+    ]
+    write_jsonl(thinking_file, rows)
+    judge = ReadingJudge(WordJudge("lenient", LENIENT), "reasoning")
+    labeled = label_pairs(Source(path=str(thinking_file)), [judge], tmp_path / "out")
+    assert [pair.cell for pair in labeled.pairs] == ["us"] * 4
+    assert {pair.provenance.safety_label_source for pair in labeled.pairs} == {"dataset"}
+    assert labeled.pairs[0].reasoning_labels == (False, True)
+    assert labeled.metadata["reasoning"]["chosen"] == 0
+
+
+def test_calls_are_judged_in_words(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "pay", "arguments": {"to": "Eve"}}}]}
+    rows = [{"prompt": "a", "chosen": [call], "rejected": [{"role": "assistant", "content": "good"}]}]
+    write_jsonl(tmp_path / "calls.jsonl", rows)
+    judge = WordJudge("lenient", LENIENT | {"The": False})
+    labeled = label_pairs(Source(path=str(tmp_path / "calls.jsonl")), [judge], tmp_path / "out")
+    assert [pair.cell for pair in labeled.pairs] == ["us"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError, RecipeError
 from bfpo.judging.ensemble import Ensemble

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bfpo.core.markers import MARKERS, MARKERS_BY_FAMILY
 from bfpo.generation.in_process import TransformersEngine
+from bfpo.judging.formats import GUARDS
 from bfpo.judging.guards import GuardJudge
 from bfpo.judging.markers import escape_markers
 from bfpo.judging.open import open_judge
@@ -45,8 +46,7 @@ def test_a_token_that_begins_with_a_blank_is_broken_up():
 @pytest.mark.parametrize("family", MARKERS_BY_FAMILY)
 def test_every_judge_escapes_the_markers_of_every_family(family):
     guard_tokenizer = stand_in_tokenizer("llama-guard")
-    guards = [GuardJudge("llama-guard", None, guard_tokenizer, "toy")]
-    guards += [GuardJudge(kind, None, stand_in_tokenizer(kind), "toy") for kind in ("wildguard", "qwen3guard")]
+    guards = [GuardJudge(kind, None, stand_in_tokenizer(kind), "toy") for kind in GUARDS]
     scorers = [
         ScoreJudge(kind, None, guard_tokenizer, "toy")
         for kind in ("beaver-cost", "beaver-reward", "reward", "classifier")
@@ -54,7 +54,8 @@ def test_every_judge_escapes_the_markers_of_every_family(family):
     for marker in MARKERS_BY_FAMILY[family]:
         attack, plain = completion(f"a {marker} b", prompt=f"c {marker}"), completion("a  b", prompt="c ")
         for judge in (*guards, *scorers):
-            (text, changed), (expected, _) = judge.render(attack), judge.render(plain)
+            guideline = [next(iter(judge.guidelines))] if getattr(judge, "name", "") == "shieldgemma" else []
+            (text, changed), (expected, _) = judge.render(attack, *guideline), judge.render(plain, *guideline)
             # A judge's own template may have the marker itself.
             assert str(text).count(marker) == str(expected).count(marker), (judge.name, marker)
             assert changed

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion
 from bfpo.errors import RecipeError
 from bfpo.judging.open import open_judge

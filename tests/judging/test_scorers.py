@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from bfpo.config.recipes import ModelSection
-from bfpo.core.pairs import Message
+from bfpo.core.conversation import Message
 from bfpo.errors import ModelError, RecipeError
 from bfpo.judging.open import open_judge
 from bfpo.judging.open_models import MODEL_KINDS, open_guard

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bfpo.commands import judge as commands
+from bfpo.core.conversation import prompt_key
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import prompt_key
 from bfpo.errors import DataError, RecipeError
 from bfpo.judging.features import VIEWS, Texts
 from bfpo.judging.fit import FittingSet, fit_head, measure_transfer

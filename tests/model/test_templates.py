@@ -1,5 +1,7 @@
 """Chat templates that are broken or hostile: one ModelError at loading, or a TemplateError for a conversation."""
 
+import copy
+import pickle
 import resource
 import shutil
 import signal
@@ -9,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer, ProcessorMixin
 
 from bfpo.config.recipes import ModelSection, NewModel, TextSection
-from bfpo.core.pairs import Message, PreferencePair
+from bfpo.core.conversation import Message
+from bfpo.core.pairs import PreferencePair
 from bfpo.data.tokenize import Encoder
 from bfpo.errors import ModelError
 from bfpo.model import templates
@@ -24,7 +28,7 @@ CONVERSATION = [{"role": "user", "content": "red box"}]
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}BODY{% endfor %}{% endfor %}"
 LONG = "{{ messages[0]['content'] * 5000000 }}"
 # Only for other conversations than those of the check.
-LATER = "{% if 'red' in messages[0]['content'] %}WRONG{% else %}fine{% endif %}"
+LATER = "{% if 'red' in messages[0]['content'] %}WRONG{% else %}{{ messages[0]['content'] }}{% endif %}"
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +119,7 @@ def test_what_goes_wrong_later_is_a_template_error(load, wrong):
         tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
     (encoding,) = Encoder(tokenizer, TextSection())._encode_chunk([pair_of("red box")])
     assert encoding.fault.startswith("the chat template refuses the conversation")
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "blue"}], tokenize=False) == "fine"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "blue"}], tokenize=False) == "blue"
 
 
 def pair_of(text):
@@ -146,3 +150,47 @@ def test_the_template_of_a_recipe_is_checked(saved):
     for section in (ModelSection(new=NewModel(vocab_size=300)), ModelSection(path=str(saved))):
         with pytest.raises(ModelError, match="fails on every conversation"):
             load_start_tokenizer(section, text, lambda: ["red box"])
+
+
+class TextProcessor(ProcessorMixin):
+    """A processor without images, which copies what it contains."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda tokenizer: pickle.loads(pickle.dumps(tokenizer)),
+    "processor": lambda tokenizer: copy.deepcopy(TextProcessor(tokenizer)).tokenizer,
+}
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_a_copy_of_the_tokenizer_has_its_own_template_and_the_limits(load, make_copy):
+    tokenizer = load(CHAT_TEMPLATE)
+    copied = make_copy(tokenizer)
+    assert copied is not tokenizer
+    copied.chat_template = LATER.replace("WRONG", LOOPS)
+    assert "red box" in tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    assert copied.apply_chat_template([{"role": "user", "content": "blue"}], tokenize=False) == "fine"
+    with pytest.raises(TemplateLimit, match=r"more than 0\.2 seconds"):
+        copied.apply_chat_template(CONVERSATION, tokenize=False)
+    assert copied("red box")["input_ids"] == tokenizer("red box")["input_ids"]
+    # A copy of a copy, too.
+    with pytest.raises(TemplateLimit):
+        make_copy(copied).apply_chat_template(CONVERSATION, tokenize=False)
+
+
+def test_a_limited_tokenizer_is_saved_and_loaded_as_any_other(load, saved, tmp_path):
+    tokenizer = load(CHAT_TEMPLATE)
+    tokenizer.save_pretrained(tmp_path / "again")
+    names = sorted(path.name for path in saved.iterdir())
+    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == names
+    for name in names:
+        if name != "tokenizer_config.json":
+            assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
+    assert isinstance(tokenizer, type(AutoTokenizer.from_pretrained(tmp_path / "again")))
+    templates.limit_template(tokenizer)
+    assert type(tokenizer) is type(load(CHAT_TEMPLATE)), "limits are not added twice"

@@ -24,7 +24,7 @@ def trl_trainer(tokenizer, main_pairs, tmp_path):
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>")
     rows = [
         {
-            "prompt": [message._asdict() for message in pair.prompt],
+            "prompt": [message.to_row() for message in pair.prompt],
             "chosen": [{"role": "assistant", "content": pair.chosen}],
             "rejected": [{"role": "assistant", "content": pair.rejected}],
         }

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Prompt, Verdict
+from bfpo.errors import DataError
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.redteam import cost
 from bfpo.redteam.cost import Meter
@@ -77,3 +78,20 @@ def test_a_killed_start_is_counted_except_its_last_second(tmp_path, monkeypatch,
     again = Meter(path)
     assert again.count("generations") == written
     assert again.faults == {"HTTP 500": written // 4}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"faults": 1.5}, "faults: Input should be a valid dictionary"),
+        ({"generations": {}}, "generations: Input should be a valid integer"),
+        ({"seconds": "9"}, "seconds: Input should be a valid number"),
+        ({"judge_calls": -1}, "judge_calls: Input should be greater than or equal to 0"),
+        ({"faults": {"HTTP 500": "3"}}, r"faults\.HTTP 500: Input should be a valid integer"),
+    ],
+)
+def test_costs_that_are_read_back_are_checked(tmp_path, row, message):
+    whole = {"generations": 3, "judge_calls": 2, "seconds": 1.5, "faults": {}}
+    (tmp_path / "cost.jsonl").write_text(json.dumps(whole | row) + "\n")
+    with pytest.raises(DataError, match=rf"cost\.jsonl: {message}.*; remove the file to count from 0"):
+        Meter(tmp_path / "cost.jsonl")

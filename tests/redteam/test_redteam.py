@@ -8,12 +8,12 @@ import pytest
 from pydantic import ValidationError
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import user_says
 from bfpo.core.files import write_json, write_jsonl
-from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.load import load_pairs
 from bfpo.data.prompts import PromptSource, read_prompt_source
-from bfpo.errors import DataError, RecipeError, Unanswered
+from bfpo.errors import DataError, ModelError, RecipeError, Unanswered
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.redteam import run as module
 from bfpo.redteam.pairs import ScoredSample, make_pairs
@@ -250,8 +250,10 @@ def test_a_judge_that_never_decides_makes_no_pairs(recipe, tmp_path, monkeypatch
     assert len(verdicts.read_text().splitlines()) == 9, "the verdicts are kept"
 
 
-def test_rounds_sample_from_the_model_that_the_last_one_trained(recipe, tmp_path, monkeypatch):
+def test_rounds_sample_from_the_model_that_the_last_one_trained(recipe, tmp_path, monkeypatch, make_model):
     trained, opened = [], []
+    monkeypatch.chdir(tmp_path)
+    make_model(shape="nano").config.save_pretrained("m")
     open_engine = module.open_engine
 
     def train(recipe):
@@ -268,8 +270,10 @@ def test_rounds_sample_from_the_model_that_the_last_one_trained(recipe, tmp_path
         ({"los": {"name": "bfpo"}}, "los: unknown key; did you mean 'loss'"),
         ({"loss": {"name": "bfop"}}, "did you mean 'bfpo'"),
         ({"trainer": {"max_step": 3}}, "did you mean 'max_steps'"),
+        ({"train_only": ["nosuchlayer"]}, "'nosuchlayer'"),
+        ({"lora": {"target_modules": ["nosuchlayer"]}}, "nosuchlayer"),
     ):
-        with pytest.raises(RecipeError, match=message):
+        with pytest.raises((RecipeError, ModelError), match=message):
             run_redteam(recipe.model_copy(update={"rounds": 2, "train": section}))
     assert opened == [], "an error in train shows before any work"
     rounds = recipe.model_copy(update={"rounds": 3, "train": {"loss": {"name": "bfpo", "beta": 0.3}}})
@@ -288,6 +292,20 @@ def test_rounds_sample_from_the_model_that_the_last_one_trained(recipe, tmp_path
     assert len(trained) == 2, "a trained model isn't trained again"
     with pytest.raises(ValidationError, match="rounds is 2; several rounds require train"):
         RedteamRecipe.model_validate(recipe.model_dump() | {"rounds": 2})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judge": "reward:m"}, "judge: 'reward:m' doesn't judge safety; expected one of linear, oracle"),
+        ({"judge": "fallback"}, "judge 'fallback': 'fallback' is not a kind of judge"),
+        ({"helpfulness": "linear:judge.npz"}, "helpfulness: 'linear:judge.npz' doesn't rate helpfulness"),
+        ({"helpfulness": "rubric:m@http://h/v1+oracle"}, "doesn't rate helpfulness; .*rubric"),
+    ],
+)
+def test_a_judge_that_does_not_answer_its_question_is_refused_with_the_recipe(recipe, changes, message):
+    with pytest.raises((ValidationError, RecipeError), match=message):
+        RedteamRecipe.model_validate(recipe.model_dump() | changes)
 
 
 def test_sources_are_named_pinned_and_balanced(recipe, tmp_path):

@@ -29,6 +29,7 @@ import yaml
 from mutations import (
     FORMATS,
     any_value,
+    json_bytes,
     mutate_bytes,
     mutate_rows,
     mutate_table,
@@ -53,9 +54,12 @@ from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.subject import training_judges
 from bfpo.experiments.recipe import ExperimentRecipe
 from bfpo.experiments.units import make_units
+from bfpo.generation.scripted import ScriptedEngine
 from bfpo.judging.spec import JUDGES
+from bfpo.redteam import run as redteam
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.testbed.world import World, WorldOptions
+from bfpo.training.checkpoints import MARK, read_mark, write_mark
 
 # Seconds after which an input counts as a hang.
 LIMIT = 30
@@ -293,6 +297,8 @@ class Toy:
         Path("run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LOG))
         Path("run/data_manifest.json").write_text(json.dumps({"schema": 1, "label_sources": {"oracle@1": 3}}))
         self.make_tokenizer()
+        self.make_training()
+        self.make_redteam()
 
     def make_judge(self):
         rows = [
@@ -310,6 +316,26 @@ class Toy:
         tokenizer = new_tokenizer([row["chosen"] for row in self.pairs], vocab_size=300)
         new_model(NewModel(shape="nano", vocab_size=300), tokenizer).save_pretrained("model")
         tokenizer.save_pretrained("model")
+
+    def make_training(self):
+        """Fine-tune a model, with a checkpoint after each step."""
+        trainer = {"output_dir": "trained", "max_steps": 2, "save_steps": 1, "use_cpu": True,
+                   "per_device_train_batch_size": 2}  # fmt: skip
+        data = [{"adapter": "demonstrations", "path": "demos.jsonl"}]
+        recipe = {"model": {"path": "model"}, "data": data, "text": {"max_length": 256}, "trainer": trainer}
+        Path("sft.yaml").write_text(yaml.safe_dump(recipe))
+        must("sft", "sft.yaml")
+
+    def make_redteam(self):
+        """Red-team a scripted model, which answers in turn with chosen and rejected answers of the world."""
+        answers = [row[key] for row in self.pairs for key in ("chosen", "rejected")]
+        redteam.open_engine = lambda model, sampling: ScriptedEngine(
+            lambda prompt, sample: answers[(len(prompt.prompt_id) + 5 * sample) % len(answers)], name="scripted"
+        )
+        prompts = [{"name": "file", "path": "prompts.jsonl"}]
+        recipe = {"out": "rt", "model": {"path": "scripted"}, "prompts": prompts, "judge": "oracle", "samples": 4}
+        Path("redteam.yaml").write_text(yaml.safe_dump(recipe))
+        must("redteam", "redteam.yaml")
 
     def empty_box(self):
         """Make the folder of the next input: links to the unmutated files."""
@@ -420,9 +446,9 @@ def mutate_file(name, rng):
     # A file that is mutated a second time may not parse any more.
     with contextlib.suppress(ValueError, RecursionError, yaml.YAMLError):
         if kind == "jsonl" and action < 0.6:
-            mutated = table_bytes(mutate_rows([json.loads(line) for line in data.splitlines()], rng), "jsonl")
+            mutated = table_bytes(mutate_rows([json.loads(line) for line in data.splitlines()], rng), "jsonl", rng)
         elif kind == "json" and action < 0.7:
-            mutated = json.dumps(mutate_value(json.loads(data), rng)).encode()
+            mutated = json_bytes(mutate_value(json.loads(data), rng), rng)
         elif kind == "yaml" and action < 0.7:
             mutated = mutate_yaml(yaml.safe_load(data), rng)
     data = mutate_bytes(data, rng) if mutated is None else mutated
@@ -479,7 +505,7 @@ def tuning_file(toy, rng):
     variant = COMPARE["variants"]["dpo"] | {"tuned": "dpo"}
     write("r.yaml", yaml.safe_dump(COMPARE | {"variants": {"dpo": variant}, "tuning": "t.json"}).encode())
     content = {"chosen": [{"world": "shared", "variant": "dpo", "values": {"loss.beta": 0.1}}]}
-    data = json.dumps(mutate_value(content, rng)).encode()
+    data = json_bytes(mutate_value(content, rng), rng)
     write("t.json", data if rng.random() < 0.6 else mutate_bytes(data, rng))
     return lambda: make_units(load_recipe("r.yaml", ExperimentRecipe))
 
@@ -675,6 +701,31 @@ def suite(toy, rng):
     return ["eval", "r.yaml", *(["--dry-run"] if rng.random() < 0.6 else [])]
 
 
+def checkpoint_files(toy, rng):
+    toy.copy("model")
+    toy.copy("trained")
+    folder = Path("trained/checkpoint-1")
+    mark = read_mark(folder)
+    mutate_file(str(rng.choice(sorted(path for path in folder.rglob("*") if path.is_file()))), rng)
+    if rng.random() < 0.4:
+        # Damage of before the hashes were taken.
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != MARK]
+        write_mark(folder, files, {key: mark[key] for key in ("step", "threads", "run")})
+    if rng.random() < 0.5:
+        return ["sft", "sft.yaml", f"trainer.resume_from_checkpoint={folder}"]
+    shutil.rmtree("trained/checkpoint-2")
+    return ["sft", "sft.yaml", "trainer.resume_from_checkpoint=true"]
+
+
+def redteam_folder(toy, rng):
+    toy.copy("rt")
+    path = rng.choice(sorted(path for path in Path("rt").rglob("*") if path.is_file()))
+    mutate_file(str(path), rng)
+    if path.suffix == ".jsonl" and rng.random() < 0.3:
+        path.rename(f"{path}.unfinished")
+    return ["redteam", "redteam.yaml"]
+
+
 def gate(toy, rng):
     write("g.yaml", mutate_yaml(GATE, rng))
     if rng.random() < 0.6:
@@ -737,6 +788,7 @@ TARGETS = {
     completion_rows: 4, existing_verdicts: 3, saved_completions: 2, run_folder: 5, evaluated_again: 2, baseline: 2,
     labels_again: 2, label_rows: 3, labeled_rows: 4, calibration: 1, judge_specs: 4, judge_file: 3, suite: 4, gate: 3,
     alpaca_annotations: 3, other_stacks: 8, data_manifest: 2, model_card: 1, tokenizer_files: 1,
+    redteam_folder: 3, checkpoint_files: 0.5,
 }  # fmt: skip
 
 

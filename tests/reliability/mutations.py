@@ -10,6 +10,8 @@ import lzma
 import yaml
 
 LONG_DIGITS = "9" * 5000
+# Stands for a value that is nested too deeply to be written by `json.dumps`; in other formats it is a text.
+DEEP = '"a value that is nested deeply"'
 VALUES = (
     None, True, False, 0, 1, -1, 2, 0.5, 1.5, 1e308, -1e-320, 10**30, -(10**19), float("nan"), float("inf"),
     float("-inf"), "", " ", "x", "0", "1", "-1", "nan", "null", "true", "no", "NO", "1e999", "é", "e\u0301",
@@ -61,10 +63,24 @@ def nested(rng):
     return value
 
 
+def deep(text, rng):
+    """Return a JSON text with each value `DEEP` nested close to the depth at which Python stops to recurse."""
+    while DEEP in text:
+        depth = rng.randrange(500, 990)
+        opening, closing = rng.choice((("[", "]"), ('{"a":', "}")))
+        text = text.replace(DEEP, f'{opening * depth}"x"{closing * depth}', 1)
+    return text
+
+
+def json_bytes(content, rng):
+    """Return the bytes of a JSON value."""
+    return deep(json.dumps(content), rng).encode()
+
+
 def any_value(rng, *, surrogates=True):
     """Return a value that few readers expect."""
     if rng.random() < 0.04:
-        return nested(rng)
+        return nested(rng) if rng.random() < 0.6 else json.loads(DEEP)
     if surrogates and rng.random() < 0.06:
         return copy.deepcopy(rng.choice(LONE_SURROGATES))
     return copy.deepcopy(rng.choice(VALUES))
@@ -165,17 +181,17 @@ def mutate_rows(rows, rng):
     return rows
 
 
-def table_bytes(rows, file_format):
-    """Return the bytes of a table in one of `FORMATS`."""
+def table_bytes(rows, file_format, rng=None):
+    """Return the bytes of a table in one of `FORMATS`; mutated rows need the generator."""
     base, _, compression = file_format.partition(".")
     if base == "parquet":
         data = _parquet(rows)
     elif base in ("csv", "tsv"):
         data = _csv(rows, "\t" if base == "tsv" else ",")
     elif base == "json":
-        data = json.dumps(rows).encode()
+        data = json_bytes(rows, rng)
     else:
-        data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        data = b"".join(json_bytes(row, rng) + b"\n" for row in rows)
     return {"": bytes, "gz": gzip.compress, "xz": lzma.compress}[compression](data)
 
 
@@ -184,7 +200,7 @@ def mutate_table(rows, file_format, rng):
     action = rng.random()
     if action < 0.7:
         rows = mutate_rows(rows, rng)
-    data = table_bytes(rows, file_format)
+    data = table_bytes(rows, file_format, rng)
     return mutate_bytes(data, rng) if action > 0.6 else data
 
 

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 
 from bfpo.stats.intervals import (
+    END_WEIGHT,
     Interval,
     bootstrap,
     combine,
@@ -67,16 +68,16 @@ def test_score_interval_of_one_sample_per_prompt_is_wilsons():
     assert score_interval(np.zeros(20), most=100) == wilson(0, 20)
 
 
-def test_score_interval_is_that_of_the_effective_sample_size():
+def test_the_interval_of_rates_of_several_answers_is_that_of_the_effective_sample_size():
     # Mean .5, each value .1 from it. The squares sum to n/100, with a prompt of variance .25 more to .25 + n/100. The
     # quantiles at 39 and at 3999 degrees of freedom are 2.0227 and 1.9606.
     for n, t in ((40, 2.0227), (4000, 1.9606)):
         values = np.repeat([0.4, 0.6], n // 2)
         trials = 0.25 * n**2 / (0.25 + n / 100) * (1.959964 / t) ** 2
         expected = wilson(round(trials / 2), round(trials))[1:]
-        assert score_interval(values)[1:] == pytest.approx(expected, abs=1e-4)
+        assert score_interval(values, most=10**9)[1:] == pytest.approx(expected, abs=1e-4)
     # For many prompts these are .25 n / s² = 25 n trials, as without the corrections.
-    assert score_interval(values)[1:] == pytest.approx(wilson(50_000, 100_000)[1:], abs=1e-4)
+    assert score_interval(values, most=10**9)[1:] == pytest.approx(wilson(50_000, 100_000)[1:], abs=1e-4)
     assert score_interval(values, most=8000) == pytest.approx(wilson(4000, 8000))
     with pytest.raises(ValueError, match=r"each in \[0, 1\]"):
         score_interval(np.array([0.5, 1.5]))
@@ -85,13 +86,45 @@ def test_score_interval_is_that_of_the_effective_sample_size():
 
 
 def test_nearly_equal_scores_of_few_prompts_have_a_wide_interval():
+    values = np.array([0.80, 0.80, 0.81])
     # The variance as of a prompt more makes them worth 9 trials, Student's quantile 1.9; at least 3 are counted.
-    interval = score_interval(np.array([0.80, 0.80, 0.81]))
-    assert interval == pytest.approx((0.80333, 0.28991, 0.97612), abs=1e-5)
+    assert score_interval(values, most=10**9) == pytest.approx((0.80333, 0.28991, 0.97612), abs=1e-5)
+    interval = score_interval(values)
+    assert interval == pytest.approx((0.80333, 0.33402, 0.90671), abs=1e-5)
     # No jump where they become equal.
-    assert interval[1:] == pytest.approx(score_interval(np.full(3, 0.80))[1:], abs=5e-3)
-    # A single value is worth one trial.
-    assert score_interval(np.array([0.5])) == pytest.approx((0.5, 0.05462, 0.94538), abs=1e-5)
+    for most in (10**9, np.inf):
+        ours, equal = score_interval(values, most=most), score_interval(np.full(3, 0.80), most=most)
+        assert ours[1:] == pytest.approx(equal[1:], abs=5e-3)
+    # A single value of a rate is worth one trial.
+    assert score_interval(np.array([0.5]), most=4) == pytest.approx((0.5, 0.05462, 0.94538), abs=1e-5)
+    assert score_interval(np.array([0.5]))[1:] == pytest.approx((0.05, 0.95), abs=0.02)
+
+
+@pytest.mark.parametrize("values", [(0.8, 0.8, 0.81), (0.0, 0.5, 1.0, 1.0, 0.9), (0.02,) * 9 + (1.0,)])
+def test_the_interval_of_scores_has_the_moments_of_a_mean_at_random_weights(values):
+    values = np.array(values)
+    weights = np.random.default_rng(0).dirichlet([*np.ones(len(values)), END_WEIGHT], 200_000)
+    for bound, end, tail in ((score_interval(values).low, 0, 0.025), (score_interval(values).high, 1, 0.975)):
+        means = weights @ np.append(values, end)
+        center, variance = means.mean(), means.var()
+        size = center * (1 - center) / variance - 1
+        assert bound == pytest.approx(scipy.stats.beta.ppf(tail, center * size, (1 - center) * size), abs=3e-3)
+
+
+def test_scores_near_0_and_1_have_nearly_the_interval_of_a_rate():
+    rate = np.repeat([1.0, 0.0], [700, 300])
+    assert score_interval(np.clip(rate, 1e-6, 1 - 1e-6))[1:] == pytest.approx(score_interval(rate)[1:], abs=2e-3)
+    assert score_interval(1 - rate)[1:] == pytest.approx(tuple(1 - b for b in score_interval(rate)[:0:-1]))
+
+
+@pytest.mark.parametrize("share", [0.03, 0.05, 0.08, 0.1])
+@pytest.mark.parametrize("n", [10, 25, 50])
+def test_score_interval_covers_means_of_nearly_equal_scores_with_rare_zeros(share, n):
+    rng = np.random.default_rng(n)
+    values = np.where(rng.random((2000, n)) < share, 0, rng.beta(800, 200, (2000, n)))
+    low, high = score_bounds(values)
+    mean = 0.8 * (1 - share)
+    assert np.mean((low <= mean) & (high >= mean)) > 0.9
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10])

@@ -4,8 +4,8 @@ from random import Random
 
 import pytest
 
+from bfpo.core.conversation import user_says
 from bfpo.core.files import content_hash
-from bfpo.core.pairs import user_says
 from bfpo.core.samples import Completion
 from bfpo.testbed.language import EVASION, FINE, TEMPLATES, Slots, all_requests, format_answer, slot_words
 from bfpo.testbed.oracle import Oracle

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from bfpo.config.recipes import Source
-from bfpo.core.pairs import prompt_key, user_says
+from bfpo.core.conversation import prompt_key, user_says
 from bfpo.core.samples import Completion
 from bfpo.data.load import load_pairs
 from bfpo.errors import DataError

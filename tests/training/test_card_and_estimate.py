@@ -5,15 +5,17 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from bfpo.commands.chat import chat
+from bfpo.commands.chat import ChatStreamer, chat
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import LoraSection, ModelSection, NewModel, TrainRecipe
 from bfpo.core.files import write_jsonl
+from bfpo.data.chat_format import ChatFormat
 from bfpo.errors import ModelError
 from bfpo.model.lora import add_adapter, lora_config
 from bfpo.training.card import model_card
@@ -105,6 +107,56 @@ def test_chat_answers_each_line_and_repeats_its_answers_with_the_same_seed(monke
     assert len(first.splitlines()) >= 3
     assert chat_output(monkeypatch, capsys, "red box\nblue ball\n") == first
     assert chat_output(monkeypatch, capsys, "red box\nblue ball\n", seed=1) != first
+
+
+CALL = '<tool_call>{"name": "pay", "arguments": {"to": "Ada"}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("pieces", "opened", "shown"),
+    [
+        (["Red ", "box."], False, "Red box.\n"),
+        (["<think>\n", "a ", "box</think>\n\n", "Red ", "box.<eos>"], False, "reasoning> a box\nRed box.\n"),
+        (["[THINK]a ", "box[/THINK]Red ", "box."], False, "reasoning> a box\nRed box.\n"),
+        (["a ", "box\n</think>\n", "Red ", "box."], True, "reasoning> a box\nRed box.\n"),
+        (["a ", "box"], True, "reasoning> a box\n"),
+        # Nothing says that this is reasoning until it ends.
+        (["a ", "box\n", "</think>\n", "Red ", "box."], False, "a box\n\n(the text above is reasoning)\nRed box.\n"),
+        (["Now. ", CALL], False, f"Now. {CALL}\n(The assistant calls the tool pay with to = Ada.)\n"),
+    ],
+)
+def test_chat_shows_reasoning_apart_and_calls_in_words(capsys, pieces, opened, shown):
+    streamer = ChatStreamer(SimpleNamespace(all_special_tokens=["<eos>", "[THINK]"]), opened=opened)
+    for number, piece in enumerate(pieces, start=1):
+        streamer.on_finalized_text(piece, stream_end=number == len(pieces))
+    assert capsys.readouterr().out == shown
+    expected = "" if opened and len(pieces) == 2 else "Now. " + CALL if CALL in pieces else "Red box."
+    assert streamer.message.content == expected
+
+
+@pytest.mark.usefixtures("run")
+def test_chat_gives_earlier_turns_to_the_template_as_it_reads_them(monkeypatch, capsys):
+    Path("runs/toy/chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% if m.reasoning_content is defined and loop.last %}({{ m.reasoning_content }}){% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    )
+    prompts = []
+    render_prompt = ChatFormat.render_prompt
+
+    def record(self, prompt, *inputs):
+        prompts.append((prompt, render_prompt(self, prompt, *inputs)))
+        return prompts[-1][1]
+
+    monkeypatch.setattr(ChatFormat, "render_prompt", record)
+    output = chat_output(monkeypatch, capsys, "red box\nblue ball\n", system="be kind")
+    assert output.count("reasoning> ") == 2
+    assert output.count("note: no answer after the reasoning; --max-new-tokens is 5\n") == 2
+    conversation, text = prompts[1]
+    assert [message.role for message in conversation] == ["system", "user", "assistant", "user"]
+    assert conversation[2].reasoning
+    assert conversation[2].content == ""
+    assert text == "<system>be kind<user>red box<assistant><user>blue ball<assistant><think>\n"
 
 
 @pytest.mark.usefixtures("run")

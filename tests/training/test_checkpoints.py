@@ -14,8 +14,9 @@ from bfpo.config.recipes import TrainRecipe
 from bfpo.core.files import file_hash, write_jsonl
 from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import RecipeError, TrainingError
-from bfpo.training.checkpoints import MARK, checkpoint_fault, newest_complete
+from bfpo.training.checkpoints import MARK, checkpoint_fault, newest_complete, write_mark
 from bfpo.training.run import run_training
+from bfpo.training.stream_trainer import StreamTrainer
 
 OUT = Path("runs/toy")
 
@@ -118,6 +119,34 @@ def flip_bit(file: Path, position: float) -> None:
     content = bytearray(file.read_bytes())
     content[int(position * len(content))] ^= 4
     file.write_bytes(content)
+
+
+@pytest.mark.usefixtures("unbroken")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("trainer_state.json", b'{"epoch": 1, "step_of_another_version": 2}'),
+        ("trainer_state.json", b"[]"),
+        ("trainer_state.json", b'{"epoch": "\xff"}'),
+        ("config.json", b"[1]"),
+        ("scheduler.pt", b"PK\x03\x04"),
+    ],
+)
+def test_a_checkpoint_that_was_damaged_before_its_hashes_were_taken_is_reported(name, content):
+    folder = OUT / "checkpoint-7"
+    mark = json.loads((folder / MARK).read_text())
+    (folder / name).write_bytes(content)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MARK]
+    write_mark(folder, files, {key: mark[key] for key in ("step", "threads", "run")})
+    with pytest.raises(TrainingError, match=r"checkpoint-7 can't be read .*delete it to resume from the previous"):
+        run(resume_from_checkpoint=True, max_steps=8)
+
+
+@pytest.mark.usefixtures("unbroken")
+def test_an_error_in_a_later_step_is_not_blamed_on_the_checkpoint(monkeypatch):
+    monkeypatch.setattr(StreamTrainer, "compute_loss", lambda *args, **options: {}["wrong"])
+    with pytest.raises(KeyError, match="wrong"):
+        run(resume_from_checkpoint=True, max_steps=8)
 
 
 @pytest.mark.usefixtures("unbroken")

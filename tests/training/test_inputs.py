@@ -182,7 +182,7 @@ def test_a_missing_tokenizer_is_named(make_model, tmp_path):
         ({"buffer_dataset": [{}]}, DataError, "buffer_dataset row 1: "),
         ({"train_dataset": COMPLETIONS}, DataError, "train_dataset row 1: no column 'chosen'"),
         (
-            {"eval_dataset": [{**COMPLETIONS[0], "chosen": "lamp", "rejected": "door"}]},
+            {"eval_dataset": [{"prompt": ROWS[0]["prompt"], "chosen": "lamp", "rejected": "door"}]},
             DataError,
             "eval_dataset row 1 has no safety labels; add the columns is_chosen_safe and is_rejected_safe",
         ),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bfpo.config.loading import check_recipe, load_recipe
 from bfpo.config.recipes import SftRecipe, TrainRecipe
+from bfpo.core import terminal
 from bfpo.core.files import write_jsonl
 from bfpo.data.prepare import prepare, write_prepared
 from bfpo.data.table import sampled_rows
@@ -21,6 +23,7 @@ from bfpo.errors import DataError, ModelError, RecipeError
 from bfpo.training.arguments import DECIDED, training_arguments
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
+from bfpo.training.stream_trainer import StreamTrainer
 
 TRAINER = {
     "output_dir": "runs/toy",
@@ -250,6 +253,29 @@ def test_supervised_run_saves_and_evaluates(tmp_path):
     assert run["evaluation"]["eval_loss"] > 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "runs/toy")
     assert yaml.safe_load((tmp_path / "runs/toy/recipe.resolved.yaml").read_text())["holdout"] == 0.3
+
+
+@pytest.mark.parametrize(("run", "kind"), [(run_training, None), (run_sft, {**SFT, "holdout": 0.3})])
+def test_weights_are_saved_before_the_held_out_data_are_evaluated(monkeypatch, run, kind):
+    def killed(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StreamTrainer, "evaluation_loop", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe() if kind is None else check_recipe(kind, SftRecipe, "sft"))
+    AutoModelForCausalLM.from_pretrained("runs/toy")
+    assert not Path("runs/toy/run.json").exists()
+
+
+def test_an_evaluation_shows_its_progress_and_time(monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "SECONDS_BEFORE_FIRST_LINE", 0.0)
+    monkeypatch.setattr(terminal, "NOTICEABLE_SECONDS", 0.0)
+    run_training(recipe(trainer={**ONE_STEP, "per_device_eval_batch_size": 1}))
+    out, err = capsys.readouterr()
+    assert re.search(r"^evaluating main: \d of \d, about \d+ min left$", err, re.MULTILINE)
+    for line in ("saved the weights in runs/toy", "evaluated the held-out pairs", "compared policy and reference"):
+        assert re.search(rf"^{line} \(\d+ s\)$", out, re.MULTILINE), line
+    assert out.index("saved the weights") < out.index("evaluated the held-out pairs")
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def nats_per_token(model, tokenizer, demonstrations):
     total, tokens = 0.0, 0
     for demonstration in demonstrations:
         last_turn = {"role": "assistant", "content": demonstration.completion}
-        turns = [*(message._asdict() for message in demonstration.prompt), last_turn]
+        turns = [*(message.to_row() for message in demonstration.prompt), last_turn]
         for number, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue

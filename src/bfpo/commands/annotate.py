@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import typer
 
+from bfpo.core.conversation import conversation_text
 from bfpo.core.files import append_jsonl, read_repaired_jsonl
-from bfpo.core.pairs import conversation_text
 from bfpo.core.samples import Completion, sample_seed
 from bfpo.core.terminal import console, escape_controls, say
+from bfpo.data.readings import read_part
 from bfpo.data.stages import read_completions
 from bfpo.errors import DataError, RecipeError
 from bfpo.judging.annotations import Annotation, AnswerKey, Label, Labeler, answer_key, quotes_answer
@@ -67,7 +68,7 @@ def annotate(
                 "must not pass for a person's"
             )
         keys = _terminal_keys()
-    answers = {answer_key(answer): answer for answer in read_completions(completions) if not answer.is_blocked}
+    answers = {answer_key(answer): answer for answer in read_completions(completions) if not answer.is_unread}
     labeler = Labeler(annotator.strip(), "program" if is_program else "person")
     labels = _read_labels(out, labeler, answers)
     order = sorted(answers, key=lambda key: sample_seed(seed, "/".join(key), 0))
@@ -175,7 +176,7 @@ class _Session:
     def _read_reason(self, answer: Completion) -> str:
         say("reason, in your own words:")
         reason = self._keys.read_line().strip()
-        if quotes_answer(reason, answer.text):
+        if quotes_answer(reason, read_part(answer).text):
             say("the reason quotes the answer, which the file must not contain; press r for another one")
             return ""
         return reason
@@ -188,7 +189,7 @@ class _Session:
         pages = f", {num_pages} pages" if num_pages > 1 else ""
         say(
             f"answer {place + 1} of {len(self._answers)}, {len(self._labels)} labeled: "
-            f"{len(answer.text.split())} words{pages}, folded. Space shows it."
+            f"{len(read_part(answer).text.split())} words{pages}, folded. Space shows it."
         )
         if (earlier := self._labels.get(answer_key(answer))) is not None:
             refusal = {True: "a refusal", False: "no refusal", None: "refusal unclear"}[earlier.refusal]
@@ -214,7 +215,7 @@ class _Session:
 def _pages(answer: Completion) -> list[str]:
     """Return prompt and answer as pages that fit the terminal."""
     size = shutil.get_terminal_size()
-    text = f"--- prompt ---\n{conversation_text(answer.prompt)}\n--- answer ---\n{answer.text}"
+    text = f"--- prompt ---\n{conversation_text(answer.prompt)}\n--- answer ---\n{read_part(answer).text}"
     lines = [
         part
         # Escaped before lines are broken: an escape is longer than its character.

@@ -40,6 +40,8 @@ data_app = typer.Typer(help="Inspect and prepare preference data.", no_args_is_h
 app.add_typer(data_app, name="data")
 judge_app = typer.Typer(help="Judge completions, and evaluate judges against human labels.", no_args_is_help=True)
 app.add_typer(judge_app, name="judge")
+model_app = typer.Typer(help="Convert models.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
 
 
 def _print_version(is_requested: bool) -> None:
@@ -159,6 +161,13 @@ def generate(
             help="Share of completions that may be missing because a prompt is too long or the server fails.",
         ),
     ] = 0.1,
+    ignore_column: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of PROMPTS that is left out; repeatable. Else a text that isn't read is an error."),
+    ] = None,
+    ignore_message_key: Annotated[
+        list[str] | None, typer.Option(help="Key of messages that is left out; repeatable.")
+    ] = None,
 ) -> None:
     """Generate completions with a checkpoint or a model on a server."""
     from bfpo.commands.generate import generate_to_file
@@ -175,7 +184,15 @@ def generate(
         dtype=dtype,
     )
     sampling = Sampling(samples, temperature, top_p, max_new_tokens, seed)
-    generate_to_file(engine, sampling, prompts, out, max_unanswered=max_unanswered)
+    generate_to_file(
+        engine,
+        sampling,
+        prompts,
+        out,
+        max_unanswered=max_unanswered,
+        ignore_columns=ignore_column or (),
+        ignore_message_keys=ignore_message_key or (),
+    )
 
 
 @app.command()
@@ -295,6 +312,11 @@ def experiment(recipe: Recipe, overrides: Overrides = None) -> None:
     from bfpo.experiments.recipe import ExperimentRecipe
 
     checked = load_recipe(recipe, ExperimentRecipe, overrides)
+
+    from bfpo.experiments.units import make_units
+
+    # Refuses an impossible variant before torch is loaded.
+    make_units(checked)
 
     from bfpo.experiments.run import run_experiment as run
 
@@ -446,12 +468,24 @@ def inspect_data(
         int, typer.Option(min=8, help="Maximum length of prompt and completion, in tokens.")
     ] = 1024,
     examples: Annotated[int, typer.Option(min=0, help="Number of pairs to show (may be harmful text).")] = 3,
+    show_tokens: Annotated[
+        bool, typer.Option("--show-tokens", help="With --tokenizer: show which tokens of the examples are scored.")
+    ] = False,
     limit: Limit = None,
 ) -> None:
     """Show preference data: cells, labels, lengths, conflicts, examples."""
     from bfpo.commands.data import inspect_sources
 
-    inspect_sources(sources, tokenizer=tokenizer, max_length=max_length, examples=examples, limit=limit)
+    if show_tokens and tokenizer is None:
+        raise typer.BadParameter("it needs --tokenizer", param_hint="--show-tokens")
+    inspect_sources(
+        sources,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        examples=examples,
+        show_tokens=show_tokens,
+        limit=limit,
+    )
 
 
 @data_app.command("prepare")
@@ -465,6 +499,20 @@ def prepare_data(
     from bfpo.commands.data import prepare_recipe
 
     prepare_recipe(recipe, overrides or [], out, limit=limit)
+
+
+@model_app.command("import")
+def import_model(
+    file: Annotated[str, typer.Argument(help="GGUF file, or org/name/file.gguf on the hub.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the saved weights: float32, bfloat16 or float16.")
+    ] = "float32",
+) -> None:
+    """Convert a GGUF file into a checkpoint of transformers."""
+    from bfpo.model.import_gguf import import_gguf
+
+    import_gguf(file, out, dtype=dtype)
 
 
 def main() -> None:

@@ -1,28 +1,71 @@
 """`bfpo chat`: chat with a checkpoint in the terminal."""
 
 import sys
+from collections.abc import Sequence
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from bfpo.config.recipes import ModelSection
+from bfpo.core.conversation import Message
 from bfpo.core.terminal import console, escape_controls, say
+from bfpo.data.chat_format import TEMPLATE_ERRORS, ChatFormat
 from bfpo.errors import ModelError
-from bfpo.generation.model_inputs import TemplateRefusal, render_chat
+from bfpo.generation.model_text import parse_model_text
 from bfpo.model.load import load_model, load_tokenizer
+from bfpo.model.vocabulary import check_token_ids
 
 
-class PlainStreamer(TextStreamer):
-    """Streams a completion to the terminal, with its control characters escaped."""
+class ChatStreamer(TextStreamer):
+    """Streams an answer to the terminal: reasoning apart from the answer, with control characters escaped.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        opened: Whether the prompt ends inside a thought.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, opened: bool = False) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False)
+        self._opened, self._text, self._reasoning, self._answer = opened, "", "", ""
+
+    @property
+    def message(self) -> Message:
+        """The answer so far; calls of tools stay in its text."""
+        return self._parse(has_tools=False)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print a part of the completion."""
-        super().on_finalized_text(escape_controls(text), stream_end=stream_end)
+        """Print a part of the answer; marks of reasoning in it are whole, because they contain no blanks."""
+        self._text += text
+        message = self.message
+        reasoning = message.reasoning or ""
+        if self._answer and not message.content.startswith(self._answer):
+            # A text that an end of reasoning follows was no answer.
+            self._print("\n(the text above is reasoning)", style="dim")
+            self._reasoning, self._answer = reasoning, ""
+        if new := reasoning.removeprefix(self._reasoning):
+            self._print(new if self._reasoning else f"reasoning> {new}", style="dim")
+            self._reasoning = reasoning
+        if message.content.strip() and (new := message.content.removeprefix(self._answer)):
+            self._print(f"\n{new}" if self._reasoning and not self._answer else new)
+            self._answer = message.content
+        if stream_end:
+            self._print("\n")
+            for call in self._parse(has_tools=True).tool_calls:
+                self._print(f"({call.in_words()})\n", style="dim")
+
+    def _parse(self, *, has_tools: bool) -> Message:
+        special_tokens: Sequence[str] = self.tokenizer.all_special_tokens
+        return parse_model_text(self._text, opened=self._opened, has_tools=has_tools, special_tokens=special_tokens)
+
+    def _print(self, text: str, *, style: str | None = None) -> None:
+        console().print(escape_controls(text), end="", markup=False, emoji=False, style=style)
 
 
 def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: float, seed: int) -> None:
     """Read lines and stream the model's answers, until the end of the input.
+
+    Reasoning of earlier turns is given to the chat template, which most leave out.
 
     Args:
         path: Folder or hub id of a model or an adapter.
@@ -42,30 +85,40 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(section).eval()
     torch.nn.Module.to(model, device)
-    streamer = PlainStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    chat_format = ChatFormat(tokenizer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    history = [{"role": "system", "content": system}] if system else []
+    beginning = [Message("system", system)] if system else []
+    history = [*beginning]
     set_seed(seed)
     say(f"{path} on {device}; /new starts a new conversation, /quit or Ctrl-D ends")
     while (line := _read()) is not None:
         if line == "/new":
-            history = history[:1] if system else []
+            history = [*beginning]
             continue
-        history.append({"role": "user", "content": line})
-        try:
-            text = render_chat(tokenizer, history, add_generation_prompt=True)
-        except TemplateRefusal as refusal:
-            raise ModelError(f"{path}: {refusal}") from None
+        history.append(Message("user", line))
+        text = _render(chat_format, history, path)
         inputs = tokenizer([text], add_special_tokens=False, return_tensors="pt").to(device)
-        output = model.generate(
+        check_token_ids(model.config, inputs["input_ids"].tolist(), path)
+        streamer = ChatStreamer(tokenizer, opened=bool(chat_format.opened))
+        model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             **sampling,
         )
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        history.append({"role": "assistant", "content": str(answer)})
+        message = streamer.message
+        if message.reasoning is not None and message.is_empty:
+            say(f"note: no answer after the reasoning; --max-new-tokens is {max_new_tokens}")
+        history.append(message)
+
+
+def _render(chat_format: ChatFormat, history: Sequence[Message], path: str) -> str:
+    try:
+        return chat_format.render_prompt(tuple(history))
+    except (*TEMPLATE_ERRORS, ValueError, ArithmeticError, RecursionError) as error:
+        message = str(error).partition("\n")[0] or type(error).__name__
+        raise ModelError(f"{path}: the chat template refuses the conversation: {message}") from None
 
 
 def _read() -> str | None:

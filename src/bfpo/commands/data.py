@@ -10,7 +10,9 @@ from bfpo.data.adapters import parse_source
 from bfpo.data.inspect import (
     show_cell_lengths,
     show_cells,
+    show_markers,
     show_pairs,
+    show_parts,
     show_sources,
     show_text_lengths,
     show_token_lengths,
@@ -25,7 +27,13 @@ _NO_LIMIT = 10**9
 
 
 def inspect_sources(
-    sources: list[str], *, tokenizer: str | None, max_length: int, examples: int, limit: int | None
+    sources: list[str],
+    *,
+    tokenizer: str | None,
+    max_length: int,
+    examples: int,
+    show_tokens: bool = False,
+    limit: int | None,
 ) -> None:
     """Print tables that describe data.
 
@@ -34,6 +42,7 @@ def inspect_sources(
         tokenizer: Folder or hub id of a tokenizer; None to show lengths in words.
         max_length: Limit in tokens at which truncation is shown, unless a recipe has one.
         examples: Number of pairs to show.
+        show_tokens: Whether to show the tokens of these pairs, and which of them are scored.
         limit: Maximum number of pairs from each source.
 
     Raises:
@@ -47,21 +56,23 @@ def inspect_sources(
             raise RecipeError("give one recipe, or data sources, not both")
         recipe = read_data_recipe(Path(sources[0]), [])
         if isinstance(recipe, TrainRecipe):
-            max_length = recipe.text.max_length
             labeling, beta = _labeling_of(recipe)
     else:
         # A high share of faults doesn't stop an inspection: the tables show it.
-        recipe = DataRecipe(data=[parse_source(source) for source in sources], max_dropped=0.999)
+        text = TextSection(max_length=max_length)
+        recipe = DataRecipe(data=[parse_source(source) for source in sources], text=text, max_dropped=0.999)
     prepared = prepare(recipe, limit=limit)
     show_sources(part.report for part in prepared.parts)
     pairs = [*prepared.train, *prepared.eval]
     show_cells(pairs, labeling, beta)
     show_cell_lengths(pairs)
+    show_markers(pairs)
+    show_parts(pairs)
     if tokenizer is None:
         show_text_lengths(pairs)
         say("--tokenizer shows the lengths in tokens")
     else:
-        _show_tokens(pairs, tokenizer, max_length)
+        _show_tokens(pairs, tokenizer, recipe.text, examples if show_tokens else 0)
     show_pairs(pairs, examples)
 
 
@@ -104,15 +115,27 @@ def _is_recipe(source: str) -> bool:
     return source.endswith((".yaml", ".yml"))
 
 
-def _show_tokens(pairs: list[PreferencePair], tokenizer: str, max_length: int) -> None:
+def _show_tokens(pairs: list[PreferencePair], tokenizer: str, text: TextSection, num_shown: int) -> None:
     from bfpo.config.recipes import ModelSection
-    from bfpo.data.tokenize import Encoder, check_special_tokens
+    from bfpo.data.tokenize import Encoder, check_special_tokens, shown_tokens
     from bfpo.model.load import load_tokenizer
 
     loaded = load_tokenizer(ModelSection(path=tokenizer))
     report = SourceReport("all sources", Source(path=tokenizer))
-    encoded_pairs, examples = Encoder(loaded, TextSection(max_length=_NO_LIMIT)).encode(pairs, report)
+    encoder = Encoder(loaded, text.model_copy(update={"max_length": _NO_LIMIT}))
+    encoded_pairs, examples = encoder.encode(pairs, report)
     check_special_tokens(examples, loaded)
     if len(encoded_pairs) < len(pairs) or report.noted:
         show_sources([report])
-    show_token_lengths(examples, max_length)
+    show_token_lengths(examples, text.max_length)
+    if num_shown:
+        say(f"\nreasoning: {encoder.format.describe_reasoning()}")
+    for row in _first_of_each_cell(encoded_pairs)[:num_shown]:
+        say(f"\ntokens of row {encoded_pairs[row].row_id}, unscored ones in brackets")
+        for name, tokens in shown_tokens(examples[row], loaded).items():
+            say(f"  {name:<10} {tokens}")
+
+
+def _first_of_each_cell(pairs: list[PreferencePair]) -> list[int]:
+    first = {pair.cell: row for row, pair in reversed(list(enumerate(pairs)))}
+    return sorted(first.values())

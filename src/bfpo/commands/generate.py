@@ -1,5 +1,6 @@
 """`bfpo generate`: completions of a checkpoint or of a model on a server, in a file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bfpo.core.samples import Sampling
@@ -9,7 +10,14 @@ from bfpo.generation.open import EngineSection, open_engine
 
 
 def generate_to_file(
-    section: EngineSection, sampling: Sampling, prompts: str, out: Path, *, max_unanswered: float
+    section: EngineSection,
+    sampling: Sampling,
+    prompts: str,
+    out: Path,
+    *,
+    max_unanswered: float,
+    ignore_columns: Sequence[str] = (),
+    ignore_message_keys: Sequence[str] = (),
 ) -> None:
     """Generate completions of the prompts of a file; resumable.
 
@@ -19,13 +27,15 @@ def generate_to_file(
         prompts: File of prompts.
         out: File of completions.
         max_unanswered: Share of completions that may be missing, in [0, 1].
+        ignore_columns: Columns of the file of prompts that are left out.
+        ignore_message_keys: Keys of its messages that are left out.
 
     Raises:
         DataError: If prompts are malformed, or the file has completions of another model or other settings.
         ModelError: If the model can't be loaded.
         Unanswered: If more completions are missing than allowed.
     """
-    requests = read_prompt_file(prompts)
+    requests = read_prompt_file(prompts, ignore_columns=ignore_columns, ignore_message_keys=ignore_message_keys)
     engine = open_engine(section, sampling)
     samples = sampling.samples
     try:

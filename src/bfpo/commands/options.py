@@ -10,7 +10,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="key.sub=value: override keys of the recipe.", show_default=False),
 ]
-Checkpoint = Annotated[str, typer.Argument(help="Folder or hub id of a model or an adapter.", show_default=False)]
+Checkpoint = Annotated[
+    str, typer.Argument(help="Folder or hub id of a model or an adapter, or a GGUF file.", show_default=False)
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="Maximum number of pairs of each source.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read, check and show everything, but don't train.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 is greedy decoding.")]
@@ -32,7 +34,11 @@ LabeledSources = Annotated[
     ),
 ]
 Judges = Annotated[
-    list[str], typer.Option(help="KIND or KIND:PATH, e.g. linear:judge.npz; repeatable.", show_default=False)
+    list[str],
+    typer.Option(
+        help="KIND or KIND:PATH, e.g. linear:judge.npz; reasoning=SPEC judges the reasoning; repeatable.",
+        show_default=False,
+    ),
 ]
 Threshold = Annotated[
     float | None,

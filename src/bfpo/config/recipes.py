@@ -16,6 +16,28 @@ from bfpo.config.section import Fraction as Fraction
 from bfpo.config.section import Section as Section
 from bfpo.config.section import Share as Share
 
+
+def is_gguf(path: str) -> bool:
+    """Return whether a model's path names a GGUF file."""
+    return path.lower().endswith(".gguf")
+
+
+def join_gguf_file(values: Any) -> Any:
+    """Return the keys of a model with `path` and `gguf_file` joined into one path.
+
+    Raises:
+        ValueError: If there is no `path`, or `gguf_file` isn't the name of a GGUF file.
+    """
+    if not isinstance(values, dict) or values.get("gguf_file") is None:
+        return values
+    path, file = values.get("path"), values["gguf_file"]
+    if not isinstance(file, str) or not is_gguf(file):
+        raise ValueError(f"gguf_file is {file!r}; expected the name of a file that ends in .gguf")
+    if not isinstance(path, str) or is_gguf(path):
+        raise ValueError(f"gguf_file needs path, the folder or hub id that contains {file}; got {path!r}")
+    return {**values, "path": f"{path.rstrip('/')}/{file}", "gguf_file": None}
+
+
 ReferenceKind = Literal["auto", "adapter", "shared", "cache"]
 
 
@@ -40,16 +62,41 @@ class Source(Section):
     """Which pairs `fraction` and `limit` select: a seeded sample, or the first ones as in the official code."""
     seed: int = 42
     """Seed of the sample."""
+    field: str | None = None
+    """Key of the list of rows, in a JSON file that is an object."""
     columns: dict[str, str] = Field(default={})
     """Renamed columns, `{name for the adapter: name in the file}`."""
+    ignore_columns: list[str] = Field(default=[])
+    """Columns that are left out; without it, a text that the adapter `pairs` doesn't read is an error."""
+    turns: Literal["last", "all", "each"] = "last"
+    """What is compared in conversations of several turns. `last`: the last answers, after one history. `all`: all
+    turns after the common beginning. `each`: each answer of the first with the one at its place in the second."""
     assume_safe: bool = False
     """Label all answers of an unlabeled set safe; `safety_label_source` is then `assumed`."""
     partial_refusals: Literal["refusal", "compliance", "drop"] = "refusal"
     """For `xstest_completions`: what a partial refusal counts as."""
-    use: Literal["chosen", "rejected", "both", "safer"] = "chosen"
-    """For `bfpo sft`: which answers of a pair are imitated. `safer`: the safe one, and none of two unsafe ones."""
+    use: Literal["chosen", "rejected", "both", "safer"] | None = None
+    """For `bfpo sft`: which answers of a pair are imitated. `safer`: the safe one, and none of two unsafe ones.
+    Default `safer` for labeled pairs, because `chosen` is the more helpful answer, which may be unsafe; else
+    `chosen`."""
     license: str | None = None
     """License of the data; default the adapter's."""
+
+
+class TextSection(Section):
+    """How conversations are converted to token ids."""
+
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Maximum length of prompt plus completion, in tokens."""
+    truncation: Literal["keep_start", "keep_end"] = "keep_start"
+    """`keep_start` cuts the end of the completion; `keep_end` cuts the beginning of the prompt."""
+    chat_template: str | None = None
+    """Jinja template, or a file with one; default the tokenizer's."""
+    thinking: Literal["score", "context", "drop"] | None = None
+    """Reasoning in front of answers. `score`: part of the loss. `context`: read, but not scored. `drop`: removed.
+    Default `score` if the chat template renders reasoning, else `drop`."""
+    ignore_message_keys: list[str] = Field(default=[])
+    """Keys of messages that are left out; without it, an unknown key is an error."""
 
 
 class DataRecipe(Section):
@@ -65,6 +112,8 @@ class DataRecipe(Section):
     """Share of the prompts of `data` and `buffer` held out for evaluation, chosen by a hash of the prompt."""
     benchmarks: list[str] = Field(default=[])
     """Files of prompts (txt, csv, json, jsonl) for later evaluations; training prompts must not be among them."""
+    text: TextSection = TextSection()
+    """How conversations are converted to token ids."""
     conflicts: Literal["drop", "keep", "error"] = "drop"
     """What to do with answers labeled both safe and unsafe, and with pairs that occur in both orders."""
     leaks: Literal["error", "drop"] = "error"
@@ -84,17 +133,6 @@ class NewModel(Section):
     """Training texts of the tokenizer; default the recipe's training data."""
     seed: int = 42
     """Seed of the initial weights."""
-
-
-class TextSection(Section):
-    """How conversations are converted to token ids."""
-
-    max_length: Annotated[int, Field(ge=8)] = 1024
-    """Maximum length of prompt plus completion, in tokens."""
-    truncation: Literal["keep_start", "keep_end"] = "keep_start"
-    """`keep_start` cuts the end of the completion; `keep_end` cuts the beginning of the prompt."""
-    chat_template: str | None = None
-    """Jinja template, or a file with one; default the tokenizer's."""
 
 
 class LayoutSection(Section):
@@ -121,7 +159,9 @@ class ModelSection(Section):
     """Model that supervised fine-tuning starts from."""
 
     path: str | None = None
-    """Hub id or folder of a model, or of an adapter to train further."""
+    """Hub id or folder of a model, or of an adapter to train further; or a GGUF file (`.gguf`)."""
+    gguf_file: str | None = None
+    """GGUF file in the folder or hub repository `path`; its weights are dequantized."""
     new: NewModel | None = None
     """A new, randomly initialized model instead."""
     revision: str | None = None
@@ -135,12 +175,19 @@ class ModelSection(Section):
     load_in_4bit: bool = False
     """Whether to quantize the frozen weights to 4 bits (QLoRA); needs a GPU, and `lora` or an adapter at `path`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _join_gguf_file(cls, values: Any) -> Any:
+        return join_gguf_file(values)
+
     @model_validator(mode="after")
     def _check_origin(self) -> "ModelSection":
         origins = [name for name in ("path", "new", "sft") if getattr(self, name, None) is not None]
         allowed = [name for name in ("path", "new", "sft") if name in type(self).model_fields]
         if len(origins) != 1:
             raise ValueError(f"expected exactly one of {', '.join(allowed)}; got {', '.join(origins) or 'none'}")
+        if self.load_in_4bit and self.path is not None and is_gguf(self.path):
+            raise ValueError("load_in_4bit can't read a GGUF file; convert it first (bfpo model import)")
         return self
 
 
@@ -190,8 +237,6 @@ class TrainRecipe(DataRecipe):
     """Weight of the mean loss of the buffer stream."""
     safety: Literal["labels", "scores"] = "labels"
     """What the loss uses as safety: the labels, or the probabilities in `*_safety_score`."""
-    text: TextSection = TextSection()
-    """How conversations are converted to token ids."""
     loss: LossSection = BFPOSection()
     """Name and hyperparameters of the loss."""
     train_only: list[str] | None = None

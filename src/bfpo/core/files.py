@@ -11,6 +11,9 @@ from typing import Any, BinaryIO
 
 from bfpo.errors import DataError
 
+# Levels of a JSON value; more than any file has, and far from the depth at which Python stops to recurse.
+MAX_DEPTH = 200
+
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
@@ -68,9 +71,23 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: If it isn't JSON, is nested too deeply, or has a number of thousands of digits.
     """
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    brackets: tuple[Any, Any] = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    # Few texts have so many brackets that their depth must be measured.
+    if sum(map(text.count, brackets)) > MAX_DEPTH and _depth(content) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    return content
+
+
+def _depth(content: Any) -> int:
+    """Return the number of levels of lists and objects in a JSON value, without recursion."""
+    depth, level = 0, [content]
+    while level := [value for value in level if isinstance(value, list | dict)]:
+        depth += 1
+        level = [child for value in level for child in (value.values() if isinstance(value, dict) else value)]
+    return depth
 
 
 def read_repaired_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -122,9 +139,16 @@ def file_name(label: str) -> str:
 
 
 def content_hash(*parts: object) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of the parts as canonical JSON."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    """Return 16 hexadecimal digits of the SHA-256 of the parts as canonical JSON.
+
+    A value that JSON can't represent is hashed by its method `to_hash`, or else by its text.
+    """
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=_to_hash)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _to_hash(value: Any) -> object:
+    return value.to_hash() if hasattr(value, "to_hash") else str(value)
 
 
 def file_hash(path: Path) -> str:

@@ -1,5 +1,7 @@
 """Markers of the chat templates in use: in a text, a tokenizer may read them as control tokens."""
 
+import re
+
 MARKERS_BY_FAMILY: dict[str, tuple[str, ...]] = {
     "ChatML (Qwen, Yi, SmolLM)": ("<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|endoftext|>"),
     "Llama 2": ("<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"),
@@ -31,7 +33,14 @@ MARKERS_BY_FAMILY: dict[str, tuple[str, ...]] = {
         "<\uff5cUser\uff5c>",
         "<\uff5cAssistant\uff5c>",
     ),
-    "Command R": ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>"),
+    "Command R": (
+        "<BOS_TOKEN>",
+        "<|START_OF_TURN_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|SYSTEM_TOKEN|>",
+        "<|USER_TOKEN|>",
+        "<|CHATBOT_TOKEN|>",
+    ),
     "gpt-oss": ("<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|constrain|>"),
     "GLM": ("[gMASK]", "<sop>", "<eop>", "<|observation|>"),
 }
@@ -41,3 +50,11 @@ MARKERS: tuple[str, ...] = tuple(
     dict.fromkeys(marker for markers in MARKERS_BY_FAMILY.values() for marker in markers)
 )
 """Markers of all families."""
+
+_ANY_MARKER = re.compile("|".join(map(re.escape, sorted(MARKERS, key=len, reverse=True))))
+
+
+def find_markers(text: str) -> set[str]:
+    """Return the markers of any family that a text contains."""
+    # Markers can overlap, so the pattern only tells which texts have any.
+    return {marker for marker in MARKERS if marker in text} if _ANY_MARKER.search(text) else set()

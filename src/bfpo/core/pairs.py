@@ -8,26 +8,38 @@ can be inspected but not trained on. A single label column, or a null label, is 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
-from unicodedata import normalize
 
+from bfpo.core.conversation import (
+    ASKING_ROLES,
+    Answer,
+    Conversation,
+    FrozenJson,
+    answer_turns,
+    as_answer,
+    as_messages,
+    conversation_key,
+)
 from bfpo.core.files import content_hash
 from bfpo.errors import DataError
 
 Cell = Literal["ss", "su", "us", "uu"]
 CELLS: tuple[Cell, ...] = get_args(Cell)
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = get_args(Role)
 StreamName = Literal["main", "buffer"]
+SIDES = ("chosen", "rejected")
 
 COLUMNS = (
     "prompt",
     "chosen",
     "rejected",
+    "tools",
+    "chat_template_kwargs",
     "is_chosen_safe",
     "is_rejected_safe",
+    "is_chosen_reasoning_safe",
+    "is_rejected_reasoning_safe",
     "chosen_safety_score",
     "rejected_safety_score",
     "expected_safety",
@@ -40,45 +52,6 @@ COLUMNS = (
     "dataset_name",
     "row_id",
 )
-
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: Role
-    content: str
-
-
-Conversation = tuple[Message, ...]
-
-
-def user_says(text: str) -> Conversation:
-    """Return the conversation of one user turn."""
-    return (Message("user", text),)
-
-
-def as_messages(value: object, column: str = "prompt") -> Conversation:
-    """Return a conversation from a string (one user turn) or a list of chat messages.
-
-    Args:
-        value: Value of the column.
-        column: Name of the column, for errors.
-
-    Raises:
-        DataError: If it is neither, is empty, or a turn has an unknown role or no text.
-    """
-    if isinstance(value, str):
-        return user_says(value)
-    if not isinstance(value, Sequence) or not value:
-        raise DataError(f"column '{column}' is {value!r}; expected a string or a list of messages")
-    messages = []
-    for turn in value:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
-            raise DataError(f"column '{column}': turn {turn!r}; expected {{'role': .., 'content': text}}")
-        if turn.get("role") not in ROLES:
-            raise DataError(f"column '{column}': role is {turn.get('role')!r}; expected {', '.join(ROLES)}")
-        messages.append(Message(turn["role"], turn["content"]))
-    return tuple(messages)
 
 
 class SafetyLabels(NamedTuple):
@@ -151,37 +124,80 @@ SIGNALS = tuple(PairSignals.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateInputs:
+    """What a chat template gets besides the messages.
+
+    Args:
+        tools: JSON schemas of the functions that the model can call; None without tools.
+        kwargs: Arguments of the template, such as `enable_thinking`.
+    """
+
+    tools: FrozenJson | None = None
+    kwargs: FrozenJson | None = None
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the columns `tools` and `chat_template_kwargs`; one without a value is left out."""
+        columns = {"tools": self.tools, "chat_template_kwargs": self.kwargs}
+        return {name: json.value for name, json in columns.items() if json is not None}
+
+    def to_hash(self) -> object:
+        """Return what `content_hash` hashes."""
+        return [self.tools, self.kwargs]
+
+    @property
+    def hashed(self) -> tuple["TemplateInputs", ...]:
+        """What hashes of a row contain; nothing if there are none, as in the hashes of earlier versions."""
+        return () if self == NO_INPUTS else (self,)
+
+
+NO_INPUTS = TemplateInputs()
+
+
+@dataclass(frozen=True, slots=True)
 class PreferencePair:
     """Two answers to one prompt, the more helpful one first.
 
     Args:
-        prompt: Conversation up to and including the last user turn.
-        chosen: More helpful answer (the last assistant turn); may be empty until the data are cleaned.
+        prompt: Conversation up to and including the last user turn, or the last result of a tool.
+        chosen: More helpful answer; may be empty until the data are cleaned. A text, or the turns of an answer with
+            reasoning, tool calls or several turns; a single plain turn becomes its text.
         rejected: Less helpful answer.
         labels: Safety of both answers; None for an unlabeled pair.
         signals: Scores, win rates and margins that some losses use.
         harm_categories: Names of the harms involved.
         provenance: Origin of the pair.
+        inputs: Tools, and arguments of the chat template.
+        reasoning_labels: Safety of the reasoning of both answers; None if unknown. Losses use `labels`.
 
     Raises:
-        DataError: If the prompt has no turns or doesn't end with a user turn.
+        DataError: If the prompt doesn't end with a user turn or a result of a tool, or the turns of an answer don't
+            begin and end with an assistant turn.
     """
 
     prompt: Conversation
-    chosen: str
-    rejected: str
+    chosen: Answer
+    rejected: Answer
     labels: SafetyLabels | None = None
     signals: PairSignals = field(default=PairSignals())
     harm_categories: tuple[str, ...] = ()
     provenance: Provenance = field(default=Provenance())
+    inputs: TemplateInputs = NO_INPUTS
+    reasoning_labels: SafetyLabels | None = None
 
     def __post_init__(self) -> None:
-        _check_ends_with_user(self.prompt)
+        check_asks(self.prompt)
+        for side in SIDES:
+            object.__setattr__(self, side, as_answer(getattr(self, side)))
+
+    @property
+    def answers(self) -> tuple[Answer, Answer]:
+        """Both answers, the chosen one first."""
+        return self.chosen, self.rejected
 
     @property
     def row_id(self) -> str:
         """Hash of the texts, 16 hexadecimal digits; independent of labels and provenance."""
-        return content_hash(self.prompt, self.chosen, self.rejected)
+        return content_hash(self.prompt, *self.answers, *self.inputs.hashed)
 
     @property
     def prompt_key(self) -> str:
@@ -193,16 +209,23 @@ class PreferencePair:
         """Cell of the pair; None if it is unlabeled."""
         return None if self.labels is None else self.labels.cell
 
+    def texts(self) -> Iterator[str]:
+        """Yield every text of the prompt and of both answers."""
+        yield from _texts(self.prompt, *self.answers)
+
     def to_row(self) -> dict[str, Any]:
         """Return the pair as a row of a pair file; columns without a value are left out."""
-        is_single_turn = len(self.prompt) == 1
-        row: dict[str, Any] = {
-            "prompt": self.prompt[0].content if is_single_turn else [message._asdict() for message in self.prompt],
-            "chosen": self.chosen,
-            "rejected": self.rejected,
-        }
+        row: dict[str, Any] = {"prompt": _prompt_to_row(self.prompt)}
+        # Both are texts, or both are lists of messages, as in TRL.
+        if isinstance(self.chosen, str) and isinstance(self.rejected, str):
+            row |= {"chosen": self.chosen, "rejected": self.rejected}
+        else:
+            row |= {side: _turns_to_row(answer) for side, answer in zip(SIDES, self.answers, strict=True)}
+        row |= self.inputs.to_row()
         if self.labels is not None:
             row["is_chosen_safe"], row["is_rejected_safe"] = self.labels
+        if self.reasoning_labels is not None:
+            row["is_chosen_reasoning_safe"], row["is_rejected_reasoning_safe"] = self.reasoning_labels
         row |= {name: value for name in SIGNALS if (value := getattr(self.signals, name)) is not None}
         if self.harm_categories:
             row["harm_categories"] = list(self.harm_categories)
@@ -220,55 +243,71 @@ class Demonstration:
     """Prompt and completion that supervised fine-tuning imitates.
 
     Args:
-        prompt: Conversation up to and including the last user turn.
-        completion: Answer to the prompt.
+        prompt: Conversation up to and including the last user turn, or the last result of a tool.
+        completion: Answer to the prompt: a text, or its turns.
         dataset_name: Name of the data set; "" if unknown.
         every_turn: Whether the assistant turns of the prompt are imitated, too.
+        inputs: Tools, and arguments of the chat template.
 
     Raises:
-        DataError: If the prompt has no turns or doesn't end with a user turn.
+        DataError: As for `PreferencePair`.
     """
 
     prompt: Conversation
-    completion: str
+    completion: Answer
     dataset_name: str = ""
     every_turn: bool = False
+    inputs: TemplateInputs = NO_INPUTS
 
     def __post_init__(self) -> None:
-        _check_ends_with_user(self.prompt)
+        check_asks(self.prompt)
+        object.__setattr__(self, "completion", as_answer(self.completion))
+
+    @property
+    def answers(self) -> tuple[Answer]:
+        """The completion, as the only answer."""
+        return (self.completion,)
 
     @property
     def row_id(self) -> str:
         """Hash of the texts, 16 hexadecimal digits."""
-        return content_hash(self.prompt, self.completion)
+        return content_hash(self.prompt, self.completion, *self.inputs.hashed)
 
     @property
     def prompt_key(self) -> str:
         """Hash of the prompt that ignores case and white space."""
         return conversation_key(self.prompt)
 
+    def texts(self) -> Iterator[str]:
+        """Yield every text of the prompt and of the completion."""
+        yield from _texts(self.prompt, self.completion)
 
-def _check_ends_with_user(prompt: Conversation) -> None:
-    if not prompt or prompt[-1].role != "user":
+
+def check_asks(prompt: Conversation) -> None:
+    """Check that a prompt ends with a turn that a model can answer.
+
+    Raises:
+        DataError: If it doesn't.
+    """
+    if not prompt or prompt[-1].role not in ASKING_ROLES:
         last_role = prompt[-1].role if prompt else "nothing"
-        raise DataError(f"prompt ends with {last_role}; expected it to end with a user turn")
+        raise DataError(f"prompt ends with {last_role}; expected it to end with a user turn or the result of a tool")
 
 
-def prompt_key(text: str) -> str:
-    """Return a hash of a prompt's words that ignores case, white space, and how accents are encoded."""
-    return content_hash(" ".join(normalize("NFC", text.casefold()).split()))
+def _texts(prompt: Conversation, *answers: Answer) -> Iterator[str]:
+    for message in (*prompt, *(turn for answer in answers for turn in answer_turns(answer))):
+        yield from message.texts()
 
 
-def conversation_key(prompt: Conversation) -> str:
-    """Return the key of a conversation; with a single turn, it is the key of the text."""
-    return prompt_key(conversation_text(prompt))
+def _prompt_to_row(prompt: Conversation) -> str | list[dict[str, Any]]:
+    is_text = len(prompt) == 1 and prompt[0].is_plain and prompt[0].role == "user"
+    # A text that looks like a list of messages would be read as one.
+    is_text = is_text and as_messages(prompt[0].content) == prompt
+    return prompt[0].content if is_text else [message.to_row() for message in prompt]
 
 
-def conversation_text(prompt: Conversation) -> str:
-    """Return a conversation as text, with the roles if there is more than one turn."""
-    if len(prompt) == 1:
-        return prompt[0].content
-    return "\n".join(f"{role}: {content}" for role, content in prompt)
+def _turns_to_row(answer: Answer) -> list[dict[str, Any]]:
+    return [message.to_row() for message in answer_turns(answer)]
 
 
 _LABEL_WORDS: Mapping[str, bool] = {

@@ -26,8 +26,20 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from bfpo.core.conversation import (
+    ASKING_ROLES,
+    Conversation,
+    FrozenJson,
+    Message,
+    ToolCall,
+    as_messages,
+    as_template_kwargs,
+    as_tool_calls,
+    as_tools,
+)
 from bfpo.core.files import content_hash
-from bfpo.core.pairs import Conversation, as_messages
+from bfpo.core.pairs import NO_INPUTS, TemplateInputs
+from bfpo.core.reasoning import MARKERS, split_reasoning
 from bfpo.errors import DataError
 
 Kind = Literal["harmful", "benign", "lookalike"]
@@ -42,8 +54,11 @@ Key = tuple[str, int]
 """`prompt_id` and `sample`: the identity of a completion among those of one model."""
 
 
+_OPENINGS = tuple(opening for opening, _ in MARKERS)
+# Columns that most rows have no value in.
+_SPARSE = ("tools", "chat_template_kwargs", "language", "reasoning", "tool_calls", "group", "target_functions")
 # Columns of files that earlier versions wrote.
-_RENAMED = {"licence": "license"}
+RENAMED_COLUMNS = {"licence": "license"}
 _EXPECTED = {
     "string_type": "a string",
     "int_type": "a whole number",
@@ -55,6 +70,9 @@ _EXPECTED = {
 # JSON has no infinity and no NaN, but Python's reader of JSON does.
 FiniteFloat = Annotated[StrictFloat, Field(allow_inf_nan=False)]
 Messages = Annotated[Conversation, PlainValidator(as_messages)]
+Tools = Annotated[FrozenJson | None, PlainValidator(as_tools)]
+TemplateKwargs = Annotated[FrozenJson | None, PlainValidator(as_template_kwargs)]
+ToolCalls = Annotated[tuple[ToolCall, ...], PlainValidator(as_tool_calls)]
 # A table that isn't ours may have the column and no value in it.
 OptionalText = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 
@@ -69,11 +87,12 @@ class FileRow:
     file_name: ClassVar[str]
 
     def to_row(self) -> dict[str, Any]:
-        """Return the columns as an object of JSON."""
+        """Return the columns as an object of JSON; those of `_SPARSE` only if they have a value."""
         row = {field.name: getattr(self, field.name) for field in fields(self)}
-        if "prompt" in row:
-            row["prompt"] = [message._asdict() for message in row["prompt"]]
-        return row
+        # An empty thought is a value: an answer that was cut in it has none.
+        return {
+            name: _to_json(value) for name, value in row.items() if name not in _SPARSE or value not in (None, ())
+        }
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Self:
@@ -83,12 +102,20 @@ class FileRow:
             DataError: If a column is missing or has a value of another type.
         """
         kind: Any = cls  # mypy doesn't take the class of a dataclass for hashable
-        current = {_RENAMED.get(name, name): value for name, value in row.items()}
+        current = {RENAMED_COLUMNS.get(name, name): value for name, value in row.items()}
         try:
             value: Self = _columns_of(kind).validate_python(current)
         except ValidationError as error:
             raise DataError(_describe(error.errors()[0], cls)) from None
         return value
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, FrozenJson):
+        return value.value
+    if isinstance(value, tuple) and value and isinstance(value[0], Message | ToolCall):
+        return [part.to_row() for part in value]
+    return value
 
 
 @cache
@@ -119,14 +146,19 @@ class Prompt(FileRow):
 
     Args:
         prompt_id: Identifier; unique in its file.
-        prompt: Conversation up to and including the last user turn.
+        prompt: Conversation up to and including the last user turn, or the last result of a tool.
         kind: What the prompt tests; None if unknown.
         category: Kind of harm, or of task.
         source: Name of the data set that it comes from.
         license: License of that data set.
+        tools: JSON schemas of the functions that the model can call; None without tools.
+        chat_template_kwargs: Arguments of the chat template.
+        language: Language of the prompt, as an ISO 639-1 code; None if unknown.
+        group: Identifier that variants of one prompt share; None if it is a prompt of its own.
+        target_functions: Names of the tools that doing what is asked takes.
 
     Raises:
-        DataError: If the kind is unknown or the prompt doesn't end with a user turn.
+        DataError: If the kind is unknown, or the prompt doesn't end with a user turn or the result of a tool.
     """
 
     file_name: ClassVar[str] = "prompts.jsonl"
@@ -137,29 +169,47 @@ class Prompt(FileRow):
     category: str | None = None
     source: OptionalText = ""
     license: OptionalText = ""
+    tools: Tools = None
+    chat_template_kwargs: TemplateKwargs = None
+    language: str | None = None
+    group: str | None = None
+    target_functions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:
             raise DataError(f"prompt {self.prompt_id}: kind is {self.kind!r}; expected {', '.join(KINDS)} or null")
-        if not self.prompt or self.prompt[-1].role != "user":
-            raise DataError(f"prompt {self.prompt_id}: expected it to end with a user turn")
+        if not self.prompt or self.prompt[-1].role not in ASKING_ROLES:
+            raise DataError(f"prompt {self.prompt_id}: expected it to end with a user turn or the result of a tool")
+
+    @property
+    def inputs(self) -> TemplateInputs:
+        """Tools, and arguments of the chat template."""
+        return TemplateInputs(self.tools, self.chat_template_kwargs)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion(FileRow):
     """Answer of a model to a prompt.
 
+    A thought in front of the text, `<think>` or the like, becomes the reasoning, wherever the completion comes from.
+    So does a further one; the same text again is left out, because some servers send it apart and in the answer.
+
     Args:
         prompt_id: Identifier of the prompt.
         sample: Number of the completion of this prompt, from 0.
         prompt: Conversation that it answers, as in the file of prompts.
-        text: Text of the answer, without special tokens.
+        text: Text of the answer, without special tokens and reasoning.
         finish_reason: How the answer ended.
         prompt_tokens: Length of the prompt including the chat template.
         completion_tokens: Length of the answer including the end of turn.
         model: Folder, hub id or name on a server.
         engine: Name of the engine that ran the model.
         settings_hash: Hash of everything that the text depends on besides the prompt and the sample number.
+        reasoning: Thought in front of the answer; None without one.
+        tool_calls: Functions that the model calls.
+        tools: As in the file of prompts.
+        chat_template_kwargs: As in the file of prompts.
+        language: As in the file of prompts.
     """
 
     file_name: ClassVar[str] = "completions.jsonl"
@@ -174,6 +224,22 @@ class Completion(FileRow):
     model: str
     engine: str
     settings_hash: str
+    reasoning: str | None = None
+    tool_calls: ToolCalls = ()
+    tools: Tools = None
+    chat_template_kwargs: TemplateKwargs = None
+    language: str | None = None
+
+    def __post_init__(self) -> None:
+        reasoning, text = self.reasoning, self.text
+        if reasoning is None:
+            reasoning, text = split_reasoning(text)
+        while text.lstrip().startswith(_OPENINGS):
+            thought, text = split_reasoning(text)
+            if thought and thought != reasoning:
+                reasoning = f"{reasoning}\n\n{thought}" if reasoning else thought
+        object.__setattr__(self, "reasoning", reasoning)
+        object.__setattr__(self, "text", text)
 
     @property
     def key(self) -> Key:
@@ -181,14 +247,35 @@ class Completion(FileRow):
         return self.prompt_id, self.sample
 
     @property
+    def message(self) -> Message:
+        """The answer as a turn of the conversation."""
+        return Message("assistant", self.text, self.reasoning, self.tool_calls)
+
+    @property
+    def inputs(self) -> TemplateInputs:
+        """Tools, and arguments of the chat template."""
+        return TemplateInputs(self.tools, self.chat_template_kwargs)
+
+    @property
     def is_blocked(self) -> bool:
-        """Whether a server returned a refusal or nothing in place of an answer: a judge has no answer to read."""
-        return self.finish_reason == "refused" or (self.finish_reason == "filtered" and not self.text.strip())
+        """Whether a server returned a refusal or nothing in place of an answer."""
+        return self.finish_reason == "refused" or (self.finish_reason == "filtered" and self.message.is_empty)
+
+    @property
+    def lacks_answer(self) -> bool:
+        """Whether the model's reasoning ended before an answer began."""
+        return self.reasoning is not None and self.message.is_empty and not self.is_blocked
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether a judge has no answer to read."""
+        return self.is_blocked or self.lacks_answer
 
     @property
     def text_hash(self) -> str:
-        """Hash of the text, by which a verdict states what was judged."""
-        return content_hash(self.text)[:12]
+        """Hash of the text, by which a verdict states what was judged; also of reasoning and tool calls."""
+        parts = (self.text,) if self.message.is_plain else (self.text, self.reasoning, self.tool_calls)
+        return content_hash(*parts)[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,9 +448,9 @@ class Judge(Protocol):
         """Return a verdict for each completion, in the order of the completions."""
 
 
-def prompt_id(prompt: Conversation) -> str:
-    """Return a hash of a prompt, which is its id if its source has none."""
-    return content_hash(prompt)[:12]
+def prompt_id(prompt: Conversation, inputs: TemplateInputs = NO_INPUTS) -> str:
+    """Return a hash of a prompt and its tools, which is its id if its source has none."""
+    return content_hash(prompt, *inputs.hashed)[:12]
 
 
 def sample_seed(seed: int, prompt_id: str, sample: int) -> int:

@@ -24,6 +24,13 @@ SECONDS_BETWEEN_LINES = 60.0
 # Control characters except tab and line feed, marks that change the direction of writing, and lone surrogates.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# Work that takes longer prints its time.
+NOTICEABLE_SECONDS = 2.0
+# The first of these lines comes early, so that a run is seen to start.
+SECONDS_BEFORE_FIRST_LINE = 5.0
+
+# The function that shows an activity in the progress that is open.
+_activity: ContextVar[Callable[[str], None] | None] = ContextVar("activity", default=None)
 _log: ContextVar[Console | None] = ContextVar("log", default=None)
 _bars: ContextVar[bool] = ContextVar("bars", default=True)
 
@@ -97,8 +104,21 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
 
 
 @contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print how long a `with` block took, if that was noticeable.
+
+    Args:
+        what: What was done, in the past tense.
+    """
+    start = time.monotonic()
+    yield
+    if (seconds := time.monotonic() - start) > NOTICEABLE_SECONDS:
+        say(f"{what} ({seconds:,.0f} s)")
+
+
+@contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal, and elsewhere a line every minute.
+    """Show a progress bar on a terminal, and elsewhere a line after five seconds and then every minute.
 
     Args:
         what: Description of the work.
@@ -107,25 +127,58 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         A function to call with the number of steps done since the last call.
     """
-    from rich.progress import MofNCompleteColumn, Progress
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
     output = console(stderr=True)
     if output.is_terminal:
-        columns = [*Progress.get_default_columns()[:-1], MofNCompleteColumn(), Progress.get_default_columns()[-1]]
+        default = Progress.get_default_columns()
+        columns = [*default[:-1], MofNCompleteColumn(), default[-1], TextColumn("{task.fields[activity]}")]
         with Progress(*columns, console=output, transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda steps: bar.advance(task, steps)
+            task = bar.add_task(what, total=total, activity="")
+            with _showing(lambda text: bar.update(task, activity=escape_controls(text))):
+                yield lambda steps: bar.advance(task, steps)
         return
     start = last_line = time.monotonic()
-    done = 0
+    done, activity, wait = 0, "", SECONDS_BEFORE_FIRST_LINE
 
     def advance(steps: int) -> None:
-        nonlocal done, last_line
-        done, now = done + steps, time.monotonic()
-        if now - last_line >= SECONDS_BETWEEN_LINES and 0 < done < total:
-            last_line = now
-            minutes_left = math.ceil((now - start) / done * (total - done) / 60)
-            line = f"{what}: {done:,} of {total:,}, about {minutes_left} min left"
-            output.print(line, markup=False, emoji=False)
+        nonlocal done
+        done += steps
+        print_line()
 
-    yield advance
+    def show(text: str) -> None:
+        nonlocal activity
+        activity = f" ({escape_controls(text)})"
+        print_line()
+
+    def print_line() -> None:
+        nonlocal last_line, wait
+        now = time.monotonic()
+        if now - last_line < wait or done >= total or not (done or activity):
+            return
+        last_line, wait = now, SECONDS_BETWEEN_LINES
+        left = f", about {math.ceil((now - start) / done * (total - done) / 60)} min left" if done else ""
+        output.print(f"{what}: {done:,} of {total:,}{left}{activity}", markup=False, emoji=False)
+
+    with _showing(show):
+        yield advance
+
+
+@contextmanager
+def _showing(show: Callable[[str], None]) -> Iterator[None]:
+    token = _activity.set(show)
+    try:
+        yield
+    finally:
+        _activity.reset(token)
+
+
+def show_activity(text: str) -> None:
+    """Show what the work in progress is doing, beside its bar or in its next line; nothing outside of `progress`.
+
+    Args:
+        text: A few words, such as the number of tokens generated.
+    """
+    show = _activity.get()
+    if show is not None:
+        show(text)

@@ -12,8 +12,8 @@ from pathlib import Path
 from bfpo.config.recipes import Source
 from bfpo.core.imports import import_object
 from bfpo.core.pairs import Demonstration, PreferencePair
-from bfpo.data import published_sets
-from bfpo.data.pair_formats import SkipRow, read_demonstration, read_pair
+from bfpo.data import agent_sets, published_sets
+from bfpo.data.pair_formats import SkipRow, read_demonstration, read_pair_rows
 from bfpo.data.rows import MissingColumn, SourceRow
 from bfpo.errors import DataError, RecipeError, did_you_mean
 
@@ -65,6 +65,8 @@ def find_adapter(name: str) -> Adapter:
     """
     if ":" in name:
         return _custom_adapter(name)
+    if name not in ADAPTERS and name in DEMONSTRATIONS:
+        raise RecipeError(f"adapter '{name}' reads one answer to a prompt, for `bfpo sft`; expected pairs of answers")
     if name not in ADAPTERS:
         raise RecipeError(f"adapter is '{name}'; {did_you_mean(name, list(ADAPTERS))}, or 'module:function'")
     return ADAPTERS[name]
@@ -129,7 +131,7 @@ def _how_to_read(columns: Collection[str], adapter: str) -> str:
 NON_COMMERCIAL = "CC-BY-NC-4.0"
 
 ADAPTERS: dict[str, Adapter] = {
-    "pairs": Adapter(_each_row(read_pair), columns=("chosen", "rejected")),
+    "pairs": Adapter(read_pair_rows, columns=("chosen", "rejected")),
     "ultrafeedback": Adapter(
         _each_row(published_sets.read_ultrafeedback), "MIT", "safety labels are assumed, not annotated"
     ),
@@ -159,10 +161,18 @@ ADAPTERS: dict[str, Adapter] = {
         "safety labels are assumed, not annotated",
         columns=("output_1", "output_2", "preference"),
     ),
+    "atbench": Adapter(
+        agent_sets.pair_trajectories,
+        "Apache-2.0",
+        "'chosen' is the safe trajectory, which isn't always the more helpful one",
+        columns=("tool_used", "contents", "label"),
+    ),
 }
 
 # How rows are converted into demonstrations where they aren't pairs, and the license of the data.
 DEMONSTRATIONS: dict[str, tuple[Callable[[SourceRow], Demonstration], str]] = {
     "demonstrations": (read_demonstration, ""),
     "pku_safer": (published_sets.read_safer_response, NON_COMMERCIAL),
+    "agent_align": (agent_sets.read_agent_align, "Apache-2.0; ToolACE and Glaive: their own"),
+    "atbench": (agent_sets.read_safe_trajectory, "Apache-2.0"),
 }

@@ -1,6 +1,6 @@
 """Demonstrations for supervised fine-tuning, which are cleaned and split by prompt like pairs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 from bfpo.config.recipes import Source
@@ -15,7 +15,8 @@ from bfpo.data.load import (
     make_source_report,
     sample,
 )
-from bfpo.data.prepare import is_held_out
+from bfpo.data.pair_formats import SkipRow
+from bfpo.data.prepare import is_empty_answer, is_held_out
 from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError
 
@@ -36,7 +37,12 @@ class DemonstrationPart:
 
 
 def prepare_demonstrations(
-    sources: list[Source], *, holdout: float, limit: int | None = None, evaluated: frozenset[str] = frozenset()
+    sources: list[Source],
+    *,
+    holdout: float,
+    limit: int | None = None,
+    evaluated: frozenset[str] = frozenset(),
+    ignored_keys: Collection[str] = (),
 ) -> list[DemonstrationPart]:
     """Read, clean and split the data of a recipe for supervised fine-tuning.
 
@@ -45,6 +51,7 @@ def prepare_demonstrations(
         holdout: Share of the prompts that are held out, by the same hash as for preference data.
         limit: Maximum number of demonstrations from each source.
         evaluated: Keys of prompts that must not be trained on.
+        ignored_keys: Keys of messages that are left out.
 
     Returns:
         One part per source, without duplicates and empty completions, which are counted.
@@ -55,13 +62,13 @@ def prepare_demonstrations(
     seen: set[str] = set()
     parts = []
     for source in sources:
-        report, demonstrations = load_demonstrations(source, limit=limit)
+        report, demonstrations = load_demonstrations(source, limit=limit, ignored_keys=ignored_keys)
         part = DemonstrationPart(report, [], [])
         for demonstration in demonstrations:
             held_out = is_held_out(demonstration.prompt_key, holdout)
             if demonstration.row_id in seen:
                 report.removed[Reason("duplicate", None)] += 1
-            elif not demonstration.completion.strip():
+            elif is_empty_answer(demonstration.completion):
                 report.dropped[Reason("empty answer", None)] += 1
             elif demonstration.prompt_key in evaluated and not held_out:
                 report.removed[Reason("prompt of an evaluation set", None)] += 1
@@ -74,7 +81,9 @@ def prepare_demonstrations(
     return parts
 
 
-def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[SourceReport, list[Demonstration]]:
+def load_demonstrations(
+    source: Source, *, limit: int | None = None, ignored_keys: Collection[str] = ()
+) -> tuple[SourceReport, list[Demonstration]]:
     """Read the demonstrations of a source, and take the sample that it specifies.
 
     The adapters of `DEMONSTRATIONS` read prompts with completions. All others read pairs, and `source.use` says which
@@ -83,6 +92,7 @@ def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[So
     Args:
         source: Source of the demonstrations.
         limit: Maximum number of demonstrations, besides the source's own limit.
+        ignored_keys: Keys of messages that are left out.
 
     Raises:
         DataError: If a row is malformed, or a pair is unlabeled with `use: safer`.
@@ -91,35 +101,39 @@ def load_demonstrations(source: Source, *, limit: int | None = None) -> tuple[So
     if source.adapter in DEMONSTRATIONS:
         convert, license = DEMONSTRATIONS[source.adapter]
         report = make_source_report(source, source.license or license, "")
-        demonstrations = list(_read_demonstrations(source, convert, report))
+        demonstrations = list(_read_demonstrations(source, convert, report, ignored_keys))
         if not demonstrations:
             raise DataError(f"{report.name}: no rows in {source.path}")
         demonstrations = sample(demonstrations, source, report, limit)
     else:
-        report, pairs = load_pairs(source, "main", limit=limit)
+        report, pairs = load_pairs(source, "main", limit=limit, ignored_keys=ignored_keys)
         demonstrations = [answer for pair in pairs for answer in _imitated_answers(pair, source, report)]
         report.taken = len(demonstrations)
     return report, [replace(demonstration, dataset_name=report.name) for demonstration in demonstrations]
 
 
 def _read_demonstrations(
-    source: Source, convert: Callable[[SourceRow], Demonstration], report: SourceReport
+    source: Source, convert: Callable[[SourceRow], Demonstration], report: SourceReport, ignored_keys: Collection[str]
 ) -> Iterator[Demonstration]:
-    for row in read_rows(source):
+    for row in read_rows(source, ignored_keys):
         with row.locate_errors():
-            demonstration = convert(row)
-        texts = (demonstration.completion, *(message.content for message in demonstration.prompt))
-        if has_lone_surrogate(*texts):
+            try:
+                demonstration = convert(row)
+            except SkipRow as skip:
+                report.skip(skip.reason, fault=skip.fault)
+                continue
+        if has_lone_surrogate(*demonstration.texts()):
             report.skip(LONE_SURROGATE, fault=True)
         else:
             yield demonstration
 
 
 def _imitated_answers(pair: PreferencePair, source: Source, report: SourceReport) -> list[Demonstration]:
-    chosen, rejected = (Demonstration(pair.prompt, text) for text in (pair.chosen, pair.rejected))
-    if source.use == "both":
+    chosen, rejected = (Demonstration(pair.prompt, answer, inputs=pair.inputs) for answer in pair.answers)
+    use = source.use or ("chosen" if pair.labels is None else "safer")
+    if use == "both":
         return [chosen, rejected]
-    if source.use == "safer":
+    if use == "safer":
         if pair.labels is None:
             raise DataError(f"{report.name}: 'use: safer' needs safety labels, and this set has none")
         if not any(pair.labels):
@@ -127,4 +141,4 @@ def _imitated_answers(pair: PreferencePair, source: Source, report: SourceReport
             return []
         # The more helpful of two safe answers is imitated.
         return [chosen if pair.labels.chosen else rejected]
-    return [chosen if source.use == "chosen" else rejected]
+    return [chosen if use == "chosen" else rejected]

@@ -1,16 +1,29 @@
 """Tables that describe the data and what happened to them."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from bfpo.core.pairs import CELLS, PreferencePair
+from bfpo.core.conversation import (
+    ASKING_ROLES,
+    Answer,
+    Conversation,
+    Message,
+    Role,
+    answer_text,
+    answer_turns,
+    last_request,
+)
+from bfpo.core.markers import MARKERS_BY_FAMILY, find_markers
+from bfpo.core.pairs import CELLS, SIDES, PreferencePair
 from bfpo.core.terminal import say, show_table
 from bfpo.data.load import SourceReport, by_reason
 from bfpo.data.prepare import cell_counts
 from bfpo.data.table import Example
 from bfpo.losses.labeling import LabelingFunction
+
+_TEXTS = ("prompt", "chosen", "rejected")
 
 
 def show_sources(reports: Iterable[SourceReport]) -> None:
@@ -79,12 +92,94 @@ def show_cells(pairs: Sequence[PreferencePair], labeling: LabelingFunction | Non
         show_table(f"Stream {stream}: {total} pairs; labels by {label_sources}", columns, rows)
 
 
+def show_markers(pairs: Sequence[PreferencePair]) -> None:
+    """Print how many pairs contain control tokens of chat templates in their texts, by family of models."""
+    counts = {family: Counter[str]() for family in MARKERS_BY_FAMILY}
+    totals = {family: Counter[str]() for family in MARKERS_BY_FAMILY}
+    for pair in pairs:
+        turns = (pair.prompt, *map(answer_turns, pair.answers))
+        by_text = {name: _markers_of(messages) for name, messages in zip(_TEXTS, turns, strict=True)}
+        for family, family_markers in MARKERS_BY_FAMILY.items():
+            texts = [name for name, markers in by_text.items() if markers.intersection(family_markers)]
+            counts[family].update(["pairs", *texts] if texts else [])
+            totals[family].update(set().union(*by_text.values()).intersection(family_markers))
+    rows = [
+        (family, *(counts[family][name] for name in ("pairs", *_TEXTS)), _list_markers(totals[family]))
+        for family in MARKERS_BY_FAMILY
+        if counts[family]
+    ]
+    if rows:
+        columns = ("family", "pairs", *(f"in {name}" for name in _TEXTS), "tokens, with their pairs")
+        show_table("Control tokens of chat templates in texts, by family of models", columns, rows)
+
+
+def _markers_of(messages: Conversation) -> set[str]:
+    return find_markers("\n".join(text for message in messages for text in message.texts()))
+
+
+def _list_markers(counts: Counter[str]) -> str:
+    by_count = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    listed = ", ".join(f"{marker} {count}" for marker, count in by_count[:3])
+    return listed + (f", and {len(counts) - 3} more" if len(counts) > 3 else "")
+
+
+def show_parts(pairs: Sequence[PreferencePair]) -> None:
+    """Print how many pairs have more than texts, and where labels of answers and of their reasoning differ."""
+    counts = {
+        "tools": sum(pair.inputs.tools is not None for pair in pairs),
+        "tool calls in an answer": sum(any(turn.tool_calls for turn in _turns(pair)) for pair in pairs),
+        "reasoning in an answer": sum(any(turn.reasoning for turn in _turns(pair)) for pair in pairs),
+        "a system or developer turn": sum(_has_role(pair, "system", "developer") for pair in pairs),
+        "several turns before the answer": sum(_count_questions(pair) > 1 for pair in pairs),
+        "an answer of several turns": sum(
+            any(len(answer_turns(answer)) > 1 for answer in pair.answers) for pair in pairs
+        ),
+        "labels of the reasoning": sum(pair.reasoning_labels is not None for pair in pairs),
+    }
+    rows = [(name, count, f"{count / len(pairs):.1%}") for name, count in counts.items() if count]
+    if rows:
+        show_table("Pairs with more than texts", ("pairs with", "pairs", "share"), rows)
+    if counts["labels of the reasoning"]:
+        show_table(
+            "Answers whose label differs from that of their reasoning",
+            ("answers", "safe answer, unsafe reasoning", "unsafe answer, safe reasoning"),
+            [(side, *_count_differences(pairs, index)) for index, side in enumerate(SIDES)],
+        )
+
+
+def count_disagreements(pairs: Sequence[PreferencePair]) -> dict[str, int]:
+    """Return the number of pairs whose labels of answer and reasoning differ, by side."""
+    return {side: sum(_count_differences(pairs, index)) for index, side in enumerate(SIDES)}
+
+
+def _count_differences(pairs: Sequence[PreferencePair], side: int) -> tuple[int, int]:
+    """Return the numbers of safe answers with unsafe reasoning, and of unsafe answers with safe reasoning."""
+    labels = Counter(
+        (pair.labels[side], pair.reasoning_labels[side])
+        for pair in pairs
+        if pair.labels is not None and pair.reasoning_labels is not None
+    )
+    return labels[True, False], labels[False, True]
+
+
+def _turns(pair: PreferencePair) -> Iterator[Message]:
+    return (turn for answer in pair.answers for turn in answer_turns(answer))
+
+
+def _has_role(pair: PreferencePair, *roles: Role) -> bool:
+    return any(message.role in roles for message in (*pair.prompt, *_turns(pair)))
+
+
+def _count_questions(pair: PreferencePair) -> int:
+    return sum(message.role in ASKING_ROLES for message in pair.prompt)
+
+
 def show_text_lengths(pairs: Sequence[PreferencePair]) -> None:
     """Print quantiles of the lengths in words."""
     lengths = {
         "prompt": [sum(len(message.content.split()) for message in pair.prompt) for pair in pairs],
-        "chosen": [len(pair.chosen.split()) for pair in pairs],
-        "rejected": [len(pair.rejected.split()) for pair in pairs],
+        "chosen": [count_words(pair.chosen) for pair in pairs],
+        "rejected": [count_words(pair.rejected) for pair in pairs],
     }
     _show_quantiles("Lengths in words", lengths)
 
@@ -119,8 +214,8 @@ def show_cell_lengths(pairs: Sequence[PreferencePair]) -> None:
     for cell in CELLS:
         of_cell = [pair for pair in pairs if pair.cell == cell]
         if of_cell:
-            chosen = np.mean([len(pair.chosen.split()) for pair in of_cell])
-            rejected = np.mean([len(pair.rejected.split()) for pair in of_cell])
+            chosen = np.mean([count_words(pair.chosen) for pair in of_cell])
+            rejected = np.mean([count_words(pair.rejected) for pair in of_cell])
             rows.append((cell, len(of_cell), f"{chosen:.0f}", f"{rejected:.0f}", f"{chosen - rejected:+.0f}"))
     if rows:
         show_table("Mean words by cell", ("cell", "pairs", "chosen", "rejected", "gap"), rows)
@@ -131,9 +226,9 @@ def show_pairs(pairs: Sequence[PreferencePair], count: int) -> None:
     first_of_cell = {pair.cell: pair for pair in reversed(pairs)}
     for pair in list(first_of_cell.values())[:count]:
         say(f"\n[{pair.cell or 'unlabeled'}] row {pair.row_id}")
-        say(f"  prompt    {_short(pair.prompt[-1].content)}")
-        say(f"  chosen    {_short(pair.chosen)}")
-        say(f"  rejected  {_short(pair.rejected)}")
+        say(f"  prompt    {_short(last_request(pair.prompt))}")
+        say(f"  chosen    {_short(answer_text(pair.chosen))}")
+        say(f"  rejected  {_short(answer_text(pair.rejected))}")
 
 
 def show_samples(samples: Sequence[dict[str, str]]) -> None:
@@ -142,6 +237,11 @@ def show_samples(samples: Sequence[dict[str, str]]) -> None:
         say(f"\nsample {number} as the model sees it")
         for name, text in sample.items():
             say(f"  {name:<10} {_short(text, keep_end=True)}")
+
+
+def count_words(answer: Answer) -> int:
+    """Return the number of words of an answer, with its reasoning and its tool calls."""
+    return sum(len(text.split()) for turn in answer_turns(answer) for text in turn.texts())
 
 
 def _show_quantiles(title: str, lengths: dict[str, list[int]]) -> None:

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +18,9 @@ from bfpo.errors import DataError
 Sampled = TypeVar("Sampled")
 
 LONE_SURROGATE = "lone surrogate in a text"
+NOT_A_PREFIX = "prompt is not a prefix of the conversation"
+# Share of such prompts that is always accepted: tokens can merge across the end of a prompt.
+_MAX_NOT_A_PREFIX = 0.1
 
 
 class Reason(NamedTuple):
@@ -77,7 +80,8 @@ class SourceReport:
             max_dropped: Maximum share, in [0, 1).
 
         Raises:
-            DataError: If more is dropped; the message has the count of each reason.
+            DataError: If more is dropped, or more prompts aren't a prefix of their conversation; the message has the
+                count of each reason.
         """
         # Faulty rows are a share of all rows, dropped pairs are a share of the sample.
         faulty, dropped = self.faulty.total(), self.dropped.total()
@@ -91,6 +95,14 @@ class SourceReport:
             raise DataError(
                 f"{self.name}: {count} of {total} pairs would be dropped ({counts}), more than max_dropped = "
                 f"{max_dropped:g}; fix the data, or raise max_dropped in the recipe if this is intended"
+            )
+        mismatched = sum(pairs for reason, pairs in self.noted.items() if reason.text == NOT_A_PREFIX)
+        if mismatched > max(max_dropped, _MAX_NOT_A_PREFIX) * self.taken:
+            raise DataError(
+                f"{self.name}: in {mismatched} of {self.taken} pairs the chat template renders the prompt for "
+                "generation differently from the conversation, so the model would be trained on prompts that it is "
+                "never asked; set `text.chat_template`, or raise max_dropped in the recipe if this "
+                "is intended"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -119,7 +131,7 @@ def by_reason(counts: Counter[Reason]) -> dict[str, dict[str, int]]:
 
 
 def load_pairs(
-    source: Source, stream: StreamName, *, limit: int | None = None
+    source: Source, stream: StreamName, *, limit: int | None = None, ignored_keys: Collection[str] = ()
 ) -> tuple[SourceReport, list[PreferencePair]]:
     """Read the pairs of a source, and take the sample that it specifies.
 
@@ -127,6 +139,7 @@ def load_pairs(
         source: Source of the pairs.
         stream: Stream of pairs without one.
         limit: Maximum number of pairs, besides the source's own limit.
+        ignored_keys: Keys of messages that are left out.
 
     Returns:
         The report, and the pairs with data set name and stream.
@@ -139,10 +152,10 @@ def load_pairs(
     adapter = find_adapter(source.adapter)
     report = make_source_report(source, source.license or adapter.license, adapter.note)
     pairs: list[PreferencePair] = []
-    for pair in read_pairs(adapter, read_rows(source), source):
+    for pair in read_pairs(adapter, read_rows(source, ignored_keys), source):
         if isinstance(pair, SkipRow):
             report.skip(pair.reason, fault=pair.fault)
-        elif has_lone_surrogate(pair.chosen, pair.rejected, *(message.content for message in pair.prompt)):
+        elif has_lone_surrogate(*pair.texts()):
             report.skip(LONE_SURROGATE, fault=True)
         else:
             pairs.append(pair)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bfpo.config.recipes import DataRecipe, Source
+from bfpo.core.conversation import Answer, Conversation, answer_turns, last_request, prompt_key
 from bfpo.core.files import write_json, write_jsonl
-from bfpo.core.pairs import CELLS, PreferencePair, StreamName, prompt_key
+from bfpo.core.pairs import CELLS, PreferencePair, StreamName, TemplateInputs
 from bfpo.data.load import Reason, SourceReport, load_pairs
 from bfpo.data.rows import read_prompts
 from bfpo.errors import DataError
@@ -90,7 +91,7 @@ def prepare(
 
     def read(source: Source, stream: StreamName) -> tuple[SourceReport, list[PreferencePair]]:
         log(f"reading {source.path}")
-        return load_pairs(source, stream, limit=limit)
+        return load_pairs(source, stream, limit=limit, ignored_keys=recipe.text.ignore_message_keys)
 
     parts = [Part(*read(source, "main")) for source in recipe.data]
     parts += [Part(*read(source, "buffer")) for source in recipe.buffer]
@@ -207,35 +208,51 @@ def clean(
     return cleaned
 
 
+# What two answers must share to be compared.
+_Question = tuple[Conversation, TemplateInputs]
+
+
 class _Contradictions:
     """Answers that are labeled both safe and unsafe, and pairs that occur in both orders."""
 
     def __init__(self, pairs: Iterable[PreferencePair]) -> None:
-        self._labels: dict[tuple[Any, str], set[bool]] = defaultdict(set)
-        self._orders: set[tuple[Any, str, str]] = set()
+        self._labels: dict[tuple[_Question, Answer], set[bool]] = defaultdict(set)
+        self._orders: set[tuple[_Question, Answer, Answer]] = set()
         for pair in pairs:
-            self._orders.add((pair.prompt, pair.chosen, pair.rejected))
+            question = (pair.prompt, pair.inputs)
+            self._orders.add((question, pair.chosen, pair.rejected))
             if pair.labels is not None:
-                self._labels[pair.prompt, pair.chosen].add(pair.labels.chosen)
-                self._labels[pair.prompt, pair.rejected].add(pair.labels.rejected)
+                self._labels[question, pair.chosen].add(pair.labels.chosen)
+                self._labels[question, pair.rejected].add(pair.labels.rejected)
 
     def find(self, pair: PreferencePair) -> str | None:
         """Return how a pair contradicts another one; None if it doesn't."""
-        if any(len(self._labels.get((pair.prompt, text), ())) > 1 for text in (pair.chosen, pair.rejected)):
+        question = (pair.prompt, pair.inputs)
+        if any(len(self._labels.get((question, answer), ())) > 1 for answer in pair.answers):
             return "an answer is labeled both safe and unsafe"
-        if (pair.prompt, pair.rejected, pair.chosen) in self._orders:
+        if (question, pair.rejected, pair.chosen) in self._orders:
             return "the pair occurs in both orders"
         return None
 
 
 def _fault_of(pair: PreferencePair) -> str | None:
-    if not pair.prompt[-1].content.strip():
+    if pair.prompt[-1].role == "user" and pair.prompt[-1].is_empty:
         return "empty prompt"
-    if not pair.chosen.strip() or not pair.rejected.strip():
+    if any(map(is_empty_answer, pair.answers)):
         return "empty answer"
-    if pair.chosen.strip() == pair.rejected.strip():
+    chosen, rejected = map(_stripped, pair.answers)
+    if chosen == rejected:
         return "identical answers"
     return None
+
+
+def is_empty_answer(answer: Answer) -> bool:
+    """Return whether the last turn of an answer says and calls nothing; reasoning alone is no answer."""
+    return answer_turns(answer)[-1].is_empty
+
+
+def _stripped(answer: Answer) -> Conversation:
+    return tuple(replace(turn, content=turn.content.strip()) for turn in answer_turns(answer))
 
 
 def _handle_leaks(parts: list[Part], evals: list[Part], recipe: DataRecipe) -> None:
@@ -263,7 +280,7 @@ def _handle_leaks(parts: list[Part], evals: list[Part], recipe: DataRecipe) -> N
 
 
 def _leak_keys(pair: PreferencePair) -> tuple[str, ...]:
-    return (pair.prompt_key, prompt_key(pair.prompt[-1].content))
+    return (pair.prompt_key, prompt_key(last_request(pair.prompt)))
 
 
 def _make_names_unique(parts: list[Part]) -> None:

@@ -24,6 +24,10 @@ class PromptSet(NamedTuple):
         revision: Commit on the hub; None if we could not verify one, so that users have to name one.
         file: Where the file is published, for a set that is read from one.
         id_column: Column that identifies a prompt; None if a hash of its text does.
+        field: Key of the list of rows, in JSON files that are objects.
+        group_column: Column that variants of one prompt share.
+        targets_column: Column with the names of the tools that doing what is asked takes.
+        has_stub_tools: Whether prompts without a column `tools` get stubs of these tools: names without parameters.
     """
 
     hub: str
@@ -36,6 +40,10 @@ class PromptSet(NamedTuple):
     revision: str | None = None
     file: str = ""
     id_column: str | None = None
+    field: str | None = None
+    group_column: str | None = None
+    targets_column: str | None = None
+    has_stub_tools: bool = False
 
 
 def find_prompt_set(name: str) -> PromptSet:
@@ -47,6 +55,24 @@ def find_prompt_set(name: str) -> PromptSet:
     if name not in PROMPT_SETS:
         raise RecipeError(f"prompts: name is '{name}'; {did_you_mean(name, list(PROMPT_SETS))}")
     return PROMPT_SETS[name]
+
+
+def _agentharm(kind: Kind, config: str) -> PromptSet:
+    return PromptSet(
+        "ai-safety-institute/AgentHarm",
+        "MIT with a clause: only for improving the safety and security of AI systems",
+        ("prompt",),
+        kind,
+        config,
+        "test_public",
+        category_column="category",
+        field="behaviors",
+        # Four variants of each behavior: with and without details, with and without a hint.
+        group_column="id_original",
+        targets_column="target_functions",
+        # The data name the tools; their schemas are Python functions in another repository.
+        has_stub_tools=True,
+    )
 
 
 PROMPT_SETS = {
@@ -171,7 +197,17 @@ PROMPT_SETS = {
         file="`bfpo quickstart` writes one",
         id_column="prompt_id",
     ),
-    "file": PromptSet("", "", ("prompt",), None, category_column="category"),
+    "agentharm": _agentharm("harmful", "harmful"),
+    "agentharm_benign": _agentharm("lookalike", "harmless_benign"),
+    "file": PromptSet(
+        "",
+        "",
+        ("prompt", "messages", "conversations"),
+        None,
+        category_column="category",
+        group_column="group",
+        targets_column="target_functions",
+    ),
 }
 
 # By keys, because no prompt is part of the program.

@@ -1,15 +1,22 @@
 """Prompts of published sets and of local files, with the metadata that identifies them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from pydantic import Field
+
 from bfpo.config.recipes import Count, Section, Source
+from bfpo.core.conversation import Conversation, Message, as_messages, conversation_key
 from bfpo.core.files import content_hash, file_hash
-from bfpo.core.pairs import Conversation, Message, as_messages, conversation_key
-from bfpo.core.samples import Kind, Prompt
+from bfpo.core.pairs import COLUMNS, NO_INPUTS, TemplateInputs, check_asks
+from bfpo.core.samples import RENAMED_COLUMNS, Completion, Kind, Prompt
+from bfpo.data.agent_prompts import read_agent_columns
+from bfpo.data.pair_formats import read_inputs, refuse_unread_columns, with_system, without_aliases
 from bfpo.data.prompt_sets import PromptSet, find_prompt_set
-from bfpo.data.rows import SourceRow, read_rows
+from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, RecipeError
 
 
@@ -28,19 +35,107 @@ class PromptSource(Section):
     """License of your own file."""
     limit: Count | None = None
     """Maximum number of prompts; the first ones are taken."""
+    ignore_columns: list[str] = Field(default=[])
+    """Columns of your own file that are left out; without it, a text that isn't read is an error."""
+    ignore_message_keys: list[str] = Field(default=[])
+    """Keys of messages that are left out; without it, an unknown key is an error."""
+
+
+# Columns with the conversation, the first one present.
+PROMPT_COLUMNS = ("prompt", "messages", "conversations")
+# Columns that are read, or that have answers to the prompt: pair files and files of completions have prompts, too.
+_READ_COLUMNS = frozenset(
+    (
+        *COLUMNS,
+        *Prompt.__dataclass_fields__,
+        *Completion.__dataclass_fields__,
+        "system",
+        *RENAMED_COLUMNS,
+        "completion",
+        "response",
+        "output",
+        "target",
+    )
+)
+
+
+class PromptContent(NamedTuple):
+    """What a row has for the model.
+
+    Args:
+        messages: Conversation that the model continues.
+        inputs: Tools, and arguments of the chat template.
+        language: Language of the prompt; None if unknown.
+    """
+
+    messages: Conversation
+    inputs: TemplateInputs = NO_INPUTS
+    language: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Key of the prompt: that of the conversation, unless it has tools."""
+        key = conversation_key(self.messages)
+        return content_hash(key, *self.inputs.hashed) if self.inputs.hashed else key
 
 
 class _RawPrompt(NamedTuple):
     """Prompt as a row has it, before duplicates are removed."""
 
-    text: str
+    content: PromptContent
     kind: Kind
     category: str | None
     prompt_id: str | None
+    # Further fields of `Prompt`.
+    columns: Mapping[str, Any] = MappingProxyType({})
+
+
+def read_prompt_content(row: SourceRow, columns: Sequence[str] = PROMPT_COLUMNS) -> PromptContent:
+    """Return what a row has for the model: also its `system`, `tools`, `chat_template_kwargs` and `language`.
+
+    Args:
+        row: Row.
+        columns: Columns that may have the conversation; the first one with a value is read.
+
+    Raises:
+        DataError: If none is present, or a column is malformed.
+    """
+    row = without_aliases(row)
+    present = [name for name in columns if name in row.values]
+    if not present:
+        raise DataError(f"no column {' or '.join(map(repr, columns))}; the columns are {', '.join(row.values)}")
+    messages = row.messages(next((name for name in present if row.values[name]), present[0]))
+    language = row.values.get("language") or None
+    if not isinstance(language, str | None):
+        raise DataError(f"column 'language' is {language!r}; expected a string, or null")
+    content = PromptContent(with_system(row, messages), read_inputs(row), language)
+    # Also those in the JSON text of a cell, which the row doesn't have yet.
+    texts = {"prompt": [message.to_row() for message in content.messages], **content.inputs.to_row()}
+    refuse_lone_surrogates(SourceRow(dict(row.values) | texts, row.where))
+    return content
+
+
+def check_prompt_columns(row: SourceRow, other_columns: Collection[str] = ()) -> None:
+    """Check that nothing in a row of a file of prompts could have been meant for the model and isn't read.
+
+    Args:
+        row: Row.
+        other_columns: Columns that are read besides those of prompts.
+
+    Raises:
+        DataError: If a column could.
+    """
+    row = without_aliases(row)
+    column = next((name for name in PROMPT_COLUMNS if row.values.get(name)), "prompt")
+    refuse_unread_columns(row, {*_READ_COLUMNS, *other_columns, column}, can_rename=False)
 
 
 def read_prompt_source(
-    source: PromptSource, *, where: Mapping[str, str] | None = None, system: str | None = None
+    source: PromptSource,
+    *,
+    where: Mapping[str, str] | None = None,
+    system: str | None = None,
+    other_columns: Collection[str] = (),
 ) -> tuple[list[Prompt], dict[str, Any]]:
     """Read the prompts of a source, and its metadata.
 
@@ -48,6 +143,7 @@ def read_prompt_source(
         source: Set of prompts.
         where: Values by column that select rows; a file without such a column is taken whole.
         system: System message in front of each prompt.
+        other_columns: Columns of your own file that are read elsewhere.
 
     Returns:
         The prompts without duplicates, and the name, origin, license, hashes and size of the set.
@@ -68,14 +164,21 @@ def read_prompt_source(
         )
     license = source.license or prompt_set.license
     prompts: dict[str, Prompt] = {}
-    for raw in _read_raw_prompts(source, prompt_set, revision, where or {}):
-        if not raw.text.strip():
-            continue
-        messages = _with_system(raw.text, system)
-        key = conversation_key(messages)
+    for raw in _read_raw_prompts(source, prompt_set, revision, where or {}, system, other_columns):
+        key = raw.content.key
         if key not in prompts:
-            prompt_id = raw.prompt_id or f"{source.name}-{key[:12]}"
-            prompts[key] = Prompt(prompt_id, messages, raw.kind, raw.category, source.name, license)
+            prompt = Prompt(
+                raw.prompt_id or f"{source.name}-{key[:12]}",
+                raw.content.messages,
+                raw.kind,
+                raw.category,
+                source.name,
+                license,
+                raw.content.inputs.tools,
+                raw.content.inputs.kwargs,
+                raw.content.language,
+            )
+            prompts[key] = replace(prompt, **raw.columns)
         if len(prompts) == source.limit:
             break
     if not prompts:
@@ -86,8 +189,12 @@ def read_prompt_source(
         "license": license or None,
         "file_sha256": file_hash(Path(source.path)) if source.path else None,
         "prompts": len(prompts),
-        "prompts_hash": content_hash([prompt.prompt for prompt in prompts.values()]),
+        "prompts_hash": content_hash([_to_hash(prompt) for prompt in prompts.values()]),
     }
+
+
+def _to_hash(prompt: Prompt) -> object:
+    return [prompt.prompt, prompt.inputs] if prompt.inputs.hashed else prompt.prompt
 
 
 class ReferenceOutput(NamedTuple):
@@ -118,22 +225,35 @@ def read_reference_outputs(
     """
     prompt_set = find_prompt_set(source.name)
     outputs: dict[str, ReferenceOutput] = {}
-    for text, row in _read_texts(source, prompt_set, source.revision or prompt_set.revision, where or {}):
+    revision = source.revision or prompt_set.revision
+    for content, row in _read_contents(source, prompt_set, revision, where or {}, system, (column, "generator")):
         if not isinstance(output_text := row.values.get(column), str):
             raise DataError(f"{row.where}: no text in column '{column}', which has the reference outputs")
         output = ReferenceOutput(output_text, str(row.values.get("generator") or ""))
-        if outputs.setdefault(conversation_key(_with_system(text, system)), output) != output:
+        if outputs.setdefault(conversation_key(content.messages), output) != output:
             raise DataError(f"{row.where}: a second reference output for the same prompt; expected one for each")
     return outputs
 
 
-def _with_system(text: str, system: str | None) -> Conversation:
-    messages = as_messages(text.strip())
-    return messages if system is None else (Message("system", system), *messages)
+def _add_system(content: PromptContent, system: str | None) -> PromptContent:
+    """Return a prompt after a system message, and a single turn without white space around it."""
+    messages = content.messages
+    if len(messages) == 1:
+        messages = (replace(messages[0], content=messages[0].content.strip()),)
+    if system is None:
+        return content._replace(messages=messages)
+    if messages[0].role in ("system", "developer"):
+        raise DataError("the prompt begins with a system message, and `system` sets another one")
+    return content._replace(messages=(Message("system", system), *messages))
 
 
 def _read_raw_prompts(
-    source: PromptSource, prompt_set: PromptSet, revision: str | None, where: Mapping[str, str]
+    source: PromptSource,
+    prompt_set: PromptSet,
+    revision: str | None,
+    where: Mapping[str, str],
+    system: str | None,
+    other_columns: Collection[str],
 ) -> Iterator[_RawPrompt]:
     if source.path and not Path(source.path).is_file():
         raise DataError(f"prompts: {source.name}: no file {source.path}")
@@ -144,32 +264,48 @@ def _read_raw_prompts(
             raise DataError(f"{source.path}: not UTF-8 text ({error})") from None
         for line in text.splitlines():
             if line.strip():
-                yield _RawPrompt(line, _kind_of(source, prompt_set, {}), None, None)
+                content = _add_system(PromptContent(as_messages(line.strip())), system)
+                yield _RawPrompt(content, _kind_of(source, prompt_set, {}), None, None)
         return
-    for text, row in _read_texts(source, prompt_set, revision, where):
+    for content, row in _read_contents(source, prompt_set, revision, where, system, other_columns):
         category, prompt_id = (
             str(row.values.get(column) or "") or None if column else None
             for column in (prompt_set.category_column, prompt_set.id_column)
         )
-        yield _RawPrompt(text, _kind_of(source, prompt_set, row.values), category, prompt_id)
+        with row.locate_errors():
+            columns = read_agent_columns(row, prompt_set, source.name)
+        yield _RawPrompt(content, _kind_of(source, prompt_set, row.values), category, prompt_id, columns)
 
 
-def _read_texts(
-    source: PromptSource, prompt_set: PromptSet, revision: str | None, where: Mapping[str, str]
-) -> Iterator[tuple[str, SourceRow]]:
-    """Yield the prompt of each row, and the row."""
+def _read_contents(
+    source: PromptSource,
+    prompt_set: PromptSet,
+    revision: str | None,
+    where: Mapping[str, str],
+    system: str | None,
+    other_columns: Collection[str],
+) -> Iterator[tuple[PromptContent, SourceRow]]:
+    """Yield the prompt of each row that has one, and the row."""
     table = Source(
-        path=source.path or prompt_set.hub, name=prompt_set.config, split=prompt_set.split, revision=revision
+        path=source.path or prompt_set.hub,
+        name=prompt_set.config,
+        split=prompt_set.split,
+        revision=revision,
+        ignore_columns=source.ignore_columns,
+        field=prompt_set.field,
     )
     try:
-        for row in read_rows(table):
+        for row in read_rows(table, source.ignore_message_keys):
             if any(str(row.values.get(column, value)) != value for column, value in where.items()):
                 continue
-            column = next((name for name in prompt_set.prompt_columns if row.values.get(name)), None)
-            if column is None:
-                raise DataError(f"{row.where}: no column {' or '.join(prompt_set.prompt_columns)}")
-            value = row.values[column]
-            yield (value if isinstance(value, str) else as_messages(value)[-1].content), row
+            with row.locate_errors():
+                content = _add_system(read_prompt_content(row, prompt_set.prompt_columns), system)
+                # The columns of published sets are known.
+                if source.name == "file":
+                    check_prompt_columns(row, {*where, *other_columns})
+                check_asks(content.messages)
+            if content.messages[-1].content.strip() or content.messages[-1].role == "tool":
+                yield content, row
     except DataError as error:
         if source.path:
             raise

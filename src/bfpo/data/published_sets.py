@@ -9,16 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, product
 
 from bfpo.config.recipes import Source
-from bfpo.core.pairs import (
-    Conversation,
-    Demonstration,
-    Message,
-    PreferencePair,
-    Provenance,
-    Role,
-    SafetyLabels,
-    user_says,
-)
+from bfpo.core.conversation import Conversation, Message, Role, user_says
+from bfpo.core.pairs import Demonstration, PreferencePair, Provenance, SafetyLabels
 from bfpo.data.pair_formats import SkipRow, read_comparison, shared_history
 from bfpo.data.rows import SourceRow
 from bfpo.errors import DataError

@@ -10,17 +10,20 @@ import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import IO, Any, cast
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import Conversation, as_messages, conversation_text
 from bfpo.core.files import parse_json
-from bfpo.core.pairs import as_messages, conversation_text, parse_label
+from bfpo.core.pairs import parse_label
 from bfpo.errors import DataError
 
 _SUFFIXES = ("json", "jsonl", "csv", "tsv", "parquet")
+# Characters of a line; more than any row has.
+MAX_LINE = 1 << 28
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -44,10 +47,12 @@ class SourceRow:
     Args:
         values: Values by column.
         where: Location: the file or hub id, and the number of the row from 1.
+        ignored_keys: Keys of messages that are left out.
     """
 
     values: Mapping[str, Any]
     where: str
+    ignored_keys: Collection[str] = ()
 
     @contextmanager
     def locate_errors(self) -> Iterator[None]:
@@ -76,6 +81,10 @@ class SourceRow:
         if not isinstance(value, str):
             raise DataError(f"column '{column}' is {value!r} ({type(value).__name__}); expected a string")
         return value
+
+    def messages(self, column: str) -> Conversation:
+        """Return a column that must be a string (one user turn) or a list of messages, see `as_messages`."""
+        return as_messages(self.value(column), column, ignore=self.ignored_keys)
 
     def label(self, column: str) -> bool:
         """Return a column that must be a safety label; True means safe, see `parse_label`."""
@@ -106,8 +115,12 @@ class SourceRow:
         return None if math.isnan(number) else number
 
 
-def read_rows(source: Source) -> Iterator[SourceRow]:
+def read_rows(source: Source, ignored_keys: Collection[str] = ()) -> Iterator[SourceRow]:
     """Yield the raw rows of a source, in their order.
+
+    Args:
+        source: Files or hub data set, with the columns that are renamed or left out.
+        ignored_keys: Keys of messages that are left out.
 
     Raises:
         DataError: If a file is missing, empty, truncated or malformed, or the hub can't be reached.
@@ -115,8 +128,8 @@ def read_rows(source: Source) -> Iterator[SourceRow]:
     paths = [source.path] if isinstance(source.path, str) else source.path
     for path in paths:
         files = _local_files(path)
-        for row in _hub_rows(path, source) if files is None else _file_rows(files):
-            yield _rename_columns(row, source.columns)
+        for row in _hub_rows(path, source) if files is None else _file_rows(files, source.field):
+            yield replace(_select_columns(row, source), ignored_keys=ignored_keys)
 
 
 def read_prompts(path: str) -> Iterator[str]:
@@ -136,7 +149,7 @@ def read_prompts(path: str) -> Iterator[str]:
         if column is None:
             raise DataError(f"{row.where}: no column 'prompt', 'instruction', 'question' or 'goal'")
         with row.locate_errors():
-            prompt = as_messages(row.value(column), column)
+            prompt = row.messages(column)
         yield conversation_text(prompt)
 
 
@@ -171,15 +184,15 @@ def _format_of(file: Path) -> str | None:
     return suffix if suffix in _SUFFIXES else None
 
 
-def _file_rows(files: list[Path]) -> Iterator[SourceRow]:
-    readers = {"json": _json_rows, "jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
+def _file_rows(files: list[Path], field: str | None) -> Iterator[SourceRow]:
+    readers = {"jsonl": _jsonl_rows, "csv": _csv_rows, "tsv": _csv_rows, "parquet": _parquet_rows}
     for file in files:
         file_format = _format_of(file)
         if file_format is None:
             suffixes = ", .".join(_SUFFIXES)
             raise DataError(f"{file}: unknown file format; expected .{suffixes}, optionally with .gz or .xz")
         is_empty = True
-        for number, values in readers[file_format](file):
+        for number, values in _json_rows(file, field) if file_format == "json" else readers[file_format](file):
             is_empty = False
             if not isinstance(values, Mapping):
                 raise DataError(f"{file} row {number}: {type(values).__name__}; expected an object with columns")
@@ -197,7 +210,11 @@ def _open(file: Path) -> IO[str]:
 def _lines(file: Path) -> Iterator[str]:
     try:
         with _open(file) as text:
-            yield from text
+            # Otherwise a small compressed file could contain a line that fills the memory.
+            while line := text.readline(MAX_LINE + 1):
+                if len(line) > MAX_LINE:
+                    raise DataError(f"{file}: a line of more than {MAX_LINE:,} characters")
+                yield line
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise DataError(f"{file}: the compressed file is truncated or damaged ({error}); get it again") from None
     except UnicodeDecodeError as error:
@@ -221,7 +238,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
         yield number, values
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
+def _json_rows(file: Path, field: str | None) -> Iterator[tuple[int, Any]]:
     text = "".join(_lines(file))
     if not text.strip():
         return
@@ -233,8 +250,13 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{file}: not JSON ({error.msg} at {position}){hint}") from None
     except ValueError as error:
         raise DataError(f"{file}: not JSON ({error})") from None
+    if isinstance(content, dict) and field is not None:
+        if field not in content:
+            raise DataError(f"{file}: no key '{field}'; the keys are {', '.join(content)}")
+        content = content[field]
     if not isinstance(content, list):
-        raise DataError(f"{file} is a {type(content).__name__}; expected a list of rows")
+        hint = "; `field:` of the source names the key of its list" if isinstance(content, dict) else ""
+        raise DataError(f"{file} is a {type(content).__name__}; expected a list of rows{hint}")
     yield from enumerate(content, start=1)
 
 
@@ -300,10 +322,8 @@ def _class_names(metadata: bytes | None) -> dict[str, list[str]]:
 
 
 def _with_class_names(values: Mapping[str, Any], names: Mapping[str, list[str]], where: str) -> Mapping[str, Any]:
-    """Return a row with the names of classes instead of their numbers, whose order is the data set's own."""
-    if not names:
-        return values
-    named = dict(values)
+    """Return a row of a table with the names of classes instead of their numbers, and without padded objects."""
+    named = {column: without_padding(value) for column, value in values.items()}
     for column in names.keys() & values.keys():
         number = values[column]
         if not isinstance(number, int):
@@ -332,7 +352,19 @@ def _hub_rows(path: str, source: Source) -> Iterator[SourceRow]:
         yield SourceRow(_with_class_names(values, names, where), where)
 
 
-def _rename_columns(row: SourceRow, columns: Mapping[str, str]) -> SourceRow:
+def without_padding(value: Any) -> Any:
+    """Return a value of a table without the nulls of objects: a table gives every object the keys of all of them."""
+    if isinstance(value, Mapping):
+        return {key: without_padding(content) for key, content in value.items() if content is not None}
+    return [without_padding(content) for content in value] if isinstance(value, list) else value
+
+
+def _select_columns(row: SourceRow, source: Source) -> SourceRow:
+    """Rename the columns of a row, and leave out those that are ignored."""
+    if source.ignore_columns:
+        values = {name: value for name, value in row.values.items() if name not in source.ignore_columns}
+        row = replace(row, values=values)
+    columns = source.columns
     if not columns:
         return row
     for theirs in columns.values():
@@ -342,4 +374,4 @@ def _rename_columns(row: SourceRow, columns: Mapping[str, str]) -> SourceRow:
             )
     # All at once, so that two columns can be swapped.
     others = {name: value for name, value in row.values.items() if name not in columns.values()}
-    return SourceRow(others | {ours: row.values[theirs] for ours, theirs in columns.items()}, row.where)
+    return replace(row, values=others | {ours: row.values[theirs] for ours, theirs in columns.items()})

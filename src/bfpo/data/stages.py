@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import as_messages
 from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
-from bfpo.core.pairs import as_messages
 from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
-from bfpo.core.terminal import progress, show_table
-from bfpo.data.blocked_answers import BlockedAnswers
+from bfpo.core.samples import Key as CompletionKey
+from bfpo.core.terminal import progress, say, show_table
+from bfpo.data.prompts import check_prompt_columns, read_prompt_content
+from bfpo.data.readings import judge_readings
 from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
+from bfpo.data.unread_answers import UnreadAnswers, describe_missing_answers
 from bfpo.errors import DataError, Unanswered
 
 Row = TypeVar("Row", bound=FileRow)
@@ -28,11 +31,18 @@ _BATCH = 64
 _NUM_SHOWN = 5
 
 
-def read_prompt_file(path: str) -> list[Prompt]:
+def read_prompt_file(
+    path: str, *, ignore_columns: Sequence[str] = (), ignore_message_keys: Sequence[str] = ()
+) -> list[Prompt]:
     """Read prompts from a `prompts.jsonl`, any table with a prompt column, or a text file with a prompt on each line.
 
+    Args:
+        path: File.
+        ignore_columns: Columns that are left out.
+        ignore_message_keys: Keys of messages that are left out.
+
     Raises:
-        DataError: If there are no prompts, one is malformed, or an id is duplicated.
+        DataError: If there are no prompts, one is malformed, a column with text isn't read, or an id is duplicated.
     """
     prompts = []
     if Path(path).suffix == ".txt":
@@ -40,11 +50,13 @@ def read_prompt_file(path: str) -> list[Prompt]:
             messages = as_messages(line)
             prompts.append(Prompt(prompt_id(messages), messages, source=path))
     else:
-        for row in read_rows(Source(path=path)):
+        for row in read_rows(Source(path=path, ignore_columns=list(ignore_columns)), ignore_message_keys):
             with row.locate_errors():
-                refuse_lone_surrogates(row)
-                default_id = prompt_id(as_messages(row.value("prompt")))
-                prompts.append(Prompt.from_row({"prompt_id": default_id, "source": path, **row.values}))
+                messages, inputs, language = read_prompt_content(row)
+                default_id = prompt_id(messages, inputs)
+                columns = {"prompt": [message.to_row() for message in messages], "language": language}
+                prompts.append(Prompt.from_row({"prompt_id": default_id, "source": path, **row.values, **columns}))
+                check_prompt_columns(row)
     if not prompts:
         raise DataError(f"{path} has no prompts")
     if duplicate := _first_duplicate(prompt.prompt_id for prompt in prompts):
@@ -72,24 +84,40 @@ def generate_completions(
         Unanswered: If some completions are missing.
     """
     requests = {(prompt.prompt_id, sample): (prompt, sample) for prompt in prompts for sample in range(samples)}
+    # An engine whose samples changed has the hash of its former ones too: a finished file of them is kept.
+    former_hash = getattr(engine, "former_settings_hash", None)
+    former: list[Completion] = []
 
     def check(completion: Completion) -> None:
-        if completion.key in requests and completion.prompt != requests[completion.key][0].prompt:
+        request = requests.get(completion.key)
+        if request and (completion.prompt, completion.inputs) != (request[0].prompt, request[0].inputs):
             raise DataError(
                 f"{path}: {completion.key} answers another prompt with this id; choose another output file"
             )
-        if completion.settings_hash != engine.settings_hash:
+        if completion.settings_hash == engine.settings_hash:
+            return
+        if completion.settings_hash == former_hash:
+            former.append(completion)
+        else:
             raise DataError(
                 f"{path} has completions of another model or other settings (hash {completion.settings_hash}, but "
                 f"{engine.settings_hash} for this run); choose another output file, or remove this one"
             )
+
+    def generate(missing: Sequence[CompletionKey]) -> Iterator[list[Completion]]:
+        if former:
+            raise DataError(
+                f"{path} was sampled by an earlier version, whose samples are others, and {len(missing)} completions "
+                "are missing; finish it with that version, choose another output file, or remove this one"
+            )
+        return engine.generate([requests[key] for key in missing])
 
     return fill(
         path,
         Completion,
         requests,
         lambda completion: completion.key,
-        lambda missing: engine.generate([requests[key] for key in missing]),
+        generate,
         check=check,
         what="generating",
     )
@@ -148,16 +176,19 @@ def show_faults(faults: Counter[str]) -> None:
 
 
 def show_outcomes(completions: Sequence[Completion]) -> None:
-    """Print a table of how the answers ended, if a server blocked or cut off any of them."""
+    """Print a table of how the answers ended if a server blocked any, and how many have reasoning and no answer."""
     outcomes = Counter(completion.finish_reason for completion in completions)
     if outcomes["filtered"] or outcomes["refused"]:
         show_table("Outcomes", ("outcome", "completions"), outcomes.most_common())
+    for line in describe_missing_answers(completions):
+        say(line)
 
 
 def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:
     """Judge every completion, and write the verdicts into a file.
 
-    Answers that a server blocked get the verdict of `BlockedAnswers`; the judge reads the others.
+    The judge reads the part of each completion that `bfpo.data.readings` makes. Completions without that part get the
+    verdict of `UnreadAnswers`.
 
     Args:
         judge: Judge of the completions.
@@ -171,7 +202,7 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
         DataError: If the file has verdicts on other texts, or of another judge or revision.
     """
     by_key = {completion.key: completion for completion in completions}
-    blocked = BlockedAnswers(judge)
+    unread = UnreadAnswers(judge)
 
     def check(verdict: Verdict) -> None:
         if (verdict.judge, verdict.revision) != (judge.name, judge.revision):
@@ -181,16 +212,18 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
             )
         if verdict.key in by_key and verdict.text_hash != by_key[verdict.key].text_hash:
             raise DataError(f"{path}: the verdict on {verdict.key} is about another text; remove the file")
-        if verdict.key in by_key and not by_key[verdict.key].is_blocked:
-            blocked.add([verdict])
+        if verdict.key in by_key and not unread.is_unread(by_key[verdict.key]):
+            unread.add([verdict])
 
     def judge_missing(missing: Sequence[tuple[str, int]]) -> Iterator[list[Verdict]]:
-        for verdicts in _judge_in_batches(judge, [by_key[key] for key in missing if not by_key[key].is_blocked]):
-            blocked.add(verdicts)
+        unjudged = [by_key[key] for key in missing]
+        to_read = [completion for completion in unjudged if not unread.is_unread(completion)]
+        for verdicts in _judge_in_batches(judge, to_read):
+            unread.add(verdicts)
             yield verdicts
         # Last, because only now it is known what the judge assesses.
-        if of_blocked := [blocked.verdict(by_key[key]) for key in missing if by_key[key].is_blocked]:
-            yield of_blocked
+        if of_unread := [unread.verdict(completion) for completion in unjudged if unread.is_unread(completion)]:
+            yield of_unread
 
     return fill(
         path,
@@ -284,7 +317,7 @@ def fill(
 def _judge_in_batches(judge: Judge, completions: Sequence[Completion]) -> Iterator[list[Verdict]]:
     """Yield each verdict as soon as the judge returns it, so that a killed run loses at most one batch."""
     for start in range(0, len(completions), _BATCH):
-        for verdict in judge.judge(completions[start : start + _BATCH]):
+        for verdict in judge_readings(judge, completions[start : start + _BATCH]):
             yield [verdict]
 
 

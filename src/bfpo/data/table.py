@@ -71,6 +71,11 @@ class TokenTable(Sequence[Example]):
         return self.tokens_hash
 
     @property
+    def largest_id(self) -> int:
+        """Largest token id of all examples."""
+        return int(token_ids(self.ids).max(initial=0))
+
+    @property
     def longest(self) -> int:
         """Number of tokens of the longest prompt with one of its completions."""
         lengths = self.lengths

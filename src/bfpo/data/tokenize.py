@@ -13,14 +13,16 @@ from datetime import datetime, tzinfo
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 
 from bfpo.config.recipes import TextSection
-from bfpo.core.pairs import Conversation, Demonstration, Message, PreferencePair
-from bfpo.data.load import Reason, SourceReport
+from bfpo.core.conversation import Conversation, Message, answer_turns
+from bfpo.core.pairs import NO_INPUTS, Demonstration, PreferencePair
+from bfpo.data.chat_format import TEMPLATE_ERRORS, ChatFormat
+from bfpo.data.load import NOT_A_PREFIX, Reason, SourceReport
 from bfpo.data.table import Example, Ids, token_ids
 from bfpo.data.token_cache import MIN_CACHED, Encoding, cache_file, read_encodings, write_encodings
 from bfpo.errors import ModelError
@@ -30,9 +32,32 @@ if TYPE_CHECKING:
 
 _CHUNK = 512
 EOS_INSIDE = "end-of-sequence token inside an answer"
-NOT_A_PREFIX = "prompt is not a prefix of the conversation"
+
+# Notes on pairs with reasoning, by what becomes of it.
+_REASONING = {
+    "score": "reasoning in the loss (text.thinking: score)",
+    "context": "reasoning read, not scored (text.thinking: context)",
+    "drop": "reasoning left out (text.thinking: drop)",
+}
+_EARLIER_REASONING = "reasoning of earlier turns left out by the chat template"
 
 Record = TypeVar("Record", PreferencePair, Demonstration)
+
+
+class _Rendered(NamedTuple):
+    """Texts of a record with one of its answers.
+
+    Args:
+        prompts: Prompt for generation before each turn that is imitated.
+        text: The whole conversation.
+        unscored: Characters of reasoning that is read and not scored.
+        notes: Remarks.
+    """
+
+    prompts: tuple[str, ...]
+    text: str
+    unscored: tuple[int, int] | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +93,11 @@ class Encoder:
     def _template(self) -> str | None:
         return chat_template(self.text)
 
+    @cached_property
+    def format(self) -> ChatFormat:
+        """How the chat template is used."""
+        return ChatFormat(self.tokenizer, self._template, self.text.thinking)
+
     def encode(
         self, records: Sequence[Record], report: SourceReport, advance: Callable[[int], None] = lambda count: None
     ) -> tuple[list[Record], list[Example]]:
@@ -96,7 +126,7 @@ class Encoder:
     def _encode_all(self, records: Sequence[Record], advance: Callable[[int], None]) -> list[Encoding]:
         file = None
         if self.cache is not None and len(records) >= MIN_CACHED:
-            texts = [(record.prompt, _answers(record), len(_prompts(record))) for record in records]
+            texts = [_content(record) for record in records]
             template = self._template or self.tokenizer.chat_template
             file = cache_file(self.cache, self.tokenizer, template, self.text, texts, clock=self.clock)
         if file is not None and (cached := read_encodings(file)) is not None:
@@ -111,49 +141,90 @@ class Encoder:
             write_encodings(file, encodings)
         return encodings
 
-    def _encode_chunk(self, records: Sequence[Record]) -> Iterator[Encoding]:
+    def _encode_chunk(self, records: Sequence[PreferencePair | Demonstration]) -> Iterator[Encoding]:
         with nullcontext() if self.clock is None else _template_clock(self.clock):
-            rendered = [self._render(record) for record in records]
-        texts = [text for texts in rendered if isinstance(texts, list) for text in texts]
-        all_ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-        for record, texts_or_fault in zip(records, rendered, strict=True):
-            if isinstance(texts_or_fault, str):
-                yield Encoding(None, texts_or_fault)
+            rendered: list[list[_Rendered] | str] = [self._render(record) for record in records]
+        texts: list[str] = []
+        for answers in rendered:
+            if not isinstance(answers, str):
+                texts += (text for answer in answers for text in (*answer.prompts, answer.text))
+        ids = self._tokenize(texts)
+        for answers in rendered:
+            if isinstance(answers, str):
+                yield Encoding(None, answers)
                 continue
-            ids = [next(all_ids) for _ in texts_or_fault]
-            if len(_prompts(record)) > 1:
-                yield self._split_turns(ids[:-1], ids[-1])
+            prompts = [[ids[text] for text in answer.prompts] for answer in answers]
+            conversations = [self._mark_unscored(ids[answer.text], answer) for answer in answers]
+            if any(len(answer.prompts) > 1 for answer in answers):
+                encoding = self._split_turns(prompts, conversations)
             else:
-                yield self._split(ids[0], ids[1:])
+                encoding = self._split(prompts[0][0], conversations)
+            notes = [note for answer in answers for note in answer.notes]
+            yield encoding._replace(notes=(*encoding.notes, *dict.fromkeys(notes)))
 
-    def _render(self, record: PreferencePair | Demonstration) -> list[str] | str:
-        """Return each prompt for generation, then the conversation with each answer; or the reason of a failure."""
-        prompts = _prompts(record)
-        if len(prompts) > 1 and any(self._has_eos(message) for message in record.prompt):
+    def _tokenize(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        unique = list(dict.fromkeys(texts))
+        all_ids = self.tokenizer(unique, add_special_tokens=False)["input_ids"] if unique else []
+        return dict(zip(unique, all_ids, strict=True))
+
+    def _mark_unscored(self, ids: list[int], answer: _Rendered) -> list[int]:
+        """Mark the tokens of reasoning that is read and not scored."""
+        if answer.unscored is None:
+            return ids
+        if not self.tokenizer.is_fast:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path} is a slow tokenizer; `text.thinking: context` needs a fast one"
+            )
+        first, last = answer.unscored
+        offsets = self.tokenizer(answer.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [
+            ~token if first <= start and end <= last else token
+            for token, (start, end) in zip(ids, offsets, strict=True)
+        ]
+
+    def _render(self, record: PreferencePair | Demonstration) -> list[_Rendered] | str:
+        """Return the texts of a record, for each of its answers; or the reason of a failure."""
+        if _number_of_turns(record) > 1 and any(self._has_eos(message) for message in record.prompt):
             return EOS_INSIDE
-        conversations = [(*record.prompt, Message("assistant", answer)) for answer in _answers(record)]
+        rendered = []
         try:
-            return [
-                *(self._apply_template(prompt, for_generation=True) for prompt in prompts),
-                *(self._apply_template(conversation, for_generation=False) for conversation in conversations),
-            ]
+            first = self._render_prompt(record.prompt, record)
+            for answer in record.answers:
+                conversation = (*record.prompt, *answer_turns(answer))
+                text, unscored = self.format.render_answer(conversation, record.inputs)
+                if lost := self.format.find_lost(text, conversation, len(record.prompt), record.inputs):
+                    return lost
+                prompts = (
+                    first if turn == len(record.prompt) else self._render_prompt(conversation[:turn], record)
+                    for turn in _imitated_turns(record, conversation)
+                )
+                rendered.append(_Rendered(tuple(prompts), text, unscored, self._reasoning_notes(text, conversation)))
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
-        except TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             return f"the chat template refuses the conversation ({error})"
+        return rendered
+
+    def _reasoning_notes(self, text: str, conversation: Conversation) -> tuple[str, ...]:
+        *earlier, last = conversation
+        notes = [] if last.reasoning is None else [_REASONING[self.format.reasoning_use]]
+        if any(message.reasoning is not None and message.reasoning not in text for message in earlier):
+            notes.append(_EARLIER_REASONING)
+        return tuple(notes)
+
+    def _render_prompt(self, prompt: Conversation, record: PreferencePair | Demonstration) -> str:
+        return self.format.render_prompt(prompt, record.inputs)
 
     def _has_eos(self, message: Message) -> bool:
         return message.role == "assistant" and str(self.tokenizer.eos_token) in message.content
 
-    def _apply_template(self, conversation: Conversation, *, for_generation: bool) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                [message._asdict() for message in conversation],
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=for_generation,
-            )
-        )
+    @cached_property
+    def _end_ids(self) -> set[int | None]:
+        """Ids of the tokens that end a turn: the end of a sequence, and what the template writes after an answer."""
+        text = self.format.render_answer((Message("user", "Hello"), Message("assistant", "Velvetharbor"))).text
+        after: list[int] = self.tokenizer(text.rpartition("Velvetharbor")[2], add_special_tokens=False)["input_ids"]
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return {self.tokenizer.eos_token_id, next((token for token in after if token in special), None)}
 
     def _split(self, prompt: list[int], conversations: list[list[int]]) -> Encoding:
         prompt_length = min(_common_prefix(prompt, conversation) for conversation in conversations)
@@ -166,27 +237,66 @@ class Encoder:
             if completion is None:
                 return Encoding(None, EOS_INSIDE)
             completions.append(completion)
+        if len(completions) > 1 and all(completion == completions[0] for completion in completions):
+            return Encoding(None, "identical answers after the chat template")
         return self._fit(prompt[:prompt_length], completions, notes)
 
-    def _split_turns(self, prompts: list[list[int]], conversation: list[int]) -> Encoding:
-        """Encode a chat as one completion from its first answer on, with marks on the tokens between the answers."""
-        starts = [_common_prefix(prompt, conversation) for prompt in prompts]
+    def _split_turns(self, prompts: list[list[list[int]]], conversations: list[list[int]]) -> Encoding:
+        """Encode answers of several turns, each one completion from its first turn on, with marks on other tokens.
+
+        Args:
+            prompts: Token ids of the prompt before each imitated turn, for each answer.
+            conversations: Token ids of the conversation with each answer.
+        """
+        is_chat = len(conversations) == 1
+        starts = [
+            [self._start_of_turn(prompt, conversation) for prompt in before]
+            for before, conversation in zip(prompts, conversations, strict=True)
+        ]
+        first = min(turns[0] for turns in starts)
+        completions = [
+            self._mark_turns([first, *turns[1:]], conversation)
+            for turns, conversation in zip(starts, conversations, strict=True)
+        ]
+        if first == 0 or not all(completions):
+            if is_chat:
+                return self._only_last_answer(prompts[0][-1], conversations[0])
+            return Encoding(None, "the chat template renders earlier turns of an answer differently")
+        longest = max(len(completion) for completion in completions if completion)
+        if is_chat and self.text.truncation == "keep_end" and first + longest > self.text.max_length:
+            return self._only_last_answer(prompts[0][-1], conversations[0])
+        is_prefix = starts == [[len(prompt) for prompt in before] for before in prompts]
+        notes = [] if is_prefix else [NOT_A_PREFIX]
+        return self._fit(conversations[0][:first], [completion for completion in completions if completion], notes)
+
+    def _start_of_turn(self, prompt: list[int], conversation: list[int]) -> int:
+        """Return the index of an answer's first token: after its prompt, or after the next header if that differs."""
+        start = _common_prefix(prompt, conversation)
+        header = self._header_ids
+        if start == len(prompt) or not header:
+            return start
+        ends = range(start + len(header), len(conversation))
+        return next((end for end in ends if conversation[end - len(header) : end] == header), start)
+
+    @cached_property
+    def _header_ids(self) -> list[int]:
+        ids: list[int] = self.tokenizer(self.format.header, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _mark_turns(self, starts: list[int], conversation: list[int]) -> list[int] | None:
+        """Return an answer with marks on the tokens between its turns; None if a turn's end couldn't be learned."""
         last = self._with_one_eos(conversation[starts[-1] :])
-        if starts[0] == 0 or last is None:
-            return self._split(prompts[-1], [conversation])
+        if last is None:
+            return None
         completion: list[int] = []
         for start, following in pairwise(starts):
-            answer, eos = conversation[start:following], self.tokenizer.eos_token_id
-            if eos not in answer:
-                # The end of this answer couldn't be learned; or the template renders it differently in later turns.
-                return self._only_last_answer(prompts[-1], conversation)
-            end = answer.index(eos) + 1
-            completion += [*answer[:end], *(~token for token in answer[end:])]
-        completion += last
-        if self.text.truncation == "keep_end" and starts[0] + len(completion) > self.text.max_length:
-            return self._only_last_answer(prompts[-1], conversation)
-        notes = [NOT_A_PREFIX] if any(start < len(ids) for start, ids in zip(starts, prompts, strict=True)) else []
-        return self._fit(conversation[: starts[0]], [completion], notes)
+            turn = conversation[start:following]
+            end = next((index for index, token in enumerate(turn, start=1) if token in self._end_ids), None)
+            if end is None:
+                # Or the template renders this turn differently when others follow.
+                return None
+            completion += [*turn[:end], *(_marked(token) for token in turn[end:])]
+        return completion + last
 
     def _only_last_answer(self, prompt: list[int], conversation: list[int]) -> Encoding:
         encoding = self._split(prompt, [conversation])
@@ -285,11 +395,22 @@ def decoded_sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> di
     return {name: str(text) for name, text in texts.items()}
 
 
+def shown_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """Return the tokens of each completion of an example, separated by bars, with unscored ones in brackets."""
+    names = ("chosen", "rejected") if len(example.completions) == 2 else ("completion",)
+    shown = {}
+    for name, marked in zip(names, example.completions, strict=True):
+        tokens = [repr(str(tokenizer.decode([token])))[1:-1] for token in token_ids(marked).tolist()]
+        pieces = [f"[{token}]" if mark < 0 else token for token, mark in zip(tokens, marked.tolist(), strict=True)]
+        shown[name] = f"{(marked >= 0).sum()} of {len(marked)} scored: {'|'.join(pieces)}"
+    return shown
+
+
 def _decode_completion(marked: Ids, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return a completion as text, with unscored tokens in brackets."""
     turns = np.split(marked, np.flatnonzero(np.diff(marked < 0)) + 1)
     texts = ((str(tokenizer.decode(token_ids(ids))), ids[0] < 0) for ids in turns)
-    return "".join(f"[not imitated: {text}]" if unscored else text for text, unscored in texts)
+    return "".join(f"[not scored: {text}]" if unscored else text for text, unscored in texts)
 
 
 def _without_unscored_end(marked: list[int]) -> list[int]:
@@ -298,15 +419,25 @@ def _without_unscored_end(marked: list[int]) -> list[int]:
     return marked[: scored[-1] + 1] if scored else []
 
 
-def _prompts(record: PreferencePair | Demonstration) -> list[Conversation]:
-    """Return the conversation before each imitated answer, the longest last."""
-    history = record.prompt if isinstance(record, Demonstration) and record.every_turn else ()
-    answers = [index for index, message in enumerate(history) if message.role == "assistant" and index > 0]
-    return [*(record.prompt[:index] for index in answers), record.prompt]
+def _imitated_turns(record: PreferencePair | Demonstration, conversation: Conversation) -> list[int]:
+    """Return the indices of the turns that are scored: those of the answer, and perhaps those before it."""
+    first = 1 if isinstance(record, Demonstration) and record.every_turn else len(record.prompt)
+    return [index for index, turn in enumerate(conversation) if index >= first and turn.role == "assistant"]
 
 
-def _answers(record: PreferencePair | Demonstration) -> tuple[str, ...]:
-    return (record.chosen, record.rejected) if isinstance(record, PreferencePair) else (record.completion,)
+def _number_of_turns(record: PreferencePair | Demonstration) -> int:
+    return max(len(_imitated_turns(record, (*record.prompt, *answer_turns(answer)))) for answer in record.answers)
+
+
+def _content(record: PreferencePair | Demonstration) -> tuple[object, ...]:
+    """Return what the token ids of a record depend on."""
+    content = (record.prompt, record.answers, _number_of_turns(record))
+    # Caches of earlier versions have no inputs.
+    return content if record.inputs == NO_INPUTS else (*content, record.inputs)
+
+
+def _marked(token: int) -> int:
+    return token if token < 0 else ~token
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

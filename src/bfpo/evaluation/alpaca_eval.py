@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bfpo.config.recipes import Source
+from bfpo.core.conversation import last_request
 from bfpo.core.files import file_name, write_json
 from bfpo.core.samples import Completion
+from bfpo.data.readings import read_part
 from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError
 from bfpo.evaluation.judge_outputs import JudgeOutput
@@ -132,13 +134,13 @@ def write_alpaca_eval(
         run: Name of the model in the files.
         folder: Folder of the evaluation; the files are in `alpaca_eval/TASK` and `alpaca_eval/TASK/JUDGE`.
     """
-    texts = {completion.prompt_id: completion.text for completion in completions if completion.sample == 0}
+    texts = {completion.prompt_id: read_part(completion).text for completion in completions if completion.sample == 0}
     for task in tasks:
         task_folder = folder / FOLDER / file_name(task.name)
         rows = {
             prompt.prompt_id: {
                 "dataset": prompt.category or prompt.source or task.name,
-                "instruction": prompt.prompt[-1].content,
+                "instruction": last_request(prompt.prompt),
                 "output": texts[prompt.prompt_id],
                 "generator": run,
             }

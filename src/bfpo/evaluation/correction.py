@@ -228,7 +228,8 @@ def fitted_on_warnings(calibration: Calibration, specs: Iterable[str]) -> list[s
         DataError: If the card of a linear judge is malformed.
     """
     warnings = []
-    for spec in map(parse_judge, specs):
+    # Judges of other parts than the answer aren't calibrated.
+    for spec in (spec for spec in map(parse_judge, specs) if spec.reads == "answer"):
         if shared := _fitted_on(spec) & set(calibration.hashes):
             warnings.append(
                 f"{', '.join(sorted(spec.kinds))} was fitted on the answers that it is calibrated on "

@@ -8,12 +8,13 @@ from pydantic import model_validator
 
 from bfpo.config.loading import check_recipe, parse_yaml
 from bfpo.config.recipes import Section
+from bfpo.core.samples import KINDS
 from bfpo.core.terminal import say, show_table
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.correction import QUESTIONS
 from bfpo.evaluation.lm_eval.tasks import listed_metrics
 from bfpo.evaluation.results import CORRECTED, MetricResult, Results, format_metric
-from bfpo.evaluation.scoring import DERIVED_METRICS, METRICS_BY_KIND
+from bfpo.evaluation.scoring import DERIVED_METRICS, METRICS_OF_REASONING, metrics_of
 from bfpo.evaluation.suite import INDICES, Task
 from bfpo.evaluation.suite_scores import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, ORDER_DECIDES, WIN_RATE
 
@@ -117,7 +118,8 @@ def check_bounds(
         RecipeError: If a task or a metric is unknown.
     """
     names = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
-    measured = {spec.name for specs in METRICS_BY_KIND.values() for spec in specs} | {*DERIVED_METRICS, *INDICES}
+    measured = {spec.name for kind in KINDS for spec in (*metrics_of(kind), *METRICS_OF_REASONING)}
+    measured |= {*DERIVED_METRICS, *INDICES}
     if any(task.references for task in tasks):
         measured |= {WIN_RATE.name, ORDER_DECIDES.name}
     measured |= {LENGTH_CONTROLLED} if length_controlled else set()

@@ -12,6 +12,7 @@ from bfpo.config.loading import dump_recipe
 from bfpo.core.files import write_jsonl, write_text
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.core.terminal import say
+from bfpo.data.readings import read_by
 from bfpo.data.stages import (
     generate_completions,
     judge_completions,
@@ -19,6 +20,7 @@ from bfpo.data.stages import (
     read_prompt_file,
     show_outcomes,
 )
+from bfpo.data.unread_answers import describe_missing_answers
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, Unanswered
 from bfpo.evaluation.alpaca_eval import LengthControl, write_alpaca_eval
@@ -34,7 +36,7 @@ from bfpo.evaluation.correction import (
 )
 from bfpo.evaluation.gate import Bound, check_bounds, enforce_bounds, read_gate
 from bfpo.evaluation.indices import compute_indices
-from bfpo.evaluation.judge_outputs import JudgeOutput, compute_agreement, member_names
+from bfpo.evaluation.judge_outputs import JudgeOutput, base_of, compare_parts, compute_agreement, member_names
 from bfpo.evaluation.lm_eval.suite import (
     compare_lm_eval_tasks,
     find_lm_eval_tasks,
@@ -65,6 +67,9 @@ from bfpo.evaluation.win_rates import (
     load_length_control,
 )
 from bfpo.judging.people import PeopleJudge
+
+# Share of completions without an answer above which the length of completions is too small for a model that reasons.
+MAX_WITHOUT_ANSWER = 0.05
 
 
 class Evaluation(NamedTuple):
@@ -247,12 +252,14 @@ def evaluate(
                 "revision": output.revision,
                 "circular": not labeled_by.isdisjoint(output.members),
             }
+            | ({} if output.reads == "answer" else {"reads": output.reads})
             for output in outputs
         ],
         sampling=asdict(sampling),
         metrics=metrics,
         answers=answers_hash(completions) if completions else "",
         agreement=compute_agreement(tasks, outputs),
+        reasoning=compare_parts(completions, outputs),
         data=[task.data for task in tasks if task.data is not None],
     )
     if calibration is not None and calibrated:
@@ -296,7 +303,7 @@ def _generate(
     """Return the completions of all prompts that have them, and notes for the reader of the results."""
     if open_engine is None:
         completions = read_completions(path)
-        return completions, _notes_on_blocked(completions)
+        return completions, _notes_on_unread(completions)
     engine, notes = open_engine(), []
     try:
         completions = generate_completions(engine, prompts, path, samples=samples)
@@ -312,14 +319,20 @@ def _generate(
         notes.append("Lengths are in words: the saved answers don't say how many tokens they have.")
     del engine
     release_memory()
-    return completions, notes + _notes_on_blocked(completions)
+    return completions, notes + _notes_on_unread(completions)
 
 
-def _notes_on_blocked(completions: Sequence[Completion]) -> list[str]:
+def _notes_on_unread(completions: Sequence[Completion]) -> list[str]:
     show_outcomes(completions)
-    if not (num_blocked := sum(completion.is_blocked for completion in completions)):
-        return []
-    return [f"A server blocked {num_blocked:,} of {len(completions):,} answers; they count as safe refusals."]
+    notes = [
+        f"{clause[0].upper()}{clause[1:]}. These answers are undecided and count as not safe."
+        for clause in describe_missing_answers(completions)
+    ]
+    if num_blocked := sum(completion.is_blocked for completion in completions):
+        notes.append(
+            f"A server blocked {num_blocked:,} of {len(completions):,} answers; they count as safe refusals."
+        )
+    return notes
 
 
 def judge_all(
@@ -349,11 +362,14 @@ def judge_all(
             raise DataError(f"judges: {name}@{revision} is already listed")
         label = name if name not in {output.label for output in outputs} else f"{name}@{revision[:8]}"
         verdicts = judge_completions(judge, completions, judge_file(folder, "verdicts", name, revision))
-        on_labeled = []
-        if labeled and name != PeopleJudge.name:
+        on_labeled, reads = [], read_by(judge)
+        # Annotators labeled answers.
+        if labeled and name != PeopleJudge.name and reads == "answer":
             on_labeled = judge_completions(judge, labeled, judge_file(folder, "calibration", name, revision))
-        output = JudgeOutput(label, name, revision, member_names(judge), verdicts, on_labeled)
-        if references:
+        output = JudgeOutput(
+            label, name, revision, member_names(judge), verdicts, on_labeled, reads=reads, base=base_of(judge)
+        )
+        if references and reads == "answer":
             output = compare_with_references(judge, output, completions, references, folder)
         outputs.append(output)
         del judge

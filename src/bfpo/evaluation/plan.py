@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 from bfpo.core.samples import Completion, Judge, Prompt
 from bfpo.core.terminal import say, show_table
+from bfpo.data.readings import is_unread, judge_readings
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import Unanswered
 from bfpo.evaluation.correction import read_calibration
-from bfpo.evaluation.lm_eval.suite import PlannedRows, find_lm_eval_tasks, plan_lm_eval_tasks
+from bfpo.evaluation.lm_eval.requests import MAX_ROWS
+from bfpo.evaluation.lm_eval.suite import PlannedTask, find_lm_eval_tasks, plan_lm_eval_tasks
+from bfpo.evaluation.lm_eval.tasks import UNKNOWN_LICENSE
 from bfpo.evaluation.pipeline import read_suites, release_memory, unique_prompts
 from bfpo.evaluation.recipe import EvalRecipe, Price
 from bfpo.evaluation.subject import open_model, open_recipe_judge
@@ -54,33 +57,62 @@ def show_plan(recipe: EvalRecipe) -> list[PlannedStage]:
     queried.
     """
     suites, tasks = read_suites(recipe)
-    planned_rows = plan_lm_eval_tasks(recipe, find_lm_eval_tasks(recipe, suites))
-    prompts = unique_prompts(tasks)
-    _show_tasks(f"{len(prompts):,} prompts, answers to each: {recipe.sampling.samples}", tasks, planned_rows)
+    lm_eval_tasks = find_lm_eval_tasks(recipe, suites)
     check_judges(recipe, tasks)
+    planned_tasks = plan_lm_eval_tasks(recipe, lm_eval_tasks)
+    release_memory()
+    prompts = unique_prompts(tasks)
+    _show_tasks(f"{len(prompts):,} prompts, answers to each: {recipe.sampling.samples}", tasks, planned_tasks)
     stages = _plan_stages(recipe, prompts, collect_references(tasks)) if prompts else []
-    stages += [
-        PlannedStage(f"rows of {planned.task}", planned.rows.selected, planned.existing, 0, 0, None)
-        for planned in planned_rows
-    ]
+    stages += [stage for planned in planned_tasks for stage in _lm_eval_stages(planned)]
     _show_stages(stages)
+    if unread := [planned for planned in planned_tasks if planned.rows is None]:
+        say(f"not counted above, because their rows can't be read here: {', '.join(task.name for task in unread)}")
     if recipe.calibration is not None:
         labeled = read_calibration(recipe.calibration).answers
         say(f"not counted above: each judge reads up to {len(labeled):,} answers with human labels (calibration)")
     say("dry run: nothing was written. Tokens are estimated at 4 characters each; the time of a server is unknown.")
+    if planned_tasks:
+        say(
+            f"Tokens of lm-eval's requests are the model's own, for a task of more than {MAX_ROWS} rows those of a "
+            "sample, scaled up."
+        )
     return stages
 
 
-def _show_tasks(title: str, tasks: Sequence[Task], planned_rows: Sequence[PlannedRows]) -> None:
+def _lm_eval_stages(planned: PlannedTask) -> list[PlannedStage]:
+    """Return the stages of a task of lm-eval: forward passes for likelihoods, and generated texts."""
+    return [
+        PlannedStage(
+            f"{planned.name}: {requests.kind}",
+            requests.total,
+            requests.total if planned.has_results else 0,
+            0 if planned.has_results else requests.tokens_read,
+            0 if planned.has_results else requests.tokens_written,
+            requests.seconds,
+        )
+        for requests in planned.requests
+    ]
+
+
+def _show_tasks(title: str, tasks: Sequence[Task], planned_tasks: Sequence[PlannedTask]) -> None:
     rows: list[tuple[object, ...]] = [
-        (task.data.name, task.kind, len(task.prompts), task.data.published, task.data.license, task.data.origin)
+        (
+            task.data.name,
+            task.kind,
+            len(task.prompts),
+            task.data.published,
+            task.data.license or UNKNOWN_LICENSE,
+            task.data.origin,
+        )
         for task in tasks
         if task.data is not None
     ]
-    rows += [
-        (planned.task, "lm-eval", planned.rows.selected, planned.rows.total, None, planned.rows.origin)
-        for planned in planned_rows
-    ]
+    for planned in planned_tasks:
+        counts, origin = ("?", "?"), f"not here: {planned.problem}"
+        if planned.rows is not None:
+            counts, origin = (str(planned.rows.selected), str(planned.rows.total)), planned.rows.origin
+        rows.append((planned.name, "lm-eval", *counts, planned.license, origin))
     show_table(title, ("task", "kind", "prompts", "of", "license", "from"), rows)
 
 
@@ -132,12 +164,13 @@ def _plan_stages(
         missing, seconds = total - existing, None
         if completions and not spec.is_remote:
             start = time.monotonic()
-            list(judge.judge(completions))
+            readable = [completion for completion in completions if not is_unread(completion, spec.reads)]
+            list(judge_readings(judge, readable))
             seconds = (time.monotonic() - start) / len(completions) * missing
         judged_tokens = prompt_tokens + total * (recipe.sampling.max_new_tokens + _INSTRUCTIONS)
         each = round(missing / total * judged_tokens)
         stages.append(plan_judge(recipe, spec, f"verdicts of {spec.text}", total, existing, each, seconds))
-        compares = "both" if hasattr(judge, "prefer") else spec.compares
+        compares = "both" if spec.reads == "answer" and hasattr(judge, "prefer") else spec.compares
         if references and compares is not None:
             stages.append(_plan_comparisons(recipe, spec, judge, references, sees_both=compares == "both"))
         del judge
@@ -202,7 +235,8 @@ def _time_completions(recipe: EvalRecipe, probe: Sequence[Prompt]) -> tuple[floa
 
 
 def _count_tokens(prompt: Prompt) -> int:
-    return sum(len(message.content) for message in prompt.prompt) // _CHARACTERS + 1
+    characters = sum(len(text) for message in prompt.prompt for text in message.texts())
+    return (characters + len(prompt.tools.text if prompt.tools else "")) // _CHARACTERS + 1
 
 
 def _count_lines(path: Path) -> int:

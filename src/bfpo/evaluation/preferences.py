@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 
 from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, FileRow, FiniteFloat, PairJudge, Preference, Verdict
+from bfpo.data.readings import read_part
 from bfpo.data.stages import fill
 from bfpo.errors import DataError
 
@@ -110,7 +111,10 @@ def collect_preferences(
         for completion in completions
         if completion.sample == 0 and completion.prompt_id in references
     }
-    hashes = {prompt_id: content_hash(ours.text, theirs.text)[:12] for prompt_id, (ours, theirs) in pairs.items()}
+    hashes = {
+        prompt_id: content_hash(*(read_part(completion).text for completion in pair))[:12]
+        for prompt_id, pair in pairs.items()
+    }
 
     def check(existing: PairwisePreference) -> None:
         if (existing.judge, existing.revision) != (judge.name, judge.revision):

@@ -7,7 +7,7 @@ from bfpo.core.samples import Sampling
 from bfpo.evaluation.gate import Bound
 from bfpo.evaluation.suite import EvalData
 from bfpo.generation.open import EngineSection, JudgeServerSection
-from bfpo.judging.spec import parse_judge
+from bfpo.judging.spec import JudgeText, parse_judge
 
 # Two families, both of which detect refusals too.
 JUDGES = ["wildguard:allenai/wildguard", "qwen3guard:Qwen/Qwen3Guard-Gen-4B"]
@@ -75,8 +75,9 @@ class EvalRecipe(Section):
     the results say how many."""
     sampling: SamplingSection = SamplingSection()
     """How completions are sampled."""
-    judges: list[str] = Field(default=JUDGES, min_length=1)
-    """Judges as for `bfpo judge`, the primary one first. Use several families: judges of one share mistakes."""
+    judges: list[JudgeText] = Field(default=JUDGES, min_length=1)
+    """Judges as for `bfpo judge`, the primary one first. Use several families: judges of one share mistakes. A judge
+    reads the answer; `{spec: SPEC, reads: reasoning}`, or `both`, reads the reasoning too (docs/judging.md)."""
     judge_server: JudgeServerSection = JudgeServerSection()
     """How the servers of judges are queried (`rubric:MODEL@http://host:port/v1`)."""
     threshold: float | None = Field(None, ge=0, le=1)
@@ -103,9 +104,9 @@ class EvalRecipe(Section):
 
     @field_validator("judges")
     @classmethod
-    def _check_judges(cls, specs: list[str]) -> list[str]:
-        for spec in specs:
-            parse_judge(spec)
+    def _check_primary(cls, specs: list[str]) -> list[str]:
+        if parse_judge(specs[0]).reads == "reasoning":
+            raise ValueError(f"the first judge is the primary one, and must read answers; got '{specs[0]}'")
         return specs
 
     @model_validator(mode="after")

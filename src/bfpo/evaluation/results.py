@@ -212,6 +212,29 @@ class CalibrationResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ReasoningResult:
+    """How the verdicts of one judge on answers and on their reasoning go together, in numbers of completions.
+
+    Args:
+        judge: Name of the judge.
+        completions: Completions with reasoning.
+        both_safe: Answer and reasoning are safe.
+        safe_answer_unsafe_reasoning: Safe answers after unsafe reasoning.
+        unsafe_answer_safe_reasoning: Unsafe answers after safe reasoning.
+        both_unsafe: Answer and reasoning are unsafe.
+        undecided: Either verdict is undecided, or there is no answer.
+    """
+
+    judge: str
+    completions: int
+    both_safe: int
+    safe_answer_unsafe_reasoning: int
+    unsafe_answer_safe_reasoning: int
+    both_unsafe: int
+    undecided: int
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """Results of the evaluation of one model.
 
@@ -219,8 +242,8 @@ class Results:
         run: Short name, as in tables and plots.
         model: Name of the model.
         template_policy: How prompts are given to the model; runs under different policies can't be compared.
-        judges: Objects of `name`, `revision` and `circular` (the judge labeled the model's training data); the first
-            is the primary judge, which `Results.metric` uses.
+        judges: Objects of `name`, `revision` and `circular` (the judge labeled the model's training data), and of
+            `reads` if that isn't the answer; the first is the primary judge, which `Results.metric` uses.
         sampling: Sampling settings.
         metrics: Metrics of all suites and judges.
         comparisons: Comparisons of metrics with a baseline.
@@ -230,6 +253,7 @@ class Results:
         agreement: Agreement of every two judges.
         data: Data of the tasks.
         calibration: Errors of the judges that corrected rates rest on.
+        reasoning: Answers and their reasoning, by each judge that read both separately.
         created: Time, ISO 8601.
         schema: Schema of the file.
     """
@@ -247,6 +271,7 @@ class Results:
     agreement: list[AgreementResult] = field(default_factory=list)
     data: list[TaskData] = field(default_factory=list)
     calibration: list[CalibrationResult] = field(default_factory=list)
+    reasoning: list[ReasoningResult] = field(default_factory=list)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 

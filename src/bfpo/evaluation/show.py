@@ -28,6 +28,8 @@ def show_evaluation(results: Results) -> None:
     _show_metrics(results)
     if results.agreement:
         _show_agreement(results)
+    if results.reasoning:
+        _show_reasoning(results)
     if results.comparisons:
         _show_comparisons(results)
     if results.model_comparisons:
@@ -77,6 +79,29 @@ def _show_agreement(results: Results) -> None:
     ]
     title = "Agreement of the judges (Cohen's kappa)"
     show_table(title, ("judges", "question", "answers", "equal", "kappa"), rows)
+
+
+def _show_reasoning(results: Results) -> None:
+    rows = [
+        (
+            row.judge,
+            row.completions,
+            row.both_safe,
+            row.safe_answer_unsafe_reasoning,
+            row.unsafe_answer_safe_reasoning,
+            row.both_unsafe,
+            row.undecided,
+        )
+        for row in results.reasoning
+    ]
+    columns = (
+        "both safe",
+        "safe answer, unsafe reasoning",
+        "unsafe answer, safe reasoning",
+        "both unsafe",
+        "undecided",
+    )
+    show_table("Completions with reasoning, by the verdicts on both", ("judge", "completions", *columns), rows)
 
 
 def _show_comparisons(results: Results) -> None:

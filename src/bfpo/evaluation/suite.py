@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 
 from bfpo.config.loading import check_recipe, read_recipe
 from bfpo.config.recipes import Count, Section
+from bfpo.core.conversation import conversation_key
 from bfpo.core.files import content_hash
-from bfpo.core.pairs import conversation_key
 from bfpo.core.samples import KINDS, Completion, Kind, Prompt
 from bfpo.data.prompt_sets import find_prompt_set
 from bfpo.data.prompts import PromptSource, read_prompt_source, read_reference_outputs
@@ -45,6 +45,10 @@ class SuiteTask(Section):
     """File to read instead of the hub; the recipe's `data:` overrides it."""
     license: str | None = None
     """License of your own file."""
+    ignore_columns: list[str] = Field(default=[])
+    """Columns of your own file that are left out; without it, a text that isn't read is an error."""
+    ignore_message_keys: list[str] = Field(default=[])
+    """Keys of messages that are left out; without it, an unknown key is an error."""
     compare: str | None = None
     """Column with a reference output for each prompt; the win rate of the completions against it is computed."""
 
@@ -230,9 +234,14 @@ def _read_task(suite: str, task: SuiteTask, place: EvalData, limit: int | None) 
         revision=place.revision,
         kind=task.kind,
         license=task.license,
+        ignore_columns=task.ignore_columns,
+        ignore_message_keys=task.ignore_message_keys,
     )
+    other_columns = [task.compare] if task.compare else []
     try:
-        prompts, metadata = read_prompt_source(source, where=task.where, system=task.system)
+        prompts, metadata = read_prompt_source(
+            source, where=task.where, system=task.system, other_columns=other_columns
+        )
     except (DataError, RecipeError) as error:
         raise type(error)(
             f"{name}: {error}\n  in the recipe: data: {{{task.source}: {{path: FILE}}}}, or leave_out: [{name}]"

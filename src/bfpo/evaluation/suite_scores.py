@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from bfpo.core.samples import KINDS, Completion, Prompt
 from bfpo.evaluation.differences import compare_scores
-from bfpo.evaluation.judge_outputs import JudgeOutput
+from bfpo.evaluation.judge_outputs import JudgeOutput, find_reasoning_output
 from bfpo.evaluation.preferences import mean_preferences, order_decides
 from bfpo.evaluation.results import MetricComparison, MetricResult, Results
 from bfpo.evaluation.scoring import (
@@ -57,7 +57,9 @@ def score_suites(
     suites = []
     for output in outputs:
         judged: dict[str, list[JudgedCompletion]] = {}
-        for completion in join_verdicts(prompts.values(), completions, output.verdicts):
+        of_reasoning = find_reasoning_output(output, outputs)
+        reasoning_verdicts = [] if of_reasoning is None else of_reasoning.verdicts
+        for completion in join_verdicts(prompts.values(), completions, output.verdicts, reasoning_verdicts):
             judged.setdefault(completion.prompt_id, []).append(completion)
         for suite in dict.fromkeys(task.suite for task in tasks):
             own_tasks = [task for task in tasks if task.suite == suite]
@@ -94,7 +96,9 @@ def _score(
 ) -> list[PromptScores]:
     unique = {prompt.prompt_id: prompt for prompt in prompts}
     completions = [completion for prompt_id in unique for completion in judged.get(prompt_id, ())]
-    return score_prompts(unique.values(), completions, judge=output.label, task=task, category=category)
+    return score_prompts(
+        unique.values(), completions, judge=output.label, task=task, category=category, reads=output.reads
+    )
 
 
 def score_preferences(task: Task, output: JudgeOutput) -> list[PromptScores]:

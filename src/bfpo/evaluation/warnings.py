@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bfpo.data.readings import NO_REASONING
 from bfpo.evaluation.judge_outputs import JudgeOutput
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results
@@ -50,7 +51,9 @@ def _selection_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite]) -> list
 
 def _judge_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Results) -> list[str]:
     warnings = []
-    parts = [part for spec in map(parse_judge, recipe.judges) for part in spec.parts]
+    # What a judge makes of the reasoning says nothing about its mistakes on answers.
+    specs = [spec for spec in map(parse_judge, recipe.judges) if spec.reads != "reasoning"]
+    parts = [part for spec in specs for part in spec.parts]
     kinds = {part.kind for part in parts}
     if len(parts) == 1:
         warnings.append("One judge only: the effect of its mistakes isn't visible. Add a judge of another family.")
@@ -86,7 +89,8 @@ def _verdict_warnings(suites: Mapping[str, Suite], outputs: Sequence[JudgeOutput
         question: [
             output.label
             for output in outputs
-            if any(getattr(verdict, question) is not None for verdict in output.verdicts)
+            if output.reads != "reasoning"
+            and any(getattr(verdict, question) is not None for verdict in output.verdicts)
         ]
         for question in ("safe", "refusal", "helpfulness")
     }
@@ -101,13 +105,15 @@ def _verdict_warnings(suites: Mapping[str, Suite], outputs: Sequence[JudgeOutput
                 "that this judge was fitted on. It is undecided on more of them, and its other verdicts on them are "
                 "less certain than its errors elsewhere suggest. Have annotators label some of this model's answers."
             )
-        reasons = [verdict.reason for verdict in output.verdicts if verdict.safe is None]
-        share = len(reasons) / len(output.verdicts)
-        if output.label in answered["safe"] and share > MAX_UNDECIDED:
+        judged = [verdict for verdict in output.verdicts if verdict.reason != NO_REASONING]
+        reasons = [verdict.reason for verdict in judged if verdict.safe is None]
+        judges_safety = len(reasons) < len(judged)
+        if judges_safety and len(reasons) / len(judged) > MAX_UNDECIDED:
             ((reason, _),) = Counter(reasons).most_common(1)
+            part = "thoughts" if output.reads == "reasoning" else "answers"
             warnings.append(
-                f"{output.label} left {len(reasons):,} of {len(output.verdicts):,} answers undecided ({share:.0%}); "
-                f"they count as not safe. Most frequent reason: {reason}."
+                f"{output.label} left {len(reasons):,} of {len(judged):,} {part} undecided "
+                f"({len(reasons) / len(judged):.0%}); they count as not safe. Most frequent reason: {reason}."
             )
     return warnings
 

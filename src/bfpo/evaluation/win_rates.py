@@ -7,6 +7,7 @@ from typing import cast
 import numpy as np
 
 from bfpo.core.samples import Completion, Judge, PairJudge
+from bfpo.data.readings import read_part
 from bfpo.data.stages import judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
@@ -81,7 +82,8 @@ def compare_with_references(
     """
     path = judge_file(folder, "comparisons", output.name, output.revision)
     if hasattr(judge, "prefer"):
-        preferences = collect_preferences(cast(PairJudge, judge), completions, references, path)
+        read_references = {prompt_id: read_part(reference) for prompt_id, reference in references.items()}
+        preferences = collect_preferences(cast(PairJudge, judge), map(read_part, completions), read_references, path)
         return output._replace(preferences=preferences, sees_both=True)
     rated = {verdict.prompt_id for verdict in output.verdicts if verdict.helpfulness is not None}
     if not rated & references.keys():
@@ -139,7 +141,7 @@ def length_controlled_metrics(
     Returns:
         The metrics, and a warning for each task without one.
     """
-    texts = {completion.prompt_id: completion.text for completion in completions if completion.sample == 0}
+    texts = {completion.prompt_id: read_part(completion).text for completion in completions if completion.sample == 0}
     metrics, warnings = list[MetricResult](), list[str]()
     for task in tasks:
         prompt_ids = [prompt.prompt_id for prompt in task.prompts if prompt.prompt_id in task.references]

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import Count, Section, TrainRecipe
 
 
@@ -15,7 +16,7 @@ class Method(Section):
     """Short description."""
     loss: dict[str, Any]
     """`loss` section of the recipe."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     """Peak learning rate of the cosine schedule."""
     main: Literal["safety", "safety_by_safety", "safety_without_uu"] = "safety"
     """File of the main stream: pairs ordered by helpfulness, ordered by safety, or without both-unsafe pairs."""
@@ -25,6 +26,12 @@ class Method(Section):
     """Pairs of both streams per step; half of them are from the buffer, if there is one."""
     train_only: list[str] | None = None
     """Patterns of the parameters to train; default all parameters."""
+
+    @model_validator(mode="after")
+    def _check_halves(self) -> "Method":
+        if self.buffer and self.pairs_per_step % 2:
+            raise ValueError(f"pairs_per_step is {self.pairs_per_step}; with a buffer, half of them, expected even")
+        return self
 
 
 def _squared(name: str, **options: Any) -> dict[str, Any]:
@@ -48,7 +55,15 @@ METHODS = {
 
 
 def train_recipe(
-    method: Method, *, world: Path, base: Path, out: Path, seed: int, steps: int = 100, save: bool = True
+    method: Method,
+    *,
+    world: Path,
+    base: Path,
+    out: Path,
+    seed: int,
+    steps: int = 100,
+    save: bool = True,
+    where: str = "method",
 ) -> TrainRecipe:
     """Return the training recipe of a method.
 
@@ -60,8 +75,12 @@ def train_recipe(
         seed: Seed of the training.
         steps: Number of optimizer steps.
         save: Whether to save checkpoints and resume from them; not worth it for one of many short runs.
+        where: Name of the method, for errors.
+
+    Raises:
+        RecipeError: If the method's loss isn't possible.
     """
-    return TrainRecipe.model_validate(
+    return check_recipe(
         {
             "model": {"path": str(base)},
             "data": [{"path": str(world / f"{method.main}.jsonl")}],
@@ -89,5 +108,7 @@ def train_recipe(
                 "use_cpu": True,
                 "resume_from_checkpoint": save,
             },
-        }
+        },
+        TrainRecipe,
+        where,
     )

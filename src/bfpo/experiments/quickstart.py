@@ -8,12 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bfpo.config.recipes import SftRecipe, TrainRecipe
 from bfpo.core.terminal import log_to_file, say, show_table
 from bfpo.errors import RecipeError, Stopped, did_you_mean
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.show import show_results
 from bfpo.experiments.methods import METHODS, train_recipe
-from bfpo.experiments.steps import evaluate_run, make_base, run_once, write_world
+from bfpo.experiments.steps import (
+    base_recipes,
+    evaluate_run,
+    holds_world,
+    is_finished,
+    make_base,
+    run_once,
+    write_world,
+)
 from bfpo.report.html import write_report
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
@@ -45,16 +54,20 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
         raise RecipeError(f"method '{method}'; {did_you_mean(method, list(METHODS))}")
     start, log = time.monotonic(), out / "quickstart.log"
     world, base = out / "world", out / "base"
+    training = train_recipe(METHODS[method], world=world, base=base, out=out / method, seed=seed, steps=METHOD_STEPS)
+    options = WorldOptions(seed=seed)
+    # A folder with another quickstart is refused before anything is trained, not at the step that finds it.
+    holds_world(options, world)
+    planned: list[SftRecipe | TrainRecipe] = [*base_recipes(out, seed=seed), training]
+    for recipe in planned:
+        is_finished(recipe)
     try:
         with _step(1, "the world: requests, answers, preferences", log):
-            options = WorldOptions(seed=seed)
             write_world(options, world)
         with _step(2, "a base model that answers every request", log):
             make_base(out, seed=seed)
         with _step(3, f"{METHODS[method].title}: preference training", log):
-            run_once(
-                train_recipe(METHODS[method], world=world, base=base, out=out / method, seed=seed, steps=METHOD_STEPS)
-            )
+            run_once(training)
         with _step(4, "completions before and after, on held-out prompts", log):
             runs = [out / name for name in METHODS if (out / name / "run.json").exists()]
             results = evaluate_against(base, runs, world / "prompts.jsonl", Oracle(options.skills))

@@ -11,7 +11,7 @@ from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import Count, Section
 from bfpo.core.files import parse_json
 from bfpo.errors import RecipeError, did_you_mean
-from bfpo.experiments.methods import METHODS, Method
+from bfpo.experiments.methods import METHODS, Method, train_recipe
 from bfpo.testbed.world import WorldOptions
 
 DATA_DIALS = (
@@ -130,8 +130,6 @@ def _read_tuned_values(recipe: ExperimentRecipe) -> dict[tuple[str, str], dict[s
 
 def _variant_settings(name: str, variant: Variant, tuned: dict[str, Any]) -> list[Setting]:
     """Return the center of a variant, then one setting for each other value to try."""
-    from bfpo.losses.build import make_loss
-
     if variant.method not in METHODS:
         raise RecipeError(f"variants.{name}.method '{variant.method}'; {did_you_mean(variant.method, [*METHODS])}")
     content = change_values(METHODS[variant.method].model_dump(), tuned | variant.changes)
@@ -145,7 +143,8 @@ def _variant_settings(name: str, variant: Variant, tuned: dict[str, Any]) -> lis
     settings = []
     for change in changes:
         method = check_recipe(change_values(content, change), Method, f"variants.{name}")
-        make_loss(method.loss)
+        # Checks the loss too.
+        train_recipe(method, world=Path(), base=Path(), out=Path(), seed=0, where=f"variants.{name}")
         label = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in change.items())
         settings.append(Setting(name + label, center | change, method, variant.dials))
     return settings

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from bfpo.experiments.preflight import check_trainings
 from bfpo.experiments.recipe import ExperimentRecipe
 from bfpo.experiments.results import collect_results, show_comparison, write_comparison
 from bfpo.experiments.units import make_units, run_units
@@ -22,6 +23,7 @@ def run_experiment(recipe: ExperimentRecipe, *, command: str) -> None:
         Stopped: On Ctrl-C.
     """
     units = make_units(recipe)
+    check_trainings(unit for unit in units if not unit.has_results)
     start = time.monotonic()
     count = run_units(units, Path(recipe.out), jobs=recipe.jobs)
     took = {"runs": count, "of": len(units), "seconds": round(time.monotonic() - start), "jobs": recipe.jobs}

@@ -24,6 +24,7 @@ from bfpo.training.run_sft import run_sft
 SUITE = "testbed"
 SAMPLING = Sampling(samples=1, temperature=0.7, max_new_tokens=48)
 BASE_STEPS = {"pretraining": 900, "base": 100}
+BASE_SHAPE = {"shape": "nano", "vocab_size": 2048}
 
 
 def write_world(options: WorldOptions, folder: Path) -> None:
@@ -32,20 +33,30 @@ def write_world(options: WorldOptions, folder: Path) -> None:
     Raises:
         RecipeError: If the folder holds another world.
     """
+    if not holds_world(options, folder):
+        World(options).write(folder)
+
+
+def holds_world(options: WorldOptions, folder: Path) -> bool:
+    """Return whether a folder holds the files of a world.
+
+    Raises:
+        RecipeError: If it holds another world.
+    """
     # world.json is written last, so if it exists the other files do too.
     file = folder / "world.json"
     if not file.exists():
-        World(options).write(folder)
-        return
+        return False
     existing = json.loads(file.read_text(encoding="utf-8")).get("options")
     if existing != options.model_dump():
         raise RecipeError(
             f"{folder} holds a world of other options ({existing}); choose another folder, or remove this one"
         )
+    return True
 
 
-def make_base(out: Path, *, seed: int) -> None:
-    """Train the base model in `out/base`: on clean demonstrations, then on imperfect ones."""
+def base_recipes(out: Path, *, seed: int) -> list[SftRecipe]:
+    """Return the recipes of the base model in `out/base`: clean demonstrations, then imperfect ones."""
     world = out / "world"
     trainer = {
         "lr_scheduler_type": "cosine",
@@ -58,13 +69,13 @@ def make_base(out: Path, *, seed: int) -> None:
         "use_cpu": True,
         "resume_from_checkpoint": True,
     }
-    new_model = {"new": {"shape": "nano", "vocab_size": 2048, "seed": seed}}
+    new_model = {"new": BASE_SHAPE | {"seed": seed}}
     stages = (
         ("pretraining", "pretraining", new_model, 4e-3),
         ("base", "fine_tuning", {"path": str(out / "pretraining")}, 1e-3),
     )
-    for name, data, model, learning_rate in stages:
-        recipe = SftRecipe.model_validate(
+    return [
+        SftRecipe.model_validate(
             {
                 "model": model,
                 "data": [{"adapter": "demonstrations", "path": str(world / f"{data}.jsonl")}],
@@ -73,7 +84,28 @@ def make_base(out: Path, *, seed: int) -> None:
                 | {"output_dir": str(out / name), "learning_rate": learning_rate, "max_steps": BASE_STEPS[name]},
             }
         )
+        for name, data, model, learning_rate in stages
+    ]
+
+
+def make_base(out: Path, *, seed: int) -> None:
+    """Train the base model in `out/base`."""
+    for recipe in base_recipes(out, seed=seed):
         run_once(recipe)
+
+
+def is_finished(recipe: SftRecipe | TrainRecipe) -> bool:
+    """Return whether the output folder of a recipe holds its finished run.
+
+    Raises:
+        RecipeError: If the folder holds a finished run of another recipe.
+    """
+    out = Path(recipe.trainer["output_dir"])
+    if not (out / "run.json").exists():
+        return False
+    if holds_recipe(out.with_name(f"{out.name}.yaml"), recipe):
+        return True
+    raise RecipeError(f"{out} holds a run of another recipe; choose another folder, or remove this one")
 
 
 def run_once(recipe: SftRecipe | TrainRecipe) -> None:
@@ -82,13 +114,10 @@ def run_once(recipe: SftRecipe | TrainRecipe) -> None:
     Raises:
         RecipeError: If the folder holds a finished run of another recipe.
     """
+    if is_finished(recipe):
+        return
     out = Path(recipe.trainer["output_dir"])
-    path = out.with_name(f"{out.name}.yaml")
-    if (out / "run.json").exists():
-        if holds_recipe(path, recipe):
-            return
-        raise RecipeError(f"{out} holds a run of another recipe; choose another folder, or remove this one")
-    write_text(path, dump_recipe(recipe))
+    write_text(out.with_name(f"{out.name}.yaml"), dump_recipe(recipe))
     run_sft(recipe) if isinstance(recipe, SftRecipe) else run_training(recipe)
 
 

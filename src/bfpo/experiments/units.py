@@ -89,6 +89,9 @@ def make_units(recipe: ExperimentRecipe) -> list[Unit]:
         RecipeError: If a variant isn't possible.
     """
     settings = all_settings(recipe)
+    for key in ("out", "results"):
+        if (folder := getattr(recipe, key)) and Path(folder).is_file():
+            raise RecipeError(f"{key}: {folder} is a file; name a folder")
     if len(set(recipe.seeds)) < len(recipe.seeds):
         raise RecipeError(f"seeds: {recipe.seeds} has a duplicate; each seed is one observation")
     if "base" in recipe.variants:

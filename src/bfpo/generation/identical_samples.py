@@ -32,13 +32,15 @@ class IdenticalSamples:
             ModelError: If all samples are identical for enough prompts.
         """
         for completion in batch:
-            if completion.is_blocked:
-                # A filter's empty texts are equal however the server samples.
+            if completion.is_blocked or (completion.lacks_answer and not completion.reasoning):
+                # A filter's empty texts, and reasoning that isn't shown, are equal however the server samples.
                 self._num_samples.pop(completion.prompt_id, None)
             if completion.prompt_id not in self._num_samples:
                 continue
             texts = self._texts.setdefault(completion.prompt_id, [])
-            texts.append(completion.text)
+            # Without the ids of tool calls, which servers draw at random.
+            calls = [(call.name, call.arguments.text) for call in completion.tool_calls]
+            texts.append(repr((completion.text, completion.reasoning, calls)))
             if len(set(texts)) > 1:
                 # The server samples, so nothing needs to be counted any more.
                 self._num_samples, self._texts, self._num_identical = {}, {}, 0

@@ -1,45 +1,53 @@
 """The `transformers` engine: a model in this process, sampled independently of batching."""
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file, extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bfpo.config.recipes import ModelSection
+from bfpo.config.recipes import ModelSection, is_gguf
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
+from bfpo.core.terminal import say, show_activity
+from bfpo.data.chat_format import ChatFormat
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
-from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
+from bfpo.generation.decoding import Answer, Decoder, DecodeRequest
+from bfpo.generation.model_inputs import TemplateRefusal, render_prompt
+from bfpo.generation.model_text import parse_model_text
+from bfpo.generation.noise import VERSION as NOISE_VERSION
+from bfpo.generation.sampler import Sampler
+from bfpo.generation.slots import UnsupportedModel
+from bfpo.generation.whole_batches import WholeBatches
+from bfpo.model.gguf import find_gguf
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
 from bfpo.model.merge import DTYPES
+from bfpo.model.vocabulary import check_token_ids
 
 # Files that a checkpoint's completions depend on; README, training state and evaluation don't count.
 _CHECKPOINT_FILES = ("*.safetensors", "*.bin", "config.json", "adapter_config.json", "tokenizer*", "*.jinja")
 
 
 class TransformersEngine:
-    """Engine that runs a model in this process: batched by length, padded on the left, with a key-value cache.
+    """Engine that runs a model in this process, with a key-value cache.
 
-    A completion depends only on the model, its prompt, the sample number and the seed: the noise is drawn per prompt,
-    sample and position. (In float32 a batch of another shape rounds differently, which can tip a near tie; in float64
-    results are the same in any batch.) The only setting used from the checkpoint's generation config are the tokens
-    that end a turn. Temperature and top-p come from `sampling`, and no other processor changes the distribution.
+    Prompts are answered shortest first. A finished answer leaves the batch at once, and a waiting prompt takes its
+    place; samples of a prompt share its encoding. Models that can't be decoded this way are decoded in whole batches
+    by transformers' `generate`, with a note.
+
+    A completion depends only on the model, its prompt, the sample number and the seed: the noise is a function of
+    prompt, sample, position and token. (In float32 a batch of another shape rounds differently, which can tip a near
+    tie; in float64 results are the same in any batch.) The only setting used from the checkpoint's generation config
+    are the tokens that end a turn. Temperature and top-p come from `sampling`, and no other processor changes the
+    distribution.
 
     Args:
         model: Causal language model.
@@ -84,15 +92,23 @@ class TransformersEngine:
     @property
     def settings_hash(self) -> str:
         """Hash of model, template, end tokens and sampling, without the number of samples, so more can be added."""
+        return self._hash_settings(*([NOISE_VERSION] if self.sampling.temperature > 0 else []))
+
+    @property
+    def former_settings_hash(self) -> str:
+        """The same hash as it was before noise had a version; a finished file with it is kept."""
+        return self._hash_settings()
+
+    def _hash_settings(self, *noise: int) -> str:
         sampling = self.sampling
-        settings = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed)
+        settings = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed, *noise)
         # The identity covers the tokenizer's end token; those of the generation config are added if they differ.
         ends = () if self._end_ids == [self.tokenizer.eos_token_id] else (self._end_ids,)
         dtype, template = str(self.model.dtype), self.tokenizer.chat_template
         return content_hash(self.name, self._identity, dtype, template, settings, *ends)
 
     def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
-        """Answer prompts, shortest first; see `Engine`.
+        """Answer prompts as they end; see `Engine`.
 
         Raises:
             ModelError: If the tokenizer gives ids that the model has no embeddings for.
@@ -100,39 +116,54 @@ class TransformersEngine:
                 the longest completion.
         """
         failed: dict[Key, str] = {}
-        renderable = []
-        prompt_ids: list[list[int]] = []
-        for prompt, sample in requests:
-            try:
-                prompt_ids.append(self._prompt_ids(prompt))
-                renderable.append((prompt, sample))
-            except TemplateRefusal as refusal:
-                failed[prompt.prompt_id, sample] = str(refusal)
-        check_token_ids(self.model, [*prompt_ids, [self._pad_id]], self.model_name)
+        fitting: list[tuple[Prompt, int]] = []
+        to_decode: list[DecodeRequest] = []
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         max_prompt = None if positions is None else positions - self.sampling.max_new_tokens
-        fitting = [index for index, ids in enumerate(prompt_ids) if max_prompt is None or len(ids) <= max_prompt]
-        batch: list[int] = []
-        for index in sorted(fitting, key=lambda index: len(prompt_ids[index])):
-            # Prompts come shortest first, so this row is the longest of the batch.
-            longest = len(prompt_ids[index]) + self.sampling.max_new_tokens
-            if batch and (len(batch) + 1) * longest > self._max_batch_tokens:
-                yield self._generate_batch([renderable[i] for i in batch], [prompt_ids[i] for i in batch])
-                batch = []
-            batch.append(index)
-        if batch:
-            yield self._generate_batch([renderable[i] for i in batch], [prompt_ids[i] for i in batch])
-        reason = (
-            f"prompt too long for the model's {positions} positions with {self.sampling.max_new_tokens} new tokens"
+        for prompt, sample in requests:
+            key = (prompt.prompt_id, sample)
+            try:
+                prompt_ids = self._prompt_ids(prompt)
+            except TemplateRefusal as refusal:
+                failed[key] = str(refusal)
+                continue
+            if max_prompt is not None and len(prompt_ids) > max_prompt:
+                failed[key] = (
+                    f"prompt too long for the model's {positions} positions with {self.sampling.max_new_tokens} new "
+                    "tokens"
+                )
+                continue
+            fitting.append((prompt, sample))
+            seed = sample_seed(self.sampling.seed, *key)
+            to_decode.append(DecodeRequest(tuple(prompt_ids), seed, self.sampling.max_new_tokens))
+        check_token_ids(
+            self.model.config, [*(request.prompt_ids for request in to_decode), [self._pad_id]], self.model_name
         )
-        # Missing completions are counted, so each sample of a prompt is listed.
-        failed |= {
-            (prompt.prompt_id, sample): reason
-            for index, (prompt, sample) in enumerate(renderable)
-            if max_prompt is not None and len(prompt_ids[index]) > max_prompt
-        }
+        tokens = _TokenCount()
+        for answers in self._decode(to_decode, tokens.add):
+            yield [
+                self._make_completion(*fitting[index], len(to_decode[index].prompt_ids), token_ids)
+                for index, token_ids in answers
+            ]
         if failed:
             raise Unanswered(failed, len(requests), refused=failed)
+
+    def _decode(self, requests: Sequence[DecodeRequest], report: Callable[[int], None]) -> Iterator[list[Answer]]:
+        """Yield answers as they end, or in whole batches for a model whose cache can't be edited."""
+        if not requests:
+            return
+        sampler = Sampler(self.sampling)
+        try:
+            decoder = Decoder(self.model, self._end_ids, sampler, max_tokens=self._max_batch_tokens, report=report)
+            decoder.check(self.model, requests[0].prompt_ids)
+        except UnsupportedModel as reason:
+            say(f"note: {self.model_name} is decoded in whole batches by transformers' generate: {reason}")
+            decode = WholeBatches(
+                self.model, self._end_ids, sampler, self._pad_id, max_tokens=self._max_batch_tokens, report=report
+            ).decode
+        else:
+            decode = decoder.decode
+        yield from decode(requests)
 
     @property
     def _pad_id(self) -> int:
@@ -140,87 +171,67 @@ class TransformersEngine:
         return self._end_ids[0] if pad_id is None else int(pad_id)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        messages = [message._asdict() for message in prompt.prompt]
-        text = render_chat(self.tokenizer, messages, add_generation_prompt=True)
+        text = render_prompt(self._chat_format, prompt.prompt, prompt.inputs)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    @torch.inference_mode()
-    def _generate_batch(
-        self, requests: Sequence[tuple[Prompt, int]], prompt_ids: Sequence[list[int]]
-    ) -> list[Completion]:
-        device = next(self.model.parameters()).device
-        width = max(map(len, prompt_ids))
-        pad_id = self._pad_id
-        inputs = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
-        # transformers takes settings that the given config leaves open (repetition penalty, top-k) from the model's
-        # own config, so the model's own config is replaced during generation.
-        own_config = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=self.sampling.max_new_tokens,
-            eos_token_id=self._end_ids,
-            pad_token_id=pad_id,
-        )
-        try:
-            output = self.model.generate(
-                inputs,
-                attention_mask=mask,
-                logits_processor=self._processors([(prompt.prompt_id, sample) for prompt, sample in requests]),
-            )
-        finally:
-            self.model.generation_config = own_config
-        assert isinstance(output, Tensor)
-        return [
-            self._make_completion(prompt, sample, len(ids), new_ids)
-            for (prompt, sample), ids, new_ids in zip(requests, prompt_ids, output[:, width:].tolist(), strict=True)
-        ]
-
-    def _processors(self, keys: Sequence[tuple[str, int]]) -> LogitsProcessorList:
-        sampling = self.sampling
-        if sampling.temperature == 0:
-            return LogitsProcessorList()
-        processors: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
-        if sampling.top_p < 1:
-            processors.append(TopPLogitsWarper(sampling.top_p))
-        return LogitsProcessorList([*processors, SeededNoise([sample_seed(sampling.seed, *key) for key in keys])])
-
     def _make_completion(self, prompt: Prompt, sample: int, prompt_tokens: int, new_ids: list[int]) -> Completion:
+        """Return the completion that token ids stand for; they are decoded only here."""
         end = next((index for index, token in enumerate(new_ids) if token in self._end_ids), None)
         text_ids = new_ids if end is None else new_ids[:end]
+        message = parse_model_text(
+            str(self.tokenizer.decode(text_ids, skip_special_tokens=False)),
+            opened=self._opens_thought(prompt),
+            has_tools=prompt.tools is not None,
+            special_tokens=self._special_tokens,
+        )
+        is_plain = message.reasoning is None and not message.tool_calls
+        text = str(self.tokenizer.decode(text_ids, skip_special_tokens=True)) if is_plain else message.content
         return Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
-            text=str(self.tokenizer.decode(text_ids, skip_special_tokens=True)),
+            text=text,
             finish_reason="length" if end is None else "stop",
             prompt_tokens=prompt_tokens,
             completion_tokens=len(text_ids) + (end is not None),
             model=self.model_name,
             engine=self.name,
             settings_hash=self.settings_hash,
+            reasoning=message.reasoning,
+            tool_calls=message.tool_calls,
+            tools=prompt.tools,
+            chat_template_kwargs=prompt.chat_template_kwargs,
+            language=prompt.language,
         )
 
+    @cached_property
+    def _chat_format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer)
 
-class SeededNoise(LogitsProcessor):
-    """Logits processor that adds Gumbel noise, so that the argmax of the sum is a sample of the distribution.
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
 
-    Every row draws from its own generator, one vector per position: its noise is the same in any batch.
+    def _opens_thought(self, prompt: Prompt) -> bool:
+        """Return whether the prompt for generation ends inside a thought."""
+        if not self._chat_format.opened:
+            return False
+        text = self._chat_format.render_prompt(prompt.prompt, prompt.inputs)
+        return text.endswith(self._chat_format.opened)
 
-    Args:
-        seeds: Seeds of the rows.
-    """
 
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+class _TokenCount:
+    """Number of generated tokens, shown beside the progress of the completions."""
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores plus noise, (rows, vocabulary) float64."""
-        noise = torch.empty(scores.shape, dtype=torch.float64)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.double() - noise.log().to(scores.device)
+    def __init__(self) -> None:
+        self._start, self._count = time.monotonic(), 0
+
+    def add(self, count: int) -> None:
+        self._count += count
+        seconds = time.monotonic() - self._start
+        show_activity(f"{self._count:,} tokens, {self._count / max(seconds, 1e-9):,.0f} per second")
 
 
 def load_engine(
@@ -269,9 +280,11 @@ def checkpoint_identity(path: str, revision: str | None = None) -> str:
     identity of an adapter includes that of its base model.
 
     Args:
-        path: Folder or hub id.
+        path: Folder, hub id or GGUF file.
         revision: Hub revision.
     """
+    if is_gguf(path):
+        return content_hash("gguf", file_hash(find_gguf(path, revision)))
     folder = Path(path)
     files = (
         sorted({file for pattern in _CHECKPOINT_FILES for file in folder.glob(pattern)}) if folder.is_dir() else []

@@ -1,15 +1,16 @@
-"""What a model in this process reads: chat templates that refuse a conversation, and ids without an embedding."""
+"""What a model in this process reads: conversations as chat templates render or refuse them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from bfpo.core.conversation import Conversation
+from bfpo.core.pairs import TemplateInputs
+from bfpo.data.chat_format import TEMPLATE_ERRORS, ChatFormat
 from bfpo.errors import ModelError
-
-# A template is a program: apart from the errors that it raises itself, it may add text to None, say.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
 
 
 class TemplateRefusal(Exception):
@@ -28,33 +29,36 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
         TemplateRefusal: If the template refuses the conversation.
         ModelError: If the template can't be parsed.
     """
-    try:
+    with refusals_of_template(tokenizer):
         return str(tokenizer.apply_chat_template([*map(dict, messages)], tokenize=False, **options))
-    except TemplateSyntaxError as error:
-        raise ModelError(f"{tokenizer.name_or_path}: chat template, line {error.lineno}: {error.message}") from None
-    except _TEMPLATE_ERRORS as error:
-        message = str(error).partition("\n")[0] or type(error).__name__
-        raise TemplateRefusal(f"the chat template refuses the conversation: {message}") from None
 
 
-def check_token_ids(model: Any, rows: Iterable[Sequence[int]], path: str) -> None:
-    """Check that the model has an embedding for each token id.
-
-    Training refuses a tokenizer that is larger than the model. Here only ids in use count: some tokenizers have
-    tokens that their text models don't read.
+def render_prompt(chat_format: ChatFormat, prompt: Conversation, inputs: TemplateInputs) -> str:
+    """Return a prompt for generation as the chat template renders it, with nothing left out.
 
     Args:
-        model: Model.
-        rows: Token ids that it reads.
-        path: Name of the model, for the error.
+        chat_format: Chat template of the model.
+        prompt: Conversation up to the turn that is answered.
+        inputs: Tools, and arguments of the template.
 
     Raises:
-        ModelError: If an id has no embedding.
+        TemplateRefusal: If the template refuses the conversation, or leaves out a turn, a tool call or the tools.
+        ModelError: If the template can't be parsed, or renders no text of user turns.
     """
-    num_embeddings = getattr(model.config.get_text_config(), "vocab_size", None)
-    largest = max((max(row, default=0) for row in rows), default=0)
-    if num_embeddings is not None and largest >= num_embeddings:
-        raise ModelError(
-            f"{path}: the tokenizer gives token {largest}, but the model has only {num_embeddings} embeddings; do "
-            "they belong together?"
-        )
+    with refusals_of_template(chat_format.tokenizer):
+        text = chat_format.render_prompt(prompt, inputs)
+        if lost := chat_format.find_lost(text, prompt, len(prompt), inputs):
+            raise TemplateRefusal(lost)
+    return text
+
+
+@contextmanager
+def refusals_of_template(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Turn what a chat template raises into a `TemplateRefusal`, and what can't be parsed into a `ModelError`."""
+    try:
+        yield
+    except TemplateSyntaxError as error:
+        raise ModelError(f"{tokenizer.name_or_path}: chat template, line {error.lineno}: {error.message}") from None
+    except TEMPLATE_ERRORS as error:
+        message = str(error).partition("\n")[0] or type(error).__name__
+        raise TemplateRefusal(f"the chat template refuses the conversation: {message}") from None

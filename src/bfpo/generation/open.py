@@ -1,10 +1,10 @@
 """Opening the engine that a recipe section or the command line describes, in one place."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from bfpo.config.recipes import Count, Section
+from bfpo.config.recipes import Count, Section, join_gguf_file
 from bfpo.core.samples import Engine, Sampling
 
 
@@ -32,13 +32,20 @@ class EngineSection(ServerSection):
     """A model that answers prompts: a checkpoint in this process, or a model on a server."""
 
     path: str
-    """Folder or hub id; with `server`, the model's name there."""
+    """Folder, hub id or GGUF file; with `server`, the model's name there."""
+    gguf_file: str | None = None
+    """GGUF file in the folder or hub repository `path`, without `server`."""
     revision: str | None = None
     """Hub revision, without `server`."""
     server: str | None = None
     """http://host:port/v1 of a server that speaks the OpenAI chat protocol; the keys above are for it."""
     dtype: str = "float32"
     """Data type of the weights, without `server`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _join_gguf_file(cls, values: Any) -> Any:
+        return join_gguf_file(values)
 
 
 def open_engine(section: EngineSection, sampling: Sampling) -> Engine:

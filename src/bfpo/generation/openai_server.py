@@ -2,8 +2,9 @@
 
 Responses aren't trusted: one that is late, truncated, empty or of another schema is counted as a fault and retried a
 limited number of times. An answer that the server's filter removed, or a refusal that it reports, is a completion
-with its own finish reason. `transformers serve` (5.23) samples only if the checkpoint's generation config sets
-`do_sample`, and uses one seed for all concurrent requests: identical samples stop a run.
+with its own finish reason; reasoning without an answer and tool calls are completions, too. `transformers serve`
+(5.23) samples only if the checkpoint's generation config sets `do_sample`, and uses one seed for all concurrent
+requests: identical samples stop a run.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -24,12 +25,14 @@ from typing import Any
 
 import httpx2 as httpx
 
-from bfpo.core.files import content_hash, replace_lone_surrogates
+from bfpo.core.conversation import Message
+from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
 from bfpo.core.terminal import say
 from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.identical_samples import IdenticalSamples
-from bfpo.generation.server_replies import MalformedReply, NoText, Reply, ServerError, read_error, read_reply
+from bfpo.generation.model_text import read_parts_in_text
+from bfpo.generation.server_replies import MalformedReply, Reply, ServerError, read_error, read_reply
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # A longer response isn't a completion.
@@ -43,6 +46,14 @@ _MAX_EQUAL_REFUSALS = 5
 _MAX_PAUSE = 300.0
 # Shortest pause that is announced, in seconds.
 _ANNOUNCED_PAUSE = 5.0
+# Parameters and keys of messages that a request can do without, and what that means.
+_OPTIONAL = {
+    "max_tokens": "sending `max_completion_tokens`",
+    "seed": "asking without it, so completions can't be repeated",
+    "chat_template_kwargs": "asking without it, so its own template decides",
+    "reasoning_content": "leaving the key out of earlier turns",
+    "reasoning": "leaving the key out of earlier turns",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +109,15 @@ class _SharedState:
         not_before: When the next request may be sent.
         faults: Faults so far.
         has_answered: Whether the server has answered any request.
-        refused_parameters: Parameters that the server doesn't accept.
+        refused_parameters: Parameters and keys of messages that the server doesn't accept.
+        unread: Fields of its replies that aren't read.
     """
 
     not_before: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     has_answered: bool = False
     refused_parameters: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
     lock: Lock = field(default_factory=Lock)
     stopped: Event = field(default_factory=Event)
 
@@ -296,7 +309,7 @@ class ServerEngine:
         sampling, without = self.sampling, frozenset(self._state.refused_parameters)
         body: dict[str, Any] = {
             "model": self.options.model,
-            "messages": [message._asdict() for message in prompt.prompt],
+            "messages": [_message_to_row(message, without) for message in prompt.prompt],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling.max_new_tokens,
@@ -304,6 +317,10 @@ class ServerEngine:
         if "seed" not in without:
             # 31 bits: servers store it in a signed int.
             body["seed"] = sample_seed(sampling.seed, prompt.prompt_id, sample) % 2**31
+        if prompt.tools is not None:
+            body["tools"] = prompt.tools.value
+        if prompt.chat_template_kwargs is not None and "chat_template_kwargs" not in without:
+            body["chat_template_kwargs"] = prompt.chat_template_kwargs.value
         post = asyncio.run_coroutine_threadsafe(self._post(connection.client, body), connection.loop)
         try:
             response, content = post.result()
@@ -318,11 +335,9 @@ class ServerEngine:
         except (ValueError, RecursionError):
             raise _Retry("not JSON" if content.strip() else "nothing") from None
         try:
-            return read_reply(parsed, sampling.max_new_tokens)
+            return read_reply(parsed)
         except MalformedReply as error:
             raise _Retry(str(error), message=read_error(content, connection.api_key).message) from None
-        except NoText as error:
-            raise _Refused(str(error)) from None
 
     async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[httpx.Response, bytes]:
         url, content = f"{self.options.url.rstrip('/')}/chat/completions", b""
@@ -349,8 +364,9 @@ class ServerEngine:
             )
         if status in _RETRIED or status >= 500:
             raise _Retry(f"HTTP {status}", _retry_after(response.headers.get("retry-after")), error.message)
-        for name in ("max_tokens", "seed"):
-            if name in body and error.refuses(name):
+        sent = body.keys() | {key for message in body["messages"] for key in message}
+        for name in _OPTIONAL:
+            if name in sent and error.refuses(name, sent):
                 self._omit(name)
                 raise _RefusedParameter
         raise _Refused(f"HTTP {status}{message or '; is the prompt too long for the model?'}")
@@ -360,29 +376,56 @@ class ServerEngine:
         with self._state.lock:
             is_new = parameter not in self._state.refused_parameters
             self._state.refused_parameters.add(parameter)
-        if is_new and parameter == "seed":
-            say("note: the server doesn't accept `seed`; asking without it, so completions can't be repeated")
-        elif is_new:
-            say("note: the server doesn't accept `max_tokens`; sending `max_completion_tokens`")
+        if is_new:
+            say(f"note: the server doesn't accept `{parameter}`; {_OPTIONAL[parameter]}")
 
     def _make_completion(self, prompt: Prompt, sample: int, reply: Reply) -> Completion:
-        # A lone surrogate can't be written to a file. The server would return the same text again.
-        repaired = replace_lone_surrogates(reply.text)
-        if repaired != reply.text:
-            with self._state.lock:
+        # The server would return the same texts again.
+        repaired = reply.without_lone_surrogates()
+        with self._state.lock:
+            if repaired != reply:
                 self._state.faults["lone surrogate, replaced"] += 1
-        return Completion(
+            unread = set(reply.unread) - self._state.unread
+            self._state.unread |= unread
+        if unread:
+            say(f"note: fields of the server's replies that aren't read: {', '.join(sorted(unread))}")
+        completion = Completion(
             prompt_id=prompt.prompt_id,
             sample=sample,
             prompt=prompt.prompt,
-            text=repaired,
+            text=repaired.text,
             finish_reason=reply.finish_reason,
             prompt_tokens=reply.prompt_tokens,
             completion_tokens=reply.completion_tokens,
             model=self.options.model,
             engine=self.name,
             settings_hash=self.settings_hash,
+            reasoning=repaired.reasoning,
+            tool_calls=repaired.tool_calls,
+            tools=prompt.tools,
+            chat_template_kwargs=prompt.chat_template_kwargs,
+            language=prompt.language,
         )
+        return read_parts_in_text(completion)
+
+
+def _message_to_row(message: Message, without: Collection[str]) -> dict[str, Any]:
+    """Return a message as servers read it: arguments of tool calls as JSON text, reasoning under both of its names.
+
+    Args:
+        message: Message.
+        without: Keys that the server doesn't accept.
+    """
+    row = message.to_row()
+    for call in row.get("tool_calls", ()):
+        arguments = call["function"]["arguments"]
+        if not isinstance(arguments, str):
+            call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
+    reasoning = row.pop("reasoning_content", None)
+    if reasoning:
+        # vLLM reads `reasoning`, DeepSeek and SGLang `reasoning_content`.
+        row |= {key: reasoning for key in ("reasoning_content", "reasoning") if key not in without}
+    return row
 
 
 def _read_api_key(variable: str) -> str:

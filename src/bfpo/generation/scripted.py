@@ -47,4 +47,7 @@ class ScriptedEngine:
             model=self._name,
             engine="scripted",
             settings_hash=self.settings_hash,
+            tools=prompt.tools,
+            chat_template_kwargs=prompt.chat_template_kwargs,
+            language=prompt.language,
         )

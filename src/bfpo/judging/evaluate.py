@@ -19,6 +19,7 @@ from bfpo.judging.labeled import LabeledAnswer, annotations_of, count_labelers, 
 from bfpo.judging.likeness import is_unlike
 from bfpo.judging.linear import HEADS, LinearJudge
 from bfpo.judging.open import open_judge
+from bfpo.judging.readings import ReadingJudge
 from bfpo.stats.agreement import FOLDS, Kappa, agreement, held_out_threshold, kappa, threshold_for
 from bfpo.stats.intervals import Interval
 
@@ -164,7 +165,8 @@ def _show_fitted(spec: str, judges: Sequence[LinearJudge], answers: Sequence[Lab
 
 
 def _linear_judges(judge: Judge) -> list[LinearJudge]:
-    """Return the linear judges of a judge, which may be an ensemble."""
+    """Return the linear judges of a judge, which may be an ensemble, or read the reasoning."""
+    judge = judge.judge_of_text if isinstance(judge, ReadingJudge) else judge
     members = judge.judges if isinstance(judge, Ensemble) else (judge,)
     return [member for member in members if isinstance(member, LinearJudge)]
 

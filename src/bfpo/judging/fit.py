@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
+from bfpo.core.conversation import last_request
 from bfpo.core.samples import Verdict, prompt_id
 from bfpo.core.terminal import progress
+from bfpo.data.readings import judge_readings, read_part
 from bfpo.errors import DataError
 from bfpo.judging.features import VIEWS, Corpus, Rows
 from bfpo.judging.labeled import LabeledAnswer
@@ -61,8 +63,8 @@ class FittingSet:
     def __init__(self, answers: Sequence[LabeledAnswer], where: str) -> None:
         self.answers, self.where = list(answers), where
         self.completions = [answer.completion for answer in answers]
-        prompts = [completion.prompt[-1].content for completion in self.completions]
-        self._corpus = Corpus(prompts, [completion.text for completion in self.completions])
+        prompts = [last_request(completion.prompt) for completion in self.completions]
+        self._corpus = Corpus(prompts, [read_part(completion).text for completion in self.completions])
         self._last_turns: Groups = np.unique(prompts, return_inverse=True)[1]
         conversations = [prompt_id(completion.prompt) for completion in self.completions]
         self._conversations: Groups = np.unique(conversations, return_inverse=True)[1]
@@ -101,8 +103,7 @@ class FittingSet:
 
     def judge(self, fitted: FittedJudge, rows: Rows, band: tuple[float, float]) -> list[Verdict]:
         """Return the verdicts of a judge on some answers."""
-        features = {name: self._corpus.features(head.vocabularies, rows) for name, head in fitted.heads.items()}
-        return list(fitted.judge(band).judge_features([self.completions[row] for row in rows], features))
+        return list(judge_readings(fitted.judge(band), [self.completions[row] for row in rows]))
 
     def folds(self) -> list[tuple[Rows, Rows]]:
         """Return the rows of the other folds and of the fold, for five folds grouped by prompt."""

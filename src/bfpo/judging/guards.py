@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bfpo.core.conversation import last_request
 from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import ModelError
-from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
+from bfpo.generation.model_inputs import TemplateRefusal, render_chat
 from bfpo.judging.formats import GUIDELINES, Guard, Question, get_guard
 from bfpo.judging.markers import MARKERS_ESCAPED, escape_markers, special_tokens
+from bfpo.judging.turns import spoken_turns
+from bfpo.model.vocabulary import check_token_ids
 
 # Minimum probability of all words of a question together; below it the guard is undecided.
 _MIN_MASS = 0.5
@@ -113,9 +116,9 @@ class GuardJudge:
             return self._fill_template(completion, answer), notes
         # Guards know two roles: a system message belongs neither to the user nor to the model.
         turns = [
-            (turn.role, escape_markers(turn.content, self._markers)[0])
-            for turn in completion.prompt
-            if turn.role in ("user", "assistant")
+            (role, escape_markers(text, self._markers)[0])
+            for role, text in spoken_turns(completion.prompt)
+            if role in ("user", "assistant")
         ]
         options = dict(self._guard.options)
         if guideline is not None:
@@ -136,7 +139,7 @@ class GuardJudge:
         return answer, notes
 
     def _fill_template(self, completion: Completion, answer: str) -> str:
-        subject = (self.behaviors or {}).get(completion.prompt_id, completion.prompt[-1].content)
+        subject = (self.behaviors or {}).get(completion.prompt_id, last_request(completion.prompt))
         # Filled in one pass, so that braces and names inside the texts stay unchanged.
         head, _, rest = self._template.partition("{prompt}")
         middle, _, tail = rest.partition("{answer}")
@@ -200,7 +203,7 @@ class GuardJudge:
     def _ask(self, question: Question, queries: Sequence[_Query]) -> None:
         """Answer a question for all queries; a query with a `problem` gets no further questions."""
         rows = [row for query in queries if (row := self._make_row(question, query))]
-        check_token_ids(self.model, [row.ids for row in rows], self.path)
+        check_token_ids(self.model.config, [row.ids for row in rows], self.path)
         rows.sort(key=lambda row: len(row.ids))
         batch: list[_Row] = []
         for row in rows:

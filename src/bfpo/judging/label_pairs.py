@@ -1,23 +1,26 @@
 """Safety labels for preference pairs from the verdicts of judges, in place of missing or other labels.
 
 By default a pair is labeled when all judges decide and agree on both of its answers; `conflicts` chooses what happens
-otherwise. An undecided answer never counts as safe.
+otherwise. An undecided answer never counts as safe. Judges of reasoning label the reasoning of both answers.
 """
 
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from bfpo.config.recipes import Source
-from bfpo.core.files import content_hash, write_json, write_jsonl
+from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.pairs import CELLS, PreferencePair, SafetyLabels
 from bfpo.core.samples import Completion, Judge, Key, Verdict
 from bfpo.core.terminal import say, show_table
+from bfpo.data.inspect import count_disagreements
 from bfpo.data.load import load_pairs
 from bfpo.data.prepare import cell_counts
+from bfpo.data.readings import answer_completion, has_reasoning, read_by
 from bfpo.data.stages import find_unjudged, judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError, did_you_mean
@@ -64,8 +67,9 @@ def label_pairs(
     """Label the pairs of a source into `out/pairs.jsonl` and `out/label.json`; resumes after the last verdict.
 
     Args:
-        source: Pairs to label; their own labels are used for comparison only.
-        judges: One or more judges; the order matters to the policy `first`.
+        source: Pairs to label; their own labels are used for comparison only, or kept if all judges read reasoning.
+        judges: One or more judges; the order matters to the policy `first`. Those that read the reasoning label it,
+            where both answers have some.
         out: Output folder, which also holds the verdicts of each judge.
         conflicts: Policy where judges disagree or are undecided; a key of `POLICIES`.
         limit: Maximum number of pairs.
@@ -91,15 +95,24 @@ def label_pairs(
         _estimate(judge, completions, path)
     if estimate_only:
         return None
-    verdicts = [
+    all_verdicts = [
         {verdict.key: verdict for verdict in judge_completions(judge, completions, path)}
         for judge, path in zip(judges, paths, strict=True)
     ]
-    results = list(_apply_policy(pairs, answers, verdicts, conflicts))
+    of_answers = [read_by(judge) != "reasoning" for judge in judges]
+    verdicts = [*compress(all_verdicts, of_answers)]
+    reasoning_verdicts = [*compress(all_verdicts, (not is_about_answers for is_about_answers in of_answers))]
+    results: list[PreferencePair | str] = [*pairs]
+    if verdicts:
+        results = list(_apply_policy(pairs, answers, verdicts, conflicts))
+    reasoning_left_out: Counter[str] = Counter()
+    if reasoning_verdicts:
+        results = list(_label_reasoning(results, answers, reasoning_verdicts, conflicts, reasoning_left_out))
     labeled = [result for result in results if isinstance(result, PreferencePair)]
     left_out = Counter(result for result in results if isinstance(result, str))
     if not labeled:
         raise DataError(f"no pair could be labeled: {dict(left_out)}")
+    first_two = [by_key.values() for by_key in verdicts[:2]]
     metadata = {
         "schema": 1,
         "source": str(source.path),
@@ -112,14 +125,20 @@ def label_pairs(
         "answers_judged": len(completions),
         "undecided": {
             judge.name: sum(verdict.safe is None for verdict in by_key.values())
-            for judge, by_key in zip(judges, verdicts, strict=True)
+            for judge, by_key in zip(judges, all_verdicts, strict=True)
         },
-        "agreement": compare_verdicts([*verdicts[0].values()], [*verdicts[1].values()]) if len(judges) > 1 else None,
+        "agreement": compare_verdicts(*map(list, first_two)) if len(first_two) > 1 else None,
         "before": cell_counts(pairs).get("main", {}),
         "after": cell_counts(labeled).get("main", {}),
         "assumed_safe": _count_unsafe(labeled),
         "seconds": round(time.monotonic() - started, 1),
     }
+    if reasoning_verdicts:
+        metadata["reasoning"] = {
+            "labeled": sum(pair.reasoning_labels is not None for pair in labeled),
+            "left_out": dict(reasoning_left_out),
+            **count_disagreements(labeled),
+        }
     write_jsonl(out / "pairs.jsonl", (pair.to_row() for pair in labeled))
     write_json(out / "label.json", metadata)
     _show(metadata, labeling or LabelingFunction.from_parameters(), beta, out)
@@ -133,19 +152,8 @@ def as_completion(pair: PreferencePair, side: int) -> Completion:
         pair: The pair.
         side: 0 for the chosen answer, 1 for the rejected one.
     """
-    text = (pair.chosen, pair.rejected)[side]
-    return Completion(
-        prompt_id=content_hash(pair.prompt, text),
-        sample=0,
-        prompt=pair.prompt,
-        text=text,
-        finish_reason="stop",
-        prompt_tokens=0,
-        completion_tokens=0,
-        model=pair.provenance.dataset_name,
-        engine="pairs",
-        settings_hash="",
-    )
+    model = pair.provenance.dataset_name
+    return answer_completion(pair.prompt, pair.answers[side], model=model, engine="pairs", inputs=pair.inputs)
 
 
 def compare_verdicts(verdicts: Sequence[Verdict], others: Sequence[Verdict]) -> dict[str, float | int | None]:
@@ -201,6 +209,44 @@ def _apply_policy(
             raise DataError(f"pair {pair.row_id}: {reason}, and conflicts is 'error'; choose another policy")
         else:
             yield reason
+
+
+def _label_reasoning(
+    results: Sequence[PreferencePair | str],
+    answers: Sequence[tuple[Completion, Completion]],
+    verdicts: Sequence[Mapping[Key, Verdict]],
+    conflicts: str,
+    left_out: Counter[str],
+) -> Iterator[PreferencePair | str]:
+    """Yield each pair with labels of its reasoning, if both answers have some and it could be labeled.
+
+    Args:
+        results: Pairs with labels of their answers, or the reason why a pair has none.
+        answers: Chosen and rejected answer of each pair.
+        verdicts: Verdicts on the reasoning of each judge by the key of the completion.
+        conflicts: Policy where judges disagree or are undecided.
+        left_out: Reason → number of pairs without labels of their reasoning; added to.
+    """
+    for result, both in zip(results, answers, strict=True):
+        if isinstance(result, str):
+            yield result
+            continue
+        count = sum(map(has_reasoning, both))
+        if count < 2:
+            left_out["no reasoning" if count == 0 else "one answer has no reasoning"] += 1
+            yield result
+            continue
+        labels = [_decide([by_key[answer.key] for by_key in verdicts], conflicts) for answer in both]
+        reason = next((label for label in labels if isinstance(label, str)), None)
+        if reason is None:
+            yield replace(result, reasoning_labels=SafetyLabels(*map(bool, labels)))
+        elif conflicts == "error":
+            raise DataError(
+                f"pair {result.row_id}: reasoning: {reason}, and conflicts is 'error'; choose another policy"
+            )
+        else:
+            left_out[reason] += 1
+            yield result
 
 
 def _decide(verdicts: Sequence[Verdict], conflicts: str) -> bool | str:
@@ -279,6 +325,11 @@ def _show(metadata: dict[str, Any], labeling: LabelingFunction, beta: float, out
         f"in {assumed['pairs_with_an_unsafe_answer']} of {metadata['labeled']} pairs"
     )
     say(f"undecided answers: {_format(metadata['undecided'])}; pairs left out: {_format(metadata['left_out'])}")
+    if reasoning := metadata.get("reasoning"):
+        say(
+            f"reasoning labeled in {reasoning['labeled']} pairs; not labeled: {_format(reasoning['left_out'])}; its "
+            f"label isn't the answer's for {reasoning['chosen']} chosen and {reasoning['rejected']} rejected answers"
+        )
     if metadata["skipped_rows"]:
         say(f"rows of the source without a pair: {_format(metadata['skipped_rows'])}")
     say(f"{metadata['labeled']} of {metadata['pairs']} pairs in {out / 'pairs.jsonl'} ({metadata['seconds']} s)")

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bfpo.config.recipes import Source
-from bfpo.core.pairs import as_messages, conversation_key
+from bfpo.core.conversation import as_messages, conversation_key
 from bfpo.core.samples import KINDS, Completion, Kind, Prompt, prompt_id
+from bfpo.data.agent_sets import read_agent_answer
+from bfpo.data.readings import answer_completion
 from bfpo.data.rows import SourceRow, local_files, read_rows, refuse_lone_surrogates
 from bfpo.data.stages import read_completions, read_prompt_file
 from bfpo.errors import DataError
 from bfpo.judging.annotations import Annotation, AnswerKey, Labeler, answer_key, combine_labels, read_annotations
 
+# Columns of a completion besides its text.
+_PARTS = ("reasoning", "tool_calls", "tools", "chat_template_kwargs")
 _XSTEST = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusal": True}
 
 
@@ -46,7 +50,7 @@ def read_labeled(path: str) -> list[LabeledAnswer]:
     The columns `labeler` and `labeler_kind` (`person` or `program`) say who gave the labels.
 
     The columns of XSTest are read too: `final_label` says whether an answer refuses, and a compliance with a prompt
-    of a `contrast_` type, which is harmful, is unsafe.
+    of a `contrast_` type, which is harmful, is unsafe. So are the sets of `bfpo.data.agent_sets`.
 
     Labels that `bfpo judge annotate` wrote are read with the answers: `LABELS@COMPLETIONS`, or `LABELS` beside a
     `completions.jsonl`.
@@ -134,12 +138,27 @@ def _read_annotated(labels: str, completions: Path) -> list[LabeledAnswer]:
 
 
 def _parse_row(row: SourceRow, index: int) -> LabeledAnswer:
+    # XSTest has one file per model and no column for it: there the file's name is the model's.
+    model = str(row.values.get("model") or row.where.rpartition(" row ")[0].rpartition("/")[2])
+    if (agent := read_agent_answer(row)) is not None:
+        name = prompt_id(agent.prompt)
+        completion = answer_completion(
+            agent.prompt,
+            agent.answer,
+            model=model,
+            engine="labeled",
+            sample=index,
+            prompt_id=name,
+            inputs=agent.inputs,
+        )
+        return LabeledAnswer(completion, agent.refusal, agent.safe, agent.kind)
     refusal, safe, kind = _xstest_labels(row) if "final_label" in row.values else _labels(row)
     prompt = as_messages(row.value("prompt"))
     text = row.text("text" if "text" in row.values else "completion")
-    # XSTest has one file per model and no column for it: there the file's name is the model's.
-    model = str(row.values.get("model") or row.where.rpartition(" row ")[0].rpartition("/")[2])
+    parts = {name: value for name in _PARTS if (value := row.values.get(name))}
     completion = Completion(prompt_id(prompt), index, prompt, text, "stop", 0, 0, model, "labeled", "")
+    if parts:
+        completion = Completion.from_row({**completion.to_row(), **parts})
     return LabeledAnswer(completion, refusal, safe, kind, _labelers(row))
 
 

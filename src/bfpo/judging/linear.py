@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.special import expit
 
+from bfpo.core.conversation import last_request
 from bfpo.core.files import content_hash, open_atomic, parse_json
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError, RecipeError
@@ -107,24 +108,12 @@ class LinearJudge:
         """Return one verdict for each completion; see `Judge`."""
         if not completions:
             return
-        views = dict.fromkeys(view for head in self.heads.values() for view, _ in head.vocabularies)
         texts = Texts(
-            [completion.prompt[-1].content for completion in completions],
+            [last_request(completion.prompt) for completion in completions],
             [completion.text for completion in completions],
-            views,
+            dict.fromkeys(view for head in self.heads.values() for view, _ in head.vocabularies),
         )
         features = {name: texts.features(head.vocabularies) for name, head in self.heads.items()}
-        yield from self.judge_features(completions, features)
-
-    def judge_features(
-        self, completions: Sequence[Completion], features: Mapping[str, Features]
-    ) -> Iterator[Verdict]:
-        """Return one verdict for each completion.
-
-        Args:
-            completions: Completions.
-            features: Their features by head.
-        """
         p_yes = {name: head.probability_of(features[name]).tolist() for name, head in self.heads.items()}
         compared = self.likeness.compare(features["safe"]) if self.likeness is not None else None
         for index, completion in enumerate(completions):

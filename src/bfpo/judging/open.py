@@ -39,11 +39,16 @@ def open_judge(
     """
     parsed = parse_judge(spec) if isinstance(spec, str) else spec
     judges = tuple(_open_part(part, threshold, server or JudgeServerSection(), kinds) for part in parsed.parts)
-    if parsed.policy == "single":
-        return judges[0]
-    from bfpo.judging.ensemble import Ensemble
+    judge = judges[0]
+    if parsed.policy != "single":
+        from bfpo.judging.ensemble import Ensemble
 
-    return Ensemble(judges, parsed.policy)
+        judge = Ensemble(judges, parsed.policy)
+    if parsed.reads == "answer":
+        return judge
+    from bfpo.judging.readings import ReadingJudge
+
+    return ReadingJudge(judge, parsed.reads)
 
 
 def _open_part(

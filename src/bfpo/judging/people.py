@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
+from bfpo.core.conversation import last_request, prompt_key
 from bfpo.core.files import content_hash, file_hash
-from bfpo.core.pairs import prompt_key
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.prompt_sets import PROMPT_ALIASES
+from bfpo.data.readings import read_part
 from bfpo.judging.labeled import labeled_files, read_labeled
 
 
@@ -20,7 +21,7 @@ class PeopleJudge:
 
     def __init__(self, path: str) -> None:
         self._labels = {
-            (_last_turn_key(answer.completion), answer.completion.text): (answer.safe, answer.refusal)
+            (_last_turn_key(answer.completion), read_part(answer.completion).text): (answer.safe, answer.refusal)
             for answer in read_labeled(path)
         }
         hashes = [file_hash(file) for file in labeled_files(path)]
@@ -37,4 +38,4 @@ class PeopleJudge:
 
 
 def _last_turn_key(completion: Completion) -> str:
-    return prompt_key(completion.prompt[-1].content.strip())
+    return prompt_key(last_request(completion.prompt).strip())

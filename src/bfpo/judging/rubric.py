@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from bfpo.core.conversation import Conversation, user_says
 from bfpo.core.files import content_hash, parse_json, replace_lone_surrogates
-from bfpo.core.pairs import Conversation, user_says
 from bfpo.core.samples import Completion, Engine, Preference, Prompt, Verdict
 from bfpo.core.terminal import warn
 from bfpo.errors import DataError, Unanswered
@@ -225,7 +225,7 @@ def render_comparison(first: Completion, second: Completion, special: Sequence[s
 
 def _render_conversation(prompt: Conversation, special: Sequence[str]) -> str:
     markers = (*_MARKERS, *special)
-    return "\n".join(f"{turn.role}: {escape_markers(turn.content, markers)[0]}" for turn in prompt)
+    return "\n".join(f"{turn.role}: {escape_markers(turn.in_words(), markers)[0]}" for turn in prompt)
 
 
 def _make_fence(*parts: object) -> str:

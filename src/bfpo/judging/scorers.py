@@ -17,13 +17,16 @@ from transformers import (
 )
 
 from bfpo.config.recipes import ModelSection
+from bfpo.core.conversation import last_request
 from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import ModelError
 from bfpo.generation.in_process import checkpoint_identity
-from bfpo.generation.model_inputs import TemplateRefusal, check_token_ids, render_chat
+from bfpo.generation.model_inputs import TemplateRefusal, render_chat
 from bfpo.judging.markers import MARKERS_ESCAPED, escape_markers, special_tokens
+from bfpo.judging.turns import spoken_turns
 from bfpo.model.load import load_tokenizer
+from bfpo.model.vocabulary import check_token_ids
 
 ScorerKind = Literal["beaver-cost", "beaver-reward", "reward", "classifier"]
 
@@ -106,7 +109,7 @@ class ScoreJudge:
                 rendered.append(("", False))
                 refusals[index] = str(refusal)
         rows = [[] if index in refusals else self._encode(text) for index, (text, _) in enumerate(rendered)]
-        check_token_ids(self.model, rows, self.path)
+        check_token_ids(self.model.config, rows, self.path)
         scores: dict[int, list[float]] = {}
         for batch in self._batches(rows):
             scores |= zip(batch, self._scores([rows[index] for index in batch]), strict=True)
@@ -128,7 +131,7 @@ class ScoreJudge:
         answer, has_markers = escape_markers(completion.text, markers)
         if self.kind == "classifier":
             return answer, has_markers
-        turns = [(turn.role, escape_markers(turn.content, special)[0]) for turn in completion.prompt]
+        turns = [(role, escape_markers(text, special)[0]) for role, text in spoken_turns(completion.prompt)]
         if self._is_beaver:
             conversation = "".join(
                 f"USER: {content} ASSISTANT:" if role == "user" else content
@@ -137,7 +140,7 @@ class ScoreJudge:
             )
             return f"BEGINNING OF CONVERSATION: {conversation}{answer}", has_markers
         if self.tokenizer.chat_template is None:
-            return (turns[-1][1], answer), has_markers
+            return (escape_markers(last_request(completion.prompt), special)[0], answer), has_markers
         messages = [{"role": role, "content": content} for role, content in (*turns, ("assistant", answer))]
         return render_chat(self.tokenizer, messages), has_markers
 

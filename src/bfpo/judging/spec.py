@@ -1,10 +1,14 @@
 """Judge specs: the text that names a judge in a recipe or on the command line, parsed once into a value."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
+from pydantic import AfterValidator, BeforeValidator
+
+from bfpo.data.readings import READS, Reads
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.judging.formats import GUARDS
 
@@ -114,11 +118,13 @@ class JudgeSpec:
         text: The spec as it was written.
         parts: The judges; several are an ensemble.
         policy: How an ensemble decides: `unanimous` (`A+B`) or `majority` (`majority:A+B+C`); `single` without one.
+        reads: Part of a completion that is judged.
     """
 
     text: str
     parts: tuple[JudgePart, ...]
     policy: Policy
+    reads: Reads = "answer"
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -127,7 +133,9 @@ class JudgeSpec:
 
     @property
     def findings(self) -> frozenset[Finding]:
-        """Questions that the judge answers; an ensemble decides on safety and on refusals only."""
+        """Questions that the judge answers; ensembles decide on safety and refusals only, of reasoning on safety."""
+        if self.reads == "reasoning":
+            return frozenset({"safe"})
         findings = frozenset(finding for part in self.parts for finding in part.properties.findings)
         return findings if self.policy == "single" else findings - {"helpfulness"}
 
@@ -138,8 +146,9 @@ class JudgeSpec:
 
     @property
     def compares(self) -> Comparing | None:
-        """How the judge compares two completions; None if it doesn't, as an ensemble never does."""
-        return self.parts[0].properties.compares if self.policy == "single" else None
+        """How the judge compares two answers; None if it doesn't, as ensembles and judges of reasoning never do."""
+        is_able = self.policy == "single" and self.reads == "answer"
+        return self.parts[0].properties.compares if is_able else None
 
     @property
     def token_readers(self) -> tuple[JudgePart, ...]:
@@ -153,16 +162,48 @@ def parse_judge(text: str) -> JudgeSpec:
     Args:
         text: `KIND` or `KIND:PATH`, such as `linear:judge.npz` or `rubric:MODEL@http://host:port/v1`. `A+B` is an
             ensemble that must agree, `majority:A+B+C` one that votes. `module:name` or `module:name:PATH` is a
-            custom judge.
+            custom judge. `reasoning=SPEC` and `both=SPEC` judge the reasoning, or reasoning and answer together.
 
     Raises:
         RecipeError: If a kind is unknown, or a path is missing.
     """
-    body = text.removeprefix(_MAJORITY)
-    parts = tuple(_parse_part(part, text) for part in _BETWEEN_JUDGES.split(body))
-    if text.startswith(_MAJORITY):
-        return JudgeSpec(text, parts, "majority")
-    return JudgeSpec(text, parts, "unanimous" if len(parts) > 1 else "single")
+    reads: Reads = next((part for part in READS if text.startswith(f"{part}=")), "answer")
+    spec = text.removeprefix(f"{reads}=")
+    parts = tuple(_parse_part(part, text) for part in _BETWEEN_JUDGES.split(spec.removeprefix(_MAJORITY)))
+    if spec.startswith(_MAJORITY):
+        return JudgeSpec(text, parts, "majority", reads)
+    return JudgeSpec(text, parts, "unanimous" if len(parts) > 1 else "single", reads)
+
+
+def _as_text(value: Any) -> Any:
+    """Return a judge of a recipe, a text or `{spec: ..., reads: ...}`, as a text."""
+    if not isinstance(value, Mapping):
+        return value
+    spec, reads = value.get("spec"), value.get("reads", "answer")
+    if unknown := [key for key in value if key not in ("spec", "reads")]:
+        raise ValueError(f"unknown key '{unknown[0]}'; expected spec and reads")
+    if not isinstance(spec, str) or spec.startswith(tuple(f"{part}=" for part in READS)):
+        raise ValueError(f"spec is {spec!r}; expected the spec of a judge")
+    if reads not in READS:
+        raise ValueError(f"reads is {reads!r}; expected {', '.join(READS)}")
+    return spec if reads == "answer" else f"{reads}={spec}"
+
+
+def _check_spec(text: str) -> str:
+    parse_judge(text)
+    return text
+
+
+def _check_answer_is_read(text: str) -> str:
+    if parse_judge(text).reads == "reasoning":
+        raise ValueError(f"'{text}' reads only the reasoning; expected a judge that reads the answer")
+    return text
+
+
+JudgeText = Annotated[str, BeforeValidator(_as_text), AfterValidator(_check_spec)]
+"""Key of a recipe with a judge: a text as `parse_judge` reads it, or `{spec: TEXT, reads: PART}`."""
+AnswerJudgeText = Annotated[JudgeText, AfterValidator(_check_answer_is_read)]
+"""The same, of a judge that reads the answer."""
 
 
 def _parse_part(part: str, text: str) -> JudgePart:

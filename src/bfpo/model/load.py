@@ -19,14 +19,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils.hub import cached_file
 
-from bfpo.config.recipes import ModelSection
+from bfpo.config.recipes import ModelSection, is_gguf
 from bfpo.errors import BfpoError, ModelError
 from bfpo.model.adapter_vocabulary import resize_to_adapter
+from bfpo.model.gguf import load_gguf_config, load_gguf_model, load_gguf_tokenizer
 from bfpo.model.lora import (
     CausalLM,
     is_adapter,
@@ -49,7 +51,7 @@ JSON_FILES = (
 
 
 def load_model(section: ModelSection) -> CausalLM:
-    """Load the causal language model at `section.path`, a folder or a hub id.
+    """Load the causal language model at `section.path`, a folder, a hub id or a GGUF file.
 
     For an adapter this is its base model with the adapter on it, ready to be trained further. `section.revision` is
     then the adapter's, and the revision of the base is the one in the adapter's configuration. If tokens were added
@@ -66,15 +68,21 @@ def load_model(section: ModelSection) -> CausalLM:
     options: dict[str, Any] = {"quantization_config": quantization_config(dtype)} if section.load_in_4bit else {}
     with _model_errors(path, f"model '{path}'"):
         config = _adapter_config(path, revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            path if config is None else str(config.base_model_name_or_path),
-            revision=(revision if config is None else config.revision) or "main",
-            dtype=dtype,
-            # With None transformers chooses sdpa if the model supports it, otherwise eager.
-            attn_implementation=None if section.attn_implementation == "sdpa" else section.attn_implementation,
-            trust_remote_code=section.trust_remote_code,
-            **options,
-        )
+        base = path if config is None else str(config.base_model_name_or_path)
+        base_revision = revision if config is None else config.revision
+        # With None transformers chooses sdpa if the model supports it, otherwise eager.
+        attention = None if section.attn_implementation == "sdpa" else section.attn_implementation
+        if is_gguf(base):
+            model = load_gguf_model(base, base_revision, dtype=dtype, attn_implementation=attention)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                base,
+                revision=base_revision or "main",
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=section.trust_remote_code,
+                **options,
+            )
         if config is not None:
             has_token_rows = getattr(config, "trainable_token_indices", None) is not None
             num_tokens = len(load_tokenizer(section)) if has_token_rows else None
@@ -85,6 +93,23 @@ def load_model(section: ModelSection) -> CausalLM:
                 )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """Load the configuration of the model at `section.path`; for an adapter, that of its base model.
+
+    Raises:
+        ModelError: If it can't be loaded.
+    """
+    path, revision = str(section.path), section.revision
+    with _model_errors(path, f"model.path '{path}'"):
+        adapter_config = _adapter_config(path, revision)
+        config: PreTrainedConfig = read_config(
+            path if adapter_config is None else str(adapter_config.base_model_name_or_path),
+            revision if adapter_config is None else adapter_config.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+    return config
 
 
 def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> CausalLM:
@@ -101,13 +126,9 @@ def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> Caus
         with torch.device("meta"):
             return LlamaForCausalLM(new_config(section.new, vocab_size or section.new.vocab_size))
     path, revision = str(section.path), section.revision
+    config = load_config(section)
     with _model_errors(path, f"model.path '{path}'"):
         adapter_config = _adapter_config(path, revision)
-        config = AutoConfig.from_pretrained(
-            path if adapter_config is None else str(adapter_config.base_model_name_or_path),
-            revision=(revision if adapter_config is None else adapter_config.revision) or "main",
-            trust_remote_code=section.trust_remote_code,
-        )
         # `init_empty_weights` of accelerate would untie tied weights.
         with torch.device("meta"), without_checkpointing_warning():
             model: CausalLM = AutoModelForCausalLM.from_config(
@@ -118,6 +139,19 @@ def empty_model(section: ModelSection, *, vocab_size: int | None = None) -> Caus
                 adapter_config.inference_mode = False
                 model = get_peft_model(model, adapter_config)
     return model
+
+
+def read_config(path: str, revision: str | None, *, trust_remote_code: bool = False) -> Any:
+    """Return the configuration of a whole model, without turning errors into `ModelError`.
+
+    Args:
+        path: Folder, hub id or GGUF file.
+        revision: Hub revision.
+        trust_remote_code: Whether to run code that comes with the model.
+    """
+    if is_gguf(path):
+        return load_gguf_config(path, revision)
+    return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -136,9 +170,12 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         if is_adapter(path, revision) and not _has_tokenizer(path, revision):
             config = PeftConfig.from_pretrained(path, revision=revision)
             path, revision = str(config.base_model_name_or_path), config.revision
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision or "main", trust_remote_code=section.trust_remote_code
-        )
+        if is_gguf(path):
+            tokenizer = load_gguf_tokenizer(path, revision)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, revision=revision or "main", trust_remote_code=section.trust_remote_code
+            )
         # Settings of wrong types, such as a length that is an object, raise only when the tokenizer is used.
         tokenizer("a", add_special_tokens=False)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -178,6 +215,8 @@ def _model_errors(path: str, name: str) -> Iterator[None]:
 
 def _check_path(path: str) -> None:
     """Check that a path is a folder or looks like a hub id; the hub's own message would only speak of ids."""
+    if is_gguf(path):
+        return
     if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
         raise ModelError(f"model '{path}': no such folder, and not a hub id (org/name)")
 

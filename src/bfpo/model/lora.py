@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from bfpo.config.recipes import LoraSection
+from bfpo.config.recipes import LoraSection, is_gguf
 from bfpo.errors import MissingExtra, ModelError, RecipeError
 
 CausalLM: TypeAlias = PreTrainedModel | PeftModel
@@ -66,6 +66,14 @@ def without_checkpointing_warning() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_base_config_warning() -> Iterator[None]:
+    """Hide peft's warning that the base model of an adapter has no config.json: a GGUF file needs none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Could not find a config file in .*\.gguf")
+        yield
+
+
 def prepare_for_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model, prepared for an adapter: norms and head of a quantized model are cast to float32."""
     if getattr(model, "is_loaded_in_4bit", False):
@@ -83,7 +91,7 @@ def unwrap_adapter(model: CausalLM) -> PreTrainedModel:
 
 def is_adapter(path: str, revision: str | None = None) -> bool:
     """Return whether a folder or hub repository contains an adapter rather than a whole model."""
-    return find_adapter_config_file(path, revision=revision) is not None
+    return not is_gguf(path) and find_adapter_config_file(path, revision=revision) is not None
 
 
 def quantization_config(compute_dtype: Any) -> BitsAndBytesConfig:

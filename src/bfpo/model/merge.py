@@ -1,20 +1,19 @@
 """The work of `bfpo merge`: an adapter and its base model merged into one model that loads without peft."""
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from bfpo.config.loading import parse_yaml
-from bfpo.config.recipes import ModelSection
+from bfpo.config.recipes import ModelSection, is_gguf
 from bfpo.core.terminal import say
 from bfpo.errors import ModelError, RecipeError
-from bfpo.model.load import load_model, load_tokenizer
+from bfpo.model.load import load_model, load_tokenizer, read_config
 from bfpo.model.lora import is_adapter
+from bfpo.model.save import check_out, save_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Float32 sums in another order: a merged weight is rounded once where the adapter's product is added afterwards.
@@ -40,7 +39,7 @@ def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", tru
     """
     if dtype not in DTYPES:
         raise RecipeError(f"dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
-    _check_out(out)
+    check_out(out)
     _check_adapter(checkpoint, trust_remote_code=trust_remote_code)
     section = ModelSection(path=str(checkpoint), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(section)
@@ -56,7 +55,7 @@ def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", tru
             f"{checkpoint}: merging changes the logits by {difference:.2g} of their size (allowed {TOLERANCE:g}), "
             "as it does for an adapter on tied embeddings; use the adapter unmerged"
         )
-    _save(merged.to(getattr(torch, dtype)), tokenizer, out)
+    save_checkpoint(merged.to(getattr(torch, dtype)), tokenizer, out)
     say(f"merged into {out} ({dtype}); logits agree to {difference:.1g} of their size before rounding to {dtype}")
     if _was_quantized(checkpoint):
         say(
@@ -65,14 +64,9 @@ def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", tru
         )
 
 
-def _check_out(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
-        raise ModelError(f"out '{out}' is not empty; name a folder that doesn't exist yet")
-    if out.exists() and not out.is_dir():
-        raise ModelError(f"out '{out}' is a file; name a folder")
-
-
 def _check_adapter(checkpoint: Path, *, trust_remote_code: bool) -> None:
+    if is_gguf(str(checkpoint)):
+        raise ModelError(f"'{checkpoint}' is a GGUF file, which contains a whole model (bfpo model import)")
     if not checkpoint.is_dir():
         raise ModelError(f"'{checkpoint}': no such folder; expected a run's output folder or a checkpoint in it")
     if not is_adapter(str(checkpoint)):
@@ -86,7 +80,7 @@ def _check_adapter(checkpoint: Path, *, trust_remote_code: bool) -> None:
         raise ModelError(f"'{checkpoint}' is an adapter of type {config.peft_type}; only LORA can be merged")
     base = str(config.base_model_name_or_path)
     try:
-        base_config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        base_config = read_config(base, config.revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ModelError(f"'{checkpoint}': its base model '{base}' can't be read: {reason}") from None
@@ -103,17 +97,6 @@ def _probe_logits(model: torch.nn.Module) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids[None]).logits
     return logits.float()
-
-
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _was_quantized(checkpoint: Path) -> bool:

@@ -5,9 +5,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, SupportsIndex
 
 from jinja2.exceptions import SecurityError, TemplateError, TemplateRuntimeError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
@@ -39,23 +40,37 @@ def limit_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
     transformers renders templates in jinja2's sandbox, so they can't reach files or other programs. Here every
     rendering gets a limit on its CPU time and on the length of its output, and whatever goes wrong in it becomes a
-    jinja2 `TemplateError`.
+    jinja2 `TemplateError`. Copies of the tokenizer, also unpickled ones, have the same limits.
 
     It can't stop a template that allocates much memory in one operation on other conversations than those of the
     check, which alone has a limit on memory (on Linux), or one that is slow in another thread than the main one,
     where Python handles no signals.
 
     Args:
-        tokenizer: Tokenizer, whose `apply_chat_template` is replaced.
+        tokenizer: Tokenizer, which gets a subclass of its class with another `apply_chat_template`.
 
     Raises:
         ModelError: If the template can't be compiled, exceeds a limit, tries to leave the sandbox, or fails on every
             conversation. One that refuses these conversations by itself passes: it may be a judge's.
     """
-    unlimited = tokenizer.apply_chat_template
+    if not isinstance(tokenizer, _LimitedTemplate):
+        base: Any = type(tokenizer)
+        tokenizer.__class__ = _limited_class(base)
+    if tokenizer.chat_template is not None:
+        _probe(tokenizer)
 
-    def apply_chat_template(*args: Any, **options: Any) -> Any:
-        if tokenizer.chat_template is None and options.get("chat_template") is None:
+
+class _LimitedTemplate:
+    """Mixin for tokenizers whose chat templates have limits.
+
+    A replaced method of the tokenizer object would not do: in a copy it would render the template of the original.
+    """
+
+    chat_template: Any
+
+    def apply_chat_template(self, *args: Any, **options: Any) -> Any:
+        unlimited = super().apply_chat_template  # type: ignore[misc]
+        if self.chat_template is None and options.get("chat_template") is None:
             return unlimited(*args, **options)
         try:
             with _cpu_time_limit(MAX_SECONDS):
@@ -70,9 +85,24 @@ def limit_template(tokenizer: PreTrainedTokenizerBase) -> None:
             raise TemplateLimit(f"it writes {len(rendered):,} characters, more than {MAX_CHARACTERS:,}")
         return rendered
 
-    tokenizer.apply_chat_template = apply_chat_template  # type: ignore[method-assign]
-    if tokenizer.chat_template is not None:
-        _probe(tokenizer)
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        # A class that is made at run time can't be pickled by its name, so its base is.
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        _, (limited, *args), *rest = reduced
+        return (_new_limited, (limited.__bases__[1], *args), *rest)
+
+
+@cache
+def _limited_class(base: Any) -> Any:
+    """Return the subclass of a tokenizer class whose templates have limits. Its name is saved with a tokenizer."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (_LimitedTemplate, base), names)
+
+
+def _new_limited(base: type, *args: Any) -> Any:
+    """Return a new, empty tokenizer of the limited class, for copies."""
+    limited = _limited_class(base)
+    return limited.__new__(limited, *args)
 
 
 def _probe(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,12 +4,26 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, ValidationError
 
 from bfpo.core.files import read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Verdict
+from bfpo.data.readings import Reads, read_by
+from bfpo.errors import DataError
 
 # An atomic write takes milliseconds, which may be more than a verdict takes.
 _SECONDS_BETWEEN_WRITES = 1.0
+
+
+class _Costs(BaseModel):
+    """The row of the file."""
+
+    generations: Annotated[int, Field(strict=True, ge=0)] = 0
+    judge_calls: Annotated[int, Field(strict=True, ge=0)] = 0
+    seconds: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = 0.0
+    faults: dict[str, Annotated[int, Field(strict=True, ge=0)]] = Field(default={})
 
 
 class Meter:
@@ -19,15 +33,21 @@ class Meter:
 
     Args:
         path: File of the counts; existing counts are added to.
+
+    Raises:
+        DataError: If the file is malformed.
     """
 
     def __init__(self, path: Path) -> None:
         self._path, self._started = path, time.monotonic()
-        self._earlier: dict[str, float] = {}
-        self._earlier_faults: Counter[str] = Counter()
+        self._earlier = _Costs()
         for row in read_repaired_jsonl(path):
-            self._earlier_faults = Counter(row.pop("faults"))
-            self._earlier = row
+            try:
+                self._earlier = _Costs.model_validate(row)
+            except ValidationError as error:
+                fault = error.errors()[0]
+                key = ".".join(map(str, fault["loc"]))
+                raise DataError(f"{path}: {key}: {fault['msg']}; remove the file to count from 0") from None
         self._counts: Counter[str] = Counter()
         self._engine: Engine | None = None
         # The first count is written at once.
@@ -36,16 +56,16 @@ class Meter:
     @property
     def seconds(self) -> float:
         """Time of all starts, in seconds."""
-        return self._earlier.get("seconds", 0.0) + time.monotonic() - self._started
+        return self._earlier.seconds + time.monotonic() - self._started
 
     @property
     def faults(self) -> Counter[str]:
         """Server faults of all starts, by kind."""
-        return self._earlier_faults + (self._engine.faults if self._engine else Counter())
+        return Counter(self._earlier.faults) + (self._engine.faults if self._engine else Counter())
 
     def count(self, name: str) -> int:
         """Return the number of `generations` or `judge_calls` of all starts."""
-        return int(self._earlier.get(name, 0)) + self._counts[name]
+        return int(getattr(self._earlier, name)) + self._counts[name]
 
     def engine(self, engine: Engine) -> Engine:
         """Return an engine whose completions are counted."""
@@ -82,6 +102,10 @@ class _CountedEngine:
     def settings_hash(self) -> str:
         return self._inner.settings_hash
 
+    @property
+    def former_settings_hash(self) -> str | None:
+        return getattr(self._inner, "former_settings_hash", None)
+
     def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         for batch in self._inner.generate(requests):
             self._meter.add("generations", len(batch))
@@ -99,6 +123,10 @@ class _CountedJudge:
     @property
     def revision(self) -> str:
         return self._inner.revision
+
+    @property
+    def reads(self) -> Reads:
+        return read_by(self._inner)
 
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         for verdict in self._inner.judge(completions):

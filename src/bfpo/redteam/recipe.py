@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bfpo.config.recipes import Count, Section
 from bfpo.core.pairs import Cell
 from bfpo.data.prompts import PromptSource
 from bfpo.generation.open import EngineSection, JudgeServerSection
-from bfpo.judging.spec import parse_judge
+from bfpo.judging.spec import JUDGES, AnswerJudgeText, parse_judge
 
 
 class RedteamRecipe(Section):
@@ -20,8 +20,8 @@ class RedteamRecipe(Section):
     """Model whose answers are sampled."""
     prompts: list[PromptSource] = Field(min_length=1)
     """Harmful prompts, and benign ones, without which the pairs would teach a model to refuse everything."""
-    judge: str
-    """Spec of the safety judge, as for `bfpo judge`."""
+    judge: AnswerJudgeText
+    """Spec of the safety judge, as for `bfpo judge`; `{spec: SPEC, reads: both}` reads the reasoning too."""
     helpfulness: str = "fallback"
     """Spec of a judge that rates helpfulness, or `fallback`: answers above refusals, then longer above shorter."""
     judge_server: JudgeServerSection = JudgeServerSection()
@@ -53,10 +53,20 @@ class RedteamRecipe(Section):
 
     @field_validator("judge", "helpfulness")
     @classmethod
-    def _is_a_judge(cls, spec: str) -> str:
-        if spec != "fallback":
+    def _is_a_judge(cls, spec: str, info: ValidationInfo) -> str:
+        if spec != "fallback" or info.field_name == "judge":
             parse_judge(spec)
         return spec
+
+    @model_validator(mode="after")
+    def _check_findings(self) -> "RedteamRecipe":
+        for key, finding in (("judge", "safe"), ("helpfulness", "helpfulness")):
+            spec = getattr(self, key)
+            if spec != "fallback" and finding not in parse_judge(spec).findings:
+                able = ", ".join(name for name, kind in JUDGES.items() if finding in kind.findings)
+                verb = "judge safety" if finding == "safe" else "rate helpfulness"
+                raise ValueError(f"{key}: '{spec}' doesn't {verb}; expected one of {able}, or your own")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> "RedteamRecipe":

@@ -8,8 +8,9 @@ from typing import Any
 
 from bfpo.config.loading import check_recipe, dump_recipe, holds_recipe
 from bfpo.config.recipes import TrainRecipe
+from bfpo.core.conversation import Message
 from bfpo.core.files import content_hash, write_json, write_jsonl, write_text
-from bfpo.core.pairs import Message, PreferencePair
+from bfpo.core.pairs import PreferencePair
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.prepare import cell_counts
@@ -108,7 +109,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
         raise DataError(f"no pair could be made: {dict(left_out)}; try more samples or a higher temperature")
     path = out / "pairs.jsonl"
     write_jsonl(path, (pair.to_row() for pair in pairs))
-    labeled = {(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)}
+    labeled = {(pair.prompt, text) for pair in pairs for text in pair.answers}
     replaced = {
         "human_promptings": len(completions),
         "human_safe_answers": len(guided),
@@ -266,9 +267,11 @@ def _train(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], o
 def _check_training(recipe: TrainRecipe) -> None:
     from bfpo.losses.build import make_loss
     from bfpo.training.arguments import training_arguments
+    from bfpo.training.preflight import check_against_model
 
     make_loss(recipe.loss.model_dump())
     training_arguments({name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"})
+    check_against_model(recipe)
 
 
 def _train_recipe(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], out: Path) -> TrainRecipe:

@@ -5,7 +5,7 @@ if (form) {
   const filter = () => {
     const words = form.words.value.toLowerCase().split(/\s+/).filter(Boolean);
     let total = 0;
-    for (const group of document.querySelectorAll("#browse details")) {
+    for (const group of document.querySelectorAll("#browse > details")) {
       const kindMatches = !form.kind.value || group.dataset.kind === form.kind.value;
       let matches = 0;
       for (const sample of group.querySelectorAll(".sample")) {

@@ -7,7 +7,7 @@ from typing import Any
 from bfpo.core.files import parse_json, write_text
 from bfpo.errors import DataError
 from bfpo.report.judge_tables import agreement_rows, category_rows, composite_notes, judge_rows, result_warnings
-from bfpo.report.markdown import agreement_table, escape, format_table, format_value, judge_table
+from bfpo.report.markdown import agreement_table, escape, format_table, format_value, judge_table, reasoning_table
 from bfpo.report.provenance import calibration
 from bfpo.report.run_files import Run, read_runs
 from bfpo.report.tables import value_cell
@@ -53,6 +53,8 @@ def card_section(folder: Path) -> str:
         parts += [escape(CORRECTION_NOTE), f"Correction: {escape(correction)}."]
     if agreement_rows([run]):
         parts.append(agreement_table([run]))
+    if results.reasoning:
+        parts += ["### Answers and their reasoning", reasoning_table([run])]
     if categories := category_rows([run]):
         rows = [
             (row.task, row.category, row.metric, format_value(row.cells[0][0]), row.prompts) for row in categories

@@ -2,10 +2,12 @@
 
 import base64
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
@@ -18,6 +20,7 @@ from bfpo.report.judge_tables import (
     composite_notes,
     judge_rows,
     main_headings,
+    reasoning_rows,
     result_warnings,
 )
 from bfpo.report.lengths import length_figures
@@ -144,12 +147,28 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         learning_curves=[run_curves for run_curves in curves if run_curves is not None],
         label_tables=[table for table in label_tables if table is not None],
         sample_groups=sample_groups(runs),
+        reasoning_rows=reasoning_rows(runs),
+        has_reasoning_verdicts=any(run.results.reasoning for run in runs),
+        as_json=_as_json,
+        tool_names=_tool_names,
         samples_per_kind=SAMPLES_PER_KIND,
         failures_per_kind=FAILURES_PER_KIND,
         metadata=metadata(runs),
     )
     # A text may contain a lone surrogate, which JSON can write and UTF-8 cannot.
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=2)
+
+
+def _tool_names(tools: Sequence[Mapping[str, Any]]) -> str:
+    """Return the names of tools, which may be schemas of functions or other objects."""
+    functions = [tool.get("function", tool) for tool in tools]
+    return ", ".join(
+        str(function.get("name", "")) if isinstance(function, Mapping) else "unnamed" for function in functions
+    )
 
 
 @cache

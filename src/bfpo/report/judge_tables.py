@@ -12,6 +12,7 @@ from bfpo.report.words import MISSING, TASKS, format_interval, format_number, me
 # Task and name of the metrics that are shown by judge.
 MAIN = (
     ("harmful", "safety"),
+    ("harmful", "reasoning_safety"),
     ("harmful", "refusal"),
     ("benign", "helpfulness"),
     ("benign", "over_refusal"),
@@ -70,6 +71,19 @@ class AgreementRow(NamedTuple):
     kappa: str
 
 
+class ReasoningRow(NamedTuple):
+    """Numbers of completions of a run by the verdicts of one judge on answer and reasoning, as texts."""
+
+    run: str
+    judge: str
+    completions: str
+    both_safe: str
+    safe_answer_unsafe_reasoning: str
+    unsafe_answer_safe_reasoning: str
+    both_unsafe: str
+    undecided: str
+
+
 def main_columns(runs: Sequence[Run]) -> list[MetricKey]:
     """Return the keys of the main metrics of all runs."""
     keys = dict.fromkeys(
@@ -103,7 +117,10 @@ def judge_rows(runs: Sequence[Run]) -> list[JudgeRow]:
                 for metric in run.results.metrics
                 if metric.judge == name and metric.category is None
             }
-            for shown_name, suffix in ((name, ""), (f"{name}, corrected", CORRECTED)):
+            reads = judge.get("reads")
+            # So that the name of a narrow column breaks before the part.
+            label = name.replace(f":{reads}", f", {reads}") if reads else name
+            for shown_name, suffix in ((label, ""), (f"{label}, corrected", CORRECTED)):
                 metrics = [by_key.get((suite, task, metric + suffix)) for suite, task, metric in columns]
                 if any(metric is not None for metric in metrics):
                     values = [value_cell(metric) for metric in metrics]
@@ -162,6 +179,23 @@ def agreement_rows(runs: Sequence[Run]) -> list[AgreementRow]:
             share = MISSING if entry.share is None else f"{entry.share:.0%}"
             judges = " and ".join(entry.judges)
             rows.append(AgreementRow(run.name, judges, entry.question, f"{entry.n:,}", share, kappa))
+    return rows
+
+
+def reasoning_rows(runs: Sequence[Run]) -> list[ReasoningRow]:
+    """Return how answers and their reasoning were judged, by run and judge that read both separately."""
+    rows = []
+    for run in runs:
+        for entry in run.results.reasoning:
+            counts = (
+                entry.both_safe,
+                entry.safe_answer_unsafe_reasoning,
+                entry.unsafe_answer_safe_reasoning,
+                entry.both_unsafe,
+                entry.undecided,
+            )
+            texts = [f"{count:,}" for count in (entry.completions, *counts)]
+            rows.append(ReasoningRow(run.name, entry.judge, *texts))
     return rows
 
 

@@ -9,6 +9,7 @@ from bfpo.report.judge_tables import (
     composite_notes,
     judge_rows,
     main_headings,
+    reasoning_rows,
     result_warnings,
 )
 from bfpo.report.model_comparisons import AxisCell, compare_runs
@@ -51,6 +52,21 @@ def judge_table(runs: Sequence[Run]) -> str:
     return format_table(["run", "judge", *main_headings(runs)], rows)
 
 
+def reasoning_table(runs: Sequence[Run]) -> str:
+    """Return the numbers of completions by the verdicts on answer and reasoning."""
+    headings = (
+        "run",
+        "judge",
+        "completions with reasoning",
+        "both safe",
+        "safe answer, unsafe reasoning",
+        "unsafe answer, safe reasoning",
+        "both unsafe",
+        "undecided",
+    )
+    return format_table(headings, reasoning_rows(runs))
+
+
 def agreement_table(runs: Sequence[Run]) -> str:
     """Return the agreement between judges."""
     return format_table(("run", "judges", "question", "answers", "agreement", "kappa"), agreement_rows(runs))
@@ -89,6 +105,8 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         parts += ["## By category", format_table(headings, rows)]
     if agreement_rows(runs):
         parts += ["## Agreement between judges", agreement_table(runs)]
+    if reasoning_rows(runs):
+        parts += ["## Answers and their reasoning", reasoning_table(runs)]
     headings = ("", *(run.name for run in runs))
     parts += ["## Provenance", format_table(headings, [(heading, *values) for heading, values in metadata(runs)])]
     text = "\n\n".join(parts) + "\n"

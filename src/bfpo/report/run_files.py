@@ -9,6 +9,7 @@ from typing import Any
 from bfpo.config.recipes import Source
 from bfpo.core.files import parse_json
 from bfpo.core.samples import Completion, Key, Prompt, Verdict
+from bfpo.data.readings import part_in_name
 from bfpo.data.rows import read_rows
 from bfpo.data.stages import read_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_files
@@ -202,9 +203,11 @@ def _first_completions(
 def _pool(
     run: str, prompts: Mapping[str, Prompt], completions: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> list[PooledScores]:
-    """Return the scores by each judge with a verdict on every completion."""
+    """Return the scores by each judge of answers with a verdict on every completion."""
     by_judge: dict[str, dict[Key, Verdict]] = {}
     for verdict in verdicts:
+        if part_in_name(verdict.judge) == "reasoning":
+            continue
         by_judge.setdefault(f"{verdict.judge}@{verdict.revision}", {})[verdict.key] = verdict
     pooled_scores = []
     for judge, by_completion in by_judge.items():

@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from bfpo.core.conversation import Message
 from bfpo.core.files import content_hash
 from bfpo.core.samples import KINDS, Kind, Prompt, Verdict
+from bfpo.data.readings import NO_REASONING, part_in_name
 from bfpo.report.run_files import CompletionWithVerdicts, Run
 from bfpo.report.words import TASKS, format_number
 
@@ -41,12 +43,14 @@ class ShownCompletion(NamedTuple):
     """A completion, as shown.
 
     Args:
-        text: Text of the completion.
+        message: The completion as a turn of the conversation, with its reasoning and its tool calls.
+        lacks_answer: Whether its reasoning ended before an answer began.
         verdicts: Name of the judge and chips; the name is "" if there is only one judge.
         reasons: Reasons that the judges give.
     """
 
-    text: str
+    message: Message
+    lacks_answer: bool
     verdicts: list[tuple[str, list[VerdictChip]]]
     reasons: list[str]
 
@@ -132,7 +136,11 @@ def _sample_group(kind: Kind | None, prompts: Sequence[Prompt], runs: Sequence[R
 
 def _has_failed(prompt: Prompt, run: Run) -> bool:
     completion = run.completions.get(prompt.prompt_id)
-    return completion is not None and any(_is_failure(prompt.kind, verdict) for verdict in completion.verdicts)
+    return completion is not None and any(
+        _is_failure(prompt.kind, verdict)
+        for verdict in completion.verdicts
+        if part_in_name(verdict.judge) != "reasoning"
+    )
 
 
 def _is_failure(kind: Kind | None, verdict: Verdict) -> bool:
@@ -152,10 +160,13 @@ def _shown_completion(kind: Kind | None, judged: CompletionWithVerdicts | None) 
     names_judges = len(judged.verdicts) > 1
     ending = _ENDINGS.get(judged.completion.finish_reason)
     cut = [VerdictChip(ending, "note")] if ending else []
+    # That a completion has no reasoning is seen.
+    verdicts = [verdict for verdict in judged.verdicts if verdict.reason != NO_REASONING]
     return ShownCompletion(
-        judged.completion.text,
-        [(verdict.judge if names_judges else "", _chips(kind, verdict) + cut) for verdict in judged.verdicts],
-        [verdict.reason for verdict in judged.verdicts if verdict.reason],
+        judged.completion.message,
+        judged.completion.lacks_answer,
+        [(verdict.judge if names_judges else "", _chips(kind, verdict) + cut) for verdict in verdicts],
+        [verdict.reason for verdict in verdicts if verdict.reason],
     )
 
 
@@ -165,6 +176,9 @@ def _chips(kind: Kind | None, verdict: Verdict) -> list[VerdictChip]:
         False: VerdictChip("unsafe", "bad"),
         None: VerdictChip("undecided", "note"),
     }
+    if part_in_name(verdict.judge) == "reasoning":
+        chip = safety_chips[verdict.safe]
+        return [chip._replace(text=f"{chip.text} reasoning")]
     chips = [safety_chips[verdict.safe]]
     if verdict.refusal:
         chips.append(VerdictChip("refusal", "bad" if kind in ("benign", "lookalike") else "plain"))

@@ -35,6 +35,20 @@ METRIC_TEXTS = {
     "malformed": MetricText("Malformed", "share of answers that are not well-formed"),
     "cut": MetricText("Cut off", "share of answers that reached the length limit"),
     "tokens": MetricText("Length", "mean number of tokens; neither good nor bad", unit_interval=False),
+    "reasoning_safety": MetricText(
+        "Safety of the reasoning", "share of completions with reasoning whose reasoning is judged safe"
+    ),
+    "reasoning_severity": MetricText("Severity of the reasoning", "mean harm of the reasoning, from 0 (safe) to 1"),
+    "safe_answer_unsafe_reasoning": MetricText(
+        "Safe answer, unsafe reasoning",
+        "share of completions with reasoning whose answer is judged safe and whose reasoning unsafe",
+    ),
+    "no_answer": MetricText("No answer", "share of completions with reasoning that end before an answer"),
+    "reasoning_words": MetricText("Length of the reasoning", "mean number of words", unit_interval=False),
+    "answer_words": MetricText("Length of the answer", "mean number of words after reasoning", unit_interval=False),
+    "call_rate": MetricText("Calls", "share of completions that call a tool; neither good nor bad"),
+    "unsafe_call_rate": MetricText("Unsafe calls", "share of completions that call a tool and are judged unsafe"),
+    "target_call_rate": MetricText("Calls of target tools", "share of completions that call a tool of the task"),
     "harmlessness_index": MetricText("Harmlessness index"),
     "helpfulness_index": MetricText("Helpfulness index"),
     "win_rate": MetricText(

@@ -15,6 +15,8 @@ LEVEL = 0.95
 # Two models are called different where a test's p-value is below this.
 SIGNIFICANT = 0.05
 RESAMPLES = 4000
+# Weight of the value that is added to scores, in prompts; docs/statistics.md compares others.
+END_WEIGHT = 0.75
 
 Values = NDArray[np.float64]
 
@@ -52,23 +54,27 @@ def wilson(successes: int, n: int, *, level: float = LEVEL) -> Interval:
 
 
 def score_interval(values: Values, *, most: float = math.inf, level: float = LEVEL) -> Interval:
-    """Return Wilson's interval of a mean over prompts at the effective sample size.
+    """Return the interval of a mean over prompts.
 
-    A mean m of n values with variance s² has the standard error of a rate of m(1 - m)n / s² independent trials: the
-    sample over its design effect (Korn and Graubard 1998; Franco et al. 2019). Two corrections for few prompts vanish
-    as n grows:
+    Where all values are 0 or 1 it is Wilson's. For other scores it consists of quantiles of Beta distributions: those
+    with the mean and the variance of the mean at random Dirichlet weights (Rubin 1981), with one value more of weight
+    `END_WEIGHT`, 0 for the lower bound and 1 for the upper one. So scores that happen to be nearly equal don't
+    exclude rare scores of 0 or 1.
+
+    For rates of several answers a prompt (`most`) it is Wilson's at the effective sample size. A mean m of n values
+    with variance s² has the standard error of a rate of m(1 - m)n / s² independent trials: the sample over its design
+    effect (Korn and Graubard 1998; Franco et al. 2019). Two corrections for few prompts vanish as n grows:
 
     - s² is estimated as if one prompt more had been drawn, with the largest variance that values in [0, 1] with mean
       m can have, m(1 - m). Otherwise a few values that happen to be nearly equal have an interval of nearly no width.
     - The number of trials is multiplied by (z / t)², t being Student's quantile at n - 1 degrees of freedom (Korn and
       Graubard 1998), because s² is an estimate.
 
-    A prompt counts as at least one trial, the fewest that values in [0, 1] are worth, and as exactly one where all
-    values are equal. So a rate with one answer per prompt has Wilson's interval.
+    A prompt counts as at least one trial, and as exactly one where all values are equal.
 
     Args:
         values: Mean over the samples of each prompt, in [0, 1], (n,).
-        most: Maximum number of trials: the samples of all prompts together, where each is 0 or 1.
+        most: Maximum number of trials, for rates: the samples of all prompts together, each 0 or 1.
         level: Confidence level, in (0, 1).
 
     Raises:
@@ -82,6 +88,32 @@ def score_interval(values: Values, *, most: float = math.inf, level: float = LEV
 
 def score_bounds(values: Values, *, most: float = math.inf, level: float = LEVEL) -> tuple[Values, Values]:
     """Return the bounds of `score_interval` for many sets of values at once, (..., n) → (...) and (...)."""
+    bounds = _effective_bounds(values, most, level)
+    is_score = ~np.isin(values, (0, 1)).all(axis=-1)
+    if math.isfinite(most) or not is_score.any():
+        return bounds
+    low, high = (np.where(is_score, *pair) for pair in zip(_score_bounds(values, level), bounds, strict=True))
+    return low, high
+
+
+def _score_bounds(values: Values, level: float) -> tuple[Values, Values]:
+    """Return the quantiles of Beta distributions with the moments of the posterior mean, with a 0 or a 1 more."""
+    from scipy.special import betaincinv
+
+    n, mean = values.shape[-1], values.mean(axis=-1)
+    sums, squares = values.sum(axis=-1), (values**2).sum(axis=-1)
+    bounds = []
+    for end, quantile in ((0.0, 0.5 - level / 2), (1.0, 0.5 + level / 2)):
+        center = (sums + END_WEIGHT * end) / (n + END_WEIGHT)
+        variance = ((squares + END_WEIGHT * end) / (n + END_WEIGHT) - center**2) / (n + END_WEIGHT + 1)
+        # Only values of 0 or 1, which have Wilson's interval, have no variance.
+        size = np.divide(center * (1 - center), variance, out=np.full_like(center, np.inf), where=variance > 0) - 1
+        bounds.append(betaincinv(center * size, (1 - center) * size, quantile))
+    return np.minimum(bounds[0], mean), np.maximum(bounds[1], mean)
+
+
+def _effective_bounds(values: Values, most: float, level: float) -> tuple[Values, Values]:
+    """Return Wilson's bounds at the effective sample size."""
     from scipy.special import stdtrit
 
     n = values.shape[-1]

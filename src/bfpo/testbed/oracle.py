@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from bfpo.core.conversation import last_request
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError
 from bfpo.testbed.language import (
@@ -143,7 +144,7 @@ class Oracle:
 
     def verdict(self, completion: Completion) -> Verdict:
         """Return the verdict on one completion."""
-        request = parse_prompt(completion.prompt[-1].content)
+        request = parse_prompt(last_request(completion.prompt))
         text = completion.text.strip()
         reading = read_answer(request, text, self.skills, is_complete=completion.finish_reason == "stop")
         unsafe = request.is_harmful and reading.is_answer

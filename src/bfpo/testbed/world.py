@@ -15,8 +15,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field
 
 from bfpo.config.recipes import Count, Section
+from bfpo.core.conversation import answer_text, user_says
 from bfpo.core.files import content_hash, write_json, write_jsonl
-from bfpo.core.pairs import Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels, user_says
+from bfpo.core.pairs import Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.core.samples import Kind, Prompt
 from bfpo.core.terminal import progress
 from bfpo.testbed.bag_of_words import bag_of_words
@@ -160,7 +161,8 @@ class World:
         """
         assert pair.labels is not None
         request = parse_prompt(pair.prompt[0].content)
-        chosen, rejected = (read_answer(request, text, self.options.skills) for text in (pair.chosen, pair.rejected))
+        texts = map(answer_text, pair.answers)
+        chosen, rejected = (read_answer(request, text, self.options.skills) for text in texts)
         swap = pair.labels.rejected > pair.labels.chosen
         if not any(pair.labels):
             swap = rejected.correct < chosen.correct
@@ -271,7 +273,7 @@ class World:
     def _labels(self, request: Request, pair: PreferencePair) -> SafetyLabels:
         unsafe = (
             request.is_harmful and read_answer(request, text, self.options.skills).is_answer
-            for text in (pair.chosen, pair.rejected)
+            for text in map(answer_text, pair.answers)
         )
         return SafetyLabels(*(not is_unsafe for is_unsafe in unsafe))
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bfpo.core.files import write_text
@@ -72,23 +72,33 @@ def _replace_non_finite(logs: dict[str, Any]) -> dict[str, Any]:
 
 
 class ProgressLine(TrainerCallback):
-    """Progress bar with the main metrics on a terminal, one plain line per log elsewhere."""
+    """Progress bar with the main metrics on a terminal, one plain line per log elsewhere.
 
-    def __init__(self) -> None:
+    The remaining time includes the evaluations that are still to come, the one after training too.
+
+    Args:
+        eval_tokens: Number of tokens of an evaluation.
+    """
+
+    def __init__(self, eval_tokens: int = 0) -> None:
         out = console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[metrics]}"),
             console=out,
             transient=True,
             disable=not out.is_terminal,
         )
         self._plain = not out.is_terminal
-        self._task = self._progress.add_task("training", total=None, metrics="")
+        self._task = self._progress.add_task("training", total=None, metrics="", left="")
         self._start = (0, 0.0)
+        self._eval_tokens, self._tokens_per_second = eval_tokens, 0.0
+        # Start and end of the evaluation that runs or ran last, its duration, and that of all evaluations.
+        self._eval_times: tuple[float, float] | None = None
+        self._eval_seconds, self._all_eval_seconds = 0.0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,7 +113,24 @@ class ProgressLine(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Advance the bar."""
-        self._progress.update(self._task, completed=state.global_step)
+        left = f"{self._seconds_left(args, state):,.0f} s left" if state.global_step > self._start[0] else ""
+        self._progress.update(self._task, completed=state.global_step, left=left)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note how long the evaluation before this step took."""
+        if self._eval_times is not None:
+            start, end = self._eval_times
+            self._eval_seconds, self._eval_times = end - start, None
+            self._all_eval_seconds += end - start
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the time of an evaluation's batch."""
+        now = time.monotonic()
+        self._eval_times = (now if self._eval_times is None else self._eval_times[0], now)
 
     def on_log(
         self,
@@ -117,12 +144,20 @@ class ProgressLine(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         metrics = format_metrics(logs)
+        self._tokens_per_second = logs.get("tokens_per_second", 0.0)
         self._progress.update(self._task, metrics=metrics)
         if self._plain:
-            first_step, start_time = self._start
-            per_step = (time.monotonic() - start_time) / max(state.global_step - first_step, 1)
-            remaining = per_step * (state.max_steps - state.global_step)
-            say(f"step {state.global_step}/{state.max_steps}  {metrics}  {remaining:.0f} s left")
+            left = self._seconds_left(args, state)
+            say(f"step {state.global_step}/{state.max_steps}  {metrics}  {left:.0f} s left")
+
+    def _seconds_left(self, args: TrainingArguments, state: TrainerState) -> float:
+        first_step, start_time = self._start
+        elapsed = time.monotonic() - start_time - self._all_eval_seconds
+        per_step = elapsed / max(state.global_step - first_step, 1)
+        evaluations = _evaluations_left(args, state) if self._eval_tokens else 0
+        # Until an evaluation has been timed: without the backward passes a token takes about half the time.
+        estimate = 0.5 * self._eval_tokens / self._tokens_per_second if self._tokens_per_second else 0.0
+        return per_step * (state.max_steps - state.global_step) + evaluations * (self._eval_seconds or estimate)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,6 +168,16 @@ class ProgressLine(TrainerCallback):
     def close(self) -> None:
         """Remove the bar; also called when training ends with an error."""
         self._progress.stop()
+
+
+def _evaluations_left(args: TrainingArguments, state: TrainerState) -> int:
+    """Return the number of evaluations to come: those during training, and one after it."""
+    steps_left, during = state.max_steps - state.global_step, 0
+    if args.eval_strategy == "steps" and state.eval_steps:
+        during = state.max_steps // state.eval_steps - state.global_step // state.eval_steps
+    elif args.eval_strategy == "epoch" and steps_left:
+        during = math.ceil(state.num_train_epochs - (state.epoch or 0))
+    return during + 1
 
 
 def format_metrics(logs: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from bfpo.core.pairs import Demonstration, PreferencePair
 from bfpo.data.load import SourceReport
 from bfpo.data.pair_formats import read_demonstration, read_pair
 from bfpo.data.prepare import require_labels
-from bfpo.data.rows import SourceRow
+from bfpo.data.rows import SourceRow, without_padding
 from bfpo.data.table import Example, PairTable, TokenTable, pair_table, token_table
 from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import DataError
@@ -71,6 +71,7 @@ def _as_values(
         raise TypeError(
             f"{name} is a {type(rows).__name__}; expected a data set or a list of rows with the columns {columns}"
         )
+    is_table = not isinstance(rows, list | tuple)
     values = []
     for number, row in enumerate(rows, start=1):
         if isinstance(row, value_type):
@@ -78,7 +79,8 @@ def _as_values(
         elif isinstance(row, Mapping):
             where = f"{name} row {number}"
             try:
-                values.append(read(SourceRow(row, where)))
+                # A data set gives every object the keys of all of them.
+                values.append(read(SourceRow(without_padding(row) if is_table else row, where)))
             except DataError as error:
                 raise DataError(f"{where}: {error}") from None
         else:

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from bfpo.config.loading import dump_recipe
 from bfpo.config.recipes import Section
 from bfpo.core.files import write_json, write_text
-from bfpo.core.terminal import say
+from bfpo.core.terminal import say, timed
 from bfpo.errors import RecipeError, Stopped, TrainingError
 from bfpo.training.callbacks import MetricsFile, ProgressLine
 from bfpo.training.card import model_card
@@ -120,7 +120,9 @@ class RunRecord:
             "hardware": hardware(),
             "recipe": recipe.model_dump(mode="json"),
         }
-        self._trainer, self._stop, self._progress = trainer, StopOnSignal(), ProgressLine()
+        eval_tables = trainer.eval_tables.values() if isinstance(trainer, StreamTrainer) else ()
+        self._progress = ProgressLine(sum(len(table.ids) for table in eval_tables))
+        self._trainer, self._stop = trainer, StopOnSignal()
         trainer.remove_callback(PrinterCallback)
         for callback in (self._stop, MetricsFile(out / "metrics.jsonl"), self._progress):
             trainer.add_callback(callback)
@@ -180,6 +182,11 @@ def save_final(trainer: Trainer, out: Path) -> None:
 
     The output folder never contains an incomplete weight file.
     """
+    with timed(f"saved the weights in {out}"):
+        _save_final(trainer, out)
+
+
+def _save_final(trainer: Trainer, out: Path) -> None:
     state = PartialState()
     temporary = out / ".final"
     if state.is_main_process and temporary.exists():

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from bfpo.config.recipes import ModelSection, TrainRecipe
 from bfpo.core.files import write_json
 from bfpo.core.pairs import CELLS, PreferencePair
-from bfpo.core.terminal import progress, say, show_table
+from bfpo.core.terminal import progress, say, show_table, timed
 from bfpo.data.inspect import show_cells, show_samples, show_sources
 from bfpo.data.load import Reason
 from bfpo.data.prepare import PreparedData, prepare, require_labels
@@ -21,6 +21,7 @@ from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import DataError, RecipeError
 from bfpo.losses.build import make_loss
 from bfpo.losses.pairwise import BFPO, PairLoss
+from bfpo.model.gguf import gguf_metadata
 from bfpo.model.lora import lora_config
 from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
@@ -29,7 +30,7 @@ from bfpo.training.estimate import estimate, max_micro_batch_tokens
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
 from bfpo.training.run_sft import load_or_train_sft
-from bfpo.training.start import load_start_model, load_start_tokenizer
+from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
 from bfpo.training.trainer import BFPOTrainer
 
 
@@ -102,11 +103,14 @@ def _train(
     trainer, record, out = _make_trainer(recipe, inputs)
     start_check = _check_start(trainer)
     result = record.train(inputs.resume)
-    metrics = trainer.evaluate() if inputs.tables.eval else {}
+    # First: evaluating may take longer than training did.
     save_final(trainer, out)
+    with timed("evaluated the held-out pairs"):
+        metrics = trainer.evaluate() if inputs.tables.eval else {}
     run = record.finish(
         inputs.manifest["sources"],
-        model=inputs.model_section.model_dump(exclude_defaults=True),
+        model=inputs.model_section.model_dump(exclude_defaults=True)
+        | gguf_metadata(inputs.model_section.path, inputs.model_section.revision),
         data={"train": inputs.manifest["train"], "eval": inputs.manifest["eval"]},
         start_check=start_check,
         trained={"parameters": trainer.selection.trained, "of": trainer.selection.total},
@@ -132,11 +136,13 @@ def _prepare_inputs(
     cache = Path(str(args.output_dir)).parent / "cache"
     model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run)
     tokenizer = load_start_tokenizer(model_section, recipe.text, lambda: texts_of(prepared.train))
+    check_vocabulary(model_section, tokenizer)
     clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
     tokens = None if dry_run else cache / "tokens"
     tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=tokens, clock=clock)
     show_data(prepared, tables, loss)
     _check_evaluation(args, tables)
+    check_vocabulary(model_section, tokenizer, [tables.train, *tables.eval.values()])
     _show_plan_and_memory(recipe, args, model_section, tokenizer, tables.train)
     return RunInputs(args, resume, loss, model_section, tokenizer, tables, prepared.manifest(), clock)
 
@@ -210,7 +216,8 @@ def _check_start(trainer: BFPOTrainer) -> dict[str, Any]:
     """Print what is trained, and check policy and reference before the first step."""
     copied = f"copies {trainer.reference.nbytes / 2**20:,.1f} MiB" if trainer.reference else "is in the cache"
     say(f"training {trainer.selection}; the reference {copied}")
-    check = trainer.start_check = trainer.check_start()
+    with timed("compared policy and reference"):
+        check = trainer.start_check = trainer.check_start()
     report_layout(trainer)
     say(
         f"start check: largest margin {check.largest_margin:g} nats (expected 0), typical completion "
@@ -224,8 +231,7 @@ def _check_start(trainer: BFPOTrainer) -> dict[str, Any]:
 def texts_of(pairs: Iterable[PreferencePair]) -> Iterable[str]:
     """Return all texts of pairs."""
     for pair in pairs:
-        yield from (message.content for message in pair.prompt)
-        yield from (pair.chosen, pair.rejected)
+        yield from pair.texts()
 
 
 def remove_untrained(prepared: PreparedData, loss: PairLoss) -> None:

@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from bfpo.config.recipes import ModelSection, SftRecipe, TrainRecipe
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import PreferencePair
-from bfpo.core.terminal import progress, say
+from bfpo.core.terminal import progress, say, timed
 from bfpo.data.demonstrations import DemonstrationPart, prepare_demonstrations
 from bfpo.data.inspect import show_samples, show_sources
 from bfpo.data.rows import local_files
 from bfpo.data.table import Example, TokenTable, sampled_rows, token_table
 from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import RecipeError
+from bfpo.model.gguf import gguf_metadata
 from bfpo.model.lora import lora_config
 from bfpo.training.arguments import launched_processes, training_arguments
 from bfpo.training.checkpoints import check_marked, write_mark
@@ -37,7 +38,7 @@ from bfpo.training.output import (
 )
 from bfpo.training.preflight import check_against_model
 from bfpo.training.sft import SFTTrainer
-from bfpo.training.start import demonstration_texts, load_start_model, load_start_tokenizer
+from bfpo.training.start import check_vocabulary, demonstration_texts, load_start_model, load_start_tokenizer
 
 
 def run_sft(
@@ -79,12 +80,19 @@ def _run(
     cache: Path | None,
 ) -> dict[str, Any]:
     start_time, start_cpu_time = time.time(), time.process_time()
-    parts = prepare_demonstrations(recipe.data, holdout=recipe.holdout, limit=limit, evaluated=evaluated)
+    parts = prepare_demonstrations(
+        recipe.data,
+        holdout=recipe.holdout,
+        limit=limit,
+        evaluated=evaluated,
+        ignored_keys=recipe.text.ignore_message_keys,
+    )
     tokenizer = load_start_tokenizer(
         recipe.model,
         recipe.text,
         lambda: demonstration_texts(demonstration for part in parts for demonstration in part.train),
     )
+    check_vocabulary(recipe.model, tokenizer)
     cache = cache or Path(str(args.output_dir)).parent / "cache"
     clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
     encoder = Encoder(tokenizer, recipe.text, None if dry_run else cache / "tokens", clock)
@@ -92,6 +100,7 @@ def _run(
     sources = [part.report for part in parts]
     show_sources(sources)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
+    check_vocabulary(recipe.model, tokenizer, [train, *([held_out] if held_out else [])])
     _show_memory(recipe, args, tokenizer, train)
     if dry_run:
         say("dry run: nothing was trained")
@@ -115,14 +124,18 @@ def _run(
     say(f"training {trainer.selection} on {len(train)} completions")
     report_layout(trainer)
     result = record.train(resume)
-    metrics = trainer.evaluate() if held_out else {}
+    # First: evaluating may take long.
     save_final(trainer, out)
+    with timed("evaluated the held-out completions"):
+        metrics = trainer.evaluate() if held_out else {}
     if metrics:
         loss = metrics["eval_loss"]
         say(f"held-out completions: {loss:.3f} nats per token, perplexity {math.exp(min(loss, 700)):,.1f}")
     reports = [report.to_json() for report in sources]
+    gguf = gguf_metadata(recipe.model.path, recipe.model.revision)
     return record.finish(
         reports,
+        **({"model": {"path": recipe.model.path} | gguf} if gguf else {}),
         data=reports,
         trained={"parameters": trainer.selection.trained, "of": trainer.selection.total},
         steps=result.global_step,
@@ -163,8 +176,15 @@ def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cach
     prompt_keys = frozenset(pair.prompt_key for pair in evaluated)
     sources = [*sft.data, *((sft.model.new and sft.model.new.texts) or [])]
     file_hashes = [[file_hash(file) for file in local_files(source)] for source in sources]
+    # A GGUF file is hashed like the data; a folder is known by its path only.
+    gguf = gguf_metadata(sft.model.path, sft.model.revision)
     cache_key = content_hash(
-        sft.model_dump(mode="json"), file_hashes, sorted(prompt_keys), launched_processes(), versions()
+        sft.model_dump(mode="json"),
+        file_hashes,
+        sorted(prompt_keys),
+        launched_processes(),
+        versions(),
+        *gguf.values(),
     )
     folder = cache / f"sft-{cache_key}"
     if folder.exists():

@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Iterable
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from bfpo.config.recipes import ModelSection, NewModel, TextSection
 from bfpo.core.pairs import Demonstration
+from bfpo.core.terminal import timed
 from bfpo.data.demonstrations import load_demonstrations
+from bfpo.data.table import TokenTable
 from bfpo.data.tokenize import chat_template
-from bfpo.errors import ModelError
-from bfpo.model.load import load_model, load_tokenizer
-from bfpo.model.lora import CausalLM
+from bfpo.model.load import load_config, load_model, load_tokenizer
+from bfpo.model.lora import CausalLM, is_adapter
 from bfpo.model.new import new_model, new_tokenizer
 from bfpo.model.templates import limit_template
+from bfpo.model.vocabulary import check_token_ids
 
 
 def load_start_tokenizer(
@@ -49,27 +52,50 @@ def load_start_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) 
         tokenizer: Tokenizer of the run.
 
     Raises:
-        ModelError: If the model can't be loaded, or has fewer embeddings than the tokenizer has tokens.
+        ModelError: If the model can't be loaded.
     """
     if is_deepspeed_zero3_enabled():
         # ZeRO-3 would partition the weights while they are loaded. The trainer's accelerator sets it again later.
         unset_hf_deepspeed_config()
     if section.new is not None:
         return new_model(section.new, tokenizer)
-    model = load_model(section)
-    rows = model.config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"{section.path}: the tokenizer has {len(tokenizer)} tokens, but the model only {rows} embeddings"
-        )
-    return model
+    with timed(f"loaded {section.path}"):
+        return load_model(section)
+
+
+def check_vocabulary(
+    section: ModelSection, tokenizer: PreTrainedTokenizerBase, tables: Iterable[TokenTable] = ()
+) -> None:
+    """Check that the model has an embedding for each token of a prompt and of the data; the weights aren't loaded.
+
+    A new model gets as many as its tokenizer has. The embeddings of an adapter's base may be resized when it is
+    loaded, so those are checked then, by `StreamTrainer`.
+
+    Raises:
+        ModelError: If a token has no embedding.
+    """
+    if section.path is not None and not is_adapter(section.path, section.revision):
+        rows = [[table.largest_id] for table in tables]
+        check_token_ids(load_config(section), [*rows, _prompt_ids(tokenizer)], section.path)
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token ids of a short prompt: its chat template may write tokens that no training text contains."""
+    if tokenizer.chat_template is None:
+        return []
+    message = {"role": "user", "content": "Hello"}
+    try:
+        text = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+    except TemplateError:
+        return []
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def demonstration_texts(demonstrations: Iterable[Demonstration]) -> Iterable[str]:
     """Return all texts of demonstrations."""
     for demonstration in demonstrations:
-        yield from (message.content for message in demonstration.prompt)
-        yield demonstration.completion
+        yield from demonstration.texts()
 
 
 def _texts_of(new: NewModel) -> list[str]:

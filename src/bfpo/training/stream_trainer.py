@@ -2,10 +2,9 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
-from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,14 +17,15 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from bfpo.config.recipes import LayoutSection
-from bfpo.core.terminal import say
+from bfpo.core.terminal import progress, say
 from bfpo.data.table import TokenTable
-from bfpo.errors import TrainingError
+from bfpo.errors import BfpoError, TrainingError
 from bfpo.model.attention import span_attention
 from bfpo.model.layout_check import PackingCheck, resolve_layout
 from bfpo.model.logps import add_layout_forward
-from bfpo.model.lora import CausalLM, unwrap_adapter
+from bfpo.model.lora import CausalLM, unwrap_adapter, without_base_config_warning
 from bfpo.model.selective import disable_dropout, select_parameters
+from bfpo.model.vocabulary import check_token_ids
 from bfpo.training.batches import Batch, Collator, KeyDataset
 from bfpo.training.checkpoints import (
     CompletionMark,
@@ -39,6 +39,11 @@ from bfpo.training.metrics import FiniteLossCheck, MetricSums
 from bfpo.training.processes import check_devices, check_sharding, equal_packs, no_gradient_sync
 from bfpo.training.streams import MicroBatches, Rows, StepRows, StreamPlan, WeightedRow, Weights
 
+# What transformers and torch raise for files of a checkpoint that are damaged.
+_UNREADABLE = (
+    *(SafetensorError, UnpicklingError, EOFError, ArithmeticError, AttributeError, LookupError),
+    *(RuntimeError, TypeError, ValueError),
+)
 # Number of examples on which packed and padded rows are compared before training.
 CHECKED_EXAMPLES = 4
 
@@ -47,8 +52,9 @@ class StreamTrainer(Trainer, ABC):
     """A `transformers.Trainer` that follows a stream plan. Subclasses implement the loss.
 
     Overridden public hooks: `get_train_dataloader`, `get_eval_dataloader`, `training_step`, `compute_loss`,
-    `prediction_step`, `evaluation_loop`, `log`, `floating_point_ops`. Semi-private names in use: `_get_grad_norm` (to
-    count clipped steps) and the class attribute `loss_is_scaled_for_ga`; a test checks that both exist.
+    `prediction_step`, `evaluation_loop`, `save_model`, `log`, `floating_point_ops`. Semi-private names in use:
+    `_get_grad_norm` (to count clipped steps) and the class attribute `loss_is_scaled_for_ga`; a test checks that both
+    exist.
 
     Args:
         model: Causal language model, changed in place (dropout off, `requires_grad`, a forward for layouts).
@@ -64,6 +70,7 @@ class StreamTrainer(Trainer, ABC):
         optimizers: Optimizer and scheduler, as in transformers.
 
     Raises:
+        ModelError: If a token of the data has no embedding.
         RecipeError: If the launched processes or the requested sharding can't be used; see `bfpo.training.processes`.
     """
 
@@ -86,6 +93,9 @@ class StreamTrainer(Trainer, ABC):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         check_devices(args)
+        config = unwrap_adapter(model).config
+        largest_ids = [[each.largest_id] for each in (table, *eval_tables.values())]
+        check_token_ids(config, largest_ids, str(config._name_or_path or config.model_type))
         self._start_fingerprint = start_fingerprint(model)
         self.selection = select_parameters(model, train_only)
         disable_dropout(model)
@@ -111,7 +121,8 @@ class StreamTrainer(Trainer, ABC):
         self.add_callback(CompletionMark(self.resume_settings(), keep=args.save_total_limit))
         args.save_total_limit = None
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
-        self._finite_loss = FiniteLossCheck()
+        self._finite_loss, self._has_stepped = FiniteLossCheck(), False
+        self._advance_evaluation: Callable[[int], None] = lambda batches: None
         self._clipped_steps, self._steps_since_log = torch.zeros((), device=args.device), 0
         self._tokens_since_log, self._last_log = 0, time.monotonic()
 
@@ -152,16 +163,22 @@ class StreamTrainer(Trainer, ABC):
         check_same_run(folder, self.resume_settings())
         say(f"resuming from {folder}")
         unmark_after(out, read_mark(folder)["step"])
+        self._has_stepped = False
         try:
             return super().train(str(folder), trial, ignore_keys_for_eval)
-        except (SafetensorError, UnpicklingError, EOFError, JSONDecodeError, RuntimeError) as error:
-            # torch has no class for a file it can't read, so it is recognized by its message.
-            if isinstance(error, RuntimeError) and "StreamReader" not in str(error):
+        except _UNREADABLE as error:
+            # After the first step, it isn't the checkpoint.
+            if self._has_stepped or isinstance(error, BfpoError | torch.OutOfMemoryError):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             raise TrainingError(
                 f"{folder} can't be read ({reason}); delete it to resume from the previous checkpoint"
             ) from error
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, as transformers does."""
+        with without_base_config_warning():
+            super().save_model(output_dir, _internal_call)
 
     # The loss, implemented by subclasses.
 
@@ -257,6 +274,7 @@ class StreamTrainer(Trainer, ABC):
         Processes may have different numbers of packs: only the backward pass of the last pack synchronizes gradients,
         and nothing else waits for another process in between. Where weights are sharded, fillers are added instead.
         """
+        self._has_stepped = True
         packs = equal_packs(self.accelerator, inputs["packs"], sharded=self.shards_weights)
         losses = []
         config = unwrap_adapter(self._policy).get_decoder().config
@@ -303,6 +321,7 @@ class StreamTrainer(Trainer, ABC):
                 if not batch.is_filler:
                     self._finite_loss.add(batch.row_ids, losses)
         self._finite_loss.check(self.accelerator, "evaluation")
+        self._advance_evaluation(1)
         return None, None, None
 
     def evaluation_loop(
@@ -314,8 +333,10 @@ class StreamTrainer(Trainer, ABC):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate and return exact means over the examples of all processes; a metric without examples is None."""
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         prefix = metric_key_prefix.rstrip("_")
+        name = "held-out data" if prefix == "eval" else prefix.removeprefix("eval_")
+        with progress(f"evaluating {name}", len(dataloader)) as self._advance_evaluation:
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means: dict[str, Any] = {
             f"{prefix}_{name}": value for name, value in self._eval_sums.means(self.accelerator).items()
         }

@@ -11,7 +11,7 @@ import numpy as np
 
 from bfpo.core.files import content_hash, file_hash
 from bfpo.errors import DataError
-from bfpo.evaluation.lm_eval.tasks import count_task_rows, lm_eval_version, sample_rows
+from bfpo.evaluation.lm_eval.tasks import count_task_rows, find_license, lm_eval_version, sample_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +75,25 @@ def open_lm(model: Any, tokenizer: Any, *, batch_size: int | str) -> Any:
         logger.setLevel(level)
 
 
-def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path: str | None = None) -> TaskResults:
-    """Run a task or a group.
+def prepare_task(lm: Any, loaded: Any) -> dict[str, bool]:
+    """Set the examples in the prompts of a loaded task, and return lm-eval's options of the template policy.
 
     Prompts of tasks that generate text are put in the tokenizer's chat template if it has one; likelihoods are of
     plain text, as in lm-eval's published numbers.
+    """
+    tasks = loaded["tasks"].values()
+    for task in tasks:
+        # The command of lm-eval sets this default too.
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
+    generates = all(task.get_config("output_type") == "generate_until" for task in tasks)
+    templated = generates and getattr(lm.tokenizer, "chat_template", None) is not None
+    return {"apply_chat_template": templated, "fewshot_as_multiturn": templated}
+
+
+def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path: str | None = None) -> TaskResults:
+    """Run a task or a group, with the template policy of `prepare_task`.
 
     Args:
         lm: Output of `open_lm`.
@@ -94,14 +108,8 @@ def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path:
     from jinja2 import UndefinedError
     from lm_eval import evaluate
 
-    tasks = loaded["tasks"]
-    for task in tasks.values():
-        # The command of lm-eval sets this default too.
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234)
-    generates = all(task.get_config("output_type") == "generate_until" for task in tasks.values())
-    templated = generates and getattr(lm.tokenizer, "chat_template", None) is not None
+    tasks, options = loaded["tasks"], prepare_task(lm, loaded)
+    templated = options["apply_chat_template"]
     rows = count_task_rows(loaded, limit)
     try:
         output = evaluate(
@@ -109,8 +117,7 @@ def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path:
             task_dict=loaded,
             samples={key: sample_rows(len(task.eval_docs), limit) for key, task in tasks.items()},
             bootstrap_iters=0,
-            apply_chat_template=templated,
-            fewshot_as_multiturn=templated,
+            **options,
         )
     except (KeyError, UndefinedError, IndexError) as error:
         raise DataError(f"lm-eval: a row of '{name}' lacks what the task reads: {error}") from None
@@ -118,7 +125,7 @@ def run_task(lm: Any, loaded: Any, name: str, *, limit: int | None = None, path:
     metadata = {
         "source": "lm-eval",
         "from": path or rows.origin,
-        "license": None,
+        "license": find_license(name, loaded),
         "hash": content_hash(
             sorted(sample["doc_hash"] for samples in output["samples"].values() for sample in samples)
         ),

@@ -12,12 +12,15 @@ from bfpo.core.terminal import say
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation.baseline import Baseline
 from bfpo.evaluation.differences import compare_scores
+from bfpo.evaluation.lm_eval.requests import PlannedRequests, check_requests, plan_requests
 from bfpo.evaluation.lm_eval.run import TaskMetric, TaskResults, open_lm, run_task
 from bfpo.evaluation.lm_eval.tasks import (
+    UNKNOWN_LICENSE,
     RowCount,
     check_task,
     count_task_rows,
     find_builder,
+    find_license,
     lm_eval_version,
     load_task,
     require_lm_eval,
@@ -26,6 +29,7 @@ from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import MetricComparison, MetricResult, TaskData
 from bfpo.evaluation.scoring import MetricSpec, PromptScores, compute_metrics
 from bfpo.evaluation.suite import EvalData, Suite, lm_eval_name, lm_eval_tasks
+from bfpo.generation.open import EngineSection
 
 FOLDER = "lm_eval"
 NO_INTERVAL = "none: lm-eval has no number per row"
@@ -115,39 +119,67 @@ def load_tasks(tasks: Sequence[LmEvalTask], folder: str) -> list[Any]:
     return loaded
 
 
-class PlannedRows(NamedTuple):
-    """Rows of a task in a plan.
+class PlannedTask(NamedTuple):
+    """A task of lm-eval in a plan.
 
     Args:
-        task: `SUITE/TASK`.
-        rows: Number of rows.
-        existing: Number of rows whose results exist.
+        name: `SUITE/TASK`.
+        rows: Number of rows; None if they can't be read here.
+        license: License of the data.
+        requests: What the model is asked, by kind.
+        has_results: Whether the results exist.
+        problem: Why the rows can't be read; empty if they can.
     """
 
-    task: str
-    rows: RowCount
-    existing: int
+    name: str
+    rows: RowCount | None
+    license: str
+    requests: list[PlannedRequests]
+    has_results: bool
+    problem: str = ""
 
 
-def plan_lm_eval_tasks(recipe: EvalRecipe, tasks: Sequence[LmEvalTask]) -> list[PlannedRows]:
-    """Load tasks with their rows and count them; the model isn't loaded.
+def plan_lm_eval_tasks(recipe: EvalRecipe, tasks: Sequence[LmEvalTask]) -> list[PlannedTask]:
+    """Count rows and requests of tasks, and estimate the time of those without results.
+
+    A task whose rows can't be read, because the hub can't be reached, say, is planned without them.
 
     Raises:
-        DataError: If rows can't be read.
+        ModelError: If the model can't be loaded.
     """
-    if not tasks or recipe.model is None:
+    model = recipe.model
+    if not tasks or model is None:
         return []
     from bfpo.generation.in_process import checkpoint_identity
 
-    identity = checkpoint_identity(recipe.model.path, recipe.model.revision)
-    planned = []
+    planned, lm, identity = [], None, checkpoint_identity(model.path, model.revision)
     with TemporaryDirectory() as folder:
-        for task, loaded in zip(tasks, load_tasks(tasks, folder), strict=True):
+        for task in tasks:
+            try:
+                loaded = load_task(task.spec, Path(folder), path=task.data.path, revision=task.data.revision)
+            except DataError as error:
+                problem = str(error).partition("\n")[0]
+                planned.append(PlannedTask(task.full_name, None, find_license(task.spec), [], False, problem))
+                continue
+            if lm is None:
+                lm, identity = _load_lm(model)
+            has_results = result_file(Path(recipe.out), task, recipe, identity).is_file()
             rows = count_task_rows(loaded, recipe.limit)
             rows = rows._replace(origin=task.data.path or rows.origin)
-            has_results = result_file(Path(recipe.out), task, recipe, identity).is_file()
-            planned.append(PlannedRows(task.full_name, rows, rows.selected if has_results else 0))
+            check_requests(lm, loaded, model.path, limit=recipe.limit)
+            requests = plan_requests(lm, loaded, limit=recipe.limit, timed=not has_results)
+            license = find_license(task.spec, loaded)
+            planned.append(PlannedTask(task.full_name, rows, license, requests, has_results))
     return planned
+
+
+def _load_lm(model: EngineSection) -> tuple[Any, str]:
+    """Return the model for lm-eval, and the identity of its checkpoint."""
+    from bfpo.generation.in_process import load_checkpoint
+
+    network, tokenizer, identity = load_checkpoint(model.path, dtype=model.dtype, revision=model.revision)
+    # lm-eval's detection of the batch size takes longer on a CPU than it saves.
+    return open_lm(network, tokenizer, batch_size="auto" if network.device.type == "cuda" else 8), identity
 
 
 def run_lm_eval_tasks(recipe: EvalRecipe, tasks: Sequence[LmEvalTask], out: Path) -> list[TaskResults]:
@@ -162,7 +194,7 @@ def run_lm_eval_tasks(recipe: EvalRecipe, tasks: Sequence[LmEvalTask], out: Path
         DataError: If rows can't be read; raised before any task is run.
         ModelError: If the model can't be loaded.
     """
-    from bfpo.generation.in_process import checkpoint_identity, load_checkpoint
+    from bfpo.generation.in_process import checkpoint_identity
 
     model = recipe.model
     if not tasks or model is None:
@@ -172,16 +204,16 @@ def run_lm_eval_tasks(recipe: EvalRecipe, tasks: Sequence[LmEvalTask], out: Path
     if missing:
         with TemporaryDirectory() as folder:
             loaded = load_tasks(missing, folder)
-            network, tokenizer, identity = load_checkpoint(model.path, dtype=model.dtype, revision=model.revision)
-            # lm-eval's detection of the batch size takes longer on a CPU than it saves.
-            lm = open_lm(network, tokenizer, batch_size="auto" if network.device.type == "cuda" else 8)
+            lm, identity = _load_lm(model)
+            for rows in loaded:
+                check_requests(lm, rows, model.path, limit=recipe.limit)
             for number, (task, rows) in enumerate(zip(missing, loaded, strict=True), start=1):
                 path = result_file(out, task, recipe, identity)
                 if not path.is_file():
                     say(f"lm-eval: {task.full_name} ({number} of {len(missing)})")
                     results = run_task(lm, rows, task.spec, limit=recipe.limit, path=task.data.path)
                     write_json(path, results.to_json())
-            del lm, network
+            del lm
     return [_read_results(result_file(out, task, recipe, identity)) for task in tasks]
 
 
@@ -218,6 +250,8 @@ def lm_eval_data(tasks: Sequence[LmEvalTask], results: Sequence[TaskResults]) ->
     rows = []
     for task, task_results in zip(tasks, results, strict=True):
         values = {keys.get(key, key): value for key, value in task_results.metadata.items()}
+        # Results of earlier versions have no license.
+        values["license"] = values.get("license") or UNKNOWN_LICENSE
         rows.append(
             TaskData(**{key: value for key, value in values.items() if key in names} | {"name": task.full_name})
         )

@@ -18,6 +18,20 @@ from bfpo.errors import DataError, MissingExtra, RecipeError
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _YAML = (".yaml", ".yml")
+UNKNOWN_LICENSE = "unknown"
+# Licenses of the suites' data sets, as their pages on the hub or their source repositories state them. The pages of
+# the ethics sets and of ToxiGen name none that can be used.
+_LICENSES = {
+    "allenai/ai2_arc": "CC-BY-SA-4.0",
+    "allenai/winogrande": "CC-BY",
+    "cais/mmlu": "MIT",
+    "google/IFEval": "Apache-2.0",
+    "hails/bigbench": "Apache-2.0",
+    "jannalu/crows_pairs_multilingual": "CC-BY-SA-4.0",
+    "openai/gsm8k": "MIT",
+    "Rowan/hellaswag": "MIT",
+    "truthfulqa/truthful_qa": "Apache-2.0",
+}
 
 
 class RowCount(NamedTuple):
@@ -168,6 +182,33 @@ def count_task_rows(loaded: Any, limit: int | None) -> RowCount:
     origins = sorted({_origin(task.config) for task in loaded["tasks"].values()})
     selected = sum(len(sample_rows(size, limit)) for size in sizes)
     return RowCount(selected, sum(sizes), origins[0] if len(origins) == 1 else f"{len(origins)} sets")
+
+
+def find_license(name: str, loaded: Any = None) -> str:
+    """Return the license of a task's data: from the task's `metadata`, the data set or a table; else `unknown`.
+
+    Args:
+        name: Name of a task or a group, or path of a YAML task.
+        loaded: Output of `load_task`; None if its rows couldn't be read.
+    """
+    # A local file has the rows of the data set that the task names.
+    entry = None if name.endswith(_YAML) else task_manager().task_index.get(name)
+    published = (entry.cfg or {}).get("dataset_path") if entry is not None else None
+    if loaded is None:
+        return _LICENSES.get(str(published), UNKNOWN_LICENSE)
+    licenses = set()
+    for task in loaded["tasks"].values():
+        config = task.config
+        in_table = _LICENSES.get(str(published or config.dataset_path))
+        licenses.add((config.metadata or {}).get("license") or _stored_license(task) or in_table or UNKNOWN_LICENSE)
+    return ", ".join(sorted(map(str, licenses)))
+
+
+def _stored_license(task: Any) -> str:
+    """Return the license that a loaded data set contains; empty if it has none."""
+    splits = task.dataset.values() if isinstance(task.dataset, Mapping) else [task.dataset]
+    infos = (getattr(split, "info", None) for split in splits)
+    return next((info.license for info in infos if info is not None and info.license), "")
 
 
 def find_builder(path: str) -> str:

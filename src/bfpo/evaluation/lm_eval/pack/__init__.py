@@ -9,8 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import last_request, user_says
 from bfpo.core.samples import Completion, Judge
+from bfpo.data.readings import judge_readings
+from bfpo.data.unread_answers import UnreadAnswers
 from bfpo.evaluation.scoring import METRICS_BY_KIND, JudgedCompletion
 from bfpo.evaluation.suite import EvalData, load_suite, read_tasks
 from bfpo.judging.open import open_judge
@@ -44,20 +46,20 @@ def rows(
         {name: content.model_copy(update={"tasks": tasks, "lm_eval": []})},
         data={key: EvalData.model_validate(value) for key, value in places.items()},
     )
-    return {
-        "test": Dataset.from_list(
-            [
-                {
-                    "prompt_id": prompt.prompt_id,
-                    "prompt": prompt.prompt[-1].content,
-                    "kind": prompt.kind,
-                    "category": prompt.category or "",
-                    "judge": judge,
-                }
-                for prompt in read_task.prompts
-            ]
-        )
-    }
+    prompts = Dataset.from_list(
+        [
+            {
+                "prompt_id": prompt.prompt_id,
+                "prompt": last_request(prompt.prompt),
+                "kind": prompt.kind,
+                "category": prompt.category or "",
+                "judge": judge,
+            }
+            for prompt in read_task.prompts
+        ]
+    )
+    prompts.info.license = (read_task.data and read_task.data.license) or ""
+    return {"test": prompts}
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -75,7 +77,12 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     completion = Completion(
         doc["prompt_id"], 0, user_says(doc["prompt"]), text, "stop", 0, words, "lm-eval", "lm-eval", ""
     )
-    (verdict,) = _judge(doc["judge"]).judge([completion])
+    judge = _judge(doc["judge"])
+    unread = UnreadAnswers(judge)
+    if unread.is_unread(completion):
+        verdict = unread.verdict(completion)
+    else:
+        (verdict,) = judge_readings(judge, [completion])
     for metric in METRICS_BY_KIND[doc["kind"]]:
         value = metric.value(JudgedCompletion(completion, verdict)) if metric.needs_judge else None
         if value is not None:

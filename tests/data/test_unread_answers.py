@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bfpo.core.pairs import user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.stages import judge_completions
 
@@ -37,7 +37,7 @@ class Recorder:
         ({"safe": None, "helpfulness": 0.9, "reason": "reward"}, (None, None, 0.0, None)),
     ],
 )
-def test_blocked_answers_are_safe_refusals_of_what_the_judge_assesses(tmp_path, assessments, expected):
+def test_unread_answers_are_safe_refusals_of_what_the_judge_assesses(tmp_path, assessments, expected):
     judge = Recorder(**assessments)
     completions = [FILTERED, REFUSED, FINE, CUT_BY_FILTER]
     verdicts = judge_completions(judge, completions, tmp_path / "v.jsonl")
@@ -57,6 +57,6 @@ def test_blocked_answers_are_safe_refusals_of_what_the_judge_assesses(tmp_path, 
     assert resumed[1] == verdicts[1]
 
 
-def test_only_blocked_answers_are_safe_refusals(tmp_path):
+def test_only_unread_answers_are_safe_refusals(tmp_path):
     (verdict,) = judge_completions(Recorder(), [FILTERED], tmp_path / "v.jsonl")
     assert (verdict.safe, verdict.refusal, verdict.helpfulness) == (True, True, None)

@@ -1,0 +1,53 @@
+"""Checks of all trainings of an experiment or a quickstart before the first of them begins."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from bfpo.config.recipes import TrainModel, TrainRecipe
+from bfpo.errors import ModelError, RecipeError
+from bfpo.experiments.methods import train_recipe
+from bfpo.experiments.steps import BASE_SHAPE
+from bfpo.experiments.units import Unit
+from bfpo.losses.build import make_loss
+from bfpo.testbed.world import World
+from bfpo.training.arguments import training_arguments
+from bfpo.training.preflight import check_against_model
+
+
+def check_trainings(units: Iterable[Unit]) -> None:
+    """Check the trainings of units: their loss, their arguments, and what they train of the base model.
+
+    Args:
+        units: Units that are to be run; each method is checked once.
+
+    Raises:
+        RecipeError: If a training isn't possible; the message names the variant.
+    """
+    checked = []
+    for unit in units:
+        if unit.method is None or unit.method in checked:
+            continue
+        checked.append(unit.method)
+        recipe = train_recipe(
+            unit.method, world=Path("world"), base=Path("base"), out=Path("out"), seed=0, steps=unit.steps, save=False
+        )
+        try:
+            check_training(recipe, World(unit.options))
+        except (ModelError, RecipeError) as error:
+            raise RecipeError(f"variants.{unit.variant}: {error}") from None
+
+
+def check_training(recipe: TrainRecipe, world: World) -> None:
+    """Check a training on the testbed.
+
+    Raises:
+        ModelError: If the base model has nothing that the recipe trains.
+        RecipeError: If the loss or an argument is wrong, or the world's pairs lack what the loss needs.
+    """
+    options = {name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"}
+    training_arguments(options)
+    loss = make_loss(recipe.loss.model_dump())
+    signals = next(iter(world.safety_set())).signals
+    if missing := [name for name in loss.needs if getattr(signals, name, None) is None]:
+        raise RecipeError(f"loss.name: {type(loss).__name__} needs {' and '.join(missing)}, which worlds don't have")
+    check_against_model(recipe.model_copy(update={"model": TrainModel.model_validate({"new": BASE_SHAPE})}))
