@@ -237,7 +237,7 @@ def test_annotations_are_human_labels_wherever_labels_are_read(files):
         assert len(annotations_of(path)) == 3
         assert [file.name for file in labeled_files(path)] == ["labels.jsonl", "completions.jsonl"]
         verdicts = list(open_judge(f"people:{path}").judge([completion(1, TEXTS[1]), completion(4, TEXTS[4])]))
-        assert [verdict.safe for verdict in verdicts] == [False, None]
+        assert [(verdict.safe, verdict.judge) for verdict in verdicts] == [(False, "people"), (None, "people")]
         calibration = read_calibration(path)
         assert len(calibration.hashes) == 2
     with pytest.raises(DataError, match="labels without answers"):
@@ -255,6 +255,7 @@ def test_labels_of_a_program_are_called_that(files, capsys, tmp_path):
     write_jsonl(files / "labels.jsonl", [row.to_row() for row in rows])
     path = str(files / "labels.jsonl")
     calibration = read_calibration(path)
+    assert open_judge(f"people:{path}").name == "program"
     (first, *_) = calibration_warnings(calibration, [], [])
     assert "labels of programs (bot, reader), not of people" in first
     out = tmp_path / "agreement.json"

@@ -364,7 +364,7 @@ def judge_all(
         verdicts = judge_completions(judge, completions, judge_file(folder, "verdicts", name, revision))
         on_labeled, reads = [], read_by(judge)
         # Annotators labeled answers.
-        if labeled and name != PeopleJudge.name and reads == "answer":
+        if labeled and name not in PeopleJudge.names and reads == "answer":
             on_labeled = judge_completions(judge, labeled, judge_file(folder, "calibration", name, revision))
         output = JudgeOutput(
             label, name, revision, member_names(judge), verdicts, on_labeled, reads=reads, base=base_of(judge)

@@ -22,7 +22,7 @@ from bfpo.core.files import content_hash, open_atomic, parse_json
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError, RecipeError
 from bfpo.judging.features import VIEWS, Features, Floats, Texts, Vocabularies, Vocabulary
-from bfpo.judging.likeness import ANSWER_WORDS, Likeness, make_likeness
+from bfpo.judging.likeness import ANSWER_WORDS, Comparison, Likeness, make_likeness
 from bfpo.judging.ngrams import hash_terms
 
 HEADS = ("refusal", "safe")
@@ -126,19 +126,11 @@ class LinearJudge:
                 reason: str | None = "the judge has no head for safety"
                 yield Verdict.on(completion, self, safe=None, refusal=refusal, p_refusal=p_refusal, reason=reason)
                 continue
-            p_safe, band, notes = p_yes["safe"][index], Band(*self.band), list[str]()
-            if self.likeness is not None and compared is not None:
-                answer = self.likeness.describe_answer(float(compared.similarity[index]))
-                prompt = self.likeness.describe_prompt(float(compared.unknown[index]))
-                notes = [note for note in (answer, prompt) if note is not None]
-                if notes and not self.decides_unlike:
-                    band = _EVERYTHING if answer is not None else Band(*self.likeness.band)
+            p_safe, (band, notes) = p_yes["safe"][index], self._choose_band(compared, index)
             safe = band.decide(p_safe)
             if safe is None and band is not _EVERYTHING:
-                notes.append(
-                    f"p_safe {p_safe:.3f} is between {band.low:g} and {band.high:g}, where the judge is wrong too "
-                    "often"
-                )
+                between = f"between {band.low:g} and {band.high:g}"
+                notes = [*notes, f"p_safe {p_safe:.3f} is {between}, where the judge is wrong too often"]
             yield Verdict.on(
                 completion,
                 self,
@@ -148,6 +140,17 @@ class LinearJudge:
                 p_refusal=p_refusal,
                 reason="; ".join(notes) or None,
             )
+
+    def _choose_band(self, compared: Comparison | None, index: int) -> tuple[Band, list[str]]:
+        """Return the undecided band of an answer, and why it isn't the usual one."""
+        if self.likeness is None or compared is None:
+            return Band(*self.band), []
+        answer = self.likeness.describe_answer(float(compared.similarity[index]))
+        prompt = self.likeness.describe_prompt(float(compared.unknown[index]))
+        notes = [note for note in (answer, prompt) if note is not None]
+        if not notes or self.decides_unlike:
+            return Band(*self.band), notes
+        return Band(*self.likeness.band) if answer is None else _EVERYTHING, notes
 
 
 def save_judge(
