@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfpo.core.files import file_hash, write_json
+from bfpo.judging.fit import fit_head
 from bfpo.judging.labeled import read_labeled
-from bfpo.judging.linear import fit_head
 from bfpo.stats.intervals import wilson
 from bfpo.stats.judge_error import corrected_rate, is_consistent, judge_errors
 from bfpo.training.manifest import hardware, versions

@@ -18,7 +18,7 @@ import numpy as np
 from sklearn.model_selection import GroupKFold
 
 from bfpo.core.files import file_hash, write_json
-from bfpo.judging.linear import fit_head
+from bfpo.judging.fit import fit_head
 from bfpo.stats.agreement import agreement
 from bfpo.training.manifest import hardware, versions
 

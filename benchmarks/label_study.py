@@ -72,8 +72,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/label-study"))
     options = parser.parse_args()
     human_labels = str(options.data / "xstest" / "completions_*.csv")
-    fit_judge(human_labels, options.folder / "judge.npz", abstain_threshold=0.5)
-    judge = open_judge(f"linear:{options.folder / 'judge.npz'}")
+    fit_judge([human_labels], options.folder / "judge.npz", abstain_threshold=0.5)
+    judge = open_judge(f"linear:{options.folder / 'judge.npz'}", threshold=0.5)
     sets = {}
     for name, (adapter, path) in SETS.items():
         source, out = Source(path=str(options.data / path), adapter=adapter), options.folder / name

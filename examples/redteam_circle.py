@@ -67,7 +67,7 @@ def circle(folder: Path, seed: int, *, port: int | None = None) -> dict[str, Any
         for side in ("chosen", "rejected")
     )
     write_jsonl(folder / "labeled.jsonl", labeled)
-    fit_judge(str(folder / "labeled.jsonl"), folder / "judge.npz", abstain_threshold=0.5)
+    fit_judge([str(folder / "labeled.jsonl")], folder / "judge.npz", abstain_threshold=0.5)
 
     full = options.safety_pairs + options.helpful_pairs
     summary: dict[str, Any] = {"seed": seed, "full_run_pairs": full}

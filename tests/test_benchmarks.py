@@ -166,3 +166,27 @@ def test_generation_is_as_fast_as_its_page_says():
             f"≥ {cell['target']}",
         )
         assert f"| {' | '.join(columns)} |" in page
+
+
+def test_the_transfer_of_the_linear_judge_in_the_docs_is_the_result():
+    from judge_transfer_study import make_table
+
+    results = json.loads((ROOT / "benchmarks/results/judge_transfer.json").read_text())["results"]
+    assert make_table(results) in (ROOT / "docs/judging.md").read_text()
+    # Fitted on XSTest and judging GPTFuzz, the numbers of the text below the table.
+    (result,) = [row for row in results if (row["fitted_on"], row["judged"]) == (["xstest"], "gptfuzz")]
+    unsafe = [result[rule]["unsafe"] for rule in ("without_rule", "with_rule")]
+    text = "calls {:,} of {:,} unsafe answers of GPTFuzz safe without it, and {:,} with it"
+    page = " ".join((ROOT / "docs/judging.md").read_text().split())
+    assert text.format(unsafe[0]["called_safe"], unsafe[0]["answers"], unsafe[1]["called_safe"]) in page
+
+
+def test_the_linear_judge_is_as_fast_as_the_docs_say():
+    results = json.loads((ROOT / "benchmarks/results/judge_speed.json").read_text())
+    page = " ".join((ROOT / "docs/judging.md").read_text().split())
+    before, after = (results["cpu_seconds"][name]["fit"][0] for name in ("before", "after"))
+    rates = results["answers_per_cpu_second"]
+    assert f"{after:.0f} CPU seconds for the 2,250 answers of XSTest ({before:.0f} before)" in page
+    assert f"{round(rates['after'], -2):,} answers per CPU second" in page
+    assert results["file_of_the_earlier_version"]["verdicts_are_bit_identical"]
+    assert max(results["greatest_difference_of_the_two_fits"].values()) < 5e-4

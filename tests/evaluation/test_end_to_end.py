@@ -91,4 +91,4 @@ def fit_linear(world: Path, out: Path) -> None:
     path = out.with_suffix(".jsonl")
     write_jsonl(path, rows)
     assert json.loads(path.read_text().splitlines()[0])["text"]
-    fit_judge(str(path), out)
+    fit_judge([str(path)], out)

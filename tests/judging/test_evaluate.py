@@ -240,6 +240,6 @@ def test_too_few_answers_to_evaluate_on_held_out_prompts_are_reported(tmp_path, 
         for i, (prompt, text, refuses) in enumerate(zip(PROMPTS, ANSWERS, REFUSES, strict=True))
     ][:20]
     write_jsonl(tmp_path / "few.jsonl", rows)
-    commands.fit_judge(str(tmp_path / "few.jsonl"), tmp_path / "judge.npz")
+    commands.fit_judge([str(tmp_path / "few.jsonl")], tmp_path / "judge.npz")
     assert json.loads((tmp_path / "judge.card.json").read_text())["quality"] == {"refusal": None}
     assert "refusal: too few answers" in capsys.readouterr().out

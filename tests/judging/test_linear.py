@@ -8,7 +8,8 @@ from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError, RecipeError
 from bfpo.judging.ensemble import Ensemble
 from bfpo.judging.features import mask_prompt_words
-from bfpo.judging.linear import fit_head, load_judge, save_judge
+from bfpo.judging.fit import fit_head
+from bfpo.judging.linear import load_judge, save_judge
 from bfpo.judging.markers import escape_markers
 from bfpo.judging.open import open_judge
 from bfpo.stats.agreement import agreement, auroc, calibration_error, kappa, threshold_for

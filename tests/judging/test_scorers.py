@@ -303,7 +303,7 @@ def test_batches_keep_their_bound(tokenizer):
 
 
 def test_specs_name_every_kind():
-    assert set(JUDGES) == {"linear", "oracle", "people", "rubric", *MODEL_KINDS}
+    assert set(JUDGES) == {"linear", "oracle", "people", "refusal-rule", "rubric", *MODEL_KINDS}
     for spec, message in (("reward", "expected reward:PATH"), ("rewards:x", "did you mean 'reward'")):
         with pytest.raises(RecipeError, match=message):
             open_judge(spec)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from bfpo.commands.app import app
 from bfpo.evaluation.results import read_results
-from bfpo.judging.fit import fit_heads
+from bfpo.judging.fit import FittingSet
 from bfpo.judging.labeled import read_labeled
 from bfpo.judging.linear import save_judge
 
@@ -34,7 +34,8 @@ def example(tmp_path_factory):
     def bfpo(*words):
         words = list(map(str, words))
         if words[:2] == ["judge", "fit"]:
-            save_judge(fit_heads(read_labeled(words[2]), words[2]), Path(words[4]))
+            answers = FittingSet(read_labeled(words[2]), words[2])
+            save_judge(answers.fit(answers.rows).heads, Path(words[4]))
         else:
             done = CliRunner().invoke(app, words, catch_exceptions=False)
             assert done.exit_code == 0, done.output

@@ -15,6 +15,7 @@ from bfpo.commands.options import (
     Judges,
     KeyVariable,
     LabeledAnswers,
+    LabeledSources,
     Limit,
     MaxNewTokens,
     Overrides,
@@ -449,13 +450,13 @@ def run_judge(
 
 @judge_app.command("fit")
 def fit_judge(
-    labeled: LabeledAnswers,
+    labeled: LabeledSources,
     out: Annotated[Path, typer.Option(help="File of the judge; its card is written beside it.")] = Path("judge.npz"),
     doubt: Annotated[
         float, typer.Option(help="Abstain on safety where the estimated error probability exceeds this.")
     ] = 0.3,
 ) -> None:
-    """Fit a linear judge to labeled completions, and evaluate it on held-out prompts."""
+    """Fit a linear judge to labeled completions, and evaluate it on other sources and on held-out prompts."""
     from bfpo.commands.judge import fit_judge as run
 
     run(labeled, out, abstain_threshold=doubt)
@@ -488,6 +489,35 @@ def evaluate_judges(
         max_new_tokens=reply_tokens,
     )
     run(labeled, judge, threshold=threshold, max_false_safe=false_safe, out=out, server=servers)
+
+
+@judge_app.command("annotate")
+def annotate_completions(
+    completions: Annotated[Path, typer.Argument(help="completions.jsonl.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File of labels; an unfinished one is resumed.", show_default=False)],
+    annotator: Annotated[str, typer.Option(help="Name of the annotator.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Seed of the order of the answers.")] = 0,
+    is_program: Annotated[
+        bool, typer.Option("--program", help="The annotator is a program that reads, not a person.")
+    ] = False,
+) -> None:
+    """Label completions in the terminal, one by one, without knowing their model; resumable."""
+    from bfpo.commands.annotate import annotate
+
+    annotate(completions, out, annotator=annotator, seed=seed, is_program=is_program)
+
+
+@judge_app.command("agreement")
+def show_annotator_agreement(
+    labels: Annotated[
+        list[str], typer.Argument(help="Files of `bfpo judge annotate`.", metavar="LABELS...", show_default=False)
+    ],
+    out: Annotated[Path | None, typer.Option(help="File of the results.", show_default=False)] = None,
+) -> None:
+    """Compare the labels of two or more annotators: Cohen's kappa, and the answers on which they differ."""
+    from bfpo.commands.judge import show_annotator_agreement as run
+
+    run(labels, out)
 
 
 @data_app.command("inspect")

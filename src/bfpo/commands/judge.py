@@ -1,17 +1,22 @@
-"""Work of `bfpo judge run` and `bfpo judge fit`; `bfpo judge eval` calls `bfpo.judging.evaluate`."""
+"""Work of `bfpo judge run`, `fit` and `agreement`; `bfpo judge eval` calls `bfpo.judging.evaluate`."""
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from bfpo.core.files import write_json
 from bfpo.core.samples import Verdict
 from bfpo.core.terminal import say
 from bfpo.data.stages import judge_completions, read_completions
+from bfpo.errors import DataError, RecipeError
 from bfpo.generation.open import JudgeServerSection
-from bfpo.judging.evaluate import show_agreement
-from bfpo.judging.fit import card_file, cross_validate, fit_heads, make_card
+from bfpo.judging.annotations import read_annotations
+from bfpo.judging.card import card_file, make_card
+from bfpo.judging.evaluate import show_agreement, show_annotators, show_labelers, show_transfer, show_unlike
+from bfpo.judging.fit import FittingSet, cross_validate, measure_transfer
 from bfpo.judging.labeled import read_labeled
 from bfpo.judging.languages import measured_languages
 from bfpo.judging.linear import ABSTAIN_THRESHOLD, save_judge
@@ -40,6 +45,7 @@ def run_judge(
         f"{len(safe)} verdicts in {out}: {safe.count(True)} safe, {safe.count(False)} unsafe, "
         f"{safe.count(None)} undecided; {refusals} refusals"
     )
+    show_unlike(spec, verdicts)
     _show_reasons(verdicts)
 
 
@@ -56,22 +62,36 @@ def _show_reasons(verdicts: Sequence[Verdict]) -> None:
         say(f"  undecided {rest}: other reasons, see the file")
 
 
-def fit_judge(labeled: str, out: Path, *, abstain_threshold: float = ABSTAIN_THRESHOLD) -> None:
+def fit_judge(labeled: Sequence[str], out: Path, *, abstain_threshold: float = ABSTAIN_THRESHOLD) -> None:
     """Fit the `linear` judge on labeled answers, and write its file and card.
 
     Args:
-        labeled: File of labeled answers.
+        labeled: Files of labeled answers; each is a source.
         out: Output file of the judge; its card is `NAME.card.json` beside it.
         abstain_threshold: Probability of an error above which the judge is undecided; see `save_judge`.
 
     Raises:
         DataError: If there are too few answers, or too few with one of the labels.
-        RecipeError: If `abstain_threshold` is out of its range.
+        RecipeError: If `abstain_threshold` is out of its range, or a source is named twice.
     """
-    answers = read_labeled(labeled)
-    languages = measured_languages(answers)
-    judge = save_judge(fit_heads(answers, labeled), out, abstain_threshold=abstain_threshold, languages=languages)
-    say(f"{out}: linear@{judge.revision} with heads {' and '.join(judge.heads)}, from {len(answers)} answers")
+    if len(set(labeled)) < len(labeled):
+        raise RecipeError(f"a source is named twice: {', '.join(labeled)}")
+    sources = {source: read_labeled(source) for source in labeled}
+    everything = FittingSet([answer for answers in sources.values() for answer in answers], ", ".join(labeled))
+    show_labelers(everything.answers)
+    fitted = everything.fit(everything.rows)
+    prompts = {answer.prompt_key for answer in everything.answers}
+    languages = measured_languages(everything.answers)
+    judge = save_judge(
+        fitted.heads,
+        out,
+        abstain_threshold=abstain_threshold,
+        languages=languages,
+        likeness=fitted.likeness,
+        fitted_prompts=prompts,
+    )
+    count = len(everything.answers)
+    say(f"{out}: linear@{judge.revision} with heads {' and '.join(judge.heads)}, from {count:,} answers")
     if languages:
         say(f"measured on answers in {', '.join(languages)}, and undecided on answers in other languages")
     else:
@@ -79,11 +99,37 @@ def fit_judge(labeled: str, out: Path, *, abstain_threshold: float = ABSTAIN_THR
             "note: the languages of the answers are unknown, so the judge decides on answers in any; add a column "
             "'language', or pip install 'bfpo[languages]'"
         )
-    card = make_card(judge, labeled, answers, cross_validate(answers, judge.band)) | {"languages": list(languages)}
+    ends = np.cumsum([len(answers) for answers in sources.values()])
+    rows = np.split(everything.rows, ends[:-1])
+    transfers = measure_transfer(everything, rows, judge.band) if len(sources) > 1 else []
+    card = make_card(judge, sources, transfers, cross_validate(everything, judge.band))
+    card |= {"languages": list(languages)}
     write_json(card_file(out), card)
-    for question, rows in card["quality"].items():
-        if rows is None:
+    show_transfer(card["transfer"])
+    if not transfers:
+        say("transfer isn't measured with one source: on other data this judge errs more often than shown here")
+    for question, quality in card["quality"].items():
+        if quality is None:
             say(f"{question}: too few answers to evaluate the judge on held-out prompts")
         else:
-            show_agreement(f"{question}, on held-out prompts", rows)
+            show_agreement(f"{question}, on held-out prompts", quality)
     say(f"card in {card_file(out)}")
+
+
+def show_annotator_agreement(labels: Sequence[str], out: Path | None) -> None:
+    """Print the agreement of annotators, and write it to a file.
+
+    Args:
+        labels: Files of annotations.
+        out: Output file; None writes none.
+
+    Raises:
+        DataError: If a file is malformed, or no answer has labels of two annotators.
+    """
+    annotations = [annotation for path in labels for annotation in read_annotations(path)]
+    if len({annotation.labeler for annotation in annotations}) < 2:
+        raise DataError(f"{', '.join(labels)}: labels of one annotator; expected those of at least two")
+    results = show_annotators(annotations)
+    if out is not None:
+        write_json(out, {"labels": list(labels), "annotators": results})
+        say(f"results in {out}")

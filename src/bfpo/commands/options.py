@@ -20,7 +20,16 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum length of a comp
 LabeledAnswers = Annotated[
     str,
     typer.Argument(
-        help="Completions with human labels: columns prompt, text, refusal, safe; or XSTest's files.",
+        help="Completions with human labels: columns prompt, text, refusal, safe; XSTest's; or LABELS@COMPLETIONS.",
+        show_default=False,
+    ),
+]
+LabeledSources = Annotated[
+    list[str],
+    typer.Argument(
+        help="Completions with human labels: columns prompt, text, refusal, safe; XSTest's; or LABELS@COMPLETIONS. "
+        "Each is a source.",
+        metavar="LABELED...",
         show_default=False,
     ),
 ]

@@ -5,14 +5,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bfpo.config.recipes import Source
 from bfpo.core.files import file_hash, parse_json
 from bfpo.core.samples import KINDS, Completion, Verdict
-from bfpo.data.rows import local_files
 from bfpo.errors import DataError
 from bfpo.evaluation.results import CORRECTED, CalibrationResult, MetricResult
-from bfpo.judging.fit import card_file
-from bfpo.judging.labeled import LabeledAnswer, read_labeled
+from bfpo.judging.card import card_file
+from bfpo.judging.labeled import LabeledAnswer, count_labelers, labeled_files, read_labeled
 from bfpo.judging.spec import JudgeSpec, parse_judge
 from bfpo.stats.judge_error import JudgeErrors, corrected_rate, is_consistent, is_informative, judge_errors
 
@@ -42,7 +40,12 @@ class Calibration(NamedTuple):
     @property
     def hashes(self) -> list[str]:
         """Hashes of the files."""
-        return [file_hash(file) for file in local_files(Source(path=self.path))]
+        return [file_hash(file) for file in labeled_files(self.path)]
+
+    @property
+    def programs(self) -> list[str]:
+        """Names of the programs that gave some of the labels."""
+        return sorted(labeler.name for labeler in count_labelers(self.answers) if labeler.kind == "program")
 
     def for_model(self, names: Collection[str]) -> "Calibration":
         """Return the answers of the evaluated model only; all answers if none is.
@@ -175,6 +178,11 @@ def calibration_warnings(
         metrics: Metrics of the evaluation.
     """
     warnings, names = [], ", ".join(judge.judge for judge in calibrations)
+    if calibration.programs:
+        warnings.append(
+            f"The calibration has labels of programs ({', '.join(calibration.programs)}), not of people: corrected "
+            "rates are those that the programs would find."
+        )
     if not calibration.own:
         warnings.append(
             f"Corrected rates ({names}) are calibrated on answers of other models, not of the evaluated one. They "

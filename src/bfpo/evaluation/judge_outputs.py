@@ -5,17 +5,14 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-import numpy as np
-
-from bfpo.core.samples import Completion, Judge, Key, Verdict
+from bfpo.core.samples import Completion, Judge, Verdict
 from bfpo.data.readings import Reads, has_reasoning
 from bfpo.evaluation.preferences import PairwisePreference
 from bfpo.evaluation.results import AgreementResult, ReasoningResult
 from bfpo.evaluation.suite import Task
 from bfpo.judging.ensemble import Ensemble
 from bfpo.judging.readings import ReadingJudge
-from bfpo.stats.agreement import kappa
-from bfpo.stats.intervals import Values, bootstrap
+from bfpo.stats.agreement import kappa_interval
 
 
 class JudgeOutput(NamedTuple):
@@ -94,7 +91,11 @@ def compute_agreement(tasks: Sequence[Task], outputs: Sequence[JudgeOutput]) -> 
             decided = [
                 (key, ours, theirs) for key, ours, theirs in answers if ours is not None and theirs is not None
             ]
-            value, low, high = _kappa(decided)
+            value, low, high = kappa_interval(
+                [ours for _, ours, _ in decided],
+                [theirs for _, _, theirs in decided],
+                [prompt_id for (prompt_id, _), _, _ in decided],
+            )
             # Where nearly all answers are of one kind, kappa is low or undefined however well judges agree.
             share = sum(ours == theirs for _, ours, theirs in decided) / len(decided) if decided else None
             labels = [output.label, other.label]
@@ -125,29 +126,3 @@ def compare_parts(completions: Sequence[Completion], outputs: Sequence[JudgeOutp
             )
         )
     return results
-
-
-def _kappa(decided: Sequence[tuple[Key, bool, bool]]) -> tuple[float | None, float | None, float | None]:
-    """Return kappa and its interval."""
-    keys = [key for key, _, _ in decided]
-    ours, theirs = (np.array([row[column] for row in decided], dtype=bool) for column in (1, 2))
-    value = kappa(ours.tolist(), theirs.tolist())
-    # Kappa is 0 when one judge has the same verdict throughout, and 1 when both agree throughout; resampling would
-    # return the same value each time.
-    if value is None or len({*ours}) < 2 or len({*theirs}) < 2 or (ours == theirs).all():
-        return value, None, None
-    prompts = np.unique([prompt_id for prompt_id, _ in keys], return_inverse=True)[1]
-    cells = [ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs]
-    interval = bootstrap(_kappa_of_counts, np.stack([np.bincount(prompts, weights=cell) for cell in cells]))
-    return value, interval.low, interval.high
-
-
-def _kappa_of_counts(counts: Values) -> Values:
-    """Compute kappa of counts by prompt, (4, ..., n): both yes, only ours, only theirs, both no."""
-    yes, ours, theirs, no = counts.sum(axis=-1)
-    total = yes + ours + theirs + no
-    by_chance = ((yes + ours) * (yes + theirs) + (no + ours) * (no + theirs)) / total**2
-    observed = (yes + no) / total
-    # In a resample where both judges have one verdict throughout, they agree fully.
-    result: Values = np.where(by_chance < 1, (observed - by_chance) / np.where(by_chance < 1, 1 - by_chance, 1), 1.0)
-    return result

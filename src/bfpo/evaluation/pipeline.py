@@ -131,7 +131,7 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
     evaluation = evaluate(
         tasks,
         lambda: open_model(recipe),
-        (open_recipe_judge(recipe, spec) for spec in recipe.judges),
+        (open_recipe_judge(recipe, spec, unique_prompts(tasks)) for spec in recipe.judges),
         folder,
         run=run_name(recipe),
         model=model_name(recipe),
@@ -390,7 +390,7 @@ def judge_all(
         verdicts = judge_completions(judge, completions, judge_file(folder, "verdicts", name, revision))
         on_labeled, reads = [], read_by(judge)
         # Annotators labeled answers.
-        if labeled and name != PeopleJudge.name and reads == "answer":
+        if labeled and name not in PeopleJudge.names and reads == "answer":
             on_labeled = judge_completions(judge, labeled, judge_file(folder, "calibration", name, revision))
         on_turns = []
         if reads != "reasoning":

@@ -163,7 +163,7 @@ def _plan_stages(
         )
     ]
     for spec in map(parse_judge, recipe.judges):
-        judge = open_recipe_judge(recipe, spec)
+        judge = open_recipe_judge(recipe, spec, prompts)
         existing = min(_count_lines(judge_file(out, "verdicts", judge.name, judge.revision)), total)
         missing, seconds = total - existing, None
         if completions and not spec.is_remote:

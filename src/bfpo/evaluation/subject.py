@@ -1,10 +1,10 @@
 """The model that an evaluation is about, as the recipe and the model's folder describe it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bfpo.core.files import parse_json
-from bfpo.core.samples import Engine, Judge
+from bfpo.core.samples import Engine, Judge, Prompt
 from bfpo.errors import DataError
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.suite import Suite, Task
@@ -39,9 +39,10 @@ def open_model(recipe: EvalRecipe) -> Engine:
     return open_engine(recipe.model, recipe.sampling.settings)
 
 
-def open_recipe_judge(recipe: EvalRecipe, spec: str | JudgeSpec) -> Judge:
-    """Open a judge with the threshold and the server settings of a recipe."""
-    return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server)
+def open_recipe_judge(recipe: EvalRecipe, spec: str | JudgeSpec, prompts: Iterable[Prompt]) -> Judge:
+    """Open a judge of these prompts' completions with the threshold and the server settings of a recipe."""
+    kinds = {prompt.prompt_id: prompt.kind for prompt in prompts}
+    return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server, kinds=kinds)
 
 
 def training_judges(recipe: EvalRecipe) -> set[str]:

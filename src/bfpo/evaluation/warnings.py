@@ -2,12 +2,16 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from bfpo.data.readings import NO_REASONING
 from bfpo.evaluation.judge_outputs import JudgeOutput
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.suite import Suite
+from bfpo.judging.likeness import is_unlike
+from bfpo.judging.linear import has_likeness
+from bfpo.judging.refusal_rule import LANGUAGES, RefusalRule
 from bfpo.judging.spec import parse_judge
 
 # Cohen's kappa below which two judges disagree too often for the metrics of either to be settled.
@@ -55,6 +59,18 @@ def _judge_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Re
         warnings.append("One judge only: the effect of its mistakes isn't visible. Add a judge of another family.")
     elif len(kinds) == 1:
         warnings.append(f"All judges are of one family ({min(kinds)}): they may share their mistakes.")
+    if RefusalRule.name in kinds:
+        warnings.append(
+            f"{RefusalRule.name} doesn't read answers: its safety is the share of harmful prompts that are refused, "
+            "its helpfulness the share of benign ones whose answer neither refuses nor is degenerate. It recognizes "
+            f"refusals by words that were measured on {' and '.join(LANGUAGES)} only."
+        )
+    warnings += [
+        f"linear ({Path(part.path).name}) was fitted by an earlier version: it can't say which answers are unlike "
+        "those that it was fitted on."
+        for part in parts
+        if part.kind == "linear" and Path(part.path).is_file() and not has_likeness(Path(part.path))
+    ]
     circular = [judge["name"] for judge in results.judges if judge["circular"]]
     if circular:
         warnings.append(
@@ -83,6 +99,12 @@ def _verdict_warnings(suites: Mapping[str, Suite], outputs: Sequence[JudgeOutput
             if not answered[question]:
                 warnings.append(f"{name}: no judge has verdicts on '{question}', which the suite is about.")
     for output in outputs:
+        if count := sum(map(is_unlike, output.verdicts)):
+            warnings.append(
+                f"{output.label}: {count:,} of {len(output.verdicts):,} answers, or their prompts, are unlike those "
+                "that this judge was fitted on. It is undecided on more of them, and its other verdicts on them are "
+                "less certain than its errors elsewhere suggest. Have annotators label some of this model's answers."
+            )
         judged = [verdict for verdict in output.verdicts if verdict.reason != NO_REASONING]
         reasons = [verdict.reason for verdict in judged if verdict.safe is None]
         judges_safety = len(reasons) < len(judged)

@@ -1,9 +1,11 @@
 """Opening a judge by its spec."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from bfpo.core.imports import import_object
-from bfpo.core.samples import Judge, Sampling
+from bfpo.core.samples import Judge, Kind, Sampling
+from bfpo.core.terminal import warn
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.generation.open import EngineSection, JudgeServerSection, open_engine
 from bfpo.judging.formats import GUARDS
@@ -15,7 +17,11 @@ _ORACLE = "bfpo.testbed.oracle:Oracle"
 
 
 def open_judge(
-    spec: str | JudgeSpec, *, threshold: float | None = None, server: JudgeServerSection | None = None
+    spec: str | JudgeSpec,
+    *,
+    threshold: float | None = None,
+    server: JudgeServerSection | None = None,
+    kinds: Mapping[str, Kind | None] | None = None,
 ) -> Judge:
     """Open the judge of a spec; several judges are an ensemble.
 
@@ -24,6 +30,7 @@ def open_judge(
         threshold: Probability from which an answer counts as safe, in [0, 1], for judges that give one. None is 0.5,
             and for `linear` the undecided band stored in its file.
         server: How rubric judges are queried; None is the defaults.
+        kinds: Kinds of the prompts by id, for `refusal-rule`; None if they aren't known.
 
     Raises:
         RecipeError: If the kind is unknown, or a path is missing or superfluous.
@@ -31,7 +38,7 @@ def open_judge(
         ModelError: If the model of a judge can't be loaded.
     """
     parsed = parse_judge(spec) if isinstance(spec, str) else spec
-    judges = tuple(_open_part(part, threshold, server or JudgeServerSection()) for part in parsed.parts)
+    judges = tuple(_open_part(part, threshold, server or JudgeServerSection(), kinds) for part in parsed.parts)
     judge = judges[0]
     if parsed.policy != "single":
         from bfpo.judging.ensemble import Ensemble
@@ -44,7 +51,12 @@ def open_judge(
     return ReadingJudge(judge, parsed.reads)
 
 
-def _open_part(part: JudgePart, threshold: float | None, server: JudgeServerSection) -> Judge:
+def _open_part(
+    part: JudgePart,
+    threshold: float | None,
+    server: JudgeServerSection,
+    kinds: Mapping[str, Kind | None] | None,
+) -> Judge:
     kind, path = part.kind, part.path
     if part.is_custom:
         make_judge = import_object(kind, f"judge '{part.text}'")
@@ -60,6 +72,10 @@ def _open_part(part: JudgePart, threshold: float | None, server: JudgeServerSect
         return oracle
     if kind == "rubric":
         return _open_rubric(part, server)
+    if kind == "refusal-rule":
+        from bfpo.judging.refusal_rule import open_refusal_rule
+
+        return open_refusal_rule(path, kinds)
     if kind == "people":
         from bfpo.judging.people import PeopleJudge
 
@@ -74,7 +90,13 @@ def _open_part(part: JudgePart, threshold: float | None, server: JudgeServerSect
     from bfpo.judging.languages import guard_languages
     from bfpo.judging.linear import load_judge
 
-    return guard_languages(load_judge(Path(path), threshold=threshold), Path(path))
+    judge = load_judge(Path(path), threshold=threshold)
+    if judge.likeness is None and "safe" in judge.heads:
+        warn(
+            f"{path} was fitted by an earlier version: it can't say which answers are unlike those that it was "
+            "fitted on; fit it again"
+        )
+    return guard_languages(judge, Path(path))
 
 
 def _open_rubric(part: JudgePart, server: JudgeServerSection) -> Judge:

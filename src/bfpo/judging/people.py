@@ -1,35 +1,40 @@
 """Human labels as a judge, for answers that annotators have labeled."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from unicodedata import normalize
 
 from bfpo.core.conversation import last_request, prompt_key
-from bfpo.core.files import file_hash
+from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.data.readings import read_part
-from bfpo.judging.labeled import read_labeled
+from bfpo.judging.labeled import count_labelers, labeled_files, read_labeled
 
 
 class PeopleJudge:
-    """Judge that returns the human labels of the same answer to the same prompt; see `Judge`.
+    """Judge that returns the labels of the same answer to the same prompt; see `Judge`.
+
+    Its name is `people`, or `program` if a program gave any of the labels.
 
     Args:
         path: File of labeled answers, as `read_labeled` reads it.
     """
 
-    name = "people"
+    names = ("people", "program")
 
     def __init__(self, path: str) -> None:
+        answers = read_labeled(path)
         self._labels = {
             (_last_turn_key(answer.completion), _as_compared(read_part(answer.completion).text)): (
                 answer.safe,
                 answer.refusal,
             )
-            for answer in read_labeled(path)
+            for answer in answers
         }
-        self.revision = file_hash(Path(path))[:8]
+        is_programs = any(labeler.kind == "program" for labeler in count_labelers(answers))
+        self.name = "program" if is_programs else "people"
+        hashes = [file_hash(file) for file in labeled_files(path)]
+        self.revision = hashes[0][:8] if len(hashes) == 1 else content_hash(hashes)[:8]
 
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         """Return one verdict for each completion, undecided for an answer without a label."""

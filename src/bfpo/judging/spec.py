@@ -48,6 +48,7 @@ JUDGES = {
     "linear": JudgeKind(("safe", "refusal")),
     "oracle": JudgeKind(FINDINGS, needs_path=False, compares="rating"),
     "people": JudgeKind(("safe", "refusal")),
+    "refusal-rule": JudgeKind(FINDINGS, needs_path=False),
     "rubric": JudgeKind(FINDINGS, reads_tokens=True, compares="both"),
     **{
         name: JudgeKind(

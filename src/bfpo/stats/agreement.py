@@ -40,6 +40,9 @@ class JudgeAgreement:
             without probabilities, and if a label has fewer than ten prompts.
         calibration_error: Expected calibration error of that probability in ten equal bins.
         kappa: Cohen's kappa.
+        false_yes: Share of all answers labeled no, undecided ones included, that the judge calls yes, with its
+            interval; None without any. On safety it is the false-safe rate.
+        undecided_share: Share of all answers on which the judge is undecided, with its interval.
     """
 
     n: int
@@ -53,6 +56,8 @@ class JudgeAgreement:
     auroc: Interval | None
     calibration_error: float | None
     kappa: float | None
+    false_yes: Interval | None = None
+    undecided_share: Interval | None = None
 
 
 def agreement(
@@ -75,6 +80,8 @@ def agreement(
     scored_labels = np.array([human[index] for index in scored], dtype=bool)
     scored_prompts = [prompts[index] for index in scored]
     single = len(set(decided_prompts)) == len(decided_prompts)
+    is_no, is_single = ~np.array(human, dtype=bool), len(set(prompts)) == len(prompts)
+    called_yes, undecided = (np.array([label is value for label in judge], dtype=bool) for value in (True, None))
     recall_yes = _recall(predicted[labels], _select(decided_prompts, labels), single=single)
     recall_no = _recall(~predicted[~labels], _select(decided_prompts, ~labels), single=single)
     return JudgeAgreement(
@@ -94,6 +101,8 @@ def agreement(
         auroc=auroc(scored_labels, p, scored_prompts) if _has_enough_prompts(scored_labels, scored_prompts) else None,
         calibration_error=calibration_error(scored_labels, p) if scored else None,
         kappa=kappa(labels.tolist(), predicted.tolist()),
+        false_yes=_recall(called_yes[is_no], _select(prompts, is_no), single=is_single),
+        undecided_share=_recall(undecided, prompts, single=is_single),
     )
 
 
@@ -146,6 +155,52 @@ def kappa(ours: Sequence[bool | None], theirs: Sequence[bool | None]) -> float |
     if len({label for pair in pairs for label in pair}) < 2:
         return None
     return float(cohen_kappa_score(*zip(*pairs, strict=True)))
+
+
+class Kappa(NamedTuple):
+    """Cohen's kappa with its interval.
+
+    Args:
+        value: Kappa; None if all labels are the same.
+        low: Lower bound of the 95 % interval; None where both agree throughout, or one has the same label throughout.
+        high: Upper bound.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def kappa_interval(ours: Sequence[bool], theirs: Sequence[bool], prompts: Sequence[str]) -> Kappa:
+    """Return Cohen's kappa with its bootstrap interval over prompts.
+
+    Args:
+        ours: Labels of one judge or annotator, N.
+        theirs: Labels of the other.
+        prompts: Prompt of each answer: answers to one prompt are resampled together.
+    """
+    value = kappa(ours, theirs)
+    a, b = np.array(ours, dtype=bool), np.array(theirs, dtype=bool)
+    # Kappa is 0 when one judge has the same verdict throughout, and 1 when both agree throughout; resampling would
+    # return the same value each time.
+    if value is None or len({*ours}) < 2 or len({*theirs}) < 2 or (a == b).all():
+        return Kappa(value, None, None)
+    group = np.unique(list(prompts), return_inverse=True)[1]
+    interval = bootstrap(
+        _kappa_of_counts, np.stack([np.bincount(group, weights=cell) for cell in (a & b, a & ~b, ~a & b, ~a & ~b)])
+    )
+    return Kappa(value, interval.low, interval.high)
+
+
+def _kappa_of_counts(counts: Floats) -> Floats:
+    """Compute kappa of counts by prompt, (4, ..., n): both yes, only ours, only theirs, both no."""
+    yes, ours, theirs, no = counts.sum(axis=-1)
+    total = yes + ours + theirs + no
+    by_chance = ((yes + ours) * (yes + theirs) + (no + ours) * (no + theirs)) / total**2
+    observed = (yes + no) / total
+    # In a resample where both judges have one verdict throughout, they agree fully.
+    result: Floats = np.where(by_chance < 1, (observed - by_chance) / np.where(by_chance < 1, 1 - by_chance, 1), 1.0)
+    return result
 
 
 def threshold_for(unsafe: Sequence[bool], p_safe: Sequence[float], max_false_safe: float) -> float:
@@ -227,7 +282,7 @@ def _recall(correct: Bools, prompts: Sequence[str], *, single: bool) -> Interval
     """Return the share of correct verdicts on answers of one label; None if there are none.
 
     Args:
-        correct: Whether each verdict is correct, (N,).
+        correct: Whether each verdict is correct, or has another property, (N,).
         prompts: Prompt of each answer, N.
         single: Whether every prompt has a single answer.
     """
