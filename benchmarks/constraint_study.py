@@ -52,9 +52,9 @@ BFPO_THRESHOLDS = (0.05, 0.02, 0.01)
 SCORE_POLICIES = (("ipo", 0.05), ("ipo", 0.02), ("dpo", 0.02))
 BFPO_BETA, SCORE_BETA = 0.3, 2.0
 SHOWN = "ipo-0.02"
-# Pairs of each prompt, and more of them, of which only the minimum of the loss is computed.
+# Pairs of each prompt, and more of them.
 PAIRS, MANY_PAIRS = 32, 128
-PAIRS_PER_STEP, STEPS = 64, 200
+PAIRS_PER_STEP, STEPS, MANY_STEPS = 64, 200, 400
 
 
 def main() -> None:
@@ -83,6 +83,11 @@ def main() -> None:
             for count, name in ((PAIRS, "pairs"), (MANY_PAIRS, "many-pairs"))
         }
         policies.append(policy)
+    recipe = plan(
+        folder, {"name": "bfpo", "beta": BFPO_BETA}, seed=options.seed, pairs="many-pairs", steps=MANY_STEPS
+    )
+    policy = run_policy(folder, f"bfpo-{MANY_PAIRS}-{BFPO_THRESHOLDS[-1]:g}", recipe, BFPO_THRESHOLDS[-1], oracle)
+    policies.append(policy | {"policy": f"{policy['policy']}, {MANY_PAIRS} pairs"})
     for name, threshold in SCORE_POLICIES:
         recipe = plan(folder, {"name": name, "beta": SCORE_BETA}, seed=options.seed)
         policies.append(run_policy(folder, f"{name}-{threshold:g}", recipe, threshold, oracle))
@@ -177,7 +182,7 @@ def unsafe_at_minimum(path: Path, samples: list[tuple[Completion, Verdict]], los
     shares = []
     for prompt, answers in counts.items():
         index = {text: number for number, text in enumerate(answers)}
-        pairs = [row for (asked, _, _), row in rows.items() if asked == prompt]
+        pairs = [row for (row_prompt, _, _), row in rows.items() if row_prompt == prompt]
         design, targets = np.zeros((len(pairs), len(index))), np.zeros(len(pairs))
         for number, row in enumerate(pairs):
             design[number, index[row["chosen"]]], design[number, index[row["rejected"]]] = 1, -1
@@ -190,13 +195,13 @@ def unsafe_at_minimum(path: Path, samples: list[tuple[Completion, Verdict]], los
     return float(np.mean(shares))
 
 
-def plan(folder: Path, loss: dict[str, Any], *, seed: int) -> TrainRecipe:
+def plan(folder: Path, loss: dict[str, Any], *, seed: int, pairs: str = "pairs", steps: int = STEPS) -> TrainRecipe:
     """Return the recipe of a loss on the pairs, before it has a multiplier."""
     method = Method(loss=loss, buffer=False, pairs_per_step=PAIRS_PER_STEP)
     recipe = train_recipe(
-        method, world=folder / "world", base=folder / "base", out=folder / "plan", seed=seed, steps=STEPS
+        method, world=folder / "world", base=folder / "base", out=folder / "plan", seed=seed, steps=steps
     )
-    return recipe.model_copy(update={"data": [Source(path=str(folder / "pairs.jsonl"))]})
+    return recipe.model_copy(update={"data": [Source(path=str(folder / f"{pairs}.jsonl"))]})
 
 
 def run_policy(folder: Path, name: str, recipe: TrainRecipe, threshold: float, oracle: Oracle) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def test_the_numbers_of_the_constraints_page_are_those_of_its_study():
     def shown(interval):
         return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * number for number in interval))
 
-    assert len(study["policies"]) == 7
+    assert len(study["policies"]) == 8
     for policy in study["policies"]:
         constraint, measured = policy["constraint"], policy["measured"]
         multiplier, predicted = "", ""
