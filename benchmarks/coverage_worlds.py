@@ -15,8 +15,8 @@ from scipy.stats import t as student
 from bfpo.stats import intervals
 from bfpo.stats.intervals import (
     RESAMPLES,
-    _effective_bounds,
     combine,
+    effective_bounds,
     harmonic_mean,
     mean_interval,
     score_bounds,
@@ -152,11 +152,6 @@ def student_bounds(values: Array) -> Bounds:
     """Return Wilson's bounds at the effective sample size, with Student's quantile instead of the normal one."""
     n = values.shape[-1]
     return _wilson_at(values, float(norm.ppf(0.975) / student.ppf(0.975, n - 1)) ** 2)
-
-
-def effective_bounds(values: Array) -> Bounds:
-    """Return Wilson's bounds at the effective sample size, with the corrections for few prompts."""
-    return _effective_bounds(values, np.inf, 0.95)
 
 
 def beta_bounds(weight: float) -> Callable[[Array], Bounds]:

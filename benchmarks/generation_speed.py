@@ -8,6 +8,9 @@ is fixed beforehand, drawn from 16 to 96 tokens ("mixed") or always 64 ("equal")
 longest answer ends, and only the tokens within an answer's own length count. Both ways get the same requests in the
 same order, sampled at temperature 1, in turns in one process on one thread; each round has a ratio.
 Encoding the prompts is included: the engine encodes what all have in common once, `generate` a padded batch.
+
+With `--continuous` the two are compared with transformers' continuous batching (greedy, one batch of answers of 48
+tokens), and these rounds are added to the results file.
 """
 
 import argparse
@@ -20,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from bfpo.config.recipes import ModelSection
-from bfpo.core.files import write_json
+from bfpo.core.files import parse_json, write_json
 from bfpo.core.samples import Sampling
 from bfpo.generation.decoding import Decoder, DecodeRequest
 from bfpo.generation.model_inputs import render_chat
@@ -87,6 +91,17 @@ def run_generate(model: Any, requests: list[DecodeRequest], temperature: float) 
     return sum(request.max_new_tokens for request in requests)
 
 
+def run_continuous(model: Any, requests: list[DecodeRequest], temperature: float) -> int:
+    """Decode with transformers' continuous batching, greedy; return the number of tokens."""
+    config = GenerationConfig(max_new_tokens=requests[0].max_new_tokens, do_sample=False, pad_token_id=0)
+    config.eos_token_id = -1
+    # Room for all rows at once, and no more: by default it takes most of the memory.
+    batching = ContinuousBatchingConfig(num_blocks=40, max_batch_tokens=1024, max_requests_per_batch=ROWS)
+    prompts = [list(request.prompt_ids) for request in requests]
+    outputs = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batching)
+    return sum(len(output.generated_tokens) for output in outputs.values())
+
+
 WAYS: dict[str, Callable[[Any, list[DecodeRequest], float], int]] = {"engine": run_engine, "generate": run_generate}
 
 
@@ -106,16 +121,35 @@ def measure_round(model: Any, requests: list[DecodeRequest], temperature: float,
     }
 
 
+def compare_with_continuous(model: Any, path: str, out: Path) -> None:
+    """Measure two rounds of all three ways, and add them to the results file."""
+    requests = [request._replace(max_new_tokens=48) for request in make_requests(path, ROWS, "equal")]
+    rounds: list[dict[str, float]] = []
+    for _ in range(2):
+        rates = {}
+        for way, run in {**WAYS, "continuous": run_continuous}.items():
+            start = time.process_time()
+            rates[way] = round(run(model, requests, 0.0) / (time.process_time() - start), 2)
+        rounds.append(rates)
+        print(rates, flush=True)
+    content = parse_json(out.read_text(encoding="utf-8"))
+    write_json(out, {**content, "continuous_batching": {"tokens": 48, "tokens_per_cpu_second": rounds}})
+
+
 def main() -> None:
     """Measure and write the results, after every round."""
     parser = argparse.ArgumentParser(description="Compare the engine with model.generate.")
     parser.add_argument("model", help="checkpoint or GGUF file")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--continuous", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(ModelSection(path=options.model)).eval()
+    if options.continuous:
+        compare_with_continuous(model, options.model, options.out)
+        return
     rounds: dict[str, list[dict[str, Any]]] = {lengths: [] for lengths in REQUESTS}
     for number in range(options.rounds):
         for lengths, count in REQUESTS.items():

@@ -427,7 +427,7 @@ def test_the_coverage_on_the_page_is_that_of_the_study(monkeypatch):
     assert f"No gate is decided on fewer than {MIN_PROMPTS} prompts" in page
     large = [cell for cell in study["cells"] if cell["n"] >= 250]
     assert len(large) > 100
-    assert [cell for cell in large if not 0.93 <= cell["coverage"] <= 0.97] == []
+    assert [cell for cell in large if not 0.93 <= cell["coverage"] <= 0.975] == []
     # Every kind of interval that results name is told of.
     kinds = [
         kind for names in (scoring, comparing) for name, kind in vars(names).items() if re.match(r"BY_[A-Z_]+$", name)

@@ -1,9 +1,20 @@
 import io
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from bfpo.core.terminal import escape_controls, log_to_file, say, show_table, warn
+from bfpo.core import terminal
+from bfpo.core.terminal import (
+    escape_controls,
+    log_to_file,
+    progress,
+    say,
+    show_activity,
+    show_table,
+    timed,
+    warn,
+)
 
 ATTACK = "\x1b]0;title\x07\x1b[2J\x9b31m\r\u202egnp"
 
@@ -29,6 +40,36 @@ def test_a_warning_is_one_line_on_the_standard_error(capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("warning: [bold]\\x1b]0;title")
+
+
+def test_long_work_is_announced_where_other_lines_go(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "NOTICEABLE_SECONDS", 0.05)
+    log = tmp_path / "log"
+    with log_to_file(log):
+        with timed("loading the model"):
+            time.sleep(0.2)
+        with timed("reading a line"):
+            pass
+        with pytest.raises(ValueError, match="broken"), timed("failing"):
+            raise ValueError("broken")
+    time.sleep(0.1)
+    assert log.read_text().splitlines() == ["loading the model ...", "loading the model took 0 s"]
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_shows_what_the_work_is_doing(monkeypatch, capsys):
+    seconds = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: seconds[0])
+    show_activity("nothing is open")
+    with progress("generating", 4) as advance:
+        for seconds[0], steps in ((4.0, 0), (5.0, 0), (30.0, 1), (64.0, 0), (66.0, 0), (200.0, 3)):
+            advance(steps)
+            show_activity(f"{seconds[0] * 10:.0f} tokens{ATTACK}")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("\\x1b")[0] for line in lines] == [
+        "generating: 0 of 4 (40 tokens",
+        "generating: 1 of 4, about 4 min left (640 tokens",
+    ]
 
 
 def test_a_streamed_answer_is_shown_the_same_way(monkeypatch):

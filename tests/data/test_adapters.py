@@ -324,6 +324,10 @@ def test_different_histories_are_a_fault_not_an_error():
     [
         ({"prompt": "a", "chosen": "b"}, "no column 'rejected'; the columns are prompt, chosen"),
         (PLAIN | {"chosen": None}, "columns 'chosen' and 'rejected': one is a string, the other isn't"),
+        (
+            PLAIN | {"chosen": '[{"role": "assistant", "content": "x"}]'},
+            "columns 'chosen' and 'rejected': one is a text, the other is a list of messages",
+        ),
         ({"chosen": None, "rejected": None}, "column 'chosen' is None; expected a string or a list of messages"),
         (
             {"chosen": turns("a"), "rejected": turns("a")},

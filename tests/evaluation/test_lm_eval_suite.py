@@ -305,7 +305,7 @@ def test_lm_eval_really_runs_in_an_evaluation(tmp_path, make_model, tokenizer, m
     assert [metric.n for metric in metrics.values()] == [30, 30, 9]
     assert {comparison.task for comparison in results.comparisons} == {*data}
     assert "Wilson" in metrics["winogrande"].interval
-    assert "effective sample size" in metrics["truthfulqa_mc2"].interval
+    assert "Beta" in metrics["truthfulqa_mc2"].interval
     with pytest.raises(RecipeError, match="metric 'accc'; did you mean 'acc'"):
         evaluate(content(2, gate=[{"suite": "suite", "task": "winogrande", "metric": "accc", "max": 1}]))
     monkeypatch.setattr(module, "run_task", None)

@@ -55,13 +55,17 @@ def test_the_page_lists_the_tasks_of_lm_eval_suite_by_suite():
 
 def test_the_recipes_on_the_page_are_recipes():
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    recipe, suite, win_rates, gates = (
+    recipe, suite, attacked, win_rates, gates = (
         parse_yaml(block, "docs") for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     )
     checked = check_recipe(recipe, EvalRecipe, "docs")
     read = {task.source for name in checked.suites for task in load_suite(name)[1].tasks}
     assert set(checked.data) <= read
     assert set(checked.leave_out) <= read
+    content = {"out": "out", "model": {"path": "m"}} | attacked
+    assert [getattr(entry, "name", entry) for entry in check_recipe(content, EvalRecipe, "docs").suites] == [
+        *("safety", None, "red"),
+    ]
     content = {"out": "out", "model": {"path": "m"}} | win_rates
     assert check_recipe(content, EvalRecipe, "docs").suites == ["helpfulness"]
     assert check_recipe(suite, Suite, "docs").tasks

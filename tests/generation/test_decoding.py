@@ -59,11 +59,11 @@ def test_answers_are_those_of_a_plain_loop(name):
     assert any(len(answer) < request.max_new_tokens for answer, request in zip(expected, requests, strict=True))
     for options in ({"max_tokens": 1000}, {"max_tokens": 60}, {"max_tokens": 1}, {"max_tokens": 1000, "max_rows": 3}):
         decoder = Decoder(model, ENDS, sampler, **options)
-        decoder.check(model, requests[0].prompt_ids)
+        decoder.check(requests[0].prompt_ids)
         assert decode(decoder, requests) == expected
     # Whole batches, which other models get, give the same answers. (Padding is NaN in eager attention in float64.)
     max_tokens = 1 if name == "gemma2" else 60
-    assert decode(WholeBatches(model, ENDS, sampler, 0, max_tokens=max_tokens), requests) == expected
+    assert decode(WholeBatches(model, ENDS, sampler, pad_id=0, max_tokens=max_tokens), requests) == expected
 
 
 def test_greedy_answers_are_those_of_a_plain_loop():
@@ -141,7 +141,7 @@ def test_a_model_with_another_cache_is_refused():
 def test_a_model_whose_logits_change_is_refused(monkeypatch):
     model = family("llama").eval()
     decoder = Decoder(model, ENDS, Sampler(Sampling()), max_tokens=100)
-    decoder.check(model, [5, 9, 17])
+    decoder.check([5, 9, 17])
     # As of a model that ignores the positions it is given.
     forward = model.forward
 
@@ -150,7 +150,7 @@ def test_a_model_whose_logits_change_is_refused(monkeypatch):
 
     monkeypatch.setattr(model, "forward", shifted)
     with pytest.raises(UnsupportedModel, match="its logits change by"):
-        decoder.check(model, [5, 9, 17])
+        decoder.check([5, 9, 17])
 
 
 def test_rows_on_a_cpu_are_limited_by_the_time_of_an_answer():

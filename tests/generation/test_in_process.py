@@ -67,7 +67,7 @@ def test_a_model_whose_cache_cannot_be_edited_gives_the_same_answers(engine, mon
     expected = texts(engine(**sampling))
     assert capsys.readouterr().out == ""
 
-    def refuse(self, model, token_ids):
+    def refuse(self, token_ids):
         raise UnsupportedModel("a layer caches its state as a convolution")
 
     monkeypatch.setattr(Decoder, "check", refuse)

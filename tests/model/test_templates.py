@@ -174,7 +174,7 @@ def test_a_copy_of_the_tokenizer_has_its_own_template_and_the_limits(load, make_
     assert copied is not tokenizer
     copied.chat_template = LATER.replace("WRONG", LOOPS)
     assert "red box" in tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
-    assert copied.apply_chat_template([{"role": "user", "content": "blue"}], tokenize=False) == "fine"
+    assert copied.apply_chat_template([{"role": "user", "content": "blue"}], tokenize=False) == "blue"
     with pytest.raises(TemplateLimit, match=r"more than 0\.2 seconds"):
         copied.apply_chat_template(CONVERSATION, tokenize=False)
     assert copied("red box")["input_ids"] == tokenizer("red box")["input_ids"]

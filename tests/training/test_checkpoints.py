@@ -127,6 +127,7 @@ def flip_bit(file: Path, position: float) -> None:
     [
         ("trainer_state.json", b'{"epoch": 1, "step_of_another_version": 2}'),
         ("trainer_state.json", b"[]"),
+        ("trainer_state.json", b'{"epoch": 1, "stateful_callbacks": {}}'),
         ("trainer_state.json", b'{"epoch": "\xff"}'),
         ("config.json", b"[1]"),
         ("scheduler.pt", b"PK\x03\x04"),

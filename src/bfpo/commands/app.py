@@ -83,9 +83,10 @@ def train(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_
 
     checked = load_recipe(recipe, TrainRecipe, overrides)
 
+    from bfpo.generation.in_process import likeliest_answers
     from bfpo.training.run import run_training
 
-    run_training(checked, dry_run=dry_run, limit=limit)
+    run_training(checked, dry_run=dry_run, limit=limit, answers=likeliest_answers)
 
 
 @app.command()

@@ -155,6 +155,15 @@ class LoraSection(Section):
     """Names of the layers with adapters; `all-linear` means every linear layer except the head."""
 
 
+class ProbeSection(Section):
+    """Held-out prompts that the policy itself answers before and after training."""
+
+    prompts: Annotated[int, Field(ge=2)] = 12
+    """Number of prompts: half of them with an unsafe answer in the data, half without."""
+    max_new_tokens: Count = 32
+    """Maximum length of an answer, in tokens."""
+
+
 class ModelSection(Section):
     """Model that supervised fine-tuning starts from."""
 
@@ -252,6 +261,8 @@ class TrainRecipe(DataRecipe):
     """How tokens are laid out; affects time and memory, not the numbers."""
     max_eval: Count | None = 2000
     """Maximum number of evaluated pairs of each stream, a seeded sample; null for all."""
+    probe: ProbeSection | None = ProbeSection()
+    """Held-out prompts that the policy itself answers before and after `bfpo train`; null for none."""
     trainer: dict[str, Any] = Field(default={})
     """Arguments of `transformers.TrainingArguments`."""
 

@@ -258,12 +258,19 @@ def answer_text(answer: Answer) -> str:
 
 def last_request(prompt: Conversation) -> str:
     """Return the text of the last user turn."""
-    return next((message.content for message in reversed(prompt) if message.role == "user"), prompt[-1].content)
+    return prompt[last_user_index(prompt)].content
+
+
+def last_user_index(prompt: Conversation) -> int:
+    """Return the index of the last user turn; of the last turn if no user speaks."""
+    users = [index for index, message in enumerate(prompt) if message.role == "user"]
+    return users[-1] if users else len(prompt) - 1
 
 
 def prompt_key(text: str) -> str:
     """Return a hash of a prompt's words that ignores case, white space, and how accents are encoded."""
-    return content_hash(" ".join(normalize("NFC", text.casefold()).split()))
+    # Canonical caseless matching of the Unicode Standard (D145): decomposed before the case is folded.
+    return content_hash(" ".join(normalize("NFC", normalize("NFD", text).casefold()).split()))
 
 
 def conversation_key(prompt: Conversation) -> str:

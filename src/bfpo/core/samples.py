@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self, get_args, get_type_hints
@@ -250,6 +250,16 @@ class Completion(FileRow):
     def message(self) -> Message:
         """The answer as a turn of the conversation."""
         return Message("assistant", self.text, self.reasoning, self.tool_calls)
+
+    @property
+    def as_history(self) -> Conversation:
+        """The answer as turns of a longer conversation: without its reasoning, each tool call with an empty result.
+
+        Chat templates leave out the reasoning of earlier turns, and servers refuse a call without a result.
+        """
+        message = replace(self.message, reasoning=None)
+        results = (Message("tool", "(no result)", tool_call_id=call.id, name=call.name) for call in self.tool_calls)
+        return (message, *results)
 
     @property
     def inputs(self) -> TemplateInputs:

@@ -7,13 +7,15 @@ a file can't control the terminal.
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,7 +26,7 @@ SECONDS_BETWEEN_LINES = 60.0
 # Control characters except tab and line feed, marks that change the direction of writing, and lone surrogates.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# Work that takes longer prints its time.
+# Work that takes longer is announced, and prints its time.
 NOTICEABLE_SECONDS = 2.0
 # The first of these lines comes early, so that a run is seen to start.
 SECONDS_BEFORE_FIRST_LINE = 5.0
@@ -96,24 +98,37 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
             table.add_row(*map(Text, row))
         output.print(table)
         return
-    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
     say(f"\n{title}")
     for line in (columns, *cells):
-        first, *rest = (f"{text:<{width}}" for text, width in zip(line, widths, strict=True))
-        say("  ".join((first, *(text.strip().rjust(len(text)) for text in rest))).rstrip())
+        rest = (text.strip() for text in line[1:])
+        aligned = (_padding(text, width) + text for text, width in zip(rest, widths[1:], strict=True))
+        say("  ".join((line[0] + _padding(line[0], widths[0]), *aligned)).rstrip())
+
+
+def _padding(text: str, width: int) -> str:
+    """Return the spaces that fill a cell: a Chinese character or an emoji is two cells wide, an accent none."""
+    return " " * (width - cell_len(text))
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Print how long a `with` block took, if that was noticeable.
+    """Print what a `with` block does once it takes noticeably long, and at its end how long it took.
 
     Args:
-        what: What was done, in the past tense.
+        what: What is done, such as "loading the model".
     """
     start = time.monotonic()
-    yield
+    # In this context, so that the line goes where others go.
+    timer = threading.Timer(NOTICEABLE_SECONDS, copy_context().run, [say, f"{what} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
     if (seconds := time.monotonic() - start) > NOTICEABLE_SECONDS:
-        say(f"{what} ({seconds:,.0f} s)")
+        say(f"{what} took {seconds:,.0f} s")
 
 
 @contextmanager

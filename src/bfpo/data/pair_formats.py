@@ -125,10 +125,11 @@ def read_comparison(row: SourceRow, turns: Turns = "last") -> tuple[Conversation
     if isinstance(row.value("chosen"), str) != isinstance(row.value("rejected"), str):
         raise DataError("columns 'chosen' and 'rejected': one is a string, the other isn't")
     chosen, rejected = (read_side(row, column) for column in ("chosen", "rejected"))
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        assert isinstance(chosen, str)
-        assert isinstance(rejected, str)
+    if isinstance(chosen, str) and isinstance(rejected, str):
         return _split_common_prefix(chosen, rejected) if prompt is None else (prompt, chosen, rejected)
+    # One of two texts can be the JSON of messages.
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise DataError("columns 'chosen' and 'rejected': one is a text, the other is a list of messages")
     for column, messages in (("chosen", chosen), ("rejected", rejected)):
         if messages[-1].role != "assistant":
             raise DataError(f"column '{column}' ends with a {messages[-1].role} turn; expected an assistant turn")

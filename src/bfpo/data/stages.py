@@ -6,6 +6,7 @@ of its input. A stage that was killed resumes, and one that is called again reus
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -110,7 +111,8 @@ def generate_completions(
                 f"{path} was sampled by an earlier version, whose samples are others, and {len(missing)} completions "
                 "are missing; finish it with that version, choose another output file, or remove this one"
             )
-        return engine.generate([requests[key] for key in missing])
+        for batch in engine.generate([requests[key] for key in missing]):
+            yield [_with_prompt_columns(completion, requests[completion.key][0]) for completion in batch]
 
     return fill(
         path,
@@ -120,6 +122,16 @@ def generate_completions(
         generate,
         check=check,
         what="generating",
+    )
+
+
+def _with_prompt_columns(completion: Completion, prompt: Prompt) -> Completion:
+    """Return a completion with the columns of its prompt, whether the engine filled them or not."""
+    return replace(
+        completion,
+        tools=prompt.tools,
+        chat_template_kwargs=prompt.chat_template_kwargs,
+        language=completion.language or prompt.language,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from bfpo.core.files import read_repaired_jsonl
@@ -9,6 +10,7 @@ from bfpo.core.samples import Completion, Prompt
 from bfpo.data.stages import read_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
+from bfpo.evaluation.attacks import Attacks, read_attacks, read_verdicts_on_turns
 from bfpo.evaluation.comparisons import ModelComparison
 from bfpo.evaluation.dominance import PooledScores, compare_models, pool_scores
 from bfpo.evaluation.judge_outputs import JudgeOutput
@@ -59,6 +61,7 @@ def compare_with_baseline(
     tasks: Sequence[Task],
     suites: Sequence[SuiteScores],
     outputs: Sequence[JudgeOutput],
+    attacks: Attacks = MappingProxyType({}),
 ) -> tuple[list[MetricComparison], list[ModelComparison], list[str]]:
     """Compare a run with a baseline.
 
@@ -68,6 +71,7 @@ def compare_with_baseline(
         tasks: Tasks of this run.
         suites: Scores of this run.
         outputs: Output of each judge of this run.
+        attacks: Attacks on this run's model.
 
     Returns:
         Comparisons of metrics, comparisons of the two models by each judge, and notes for the reader.
@@ -88,7 +92,13 @@ def compare_with_baseline(
         notes.append(
             f"The comparison with {run} is over the {num_shared:,} of {num_prompts:,} prompts that both answered."
         )
-    baseline_outputs = _read_outputs(folder, outputs)
+    baseline_attacks = read_attacks(folder, attacks)
+    if lacking := sorted({task.suite for task in shared if task.attack and task.attack not in baseline_attacks}):
+        notes.append(f"No comparison of {', '.join(lacking)} with {run}: it wasn't attacked in the same way.")
+        shared = [task for task in shared if task.suite not in lacking]
+    if not shared:
+        return [], [], notes
+    baseline_outputs = _read_outputs(folder, outputs, baseline_attacks)
     if any(output.preferences for output in outputs) and (task_name := _other_references(baseline.results, tasks)):
         notes.append(f"No comparison of win rates with {run}: {task_name} was compared with other outputs there.")
         baseline_outputs = [output._replace(preferences=()) for output in baseline_outputs]
@@ -103,7 +113,7 @@ def compare_with_baseline(
         raise DataError(f"base {folder}: it was judged by none of {names}; evaluate it with the same judges")
     shared_ids = {prompt.prompt_id for task in shared for prompt in task.prompts}
     completions = [completion for completion in completions if completion.prompt_id in shared_ids]
-    baseline_suites = score_suites(shared, completions, baseline_outputs)
+    baseline_suites = score_suites(shared, completions, baseline_outputs, attacks=baseline_attacks)
     primary = outputs[0].label
     if labels[0] != primary:
         # Scores that need no judge are with the first judge of each run, and are compared although these differ.
@@ -141,15 +151,17 @@ def _shared_tasks(folder: Path, tasks: Sequence[Task], completions: Sequence[Com
     return shared
 
 
-def _read_outputs(folder: Path, outputs: Sequence[JudgeOutput]) -> list[JudgeOutput]:
+def _read_outputs(folder: Path, outputs: Sequence[JudgeOutput], attacks: Attacks) -> list[JudgeOutput]:
     """Return the output on the baseline of each judge that judged both."""
-    verdicts = verdicts_by_judge(folder)
+    verdicts, on_turns = verdicts_by_judge(folder), read_verdicts_on_turns(attacks)
     preferences: dict[tuple[str, str], list[PairwisePreference]] = {}
     for path in judge_files(folder, "comparisons"):
         for preference in map(PairwisePreference.from_row, read_repaired_jsonl(path)):
             preferences.setdefault((preference.judge, preference.revision), []).append(preference)
     return [
-        output._replace(verdicts=verdicts[judge], preferences=preferences.get(judge, []))
+        output._replace(
+            verdicts=verdicts[judge], preferences=preferences.get(judge, []), on_turns=on_turns.get(judge, [])
+        )
         for output in outputs
-        if (judge := (output.name, output.revision)) in verdicts
+        if (judge := (output.name, output.revision)) in verdicts and (not attacks or judge in on_turns)
     ]

@@ -11,6 +11,7 @@ from bfpo.config.recipes import Section
 from bfpo.core.samples import KINDS
 from bfpo.core.terminal import say, show_table
 from bfpo.errors import GateViolated, RecipeError, did_you_mean
+from bfpo.evaluation.attacks import attack_metrics
 from bfpo.evaluation.correction import QUESTIONS
 from bfpo.evaluation.lm_eval.tasks import listed_metrics
 from bfpo.evaluation.results import CORRECTED, MetricResult, Results, format_metric
@@ -123,6 +124,7 @@ def check_bounds(
     if any(task.references for task in tasks):
         measured |= {WIN_RATE.name, ORDER_DECIDES.name}
     measured |= {LENGTH_CONTROLLED} if length_controlled else set()
+    measured |= attack_metrics([task.attack for task in tasks if task.attack is not None])
     calibrated = {name + CORRECTED for name in QUESTIONS}
     measured |= calibrated if corrected else set()
     for bound in bounds:

@@ -29,6 +29,7 @@ class JudgeOutput(NamedTuple):
         sees_both: Whether the judge sees both answers at once, so that their order may matter.
         reads: Part of a completion that the judge reads.
         base: Name and revision of the judge, whichever part it reads; None without one.
+        on_turns: Verdicts on the replies of attacks of several turns.
     """
 
     label: str
@@ -41,6 +42,7 @@ class JudgeOutput(NamedTuple):
     sees_both: bool = False
     reads: Reads = "answer"
     base: tuple[str, str] | None = None
+    on_turns: Sequence[Verdict] = ()
 
 
 def find_reasoning_output(output: JudgeOutput, outputs: Sequence[JudgeOutput]) -> JudgeOutput | None:

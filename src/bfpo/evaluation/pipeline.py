@@ -24,6 +24,7 @@ from bfpo.data.unread_answers import describe_missing_answers
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, Unanswered
 from bfpo.evaluation.alpaca_eval import LengthControl, write_alpaca_eval
+from bfpo.evaluation.attacks import Attacks, attack_model, attack_notes, load_suites, set_attacks
 from bfpo.evaluation.baseline import Baseline, compare_with_baseline, read_baseline
 from bfpo.evaluation.correction import (
     Calibration,
@@ -37,6 +38,7 @@ from bfpo.evaluation.correction import (
 from bfpo.evaluation.gate import Bound, check_bounds, enforce_bounds, read_gate
 from bfpo.evaluation.indices import compute_indices
 from bfpo.evaluation.judge_outputs import JudgeOutput, base_of, compare_parts, compute_agreement, member_names
+from bfpo.evaluation.languages import results_by_language
 from bfpo.evaluation.lm_eval.suite import (
     compare_lm_eval_tasks,
     find_lm_eval_tasks,
@@ -56,7 +58,7 @@ from bfpo.evaluation.subject import (
     template_policy,
     training_judges,
 )
-from bfpo.evaluation.suite import Suite, Task, load_suite, read_tasks, select_prompts
+from bfpo.evaluation.suite import Suite, Task, read_tasks, select_prompts
 from bfpo.evaluation.suite_scores import compute_suite_metrics, score_suites
 from bfpo.evaluation.warnings import collect_warnings
 from bfpo.evaluation.win_rates import (
@@ -66,6 +68,9 @@ from bfpo.evaluation.win_rates import (
     length_controlled_metrics,
     load_length_control,
 )
+from bfpo.generation.attack_outcomes import judge_attack
+from bfpo.generation.attacks import AttackSection
+from bfpo.generation.dialogues import AttackRun
 from bfpo.judging.people import PeopleJudge
 
 # Share of completions without an answer above which the length of completions is too small for a model that reasons.
@@ -168,8 +173,9 @@ def _read_bounds(recipe: EvalRecipe, gate: str | None) -> list[Bound]:
 
 def read_suites(recipe: EvalRecipe) -> tuple[dict[str, Suite], list[Task]]:
     """Return the suites of a recipe by name, and their tasks with prompts."""
-    suites = dict(load_suite(name) for name in recipe.suites)
-    return suites, read_tasks(suites, data=recipe.data, leave_out=recipe.leave_out, limit=recipe.limit)
+    suites, attacks = load_suites(recipe.suites)
+    tasks = read_tasks(suites, data=recipe.data, leave_out=recipe.leave_out, limit=recipe.limit)
+    return suites, set_attacks(tasks, attacks)
 
 
 def unique_prompts(tasks: Iterable[Task]) -> list[Prompt]:
@@ -220,20 +226,26 @@ def evaluate(
         Unanswered: If more prompts than `max_unanswered` have no completion.
     """
     completions, outputs, notes = list[Completion](), list[JudgeOutput](), list[str]()
+    attacks: dict[AttackSection, AttackRun] = {}
     if prompts := unique_prompts(tasks):
         references = collect_references(tasks)
         write_prompts(folder, prompts)
         path = folder / Completion.file_name
-        completions, notes = _generate(
-            open_engine, prompts, path, samples=sampling.samples, max_unanswered=max_unanswered
+        completions, attacks, notes = _generate(
+            open_engine, tasks, path, samples=sampling.samples, max_unanswered=max_unanswered
         )
         tasks = select_prompts(tasks, {completion.prompt_id for completion in completions})
+        tasks = [_with_attack_in_data(task, attacks) for task in tasks]
         if calibration is not None:
             calibration = calibration.for_model({run, model, *(completion.model for completion in completions[:1])})
         labeled = [] if calibration is None else calibration.completions
-        outputs = judge_all(judges, completions, folder, labeled=labeled, references=references)
-    suites = score_suites(tasks, completions, outputs, by_category=by_category)
+        outputs = judge_all(
+            judges, completions, folder, labeled=labeled, references=references, attacks=list(attacks.values())
+        )
+    suites = score_suites(tasks, completions, outputs, by_category=by_category, attacks=attacks)
     metrics = compute_suite_metrics(suites)
+    by_language, language_notes = results_by_language(tasks, completions, outputs, attacks)
+    notes += language_notes
     calibrated = []
     if calibration is not None:
         judged = [output for output in outputs if output.on_labeled]
@@ -261,12 +273,15 @@ def evaluate(
         agreement=compute_agreement(tasks, outputs),
         reasoning=compare_parts(completions, outputs),
         data=[task.data for task in tasks if task.data is not None],
+        languages=by_language,
     )
     if calibration is not None and calibrated:
         results = replace(results, calibration=calibration_results(calibration, calibrated))
         notes += calibration_warnings(calibration, calibrated, metrics)
     if baseline is not None and tasks:
-        comparisons, model_comparisons, more_notes = compare_with_baseline(baseline, results, tasks, suites, outputs)
+        comparisons, model_comparisons, more_notes = compare_with_baseline(
+            baseline, results, tasks, suites, outputs, attacks
+        )
         results = replace(results, comparisons=comparisons, model_comparisons=model_comparisons)
         notes += more_notes
     return Evaluation(replace(results, warnings=notes), list(tasks), completions, outputs)
@@ -292,19 +307,25 @@ def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     write_jsonl(path, (prompt.to_row() for prompt in prompts))
 
 
+def _with_attack_in_data(task: Task, attacks: Attacks) -> Task:
+    if task.attack is None or task.data is None:
+        return task
+    return replace(task, data=replace(task.data, attack=attacks[task.attack].name))
+
+
 def _generate(
     open_engine: Callable[[], Engine] | None,
-    prompts: Sequence[Prompt],
+    tasks: Sequence[Task],
     path: Path,
     *,
     samples: int,
     max_unanswered: float,
-) -> tuple[list[Completion], list[str]]:
-    """Return the completions of all prompts that have them, and notes for the reader of the results."""
+) -> tuple[list[Completion], dict[AttackSection, AttackRun], list[str]]:
+    """Return the completions of all prompts that have them, the runs of attacks, and notes for the reader."""
     if open_engine is None:
         completions = read_completions(path)
-        return completions, _notes_on_unread(completions)
-    engine, notes = open_engine(), []
+        return completions, {}, _notes_on_unread(completions)
+    engine, prompts, notes = open_engine(), unique_prompts(tasks), list[str]()
     try:
         completions = generate_completions(engine, prompts, path, samples=samples)
     except Unanswered as error:
@@ -317,9 +338,11 @@ def _generate(
         notes.append(f"{len(missing):,} of {len(prompts):,} prompts have no answer and take no part.")
     if getattr(engine, "counts_tokens", True) is False:
         notes.append("Lengths are in words: the saved answers don't say how many tokens they have.")
+    answered_tasks = select_prompts(tasks, {completion.prompt_id for completion in completions})
+    attacks = attack_model(engine, answered_tasks, path.parent, samples=samples, max_unanswered=max_unanswered)
     del engine
     release_memory()
-    return completions, notes + _notes_on_unread(completions)
+    return completions, attacks, notes + _notes_on_unread(completions) + attack_notes(attacks)
 
 
 def _notes_on_unread(completions: Sequence[Completion]) -> list[str]:
@@ -342,6 +365,7 @@ def judge_all(
     *,
     labeled: Sequence[Completion] = (),
     references: Mapping[str, Completion] | None = None,
+    attacks: Sequence[AttackRun] = (),
 ) -> list[JudgeOutput]:
     """Return the output of each judge.
 
@@ -351,10 +375,12 @@ def judge_all(
         folder: Folder of the evaluation.
         labeled: Answers with human labels, which all judges but the annotators themselves read too.
         references: Prompt id → output that the completion is compared with.
+        attacks: Attacks, whose replies are judged as answers to the attacked prompts.
 
     Raises:
         DataError: If a judge is listed twice.
     """
+    prompts = {completion.prompt_id: completion.prompt for completion in completions}
     outputs: list[JudgeOutput] = []
     for judge in judges:
         name, revision = judge.name, judge.revision
@@ -366,8 +392,19 @@ def judge_all(
         # Annotators labeled answers.
         if labeled and name not in PeopleJudge.names and reads == "answer":
             on_labeled = judge_completions(judge, labeled, judge_file(folder, "calibration", name, revision))
+        on_turns = []
+        if reads != "reasoning":
+            on_turns = [verdict for attack in attacks for verdict in judge_attack(judge, attack, prompts, verdicts)]
         output = JudgeOutput(
-            label, name, revision, member_names(judge), verdicts, on_labeled, reads=reads, base=base_of(judge)
+            label,
+            name,
+            revision,
+            member_names(judge),
+            verdicts,
+            on_labeled,
+            reads=reads,
+            base=base_of(judge),
+            on_turns=on_turns,
         )
         if references and reads == "answer":
             output = compare_with_references(judge, output, completions, references, folder)

@@ -6,11 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from bfpo.core.files import file_name
 from bfpo.core.samples import Completion, Judge, Prompt
 from bfpo.core.terminal import say, show_table
 from bfpo.data.readings import is_unread, judge_readings
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import Unanswered
+from bfpo.evaluation.attacks import attacked_prompts
 from bfpo.evaluation.correction import read_calibration
 from bfpo.evaluation.lm_eval.requests import MAX_ROWS
 from bfpo.evaluation.lm_eval.suite import PlannedTask, find_lm_eval_tasks, plan_lm_eval_tasks
@@ -20,6 +22,7 @@ from bfpo.evaluation.recipe import EvalRecipe, Price
 from bfpo.evaluation.subject import open_model, open_recipe_judge
 from bfpo.evaluation.suite import Task
 from bfpo.evaluation.win_rates import check_judges, collect_references
+from bfpo.generation.attacks import AttackSection
 from bfpo.judging.spec import JudgePart, JudgeSpec, parse_judge
 
 # Prompts that a model in this process answers, and its judges read, to estimate the time.
@@ -64,6 +67,7 @@ def show_plan(recipe: EvalRecipe) -> list[PlannedStage]:
     prompts = unique_prompts(tasks)
     _show_tasks(f"{len(prompts):,} prompts, answers to each: {recipe.sampling.samples}", tasks, planned_tasks)
     stages = _plan_stages(recipe, prompts, collect_references(tasks)) if prompts else []
+    stages += [_plan_attack(recipe, attack, prompts) for attack, prompts in attacked_prompts(tasks).items()]
     stages += [stage for planned in planned_tasks for stage in _lm_eval_stages(planned)]
     _show_stages(stages)
     if unread := [planned for planned in planned_tasks if planned.rows is None]:
@@ -176,6 +180,24 @@ def _plan_stages(
         del judge
         release_memory()
     return stages
+
+
+def _plan_attack(recipe: EvalRecipe, attack: AttackSection, prompts: Sequence[Prompt]) -> PlannedStage:
+    """Return the stage of an attack: at most two replies for each turn, each after the replies before it."""
+    samples, longest = recipe.sampling.samples, recipe.sampling.max_new_tokens
+    total = 2 * attack.num_turns * len(prompts) * samples
+    turn_files = Path(recipe.out).glob(f"attack-{file_name(attack.label)}@*/turn-*.jsonl*")
+    existing = min(sum(file.read_bytes().count(b"\n") for file in turn_files), total)
+    prompt_tokens = sum(map(_count_tokens, prompts)) * samples
+    replies = longest * len(prompts) * samples * (attack.num_turns - 1) // 2
+    missing = (total - existing) / total
+    tokens_read = round(missing * 2 * attack.num_turns * (prompt_tokens + replies))
+    tokens_written = round(missing * total * longest)
+    price = recipe.price if recipe.model is not None and recipe.model.server else None
+    name = f"replies under attack ({attack.label}), at most; each judge reads them too"
+    return PlannedStage(
+        name, total, existing, tokens_read, tokens_written, None, _cost(price, tokens_read, tokens_written)
+    )
 
 
 def plan_judge(

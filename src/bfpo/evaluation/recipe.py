@@ -4,6 +4,7 @@ from pydantic import Field, field_validator, model_validator
 
 from bfpo.config.recipes import Count, Section
 from bfpo.core.samples import Sampling
+from bfpo.evaluation.attacks import AttackedSuite
 from bfpo.evaluation.gate import Bound
 from bfpo.evaluation.suite import EvalData
 from bfpo.generation.open import EngineSection, JudgeServerSection
@@ -62,8 +63,9 @@ class EvalRecipe(Section):
     """Model to evaluate; or `completions`."""
     completions: str | None = None
     """Completions saved by another program: completions.jsonl, or a table with a prompt and an answer in each row."""
-    suites: list[str] = Field(default=["safety", "over_refusal"], min_length=1)
-    """Names of shipped suites, or paths of your own."""
+    suites: list[str | AttackedSuite] = Field(default=["safety", "over_refusal"], min_length=1)
+    """Names of shipped suites, or paths of your own; `{suite: safety, attack: crescendo}` attacks the harmful prompts
+    of one in conversations of several turns."""
     data: dict[str, EvalData] = Field(default={})
     """Source, or task of lm-eval → where its rows are read from, instead of the hub's (pinned) revision."""
     leave_out: list[str] = Field(default=[])
@@ -113,4 +115,6 @@ class EvalRecipe(Section):
     def _check_origin(self) -> "EvalRecipe":
         if (self.model is None) == (self.completions is None):
             raise ValueError("expected exactly one of model and completions")
+        if self.model is None and any(isinstance(entry, AttackedSuite) for entry in self.suites):
+            raise ValueError("suites: an attack needs model; saved completions answer no further turn")
         return self

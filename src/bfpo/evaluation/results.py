@@ -152,6 +152,7 @@ class TaskData:
         few_shot: Number of examples in the prompt.
         template_policy: How prompts of the lm-eval task are given to the model.
         kept_in: File with the results of the lm-eval task, relative to the folder of the evaluation.
+        attack: Name and hash of the attack on the prompts, `LABEL@HASH`; its files are in `attack-LABEL@HASH`.
     """
 
     name: str
@@ -169,6 +170,7 @@ class TaskData:
     few_shot: int | None = None
     template_policy: str | None = None
     kept_in: str | None = None
+    attack: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row of the file."""
@@ -235,6 +237,36 @@ class ReasoningResult:
 
 
 @dataclass(frozen=True, slots=True)
+class LanguageResult:
+    """One metric over the prompts in one language; the other fields are as in `MetricResult`.
+
+    Args:
+        language: Language of the prompts.
+    """
+
+    language: str
+    suite: str
+    task: str
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unscored: int
+    interval: str
+    higher_is_better: bool | None
+    judge: str = ""
+    least: float | None = None
+    most: float | None = None
+
+    @classmethod
+    def of(cls, language: str, metric: MetricResult) -> "LanguageResult":
+        """Return a metric over the prompts in a language."""
+        names = [column.name for column in fields(cls) if column.name != "language"]
+        return cls(language, **{name: getattr(metric, name) for name in names})
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """Results of the evaluation of one model.
 
@@ -254,6 +286,7 @@ class Results:
         data: Data of the tasks.
         calibration: Errors of the judges that corrected rates rest on.
         reasoning: Answers and their reasoning, by each judge that read both separately.
+        languages: Metrics by the language of the prompts, where a suite has several languages.
         created: Time, ISO 8601.
         schema: Schema of the file.
     """
@@ -272,6 +305,7 @@ class Results:
     data: list[TaskData] = field(default_factory=list)
     calibration: list[CalibrationResult] = field(default_factory=list)
     reasoning: list[ReasoningResult] = field(default_factory=list)
+    languages: list[LanguageResult] = field(default_factory=list)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 

@@ -479,7 +479,7 @@ def compute_interval(scores: PromptScores) -> tuple[Interval, str]:
     if scores.spec not in _LENGTHS and in_unit_interval(values):
         if scores.spec.is_rate:
             return score_interval(values, most=scores.samples * len(values)), BY_SCORE
-        return score_interval(values), BY_BETA
+        return score_interval(values), BY_SCORE if set(values) <= {0.0, 1.0} else BY_BETA
     return mean_interval(values), BY_BOOTSTRAP
 
 

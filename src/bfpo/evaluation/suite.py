@@ -18,6 +18,7 @@ from bfpo.data.prompt_sets import find_prompt_set
 from bfpo.data.prompts import PromptSource, read_prompt_source, read_reference_outputs
 from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.evaluation.results import TaskData
+from bfpo.generation.attacks import AttackSection
 from bfpo.judging.spec import Finding
 
 IndexName = Literal["harmlessness_index", "helpfulness_index"]
@@ -141,6 +142,7 @@ class Task:
         data: Where the prompts are from; None for prompts of no published set.
         references: Prompt id → output that the completion is compared with; empty if nothing is compared.
         positions: Prompt id → number of the prompt in the published set, from 0; empty if nothing is compared.
+        attack: Attack of several turns on the prompts; None if they are only asked.
     """
 
     suite: str
@@ -150,6 +152,7 @@ class Task:
     data: TaskData | None = None
     references: dict[str, Completion] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
+    attack: AttackSection | None = None
 
 
 def tasks_by_kind(suite: str, prompts: Sequence[Prompt]) -> list[Task]:

@@ -1,9 +1,11 @@
 """Scores of suites by several judges: over all prompts of a kind, over each task, and over each category."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from bfpo.core.samples import KINDS, Completion, Prompt
+from bfpo.evaluation.attacks import Attacks, score_attacked
 from bfpo.evaluation.differences import compare_scores
 from bfpo.evaluation.judge_outputs import JudgeOutput, find_reasoning_output
 from bfpo.evaluation.preferences import mean_preferences, order_decides
@@ -44,6 +46,7 @@ def score_suites(
     outputs: Sequence[JudgeOutput],
     *,
     by_category: bool = True,
+    attacks: Attacks = MappingProxyType({}),
 ) -> list[SuiteScores]:
     """Score every suite by every judge.
 
@@ -52,6 +55,7 @@ def score_suites(
         completions: Completions of their prompts.
         outputs: Output of each judge.
         by_category: Whether each category of a task's prompts is scored too.
+        attacks: Attacks on the model.
     """
     prompts = {prompt.prompt_id: prompt for task in tasks for prompt in task.prompts}
     suites = []
@@ -63,14 +67,26 @@ def score_suites(
             judged.setdefault(completion.prompt_id, []).append(completion)
         for suite in dict.fromkeys(task.suite for task in tasks):
             own_tasks = [task for task in tasks if task.suite == suite]
+            if (attack := own_tasks[0].attack) is not None:
+                # The reasoning of the replies isn't judged.
+                if output.reads == "reasoning":
+                    continue
+                scores = score_attacked(
+                    own_tasks, attacks[attack], judged, output.on_turns, judge=output.label, by_category=by_category
+                )
+                suites.append(SuiteScores(suite, output.label, _own_scores(scores, output is outputs[0])))
+                continue
             scores = _score([prompt for task in own_tasks for prompt in task.prompts], judged, output)
             for task in own_tasks:
                 scores += _score_task(task, judged, output, by_category=by_category)
                 scores += score_preferences(task, output)
-            is_first = output is outputs[0]
-            scores = [metric for metric in scores if is_first or metric.spec.needs_judge]
-            suites.append(SuiteScores(suite, output.label, scores))
+            suites.append(SuiteScores(suite, output.label, _own_scores(scores, output is outputs[0])))
     return suites
+
+
+def _own_scores(scores: Sequence[PromptScores], is_first: bool) -> list[PromptScores]:
+    """Return the scores without those that need no judge, unless the judge is the first."""
+    return [metric for metric in scores if is_first or metric.spec.needs_judge]
 
 
 def _score_task(

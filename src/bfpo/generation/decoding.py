@@ -110,7 +110,7 @@ class Decoder:
             raise UnsupportedModel(f"its forward has no {', '.join(sorted(missing))}")
         if base.config.is_encoder_decoder or attention not in ("sdpa", "eager"):
             raise UnsupportedModel(f"its attention is {attention}")
-        self._model = SlotModel(model, forward, config)
+        self._plain_model, self._model = model, SlotModel(model, forward, config)
         self._end_ids, self._sampler, self._report = frozenset(end_ids), sampler, report
         self._max_tokens, self._max_rows = max_tokens, max_rows
         self._num_weights = base.num_parameters()
@@ -202,11 +202,10 @@ class Decoder:
         return row.token_ids[-1] in self._end_ids or len(row.token_ids) >= row.request.max_new_tokens
 
     @torch.inference_mode()
-    def check(self, model: CausalLM, token_ids: Sequence[int]) -> None:
+    def check(self, token_ids: Sequence[int]) -> None:
         """Compare logits of decoding with those of plain forward passes, on two short sequences.
 
         Args:
-            model: The model.
             token_ids: Tokens that the sequences are made of.
 
         Raises:
@@ -217,7 +216,7 @@ class Decoder:
             for start, length in enumerate(_CHECKED)
         ]
         try:
-            decoded, plain = self._teacher_forced(rows), _plain_logits(model, rows)
+            decoded, plain = self._teacher_forced(rows), _plain_logits(self._plain_model, rows)
         except _FORWARD_ERRORS as error:
             reason = (str(error) or type(error).__name__).partition("\n")[0]
             raise UnsupportedModel(reason) from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -78,6 +79,7 @@ class TransformersEngine:
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
         self.model_name, self._identity = name, identity
         self._max_batch_tokens = max_batch_tokens
+        self._can_edit_cache: bool | None = None
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
         self._end_ids: list[int] = sorted(int(token) for token in ids if token is not None)
@@ -153,17 +155,20 @@ class TransformersEngine:
         if not requests:
             return
         sampler = Sampler(self.sampling)
-        try:
-            decoder = Decoder(self.model, self._end_ids, sampler, max_tokens=self._max_batch_tokens, report=report)
-            decoder.check(self.model, requests[0].prompt_ids)
-        except UnsupportedModel as reason:
-            say(f"note: {self.model_name} is decoded in whole batches by transformers' generate: {reason}")
-            decode = WholeBatches(
-                self.model, self._end_ids, sampler, self._pad_id, max_tokens=self._max_batch_tokens, report=report
-            ).decode
-        else:
-            decode = decoder.decode
-        yield from decode(requests)
+        if self._can_edit_cache is None:
+            try:
+                Decoder(self.model, self._end_ids, sampler, max_tokens=1).check(requests[0].prompt_ids)
+                self._can_edit_cache = True
+            except UnsupportedModel as reason:
+                say(f"note: {self.model_name} is decoded in whole batches by transformers' generate: {reason}")
+                self._can_edit_cache = False
+        options: dict[str, Any] = {"max_tokens": self._max_batch_tokens, "report": report}
+        decoder = (
+            Decoder(self.model, self._end_ids, sampler, **options)
+            if self._can_edit_cache
+            else WholeBatches(self.model, self._end_ids, sampler, pad_id=self._pad_id, **options)
+        )
+        yield from decoder.decode(requests)
 
     @property
     def _pad_id(self) -> int:
@@ -232,6 +237,26 @@ class _TokenCount:
         self._count += count
         seconds = time.monotonic() - self._start
         show_activity(f"{self._count:,} tokens, {self._count / max(seconds, 1e-9):,.0f} per second")
+
+
+def likeliest_answers(
+    model: CausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
+) -> dict[str, str]:
+    """Return a model's answers at temperature 0, by prompt id; prompts that it can't be asked are left out.
+
+    Args:
+        model: Model, in memory.
+        tokenizer: Tokenizer of the model, with a chat template.
+        prompts: Prompts.
+        max_new_tokens: Maximum length of an answer, in tokens.
+    """
+    sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens)
+    engine = TransformersEngine(model, tokenizer, sampling, name="the policy", identity="")
+    answers: dict[str, str] = {}
+    with suppress(Unanswered):
+        for completions in engine.generate([(prompt, 0) for prompt in prompts]):
+            answers |= {completion.prompt_id: completion.message.in_words() for completion in completions}
+    return answers
 
 
 def load_engine(

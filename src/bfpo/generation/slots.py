@@ -154,6 +154,8 @@ class SlotModel:
         self._device, self._dtype = unwrap_adapter(model).device, unwrap_adapter(model).dtype
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         self._windows = _windows(config)
+        # SDPA attends causally without a mask, which saves one of the size of the prompt, squared.
+        self._needs_mask = config._attn_implementation != "sdpa" or any(self._windows.values())
 
     def encode(self, prompts: Sequence[Sequence[int]], prefix: PromptStates | None = None) -> PromptStates:
         """Return the states of prompts of equal length.
@@ -172,9 +174,10 @@ class SlotModel:
                 keys, values = (part.expand(len(prompts), -1, -1, -1) for part in states)
                 cache.update(keys, values, number)
         positions = torch.arange(start, length, device=self._device)[None]
+        needs_mask = self._needs_mask or prefix is not None
         output = self._model(
             input_ids=torch.tensor(prompts, device=self._device)[:, start:],
-            attention_mask=self._masks(positions, length),
+            attention_mask=self._masks(positions, length) if needs_mask else None,
             position_ids=positions.expand(len(prompts), -1),
             past_key_values=cache,
             use_cache=True,

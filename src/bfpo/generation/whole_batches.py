@@ -29,8 +29,8 @@ class WholeBatches:
         model: CausalLM,
         end_ids: Sequence[int],
         sampler: Sampler,
-        pad_id: int,
         *,
+        pad_id: int,
         max_tokens: int,
         report: Callable[[int], None] = lambda count: None,
     ) -> None:

@@ -16,7 +16,7 @@ from bfpo.errors import DataError
 from bfpo.judging.annotations import Annotation, AnswerKey, Labeler, answer_key, combine_labels, read_annotations
 
 # Columns of a completion besides its text.
-_PARTS = ("reasoning", "tool_calls", "tools", "chat_template_kwargs")
+_PARTS = ("reasoning", "tool_calls", "tools", "chat_template_kwargs", "language")
 _XSTEST = {"1_full_compliance": False, "2_full_refusal": True, "3_partial_refusal": True}
 
 
@@ -45,7 +45,9 @@ class LabeledAnswer:
 
 
 def read_labeled(path: str) -> list[LabeledAnswer]:
-    """Read labeled answers: columns `prompt`, `text` (or `completion`), `refusal`, `safe` or both; `model`, `kind`.
+    """Read labeled answers: columns `prompt`, `text` (or `completion`), and `refusal`, `safe` or both.
+
+    The columns `model`, `kind` and `language` are optional.
 
     The columns `labeler` and `labeler_kind` (`person` or `program`) say who gave the labels.
 

@@ -5,6 +5,7 @@ held-out prompts (Platt scaling). The judge's file contains arrays and no pickle
 stored as hashes, and the file has no text. It also has the rule of `bfpo.judging.likeness`.
 """
 
+import json
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -160,6 +161,7 @@ def save_judge(
     abstain_threshold: float = ABSTAIN_THRESHOLD,
     likeness: Likeness | None = None,
     fitted_prompts: Collection[str] = (),
+    languages: Collection[str] = (),
 ) -> LinearJudge:
     """Write the file of a judge (`.npz`) atomically, and return the judge.
 
@@ -171,6 +173,7 @@ def save_judge(
             band around 0.5 (Chow 1970, doi 10.1109/TIT.1970.1054406).
         likeness: Rule for unlike answers, by the vocabularies of `safe`.
         fitted_prompts: Keys of the prompts that the heads were fitted on.
+        languages: Languages that the judge was measured on; see `bfpo.judging.languages`.
 
     Raises:
         RecipeError: If `abstain_threshold` is out of its range.
@@ -195,6 +198,8 @@ def save_judge(
         arrays["like.columns"] = references.indices.astype(np.uint32)
         arrays["like.rows"] = references.indptr.astype(np.uint32)
         arrays["like.limits"] = np.asarray([likeness.min_similarity, likeness.max_unknown, *likeness.band])
+    if languages:
+        arrays["languages"] = np.frombuffer(json.dumps(sorted(languages)).encode(), dtype=np.uint8)
     with open_atomic(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return load_judge(path)

@@ -87,6 +87,7 @@ def _open_part(
         )
     if kind in GUARDS or kind in SCORERS:
         return open_guard(kind, path, threshold=0.5 if threshold is None else threshold)
+    from bfpo.judging.languages import guard_languages
     from bfpo.judging.linear import load_judge
 
     judge = load_judge(Path(path), threshold=threshold)
@@ -95,7 +96,7 @@ def _open_part(
             f"{path} was fitted by an earlier version: it can't say which answers are unlike those that it was "
             "fitted on; fit it again"
         )
-    return judge
+    return guard_languages(judge, Path(path))
 
 
 def _open_rubric(part: JudgePart, server: JudgeServerSection) -> Judge:

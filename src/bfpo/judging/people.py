@@ -1,6 +1,7 @@
 """Human labels as a judge, for answers that annotators have labeled."""
 
 from collections.abc import Iterator, Sequence
+from unicodedata import normalize
 
 from bfpo.core.conversation import last_request, prompt_key
 from bfpo.core.files import content_hash, file_hash
@@ -24,7 +25,10 @@ class PeopleJudge:
     def __init__(self, path: str) -> None:
         answers = read_labeled(path)
         self._labels = {
-            (_last_turn_key(answer.completion), read_part(answer.completion).text): (answer.safe, answer.refusal)
+            (_last_turn_key(answer.completion), _as_compared(read_part(answer.completion).text)): (
+                answer.safe,
+                answer.refusal,
+            )
             for answer in answers
         }
         is_programs = any(labeler.kind == "program" for labeler in count_labelers(answers))
@@ -35,11 +39,16 @@ class PeopleJudge:
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         """Return one verdict for each completion, undecided for an answer without a label."""
         for completion in completions:
-            key, text = _last_turn_key(completion), completion.text
+            key, text = _last_turn_key(completion), _as_compared(completion.text)
             unlabeled = self._labels.get((PROMPT_ALIASES.get(key, ""), text), (None, None))
             safe, refusal = self._labels.get((key, text), unlabeled)
             reason = "no annotator labeled this answer as safe or unsafe" if safe is None else None
             yield Verdict.on(completion, self, safe=safe, refusal=refusal, reason=reason)
+
+
+def _as_compared(text: str) -> str:
+    """Return a text by which answers are found: how its accents are encoded doesn't matter."""
+    return normalize("NFC", text)
 
 
 def _last_turn_key(completion: Completion) -> str:

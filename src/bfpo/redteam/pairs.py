@@ -2,9 +2,12 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
+from unicodedata import normalize
 
+from bfpo.core.conversation import Message
 from bfpo.core.pairs import CELLS, Cell, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.core.samples import Completion, Verdict
 
@@ -33,7 +36,7 @@ def fallback_helpfulness(completion: Completion, verdict: Verdict) -> tuple[floa
     """
     if verdict.refusal is None:
         return None
-    return (float(not verdict.refusal), float(len(completion.text.split())))
+    return (float(not verdict.refusal), float(len(completion.message.in_words().split())))
 
 
 def make_pairs(
@@ -51,14 +54,14 @@ def make_pairs(
         dataset_name: Provenance of the pairs.
     """
     left_out: Counter[str] = Counter()
-    by_prompt: dict[str, dict[str, ScoredSample]] = {}
+    by_prompt: dict[str, dict[Message, ScoredSample]] = {}
     for sample in samples:
-        prompt_id, text = sample.completion.prompt_id, sample.completion.text
-        if reason := _why_left_out(sample, by_prompt.get(prompt_id, {})):
+        prompt_id, answer = sample.completion.prompt_id, _as_compared(sample.completion.message)
+        if reason := _why_left_out(sample, answer in by_prompt.get(prompt_id, {})):
             left_out[reason] += 1
         else:
-            by_prompt.setdefault(prompt_id, {})[text] = sample
-    candidates = [_widest_pairs(list(texts.values())) for texts in by_prompt.values()]
+            by_prompt.setdefault(prompt_id, {})[answer] = sample
+    candidates = [_widest_pairs(list(answers.values())) for answers in by_prompt.values()]
     frequency = Counter(cell for cells in candidates for cell in cells)
     num_of_cell: Counter[Cell] = Counter()
     pairs = []
@@ -78,18 +81,31 @@ def make_pairs(
     return pairs, left_out
 
 
-def _why_left_out(sample: ScoredSample, texts: Mapping[str, ScoredSample]) -> str | None:
+def _why_left_out(sample: ScoredSample, is_duplicate: bool) -> str | None:
+    completion = sample.completion
+    if completion.lacks_answer:
+        return (
+            "answer cut in its reasoning" if completion.finish_reason == "length" else "reasoning without an answer"
+        )
     if sample.verdict.safe is None:
         return "answer undecided"
-    if sample.completion.finish_reason in ("filtered", "refused"):
-        return f"answer {sample.completion.finish_reason} by the server"
-    if not sample.completion.text.strip():
+    if completion.finish_reason in ("filtered", "refused"):
+        return f"answer {completion.finish_reason} by the server"
+    if completion.message.is_empty:
         return "answer empty"
-    if sample.completion.finish_reason == "length":
+    if completion.finish_reason == "length":
         return "answer cut"
     if sample.helpfulness is None:
         return "helpfulness unknown"
-    return "answer twice" if sample.completion.text in texts else None
+    return "answer twice" if is_duplicate else None
+
+
+def _as_compared(answer: Message) -> Message:
+    """Return an answer by which duplicates are found: how its accents are encoded doesn't matter."""
+    reasoning = None if answer.reasoning is None else normalize("NFC", answer.reasoning)
+    # The identifiers of calls differ in every answer.
+    calls = tuple(replace(call, id=None) for call in answer.tool_calls)
+    return replace(answer, content=normalize("NFC", answer.content), reasoning=reasoning, tool_calls=calls)
 
 
 def _widest_pairs(samples: Sequence[ScoredSample]) -> dict[Cell, tuple[ScoredSample, ScoredSample]]:
@@ -118,10 +134,11 @@ def _make_pair(better: ScoredSample, worse: ScoredSample, dataset_name: str) -> 
     scores = better.verdict.p_safe, worse.verdict.p_safe
     return PreferencePair(
         better.completion.prompt,
-        better.completion.text,
-        worse.completion.text,
+        (better.completion.message,),
+        (worse.completion.message,),
         _labels(better, worse),
         PairSignals() if None in scores else PairSignals(*scores),
         tuple(sorted({verdict.category for verdict in verdicts if verdict.category})),
         Provenance(dataset_name, f"{better.verdict.judge}@{better.verdict.revision}", "main"),
+        better.completion.inputs,
     )

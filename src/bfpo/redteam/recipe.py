@@ -7,6 +7,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from bfpo.config.recipes import Count, Section
 from bfpo.core.pairs import Cell
 from bfpo.data.prompts import PromptSource
+from bfpo.generation.attacks import AttackSpec
 from bfpo.generation.open import EngineSection, JudgeServerSection
 from bfpo.judging.spec import JUDGES, AnswerJudgeText, parse_judge
 
@@ -36,6 +37,9 @@ class RedteamRecipe(Section):
     """Maximum length of an answer, in tokens."""
     seed: int = 0
     """Seed of the sampling."""
+    attack: AttackSpec | None = None
+    """Attack of several turns on the harmful prompts, `crescendo` or a section; answers are sampled where a reply was
+    unsafe first, or at the last turn, and add to those to the prompts alone."""
     guide: bool = True
     """Whether to lead the model to a safe answer in three steps where every sample is unsafe."""
     per_prompt: Count = 2

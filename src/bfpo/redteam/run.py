@@ -1,16 +1,17 @@
 """`bfpo redteam`: prompts → samples → verdicts → pairs, which `bfpo train` reads unchanged."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from bfpo.config.loading import check_recipe, dump_recipe, holds_recipe
 from bfpo.config.recipes import TrainRecipe
-from bfpo.core.conversation import Message
+from bfpo.core.conversation import Conversation, Message, last_user_index
 from bfpo.core.files import content_hash, write_json, write_jsonl, write_text
-from bfpo.core.pairs import PreferencePair
+from bfpo.core.pairs import PreferencePair, TemplateInputs
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.prepare import cell_counts
@@ -20,6 +21,7 @@ from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
 from bfpo.generation.open import EngineSection, open_engine
 from bfpo.judging.open import open_judge
+from bfpo.redteam.attack import as_answers, sample_under_attack
 from bfpo.redteam.cost import Meter
 from bfpo.redteam.pairs import ScoredSample, fallback_helpfulness, make_pairs
 from bfpo.redteam.recipe import RedteamRecipe
@@ -95,9 +97,16 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
     show_outcomes(completions)
     left_out = Counter(f"prompt unanswered: {reason}" for reason in missing.values())
     verdicts = judge_completions(judge, completions, judge_file(out, "verdicts", judge.name, judge.revision))
+    num_prompts, originals, attack = len(prompts), dict[str, Prompt](), None
+    if recipe.attack is not None:
+        answered = [prompt for prompt in prompts if prompt.prompt_id not in missing]
+        attacked = sample_under_attack(recipe, engine, judge, answered, verdicts, out)
+        prompts, completions = prompts + attacked.prompts, completions + attacked.completions
+        verdicts, originals, attack = verdicts + attacked.verdicts, attacked.originals, attacked.summary
+        left_out.update(attacked.left_out)
     guided: list[Completion] = []
     if recipe.guide and (unsafe := _prompts_without_a_safe_answer(prompts, completions, verdicts)):
-        guided, guided_verdicts, guided_left_out = _guide(recipe, engine, judge, unsafe, out)
+        guided, guided_verdicts, guided_left_out = _guide(recipe, engine, judge, unsafe, originals, out)
         verdicts = verdicts + guided_verdicts
         left_out.update(guided_left_out)
     samples = _rate(rater, judge, [*completions, *guided], verdicts, out)
@@ -116,7 +125,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
         "human_safety_labels": len(labeled),
         "human_orders": len(pairs),
     }
-    cost = {"prompts": len(prompts), **_spent(meter), "replaced": replaced}
+    cost = {"prompts": num_prompts, **_spent(meter), "replaced": replaced}
     write_json(
         out / "redteam.json",
         {
@@ -126,6 +135,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
             "judge": f"{judge.name}@{judge.revision}",
             "helpfulness": f"{rater.name}@{rater.revision}" if rater else "fallback",
             "sources": sources,
+            **({"attack": attack} if attack is not None else {}),
             "pairs": len(pairs),
             "cells": cell_counts(pairs)["main"],
             "left_out": dict(left_out),
@@ -145,14 +155,22 @@ def _spent(meter: Meter) -> dict[str, float]:
 def _read_prompts(recipe: RedteamRecipe) -> tuple[list[Prompt], list[dict[str, Any]]]:
     """Return the prompts of all sources without duplicates, and the metadata of the sources."""
     sources = [read_prompt_source(source) for source in recipe.prompts]
-    prompts = list({prompt.prompt: prompt for source, _ in sources for prompt in source}.values())
-    benign = sum(prompt.kind != "harmful" for prompt in prompts) / len(prompts)
+    prompts = list({_as_compared(prompt): prompt for source, _ in sources for prompt in source}.values())
+    num_harmful = sum(prompt.kind == "harmful" for prompt in prompts)
+    num_attacked = num_harmful if recipe.attack is not None else 0
+    benign = (len(prompts) - num_harmful) / (len(prompts) + num_attacked)
     if benign < recipe.min_benign:
         raise RecipeError(
             f"prompts: {benign:.0%} are benign; harmful prompts only teach a model to refuse everything. Add benign "
             f"ones (or_bench, xstest, a file), or lower min_benign, which is {recipe.min_benign}"
         )
     return prompts, [metadata for _, metadata in sources]
+
+
+def _as_compared(prompt: Prompt) -> tuple[Conversation, TemplateInputs]:
+    """Return a prompt by which duplicates are found: how its accents are encoded doesn't matter."""
+    turns = (replace(message, content=normalize("NFC", message.content)) for message in prompt.prompt)
+    return tuple(turns), prompt.inputs
 
 
 def _prompts_without_a_safe_answer(
@@ -167,9 +185,22 @@ def _prompts_without_a_safe_answer(
 
 
 def _guide(
-    recipe: RedteamRecipe, engine: Engine, judge: Judge, prompts: Sequence[Prompt], out: Path
+    recipe: RedteamRecipe,
+    engine: Engine,
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    originals: Mapping[str, Prompt],
+    out: Path,
 ) -> tuple[list[Completion], list[Verdict], Counter[str]]:
     """Lead the model to safe answers in three steps.
+
+    Args:
+        recipe: The recipe.
+        engine: The model.
+        judge: Safety judge.
+        prompts: Prompts, and conversations of an attack.
+        originals: Id of such a conversation → the attacked prompt, which the judge reads.
+        out: Folder of the round.
 
     Returns:
         The safe answers, their verdicts, and the number of prompts without one by reason.
@@ -177,7 +208,7 @@ def _guide(
     completions, missing = _generate_guided(recipe, engine, prompts, out)
     left_out = Counter(f"guided answer missing: {reason}" for reason in missing.values())
     path = judge_file(out, "guided-verdicts", judge.name, judge.revision)
-    verdicts = judge_completions(judge, completions, path)
+    verdicts = judge_completions(judge, as_answers(completions, originals), path)
     left_out["guided answer not safe"] += sum(verdict.safe is not True for verdict in verdicts)
     safe = [index for index, verdict in enumerate(verdicts) if verdict.safe]
     return [completions[index] for index in safe], [verdicts[index] for index in safe], left_out
@@ -192,12 +223,7 @@ def _generate_guided(
     """
     original = {prompt.prompt_id: prompt for prompt in prompts}
     # The request must not be answered before it is analyzed, so one turn contains both.
-    conversations = {
-        name: replace(
-            prompt, prompt=(*prompt.prompt[:-1], Message("user", f"{prompt.prompt[-1].content}\n\n{STEPS[0]}"))
-        )
-        for name, prompt in original.items()
-    }
+    conversations = {name: _with_first_step(prompt) for name, prompt in original.items()}
     missing: dict[str, str] = {}
     for number, next_step in enumerate((*STEPS[1:], None), start=1):
         requests = list(conversations.values())
@@ -206,11 +232,13 @@ def _generate_guided(
         missing |= failed
         blocked = {completion.prompt_id for completion in completions if completion.is_blocked}
         missing |= dict.fromkeys(sorted(blocked), "blocked by the server")
-        completions = [completion for completion in completions if not completion.is_blocked]
+        unfinished = {completion.prompt_id for completion in completions if completion.lacks_answer}
+        missing |= dict.fromkeys(sorted(unfinished), "reasoning without an answer")
+        completions = [completion for completion in completions if not completion.is_unread]
         if next_step is None:
             break
         conversations = {
-            completion.prompt_id: _continue(conversations[completion.prompt_id], completion.text, next_step)
+            completion.prompt_id: _continue(conversations[completion.prompt_id], completion, next_step)
             for completion in completions
         }
     answers = [
@@ -220,9 +248,16 @@ def _generate_guided(
     return answers, missing
 
 
-def _continue(conversation: Prompt, reply: str, request: str) -> Prompt:
-    turns = (Message("assistant", reply), Message("user", request))
-    return replace(conversation, prompt=conversation.prompt + turns)
+def _with_first_step(prompt: Prompt) -> Prompt:
+    """Return a prompt with the first step after the text of its last user turn; results of tools may follow it."""
+    index = last_user_index(prompt.prompt)
+    request = prompt.prompt[index]
+    turn = replace(request, content=f"{request.content}\n\n{STEPS[0]}")
+    return replace(prompt, prompt=(*prompt.prompt[:index], turn, *prompt.prompt[index + 1 :]))
+
+
+def _continue(conversation: Prompt, reply: Completion, request: str) -> Prompt:
+    return replace(conversation, prompt=(*conversation.prompt, *reply.as_history, Message("user", request)))
 
 
 def _rate(

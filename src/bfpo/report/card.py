@@ -7,7 +7,16 @@ from typing import Any
 from bfpo.core.files import parse_json, write_text
 from bfpo.errors import DataError
 from bfpo.report.judge_tables import agreement_rows, category_rows, composite_notes, judge_rows, result_warnings
-from bfpo.report.markdown import agreement_table, escape, format_table, format_value, judge_table, reasoning_table
+from bfpo.report.languages import language_rows
+from bfpo.report.markdown import (
+    agreement_table,
+    escape,
+    format_table,
+    format_value,
+    judge_table,
+    language_table,
+    reasoning_table,
+)
 from bfpo.report.provenance import calibration
 from bfpo.report.run_files import Run, read_runs
 from bfpo.report.tables import value_cell
@@ -18,7 +27,7 @@ LIMITATIONS = (
     "Brackets show 95% confidence intervals over the prompts, for one model; they do not include the variation "
     "between training seeds.",
     "The numbers apply to these prompts, this prompt template and these sampling settings. Other languages, "
-    "multi-turn conversations and attacks outside these prompt sets were not tested.",
+    "conversations and attacks than those listed here were not tested.",
     "Judges make errors, which the intervals include only for corrected metrics.",
 )
 
@@ -60,6 +69,8 @@ def card_section(folder: Path) -> str:
             (row.task, row.category, row.metric, format_value(row.cells[0][0]), row.prompts) for row in categories
         ]
         parts += ["### By category", format_table(("prompts", "category", "metric", "value", "n"), rows)]
+    if language_rows([run]):
+        parts += ["### By language", language_table([run])]
     parts += ["### Prompts", _prompts(run), "### Training data", _training_data(folder)]
     sampling = ", ".join(f"{name} {value}" for name, value in results.sampling.items())
     parts.append(f"Prompt template: {escape(results.template_policy)}. Sampling: {escape(sampling)}.")

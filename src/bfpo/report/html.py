@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from bfpo.core.files import write_text
 from bfpo.errors import DataError
+from bfpo.report.conversations import conversation_groups
 from bfpo.report.curves import learning_curves
 from bfpo.report.judge_tables import (
     agreement_rows,
@@ -23,6 +24,7 @@ from bfpo.report.judge_tables import (
     reasoning_rows,
     result_warnings,
 )
+from bfpo.report.languages import language_rows
 from bfpo.report.lengths import length_figures
 from bfpo.report.markdown import as_markdown
 from bfpo.report.model_comparisons import compare_runs
@@ -146,7 +148,8 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         ),
         learning_curves=[run_curves for run_curves in curves if run_curves is not None],
         label_tables=[table for table in label_tables if table is not None],
-        sample_groups=sample_groups(runs),
+        language_rows=language_rows(runs),
+        sample_groups=[*sample_groups(runs), *conversation_groups(runs)],
         reasoning_rows=reasoning_rows(runs),
         has_reasoning_verdicts=any(run.results.reasoning for run in runs),
         as_json=_as_json,

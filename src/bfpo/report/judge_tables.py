@@ -13,6 +13,7 @@ from bfpo.report.words import MISSING, TASKS, format_interval, format_number, me
 MAIN = (
     ("harmful", "safety"),
     ("harmful", "reasoning_safety"),
+    ("harmful", "safety_under_attack"),
     ("harmful", "refusal"),
     ("benign", "helpfulness"),
     ("benign", "over_refusal"),

@@ -12,6 +12,7 @@ from bfpo.report.judge_tables import (
     reasoning_rows,
     result_warnings,
 )
+from bfpo.report.languages import language_rows
 from bfpo.report.model_comparisons import AxisCell, compare_runs
 from bfpo.report.provenance import metadata, protocol_warnings
 from bfpo.report.run_files import Run
@@ -72,6 +73,16 @@ def agreement_table(runs: Sequence[Run]) -> str:
     return format_table(("run", "judges", "question", "answers", "agreement", "kappa"), agreement_rows(runs))
 
 
+def language_table(runs: Sequence[Run]) -> str:
+    """Return the main metrics by the language of the prompts."""
+    headings = ("language", "metric", "prompts", *(run.name for run in runs), "n")
+    rows = [
+        (row.language, row.metric, row.task, *map(format_value, row.values), row.prompts)
+        for row in language_rows(runs)
+    ]
+    return format_table(headings, rows)
+
+
 def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     """Return the report as Markdown.
 
@@ -103,6 +114,8 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
             for row in categories
         ]
         parts += ["## By category", format_table(headings, rows)]
+    if language_rows(runs):
+        parts += ["## By language", language_table(runs)]
     if agreement_rows(runs):
         parts += ["## Agreement between judges", agreement_table(runs)]
     if reasoning_rows(runs):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from bfpo.evaluation.dominance import PooledScores, pool_scores
 from bfpo.evaluation.results import FILE_NAME, MetricComparison, MetricResult, Results, read_results
 from bfpo.evaluation.scoring import JudgedCompletion, score_prompts
 from bfpo.evaluation.verdicts import verdicts_of_evaluation
+from bfpo.generation.dialogues import AttackTurn, attack_folder, by_conversation, read_turns
 
 FIRST_SAMPLE = 0
 
@@ -39,6 +40,19 @@ class CompletionWithVerdicts:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownConversation:
+    """A conversation up to its first unsafe reply, or its last one.
+
+    Args:
+        prompt: The conversation, as a prompt.
+        completion: The reply, with the verdict of each judge on it as an answer to the attacked prompt.
+    """
+
+    prompt: Prompt
+    completion: CompletionWithVerdicts
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """One run, as a report shows it; parts that are not in the run's folder are empty.
 
@@ -51,6 +65,7 @@ class Run:
         record: Content of `run.json`.
         log: Lines of `metrics.jsonl`, in order.
         recipe: Content of `recipe.resolved.yaml`.
+        conversations: Name of an attack → id of the attacked prompt → conversation.
     """
 
     name: str
@@ -61,6 +76,7 @@ class Run:
     record: Mapping[str, Any]
     log: Sequence[Mapping[str, Any]]
     recipe: str
+    conversations: Mapping[str, Mapping[str, ShownConversation]] = field(default_factory=dict)
 
     def metric(self, key: MetricKey) -> MetricResult | None:
         """Return a metric over all categories by the first judge; None when it was not measured."""
@@ -159,6 +175,7 @@ def _read_run(folder: Path, results: Results, name: str) -> Run:
         record=_read_record(folder / "run.json"),
         log=_read_log(log) if log.is_file() else [],
         recipe=_read_text(recipe) if recipe.is_file() else "",
+        conversations=_read_conversations(_evaluation_folder(folder), results, prompts),
     )
 
 
@@ -198,6 +215,60 @@ def _first_completions(
             )
         first[completion.prompt_id] = CompletionWithVerdicts(completion, of_prompt)
     return first
+
+
+def _read_conversations(
+    folder: Path, results: Results, prompts: Mapping[str, Prompt]
+) -> dict[str, dict[str, ShownConversation]]:
+    """Read the first conversation about each attacked prompt of an evaluation.
+
+    Args:
+        folder: Folder of the evaluation.
+        results: Its results, which name the attacks and the judges.
+        prompts: Its prompts by id.
+
+    Raises:
+        DataError: If a reply has no verdict, or one on another text.
+    """
+    conversations: dict[str, dict[str, ShownConversation]] = {}
+    for name in dict.fromkeys(data.attack for data in results.data if data.attack is not None):
+        path = attack_folder(folder, name)
+        turns = [turn for turn in read_turns(path) if turn.original_sample == FIRST_SAMPLE]
+        verdicts: dict[str, list[Verdict]] = {}
+        for verdict in verdicts_of_evaluation(path, results.judges) if turns else ():
+            verdicts.setdefault(verdict.prompt_id, []).append(verdict)
+        shown = conversations.setdefault(name, {})
+        for (prompt_id, _), replies in by_conversation(turns).items():
+            if prompt_id in prompts:
+                shown[prompt_id] = _show_conversation(prompts[prompt_id], replies, verdicts, path)
+    return conversations
+
+
+def _show_conversation(
+    prompt: Prompt, replies: Sequence[AttackTurn], verdicts: Mapping[str, Sequence[Verdict]], folder: Path
+) -> ShownConversation:
+    for reply in replies:
+        own = verdicts.get(reply.completion.prompt_id, ())
+        if not own or any(verdict.text_hash != reply.completion.text_hash for verdict in own):
+            raise DataError(
+                f"{folder}: the verdict on a reply about '{prompt.prompt_id}' is missing or about another text; "
+                "evaluate the run again"
+            )
+    unsafe = [reply for reply in replies if verdicts[reply.completion.prompt_id][0].safe is False]
+    reply = (unsafe or replies[-1:])[0]
+    completion = reply.completion
+    shown = Prompt(
+        completion.prompt_id,
+        completion.prompt,
+        prompt.kind,
+        prompt.category,
+        prompt.source,
+        prompt.license,
+        completion.tools,
+        completion.chat_template_kwargs,
+        prompt.language,
+    )
+    return ShownConversation(shown, CompletionWithVerdicts(completion, tuple(verdicts[completion.prompt_id])))
 
 
 def _pool(

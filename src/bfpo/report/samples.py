@@ -135,11 +135,13 @@ def _sample_group(kind: Kind | None, prompts: Sequence[Prompt], runs: Sequence[R
 
 
 def _has_failed(prompt: Prompt, run: Run) -> bool:
-    completion = run.completions.get(prompt.prompt_id)
+    return has_failed(prompt.kind, run.completions.get(prompt.prompt_id))
+
+
+def has_failed(kind: Kind | None, completion: CompletionWithVerdicts | None) -> bool:
+    """Return whether a completion is a failure by any judge of the answer; False without one."""
     return completion is not None and any(
-        _is_failure(prompt.kind, verdict)
-        for verdict in completion.verdicts
-        if part_in_name(verdict.judge) != "reasoning"
+        _is_failure(kind, verdict) for verdict in completion.verdicts if part_in_name(verdict.judge) != "reasoning"
     )
 
 
@@ -151,10 +153,11 @@ def _is_failure(kind: Kind | None, verdict: Verdict) -> bool:
 
 
 def _shown(prompt: Prompt, runs: Sequence[Run]) -> list[ShownCompletion | None]:
-    return [_shown_completion(prompt.kind, run.completions.get(prompt.prompt_id)) for run in runs]
+    return [show_completion(prompt.kind, run.completions.get(prompt.prompt_id)) for run in runs]
 
 
-def _shown_completion(kind: Kind | None, judged: CompletionWithVerdicts | None) -> ShownCompletion | None:
+def show_completion(kind: Kind | None, judged: CompletionWithVerdicts | None) -> ShownCompletion | None:
+    """Return a completion as shown; None without one."""
     if judged is None:
         return None
     names_judges = len(judged.verdicts) > 1

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from bfpo.evaluation.attacks import AFTER_TURN
+
 # A dash for a missing value or between the ends of a range, and the sign of negative numbers.
 MISSING = DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -64,6 +66,17 @@ METRIC_TEXTS = {
     "order_decides": MetricText("Order decides", "share of prompts where the order of the two answers decides"),
     "acc": MetricText("Accuracy", "share of questions whose correct answer has the highest likelihood"),
     "acc_norm": MetricText("Length-normalized accuracy", "accuracy with likelihoods divided by the answer's length"),
+    "safety_under_attack": MetricText(
+        "Safety under attack", "share of conversations without an unsafe reply; undecided ones count as not safe"
+    ),
+    "safety_single_turn": MetricText(
+        "Safety, prompt alone", "share of safe answers to the same prompts without an attack"
+    ),
+    "lost_under_attack": MetricText(
+        "Lost under attack", "share of prompts with a safe answer alone and an unsafe reply in the conversation"
+    ),
+    "refused_replies": MetricText("Refused replies", "share of a conversation's replies that refused, by markers"),
+    "same_language": MetricText("Same language", "share of answers in the language of the prompt, by a guess"),
     "harmonic_mean": MetricText("Harmonic mean", "of safety on harmful prompts and helpfulness on benign prompts"),
 }
 TASKS = {
@@ -110,6 +123,11 @@ CELL_NAMES = {"ss": "both safe", "su": "only chosen safe", "us": "only rejected 
 
 def metric_text(metric: str) -> MetricText:
     """Return the text of a metric; an unknown metric keeps its name."""
+    if metric.startswith(AFTER_TURN):
+        turn = metric.removeprefix(AFTER_TURN)
+        return MetricText(
+            f"Safety after turn {turn}", "share of conversations without an unsafe reply until that turn"
+        )
     return METRIC_TEXTS.get(metric) or MetricText(metric.replace("_", " "), unit_interval=False)
 
 

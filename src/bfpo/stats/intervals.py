@@ -88,7 +88,7 @@ def score_interval(values: Values, *, most: float = math.inf, level: float = LEV
 
 def score_bounds(values: Values, *, most: float = math.inf, level: float = LEVEL) -> tuple[Values, Values]:
     """Return the bounds of `score_interval` for many sets of values at once, (..., n) → (...) and (...)."""
-    bounds = _effective_bounds(values, most, level)
+    bounds = effective_bounds(values, most=most, level=level)
     is_score = ~np.isin(values, (0, 1)).all(axis=-1)
     if math.isfinite(most) or not is_score.any():
         return bounds
@@ -112,8 +112,8 @@ def _score_bounds(values: Values, level: float) -> tuple[Values, Values]:
     return np.minimum(bounds[0], mean), np.maximum(bounds[1], mean)
 
 
-def _effective_bounds(values: Values, most: float, level: float) -> tuple[Values, Values]:
-    """Return Wilson's bounds at the effective sample size."""
+def effective_bounds(values: Values, *, most: float = math.inf, level: float = LEVEL) -> tuple[Values, Values]:
+    """Return Wilson's bounds at the effective sample size, (..., n) → (...) and (...); see `score_interval`."""
     from scipy.special import stdtrit
 
     n = values.shape[-1]

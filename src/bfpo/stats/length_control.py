@@ -37,7 +37,7 @@ class GamedAnswers(NamedTuple):
 
 
 def win_rate(preferences: Values) -> Interval:
-    """Return the mean preference, in [0, 1], with Wilson's interval at the effective sample size.
+    """Return the mean preference, in [0, 1], with its interval.
 
     Args:
         preferences: One preference per prompt, in [0, 1], (n,): the mean over both orders where both were judged.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bfpo.stats.intervals import LEVEL, Interval, Values, in_unit_interval, score_bounds
+from bfpo.stats.intervals import LEVEL, Interval, Values, effective_bounds, in_unit_interval
 
 # Default share of the prompts that counts as the worst.
 WORST = 0.1
@@ -32,7 +32,7 @@ def worst_mean(costs: Values, *, share: float = WORST) -> Values:
 def worst_mean_interval(costs: Values, *, share: float = WORST, level: float = LEVEL) -> Interval:
     """Return the mean over the worst share with its interval.
 
-    At each threshold b, b + E[(X - b)+] / share has the bounds that `score_interval` gives the mean excess; the
+    At each threshold b, b + E[(X - b)+] / share has the bounds that `effective_bounds` gives the mean excess; the
     smallest lower and the smallest upper bound are the interval's, as the mean itself is the minimum over b. Unlike a
     bootstrap interval it has a width where no answer, or nearly every one, is harmful.
 
@@ -58,7 +58,7 @@ def worst_mean_bounds(costs: Values, *, share: float = WORST, level: float = LEV
     for b in thresholds:
         # The excess over b is at most 1 - b; over 1 there is none.
         room = np.where(b < 1, 1 - b, 1)
-        low, high = score_bounds(np.maximum(costs - b[..., None], 0) / room[..., None], level=level)
+        low, high = effective_bounds(np.maximum(costs - b[..., None], 0) / room[..., None], level=level)
         lowest = np.minimum(lowest, np.where(b < 1, b + room * low / share, 1))
         highest = np.minimum(highest, np.where(b < 1, b + room * high / share, 1))
     return lowest, highest

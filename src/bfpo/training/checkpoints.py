@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bfpo.core.files import content_hash, file_hashes, write_json
+from bfpo.core.files import content_hash, file_hashes, parse_json, write_json
 from bfpo.core.terminal import say
 from bfpo.errors import ModelError, RecipeError, TrainingError
 
@@ -229,6 +229,18 @@ def start_fingerprint(model: nn.Module) -> str:
         first_values = parameter.detach().flatten()[:8].to(torch.float64).cpu().tolist()
         digest.update(f"{name} {tuple(parameter.shape)} {first_values}".encode())
     return digest.hexdigest()[:16]
+
+
+def check_state(folder: Path) -> None:
+    """Check that the state in a checkpoint has what the next checkpoint needs, which transformers reads only then.
+
+    Raises:
+        ValueError: If it hasn't.
+    """
+    state = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    callbacks = state.get("stateful_callbacks") if isinstance(state, dict) else None
+    if not isinstance(callbacks, dict) or "TrainerControl" not in callbacks:
+        raise ValueError("trainer_state.json has no state of TrainerControl")
 
 
 class StopOnSignal(TrainerCallback):

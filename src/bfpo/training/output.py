@@ -182,7 +182,7 @@ def save_final(trainer: Trainer, out: Path) -> None:
 
     The output folder never contains an incomplete weight file.
     """
-    with timed(f"saved the weights in {out}"):
+    with timed(f"saving the weights in {out}"):
         _save_final(trainer, out)
 
 

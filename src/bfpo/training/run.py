@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -22,13 +22,15 @@ from bfpo.errors import DataError, RecipeError
 from bfpo.losses.build import make_loss
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.gguf import gguf_metadata
-from bfpo.model.lora import lora_config
+from bfpo.model.lora import CausalLM, lora_config
 from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.encode import require_signals
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
+from bfpo.training.probe import Answers, Probe, show_probe
+from bfpo.training.reference_pass import on_device
 from bfpo.training.run_sft import load_or_train_sft
 from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
 from bfpo.training.trainer import BFPOTrainer
@@ -60,6 +62,7 @@ class RunInputs(NamedTuple):
         tables: Tokenized data.
         manifest: Content of `data_manifest.json`.
         clock: Time that the chat template sees; None if it uses no clock.
+        held_out: Held-out pairs.
     """
 
     args: TrainingArguments
@@ -70,15 +73,19 @@ class RunInputs(NamedTuple):
     tables: Tables
     manifest: dict[str, Any]
     clock: datetime | None
+    held_out: list[PreferencePair]
 
 
-def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | None = None) -> dict[str, Any]:
+def run_training(
+    recipe: TrainRecipe, *, dry_run: bool = False, limit: int | None = None, answers: Answers | None = None
+) -> dict[str, Any]:
     """Train on preferences as a recipe says.
 
     Args:
         recipe: Recipe of the run.
         dry_run: Whether to stop before a model is loaded or trained; everything else is done and shown.
         limit: Maximum number of pairs of each source.
+        answers: Function that lets the policy answer the prompts of `probe:`; None for no probe.
 
     Returns:
         Content of `run.json`; for a dry run, of `data_manifest.json`.
@@ -92,21 +99,37 @@ def run_training(recipe: TrainRecipe, *, dry_run: bool = False, limit: int | Non
         say("dry run: nothing was trained")
         return manifest
     with exclusive_output(Path(str(args.output_dir))):
-        return _train(recipe, args, resume, limit=limit)
+        return _train(recipe, args, resume, limit=limit, answers=answers)
 
 
 def _train(
-    recipe: TrainRecipe, args: TrainingArguments, resume: str | bool | None, *, limit: int | None
+    recipe: TrainRecipe,
+    args: TrainingArguments,
+    resume: str | bool | None,
+    *,
+    limit: int | None,
+    answers: Answers | None,
 ) -> dict[str, Any]:
     start_time, start_cpu_time = time.time(), time.process_time()
     inputs = _prepare_inputs(recipe, args, resume, dry_run=False, limit=limit)
     trainer, record, out = _make_trainer(recipe, inputs)
     start_check = _check_start(trainer)
+    probe = None
+    # A model that is spread over processes can't be asked here.
+    if answers is not None and recipe.probe is not None and inputs.held_out and PartialState().num_processes == 1:
+        policy = _policy(trainer)
+        with timed("asked the policy before training"), on_device(policy, args.device):
+            probe = Probe(inputs.held_out, recipe.probe, answers, policy, inputs.tokenizer)
     result = record.train(inputs.resume)
     # First: evaluating may take longer than training did.
     save_final(trainer, out)
-    with timed("evaluated the held-out pairs"):
+    with timed("evaluating the held-out pairs"):
         metrics = trainer.evaluate() if inputs.tables.eval else {}
+    probed = None
+    if probe is not None:
+        policy = _policy(trainer)
+        with timed("asked the policy after training"), on_device(policy, args.device):
+            probed = probe.finish(policy)
     run = record.finish(
         inputs.manifest["sources"],
         model=inputs.model_section.model_dump(exclude_defaults=True)
@@ -117,11 +140,14 @@ def _train(
         steps=result.global_step,
         train_loss=result.training_loss,
         evaluation={name: held_out_results(metrics, name, table) for name, table in inputs.tables.eval.items()},
+        **({} if probed is None else {"probe": probed.to_json()}),
         wall_seconds=round(time.time() - start_time, 1),
         cpu_seconds=round(time.process_time() - start_cpu_time, 1),
     )
     for name, results in run["evaluation"].items():
         show_evaluation(name, results)
+    if probed is not None:
+        show_probe(probed, run["evaluation"].get("main", {}).get("sign_agreement"))
     say(f"\nsaved to {out}")
     return run
 
@@ -144,7 +170,7 @@ def _prepare_inputs(
     _check_evaluation(args, tables)
     check_vocabulary(model_section, tokenizer, [tables.train, *tables.eval.values()])
     _show_plan_and_memory(recipe, args, model_section, tokenizer, tables.train)
-    return RunInputs(args, resume, loss, model_section, tokenizer, tables, prepared.manifest(), clock)
+    return RunInputs(args, resume, loss, model_section, tokenizer, tables, prepared.manifest(), clock, prepared.eval)
 
 
 def _resolve_model_section(
@@ -212,11 +238,15 @@ def _make_trainer(recipe: TrainRecipe, inputs: RunInputs) -> tuple[BFPOTrainer, 
     return trainer, RunRecord("train", recipe, out, trainer), out
 
 
+def _policy(trainer: BFPOTrainer) -> CausalLM:
+    return cast(CausalLM, trainer.accelerator.unwrap_model(trainer.model))
+
+
 def _check_start(trainer: BFPOTrainer) -> dict[str, Any]:
     """Print what is trained, and check policy and reference before the first step."""
     copied = f"copies {trainer.reference.nbytes / 2**20:,.1f} MiB" if trainer.reference else "is in the cache"
     say(f"training {trainer.selection}; the reference {copied}")
-    with timed("compared policy and reference"):
+    with timed("comparing policy and reference"):
         check = trainer.start_check = trainer.check_start()
     report_layout(trainer)
     say(

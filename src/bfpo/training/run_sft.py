@@ -126,7 +126,7 @@ def _run(
     result = record.train(resume)
     # First: evaluating may take long.
     save_final(trainer, out)
-    with timed("evaluated the held-out completions"):
+    with timed("evaluating the held-out completions"):
         metrics = trainer.evaluate() if held_out else {}
     if metrics:
         loss = metrics["eval_loss"]

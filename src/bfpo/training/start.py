@@ -59,7 +59,7 @@ def load_start_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase) 
         unset_hf_deepspeed_config()
     if section.new is not None:
         return new_model(section.new, tokenizer)
-    with timed(f"loaded {section.path}"):
+    with timed(f"loading {section.path}"):
         return load_model(section)
 
 

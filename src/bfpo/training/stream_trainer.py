@@ -30,6 +30,7 @@ from bfpo.training.batches import Batch, Collator, KeyDataset
 from bfpo.training.checkpoints import (
     CompletionMark,
     check_same_run,
+    check_state,
     find_checkpoint,
     read_mark,
     start_fingerprint,
@@ -165,6 +166,7 @@ class StreamTrainer(Trainer, ABC):
         unmark_after(out, read_mark(folder)["step"])
         self._has_stepped = False
         try:
+            check_state(folder)
             return super().train(str(folder), trial, ignore_keys_for_eval)
         except _UNREADABLE as error:
             # After the first step, it isn't the checkpoint.
