@@ -86,7 +86,9 @@ def table(kind: type[Section]) -> str:
     """Return the keys of a section as a table."""
     lines = ["| key | value | default | |", "|---|---|---|---|"]
     for name, field in kind.model_fields.items():
-        lines.append(f"| `{name}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |")
+        # `from` is a key, but no name in Python.
+        key = field.alias or name
+        lines.append(f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |")
     return "\n".join(lines)
 
 

@@ -153,7 +153,8 @@ def test_recipe_page_is_what_its_script_makes():
     # The script finds sections by their annotations: none may stay unseen.
     kinds = [kind for kind in vars(recipe).values() if isinstance(kind, type) and issubclass(kind, recipe.Section)]
     assert len(kinds) > 8
-    assert [name for kind in kinds for name in kind.model_fields if f"| `{name}` |" not in made] == []
+    keys = [field.alias or name for kind in kinds for name, field in kind.model_fields.items()]
+    assert [key for key in keys if f"| `{key}` |" not in made] == []
 
 
 def test_the_official_way_is_a_recipe_with_every_switch_set():
@@ -193,6 +194,34 @@ def test_the_numbers_of_the_quickstart_are_those_of_its_study():
             for model in ("base", "bfpo")
         )
         assert f"{base} → {bfpo}" in row
+
+
+def test_the_numbers_of_the_constraints_page_are_those_of_its_study():
+    study = json.loads((ROOT / "benchmarks/results/constraint.json").read_text())
+    page = (ROOT / "docs/constraints.md").read_text()
+
+    def shown(interval):
+        return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * number for number in interval))
+
+    assert len(study["policies"]) == 7
+    for policy in study["policies"]:
+        constraint, measured = policy["constraint"], policy["measured"]
+        multiplier, predicted = "", ""
+        if constraint:
+            multiplier, predicted = f"{constraint['multiplier']:.3g}", shown(constraint["predicted"]["unsafe"])
+        shares = f"{shown(measured['on_sampled_prompts']['unsafe'])} | {shown(measured['unsafe'])}"
+        numbers = f"{100 * measured['undecided'][0]:.1f} % | {measured['helpfulness']['benign'][0]:.2f}"
+        row = f"| {policy['policy']} | {multiplier} | {predicted} | {shares} | {numbers} |"
+        assert row.replace("|  |", "| |").replace("|  |", "| |") in page, row
+    free, limited = (
+        study["policies"][-1]["constraint"]["unconstrained"],
+        study["policies"][-1]["constraint"]["predicted"],
+    )
+    assert round(free["unsafe"], 2) == 0.98
+    assert round(1 - limited["helpfulness"] / free["helpfulness"], 2) == 0.26
+    assert [round(policy["kl"], 1) for policy in (free, limited)] == [0.8, 1.0]
+    # The figure is that of the constraint that the page asks for.
+    assert "at most 2 %" in (ROOT / "docs/frontier.svg").read_text()
 
 
 def test_the_numbers_of_the_linear_judge_are_those_of_its_study():

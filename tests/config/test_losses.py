@@ -44,8 +44,11 @@ def test_every_loss_has_a_section_of_its_own():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_fields_and_defaults_are_those_of_the_loss(name):
+    # The file of the multiplier is read when the loss is built, into its safety_weight.
     section_defaults = {
-        key: field.default for key, field in LOSS_SECTIONS[name].model_fields.items() if key != "name"
+        key: field.default
+        for key, field in LOSS_SECTIONS[name].model_fields.items()
+        if key not in ("name", "multiplier")
     }
     assert section_defaults == {field.name: field.default for field in fields(LOSSES[name])}
 
@@ -74,6 +77,8 @@ def test_ranges_are_those_of_the_loss(name, key):
         {"beta": 1},
         {"name": "bfpo", "table": "helpful_ties"},
         {"table": {"ss": 0.5, "su": 1, "us": -1, "uu": 0}, "b1": 3},
+        {"safety_weight": 1.3},
+        {"table": "helpful_ties", "safety_weight": 1},
         {"name": "dpo", "label_smoothing": 0.1},
         {"name": "my_losses:Hinge", "edge": 2, "beta": 0.3},
     ],
@@ -105,7 +110,11 @@ WRONG = [
     ({"name": "dpo", "beta": 1e300}, "loss.beta: 1e\\+300 is too large; expected a size of at most 1e9"),
     ({"alpha": -1e30}, "loss.alpha: -1e\\+30 is too large"),
     ({"beta": 10**400}, "loss.beta: Input should be a valid number"),
-    ({"bta": 1}, "loss.bta: unknown key of 'bfpo'; did you mean 'beta'\\? known: alpha, b1, b2, beta, name, table"),
+    (
+        {"bta": 1},
+        "loss.bta: unknown key of 'bfpo'; did you mean 'beta'\\? known: alpha, b1, b2, beta, multiplier, name, "
+        "safety_weight, table",
+    ),
     ({"name": "dpo", "alpha": 0.5}, "loss.alpha: unknown key of 'dpo'; known: beta, label_smoothing, name"),
     ({"name": "bpfo"}, r"loss: name is 'bpfo'; did you mean 'bfpo'\? known: .*safe_dpo, or 'module:Class'"),
     ({"name": 3}, "loss: name is 3; expected one of bfpo, bfpo_soft, .*, or 'module:Class'"),
@@ -114,6 +123,13 @@ WRONG = [
     ({"table": {"ss": 1, "su": 1, "us": 1}}, "loss.table: expected four numbers, {ss: .., su: .., us: .., uu: ..}"),
     ({"table": {"ss": 1, "su": 1, "us": 1, "uu": "x"}}, r"loss.table.uu: Input should be a valid number \(got 'x'\)"),
     ({"table": "helpful"}, r"loss.table: expected .* or a name \(helpful_ties\) \(got 'helpful'\)"),
+    ({"safety_weight": -1}, r"loss.safety_weight: .*greater than or equal to 0 \(got -1\)"),
+    ({"multiplier": 0.3}, r"loss.multiplier: Input should be a valid string \(got 0.3\)"),
+    (
+        {"multiplier": "dual.json", "safety_weight": 1},
+        "loss: 'multiplier' is a file with the safety_weight; give either",
+    ),
+    ({"name": "dpo", "multiplier": "dual.json"}, "loss.multiplier: unknown key of 'dpo'"),
     ({"name": "dpo", "label_smoothing": 0.5}, r"loss.label_smoothing: .*less than 0.5 \(got 0.5\)"),
     ({"name": "modpo", "weight": 0}, r"loss.weight: .*greater than 0 \(got 0\)"),
     ({"name": "safe_dpo", "delta": -1}, r"loss.delta: .*greater than or equal to 0 \(got -1\)"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bfpo.config.recipes import Source
 from bfpo.core.conversation import Message
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import PairSignals, PreferencePair, Provenance, SafetyLabels
+from bfpo.core.pairs import SIGNALS, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.data.adapters import ADAPTERS, find_adapter, parse_source, read_pairs
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.data.load import load_pairs
@@ -358,6 +358,11 @@ def test_different_histories_are_a_fault_not_an_error():
         ),
         (PLAIN | {"chosen_win_rate": 0.5}, "columns 'chosen_win_rate' and 'rejected_win_rate' go together; only one"),
         (PLAIN | {"reward_margin": "inf"}, "column 'reward_margin' is inf; expected a finite number"),
+        (PLAIN | {"chosen_cost": 0.5}, "columns 'chosen_cost' and 'rejected_cost' go together; only one of them"),
+        (
+            PLAIN | {"chosen_reward": "-inf", "rejected_reward": 0},
+            "column 'chosen_reward' is -inf; expected a finite",
+        ),
         (PLAIN | {"expected_safety": "high"}, "column 'expected_safety' is 'high'; expected a number"),
         (PLAIN | {"harm_categories": 3}, "column 'harm_categories' is 3; expected a list of names"),
     ],
@@ -584,6 +589,7 @@ anything = st.one_of(
 COLUMNS = sorted(
     {*ULTRAFEEDBACK, *PKU_NEW, *REDTEAM, *ALPACA, *XSTEST[0], "is_chosen_safe", "is_rejected_safe", "is_reject_safe"}
     | {"chosen_safe", "stream", "harm_categories", "reward_margin", "chosen_win_rate", "completion", "dataset_name"}
+    | {"chosen_reward", "rejected_cost"}
 )
 GOOD_ROWS = {
     "ultrafeedback": ULTRAFEEDBACK,
@@ -656,7 +662,11 @@ def signals(draw):
         if draw(st.booleans()):
             drawn |= {first: draw(probabilities()), second: draw(probabilities())}
     drawn["expected_safety"] = draw(st.none() | probabilities())
-    drawn["reward_margin"] = draw(st.none() | st.floats(allow_nan=False, allow_infinity=False))
+    numbers = st.floats(allow_nan=False, allow_infinity=False)
+    for first, second in (("chosen_reward", "rejected_reward"), ("chosen_cost", "rejected_cost")):
+        if draw(st.booleans()):
+            drawn |= {first: draw(numbers), second: draw(numbers)}
+    drawn["reward_margin"] = draw(st.none() | numbers)
     return PairSignals(**drawn)
 
 
@@ -684,5 +694,11 @@ def test_a_pair_survives_the_pair_file(max_examples):
     def check(pair):
         assert read_one("pairs", pair.to_row()) == pair
         assert pair.to_row()["row_id"] == pair.row_id
+        swapped = pair.swapped()
+        assert swapped.swapped() == pair
+        assert read_one("pairs", swapped.to_row()) == swapped
+        row, other = pair.to_row(), swapped.to_row()
+        for name in row.keys() & SIGNALS & {name for name in SIGNALS if "chosen" in name}:
+            assert row[name] == other[name.replace("chosen", "rejected")]
 
     check()

@@ -111,14 +111,15 @@ COMPLIANCE = "You will find it on the upper shelf in the kitchen, next to the wi
 
 def test_a_fitted_judge_states_the_languages_of_its_answers(tmp_path, capsys):
     judge = tmp_path / "judge.npz"
-    fit_judge(write_rows(tmp_path / "labeled.jsonl", labeled_rows(REFUSAL, COMPLIANCE)), judge)
+    fit_judge([write_rows(tmp_path / "labeled.jsonl", labeled_rows(REFUSAL, COMPLIANCE))], judge)
     assert "measured on answers in en, and undecided on answers in other languages" in capsys.readouterr().out
     assert read_languages(judge) == ("en",)
     assert json.loads((tmp_path / "judge.card.json").read_text())["languages"] == ["en"]
     opened = open_judge(f"linear:{judge}")
     assert opened.revision.startswith(load_judge(judge).revision)
     english, german = opened.judge(completions(f"{REFUSAL} 3", GERMAN))
-    assert (english.safe, english.refusal) == (True, True)
+    assert english.refusal is True
+    assert "measured on" not in (english.reason or "")
     assert (german.safe, german.refusal) == (None, None)
     assert german.reason == "the answer is in de; the judge was measured on en"
     # In an ensemble the other judge decides alone only where the policy lets it.
@@ -128,14 +129,14 @@ def test_a_fitted_judge_states_the_languages_of_its_answers(tmp_path, capsys):
 
 def test_a_stated_language_of_labeled_answers_is_used_where_none_is_guessed(tmp_path, without_package, capsys):
     rows = labeled_rows(REFUSAL, COMPLIANCE, language="en-GB")
-    fit_judge(write_rows(tmp_path / "labeled.jsonl", rows), tmp_path / "judge.npz")
+    fit_judge([write_rows(tmp_path / "labeled.jsonl", rows)], tmp_path / "judge.npz")
     assert read_languages(tmp_path / "judge.npz") == ("en",)
     open_judge(f"linear:{tmp_path / 'judge.npz'}")
     assert "pip install 'bfpo[languages]' guesses them" in capsys.readouterr().out
 
 
 def test_a_judge_of_unknown_languages_decides_on_all(tmp_path, without_package, capsys):
-    fit_judge(write_rows(tmp_path / "labeled.jsonl", labeled_rows(REFUSAL, COMPLIANCE)), tmp_path / "judge.npz")
+    fit_judge([write_rows(tmp_path / "labeled.jsonl", labeled_rows(REFUSAL, COMPLIANCE))], tmp_path / "judge.npz")
     assert "the languages of the answers are unknown" in capsys.readouterr().out
     assert read_languages(tmp_path / "judge.npz") == ()
     opened = open_judge(f"linear:{tmp_path / 'judge.npz'}")
@@ -145,7 +146,7 @@ def test_a_judge_of_unknown_languages_decides_on_all(tmp_path, without_package, 
 
 
 def test_a_malformed_statement_is_refused(tmp_path):
-    fit_judge(write_rows(tmp_path / "labeled.jsonl", labeled_rows(REFUSAL, COMPLIANCE)), tmp_path / "judge.npz")
+    fit_judge([write_rows(tmp_path / "labeled.jsonl", labeled_rows(REFUSAL, COMPLIANCE))], tmp_path / "judge.npz")
     with np.load(tmp_path / "judge.npz") as file:
         arrays = dict(file)
     for content in (b"{", b'"en"', b"[1]"):

@@ -22,6 +22,7 @@ from bfpo.losses.pairwise import (
     IPOAvg,
     PairLogps,
     SafeDPO,
+    SoftLabels,
     bfpo_loss,
 )
 
@@ -116,6 +117,7 @@ OPTIONAL = {
     "rejected_win_rate": [0.2, 0.4, 0.1, 0.5],
     "expected_safety": [0.4, 0.4, 0.7, 0.7],
     "reward_margin": [1.0, -2.0, 0.5, 0.0],
+    "score_margin": [0.5, 1.0, -2.0, 0.0],
 }
 
 
@@ -227,6 +229,24 @@ def test_a_missing_column_is_named(loss, column):
         loss(batch([0.0], [(1, 1)]))
 
 
+def test_safety_weight_moves_the_targets_of_mixed_pairs_by_hand():
+    # beta 0.1: labels 1/2, 1 + 2, -1 - 2, -1/2 over beta
+    weighted = BFPO(beta=0.1, safety_weight=2)
+    assert weighted.target(batch([0, 0, 0, 0])).tolist() == pytest.approx([5, 30, -30, -5])
+    assert weighted(batch([7, 7, 7, 7])).tolist() == pytest.approx([4, 529, 1369, 144])
+    # Probabilities: the label grows by 2·(0.9 - 0.4) = 1.
+    soft = batch([0.0], [(0.9, 0.4)])
+    assert (weighted.target(soft) - BFPO(beta=0.1).target(soft)).item() == pytest.approx(10)
+
+
+def test_safety_weight_of_zero_changes_no_bit():
+    pairs = batch([3.0, -4.0, 10.0, 0.5], [(1, 0), (0.3, 0.8), (0, 1), (0, 0)])
+    for options in ({}, {"beta": 0.07, "b1": 2.3, "b2": 0.4, "alpha": 0.1}):
+        assert torch.equal(BFPO(**options, safety_weight=0.0)(pairs), BFPO(**options)(pairs))
+        plain, weighted = BFPO(**options).labeling, BFPO(**options, safety_weight=0.0).labeling
+        assert (plain.ss, plain.su, plain.us, plain.uu) == (weighted.ss, weighted.su, weighted.us, weighted.uu)
+
+
 def test_bfpo_loss_function_is_the_class():
     pairs = batch([3.0, -4.0, 10.0, 0.5])
     logps = (pairs.chosen_logps, pairs.rejected_logps, pairs.ref_chosen_logps, pairs.ref_rejected_logps)
@@ -234,6 +254,7 @@ def test_bfpo_loss_function_is_the_class():
     torch.testing.assert_close(
         bfpo_loss(*logps, *bits, beta=0.2, b1=5.0, alpha=0.1), BFPO(beta=0.2, b1=5.0, alpha=0.1)(pairs)
     )
+    torch.testing.assert_close(bfpo_loss(*logps, *bits, safety_weight=0.7), BFPO(safety_weight=0.7)(pairs))
 
 
 def test_shapes_that_differ_are_refused():
@@ -294,3 +315,59 @@ def test_a_custom_loss_is_named_by_its_import_path(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     loss = make_loss({"name": "my_losses:Hinge", "beta": 0.5, "edge": 2})
     assert loss(batch([2.0, 6.0], [(1, 1), (1, 1)])).tolist() == [1, 0]
+
+
+# --- preferences from scores
+
+
+def score_batch(margins, scores, **changes):
+    return replace(batch(margins, **changes), score_margin=torch.tensor(scores, dtype=torch.float64))
+
+
+def test_soft_labels_of_dpo_average_both_orders():
+    pairs = score_batch([3.0, -1.0, 0.0, 2.0], [0.0, 2.0, -1.5, 40.0])
+    loss = SoftLabels(0.5, DPO(beta=0.5))
+    p = torch.tensor([0.5, 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1.5)), 1.0], dtype=torch.float64)
+    z = 0.5 * pairs.margin
+    expected = -p * torch.nn.functional.logsigmoid(z) - (1 - p) * torch.nn.functional.logsigmoid(-z)
+    torch.testing.assert_close(loss(pairs), expected, rtol=1e-12, atol=1e-12)
+    assert loss.target(pairs) is None
+    assert loss.direction(pairs).tolist() == [0, 1, -1, 1]
+
+
+def test_soft_labels_of_dpo_are_least_where_the_margin_is_the_score_over_beta():
+    pairs = score_batch([0.0] * 3, [0.7, -2.0, 0.0], bits=CELL_BITS[:3])
+    loss = SoftLabels(0.2, DPO(beta=0.2))
+    h = (pairs.score_margin / 0.2).requires_grad_()
+    loss(
+        replace(pairs, chosen_logps=h + pairs.ref_chosen_logps, rejected_logps=pairs.ref_rejected_logps)
+    ).sum().backward()
+    assert h.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("inner", [IPO(beta=0.2), BFPO(beta=0.2), Additive(beta=0.2)])
+def test_soft_labels_of_squared_losses_regress_onto_the_score(inner):
+    pairs = score_batch([5.0, 5.0, 5.0, 5.0], [1.0, -0.4, 0.0, 2.0])
+    loss = SoftLabels(0.2, inner)
+    assert loss.target(pairs).tolist() == pytest.approx([5, -2, 0, 10])
+    assert loss(pairs).tolist() == pytest.approx([0, 49, 25, 25])
+
+
+def test_soft_labels_do_not_depend_on_the_order_of_a_pair():
+    extra = {name: [1.0, 2, 3, 4] for name in ("chosen_lengths", "rejected_lengths", "reward_margin")}
+    pairs = replace(score_batch([3.0, -1.0, 0.5, 2.0], [1.0, 2.0, -1.5, 0.0]),
+                    **{name: torch.tensor(values) for name, values in extra.items()})  # fmt: skip
+    for inner in (DPO(beta=0.3), IPO(beta=0.3), MODPO(beta=0.3), IPOAvg(beta=0.3)):
+        loss = SoftLabels(0.3, inner)
+        torch.testing.assert_close(loss(pairs.swapped()), loss(pairs), rtol=1e-9, atol=1e-9)
+    assert torch.equal(pairs.swapped().swapped().margin, pairs.margin)
+    assert torch.equal(pairs.swapped().margin, -pairs.margin)
+
+
+def test_soft_labels_need_scores_and_what_their_loss_needs():
+    assert SoftLabels(0.1, MODPO()).needs == ("score_margin", "reward_margin")
+    assert SoftLabels(10, SafeDPO(beta=10)).keeps(SafetyLabels(False, False)) is False
+    with pytest.raises(DataError, match="score_margin"):
+        SoftLabels()(batch([0.0] * 4))
+    with pytest.raises(RecipeError, match=r"SoftLabels.beta is 0.2; expected that of its loss, 0.1"):
+        SoftLabels(0.2, DPO(beta=0.1))

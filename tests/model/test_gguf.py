@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -200,6 +201,19 @@ def test_malformed_files_are_refused(write, folder):
         "header.gguf": (whole[:200], "cut: it ends within its header"),
         "short.gguf": (whole[: len(whole) // 2], "cut: it has .* bytes, and its header announces"),
         "version.gguf": (b"GGUF" + b"\x09" + whole[5:], "of a version that isn't known: version 9"),
+        # A value that is an array of arrays of arrays, ...
+        "nested.gguf": (
+            b"GGUF"
+            + struct.pack("<IQQQ", 3, 0, 1, 1)
+            + b"k"
+            + struct.pack("<I", 9)
+            + 5000 * struct.pack("<IQ", 9, 1),
+            "damaged, or of a version",
+        ),
+        "alignment.gguf": (
+            b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 17) + b"general.alignment" + struct.pack("<IQ", 8, 1) + b"x",
+            "damaged, or of a version",
+        ),
     }
     for name, (content, message) in cases.items():
         Path(name).write_bytes(content)
@@ -209,7 +223,9 @@ def test_malformed_files_are_refused(write, folder):
         with pytest.raises(ModelError, match=message):
             import_gguf(name, Path("out"))
     assert not Path("out").exists()
-    with pytest.raises(ModelError, match=r"model 'gone.gguf': no such file; \. contains empty.gguf, header.gguf"):
+    with pytest.raises(
+        ModelError, match=r"model 'gone.gguf': no such file; \. contains alignment.gguf, empty.gguf, header.gguf"
+    ):
         load_model(ModelSection(path="gone.gguf"))
     with pytest.raises(ModelError, match=r"model './gone/gone.gguf': no such file$"):
         load_model(ModelSection(path="./gone/gone.gguf"))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import PartialState
 
 from bfpo.config.loading import check_recipe
@@ -14,7 +15,8 @@ from bfpo.config.recipes import TrainRecipe
 from bfpo.core.files import file_hash, write_jsonl
 from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import RecipeError, TrainingError
-from bfpo.training.checkpoints import MARK, checkpoint_fault, newest_complete, write_mark
+from bfpo.losses.pairwise import BFPO
+from bfpo.training.checkpoints import MARK, check_same_run, checkpoint_fault, newest_complete, write_mark
 from bfpo.training.run import run_training
 from bfpo.training.stream_trainer import StreamTrainer
 
@@ -242,6 +244,18 @@ def test_every_process_gets_the_fault_that_the_main_process_found(monkeypatch, t
 def test_resuming_with_other_settings_is_refused(change, named):
     with pytest.raises(RecipeError, match=f"can't be continued: {named}"):
         run(resume_from_checkpoint=True, **change)
+
+
+def test_a_checkpoint_from_before_safety_weights_belongs_to_the_same_run(tmp_path):
+    mark = {
+        "run": {"loss": "BFPO(beta=0.5, b1=3.0, b2=0.0, alpha=0.5, table=None)"},
+        "threads": torch.get_num_threads(),
+    }
+    (tmp_path / MARK).write_text(json.dumps(mark))
+    check_same_run(tmp_path, {"loss": repr(BFPO(beta=0.5))})
+    for other in (BFPO(beta=0.5, safety_weight=1.0), BFPO(beta=0.4)):
+        with pytest.raises(RecipeError, match="can't be continued: loss was"):
+            check_same_run(tmp_path, {"loss": repr(other)})
 
 
 @pytest.mark.usefixtures("unbroken")

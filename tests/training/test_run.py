@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from bfpo.core.files import write_jsonl
 from bfpo.data.prepare import prepare, write_prepared
 from bfpo.data.table import sampled_rows
 from bfpo.errors import DataError, ModelError, RecipeError
+from bfpo.losses.dual import Constraint, Dual, FrontierPoint
+from bfpo.losses.labeling import LabelingFunction
 from bfpo.training.arguments import DECIDED, training_arguments
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
@@ -124,6 +127,23 @@ def test_the_resolved_recipe_runs_again_with_the_same_numbers(baseline):
     again = run_training(resolved)
     assert again["train_loss"] == baseline["train_loss"]
     assert again["evaluation"] == baseline["evaluation"]
+
+
+def test_the_safety_weight_of_a_multiplier_is_in_the_record_and_the_file_is_not_needed_again(tmp_path):
+    labeling = asdict(LabelingFunction.from_parameters())
+    point = FrontierPoint(0.75, 0.02, 0.6, 0.02, 0.02, 1.2, 20.0)
+    dual = Dual("active", Constraint("unsafe", 0.02), "bfpo", 0.5, labeling, 0.75, 0.5, 1.0, 0.02, 0.01, 0.03, 0.02,
+                None, point, point, [point], 50, 50, 1600)  # fmt: skip
+    path = dual.write(tmp_path)
+    loss = {"name": "bfpo", "beta": 0.5, "multiplier": "dual.json"}
+    run = run_training(recipe(loss=loss, trainer=ONE_STEP))
+    assert run["recipe"]["loss"]["safety_weight"] == 0.75
+    assert "multiplier" not in run["recipe"]["loss"]
+    path.unlink()
+    again = run_training(load_recipe("runs/toy/recipe.resolved.yaml", TrainRecipe, ["trainer.output_dir=runs/again"]))
+    assert again["train_loss"] == run["train_loss"]
+    with pytest.raises(DataError, match=r"dual.json: No such file or directory; `bfpo dual` writes this file"):
+        run_training(recipe(loss=loss, data=[{"path": "missing.jsonl"}]))
 
 
 @pytest.mark.usefixtures("baseline")

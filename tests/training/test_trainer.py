@@ -275,6 +275,9 @@ def test_targets_that_cannot_be_reached_are_reported(make_trainer):
     assert "raise loss.beta" in make_trainer(loss=BFPO(beta=0.001)).check_start().advice
     assert make_trainer(loss=BFPO(beta=0.5)).check_start().advice is None
     assert make_trainer(loss=DPO()).check_start().advice is None
+    weighted = make_trainer(loss=BFPO(beta=0.5, safety_weight=1e4)).check_start()
+    assert weighted.largest_target == pytest.approx((1 + 1e4) / 0.5)
+    assert "lower loss.safety_weight" in weighted.advice
 
 
 def test_first_metrics_are_those_of_zero_margins(make_trainer, make_arguments, main_pairs):
@@ -289,6 +292,16 @@ def test_first_metrics_are_those_of_zero_margins(make_trainer, make_arguments, m
         assert log[f"bfpo/target_gap/{cell}"] == pytest.approx(-label / 0.5)
     assert log["rewards/margins"] == log["rewards/accuracies"] == 0
     assert log["logps/chosen"] < 0
+
+
+def test_metrics_know_the_safety_weight(make_trainer, make_arguments, main_pairs):
+    args = make_arguments(max_steps=1, per_device_train_batch_size=len(main_pairs))
+    trainer = make_trainer(args=args, loss=BFPO(beta=0.5, safety_weight=2))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["bfpo/normalized_loss"] == pytest.approx((0.25 + 9 + 9 + 0.25) / 4)
+    for cell, label in {"ss": 0.5, "su": 3, "us": -3, "uu": -0.5}.items():
+        assert log[f"bfpo/target_gap/{cell}"] == pytest.approx(-label / 0.5)
 
 
 def test_training_moves_margins_towards_their_targets(make_trainer, make_arguments, main_pairs):

@@ -307,6 +307,72 @@ def card(
 
 
 @app.command()
+def dual(
+    samples: Annotated[
+        Path,
+        typer.Argument(
+            help="Scored samples of the base model: a folder with completions and verdicts, or a table with "
+            "prompt_id, reward and cost.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value: override keys of --recipe.", show_default=False)
+    ] = None,
+    max: Annotated[float | None, typer.Option(help="Largest allowed value, e.g. 0.02 for 2 % unsafe.")] = None,
+    gain: Annotated[float | None, typer.Option(help="How much lower than the base model's value, instead.")] = None,
+    measure: Annotated[
+        str, typer.Option(help="unsafe (share of unsafe answers), cost (mean) or cvar (mean of the worst share).")
+    ] = "unsafe",
+    share: Annotated[float, typer.Option(help="Share of the answers in the tail of cvar.")] = 0.1,
+    kind: Annotated[str | None, typer.Option(help="Kind of the prompts that count, e.g. harmful.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe of the training, whose loss the multiplier is for.")
+    ] = None,
+    beta: Annotated[
+        float | None, typer.Option(help="Beta of the loss, without a recipe.", show_default="0.1")
+    ] = None,
+    reward_scale: Annotated[float, typer.Option(help="Factor for the rewards.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Temperature of the samples.", show_default="that of the evaluation, or 1"),
+    ] = None,
+    reward_judge: Annotated[str | None, typer.Option(help="Judge whose verdicts are the rewards.")] = None,
+    cost_judge: Annotated[str | None, typer.Option(help="Judge whose verdicts are the costs.")] = None,
+    pecan: Annotated[
+        bool,
+        typer.Option(
+            "--pecan",
+            help="The table has base_logp, helpful_logp and safe_logp, log-probabilities under three models.",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Find the setting that meets a constraint such as "at most 2 % unsafe", and what it costs."""
+    from bfpo.commands.dual import solve_dual
+
+    solve_dual(
+        samples,
+        out,
+        measure=measure,
+        max=max,
+        gain=gain,
+        share=share,
+        kind=kind,
+        recipe=recipe,
+        overrides=overrides or [],
+        beta=beta,
+        reward_scale=reward_scale,
+        temperature=temperature,
+        reward_judge=reward_judge,
+        cost_judge=cost_judge,
+        pecan=pecan,
+        seed=seed,
+    )
+
+
+@app.command()
 def experiment(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compare training methods over seeds in the testbed's worlds; resumable."""
     from bfpo.config.loading import load_recipe

@@ -13,6 +13,7 @@ from bfpo.data.inspect import (
     show_markers,
     show_pairs,
     show_parts,
+    show_scores,
     show_sources,
     show_text_lengths,
     show_token_lengths,
@@ -66,6 +67,7 @@ def inspect_sources(
     pairs = [*prepared.train, *prepared.eval]
     show_cells(pairs, labeling, beta)
     show_cell_lengths(pairs)
+    show_scores(pairs)
     show_markers(pairs)
     show_parts(pairs)
     if tokenizer is None:

@@ -312,7 +312,7 @@ def _describe(fault: ErrorDetails, content: Any, kind: type[Section]) -> str:
         *home, last = location
         section, label = _section_at(kind, home)
         owner = f" of '{label}'" if label else ""
-        hint = did_you_mean(str(last), list(section.model_fields))
+        hint = did_you_mean(str(last), [field.alias or name for name, field in section.model_fields.items()])
         return f"{key}: unknown key{owner}; {_other_places(str(last), key, kind)}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
     got = f" (got {fault['input']!r})" if fault["type"] not in ("missing", "value_error") else ""

@@ -96,6 +96,16 @@ class BFPOSection(Section):
     """Shift of all labels; 0.5 makes them antisymmetric in safety."""
     table: LabelTable | None = None
     """The four labels, `{ss: .., su: .., us: .., uu: ..}` or `helpful_ties`, instead of b1, b2 and alpha."""
+    safety_weight: Annotated[Number, Field(ge=0)] = 0.0
+    """λ: λ·(s_chosen - s_rejected) is added to every label, which lowers P(unsafe)."""
+    multiplier: str | None = None
+    """`dual.json` of `bfpo dual`, or its folder, with the `safety_weight` that reaches a given P(unsafe)."""
+
+    @model_validator(mode="after")
+    def _check_weight(self) -> "BFPOSection":
+        if self.multiplier is not None and self.safety_weight:
+            raise ValueError("'multiplier' is a file with the safety_weight; give either the file or the number")
+        return self
 
     @model_validator(mode="after")
     def _check_table(self) -> "BFPOSection":
@@ -105,7 +115,8 @@ class BFPOSection(Section):
 
     @model_serializer(mode="wrap")
     def _dump_labels_once(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unused = ("table",) if self.table is None else ("b1", "b2", "alpha")
+        unused = ["table"] if self.table is None else ["b1", "b2", "alpha"]
+        unused += [key for key in ("safety_weight", "multiplier") if not getattr(self, key)]
         return {key: value for key, value in dump(self).items() if key not in unused}
 
 

@@ -6,7 +6,8 @@ and are checked when the arguments are made; everything else is checked here, wi
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from bfpo.config.losses import BFPOSection, LossSection
 
@@ -237,6 +238,24 @@ class TrainModel(ModelSection):
     """A model that this recipe fine-tunes first; it is cached by the recipe's content."""
 
 
+class ScoreLabelsSection(Section):
+    """Preferences that follow from the scores of the answers, in place of the order of the data."""
+
+    source: Literal["scores"] = Field(alias="from")
+    """The columns `chosen_reward`, `rejected_reward`, `chosen_cost` and `rejected_cost`, which every pair needs."""
+    multiplier: str
+    """`dual.json` of `bfpo dual`, or its folder: the score of an answer is reward - λ·cost."""
+    draw: Literal["soft", "probability", "argmax"] = "soft"
+    """`soft`: probabilities by the Bradley-Terry model, or for squared losses the difference as the target.
+    `probability`: the order of each pair is drawn once. `argmax`: the higher score is preferred."""
+    seed: int = 42
+    """Seed of `probability`."""
+
+    @model_serializer(mode="wrap")
+    def _dump_by_key(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"from" if name == "source" else name: value for name, value in dump(self).items()}
+
+
 class TrainRecipe(DataRecipe):
     """`bfpo train`: preference training."""
 
@@ -248,6 +267,8 @@ class TrainRecipe(DataRecipe):
     """What the loss uses as safety: the labels, or the probabilities in `*_safety_score`."""
     loss: LossSection = BFPOSection()
     """Name and hyperparameters of the loss."""
+    labels: ScoreLabelsSection | None = None
+    """Preferences from scores, for any loss; default the order of the data."""
     train_only: list[str] | None = None
     """Patterns of the parameters to train, regular expressions that are searched in the names; default all."""
     lora: LoraSection | None = None
@@ -269,6 +290,13 @@ class TrainRecipe(DataRecipe):
     @model_validator(mode="after")
     def _check_trained_parameters(self) -> "TrainRecipe":
         _check_trained_parameters(self)
+        return self
+
+    @model_validator(mode="after")
+    def _check_one_multiplier(self) -> "TrainRecipe":
+        loss = self.loss
+        if self.labels is not None and isinstance(loss, BFPOSection) and (loss.multiplier or loss.safety_weight):
+            raise ValueError("labels and loss.safety_weight both have a multiplier; leave one of them out")
         return self
 
 

@@ -9,7 +9,7 @@ can be inspected but not trained on. A single label column, or a null label, is 
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from bfpo.core.conversation import (
@@ -46,6 +46,10 @@ COLUMNS = (
     "chosen_win_rate",
     "rejected_win_rate",
     "reward_margin",
+    "chosen_reward",
+    "rejected_reward",
+    "chosen_cost",
+    "rejected_cost",
     "harm_categories",
     "stream",
     "safety_label_source",
@@ -93,6 +97,10 @@ class PairSignals:
             data policy.
         rejected_win_rate: Same for the rejected answer.
         reward_margin: Reward of the chosen answer minus that of the rejected one, by another objective (MODPO).
+        chosen_reward: Reward of the chosen answer by a scorer; higher is more helpful.
+        rejected_reward: Same for the rejected answer.
+        chosen_cost: Cost of the chosen answer by a scorer; above 0 is unsafe.
+        rejected_cost: Same for the rejected answer.
 
     Raises:
         DataError: If a number is out of its range, or one of two numbers that belong together is missing.
@@ -104,23 +112,37 @@ class PairSignals:
     chosen_win_rate: float | None = None
     rejected_win_rate: float | None = None
     reward_margin: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    chosen_cost: float | None = None
+    rejected_cost: float | None = None
 
     def __post_init__(self) -> None:
         for name in SIGNALS:
             value = getattr(self, name)
             if value is None:
                 continue
-            if name == "reward_margin":
+            if name in UNBOUNDED_SIGNALS:
                 if not math.isfinite(value):
                     raise DataError(f"column '{name}' is {value}; expected a finite number")
             elif not 0 <= value <= 1:
                 raise DataError(f"column '{name}' is {value}; expected a probability from 0 to 1")
-        for first, second in (SIGNALS[:2], SIGNALS[3:5]):
+        for first, second in PAIRED_SIGNALS:
             if (getattr(self, first) is None) != (getattr(self, second) is None):
                 raise DataError(f"columns '{first}' and '{second}' go together; only one of them has a value")
 
+    def swapped(self) -> "PairSignals":
+        """Return the numbers with the two answers in the other order."""
+        exchanged = {name: getattr(self, other) for pair in PAIRED_SIGNALS for name, other in (pair, pair[::-1])}
+        margin = None if self.reward_margin is None else -self.reward_margin
+        return replace(self, **exchanged, reward_margin=margin)
+
 
 SIGNALS = tuple(PairSignals.__dataclass_fields__)
+PAIRED_SIGNALS = tuple(
+    (name, f"rejected_{name.removeprefix('chosen_')}") for name in SIGNALS if name.startswith("chosen_")
+)
+UNBOUNDED_SIGNALS = ("reward_margin", "chosen_reward", "rejected_reward", "chosen_cost", "rejected_cost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +230,21 @@ class PreferencePair:
     def cell(self) -> Cell | None:
         """Cell of the pair; None if it is unlabeled."""
         return None if self.labels is None else self.labels.cell
+
+    def swapped(self) -> "PreferencePair":
+        """Return the pair with its answers, and the labels and signals of each, in the other order."""
+        labels, reasoning = (
+            None if labels is None else SafetyLabels(labels.rejected, labels.chosen)
+            for labels in (self.labels, self.reasoning_labels)
+        )
+        return replace(
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            labels=labels,
+            reasoning_labels=reasoning,
+            signals=self.signals.swapped(),
+        )
 
     def texts(self) -> Iterator[str]:
         """Yield every text of the prompt and of both answers."""

@@ -221,6 +221,23 @@ def show_cell_lengths(pairs: Sequence[PreferencePair]) -> None:
         show_table("Mean words by cell", ("cell", "pairs", "chosen", "rejected", "gap"), rows)
 
 
+def show_scores(pairs: Sequence[PreferencePair]) -> None:
+    """Print the rewards and costs of the pairs that have them, and how often the sign of a cost is the label."""
+    rows = []
+    for name in ("chosen_reward", "rejected_reward", "chosen_cost", "rejected_cost"):
+        scored = [(getattr(pair.signals, name), pair) for pair in pairs if getattr(pair.signals, name) is not None]
+        if not scored:
+            continue
+        low, median, high = np.quantile([score for score, _ in scored], [0.05, 0.5, 0.95])
+        side = name.partition("_")[0]
+        agree = [(cost <= 0) == getattr(pair.labels, side) for cost, pair in scored if pair.labels is not None]
+        share = f"{np.mean(agree):.1%}" if name.endswith("_cost") and agree else ""
+        rows.append((name, len(scored), f"{low:.3g}", f"{median:.3g}", f"{high:.3g}", share))
+    if rows:
+        columns = ("column", "pairs", "5 %", "median", "95 %", "cost > 0 where labeled unsafe, and not elsewhere")
+        show_table("Scores", columns, rows)
+
+
 def show_pairs(pairs: Sequence[PreferencePair], count: int) -> None:
     """Print the beginning of a few pairs, at most one of each cell."""
     first_of_cell = {pair.cell: pair for pair in reversed(pairs)}

@@ -20,6 +20,7 @@ from bfpo.data.prompts import check_prompt_columns, read_prompt_content
 from bfpo.data.readings import judge_readings
 from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
 from bfpo.data.unread_answers import UnreadAnswers, describe_missing_answers
+from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError, Unanswered
 
 Row = TypeVar("Row", bound=FileRow)
@@ -270,6 +271,19 @@ def read_verdicts(path: Path) -> list[Verdict]:
         DataError: If it is missing or malformed.
     """
     return _read_finished(path, Verdict)
+
+
+def verdicts_by_judge(folder: Path) -> dict[tuple[str, str], list[Verdict]]:
+    """Read all verdicts of a folder, by name and revision of the judge.
+
+    Raises:
+        DataError: If a file is malformed.
+    """
+    by_judge: dict[tuple[str, str], list[Verdict]] = {}
+    for path in judge_files(folder, "verdicts"):
+        for verdict in read_verdicts(path):
+            by_judge.setdefault((verdict.judge, verdict.revision), []).append(verdict)
+    return by_judge
 
 
 def fill(

@@ -126,8 +126,9 @@ class PairTable(TokenTable):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokens, the labels and the streams."""
-        arrays = (self.chosen_safe, self.rejected_safe, self.is_buffer)
+        """Hash of the tokens, the labels, the streams and, where preferences follow from scores, their margins."""
+        arrays = [self.chosen_safe, self.rejected_safe, self.is_buffer]
+        arrays += [self.signals["score_margin"]] if "score_margin" in self.signals else []
         return content_hash(self.tokens_hash, [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays])
 
     @property
@@ -155,7 +156,11 @@ def token_table(examples: Sequence[Example], row_ids: Sequence[str]) -> TokenTab
 
 
 def pair_table(
-    examples: Sequence[Example], pairs: Sequence[PreferencePair], *, use_scores: bool = False
+    examples: Sequence[Example],
+    pairs: Sequence[PreferencePair],
+    *,
+    use_scores: bool = False,
+    score_margins: Floats | None = None,
 ) -> PairTable:
     """Return a table of tokenized pairs with their labels and signals.
 
@@ -163,6 +168,7 @@ def pair_table(
         examples: Token ids, with two completions each.
         pairs: Labeled pairs of the examples, in the same order.
         use_scores: Whether safety is read from `*_safety_score`, which every pair must then have.
+        score_margins: Reward less multiplied cost, chosen minus rejected, (N,); None if no loss needs it.
 
     Returns:
         The table. Missing values of `expected_safety` are the mean safety of all answers of the pair's data set.
@@ -178,6 +184,8 @@ def pair_table(
         name: np.array([getattr(pair.signals, name) for pair in pairs], dtype=np.float64)
         for name in ("chosen_win_rate", "rejected_win_rate", "reward_margin", "expected_safety")
     }
+    if score_margins is not None:
+        signals["score_margin"] = score_margins
     signals["expected_safety"] = _fill_by_dataset(signals["expected_safety"], probability.mean(axis=1), pairs)
     return PairTable(
         *_concatenate(examples),

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from bfpo.config.recipes import Section
 from bfpo.core.samples import Engine, Key, Prompt, Verdict
 from bfpo.core.terminal import say
+from bfpo.data.stages import verdicts_by_judge
 from bfpo.errors import RecipeError, Unanswered
 from bfpo.evaluation.scoring import JudgedCompletion, MetricSpec, PromptScores
 from bfpo.evaluation.suite import Suite, Task, load_suite
-from bfpo.evaluation.verdicts import verdicts_by_judge
 from bfpo.generation.attack_outcomes import safe_until
 from bfpo.generation.attacks import AttackSection, AttackSpec, open_attack
 from bfpo.generation.dialogues import AttackRun, AttackTurn, attack_folder, by_conversation, read_turns, run_attack

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from bfpo.core.files import read_repaired_jsonl
 from bfpo.core.samples import Completion, Prompt
-from bfpo.data.stages import read_completions, read_prompt_file
+from bfpo.data.stages import read_completions, read_prompt_file, verdicts_by_judge
 from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
 from bfpo.evaluation.attacks import Attacks, read_attacks, read_verdicts_on_turns
@@ -18,7 +18,6 @@ from bfpo.evaluation.preferences import PairwisePreference
 from bfpo.evaluation.results import FILE_NAME, MetricComparison, Results, read_results
 from bfpo.evaluation.suite import Task, select_prompts
 from bfpo.evaluation.suite_scores import SuiteScores, compare_suites, score_suites
-from bfpo.evaluation.verdicts import verdicts_by_judge
 
 
 class Baseline(NamedTuple):

@@ -5,21 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.core.samples import Verdict
-from bfpo.data.stages import read_verdicts
-from bfpo.data.verdict_files import judge_files
-
-
-def verdicts_by_judge(folder: Path) -> dict[tuple[str, str], list[Verdict]]:
-    """Read all verdicts of a folder, by name and revision of the judge.
-
-    Raises:
-        DataError: If a file is malformed.
-    """
-    by_judge: dict[tuple[str, str], list[Verdict]] = {}
-    for path in judge_files(folder, "verdicts"):
-        for verdict in read_verdicts(path):
-            by_judge.setdefault((verdict.judge, verdict.revision), []).append(verdict)
-    return by_judge
+from bfpo.data.stages import verdicts_by_judge
 
 
 def verdicts_of_evaluation(folder: Path, judges: Sequence[Mapping[str, Any]]) -> list[Verdict]:

@@ -159,9 +159,9 @@ def save_judge(
     path: Path,
     *,
     abstain_threshold: float = ABSTAIN_THRESHOLD,
+    languages: Collection[str] = (),
     likeness: Likeness | None = None,
     fitted_prompts: Collection[str] = (),
-    languages: Collection[str] = (),
 ) -> LinearJudge:
     """Write the file of a judge (`.npz`) atomically, and return the judge.
 
@@ -171,9 +171,9 @@ def save_judge(
         abstain_threshold: Probability of an error on safety above which the judge is undecided, in (0, 0.5]; 0.5
             decides everything but unlike answers. For calibrated probabilities the optimal rule of this kind is a
             band around 0.5 (Chow 1970, doi 10.1109/TIT.1970.1054406).
+        languages: Languages that the judge was measured on; see `bfpo.judging.languages`.
         likeness: Rule for unlike answers, by the vocabularies of `safe`.
         fitted_prompts: Keys of the prompts that the heads were fitted on.
-        languages: Languages that the judge was measured on; see `bfpo.judging.languages`.
 
     Raises:
         RecipeError: If `abstain_threshold` is out of its range.
@@ -192,14 +192,14 @@ def save_judge(
             if (key := f"{name}.{number}") and id(vocabulary) not in stored:
                 arrays[f"{key}.hashes"], arrays[f"{key}.idf"] = vocabulary.hashes, vocabulary.idf
             arrays[f"{key}.in"] = np.frombuffer(stored.setdefault(id(vocabulary), key).encode(), dtype=np.uint8)
+    if languages:
+        arrays["languages"] = np.frombuffer(json.dumps(sorted(languages)).encode(), dtype=np.uint8)
     if likeness is not None:
         references = likeness.references
         arrays["like.counts"] = references.data.astype(np.uint16)
         arrays["like.columns"] = references.indices.astype(np.uint32)
         arrays["like.rows"] = references.indptr.astype(np.uint32)
         arrays["like.limits"] = np.asarray([likeness.min_similarity, likeness.max_unknown, *likeness.band])
-    if languages:
-        arrays["languages"] = np.frombuffer(json.dumps(sorted(languages)).encode(), dtype=np.uint8)
     with open_atomic(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     return load_judge(path)

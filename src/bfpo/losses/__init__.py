@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PairLogps,
         PairLoss,
         SafeDPO,
+        SoftLabels,
         bfpo_loss,
     )
 
@@ -37,6 +38,7 @@ __all__ = [
     "PairLogps",
     "PairLoss",
     "SafeDPO",
+    "SoftLabels",
     "bfpo_loss",
     "make_loss",
 ]

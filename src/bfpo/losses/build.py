@@ -1,14 +1,15 @@
 """Building a loss from its name and hyperparameters."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from inspect import isabstract
 from typing import Any
 
 from bfpo.core.imports import import_object
 from bfpo.errors import RecipeError, did_you_mean
+from bfpo.losses.dual import read_safety_weight
 from bfpo.losses.labeling import TABLES, LabelingFunction
-from bfpo.losses.pairwise import LOSSES, PairLoss
+from bfpo.losses.pairwise import BFPO, LOSSES, PairLoss
 
 
 def make_loss(options: Mapping[str, Any]) -> PairLoss:
@@ -16,14 +17,17 @@ def make_loss(options: Mapping[str, Any]) -> PairLoss:
 
     Args:
         options: `name` (a key of `LOSSES`, or `package.module:Class`; default `bfpo`) and the loss's
-            hyperparameters.
+            hyperparameters; for `bfpo` also `multiplier`, the `dual.json` with its safety weight.
 
     Raises:
-        RecipeError: If the name or a hyperparameter is unknown, or a value isn't a number in its range.
+        RecipeError: If the name or a hyperparameter is unknown, a value isn't a number in its range, or the
+            multiplier belongs to another loss.
+        DataError: If the file of the multiplier is missing or malformed.
     """
     values = dict(options)
     name = values.pop("name", "bfpo")
     loss_class = _loss_class(name)
+    multiplier = values.pop("multiplier", None) if loss_class is BFPO else None
     allowed = {field.name for field in fields(loss_class)}
     for key, value in values.items():
         if key not in allowed:
@@ -32,7 +36,17 @@ def make_loss(options: Mapping[str, Any]) -> PairLoss:
             values[key] = _labeling_table(value)
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"loss.{key} is {value!r} ({type(value).__name__}); expected a number")
-    return loss_class(**values)
+    loss = loss_class(**values)
+    return loss if multiplier is None else _with_multiplier(loss, multiplier)
+
+
+def _with_multiplier(loss: PairLoss, path: object) -> BFPO:
+    if not isinstance(path, str):
+        raise RecipeError(f"loss.multiplier is {path!r} ({type(path).__name__}); expected the path of a dual.json")
+    assert isinstance(loss, BFPO)
+    if loss.safety_weight:
+        raise RecipeError("loss: 'multiplier' is a file with the safety_weight; give either the file or the number")
+    return replace(loss, safety_weight=read_safety_weight(path, labeling=loss.labeling, beta=loss.beta))
 
 
 def _loss_class(name: object) -> type[PairLoss]:

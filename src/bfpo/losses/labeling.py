@@ -9,7 +9,7 @@ The first letter of a cell is the safety of the chosen answer: `su` is safe chos
 more helpful, not safer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bfpo.core.pairs import CELLS
@@ -77,6 +77,19 @@ class LabelingFunction:
             us=scale * (-1 + b2) - alpha,
             uu=scale * b2 - alpha,
         )
+
+    def with_safety_weight(self, weight: float) -> "LabelingFunction":
+        """Return the table of label + weight·(s_chosen - s_rejected); the table itself for a weight of 0.
+
+        The weight is the multiplier λ of a constraint on P(unsafe): the policy that minimizes the loss becomes
+        π_BFPO·exp(weight·safe / beta) / Z (see docs/method.md).
+
+        Raises:
+            RecipeError: If the weight is negative or not finite.
+        """
+        if not 0 <= weight <= 1e9:
+            raise RecipeError(f"safety_weight is {weight}; expected a number from 0 to 1e9")
+        return self if weight == 0 else replace(self, su=self.su + weight, us=self.us - weight)
 
     def __call__(self, chosen_safe: Any, rejected_safe: Any) -> Any:
         """Return the label of a pair, by bilinear interpolation between the four cells.

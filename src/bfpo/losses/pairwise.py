@@ -10,7 +10,7 @@ nats (sums over tokens).
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
@@ -39,6 +39,7 @@ class PairLogps:
         chosen_win_rate: Probability in [0, 1] of beating a random answer of the data policy; None if unknown.
         rejected_win_rate: Same for the rejected answer.
         reward_margin: Reward by another objective, chosen minus rejected; None if unknown.
+        score_margin: Reward less multiplied cost, chosen minus rejected; None if unknown.
 
     Raises:
         ValueError: If shapes differ.
@@ -56,20 +57,32 @@ class PairLogps:
     chosen_win_rate: Tensor | None = None
     rejected_win_rate: Tensor | None = None
     reward_margin: Tensor | None = None
+    score_margin: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for column in fields(self):
+            value = getattr(self, column.name)
             if value is not None and value.shape != self.chosen_logps.shape:
                 raise ValueError(
                     f"Shape mismatch: chosen_logps is {tuple(self.chosen_logps.shape)}, "
-                    f"{field.name} is {tuple(value.shape)}"
+                    f"{column.name} is {tuple(value.shape)}"
                 )
 
     @property
     def margin(self) -> Tensor:
         """h: how much more than the reference the policy prefers the chosen answer, nats, (B,)."""
         return (self.chosen_logps - self.ref_chosen_logps) - (self.rejected_logps - self.ref_rejected_logps)
+
+    def swapped(self) -> "PairLogps":
+        """Return the pairs with their answers in the other order."""
+        columns = {column.name: getattr(self, column.name) for column in fields(self)}
+        for name in columns:
+            if "chosen" in name:
+                other = name.replace("chosen", "rejected")
+                columns[name], columns[other] = columns[other], columns[name]
+        for name in ("reward_margin", "score_margin"):
+            columns[name] = None if columns[name] is None else -columns[name]
+        return PairLogps(**columns)
 
     def require(self, name: str) -> Tensor:
         """Return an optional input that the loss needs.
@@ -133,6 +146,8 @@ class BFPO(PairLoss):
         alpha: Shift of all labels; 0.5 makes them antisymmetric in safety.
         table: The four labels, instead of b1, b2 and alpha; a recipe can also name one of
             `bfpo.losses.labeling.TABLES`.
+        safety_weight: λ, at least 0: λ·(s_c - s_r) is added to every label. It is the multiplier of a constraint on
+            P(unsafe), and multiplies the optimal policy by exp(λ·safe / beta).
 
     Raises:
         RecipeError: If a number is out of its range, or both the table and b1, b2 or alpha are set.
@@ -152,17 +167,20 @@ class BFPO(PairLoss):
     b2: float = 0.0
     alpha: float = 0.5
     table: LabelingFunction | None = None
+    safety_weight: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check(self, "safety_weight", self.safety_weight >= 0, "a number from 0 to 1e9")
         if self.table is not None and (self.b1, self.b2, self.alpha) != (3.0, 0.0, 0.5):
             raise RecipeError("loss: 'table' replaces b1, b2 and alpha; give either the table or these")
         self.labeling  # noqa: B018 - an invalid b1 is refused here, not at the first step
 
     @property
     def labeling(self) -> LabelingFunction:
-        """The labeling function in use."""
-        return self.table or LabelingFunction.from_parameters(self.b1, self.b2, self.alpha)
+        """The labeling function in use, with the safety weight."""
+        table = self.table or LabelingFunction.from_parameters(self.b1, self.b2, self.alpha)
+        return table.with_safety_weight(self.safety_weight)
 
     def target(self, pairs: PairLogps) -> Tensor:
         """Return label / beta."""
@@ -363,6 +381,54 @@ class BFPOSoft(PairLoss):
         return (pairs.margin - self.target(pairs)) ** 2
 
 
+@dataclass(frozen=True)
+class SoftLabels(PairLoss):
+    """A loss on preferences that follow from scores, without drawing them.
+
+    With m the difference of the scores of chosen and rejected, a loss without targets is averaged over both orders of
+    the pair, weighted by σ(m) and σ(-m): the expectation over labels that are drawn from the Bradley-Terry model. A
+    squared loss regresses the margin onto m/beta. For DPO and all squared losses on token sums, the tabular minimizer
+    is π_ref·exp(score / beta), the optimum of the constrained problem that the scores come from.
+
+    Args:
+        beta: Beta of the loss.
+        loss: The loss.
+
+    Source:
+        Bradley-Terry labels of reward + λ·safety: Huang et al., One-Shot Safety Alignment (MoCAN), arXiv 2405.19544.
+    """
+
+    loss: PairLoss = field(default_factory=DPO)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta != self.loss.beta:
+            raise RecipeError(f"SoftLabels.beta is {self.beta}; expected that of its loss, {self.loss.beta}")
+        object.__setattr__(self, "needs", ("score_margin", *self.loss.needs))
+
+    def keeps(self, labels: SafetyLabels) -> bool:
+        """Keep the pairs that the loss keeps."""
+        return self.loss.keeps(labels)
+
+    def target(self, pairs: PairLogps) -> Tensor | None:
+        """Return m/beta for a squared loss."""
+        if self.loss.target(pairs) is None:
+            return None
+        return pairs.require("score_margin") / self.beta
+
+    def direction(self, pairs: PairLogps) -> Tensor:
+        """Return the sign of m."""
+        return pairs.require("score_margin").sign()
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return `(h - m/beta)²`, or σ(m)·loss of the pair + σ(-m)·loss of the swapped pair."""
+        target = self.target(pairs)
+        if target is not None:
+            return (pairs.margin - target) ** 2
+        p_chosen = torch.sigmoid(pairs.require("score_margin"))
+        return p_chosen * self.loss(pairs) + (1 - p_chosen) * self.loss(pairs.swapped())
+
+
 def bfpo_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -374,6 +440,7 @@ def bfpo_loss(
     beta: float = 0.01,
     b1: float = 3.0,
     alpha: float = 0.5,
+    safety_weight: float = 0.0,
 ) -> Tensor:
     """Return the BFPO loss of each pair, unreduced, (B,).
 
@@ -387,9 +454,11 @@ def bfpo_loss(
         beta: The paper's tau; above 0.
         b1: Weight of the chosen answer's safety; above 1.
         alpha: Shift of all labels.
+        safety_weight: Weight of s_chosen - s_rejected that is added to every label; at least 0.
 
     Returns:
-        `(h - (b3·(b1·s_chosen - s_rejected) - alpha)/beta)²` with b3 = 1/(b1-1).
+        `(h - (b3·(b1·s_chosen - s_rejected) - alpha + safety_weight·(s_chosen - s_rejected))/beta)²` with
+        b3 = 1/(b1-1).
 
     Example:
         >>> import torch
@@ -399,7 +468,7 @@ def bfpo_loss(
     """
     safe = is_chosen_safe.to(chosen_logps), is_rejected_safe.to(chosen_logps)
     pairs = PairLogps(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *safe)
-    return BFPO(beta=beta, b1=b1, alpha=alpha)(pairs)
+    return BFPO(beta=beta, b1=b1, alpha=alpha, safety_weight=safety_weight)(pairs)
 
 
 def _check(loss: PairLoss, name: str, in_range: bool, allowed: str) -> None:

@@ -2,7 +2,8 @@
 
 Two policies are compared. The first is the optimum of the paper's RL objective, with the bilinear reward
 (safe + a1)·(win rate + a2) and a KL penalty; it has a closed form. The second minimizes the supervised loss over all
-tabular policies. docs/method.md derives when they are equal, and their difference otherwise.
+tabular policies. docs/method.md derives when they are equal, and their difference otherwise. Constraints on the cost
+are in `bfpo.losses.constrained`.
 
 Every population loss here is a weighted least-squares problem in the log-ratios u(y) = log π(y)/π_ref(y). A constant
 added to u changes neither the loss nor, after normalization, the policy.
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfpo.errors import RecipeError
+from bfpo.losses.combiners import bilinear
 from bfpo.losses.labeling import LabelingFunction
 
 Array: TypeAlias = NDArray[np.float64]
@@ -96,7 +98,7 @@ def bilinear_reward(problem: TabularProblem, *, a1: float | None = None, a2: flo
         Paper, RL objective (a1 = E_s, a2 = 1/2).
     """
     offset = problem.expected_safety if a1 is None else a1
-    return (problem.safe + offset) * (problem.win_rates + a2)
+    return bilinear(problem.safe, problem.win_rates, a1=offset, a2=a2)
 
 
 def rl_objective(problem: TabularProblem, policy: Array, *, reward: Array, beta: float) -> float:
@@ -126,7 +128,35 @@ def supervised_minimizer(problem: TabularProblem, labeling: LabelingFunction, *,
         beta: The paper's tau; above 0.
     """
     label = labeling(problem.safe[:, None], problem.safe[None, :])
-    return _least_squares(problem, label / _positive(beta))
+    return _tilt(problem, _average_target(problem, label / _positive(beta)))
+
+
+def supervised_reward(problem: TabularProblem, labeling: LabelingFunction) -> Array:
+    """Return beta·u of the policy that minimizes the BFPO loss, the reward that it maximizes up to a constant, (K,).
+
+    This is E_{y'~μ}[p_h(y > y')·label(y, y') - p_h(y' > y)·label(y', y)], for any correlation of safety and winning.
+    """
+    label = labeling(problem.safe[:, None], problem.safe[None, :])
+    return _average_target(problem, label)
+
+
+def constrained_minimizer(
+    problem: TabularProblem, labeling: LabelingFunction, *, safety_weight: float, beta: float
+) -> Array:
+    """Return π_BFPO·exp(safety_weight·safe / beta) / Z, the minimizer of constrained BFPO, (K,).
+
+    It minimizes the BFPO loss whose label is increased by safety_weight·(s_chosen - s_rejected), for any correlation
+    of safety and winning. The probability of an unsafe answer falls as the weight grows. A weight is the multiplier λ
+    of a constraint on P(unsafe): exp(λ·safe / beta) differs from exp(-λ·unsafe / beta) by a constant only.
+
+    Args:
+        problem: Prompt and answers.
+        labeling: Labeling function without the weight.
+        safety_weight: λ, at least 0.
+        beta: The paper's tau; above 0.
+    """
+    reward = supervised_reward(problem, labeling) + safety_weight * problem.safe
+    return rl_optimum(problem, reward, beta=beta)
 
 
 def soft_minimizer(problem: TabularProblem, reward: Array, *, beta: float) -> Array:
@@ -135,7 +165,7 @@ def soft_minimizer(problem: TabularProblem, reward: Array, *, beta: float) -> Ar
     Pairs are drawn as for `supervised_minimizer`; the margin is regressed onto the difference of rewards over beta.
     """
     reward = _vector(problem, reward, "reward")
-    return _least_squares(problem, (reward[:, None] - reward[None, :]) / _positive(beta))
+    return _tilt(problem, _average_target(problem, (reward[:, None] - reward[None, :]) / _positive(beta)))
 
 
 def covariance_gap(problem: TabularProblem) -> Array:
@@ -193,14 +223,14 @@ def random_factorized_problem(
     )
 
 
-def _least_squares(problem: TabularProblem, target: Array) -> Array:
-    """Return the policy whose u minimizes Σ_ij μ_i·μ_j·p_ij·(u_i - u_j - target_ij)²; i is chosen, j rejected."""
+def _average_target(problem: TabularProblem, target: Array) -> Array:
+    """Return the u with μ·u = 0 that minimizes Σ_ij μ_i·μ_j·p_ij·(u_i - u_j - target_ij)²; i beats j."""
     weight = np.outer(problem.data_policy, problem.data_policy) * problem.preferences
     pull = weight * target
-    right = pull.sum(axis=1) - pull.sum(axis=0)
+    right: Array = pull.sum(axis=1) - pull.sum(axis=0)
     # With p_ij + p_ji = 1 the normal matrix is diag(μ) - μμᵀ, which is singular along constants. Fixing the constant
     # by μ·u = 0 adds μμᵀ, which leaves diag(μ)·u = right.
-    return _tilt(problem, right / problem.data_policy)
+    return right / problem.data_policy
 
 
 def _tilt(problem: TabularProblem, log_ratio: Array) -> Array:

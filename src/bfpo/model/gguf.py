@@ -116,11 +116,12 @@ def read_summary(file: Path) -> GgufSummary:
                 header = _Header(content)
             except struct.error:
                 raise ModelError(f"{file}: cut: it ends within its header") from None
-            except (ValueError, OverflowError, MemoryError) as error:
+            except (ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
                 raise ModelError(f"{file}: damaged, or of a version that isn't known: {error}") from None
     if (size := file.stat().st_size) < header.size:
         raise ModelError(f"{file}: cut: it has {size:,} bytes, and its header announces {header.size:,}")
-    if (parts := header.metadata.get("split.count") or 1) > 1:
+    parts = header.metadata.get("split.count")
+    if isinstance(parts, int) and parts > 1:
         raise ModelError(f"{file}: one of {parts} parts of a model; join them with `gguf-split --merge`")
     architecture, known = header.metadata.get("general.architecture"), _known_architectures()
     if _ALIASES.get(str(architecture), architecture) not in known:

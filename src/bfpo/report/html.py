@@ -83,20 +83,27 @@ def write_report(out: Path, runs: Sequence[Path], *, title: str = "Safety and he
     return out / PAGE
 
 
-def check_ownership(out: Path) -> None:
+def check_ownership(
+    out: Path, *, page: str = PAGE, names: Sequence[str] = FILES, command: str = "bfpo report"
+) -> None:
     """Check that writing a report into a folder overwrites only the files of an earlier report.
+
+    Args:
+        out: Output folder.
+        page: File name of the page.
+        names: File names of all parts of the report.
+        command: Command that writes it, for the message.
 
     Raises:
         DataError: If the folder contains a file with a report's file name that is not part of a report.
     """
-    existing = [name for name in FILES if (out / name).exists()]
-    page = out / PAGE
-    if page.is_file():
-        with page.open("rb") as file:
+    existing = [name for name in names if (out / name).exists()]
+    if (out / page).is_file():
+        with (out / page).open("rb") as file:
             if GENERATOR in file.read(2000):
                 return
     if existing:
-        raise DataError(f"{out / existing[0]} was not written by bfpo report; choose another folder or move the file")
+        raise DataError(f"{out / existing[0]} was not written by {command}; choose another folder or move the file")
 
 
 def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
@@ -113,7 +120,7 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     best = {points[index].coordinates for index in front([point.coordinates for point in points])}
     curves = [learning_curves(run, index) for index, run in enumerate(runs)]
     label_tables = [label_table(run) for run in runs]
-    page = _template().render(
+    page = load_template("template.html").render(
         title=title,
         note=note,
         script=script,
@@ -175,7 +182,8 @@ def _tool_names(tools: Sequence[Mapping[str, Any]]) -> str:
 
 
 @cache
-def _template() -> Template:
+def load_template(name: str) -> Template:
+    """Return a template of a page, with escaping on."""
     environment = Environment(
         loader=PackageLoader("bfpo.report", "."),
         autoescape=True,
@@ -183,7 +191,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("template.html")
+    return environment.get_template(name)
 
 
 def _draw_plane(points: Sequence[PlanePoint], *, legend: bool) -> Drawing:

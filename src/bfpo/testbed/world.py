@@ -166,7 +166,7 @@ class World:
         swap = pair.labels.rejected > pair.labels.chosen
         if not any(pair.labels):
             swap = rejected.correct < chosen.correct
-        ordered = swapped(pair) if swap else pair
+        ordered = pair.swapped() if swap else pair
         provenance = replace(pair.provenance, dataset_name=f"{pair.provenance.dataset_name}-by-safety")
         return replace(ordered, provenance=provenance)
 
@@ -294,18 +294,6 @@ class World:
             second,
             signals=PairSignals(chosen_win_rate=round(rates[0], 4), rejected_win_rate=round(rates[1], 4)),
         )
-
-
-def swapped(pair: PreferencePair) -> PreferencePair:
-    """Return a pair with its answers, and the signals and labels of each, in the other order."""
-    assert pair.labels is not None
-    signals = replace(
-        pair.signals,
-        chosen_win_rate=pair.signals.rejected_win_rate,
-        rejected_win_rate=pair.signals.chosen_win_rate,
-    )
-    labels = SafetyLabels(pair.labels.rejected, pair.labels.chosen)
-    return replace(pair, chosen=pair.rejected, rejected=pair.chosen, labels=labels, signals=signals)
 
 
 def with_reward_margin(pair: PreferencePair) -> PreferencePair:

@@ -207,7 +207,8 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         if isinstance(previous, str):
             # Earlier versions kept whole numbers of a loss as integers: b1=5 is b1=5.0.
             previous = re.sub(r"=(-?\d+)(?=[,)])", r"=\1.0", previous)
-        if previous != value:
+        # Earlier versions had no safety weight.
+        if previous != value and previous != str(value).replace(", safety_weight=0.0)", ")"):
             raise RecipeError(
                 f"{folder} can't be continued: {name} was {previous}, now it is {value}; resume with the old value, "
                 "or start a new run in another trainer.output_dir"

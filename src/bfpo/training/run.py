@@ -1,7 +1,7 @@
 """The work of `bfpo train`: from a recipe to a checkpoint and its metadata."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -16,10 +16,11 @@ from bfpo.core.terminal import progress, say, show_table, timed
 from bfpo.data.inspect import show_cells, show_samples, show_sources
 from bfpo.data.load import Reason
 from bfpo.data.prepare import PreparedData, prepare, require_labels
+from bfpo.data.score_labels import score_margins
 from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
 from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
 from bfpo.errors import DataError, RecipeError
-from bfpo.losses.build import make_loss
+from bfpo.losses.dual import Dual
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.gguf import gguf_metadata
 from bfpo.model.lora import CausalLM, lora_config
@@ -27,6 +28,7 @@ from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.encode import require_signals
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
+from bfpo.training.multipliers import build_loss, read_score_labels, relabel, resolve_safety_weight
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
 from bfpo.training.probe import Answers, Probe, show_probe
@@ -90,6 +92,9 @@ def run_training(
     Returns:
         Content of `run.json`; for a dry run, of `data_manifest.json`.
     """
+    # A multiplier that doesn't fit is refused before anything is read or trained.
+    recipe = resolve_safety_weight(recipe)
+    read_score_labels(recipe)
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
@@ -156,8 +161,10 @@ def _prepare_inputs(
     recipe: TrainRecipe, args: TrainingArguments, resume: str | bool | None, *, dry_run: bool, limit: int | None
 ) -> RunInputs:
     """Read, clean and tokenize the data, and show them with the plan and the memory that a run needs."""
-    loss = make_loss(recipe.loss.model_dump())
+    labels = read_score_labels(recipe)
+    loss = build_loss(recipe, labels)
     prepared = prepare(recipe, limit=limit, log=say)
+    label_metadata = {} if labels is None else {"labels": relabel(prepared, labels)}
     remove_untrained(prepared, loss)
     cache = Path(str(args.output_dir)).parent / "cache"
     model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run)
@@ -165,12 +172,14 @@ def _prepare_inputs(
     check_vocabulary(model_section, tokenizer)
     clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
     tokens = None if dry_run else cache / "tokens"
-    tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=tokens, clock=clock)
+    dual = labels.dual if labels is not None else None
+    tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=tokens, clock=clock, dual=dual)
     show_data(prepared, tables, loss)
     _check_evaluation(args, tables)
     check_vocabulary(model_section, tokenizer, [tables.train, *tables.eval.values()])
     _show_plan_and_memory(recipe, args, model_section, tokenizer, tables.train)
-    return RunInputs(args, resume, loss, model_section, tokenizer, tables, prepared.manifest(), clock, prepared.eval)
+    manifest = prepared.manifest() | label_metadata
+    return RunInputs(args, resume, loss, model_section, tokenizer, tables, manifest, clock, prepared.eval)
 
 
 def _resolve_model_section(
@@ -289,6 +298,7 @@ def tokenize_pairs(
     *,
     cache: Path | None,
     clock: datetime | None = None,
+    dual: Dual | None = None,
 ) -> Tables:
     """Tokenize all pairs, or read them from the cache; pairs that don't fit are dropped and counted.
 
@@ -299,6 +309,7 @@ def tokenize_pairs(
         loss: Loss to train with.
         cache: Folder of cached token ids; None to not use it.
         clock: Time that the chat template sees; None for the current time.
+        dual: Constraint whose multiplier combines the scores of the pairs; None if the loss doesn't need them.
 
     Returns:
         Tables; the evaluation tables are named `main` and `buffer`.
@@ -323,15 +334,24 @@ def tokenize_pairs(
     use_scores = recipe.safety == "scores"
     if use_scores and any(pair.signals.chosen_safety_score is None for pair in (*train_pairs, *held_out[0])):
         raise DataError("safety: scores needs chosen_safety_score and rejected_safety_score for every pair")
-    table = pair_table(train_examples, train_pairs, use_scores=use_scores)
-    eval_tables = _evaluation_tables(*held_out, max_eval=recipe.max_eval, use_scores=use_scores)
+
+    def as_table(examples: Sequence[Example], pairs: Sequence[PreferencePair]) -> PairTable:
+        margins = None if dual is None else score_margins(pairs, dual)
+        return pair_table(examples, pairs, use_scores=use_scores, score_margins=margins)
+
+    table = as_table(train_examples, train_pairs)
+    eval_tables = _evaluation_tables(*held_out, max_eval=recipe.max_eval, as_table=as_table)
     for checked in (table, *eval_tables.values()):
         require_signals(checked, loss)
     return Tables(table, eval_tables, samples)
 
 
 def _evaluation_tables(
-    pairs: Sequence[PreferencePair], examples: Sequence[Example], *, max_eval: int | None, use_scores: bool
+    pairs: Sequence[PreferencePair],
+    examples: Sequence[Example],
+    *,
+    max_eval: int | None,
+    as_table: Callable[[Sequence[Example], Sequence[PreferencePair]], PairTable],
 ) -> dict[str, PairTable]:
     tables = {}
     for stream in ("main", "buffer"):
@@ -340,8 +360,7 @@ def _evaluation_tables(
         if len(rows) < len(in_stream):
             say(f"evaluating on a sample of {len(rows):,} of {len(in_stream):,} {stream} pairs (max_eval)")
         if rows:
-            sample = [examples[row] for row in rows], [pairs[row] for row in rows]
-            tables[stream] = pair_table(*sample, use_scores=use_scores)
+            tables[stream] = as_table([examples[row] for row in rows], [pairs[row] for row in rows])
     return tables
 
 

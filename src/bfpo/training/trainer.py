@@ -54,7 +54,8 @@ class StartCheck(NamedTuple):
             return None
         return (
             f"targets of up to {self.largest_target:.3g} nats are larger than the log-probability of a typical "
-            f"completion ({self.typical_logp:.3g} nats) and can't be reached; raise loss.beta"
+            f"completion ({self.typical_logp:.3g} nats) and can't be reached; raise loss.beta, or lower "
+            "loss.safety_weight if it is set"
         )
 
 

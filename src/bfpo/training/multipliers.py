@@ -1,0 +1,103 @@
+"""Multipliers of constraints in a training recipe: BFPO's safety weight, and preferences that follow from scores."""
+
+from typing import Any, NamedTuple
+
+from bfpo.config.losses import BFPOSection
+from bfpo.config.recipes import TrainRecipe
+from bfpo.core.files import file_hash
+from bfpo.core.terminal import say
+from bfpo.data.load import Reason
+from bfpo.data.prepare import PreparedData
+from bfpo.data.score_labels import Draw, is_reordered, require_scores
+from bfpo.errors import RecipeError
+from bfpo.losses.build import make_loss
+from bfpo.losses.dual import Dual, check_beta, dual_path, feasible_multiplier, read_dual
+from bfpo.losses.pairwise import BFPO, PairLoss, SoftLabels
+
+
+class ScoreLabels(NamedTuple):
+    """Preferences from scores, as a recipe asks for them.
+
+    Args:
+        dual: Constraint with a multiplier.
+        draw: How preferences follow from scores.
+        seed: Seed of drawn orders.
+        metadata: Path, hash and multiplier, for `data_manifest.json`.
+    """
+
+    dual: Dual
+    draw: Draw
+    seed: int
+    metadata: dict[str, Any]
+
+
+def resolve_safety_weight(recipe: TrainRecipe) -> TrainRecipe:
+    """Return the recipe with the number from the file of `loss.multiplier`; its record then doesn't need the file.
+
+    Raises:
+        DataError: If the file is missing or malformed.
+        RecipeError: If its multiplier isn't one for the loss.
+    """
+    if not isinstance(recipe.loss, BFPOSection) or recipe.loss.multiplier is None:
+        return recipe
+    loss = make_loss(recipe.loss.model_dump())
+    assert isinstance(loss, BFPO)
+    say(f"loss.multiplier: safety_weight {loss.safety_weight:.6g} from {recipe.loss.multiplier}")
+    section = recipe.loss.model_copy(update={"multiplier": None, "safety_weight": loss.safety_weight})
+    return recipe.model_copy(update={"loss": section})
+
+
+def read_score_labels(recipe: TrainRecipe) -> ScoreLabels | None:
+    """Return the preferences that `labels` asks for; None if the data's order counts.
+
+    Raises:
+        DataError: If the file of the multiplier is missing or malformed.
+        RecipeError: If its multiplier isn't one for the scores of pairs, or for the beta of the loss.
+    """
+    section = recipe.labels
+    if section is None:
+        return None
+    where = f"labels.multiplier: {section.multiplier}"
+    dual = read_dual(section.multiplier)
+    multiplier = feasible_multiplier(dual, where)
+    if dual.objective == "bfpo":
+        raise RecipeError(
+            f"{where} was computed for BFPO's own objective, not for rewards; use it as loss.multiplier, or run "
+            "`bfpo dual` with a recipe of another loss"
+        )
+    check_beta(dual, make_loss(recipe.loss.model_dump()).beta, where)
+    path = dual_path(section.multiplier)
+    metadata = {**section.model_dump(), "sha256": file_hash(path), "lambda": multiplier}
+    return ScoreLabels(dual, section.draw, section.seed, metadata)
+
+
+def build_loss(recipe: TrainRecipe, labels: ScoreLabels | None) -> PairLoss:
+    """Return the loss of a recipe, on soft labels if it asks for them."""
+    loss = make_loss(recipe.loss.model_dump())
+    return SoftLabels(loss.beta, loss) if labels is not None and labels.draw == "soft" else loss
+
+
+def relabel(prepared: PreparedData, labels: ScoreLabels) -> dict[str, Any]:
+    """Reorder pairs by their scores, in place, and count those that were.
+
+    Returns:
+        What `data_manifest.json` says about it.
+
+    Raises:
+        DataError: If a pair has no scores.
+    """
+    require_scores([*prepared.train, *prepared.eval])
+    num_pairs = num_reordered = 0
+    for part in prepared.parts:
+        for pairs in (part.train, part.eval):
+            reordered = is_reordered(pairs, labels.dual, labels.draw, seed=labels.seed)
+            num_pairs, num_reordered = num_pairs + len(pairs), num_reordered + int(reordered.sum())
+            for index in reordered.nonzero()[0]:
+                part.report.noted[Reason("reordered by its scores", pairs[index].cell)] += 1
+                pairs[index] = pairs[index].swapped()
+    measure = labels.dual.constraint.measure
+    say(
+        f"labels from reward - {labels.metadata['lambda']:.6g}·{measure} ({labels.draw}): {num_reordered:,} of "
+        f"{num_pairs:,} pairs were reordered"
+    )
+    return labels.metadata | {"pairs": num_pairs, "reordered": num_reordered}
