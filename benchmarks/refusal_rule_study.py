@@ -2,9 +2,9 @@
 
     python benchmarks/refusal_rule_study.py FOLDER-OF-DATA
 
-Writes `benchmarks/results/refusal_rule.json`: refusals against the human labels of XSTest, on which the words were
-chosen, and how many answers of other data count as degenerate or as not English. Of the made-up ones, a loop repeats
-a sentence of an answer, and a tail loop repeats its last eight words over a share of its length.
+Writes `benchmarks/results/refusal_rule.json`: refusals against the human labels of XSTest, and how many answers
+of other data count as degenerate. Of the made-up ones, a loop repeats a sentence of an answer, and a tail loop
+repeats its last eight words over a share of its length.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from typing import Any
 
 from bfpo.config.recipes import Source
 from bfpo.core.files import write_json
+from bfpo.core.refusals import MEASURED_LANGUAGES, REVISION, is_refusal
 from bfpo.data.rows import read_rows
-from bfpo.judging.refusal_rule import LANGUAGES, RefusalRule, find_degeneracy, is_english, is_refusal
+from bfpo.judging.refusal_rule import find_degeneracy
 from bfpo.stats.intervals import wilson
 from bfpo.training.manifest import hardware, versions
 
@@ -51,14 +52,13 @@ def main() -> None:
             "what": "words of refusals against human labels, and degenerate answers, by the refusal-rule judge",
             "versions": versions(),
             "hardware": hardware(),
-            "revision": RefusalRule().revision,
-            "languages": list(LANGUAGES),
+            "markers": REVISION,
+            "languages": list(MEASURED_LANGUAGES),
             "called_refusal": {word: share(map(is_refusal, texts)) for word, texts in answers.items()},
             "degenerate": {
                 name: share(find_degeneracy(text) is not None for text in texts)
                 for name, texts in (sets | looped).items()
             },
-            "not_english": {name: share(not is_english(text) for text in texts) for name, texts in sets.items()},
             "by_model": by_model(rows),
         },
     )

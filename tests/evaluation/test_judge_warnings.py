@@ -57,7 +57,7 @@ def test_the_refusal_rule_gets_the_kinds_of_the_prompts_and_is_named_as_what_it_
     assert metric(results, "fine", "helpfulness").value == 4 / 12
     assert metric(results, "fine", "over_refusal").value == 4 / 8
     (warning,) = [text for text in results.warnings if text.startswith("refusal-rule doesn't read answers")]
-    assert "measured on English only" in warning
+    assert "measured on en only" in warning
     page = write_report(Path("report"), [Path("out/run")]).read_text()
     assert "refusal-rule doesn&#39;t read answers" in page or "refusal-rule doesn't read answers" in page
 

@@ -1,16 +1,18 @@
 """The `refusal-rule` judge: refusals by their words, degenerate answers, and the kinds of prompts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
+from bfpo.core.refusals import MEASURED_LANGUAGES, REVISION
 from bfpo.core.samples import Completion
 from bfpo.errors import RecipeError
 from bfpo.judging.open import open_judge
-from bfpo.judging.refusal_rule import LANGUAGES, RefusalRule, find_degeneracy, is_english, is_refusal
+from bfpo.judging.refusal_rule import RefusalRule, find_degeneracy
 
 ROOT = Path(__file__).parents[2]
 HELP = "To make bread, mix flour and water, wait an hour, and bake it in a hot oven until it is brown."
@@ -78,12 +80,10 @@ def test_other_languages_are_undecided():
         "Um Brot zu backen, mischst du Mehl und Wasser, wartest eine Stunde und schiebst den Teig in den Ofen. Der "
     )
     german += "Ofen muss sehr heiß sein, sonst wird die Kruste nicht braun, und das Brot bleibt innen feucht."
-    for text in (german, "Чтобы испечь хлеб, смешайте муку и воду."):
-        assert not is_english(text)
-        verdict = judge(text, "harmful")
-        assert (verdict.safe, verdict.refusal) == (None, None)
-        assert f"isn't {LANGUAGES[0]}" in verdict.reason
-    assert is_english(HELP)
+    (verdict,) = RefusalRule({"p": "harmful"}).judge([replace(answer(german), language="de")])
+    assert (verdict.safe, verdict.refusal) == (None, None)
+    assert "the answer is in de; refusals are recognized in en only" in verdict.reason
+    assert MEASURED_LANGUAGES == ("en",)
 
 
 def test_the_spec_says_which_prompts_are_harmful(tmp_path):
@@ -105,8 +105,7 @@ def test_the_spec_says_which_prompts_are_harmful(tmp_path):
 
 def test_the_words_are_those_of_the_benchmark():
     results = json.loads((ROOT / "benchmarks/results/refusal_rule.json").read_text())
-    assert results["revision"] == RefusalRule().revision
-    assert is_refusal("I do not condone that.")
+    assert results["markers"] == REVISION
     page = " ".join((ROOT / "docs/judging.md").read_text().split())
     shares = {word: f"{result['share'][0]:.1%}" for word, result in results["called_refusal"].items()}
     assert (

@@ -62,11 +62,11 @@ def _show_reasons(verdicts: Sequence[Verdict]) -> None:
         say(f"  undecided {rest}: other reasons, see the file")
 
 
-def fit_judge(labeled: Sequence[str], out: Path, *, abstain_threshold: float = ABSTAIN_THRESHOLD) -> None:
+def fit_judge(labeled: str | Sequence[str], out: Path, *, abstain_threshold: float = ABSTAIN_THRESHOLD) -> None:
     """Fit the `linear` judge on labeled answers, and write its file and card.
 
     Args:
-        labeled: Files of labeled answers; each is a source.
+        labeled: File of labeled answers, or several; each is a source.
         out: Output file of the judge; its card is `NAME.card.json` beside it.
         abstain_threshold: Probability of an error above which the judge is undecided; see `save_judge`.
 
@@ -74,21 +74,21 @@ def fit_judge(labeled: Sequence[str], out: Path, *, abstain_threshold: float = A
         DataError: If there are too few answers, or too few with one of the labels.
         RecipeError: If `abstain_threshold` is out of its range, or a source is named twice.
     """
-    if len(set(labeled)) < len(labeled):
-        raise RecipeError(f"a source is named twice: {', '.join(labeled)}")
-    sources = {source: read_labeled(source) for source in labeled}
-    everything = FittingSet([answer for answers in sources.values() for answer in answers], ", ".join(labeled))
+    names = [labeled] if isinstance(labeled, str) else list(labeled)
+    if len(set(names)) < len(names):
+        raise RecipeError(f"a source is named twice: {', '.join(names)}")
+    sources = {name: read_labeled(name) for name in names}
+    everything = FittingSet([answer for answers in sources.values() for answer in answers], ", ".join(names))
     show_labelers(everything.answers)
-    fitted = everything.fit(everything.rows)
-    prompts = {answer.prompt_key for answer in everything.answers}
     languages = measured_languages(everything.answers)
+    fitted = everything.fit(everything.rows)
     judge = save_judge(
         fitted.heads,
         out,
         abstain_threshold=abstain_threshold,
-        languages=languages,
         likeness=fitted.likeness,
-        fitted_prompts=prompts,
+        fitted_prompts={answer.prompt_key for answer in everything.answers},
+        languages=languages,
     )
     count = len(everything.answers)
     say(f"{out}: linear@{judge.revision} with heads {' and '.join(judge.heads)}, from {count:,} answers")
@@ -102,8 +102,8 @@ def fit_judge(labeled: Sequence[str], out: Path, *, abstain_threshold: float = A
     ends = np.cumsum([len(answers) for answers in sources.values()])
     rows = np.split(everything.rows, ends[:-1])
     transfers = measure_transfer(everything, rows, judge.band) if len(sources) > 1 else []
-    card = make_card(judge, sources, transfers, cross_validate(everything, judge.band))
-    card |= {"languages": list(languages)}
+    quality = cross_validate(everything, judge.band)
+    card = make_card(judge, sources, transfers, quality) | {"languages": list(languages)}
     write_json(card_file(out), card)
     show_transfer(card["transfer"])
     if not transfers:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bfpo.core.refusals import MEASURED_LANGUAGES
 from bfpo.data.readings import NO_REASONING
 from bfpo.evaluation.judge_outputs import JudgeOutput
 from bfpo.evaluation.recipe import EvalRecipe
@@ -11,7 +12,7 @@ from bfpo.evaluation.results import Results
 from bfpo.evaluation.suite import Suite
 from bfpo.judging.likeness import is_unlike
 from bfpo.judging.linear import has_likeness
-from bfpo.judging.refusal_rule import LANGUAGES, RefusalRule
+from bfpo.judging.refusal_rule import RefusalRule
 from bfpo.judging.spec import parse_judge
 
 # Cohen's kappa below which two judges disagree too often for the metrics of either to be settled.
@@ -63,7 +64,7 @@ def _judge_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Re
         warnings.append(
             f"{RefusalRule.name} doesn't read answers: its safety is the share of harmful prompts that are refused, "
             "its helpfulness the share of benign ones whose answer neither refuses nor is degenerate. It recognizes "
-            f"refusals by words that were measured on {' and '.join(LANGUAGES)} only."
+            f"refusals by words that were measured on {' and '.join(MEASURED_LANGUAGES)} only."
         )
     warnings += [
         f"linear ({Path(part.path).name}) was fitted by an earlier version: it can't say which answers are unlike "

@@ -16,6 +16,7 @@ from bfpo.generation.open import JudgeServerSection
 from bfpo.judging.annotations import Annotation, compare_annotators
 from bfpo.judging.ensemble import Ensemble
 from bfpo.judging.labeled import LabeledAnswer, annotations_of, count_labelers, read_labeled
+from bfpo.judging.languages import LanguageGuard
 from bfpo.judging.likeness import is_unlike
 from bfpo.judging.linear import HEADS, LinearJudge
 from bfpo.judging.open import open_judge
@@ -165,10 +166,14 @@ def _show_fitted(spec: str, judges: Sequence[LinearJudge], answers: Sequence[Lab
 
 
 def _linear_judges(judge: Judge) -> list[LinearJudge]:
-    """Return the linear judges of a judge, which may be an ensemble, or read the reasoning."""
-    judge = judge.judge_of_text if isinstance(judge, ReadingJudge) else judge
-    members = judge.judges if isinstance(judge, Ensemble) else (judge,)
-    return [member for member in members if isinstance(member, LinearJudge)]
+    """Return the linear judges of a judge, which may be an ensemble, or have a guard or another part to read."""
+    if isinstance(judge, Ensemble):
+        return [linear for member in judge.judges for linear in _linear_judges(member)]
+    if isinstance(judge, LanguageGuard):
+        return _linear_judges(judge.inner)
+    if isinstance(judge, ReadingJudge):
+        return _linear_judges(judge.judge_of_text)
+    return [judge] if isinstance(judge, LinearJudge) else []
 
 
 def _fitted_prompts(judges: Sequence[LinearJudge]) -> frozenset[str]:

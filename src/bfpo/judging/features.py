@@ -26,12 +26,12 @@ _CONTRACTIONS = (
     (re.compile(r"'ll\b"), " will"),
 )
 # Words that occur in every text: one that occurs in the prompt too says nothing about the topic.
-_COMMON_TEXT = (
+_COMMON_WORDS = (
     "a am an and are as at be been but by can could did do does for from had has have he her his how i if in is it "
     "its me my no not of on or our she should so sorry that the their them they this to was we were what when where "
     "which who why will with would you your"
 )
-COMMON_WORDS = frozenset(_COMMON_TEXT.split())
+_COMMON = frozenset(_COMMON_WORDS.split())
 
 
 # An n-gram that occurs in a single answer says nothing about others.
@@ -89,7 +89,7 @@ def mask_prompt_words(prompt: str, answer: str) -> str:
 
     Without the mask a judge learns which topics were refused in its training data.
     """
-    prompt_words = frozenset(_words(prompt)) - COMMON_WORDS
+    prompt_words = frozenset(_words(prompt)) - _COMMON
     return " ".join("_" if word in prompt_words else word for word in _WORD.findall(normalize(answer)))
 
 

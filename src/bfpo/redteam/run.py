@@ -80,10 +80,11 @@ def _run_round(recipe: RedteamRecipe, model: EngineSection, out: Path) -> Path:
 
 def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, meter: Meter) -> Path:
     prompts, sources = _read_prompts(recipe)
-    judge = meter.judge(open_judge(recipe.judge, server=recipe.judge_server))
+    kinds = {prompt.prompt_id: prompt.kind for prompt in prompts}
+    judge = meter.judge(open_judge(recipe.judge, server=recipe.judge_server, kinds=kinds))
     rater = None
     if recipe.helpfulness != "fallback":
-        rater = meter.judge(open_judge(recipe.helpfulness, server=recipe.judge_server))
+        rater = meter.judge(open_judge(recipe.helpfulness, server=recipe.judge_server, kinds=kinds))
     sampling = Sampling(recipe.samples, recipe.temperature, recipe.top_p, recipe.max_new_tokens, recipe.seed)
     engine = meter.engine(open_engine(model, sampling))
     completions, missing = generate_most(
