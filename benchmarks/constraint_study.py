@@ -13,7 +13,7 @@ constraint to a policy, not scorers. Writes
 import argparse
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -33,6 +33,7 @@ from bfpo.data.verdict_files import judge_file
 from bfpo.experiments.methods import Method, train_recipe
 from bfpo.experiments.steps import make_base, run_once, write_world
 from bfpo.generation.in_process import load_engine
+from bfpo.losses.pairwise import BFPO
 from bfpo.stats.intervals import score_interval
 from bfpo.testbed.language import TEMPLATES
 from bfpo.testbed.oracle import Oracle
@@ -51,7 +52,9 @@ BFPO_THRESHOLDS = (0.05, 0.02, 0.01)
 SCORE_POLICIES = (("ipo", 0.05), ("ipo", 0.02), ("dpo", 0.02))
 BFPO_BETA, SCORE_BETA = 0.3, 2.0
 SHOWN = "ipo-0.02"
-PAIRS, PAIRS_PER_STEP, STEPS = 32, 64, 200
+# Pairs of each prompt, and more of them.
+PAIRS, MANY_PAIRS = 32, 128
+PAIRS_PER_STEP, STEPS, MANY_STEPS = 64, 200, 400
 
 
 def main() -> None:
@@ -68,11 +71,23 @@ def main() -> None:
     samples = folder / "samples"
     write_jsonl(samples / "prompts.jsonl", (prompt.to_row() for prompt in training_prompts(world)))
     scored = sample(folder / "base", samples, oracle, samples=SAMPLES)
-    write_pairs(folder / "pairs.jsonl", scored, seed=options.seed)
+    write_pairs(folder / "pairs.jsonl", scored, pairs=PAIRS, seed=options.seed)
+    write_pairs(folder / "many-pairs.jsonl", scored, pairs=MANY_PAIRS, seed=options.seed)
     policies = [describe("base model", None, evaluate(folder / "base", folder, oracle))]
     for threshold in BFPO_THRESHOLDS:
         recipe = plan(folder, {"name": "bfpo", "beta": BFPO_BETA}, seed=options.seed)
-        policies.append(run_policy(folder, f"bfpo-{threshold:g}", recipe, threshold, oracle))
+        policy = run_policy(folder, f"bfpo-{threshold:g}", recipe, threshold, oracle)
+        loss = BFPO(beta=BFPO_BETA, safety_weight=policy["constraint"]["multiplier"])
+        policy["constraint"]["unsafe_at_minimum"] = {
+            str(count): unsafe_at_minimum(folder / f"{name}.jsonl", scored, loss)
+            for count, name in ((PAIRS, "pairs"), (MANY_PAIRS, "many-pairs"))
+        }
+        policies.append(policy)
+    recipe = plan(
+        folder, {"name": "bfpo", "beta": BFPO_BETA}, seed=options.seed, pairs="many-pairs", steps=MANY_STEPS
+    )
+    policy = run_policy(folder, f"bfpo-{MANY_PAIRS}-{BFPO_THRESHOLDS[-1]:g}", recipe, BFPO_THRESHOLDS[-1], oracle)
+    policies.append(policy | {"policy": f"{policy['policy']}, {MANY_PAIRS} pairs"})
     for name, threshold in SCORE_POLICIES:
         recipe = plan(folder, {"name": name, "beta": SCORE_BETA}, seed=options.seed)
         policies.append(run_policy(folder, f"{name}-{threshold:g}", recipe, threshold, oracle))
@@ -116,7 +131,7 @@ def sample(model: Path, folder: Path, oracle: Oracle, *, samples: int) -> list[t
     return list(zip(completions, verdicts, strict=True))
 
 
-def write_pairs(path: Path, samples: list[tuple[Completion, Verdict]], *, seed: int) -> None:
+def write_pairs(path: Path, samples: list[tuple[Completion, Verdict]], *, pairs: int, seed: int) -> None:
     """Write random pairs of the samples of each prompt, the more helpful one first, with labels and scores.
 
     Helpfulness is compared by the annotators of the world: the Bradley-Terry model of the oracle's ratings.
@@ -126,7 +141,7 @@ def write_pairs(path: Path, samples: list[tuple[Completion, Verdict]], *, seed: 
         by_prompt[completion.prompt_id].append((completion, verdict))
     rows = []
     for answers in by_prompt.values():
-        for _ in range(PAIRS):
+        for _ in range(pairs):
             (first, first_verdict), (second, second_verdict) = rng.sample(answers, 2)
             gap = SHARPNESS * ((first_verdict.helpfulness or 0) - (second_verdict.helpfulness or 0))
             pair = PreferencePair(
@@ -146,13 +161,47 @@ def write_pairs(path: Path, samples: list[tuple[Completion, Verdict]], *, seed: 
     write_jsonl(path, rows)
 
 
-def plan(folder: Path, loss: dict[str, Any], *, seed: int) -> TrainRecipe:
+def unsafe_at_minimum(path: Path, samples: list[tuple[Completion, Verdict]], loss: BFPO) -> float:
+    """Return the share of unsafe answers of the tabular policy that minimizes BFPO's loss on a file of pairs.
+
+    One log-ratio for each distinct answer, by least squares on the pairs that training keeps. Over the harmful
+    prompts.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    is_safe: dict[tuple[str, str], bool] = {}
+    for completion, verdict in samples:
+        if completion.prompt_id.startswith("harmful"):
+            prompt = completion.prompt[-1].content
+            counts[prompt][completion.text] += 1
+            is_safe[prompt, completion.text] = verdict.safe is True
+    rows = {
+        (row["prompt"], row["chosen"], row["rejected"]): row
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        if row["prompt"] in counts and row["chosen"].strip() != row["rejected"].strip()
+    }
+    shares = []
+    for prompt, answers in counts.items():
+        index = {text: number for number, text in enumerate(answers)}
+        pairs = [row for (row_prompt, _, _), row in rows.items() if row_prompt == prompt]
+        design, targets = np.zeros((len(pairs), len(index))), np.zeros(len(pairs))
+        for number, row in enumerate(pairs):
+            design[number, index[row["chosen"]]], design[number, index[row["rejected"]]] = 1, -1
+            targets[number] = loss.labeling(row["is_chosen_safe"], row["is_rejected_safe"]) / loss.beta
+        # The ridge decides between answers that no chain of pairs connects.
+        log_ratios = np.linalg.solve(design.T @ design + 1e-3 * np.eye(len(index)), design.T @ targets)
+        weights = np.array(list(answers.values())) * np.exp(log_ratios / TEMPERATURE)
+        unsafe = np.array([not is_safe[prompt, text] for text in answers])
+        shares.append(float(weights @ unsafe / weights.sum()))
+    return float(np.mean(shares))
+
+
+def plan(folder: Path, loss: dict[str, Any], *, seed: int, pairs: str = "pairs", steps: int = STEPS) -> TrainRecipe:
     """Return the recipe of a loss on the pairs, before it has a multiplier."""
     method = Method(loss=loss, buffer=False, pairs_per_step=PAIRS_PER_STEP)
     recipe = train_recipe(
-        method, world=folder / "world", base=folder / "base", out=folder / "plan", seed=seed, steps=STEPS
+        method, world=folder / "world", base=folder / "base", out=folder / "plan", seed=seed, steps=steps
     )
-    return recipe.model_copy(update={"data": [Source(path=str(folder / "pairs.jsonl"))]})
+    return recipe.model_copy(update={"data": [Source(path=str(folder / f"{pairs}.jsonl"))]})
 
 
 def run_policy(folder: Path, name: str, recipe: TrainRecipe, threshold: float, oracle: Oracle) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def test_the_numbers_of_the_constraints_page_are_those_of_its_study():
     def shown(interval):
         return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * number for number in interval))
 
-    assert len(study["policies"]) == 7
+    assert len(study["policies"]) == 8
     for policy in study["policies"]:
         constraint, measured = policy["constraint"], policy["measured"]
         multiplier, predicted = "", ""
@@ -220,6 +220,9 @@ def test_the_numbers_of_the_constraints_page_are_those_of_its_study():
     assert round(free["unsafe"], 2) == 0.98
     assert round(1 - limited["helpfulness"] / free["helpfulness"], 2) == 0.26
     assert [round(policy["kl"], 1) for policy in (free, limited)] == [0.8, 1.0]
+    for pairs in ("32", "128"):
+        minima = [100 * policy["constraint"]["unsafe_at_minimum"][pairs] for policy in study["policies"][1:4]]
+        assert "{:.1f}, {:.1f} and {:.1f} %".format(*minima) in " ".join(page.split()), minima
     # The figure is that of the constraint that the page asks for.
     assert "at most 2 %" in (ROOT / "docs/frontier.svg").read_text()
 
