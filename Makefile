@@ -17,11 +17,15 @@ $(VENV)/.done: pyproject.toml constraints.txt
 quickstart: env
 	$(BIN)/bfpo quickstart
 
-test: env
-	$(BIN)/python -m pytest
+# Tests run in up to four processes of one thread each.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
+test: env
+	$(PARALLEL)
+
+# The tests of one file share their models, so they stay together.
 test-slow: env
-	$(BIN)/python -m pytest -m slow
+	$(PARALLEL) --dist loadfile -m slow
 
 # docs/recipes.md and docs/readme.svg are made from the code and from committed results.
 docs: env

@@ -65,7 +65,7 @@ inputs = st.builds(
 labels = st.none() | st.builds(SafetyLabels, st.booleans(), st.booleans())
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.builds(PreferencePair, histories, answers, answers, inputs=inputs, reasoning_labels=labels))
 def test_any_pair_goes_through_its_file_and_comes_back_equal(pair):
     row = json.loads(json.dumps(pair.to_row()))
@@ -77,7 +77,7 @@ def test_any_pair_goes_through_its_file_and_comes_back_equal(pair):
     assert (again.inputs, again.reasoning_labels) == (pair.inputs, pair.reasoning_labels)
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(histories, turns["assistant"], inputs)
 def test_any_prompt_and_completion_go_through_their_files_and_come_back_equal(history, answer, inputs):
     given_inputs = {"tools": inputs.tools, "chat_template_kwargs": inputs.kwargs, "language": "en"}
