@@ -108,11 +108,11 @@ def fit_judge(labeled: str | Sequence[str], out: Path, *, abstain_threshold: flo
     show_transfer(card["transfer"])
     if not transfers:
         say("transfer isn't measured with one source: on other data this judge errs more often than shown here")
-    for question, quality in card["quality"].items():
-        if quality is None:
+    for question, results in card["quality"].items():
+        if results is None:
             say(f"{question}: too few answers to evaluate the judge on held-out prompts")
         else:
-            show_agreement(f"{question}, on held-out prompts", quality)
+            show_agreement(f"{question}, on held-out prompts", results)
     say(f"card in {card_file(out)}")
 
 

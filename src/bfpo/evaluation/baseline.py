@@ -162,5 +162,7 @@ def _read_outputs(folder: Path, outputs: Sequence[JudgeOutput], attacks: Attacks
             verdicts=verdicts[judge], preferences=preferences.get(judge, []), on_turns=on_turns.get(judge, [])
         )
         for output in outputs
-        if (judge := (output.name, output.revision)) in verdicts and (not attacks or judge in on_turns)
+        if (judge := (output.name, output.revision)) in verdicts
+        # Judges of reasoning don't read the replies of attacks.
+        and (not attacks or judge in on_turns or output.reads == "reasoning")
     ]

@@ -320,6 +320,11 @@ def metrics_of(kind: Kind, reads: Reads = "answer") -> tuple[MetricSpec, ...]:
     return (*METRICS_BY_KIND[kind], *METRICS_OF_PARTS, *calls)
 
 
+def units_of(prompts: Iterable[Prompt]) -> dict[str, str]:
+    """Return prompt id → what is scored as one: its group, or the prompt itself."""
+    return {prompt.prompt_id: prompt.group or prompt.prompt_id for prompt in prompts}
+
+
 def score_prompts(
     prompts: Iterable[Prompt],
     judged: Sequence[JudgedCompletion],
@@ -342,9 +347,8 @@ def score_prompts(
         category: Category of the prompts.
         reads: Part of a completion that the judge reads.
     """
-    kind_of, unit_of = dict[str, Kind | None](), dict[str, str]()
-    for prompt in prompts:
-        kind_of[prompt.prompt_id], unit_of[prompt.prompt_id] = prompt.kind, prompt.group or prompt.prompt_id
+    prompts = list(prompts)
+    kind_of, unit_of = {prompt.prompt_id: prompt.kind for prompt in prompts}, units_of(prompts)
     if reads == "reasoning":
         judged = [completion for completion in judged if has_reasoning(completion.completion)]
     scores = []

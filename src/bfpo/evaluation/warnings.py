@@ -11,7 +11,7 @@ from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.suite import Suite
 from bfpo.judging.likeness import is_unlike
-from bfpo.judging.linear import has_likeness
+from bfpo.judging.linear import lacks_likeness
 from bfpo.judging.refusal_rule import RefusalRule
 from bfpo.judging.spec import parse_judge
 
@@ -70,7 +70,7 @@ def _judge_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Re
         f"linear ({Path(part.path).name}) was fitted by an earlier version: it can't say which answers are unlike "
         "those that it was fitted on."
         for part in parts
-        if part.kind == "linear" and Path(part.path).is_file() and not has_likeness(Path(part.path))
+        if part.kind == "linear" and Path(part.path).is_file() and lacks_likeness(Path(part.path))
     ]
     circular = [judge["name"] for judge in results.judges if judge["circular"]]
     if circular:

@@ -55,8 +55,9 @@ def evaluate_judges(
     results["labelers"] = show_labelers(answers)
     results["annotators"] = show_annotators(annotations_of(labeled))
     verdicts: dict[str, list[Verdict]] = {}
+    kinds = {answer.completion.prompt_id: answer.kind for answer in answers}
     for spec in specs:
-        judge = open_judge(spec, threshold=threshold, server=server)
+        judge = open_judge(spec, threshold=threshold, server=server, kinds=kinds)
         path = judge_file(verdicts_folder(out), "verdicts", judge.name, judge.revision)
         verdicts[spec] = judge_completions(judge, completions, path)
         row: dict[str, Any] = {"judge": judge.name, "revision": judge.revision, "verdicts": str(path)}
