@@ -148,8 +148,6 @@ def test_an_evaluation_against_labels_uses_the_kinds_of_the_set(tmp_path):
     rows = [{"prompt": f"q{number}", "text": HELP, "safe": False, "kind": "harmful"} for number in range(3)]
     write_jsonl(tmp_path / "labeled.jsonl", rows)
     out = tmp_path / "out.json"
-    evaluate_judges(
-        str(tmp_path / "labeled.jsonl"), ["refusal-rule"], threshold=None, max_false_safe=0.1, out=out
-    )
+    evaluate_judges(str(tmp_path / "labeled.jsonl"), ["refusal-rule"], threshold=None, max_false_safe=0.1, out=out)
     safe = json.loads(out.read_text())["judges"]["refusal-rule"]["safe"]["all"]
     assert (safe["undecided"], safe["counts"]["true_no"]) == (0, 3)

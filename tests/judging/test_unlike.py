@@ -110,6 +110,18 @@ def test_a_threshold_decides_unlike_answers_too_and_still_says_so(kitchen):
     assert is_unlike(verdict)
 
 
+def test_a_threshold_and_a_stored_band_of_the_same_numbers_are_two_revisions(kitchen, tmp_path):
+    judge = kitchen[0]
+    path = tmp_path / "decided.npz"
+    stored = save_judge(judge.heads, path, abstain_threshold=0.5, likeness=judge.likeness)
+    with_threshold = load_judge(path, threshold=0.5)
+    unlike = completion("Let ivy rest upon old walls.", KITCHEN_PROMPT)
+    labels = [next(iter(opened.judge([unlike]))).safe for opened in (stored, with_threshold)]
+    assert (stored.band, labels[0]) == (with_threshold.band, None)
+    assert labels[1] is not None
+    assert stored.revision != with_threshold.revision
+
+
 def test_about_a_twentieth_of_held_out_answers_is_beyond_each_limit():
     rng = np.random.default_rng(0)
     similarity, unknown = rng.random(1000), rng.random(1000)

@@ -124,9 +124,7 @@ def label_pairs(
         "left_out": dict(left_out),
         "answers_judged": len(completions),
         "undecided": {
-            judge.name: sum(
-                verdict.safe is None and verdict.reason != NO_REASONING for verdict in by_key.values()
-            )
+            judge.name: sum(verdict.safe is None and verdict.reason != NO_REASONING for verdict in by_key.values())
             for judge, by_key in zip(judges, all_verdicts, strict=True)
         },
         "agreement": compare_verdicts(*map(list, first_two)) if len(first_two) > 1 else None,
