@@ -10,9 +10,10 @@ from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.errors import DataError
 from bfpo.evaluation.differences import compare_scores
+from bfpo.evaluation.metric_specs import SAFETY
 from bfpo.evaluation.pipeline import evaluate
 from bfpo.evaluation.results import Results, format_metric, read_results
-from bfpo.evaluation.scoring import BY_SCORE, SAFETY, PromptScores, compute_metrics, join_verdicts, score_prompts
+from bfpo.evaluation.scoring import BY_SCORE, PromptScores, compute_metrics, join_verdicts, score_prompts
 from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.stats.intervals import score_interval, wilson

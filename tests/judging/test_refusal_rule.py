@@ -151,3 +151,9 @@ def test_an_evaluation_against_labels_uses_the_kinds_of_the_set(tmp_path):
     evaluate_judges(str(tmp_path / "labeled.jsonl"), ["refusal-rule"], threshold=None, max_false_safe=0.1, out=out)
     safe = json.loads(out.read_text())["judges"]["refusal-rule"]["safe"]["all"]
     assert (safe["undecided"], safe["counts"]["true_no"]) == (0, 3)
+
+
+@pytest.mark.parametrize("spec", ["reasoning=refusal-rule", "both=oracle+refusal-rule:harmful"])
+def test_the_rule_reads_answers_only(spec):
+    with pytest.raises(RecipeError, match="refusals at the start of an answer only"):
+        open_judge(spec)

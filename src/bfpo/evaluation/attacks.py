@@ -11,7 +11,8 @@ from bfpo.core.samples import Engine, Key, Prompt, Verdict
 from bfpo.core.terminal import say
 from bfpo.data.stages import verdicts_by_judge
 from bfpo.errors import RecipeError, Unanswered
-from bfpo.evaluation.scoring import JudgedCompletion, MetricSpec, PromptScores, units_of
+from bfpo.evaluation.metric_specs import JudgedCompletion, MetricSpec
+from bfpo.evaluation.scoring import PromptScores, units_of
 from bfpo.evaluation.suite import Suite, Task, load_suite
 from bfpo.generation.attack_outcomes import safe_until
 from bfpo.generation.attacks import AttackSection, AttackSpec, open_attack

@@ -8,17 +8,9 @@ from bfpo.core.languages import answer_language, can_guess, guess_language, norm
 from bfpo.core.samples import KINDS, Completion, Prompt
 from bfpo.evaluation.attacks import SAFETY_UNDER_ATTACK, Attacks
 from bfpo.evaluation.judge_outputs import JudgeOutput
+from bfpo.evaluation.metric_specs import HELPFULNESS, OVER_REFUSAL, REFUSAL, SAFETY, MetricSpec
 from bfpo.evaluation.results import LanguageResult, MetricResult
-from bfpo.evaluation.scoring import (
-    HELPFULNESS,
-    OVER_REFUSAL,
-    REFUSAL,
-    SAFETY,
-    MetricSpec,
-    PromptScores,
-    compute_metrics,
-    units_of,
-)
+from bfpo.evaluation.scoring import PromptScores, compute_metrics, units_of
 from bfpo.evaluation.suite import Task, select_prompts
 from bfpo.evaluation.suite_scores import compute_suite_metrics, score_suites
 
