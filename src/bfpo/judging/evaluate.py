@@ -89,13 +89,15 @@ def show_labelers(answers: Sequence[LabeledAnswer]) -> list[dict[str, Any]]:
 
 def show_unlike(spec: str, verdicts: Sequence[Verdict]) -> int:
     """Print how many answers are unlike those that a judge was fitted on, and return the number."""
-    count = sum(map(is_unlike, verdicts))
-    if count:
+    unlike = [verdict for verdict in verdicts if is_unlike(verdict)]
+    if unlike:
+        # With a threshold the judge decides on all of them.
+        band = "; its undecided band is wider there" if any(verdict.safe is None for verdict in unlike) else ""
         say(
-            f"{spec}: {count:,} of {len(verdicts):,} answers, or their prompts, are unlike those that this judge was "
-            "fitted on; its undecided band is wider there"
+            f"{spec}: {len(unlike):,} of {len(verdicts):,} answers, or their prompts, are unlike those that this "
+            f"judge was fitted on{band}"
         )
-    return count
+    return len(unlike)
 
 
 def show_annotators(annotations: Sequence[Annotation]) -> list[dict[str, Any]]:
