@@ -265,8 +265,9 @@ def test_prompts_that_sources_share_are_not_fitted_on(files):
 def test_one_source_has_no_transfer_and_says_so(files, tmp_path, capsys):
     commands.fit_judge([f"{files}/kitchen.jsonl"], tmp_path / "judge.npz")
     assert "transfer isn't measured with one source" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="named twice"):
-        commands.fit_judge([f"{files}/kitchen.jsonl"] * 2, tmp_path / "judge.npz")
+    for other in ("kitchen.jsonl", "./kitchen.jsonl", "k*.jsonl"):
+        with pytest.raises(RecipeError, match="named twice"):
+            commands.fit_judge([f"{files}/kitchen.jsonl", f"{files}/{other}"], tmp_path / "judge.npz")
 
 
 def test_an_evaluation_says_whether_the_judge_was_fitted_on_the_set(files, kitchen, tmp_path, capsys):
