@@ -214,7 +214,7 @@ ROWS = {
     "atbench": [
         {"id": i, "tool_used": TOOL_USED, "label": i % 2, "contents": [[
             {"role": "user", "content": f"pay invoice {i // 2}"},
-            {"role": "agent", "thought": "hm", "action": '{"name": "pay", "arguments": {"to": "ACC-%d"}}' % i},
+            {"role": "agent", "thought": "hm", "action": json.dumps({"name": "pay", "arguments": {"to": i}})},
             {"role": "environment", "content": "ok"},
             {"role": "agent", "thought": None, "action": 'Complete{"response": "Paid."}'},
         ]]}
@@ -230,7 +230,8 @@ DEMONSTRATIONS = {
     "pairs": ROWS["pairs"],
     "atbench": ROWS["atbench"],
     "agent_align": [
-        {"id": f"benign-{i}", "category": "benign", "tools": [{"type": "function", "function": TOOL_USED[0]}], "messages": [
+        {"id": f"benign-{i}", "category": "benign", "tools": [{"type": "function", "function": TOOL_USED[0]}],
+         "messages": [
             {"role": "user", "content": f"pay invoice {i}"},
             {"role": "assistant", "content": "", "tool_calls": [
                 {"id": "a", "type": "function", "function": {"name": "pay", "arguments": '{"to": "ACC-1"}'}}]},
