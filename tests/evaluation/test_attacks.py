@@ -149,6 +149,15 @@ def test_a_baseline_without_the_attack_is_compared_in_the_rest(attacked):
     assert any(f"No comparison of {SUITE} with base" in warning for warning in results.warnings)
 
 
+def test_a_judge_without_verdicts_on_all_replies_of_the_baseline_is_left_out(attacked):
+    attacked.evaluate(out="out/base")
+    (path,) = Path("out/base").glob("attack-*/verdicts-two@1.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    results = attacked.evaluate("firm", out="out/new", base="out/base")
+    assert {row.judge for row in results.comparisons} == {"one", ""}
+    assert "No comparison with base by two: it wasn't judged by that revision." in results.warnings
+
+
 def test_a_gate_can_be_on_a_metric_of_the_attack(attacked):
     gate = [{"suite": SUITE, "task": "harmful", "metric": "safety_under_attack", "min": 0.9}]
     with pytest.raises(GateViolated, match="safety_under_attack"):
