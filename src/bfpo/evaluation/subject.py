@@ -1,6 +1,6 @@
 """The model that an evaluation is about, as the recipe and the model's folder describe it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bfpo.core.files import parse_json
@@ -10,6 +10,7 @@ from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.suite import Suite, Task
 from bfpo.generation.open import open_engine
 from bfpo.judging.open import open_judge
+from bfpo.judging.refusal_rule import kinds_of
 from bfpo.judging.spec import JudgeSpec
 
 TEMPLATE_POLICY = "the tokenizer's own chat template"
@@ -39,10 +40,9 @@ def open_model(recipe: EvalRecipe) -> Engine:
     return open_engine(recipe.model, recipe.sampling.settings)
 
 
-def open_recipe_judge(recipe: EvalRecipe, spec: str | JudgeSpec, prompts: Iterable[Prompt]) -> Judge:
+def open_recipe_judge(recipe: EvalRecipe, spec: str | JudgeSpec, prompts: Sequence[Prompt]) -> Judge:
     """Open a judge of these prompts' completions with the threshold and the server settings of a recipe."""
-    kinds = {prompt.prompt_id: prompt.kind for prompt in prompts}
-    return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server, kinds=kinds)
+    return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server, kinds=kinds_of(prompts))
 
 
 def training_judges(recipe: EvalRecipe) -> set[str]:
