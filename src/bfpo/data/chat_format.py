@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 
 from bfpo.core.conversation import Conversation, Message, user_says
 from bfpo.core.pairs import NO_INPUTS, TemplateInputs
 from bfpo.core.reasoning import MARKERS
+from bfpo.core.template_errors import TEMPLATE_ERRORS
 from bfpo.errors import ModelError
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 ReasoningForm = Literal["key", "inline", "opened"]
 """Where a template reads reasoning. `key`: a key of the message, `reasoning_content` or `thinking`; `inline`: a
 `<think>` block in the text; `opened`: nowhere, but the prompt for generation opens a thought."""
-
-# What a template raises that refuses a conversation, or expects another one.
-TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 # Words that no template has, and that no template changes.
 _USER, _ANSWER, _THOUGHT = "Quartzlantern", "Velvetharbor", "Copperthicket"

@@ -16,7 +16,7 @@ from bfpo.core.samples import RENAMED_COLUMNS, Completion, Kind, Prompt
 from bfpo.data.agent_prompts import read_agent_columns
 from bfpo.data.pair_formats import read_inputs, refuse_unread_columns, with_system, without_aliases
 from bfpo.data.prompt_sets import PromptSet, find_prompt_set
-from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
+from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, RecipeError
 
 
@@ -258,14 +258,9 @@ def _read_raw_prompts(
     if source.path and not Path(source.path).is_file():
         raise DataError(f"prompts: {source.name}: no file {source.path}")
     if source.path and source.path.endswith(".txt"):
-        try:
-            text = Path(source.path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{source.path}: not UTF-8 text ({error})") from None
-        for line in text.splitlines():
-            if line.strip():
-                content = _add_system(PromptContent(as_messages(line.strip())), system)
-                yield _RawPrompt(content, _kind_of(source, prompt_set, {}), None, None)
+        for line in read_prompts(source.path):
+            content = _add_system(PromptContent(as_messages(line)), system)
+            yield _RawPrompt(content, _kind_of(source, prompt_set, {}), None, None)
         return
     for content, row in _read_contents(source, prompt_set, revision, where, system, other_columns):
         category, prompt_id = (

@@ -21,11 +21,12 @@ from jinja2.exceptions import TemplateSyntaxError
 from bfpo.config.recipes import TextSection
 from bfpo.core.conversation import Conversation, Message, answer_turns
 from bfpo.core.pairs import NO_INPUTS, Demonstration, PreferencePair
-from bfpo.data.chat_format import TEMPLATE_ERRORS, ChatFormat
+from bfpo.core.template_errors import TEMPLATE_ERRORS
+from bfpo.data.chat_format import ChatFormat
 from bfpo.data.load import NOT_A_PREFIX, Reason, SourceReport
 from bfpo.data.table import Example, Ids, token_ids
 from bfpo.data.token_cache import MIN_CACHED, Encoding, cache_file, read_encodings, write_encodings
-from bfpo.errors import ModelError
+from bfpo.errors import BfpoError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -201,6 +202,8 @@ class Encoder:
                 rendered.append(_Rendered(tuple(prompts), text, unscored, self._reasoning_notes(text, conversation)))
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
+        except BfpoError:
+            raise
         except TEMPLATE_ERRORS as error:
             return f"the chat template refuses the conversation ({error})"
         return rendered

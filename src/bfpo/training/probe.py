@@ -140,10 +140,15 @@ def show_probe(result: ProbeResult, sign_agreement: float | None) -> None:
 
 def _choose_prompts(pairs: Sequence[PreferencePair], count: int) -> list[Prompt]:
     """Return half prompts with an unsafe answer and half without, always the same ones of a set of pairs."""
-    by_kind: dict[str, dict[str, Prompt]] = {"harmful": {}, "benign": {}}
-    for pair in sorted(pairs, key=lambda pair: pair.prompt_key):
-        kind: AskedKind = "benign" if pair.labels is None or all(pair.labels) else "harmful"
-        name = prompt_id(pair.prompt)
+    in_order = sorted(pairs, key=lambda pair: pair.prompt_key)
+    # A prompt with an unsafe answer in one pair is harmful, whatever its other pairs are.
+    harmful = {
+        prompt_id(pair.prompt, pair.inputs) for pair in in_order if pair.labels is not None and not all(pair.labels)
+    }
+    by_kind: dict[AskedKind, dict[str, Prompt]] = {kind: {} for kind in KINDS_ASKED}
+    for pair in in_order:
+        name = prompt_id(pair.prompt, pair.inputs)
+        kind: AskedKind = "harmful" if name in harmful else "benign"
         prompt = Prompt(name, pair.prompt, kind, tools=pair.inputs.tools, chat_template_kwargs=pair.inputs.kwargs)
         by_kind[kind].setdefault(name, prompt)
     return [prompt for prompts in by_kind.values() for prompt in list(prompts.values())[: count // 2]]

@@ -19,7 +19,7 @@ from bfpo.data.demonstrations import DemonstrationPart, prepare_demonstrations
 from bfpo.data.inspect import show_samples, show_sources
 from bfpo.data.rows import local_files
 from bfpo.data.table import Example, TokenTable, sampled_rows, token_table
-from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
+from bfpo.data.tokenize import Encoder, chat_template, check_special_tokens, decoded_sample
 from bfpo.errors import RecipeError
 from bfpo.model.gguf import gguf_metadata
 from bfpo.model.lora import lora_config
@@ -164,7 +164,7 @@ def _show_memory(
 def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cache: Path) -> ModelSection:
     """Return the model of a recipe's `model.sft` section, from the cache or trained now.
 
-    The cache key is a hash of the section, the bytes of its local files, the prompts it must not see, the number of
+    The cache key is a hash of the section, the content of its local files, the prompts it must not see, the number of
     processes and the versions. Prompts that the recipe evaluates on are left out of the training, and counted.
 
     Args:
@@ -176,7 +176,9 @@ def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cach
     prompt_keys = frozenset(pair.prompt_key for pair in evaluated)
     sources = [*sft.data, *((sft.model.new and sft.model.new.texts) or [])]
     file_hashes = [[file_hash(file) for file in local_files(source)] for source in sources]
-    # A GGUF file is hashed like the data; a folder is known by its path only.
+    # A file with a chat template and a GGUF file are hashed like the data; a folder is known by its path only.
+    template = chat_template(sft.text)
+    templates = [] if template == sft.text.chat_template else [template]
     gguf = gguf_metadata(sft.model.path, sft.model.revision)
     cache_key = content_hash(
         sft.model_dump(mode="json"),
@@ -185,6 +187,7 @@ def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cach
         launched_processes(),
         versions(),
         *gguf.values(),
+        *templates,
     )
     folder = cache / f"sft-{cache_key}"
     if folder.exists():
