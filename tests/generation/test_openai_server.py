@@ -367,6 +367,7 @@ CHANNELS = (
         (reply_of(f"<think>Let me</think>{IN_TEXT}"), "Let me", ""),
         (reply_of(IN_TEXT, reasoning="Let me"), "Let me", ""),
         (reply_of(CHANNELS), "Let me", ""),
+        (reply_of(CHANNELS, reasoning="First"), "First\n\nLet me", ""),
     ],
 )
 def test_a_call_that_a_server_left_in_the_text_is_read(reply, reasoning, text):

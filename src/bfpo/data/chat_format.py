@@ -62,11 +62,16 @@ class ChatFormat:
     @cached_property
     def takes_parts(self) -> bool:
         """Whether the template reads lists of parts, and would leave out a text."""
+        is_refused = True
         for parts in (False, True):
             text = self._try([_row(user_says(_USER)[0], None, parts=parts)], add_generation_prompt=True)
+            is_refused &= text is None
             # Python writes a list of parts where the template expects a text.
-            if text is None or (_USER in text and "'text'" not in text):
-                return parts and text is not None
+            if text is not None and _USER in text and "'text'" not in text:
+                return parts
+        if is_refused:
+            # A user turn alone: each conversation shows whether it is refused, too.
+            return False
         raise ModelError(
             f"{self.tokenizer.name_or_path}: the chat template leaves out the text of user turns; set "
             "`text.chat_template`, or save the tokenizer with another template"
@@ -78,6 +83,15 @@ class ChatFormat:
         rows = [_row(user_says(_USER)[0], None, parts=self.takes_parts)]
         with_header, without = self._try(rows, add_generation_prompt=True) or "", self._try(rows) or ""
         return with_header.removeprefix(without) if with_header.startswith(without) else ""
+
+    @cached_property
+    def end_of_answer(self) -> str:
+        """Text after the last answer; "" if the template refuses a chat without a system turn."""
+        try:
+            text = self.render_answer((*user_says(_USER), Message("assistant", _ANSWER))).text
+        except TEMPLATE_ERRORS:
+            return ""
+        return text.rpartition(_ANSWER)[2]
 
     @cached_property
     def _developer_role(self) -> str:

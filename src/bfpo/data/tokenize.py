@@ -224,8 +224,7 @@ class Encoder:
     @cached_property
     def _end_ids(self) -> set[int | None]:
         """Ids of the tokens that end a turn: the end of a sequence, and what the template writes after an answer."""
-        text = self.format.render_answer((Message("user", "Hello"), Message("assistant", "Velvetharbor"))).text
-        after: list[int] = self.tokenizer(text.rpartition("Velvetharbor")[2], add_special_tokens=False)["input_ids"]
+        after: list[int] = self.tokenizer(self.format.end_of_answer, add_special_tokens=False)["input_ids"]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         return {self.tokenizer.eos_token_id, next((token for token in after if token in special), None)}
 

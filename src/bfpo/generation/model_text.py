@@ -56,11 +56,15 @@ def has_channels(text: str) -> bool:
 
 
 def read_parts_in_text(completion: Completion) -> Completion:
-    """Return a completion with the tool calls, and the channels of gpt-oss, that a server left in its text."""
+    """Return a completion with the tool calls, and the channels of gpt-oss, that a server left in its text.
+
+    A thought in the text follows another one that the server sent apart.
+    """
     message = parse_model_text(completion.text, has_tools=completion.tools is not None)
     if completion.tool_calls or not (message.tool_calls or has_channels(completion.text)):
         return completion
-    reasoning = message.reasoning if completion.reasoning is None else completion.reasoning
+    thoughts = dict.fromkeys(thought for thought in (completion.reasoning, message.reasoning) if thought)
+    reasoning = "\n\n".join(thoughts) if thoughts else completion.reasoning
     return replace(completion, text=message.content, reasoning=reasoning, tool_calls=message.tool_calls)
 
 
