@@ -159,7 +159,7 @@ class Message:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        # An empty thought, as a model writes it that was told not to think, is none.
+        # An empty thought, which a model writes in its mode without reasoning, is none.
         object.__setattr__(self, "reasoning", self.reasoning or None)
 
     @property

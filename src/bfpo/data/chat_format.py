@@ -203,7 +203,7 @@ class ChatFormat:
         first = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), len(prompt))
         return RenderedAnswer(text, (first, self._find_answer(text, last, first)))
 
-    def find_lost(
+    def find_omission(
         self, text: str, conversation: Conversation, first_answer: int, inputs: TemplateInputs
     ) -> str | None:
         """Return what a template left out of a conversation's text; None if nothing is missing.

@@ -167,18 +167,7 @@ def read_prompt_source(
     for raw in _read_raw_prompts(source, prompt_set, revision, where or {}, system, other_columns):
         key = raw.content.key
         if key not in prompts:
-            prompt = Prompt(
-                raw.prompt_id or f"{source.name}-{key[:12]}",
-                raw.content.messages,
-                raw.kind,
-                raw.category,
-                source.name,
-                license,
-                raw.content.inputs.tools,
-                raw.content.inputs.kwargs,
-                raw.content.language,
-            )
-            prompts[key] = replace(prompt, **raw.columns)
+            prompts[key] = _make_prompt(raw, source.name, license)
         if len(prompts) == source.limit:
             break
     if not prompts:
@@ -191,6 +180,21 @@ def read_prompt_source(
         "prompts": len(prompts),
         "prompts_hash": content_hash([_to_hash(prompt) for prompt in prompts.values()]),
     }
+
+
+def _make_prompt(raw: _RawPrompt, name: str, license: str) -> Prompt:
+    prompt = Prompt(
+        raw.prompt_id or f"{name}-{raw.content.key[:12]}",
+        raw.content.messages,
+        raw.kind,
+        raw.category,
+        name,
+        license,
+        raw.content.inputs.tools,
+        raw.content.inputs.kwargs,
+        raw.content.language,
+    )
+    return replace(prompt, **raw.columns)
 
 
 def _to_hash(prompt: Prompt) -> object:

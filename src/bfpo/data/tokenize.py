@@ -193,8 +193,9 @@ class Encoder:
             for answer in record.answers:
                 conversation = (*record.prompt, *answer_turns(answer))
                 text, unscored = self.format.render_answer(conversation, record.inputs)
-                if lost := self.format.find_lost(text, conversation, len(record.prompt), record.inputs):
-                    return lost
+                omission = self.format.find_omission(text, conversation, len(record.prompt), record.inputs)
+                if omission is not None:
+                    return omission
                 prompts = (
                     first if turn == len(record.prompt) else self._render_prompt(conversation[:turn], record)
                     for turn in _imitated_turns(record, conversation)

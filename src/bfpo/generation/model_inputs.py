@@ -48,8 +48,8 @@ def render_prompt(chat_format: ChatFormat, prompt: Conversation, inputs: Templat
     """
     with refusals_of_template(chat_format.tokenizer):
         text = chat_format.render_prompt(prompt, inputs)
-        if lost := chat_format.find_lost(text, prompt, len(prompt), inputs):
-            raise TemplateRefusal(lost)
+        if omission := chat_format.find_omission(text, prompt, len(prompt), inputs):
+            raise TemplateRefusal(omission)
     return text
 
 

@@ -22,7 +22,7 @@ from bfpo.data.table import Example, TokenTable, sampled_rows, token_table
 from bfpo.data.tokenize import Encoder, chat_template, check_special_tokens, decoded_sample
 from bfpo.errors import RecipeError
 from bfpo.model.gguf import gguf_metadata
-from bfpo.model.lora import lora_config
+from bfpo.model.lora import CausalLM, lora_config
 from bfpo.training.arguments import launched_processes, training_arguments
 from bfpo.training.checkpoints import check_marked, write_mark
 from bfpo.training.clock import record_clock, template_clock
@@ -110,16 +110,7 @@ def _run(
     model = load_start_model(recipe.model, tokenizer)
     out = prepare_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
     record_clock(clock, out)
-    trainer = SFTTrainer(
-        model,
-        args,
-        train,
-        held_out,
-        tokenizer,
-        peft_config=lora_config(recipe.lora, revision=recipe.model.revision) if recipe.lora else None,
-        train_only=recipe.train_only,
-        layout=recipe.layout,
-    )
+    trainer = _make_trainer(recipe, args, model, tokenizer, train, held_out)
     record = RunRecord("sft", recipe, out, trainer)
     say(f"training {trainer.selection} on {len(train)} completions")
     report_layout(trainer)
@@ -143,6 +134,26 @@ def _run(
         evaluation={name: value for name, value in metrics.items() if name == "eval_loss"},
         wall_seconds=round(time.time() - start_time, 1),
         cpu_seconds=round(time.process_time() - start_cpu_time, 1),
+    )
+
+
+def _make_trainer(
+    recipe: SftRecipe,
+    args: TrainingArguments,
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    train: TokenTable,
+    held_out: TokenTable | None,
+) -> SFTTrainer:
+    return SFTTrainer(
+        model,
+        args,
+        train,
+        held_out,
+        tokenizer,
+        peft_config=lora_config(recipe.lora, revision=recipe.model.revision) if recipe.lora else None,
+        train_only=recipe.train_only,
+        layout=recipe.layout,
     )
 
 

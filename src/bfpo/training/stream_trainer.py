@@ -95,7 +95,7 @@ class StreamTrainer(Trainer, ABC):
     ) -> None:
         check_devices(args)
         config = unwrap_adapter(model).config
-        largest_ids = [[each.largest_id] for each in (table, *eval_tables.values())]
+        largest_ids = [[tokens.largest_id] for tokens in (table, *eval_tables.values())]
         check_token_ids(config, largest_ids, str(config._name_or_path or config.model_type))
         self._start_fingerprint = start_fingerprint(model)
         self.selection = select_parameters(model, train_only)
