@@ -235,6 +235,7 @@ class StreamTrainer(Trainer, ABC):
             rank=args.process_index,
             world_size=args.world_size,
             steps_done=lambda: self.state.global_step,
+            is_finished=lambda: 0 < self.state.max_steps <= self.state.global_step,
         )
         return self._loader(self.table, len(self.plan.main), sampler)
 
