@@ -16,7 +16,7 @@ from bfpo.core.conversation import Conversation, Message, user_says
 from bfpo.core.pairs import NO_INPUTS, TemplateInputs
 from bfpo.core.reasoning import MARKERS
 from bfpo.core.template_errors import TEMPLATE_ERRORS
-from bfpo.errors import ModelError
+from bfpo.errors import BfpoError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +89,8 @@ class ChatFormat:
         """Text after the last answer; "" if the template refuses a chat without a system turn."""
         try:
             text = self.render_answer((*user_says(_USER), Message("assistant", _ANSWER))).text
+        except BfpoError:
+            raise
         except TEMPLATE_ERRORS:
             return ""
         return text.rpartition(_ANSWER)[2]
