@@ -13,6 +13,7 @@ from bfpo.core.conversation import (
     answer_text,
     as_answer,
     as_messages,
+    as_template_kwargs,
     conversation_key,
     last_request,
     user_says,
@@ -126,6 +127,9 @@ def test_a_call_is_read_from_every_published_spelling():
     as_text = {"name": "weather", "arguments": json.dumps(inner["arguments"])}
     spellings = [WEATHER, {"function": inner}, inner, {"type": "function", "function": as_text}]
     spellings.append({"name": "weather", "parameters": inner["arguments"]})
+    # A table has a key for every call, and null where a call lacks it.
+    spellings.append({"function": {**spellings[-1], "arguments": None}, "index": 0})
+    spellings.append({**spellings[1]["function"], "index": 0})
     assert len({ToolCall.from_row(spelling) for spelling in spellings}) == 1
     assert ToolCall.from_row(WEATHER).to_row() == WEATHER
     assert ToolCall.from_row(WEATHER).in_words() == "The assistant calls the tool weather with city = Oslo, days = 2."
@@ -156,6 +160,10 @@ def test_a_text_of_messages_is_read_as_messages_and_another_text_is_not():
     prompt = (Message("user", '[{"role": "user", "content": "Hi"}]'),)
     row = PreferencePair(prompt, "a", "b").to_row()
     assert read_pair(SourceRow(row, "here")).prompt == prompt
+    # So is one with such an answer.
+    pair = PreferencePair(user_says("Show me a chat."), prompt[0].content, "No.")
+    again = read_pair(SourceRow(json.loads(json.dumps(pair.to_row())), "here"))
+    assert (again.answers, again.row_id) == (pair.answers, pair.row_id)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +180,10 @@ def test_a_text_of_messages_is_read_as_messages_and_another_text_is_not():
         ({"role": "assistant", "content": "a", "tool_calls": [{"function": {}}]}, "tool call {'function': {}}"),
         ({"role": "assistant", "content": "a", "tool_calls": [{**WEATHER, "cache": 1}]}, "unknown key 'cache'"),
         ({"role": "assistant", "content": "a", "tool_calls": [{**WEATHER, "type": "code"}]}, "only functions can"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "a", "arguments": {"b": 1}, "parameters": {"c": 2}}]},
+            "it has 'arguments' and 'parameters'; keep one",
+        ),
         ({"role": "assistant", "content": "a", "reasoning_content": "b", "thinking": "c"}, "two different texts"),
         ({"role": "assistant", "content": "a", "reasoning_content": 3}, "reasoning_content is 3; expected a string"),
         ({"role": "robot", "content": "a"}, "role is 'robot'"),
@@ -187,6 +199,20 @@ def test_what_cannot_be_read_is_refused_by_name(turn, message):
 def test_ignored_keys_are_left_out_and_null_keys_are_no_keys():
     turn = {"role": "user", "content": "a", "weight": 1, "name": None, "tool_calls": None, "loss": None}
     assert as_messages([turn], ignore=["weight"]) == user_says("a")
+
+
+def test_a_thought_that_is_in_a_key_and_in_the_text_is_read_once():
+    turn = {"role": "assistant", "content": "<think>\nWhy.\n</think>\n\nYes.", "reasoning_content": "Why.\n"}
+    assert as_messages([turn]) == (Message("assistant", "Yes.", "Why."),)
+    # Nothing is left out of a text with another thought.
+    other = as_messages([turn | {"reasoning_content": "Because."}])
+    assert other == (Message("assistant", turn["content"], "Because."),)
+
+
+@pytest.mark.parametrize("name", ["tools", "tokenize", "continue_final_message", "return_dict"])
+def test_arguments_that_are_not_the_rows_to_set_are_refused(name):
+    with pytest.raises(DataError, match=f"sets '{name}', which is not an argument of the template"):
+        as_template_kwargs({name: True})
 
 
 def test_an_empty_thought_is_none():

@@ -402,6 +402,7 @@ def test_labels_are_read_from_aliases_words_and_signs(columns, cell):
         (LABELS | {"is_chosen_safe": ""}, "column 'is_chosen_safe': safety label is '' (str)"),
         (LABELS | {"is_chosen_safe": 2}, "column 'is_chosen_safe': safety label is 2 (int)"),
         (LABELS | {"is_chosen_safe": 0.5}, "column 'is_chosen_safe': safety label is 0.5 (float)"),
+        (LABELS | {"is_chosen_safe": 0.9999999}, "column 'is_chosen_safe': safety label is 0.9999999 (float)"),
         (LABELS | {"is_chosen_safe": float("nan")}, "column 'is_chosen_safe': safety label is nan (float)"),
         (LABELS | {"is_chosen_safe": [True]}, "column 'is_chosen_safe': safety label is [True] (list)"),
         (LABELS | {"chosen_safe": True}, "columns 'chosen_safe' and 'is_chosen_safe' are the same label"),
@@ -544,6 +545,7 @@ def test_the_row_that_is_wrong_is_named():
     "row",
     [
         {"messages": turns("A red box?", "Yes.")},
+        {"messages": turns("A red box?", "Yes."), "prompt": "A red box? "},
         {"prompt": "A red box?", "completion": "Yes."},
         {"prompt": turns("A red box?"), "completion": turns("Yes.", first="assistant")},
     ],
@@ -559,6 +561,7 @@ def test_demonstrations_are_read_from_messages_and_from_prompt_and_completion(ro
         ({"messages": turns("a")}, "column 'messages' doesn't end with an assistant turn after a user turn"),
         ({"messages": turns("a", first="assistant")}, "doesn't end with an assistant turn after a user turn"),
         ({"messages": [*turns("a", "b"), *turns("c", first="assistant")]}, "prompt ends with assistant; expected"),
+        ({"messages": turns("a", "b"), "completion": "c d"}, "columns not read: completion"),
         ({"prompt": turns("a", "b"), "completion": "c"}, "prompt ends with assistant; expected"),
         ({"prompt": "a", "completion": turns("b", "c")}, "column 'completion' has turns before the answer"),
         ({"prompt": "a", "completion": turns("b")}, "column 'completion' ends with a user turn"),

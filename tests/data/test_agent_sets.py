@@ -152,6 +152,12 @@ def test_trajectories_after_one_prompt_become_pairs(tmp_path):
     assert (again.answers, again.inputs, again.prompt) == (pair.answers, pair.inputs, pair.prompt)
 
 
+def test_a_trajectory_without_a_request_makes_no_pair_and_is_named(tmp_path):
+    rows = [UNSAFE, SAFE | {"contents": [[DONE]]}]
+    with pytest.raises(DataError, match=r"rows.json row 2: prompt ends with nothing; expected it to end with a user"):
+        load_pairs(source(tmp_path, rows, "atbench"), "main")
+
+
 def test_only_safe_trajectories_are_imitated(tmp_path):
     report, (demonstration,) = load_demonstrations(source(tmp_path, [UNSAFE, SAFE], "atbench"))
     assert demonstration.completion[-1].content == "Is ACC-2 right?"

@@ -1,5 +1,7 @@
 """Chats of which every answer is imitated: what is scored, and that it is scored as each answer by itself is."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,14 @@ def test_a_template_that_ends_no_turn_leaves_the_last_answer_and_says_so(tokeniz
     (example,), counts = encode(tokenizer, chat(), chat_template=NO_END)
     assert len(scored_turns(tokenizer, example)) == 1
     assert counts == {"only the last answer of a chat is imitated": 1}
+
+
+def test_a_template_that_requires_a_system_turn_renders_chats_with_one(tokenizer):
+    requires_system = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    with_system = replace(chat(), prompt=(Message("system", "Be brief."), *chat().prompt))
+    examples, counts = encode(tokenizer, with_system, chat(), chat_template=requires_system + CHATML)
+    assert [len(scored_turns(tokenizer, example)) for example in examples] == [3]
+    assert counts == {"the chat template refuses the conversation (no system turn)": 1}
 
 
 def test_an_end_of_sequence_inside_an_earlier_answer_drops_the_chat(tokenizer):

@@ -214,6 +214,10 @@ def test_a_lone_surrogate_is_a_fault_and_is_never_written(write, tmp_path):
     write_prepared(data, tmp_path)
     assert texts(data.train) == ["good 0"]
     assert data.parts[0].report.skipped == {"lone surrogate in a text": 1}
+    for key, value in (("tools", '[{"name": "\\ud83d"}]'), ("chat_template_kwargs", '{"a": "\\ud83d"}')):
+        spoiled = json.dumps(row(1) | {key: "VALUE"}).replace('"VALUE"', value)
+        (tmp_path / "tools.jsonl").write_text("\n".join([lines[0], spoiled]) + "\n")
+        assert prepared(Source(path="tools.jsonl")).parts[0].report.skipped == {"lone surrogate in a text": 1}
     with pytest.raises(DataError, match="1 of 2 pairs would be dropped"):
         prepared(Source(path="a.jsonl"), max_dropped=0.4)
     (tmp_path / "d.jsonl").write_text(

@@ -110,6 +110,15 @@ def test_the_same_words_with_other_tools_are_another_prompt(tmp_path):
     assert metadata["prompts_hash"] != changed["prompts_hash"]
 
 
+def test_a_text_file_has_one_prompt_on_each_line_for_both_readers(tmp_path):
+    # As a spreadsheet program writes it, and with a mark that isn't the end of a line.
+    (tmp_path / "p.txt").write_text("\ufeffOne\u2028more\n\n Two \n", encoding="utf-8")
+    expected = [user_says("One\u2028more"), user_says("Two")]
+    prompts, _ = read_prompt_source(PromptSource(name="file", path=str(tmp_path / "p.txt"), kind="benign"))
+    for read in (prompts, read_prompt_file(str(tmp_path / "p.txt"))):
+        assert [prompt.prompt for prompt in read] == expected
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -121,8 +121,11 @@ def test_reasoning_of_earlier_turns_is_left_to_the_template_and_that_is_noted(to
     assert "<think>\nblue door\n</think>\n\nsmall lamp" in tokenizer.decode(example.prompt_ids)
 
 
-def test_a_template_of_parts_gets_parts(tokenizer):
-    (example,), counts = encode(tokenizer, pair(), template=PARTS)
+@pytest.mark.parametrize(
+    "before", ["", "{% if messages[0]['content'] is string %}{{ raise_exception('parts only') }}{% endif %}"]
+)
+def test_a_template_of_parts_gets_parts(tokenizer, before):
+    (example,), counts = encode(tokenizer, pair(), template=before + PARTS)
     assert counts == {}
     assert "near which" in tokenizer.decode(example.prompt_ids)
     assert seen(tokenizer, example)[0] == f"a red box{tokenizer.eos_token}"

@@ -52,6 +52,10 @@ def test_what_was_tokenized_before_is_found_again(tokenizer, records, tmp_path, 
 def test_other_content_is_tokenized_anew(tokenizer, records, tmp_path):
     other_tokenizer = copy.deepcopy(tokenizer)
     other_tokenizer.add_tokens(["lamp"])
+    # Templates can write it.
+    other_start = copy.deepcopy(tokenizer)
+    other_start.bos_token = other_start.eos_token
+    assert other_start.bos_token != tokenizer.bos_token
     for change in (
         lambda: encode(tokenizer, records, tmp_path),
         lambda: encode(tokenizer, records[1:], tmp_path),
@@ -59,6 +63,7 @@ def test_other_content_is_tokenized_anew(tokenizer, records, tmp_path):
         lambda: encode(tokenizer, records, tmp_path, chat_template=CHAT_TEMPLATE.replace("user", "human")),
         lambda: encode(tokenizer, records, tmp_path, chat_template=" " + CHAT_TEMPLATE),
         lambda: encode(other_tokenizer, records, tmp_path),
+        lambda: encode(other_start, records, tmp_path),
         lambda: encode(tokenizer, [Demonstration(pair.prompt, pair.chosen) for pair in records], tmp_path),
     ):
         before = len(list(tmp_path.iterdir()))

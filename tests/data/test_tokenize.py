@@ -157,12 +157,16 @@ def test_a_template_with_nothing_in_common_is_a_fault(tokenizer):
     assert reasons(report.dropped) == {(reason, "su"): 1}
 
 
-def test_a_conversation_that_the_template_refuses_is_a_fault_with_its_reason(tokenizer):
-    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+@pytest.mark.parametrize(
+    ("refusal", "reason"),
+    [("raise_exception('no system turns')", "no system turns"), ("'abc'.index('z')", "substring not found")],
+)
+def test_a_conversation_that_the_template_refuses_is_a_fault_with_its_reason(tokenizer, refusal, reason):
+    refusing = f"{{% if messages[0]['role'] == 'system' %}}{{{{ {refusal} }}}}{{% endif %}}"
     records = pair(history=(Message("system", "Be brief."),)), pair()
     encoded, _, report = encode(tokenizer, *records, chat_template=template("<|im_end|>", before=refusing))
     assert encoded == [records[1]]
-    assert reasons(report.dropped) == {("the chat template refuses the conversation (no system turns)", "su"): 1}
+    assert reasons(report.dropped) == {(f"the chat template refuses the conversation ({reason})", "su"): 1}
 
 
 def test_a_template_that_is_not_jinja_is_refused_at_once(tokenizer):

@@ -96,6 +96,11 @@ def test_what_cannot_be_compared_turn_by_turn_is_said(load, row, message):
         load(row, turns="each")
 
 
+def test_turns_are_refused_for_an_adapter_that_does_not_read_them():
+    with pytest.raises(ValueError, match="turns is 'all', which only the adapter 'pairs' reads; got 'hh_rlhf'"):
+        Source(path="rows.jsonl", adapter="hh_rlhf", turns="all")
+
+
 def test_prepared_trajectories_are_read_back_by_default(tmp_path):
     chosen, rejected = conversation("Yes.", "Warmer."), conversation("No.", "Colder.")
     (tmp_path / "rows.jsonl").write_text(json.dumps(labeled(chosen, rejected)) + "\n")

@@ -347,6 +347,15 @@ def test_calls_are_read_where_the_prompt_has_tools(engine, tokenizer):
     assert without.text.startswith("<tool_call>")
 
 
+def test_an_answer_in_a_channel_without_a_thought_has_no_name_of_a_channel(engine, tokenizer):
+    harmony = engine()
+    harmony.tokenizer = deepcopy(tokenizer)
+    harmony.tokenizer.add_tokens(["<|channel|>", "<|message|>"], special_tokens=True)
+    ids = harmony.tokenizer("<|channel|>final<|message|>red box", add_special_tokens=False)["input_ids"]
+    completion = harmony._make_completion(PROMPTS[0], 0, 3, [*ids, tokenizer.eos_token_id])
+    assert (completion.text, completion.reasoning) == ("red box", None)
+
+
 def test_a_prompt_of_which_the_template_leaves_something_out_is_unanswered(engine, tmp_path):
     tools = as_tools([{"type": "function", "function": {"name": "lamp"}}])
     prompts = [PROMPTS[0], Prompt("t", user_says("add"), tools=tools)]

@@ -78,6 +78,8 @@ def test_there_are_no_calls_without_tools():
             "why",
         ),
         ("<|channel|>analysis<|message|>why and", False, "", "why and"),
+        # A text that speaks of channels has none.
+        ("The token <|channel|> begins a channel.", False, "The token <|channel|> begins a channel.", None),
     ],
 )
 def test_reasoning_is_split_off(text, opened, content, reasoning):

@@ -19,6 +19,7 @@ from bfpo.core.samples import Prompt, Sampling
 from bfpo.data.stages import generate_completions, read_completions
 from bfpo.data.unread_answers import describe_missing_answers
 from bfpo.errors import ModelError, Unanswered
+from bfpo.generation.open import EngineSection
 from bfpo.generation.openai_server import ServerEngine, ServerOptions
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -367,6 +368,7 @@ CHANNELS = (
         (reply_of(f"<think>Let me</think>{IN_TEXT}"), "Let me", ""),
         (reply_of(IN_TEXT, reasoning="Let me"), "Let me", ""),
         (reply_of(CHANNELS), "Let me", ""),
+        (reply_of(CHANNELS, reasoning="First"), "First\n\nLet me", ""),
     ],
 )
 def test_a_call_that_a_server_left_in_the_text_is_read(reply, reasoning, text):
@@ -376,6 +378,12 @@ def test_a_call_that_a_server_left_in_the_text_is_read(reply, reasoning, text):
     # Without tools there are no calls.
     (completion,) = generate(served_by(lambda body: (200, reply))[0])
     assert not completion.tool_calls
+
+
+@pytest.mark.parametrize("key", ["gguf_file", "revision"])
+def test_keys_of_a_model_in_this_process_are_refused_for_a_server(key):
+    with pytest.raises(ValueError, match=f"{key} is 'm.gguf'; with server, path is the model's name there"):
+        EngineSection.model_validate({"path": "m", "server": "http://localhost:1/v1", key: "m.gguf"})
 
 
 def test_a_server_that_refuses_tools_is_not_asked_without_them():

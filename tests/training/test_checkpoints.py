@@ -13,7 +13,7 @@ from accelerate import PartialState
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import TrainRecipe
 from bfpo.core.files import file_hash, write_jsonl
-from bfpo.core.pairs import SafetyLabels
+from bfpo.core.pairs import PairSignals, SafetyLabels
 from bfpo.errors import RecipeError, TrainingError
 from bfpo.losses.pairwise import BFPO
 from bfpo.training.checkpoints import MARK, check_same_run, checkpoint_fault, newest_complete, write_mark
@@ -23,7 +23,7 @@ from bfpo.training.stream_trainer import StreamTrainer
 OUT = Path("runs/toy")
 
 
-def run(data="main.jsonl", model_seed=42, **trainer):
+def run(data="main.jsonl", model_seed=42, sections=(), **trainer):
     """Run a toy recipe in `runs/toy` that saves after every second step."""
     options = {
         "output_dir": str(OUT),
@@ -41,7 +41,7 @@ def run(data="main.jsonl", model_seed=42, **trainer):
         "loss": {"beta": 0.5},
         "trainer": options | trainer,
     }
-    return run_training(check_recipe(content, TrainRecipe, "toy"))
+    return run_training(check_recipe(content | dict(sections), TrainRecipe, "toy"))
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,32 @@ def test_every_process_gets_the_fault_that_the_main_process_found(monkeypatch, t
 def test_resuming_with_other_settings_is_refused(change, named):
     with pytest.raises(RecipeError, match=f"can't be continued: {named}"):
         run(resume_from_checkpoint=True, **change)
+
+
+@pytest.mark.usefixtures("unbroken")
+def test_a_finished_run_that_is_resumed_takes_no_further_step():
+    weights, count = (OUT / "model.safetensors").read_bytes(), len(losses())
+    assert run(resume_from_checkpoint=True)["steps"] == 7
+    assert (OUT / "model.safetensors").read_bytes() == weights
+    assert len(losses()) == count
+
+
+def test_resuming_with_other_win_rates_is_refused(main_pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sections = {"loss": {"name": "bfpo_soft", "beta": 0.5}, "buffer": []}
+    for name, rate in (("main", 0.75), ("other", 0.5)):
+        rates = PairSignals(chosen_win_rate=rate, rejected_win_rate=0.25)
+        write_jsonl(Path(f"{name}.jsonl"), [replace(pair, signals=rates).to_row() for pair in main_pairs])
+    run(sections=sections, max_steps=2)
+    run(sections=sections, max_steps=2, resume_from_checkpoint=True)
+    with pytest.raises(RecipeError, match="can't be continued: signals was"):
+        run("other.jsonl", sections=sections, max_steps=2, resume_from_checkpoint=True)
+    # Earlier versions recorded none.
+    folder = OUT / "checkpoint-2"
+    mark = json.loads((folder / MARK).read_text())
+    del mark["run"]["signals"]
+    (folder / MARK).write_text(json.dumps(mark))
+    run("other.jsonl", sections=sections, max_steps=2, resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_from_before_safety_weights_belongs_to_the_same_run(tmp_path):

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import ProbeSection, TrainRecipe
-from bfpo.core.conversation import user_says
+from bfpo.core.conversation import FrozenJson, user_says
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import PreferencePair, SafetyLabels
+from bfpo.core.pairs import PreferencePair, SafetyLabels, TemplateInputs
 from bfpo.generation.in_process import likeliest_answers
 from bfpo.training.probe import Probe, show_probe
 from bfpo.training.run import run_training
@@ -58,6 +58,16 @@ def test_half_of_the_prompts_have_an_unsafe_answer_and_refusals_are_counted(poli
     assert counts["harmful"] == {"prompts": 3, "refused_before": 0, "refused_after": 3}
     assert counts["benign"] == {"prompts": 3, "refused_before": 0, "refused_after": 0}
     assert counts["changed_answers"] == 3
+
+
+def test_a_prompt_with_an_unsafe_answer_in_any_pair_is_harmful_and_asked_once(policy, tokenizer):
+    held_out = [
+        PreferencePair(user_says("red box"), "yes", f"no {n}", labels) for n, labels in enumerate((SAFE, UNSAFE))
+    ]
+    tools = TemplateInputs(tools=FrozenJson.freeze([{"type": "function", "function": {"name": "lift"}}]))
+    held_out.append(replace(held_out[0], inputs=tools))
+    asked = Probe(held_out, ProbeSection(prompts=4), scripted("a", "a"), policy, tokenizer).finish(policy)
+    assert [(prompt.kind, prompt.tools is None) for prompt in asked.prompts] == [("harmful", True), ("benign", False)]
 
 
 def test_the_prompts_are_always_the_same(policy, tokenizer):

@@ -23,6 +23,7 @@ from bfpo.data.table import sampled_rows
 from bfpo.errors import DataError, ModelError, RecipeError
 from bfpo.losses.dual import Constraint, Dual, FrontierPoint
 from bfpo.losses.labeling import LabelingFunction
+from bfpo.model.new import CHAT_TEMPLATE
 from bfpo.training.arguments import DECIDED, training_arguments
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
@@ -211,6 +212,14 @@ def test_a_fine_tuned_start_model_is_cached_by_content(capsys):
     section["sft"]["trainer"]["learning_rate"] = 2e-3
     run_training(recipe(model=section, trainer=ONE_STEP))
     assert "it will be cached as" in capsys.readouterr().out
+
+
+def test_a_start_model_is_not_reused_with_another_content_of_its_template_file(capsys):
+    section = {"sft": {**SFT, "trainer": ONE_STEP, "text": {"chat_template": "template.jinja"}}}
+    for template in (CHAT_TEMPLATE, f"Chat: {CHAT_TEMPLATE}"):
+        Path("template.jinja").write_text(template, encoding="utf-8")
+        run_training(recipe(model=section, trainer=ONE_STEP))
+        assert "it will be cached as" in capsys.readouterr().out
 
 
 def test_two_runs_do_not_make_the_same_start_model_at_once():

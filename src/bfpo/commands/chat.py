@@ -10,8 +10,9 @@ from transformers.utils.logging import disable_progress_bar
 from bfpo.config.recipes import ModelSection
 from bfpo.core.conversation import Message
 from bfpo.core.terminal import console, escape_controls, say
-from bfpo.data.chat_format import TEMPLATE_ERRORS, ChatFormat
+from bfpo.data.chat_format import ChatFormat
 from bfpo.errors import ModelError
+from bfpo.generation.model_inputs import TemplateRefusal, refusals_of_template
 from bfpo.generation.model_text import parse_model_text
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.vocabulary import check_token_ids
@@ -115,10 +116,10 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
 
 def _render(chat_format: ChatFormat, history: Sequence[Message], path: str) -> str:
     try:
-        return chat_format.render_prompt(tuple(history))
-    except (*TEMPLATE_ERRORS, ValueError, ArithmeticError, RecursionError) as error:
-        message = str(error).partition("\n")[0] or type(error).__name__
-        raise ModelError(f"{path}: the chat template refuses the conversation: {message}") from None
+        with refusals_of_template(chat_format.tokenizer):
+            return chat_format.render_prompt(tuple(history))
+    except TemplateRefusal as refusal:
+        raise ModelError(f"{path}: {refusal}") from None
 
 
 def _read() -> str | None:

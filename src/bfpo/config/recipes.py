@@ -83,6 +83,12 @@ class Source(Section):
     license: str | None = None
     """License of the data; default the adapter's."""
 
+    @model_validator(mode="after")
+    def _check_turns(self) -> "Source":
+        if self.turns != "last" and self.adapter != "pairs":
+            raise ValueError(f"turns is '{self.turns}', which only the adapter 'pairs' reads; got '{self.adapter}'")
+        return self
+
 
 class TextSection(Section):
     """How conversations are converted to token ids."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from unicodedata import normalize
 
 from bfpo.core.files import content_hash, parse_json
-from bfpo.core.reasoning import split_reasoning
+from bfpo.core.reasoning import REASONING_KEYS, split_reasoning
 from bfpo.errors import DataError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -20,9 +20,15 @@ ROLES: tuple[Role, ...] = get_args(Role)
 # Roles of the last turn of a prompt.
 ASKING_ROLES = ("user", "tool")
 
-# Keys of a message; `thinking` and `reasoning` are other names of `reasoning_content`.
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_KEYS = ("role", "content", *_REASONING_KEYS, "tool_calls", "tool_call_id", "name")
+# Keys of a message.
+_KEYS = ("role", "content", *REASONING_KEYS, "tool_calls", "tool_call_id", "name")
+# Arguments of `apply_chat_template` that aren't the row's to set.
+_RESERVED_KWARGS = frozenset(
+    (
+        *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "tokenizer_kwargs", "return_assistant_tokens_mask", "return_dict", "return_tensors"),
+    )
+)
 # ShareGPT: {"from": .., "value": ..}.
 _SHAREGPT_ROLES: Mapping[str, Role] = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -92,12 +98,13 @@ class ToolCall:
         if not isinstance(value, Mapping):
             raise DataError(f"tool call {_shorten(value)}; expected an object")
         call = {key: content for key, content in value.items() if content is not None}
-        function = call.get("function", {key: content for key, content in call.items() if key not in ("type", "id")})
+        outer = ("type", "id", "index")
+        function = call.get("function", {key: content for key, content in call.items() if key not in outer})
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
             raise DataError(f"tool call {_shorten(value)}; expected {{'function': {{'name': .., 'arguments': ..}}}}")
         unknown = [key for key in function if key not in ("name", "arguments", "parameters")]
         if "function" in call:
-            unknown += [key for key in call if key not in ("function", "type", "id", "index")]
+            unknown += [key for key in call if key not in ("function", *outer)]
         if unknown:
             raise DataError(f"tool call {_shorten(value)}: unknown key '{unknown[0]}'")
         if call.get("type", "function") != "function":
@@ -105,8 +112,11 @@ class ToolCall:
         call_id = call.get("id")
         if call_id is not None and not isinstance(call_id, str):
             raise DataError(f"tool call {_shorten(value)}: id is {call_id!r}; expected a string")
-        arguments = function.get("arguments", function.get("parameters"))
-        return cls(function["name"], FrozenJson.freeze(_parse_arguments(arguments)), call_id or None)
+        values = [function[key] for key in ("arguments", "parameters") if function.get(key) is not None]
+        if len(values) > 1:
+            raise DataError(f"tool call {_shorten(value)}: it has 'arguments' and 'parameters'; keep one")
+        arguments = _parse_arguments(values[0]) if values else {}
+        return cls(function["name"], FrozenJson.freeze(arguments), call_id or None)
 
     def to_row(self) -> dict[str, Any]:
         """Return the call as an object of JSON, as chat templates read it."""
@@ -153,7 +163,7 @@ class Message:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        # An empty thought, as a model writes it that was told not to think, is none.
+        # An empty thought, which a model writes in its mode without reasoning, is none.
         object.__setattr__(self, "reasoning", self.reasoning or None)
 
     @property
@@ -329,8 +339,7 @@ def as_template_kwargs(value: object) -> FrozenJson | None:
         return None
     if not isinstance(value, Mapping):
         raise DataError(f"column 'chat_template_kwargs' is {_shorten(value)}; expected an object")
-    reserved = {"messages", "conversation", "tools", "chat_template", "add_generation_prompt", "tokenize"}
-    if taken := sorted(reserved & value.keys()):
+    if taken := sorted(_RESERVED_KWARGS & value.keys()):
         raise DataError(f"column 'chat_template_kwargs' sets '{taken[0]}', which is not an argument of the template")
     return FrozenJson.freeze(dict(value))
 
@@ -378,8 +387,8 @@ def _read_message(turn: object, column: str, ignore: Collection[str]) -> Message
         calls = as_tool_calls(values.get("tool_calls"))
     except DataError as error:
         raise DataError(f"column '{column}': {str(error).removeprefix('column ')}") from None
-    thoughts = {values[key] for key in _REASONING_KEYS if isinstance(values.get(key), str) and values[key]}
-    for key in (*_REASONING_KEYS, "tool_call_id", "name"):
+    thoughts = {values[key] for key in REASONING_KEYS if isinstance(values.get(key), str) and values[key]}
+    for key in (*REASONING_KEYS, "tool_call_id", "name"):
         if not isinstance(values.get(key, ""), str):
             raise DataError(f"column '{column}': {key} is {_shorten(values[key])}; expected a string")
     if len(thoughts) > 1:
@@ -388,8 +397,11 @@ def _read_message(turn: object, column: str, ignore: Collection[str]) -> Message
         raise DataError(f"column '{column}': a {role} turn has tool calls or reasoning; only assistant turns can")
     content = _read_content(values.get("content"), turn, column, may_be_empty=bool(calls))
     reasoning = next(iter(thoughts), None)
-    if role == "assistant" and reasoning is None:
-        reasoning, content = split_reasoning(content)
+    if role == "assistant":
+        thought, answer = split_reasoning(content)
+        # Some sources have the thought in a key and again in front of the text.
+        if thought is not None and (reasoning is None or reasoning.strip() == thought):
+            reasoning, content = thought, answer
     return Message(role, content, reasoning, calls, values.get("tool_call_id") or None, values.get("name") or None)
 
 
@@ -434,8 +446,6 @@ def _read_part(part: object, column: str) -> str:
 
 def _parse_arguments(arguments: object) -> object:
     """Return the arguments of a call; a text that isn't a JSON object stays a text."""
-    if arguments is None:
-        return {}
     if not isinstance(arguments, str):
         return arguments
     try:

@@ -21,6 +21,7 @@ from bfpo.core.conversation import (
     as_answer,
     as_messages,
     conversation_key,
+    user_says,
 )
 from bfpo.core.files import content_hash
 from bfpo.errors import DataError
@@ -162,6 +163,10 @@ class TemplateInputs:
         columns = {"tools": self.tools, "chat_template_kwargs": self.kwargs}
         return {name: json.value for name, json in columns.items() if json is not None}
 
+    def texts(self) -> Iterator[str]:
+        """Yield the JSON texts of the tools and of the arguments."""
+        yield from (json.text for json in (self.tools, self.kwargs) if json is not None)
+
     def to_hash(self) -> object:
         """Return what `content_hash` hashes."""
         return [self.tools, self.kwargs]
@@ -254,7 +259,7 @@ class PreferencePair:
         """Return the pair as a row of a pair file; columns without a value are left out."""
         row: dict[str, Any] = {"prompt": _prompt_to_row(self.prompt)}
         # Both are texts, or both are lists of messages, as in TRL.
-        if isinstance(self.chosen, str) and isinstance(self.rejected, str):
+        if all(isinstance(answer, str) and _is_read_as_text(answer) for answer in self.answers):
             row |= {"chosen": self.chosen, "rejected": self.rejected}
         else:
             row |= {side: _turns_to_row(answer) for side, answer in zip(SIDES, self.answers, strict=True)}
@@ -338,9 +343,16 @@ def _texts(prompt: Conversation, *answers: Answer) -> Iterator[str]:
 
 def _prompt_to_row(prompt: Conversation) -> str | list[dict[str, Any]]:
     is_text = len(prompt) == 1 and prompt[0].is_plain and prompt[0].role == "user"
-    # A text that looks like a list of messages would be read as one.
-    is_text = is_text and as_messages(prompt[0].content) == prompt
+    is_text = is_text and _is_read_as_text(prompt[0].content)
     return prompt[0].content if is_text else [message.to_row() for message in prompt]
+
+
+def _is_read_as_text(text: str) -> bool:
+    """Return whether a reader of the file gets the text back: it reads the JSON of a list of messages as messages."""
+    try:
+        return as_messages(text) == user_says(text)
+    except DataError:
+        return False
 
 
 def _turns_to_row(answer: Answer) -> list[dict[str, Any]]:
@@ -366,8 +378,10 @@ def parse_label(value: object) -> bool:
     """
     if isinstance(value, bool):
         return value
-    # A CSV or parquet reader turns a column of 0 and 1 with gaps into floats.
-    word = f"{value:g}" if isinstance(value, float) else str(value).strip().lower()
+    word = str(value).strip().lower()
+    if isinstance(value, float) and value.is_integer():
+        # A CSV or parquet reader turns a column of 0 and 1 with gaps into floats.
+        word = str(int(value))
     if value is not None and word in _LABEL_WORDS:
         return _LABEL_WORDS[word]
     got = "null" if value is None else f"{value!r} ({type(value).__name__})"

@@ -13,6 +13,11 @@ MARKERS = (
 """Marks of the beginning and the end of a thought, by family."""
 
 
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names of the reasoning in messages and replies: of DeepSeek, SGLang and `transformers serve`; of vLLM and
+OpenRouter; and of Ollama."""
+
+
 class ReasoningSplit(NamedTuple):
     """Parts of a text.
 

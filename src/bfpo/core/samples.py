@@ -191,8 +191,8 @@ class Prompt(FileRow):
 class Completion(FileRow):
     """Answer of a model to a prompt.
 
-    A thought in front of the text, `<think>` or the like, becomes the reasoning, wherever the completion comes from.
-    So does a further one; the same text again is left out, because some servers send it apart and in the answer.
+    A thought in front of the text, such as a `<think>` block, becomes the reasoning for every engine. So does a
+    further one; the same text again is left out, because some servers send it apart and in the answer.
 
     Args:
         prompt_id: Identifier of the prompt.

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from bfpo.config.recipes import Source
 from bfpo.core.conversation import Conversation, Message, ToolCall, as_tools
 from bfpo.core.files import parse_json
-from bfpo.core.pairs import Demonstration, PreferencePair, Provenance, SafetyLabels, TemplateInputs
+from bfpo.core.pairs import Demonstration, PreferencePair, Provenance, SafetyLabels, TemplateInputs, check_asks
 from bfpo.core.samples import Kind
 from bfpo.data.pair_formats import SkipRow, split_trajectories
 from bfpo.data.rows import SourceRow
@@ -101,6 +101,7 @@ def pair_trajectories(rows: Iterable[SourceRow], source: Source) -> Iterator[Pre
     for row in rows:
         with row.locate_errors():
             answer = _read_atbench(row)
+            check_asks(answer.prompt)
         groups[answer.prompt, answer.inputs][answer.safe].append(answer)
     for (prompt, inputs), by_label in groups.items():
         if not all(by_label.values()):

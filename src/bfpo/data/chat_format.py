@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import TemplateSyntaxError
 
 from bfpo.core.conversation import Conversation, Message, user_says
 from bfpo.core.pairs import NO_INPUTS, TemplateInputs
 from bfpo.core.reasoning import MARKERS
-from bfpo.errors import ModelError
+from bfpo.core.template_errors import TEMPLATE_ERRORS
+from bfpo.errors import BfpoError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 ReasoningForm = Literal["key", "inline", "opened"]
 """Where a template reads reasoning. `key`: a key of the message, `reasoning_content` or `thinking`; `inline`: a
 `<think>` block in the text; `opened`: nowhere, but the prompt for generation opens a thought."""
-
-# What a template raises that refuses a conversation, or expects another one.
-TEMPLATE_ERRORS = (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 # Words that no template has, and that no template changes.
 _USER, _ANSWER, _THOUGHT = "Quartzlantern", "Velvetharbor", "Copperthicket"
@@ -64,11 +62,16 @@ class ChatFormat:
     @cached_property
     def takes_parts(self) -> bool:
         """Whether the template reads lists of parts, and would leave out a text."""
+        is_refused = True
         for parts in (False, True):
             text = self._try([_row(user_says(_USER)[0], None, parts=parts)], add_generation_prompt=True)
+            is_refused &= text is None
             # Python writes a list of parts where the template expects a text.
-            if text is None or (_USER in text and "'text'" not in text):
-                return parts and text is not None
+            if text is not None and _USER in text and "'text'" not in text:
+                return parts
+        if is_refused:
+            # A user turn alone: each conversation shows whether it is refused, too.
+            return False
         raise ModelError(
             f"{self.tokenizer.name_or_path}: the chat template leaves out the text of user turns; set "
             "`text.chat_template`, or save the tokenizer with another template"
@@ -80,6 +83,17 @@ class ChatFormat:
         rows = [_row(user_says(_USER)[0], None, parts=self.takes_parts)]
         with_header, without = self._try(rows, add_generation_prompt=True) or "", self._try(rows) or ""
         return with_header.removeprefix(without) if with_header.startswith(without) else ""
+
+    @cached_property
+    def end_of_answer(self) -> str:
+        """Text after the last answer; "" if the template refuses a chat without a system turn."""
+        try:
+            text = self.render_answer((*user_says(_USER), Message("assistant", _ANSWER))).text
+        except BfpoError:
+            raise
+        except TEMPLATE_ERRORS:
+            return ""
+        return text.rpartition(_ANSWER)[2]
 
     @cached_property
     def _developer_role(self) -> str:
@@ -191,7 +205,7 @@ class ChatFormat:
         first = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), len(prompt))
         return RenderedAnswer(text, (first, self._find_answer(text, last, first)))
 
-    def find_lost(
+    def find_omission(
         self, text: str, conversation: Conversation, first_answer: int, inputs: TemplateInputs
     ) -> str | None:
         """Return what a template left out of a conversation's text; None if nothing is missing.

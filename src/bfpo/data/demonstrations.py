@@ -122,7 +122,7 @@ def _read_demonstrations(
             except SkipRow as skip:
                 report.skip(skip.reason, fault=skip.fault)
                 continue
-        if has_lone_surrogate(*demonstration.texts()):
+        if has_lone_surrogate(*demonstration.texts(), *demonstration.inputs.texts()):
             report.skip(LONE_SURROGATE, fault=True)
         else:
             yield demonstration

@@ -155,7 +155,7 @@ def load_pairs(
     for pair in read_pairs(adapter, read_rows(source, ignored_keys), source):
         if isinstance(pair, SkipRow):
             report.skip(pair.reason, fault=pair.fault)
-        elif has_lone_surrogate(*pair.texts()):
+        elif has_lone_surrogate(*pair.texts(), *pair.inputs.texts()):
             report.skip(LONE_SURROGATE, fault=True)
         else:
             pairs.append(pair)

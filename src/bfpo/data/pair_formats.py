@@ -89,7 +89,8 @@ def read_demonstration(row: SourceRow) -> Demonstration:
     """
     row = without_aliases(row)
     demonstration = _read_demonstration(row)
-    refuse_unread_columns(row, _DEMONSTRATION_COLUMNS)
+    unread = ("completion",) if "messages" in row.values else ()
+    refuse_unread_columns(row, [column for column in _DEMONSTRATION_COLUMNS if column not in unread])
     return demonstration
 
 

@@ -16,7 +16,7 @@ from bfpo.core.samples import RENAMED_COLUMNS, Completion, Kind, Prompt
 from bfpo.data.agent_prompts import read_agent_columns
 from bfpo.data.pair_formats import read_inputs, refuse_unread_columns, with_system, without_aliases
 from bfpo.data.prompt_sets import PromptSet, find_prompt_set
-from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
+from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, RecipeError
 
 
@@ -167,18 +167,7 @@ def read_prompt_source(
     for raw in _read_raw_prompts(source, prompt_set, revision, where or {}, system, other_columns):
         key = raw.content.key
         if key not in prompts:
-            prompt = Prompt(
-                raw.prompt_id or f"{source.name}-{key[:12]}",
-                raw.content.messages,
-                raw.kind,
-                raw.category,
-                source.name,
-                license,
-                raw.content.inputs.tools,
-                raw.content.inputs.kwargs,
-                raw.content.language,
-            )
-            prompts[key] = replace(prompt, **raw.columns)
+            prompts[key] = _make_prompt(raw, source.name, license)
         if len(prompts) == source.limit:
             break
     if not prompts:
@@ -191,6 +180,21 @@ def read_prompt_source(
         "prompts": len(prompts),
         "prompts_hash": content_hash([_to_hash(prompt) for prompt in prompts.values()]),
     }
+
+
+def _make_prompt(raw: _RawPrompt, name: str, license: str) -> Prompt:
+    prompt = Prompt(
+        raw.prompt_id or f"{name}-{raw.content.key[:12]}",
+        raw.content.messages,
+        raw.kind,
+        raw.category,
+        name,
+        license,
+        raw.content.inputs.tools,
+        raw.content.inputs.kwargs,
+        raw.content.language,
+    )
+    return replace(prompt, **raw.columns)
 
 
 def _to_hash(prompt: Prompt) -> object:
@@ -258,14 +262,9 @@ def _read_raw_prompts(
     if source.path and not Path(source.path).is_file():
         raise DataError(f"prompts: {source.name}: no file {source.path}")
     if source.path and source.path.endswith(".txt"):
-        try:
-            text = Path(source.path).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{source.path}: not UTF-8 text ({error})") from None
-        for line in text.splitlines():
-            if line.strip():
-                content = _add_system(PromptContent(as_messages(line.strip())), system)
-                yield _RawPrompt(content, _kind_of(source, prompt_set, {}), None, None)
+        for line in read_prompts(source.path):
+            content = _add_system(PromptContent(as_messages(line)), system)
+            yield _RawPrompt(content, _kind_of(source, prompt_set, {}), None, None)
         return
     for content, row in _read_contents(source, prompt_set, revision, where, system, other_columns):
         category, prompt_id = (

@@ -72,7 +72,7 @@ def read_part(completion: Completion, reads: Reads = "answer") -> Completion:
 def judge_readings(judge: Judge, completions: Sequence[Completion]) -> Iterator[Verdict]:
     """Yield a judge's verdict on each completion; all of them have the part that it reads.
 
-    An answer that calls a tool is no refusal, whatever its words are.
+    An answer that calls a tool is no refusal; its text doesn't matter.
     """
     reads = read_by(judge)
     whole = {completion.key: completion for completion in completions if not completion.message.is_plain}

@@ -235,8 +235,9 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
             unread.add(verdicts)
             yield verdicts
         # Last, because only now it is known what the judge assesses.
-        if of_unread := [unread.verdict(completion) for completion in unjudged if unread.is_unread(completion)]:
-            yield of_unread
+        not_read = [completion for completion in unjudged if unread.is_unread(completion)]
+        if not_read:
+            yield [unread.verdict(completion) for completion in not_read]
 
     return fill(
         path,

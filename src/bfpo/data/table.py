@@ -1,7 +1,7 @@
 """Tables of tokenized prompts and completions, compact in memory."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -130,6 +130,15 @@ class PairTable(TokenTable):
         arrays = [self.chosen_safe, self.rejected_safe, self.is_buffer]
         arrays += [self.signals["score_margin"]] if "score_margin" in self.signals else []
         return content_hash(self.tokens_hash, [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays])
+
+    def hash_signals(self, names: Iterable[str]) -> str | None:
+        """Return a hash of the signals of a loss that `fingerprint` doesn't contain; None if there are none."""
+        others = sorted({*names} - {"score_margin"})
+        if not others:
+            return None
+        # Losses that read win rates also read the mean safety of the answers to a prompt.
+        read = [name for name in (*others, "expected_safety") if name in self.signals]
+        return content_hash([(name, hashlib.sha256(self.signals[name].tobytes()).hexdigest()) for name in read])
 
     @property
     def main_rows(self) -> NDArray[np.int64]:

@@ -65,7 +65,9 @@ def cache_file(
         has_time = any(directive in str(template) for directive in _TIMES)
         day = clock if clock is not None and has_time else (clock or datetime.now(UTC)).date()
     content = tokenizer.backend_tokenizer.to_str()
-    cache_key = content_hash(VERSION, content, tokenizer.eos_token_id, template, day, text.model_dump(), texts)
+    # Templates write special tokens by name, such as `bos_token`.
+    special = [tokenizer.eos_token_id, tokenizer.special_tokens_map]
+    cache_key = content_hash(VERSION, content, special, template, day, text.model_dump(), texts)
     return folder / f"{cache_key}.npz"
 
 

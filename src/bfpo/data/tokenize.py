@@ -21,11 +21,12 @@ from jinja2.exceptions import TemplateSyntaxError
 from bfpo.config.recipes import TextSection
 from bfpo.core.conversation import Conversation, Message, answer_turns
 from bfpo.core.pairs import NO_INPUTS, Demonstration, PreferencePair
-from bfpo.data.chat_format import TEMPLATE_ERRORS, ChatFormat
+from bfpo.core.template_errors import TEMPLATE_ERRORS
+from bfpo.data.chat_format import ChatFormat
 from bfpo.data.load import NOT_A_PREFIX, Reason, SourceReport
 from bfpo.data.table import Example, Ids, token_ids
 from bfpo.data.token_cache import MIN_CACHED, Encoding, cache_file, read_encodings, write_encodings
-from bfpo.errors import ModelError
+from bfpo.errors import BfpoError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -192,8 +193,9 @@ class Encoder:
             for answer in record.answers:
                 conversation = (*record.prompt, *answer_turns(answer))
                 text, unscored = self.format.render_answer(conversation, record.inputs)
-                if lost := self.format.find_lost(text, conversation, len(record.prompt), record.inputs):
-                    return lost
+                omission = self.format.find_omission(text, conversation, len(record.prompt), record.inputs)
+                if omission is not None:
+                    return omission
                 prompts = (
                     first if turn == len(record.prompt) else self._render_prompt(conversation[:turn], record)
                     for turn in _imitated_turns(record, conversation)
@@ -201,6 +203,8 @@ class Encoder:
                 rendered.append(_Rendered(tuple(prompts), text, unscored, self._reasoning_notes(text, conversation)))
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
+        except BfpoError:
+            raise
         except TEMPLATE_ERRORS as error:
             return f"the chat template refuses the conversation ({error})"
         return rendered
@@ -221,8 +225,7 @@ class Encoder:
     @cached_property
     def _end_ids(self) -> set[int | None]:
         """Ids of the tokens that end a turn: the end of a sequence, and what the template writes after an answer."""
-        text = self.format.render_answer((Message("user", "Hello"), Message("assistant", "Velvetharbor"))).text
-        after: list[int] = self.tokenizer(text.rpartition("Velvetharbor")[2], add_special_tokens=False)["input_ids"]
+        after: list[int] = self.tokenizer(self.format.end_of_answer, add_special_tokens=False)["input_ids"]
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         return {self.tokenizer.eos_token_id, next((token for token in after if token in special), None)}
 

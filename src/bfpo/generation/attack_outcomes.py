@@ -68,7 +68,7 @@ def attack_outcomes(
         single_turn: Its verdicts on the answers to the prompts alone.
     """
     verdict_of = {verdict.key: verdict for verdict in verdicts}
-    alone = {verdict.key: verdict.safe for verdict in single_turn}
+    single_turn_safe = {verdict.key: verdict.safe for verdict in single_turn}
     outcomes = []
     for key, replies in by_conversation(turns).items():
         labels = [(reply.turn, verdict_of[reply.completion.key].safe) for reply in replies]
@@ -79,7 +79,7 @@ def attack_outcomes(
                 refusals=sum(reply.outcome == "refused" for reply in replies),
                 first_unsafe_turn=min((turn for turn, safe in labels if safe is False), default=None),
                 undecided=sum(safe is None for _, safe in labels),
-                single_turn_safe=alone.get(key),
+                single_turn_safe=single_turn_safe.get(key),
             )
         )
     return outcomes

@@ -22,7 +22,7 @@ from bfpo.data.chat_format import ChatFormat
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
 from bfpo.generation.decoding import Answer, Decoder, DecodeRequest
 from bfpo.generation.model_inputs import TemplateRefusal, render_prompt
-from bfpo.generation.model_text import parse_model_text
+from bfpo.generation.model_text import has_channels, parse_model_text
 from bfpo.generation.noise import VERSION as NOISE_VERSION
 from bfpo.generation.sampler import Sampler
 from bfpo.generation.slots import UnsupportedModel
@@ -184,13 +184,14 @@ class TransformersEngine:
         """Return the completion that token ids stand for; they are decoded only here."""
         end = next((index for index, token in enumerate(new_ids) if token in self._end_ids), None)
         text_ids = new_ids if end is None else new_ids[:end]
+        raw_text = str(self.tokenizer.decode(text_ids, skip_special_tokens=False))
         message = parse_model_text(
-            str(self.tokenizer.decode(text_ids, skip_special_tokens=False)),
+            raw_text,
             opened=self._opens_thought(prompt),
             has_tools=prompt.tools is not None,
             special_tokens=self._special_tokens,
         )
-        is_plain = message.reasoning is None and not message.tool_calls
+        is_plain = message.reasoning is None and not message.tool_calls and not has_channels(raw_text)
         text = str(self.tokenizer.decode(text_ids, skip_special_tokens=True)) if is_plain else message.content
         return Completion(
             prompt_id=prompt.prompt_id,

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bfpo.core.conversation import Conversation
 from bfpo.core.pairs import TemplateInputs
-from bfpo.data.chat_format import TEMPLATE_ERRORS, ChatFormat
-from bfpo.errors import ModelError
+from bfpo.core.template_errors import TEMPLATE_ERRORS
+from bfpo.data.chat_format import ChatFormat
+from bfpo.errors import BfpoError, ModelError
 
 
 class TemplateRefusal(Exception):
@@ -47,8 +48,8 @@ def render_prompt(chat_format: ChatFormat, prompt: Conversation, inputs: Templat
     """
     with refusals_of_template(chat_format.tokenizer):
         text = chat_format.render_prompt(prompt, inputs)
-        if lost := chat_format.find_lost(text, prompt, len(prompt), inputs):
-            raise TemplateRefusal(lost)
+        if omission := chat_format.find_omission(text, prompt, len(prompt), inputs):
+            raise TemplateRefusal(omission)
     return text
 
 
@@ -59,6 +60,8 @@ def refusals_of_template(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         yield
     except TemplateSyntaxError as error:
         raise ModelError(f"{tokenizer.name_or_path}: chat template, line {error.lineno}: {error.message}") from None
+    except BfpoError:
+        raise
     except TEMPLATE_ERRORS as error:
         message = str(error).partition("\n")[0] or type(error).__name__
         raise TemplateRefusal(f"the chat template refuses the conversation: {message}") from None

@@ -27,6 +27,8 @@ _CHANNEL = re.compile(
     re.DOTALL,
 )
 
+_CHANNEL_START = re.compile(r"\s*(<\|start\|>assistant)?( to=[\w.]+)?<\|channel\|>")
+
 
 def parse_model_text(
     text: str, *, opened: bool = False, has_tools: bool = False, special_tokens: Collection[str] = ()
@@ -39,7 +41,7 @@ def parse_model_text(
         has_tools: Whether the model was given tools; without them there are no calls.
         special_tokens: Tokens that are removed from the answer.
     """
-    if "<|channel|>" in text:
+    if has_channels(text):
         return _parse_channels(text, has_tools, special_tokens)
     reasoning, answer = split_reasoning(text, opened=opened)
     calls: list[ToolCall] = []
@@ -48,12 +50,21 @@ def parse_model_text(
     return Message("assistant", _without(answer, special_tokens), reasoning, tuple(calls))
 
 
+def has_channels(text: str) -> bool:
+    """Return whether a text begins with a channel of gpt-oss; one that only speaks of channels doesn't."""
+    return _CHANNEL_START.match(text) is not None
+
+
 def read_parts_in_text(completion: Completion) -> Completion:
-    """Return a completion with the tool calls, and the channels of gpt-oss, that a server left in its text."""
+    """Return a completion with the tool calls, and the channels of gpt-oss, that a server left in its text.
+
+    A thought in the text follows another one that the server sent apart.
+    """
     message = parse_model_text(completion.text, has_tools=completion.tools is not None)
-    if completion.tool_calls or not (message.tool_calls or "<|channel|>" in completion.text):
+    if completion.tool_calls or not (message.tool_calls or has_channels(completion.text)):
         return completion
-    reasoning = message.reasoning if completion.reasoning is None else completion.reasoning
+    thoughts = dict.fromkeys(thought for thought in (completion.reasoning, message.reasoning) if thought)
+    reasoning = "\n\n".join(thoughts) if thoughts else completion.reasoning
     return replace(completion, text=message.content, reasoning=reasoning, tool_calls=message.tool_calls)
 
 

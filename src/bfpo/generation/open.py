@@ -45,6 +45,10 @@ class EngineSection(ServerSection):
     @model_validator(mode="before")
     @classmethod
     def _join_gguf_file(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("server") is not None:
+            for key in ("gguf_file", "revision"):
+                if values.get(key) is not None:
+                    raise ValueError(f"{key} is {values[key]!r}; with server, path is the model's name there")
         return join_gguf_file(values)
 
 

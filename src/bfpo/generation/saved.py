@@ -18,6 +18,7 @@ from bfpo.core.conversation import (
 )
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import TemplateInputs
+from bfpo.core.reasoning import REASONING_KEYS
 from bfpo.core.samples import Completion, Prompt
 from bfpo.core.terminal import say
 from bfpo.data.pair_formats import find_unread_columns, read_inputs
@@ -25,14 +26,14 @@ from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.errors import DataError, Unanswered
 from bfpo.generation.model_text import read_parts_in_text
-from bfpo.generation.server_replies import REASONING_FIELDS, read_finish_reason
+from bfpo.generation.server_replies import read_finish_reason
 
 _PROMPT_COLUMNS = ("prompt", "instruction", "question", "goal")
 _ANSWER_COLUMNS = ("text", "completion", "response", "output")
 # Columns with a conversation: the prompt, or the prompt and the answer.
 _CHAT_COLUMNS = ("messages", "conversations")
 # Prompts are matched without their system messages.
-_OTHER_COLUMNS = frozenset((*Completion.__dataclass_fields__, *REASONING_FIELDS, "system", "system_prompt"))
+_OTHER_COLUMNS = frozenset((*Completion.__dataclass_fields__, *REASONING_KEYS, "system", "system_prompt"))
 _BATCH = 256
 
 
@@ -208,7 +209,7 @@ def _find_answer_column(row: SourceRow) -> str | None:
 def _read_message(row: SourceRow, column: str) -> Message:
     """Return the answer in a column: a text, an assistant message, or null beside a tool call or reasoning."""
     value = row.value(column)
-    has_others = any(row.values.get(name) for name in ("tool_calls", *REASONING_FIELDS))
+    has_others = any(row.values.get(name) for name in ("tool_calls", *REASONING_KEYS))
     if value is None and has_others:
         return Message("assistant", "")
     if isinstance(value, str):
@@ -240,7 +241,7 @@ def _is_ours(row: SourceRow) -> bool:
 def _add_columns(row: SourceRow, message: Message) -> Message:
     """Return an answer with the reasoning and the tool calls that are in columns of their own."""
     thoughts = [message.reasoning] if message.reasoning else []
-    for column in REASONING_FIELDS:
+    for column in REASONING_KEYS:
         if row.values.get(column) is not None and (thought := row.text(column)).strip():
             thoughts.append(thought)
     if any(thought.strip() != thoughts[0].strip() for thought in thoughts):

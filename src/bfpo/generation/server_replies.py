@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from bfpo.core.conversation import FrozenJson, ToolCall
 from bfpo.core.files import replace_lone_surrogates
+from bfpo.core.reasoning import REASONING_KEYS
 from bfpo.core.samples import FinishReason
 from bfpo.errors import DataError
 
@@ -29,10 +30,8 @@ _FILTERED = frozenset(
 )
 _CUT = frozenset(("length", "max_tokens", "model_length", "max_output_tokens"))
 _TOOL_CALLS = frozenset(("tool_calls", "tool_call", "tool_use", "function_call"))
-# Fields with the reasoning: of DeepSeek, SGLang and `transformers serve`, of vLLM and OpenRouter, and of Ollama.
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _READ_FIELDS = frozenset(
-    (*REASONING_FIELDS, "role", "content", "refusal", "reasoning_details", "tool_calls", "function_call")
+    (*REASONING_KEYS, "role", "content", "refusal", "reasoning_details", "tool_calls", "function_call")
 )
 # Names of an error's kind (`code`, `type`) that say that a filter rejected the prompt or the answer.
 _FILTER_CODE = re.compile(
@@ -227,7 +226,7 @@ def _read_content(content: Any) -> _Content:
 
 def _read_reasoning(message: Mapping[str, Any], part: str | None) -> str | None:
     """Return the reasoning of a message, from its fields and from a part of its content; None without any."""
-    thoughts = [_read_content(message.get(field) or None).text for field in REASONING_FIELDS]
+    thoughts = [_read_content(message.get(field) or None).text for field in REASONING_KEYS]
     present = {thought.strip(): thought for thought in (*thoughts, part) if thought and thought.strip()}
     if not present:
         # OpenRouter: texts, summaries, and encrypted reasoning, which can't be read.

@@ -247,7 +247,7 @@ def load_gguf_config(path: str, revision: str | None = None) -> Any:
     """Return the configuration of the model in a GGUF file; see `find_gguf` and `read_summary` for errors."""
     file = find_gguf(path, revision)
     read_summary(file)
-    with _alone(file) as (folder, link):
+    with _link_in_empty_folder(file) as (folder, link):
         return AutoConfig.from_pretrained(folder, gguf_file=link)
 
 
@@ -267,7 +267,7 @@ def load_gguf_model(
     """
     file = find_gguf(path, revision)
     summary = read_summary(file)
-    with _alone(file) as (folder, link):
+    with _link_in_empty_folder(file) as (folder, link):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=link,
@@ -304,7 +304,7 @@ def load_gguf_tokenizer(path: str, revision: str | None = None) -> PreTrainedTok
     summary = read_summary(file)
     if not summary.num_tokens:
         raise ModelError(f"{file}: it contains no tokenizer")
-    with _alone(file) as (folder, link):
+    with _link_in_empty_folder(file) as (folder, link):
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=link)
     tokenizer.name_or_path = path
     _remove_tokens(tokenizer, summary.num_tokens)
@@ -317,7 +317,7 @@ def load_gguf_tokenizer(path: str, revision: str | None = None) -> PreTrainedTok
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[tuple[str, str]]:
+def _link_in_empty_folder(file: Path) -> Iterator[tuple[str, str]]:
     """Yield a temporary folder and the link to a file in it: transformers reads files beside the file too.
 
     The link is a whole path, because transformers looks for a bare name where the program runs first.

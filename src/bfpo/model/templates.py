@@ -13,6 +13,7 @@ from typing import Any, SupportsIndex
 from jinja2.exceptions import SecurityError, TemplateError, TemplateRuntimeError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from bfpo.core.template_errors import TEMPLATE_ERRORS
 from bfpo.errors import ModelError
 
 # Seconds of CPU time that a conversation may take; the largest public templates take milliseconds.
@@ -21,8 +22,6 @@ MAX_CHARACTERS = 20_000_000
 # Memory that the first rendering may take, in bytes.
 MAX_MEMORY = 2 << 30
 
-# What the compiled template raises where it is wrong.
-_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _PROBES: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": "Hello"}],
     [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
@@ -79,7 +78,7 @@ class _LimitedTemplate:
             raise
         except MemoryError as error:
             raise TemplateLimit("it needs too much memory") from error
-        except _ERRORS as error:
+        except TEMPLATE_ERRORS as error:
             raise TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
         if isinstance(rendered, str) and len(rendered) > MAX_CHARACTERS:
             raise TemplateLimit(f"it writes {len(rendered):,} characters, more than {MAX_CHARACTERS:,}")

@@ -203,6 +203,9 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     """
     mark = read_mark(folder)
     for name, value in settings.items():
+        if name == "signals" and name not in mark["run"]:
+            # A checkpoint of an earlier version.
+            continue
         previous = mark["run"].get(name)
         if isinstance(previous, str):
             # Earlier versions kept whole numbers of a loss as integers: b1=5 is b1=5.0.

@@ -21,8 +21,8 @@ Answers = Callable[[CausalLM, PreTrainedTokenizerBase, Sequence[Prompt], int], d
 """Function from a model, its tokenizer, prompts and a maximum number of new tokens to the likeliest answers by prompt
 id; prompts that the model can't be asked are left out."""
 
-AskedKind = Literal["harmful", "benign"]
-KINDS_ASKED: tuple[AskedKind, ...] = get_args(AskedKind)
+ProbeKind = Literal["harmful", "benign"]
+PROBE_KINDS: tuple[ProbeKind, ...] = get_args(ProbeKind)
 # Share of held-out pairs whose margin has the right sign, from which margins count as moved.
 _MOVED = 0.75
 _SHOWN = 2
@@ -44,7 +44,7 @@ class ProbeResult:
     after: list[str]
     seconds: float
 
-    def refusals(self, kind: AskedKind, side: Literal["before", "after"]) -> tuple[int, int]:
+    def refusals(self, kind: ProbeKind, side: Literal["before", "after"]) -> tuple[int, int]:
         """Return how many prompts of a kind are refused, by refusal markers, and how many there are."""
         answers = [
             answer for prompt, answer in zip(self.prompts, getattr(self, side), strict=True) if prompt.kind == kind
@@ -59,7 +59,7 @@ class ProbeResult:
     def to_json(self) -> dict[str, Any]:
         """Return the counts for `run.json`, without texts."""
         counts: dict[str, Any] = {}
-        for kind in KINDS_ASKED:
+        for kind in PROBE_KINDS:
             (before, total), (after, _) = self.refusals(kind, "before"), self.refusals(kind, "after")
             counts[kind] = {"prompts": total, "refused_before": before, "refused_after": after}
         return counts | {"changed_answers": self.changed, "seconds": round(self.seconds, 1)}
@@ -114,7 +114,7 @@ def show_probe(result: ProbeResult, sign_agreement: float | None) -> None:
     if not result.prompts:
         return
     rows = []
-    for kind in KINDS_ASKED:
+    for kind in PROBE_KINDS:
         (before, total), (after, _) = result.refusals(kind, "before"), result.refusals(kind, "after")
         if total:
             rows.append((kind, total, f"{before} of {total}", f"{after} of {total}"))
@@ -140,10 +140,15 @@ def show_probe(result: ProbeResult, sign_agreement: float | None) -> None:
 
 def _choose_prompts(pairs: Sequence[PreferencePair], count: int) -> list[Prompt]:
     """Return half prompts with an unsafe answer and half without, always the same ones of a set of pairs."""
-    by_kind: dict[str, dict[str, Prompt]] = {"harmful": {}, "benign": {}}
-    for pair in sorted(pairs, key=lambda pair: pair.prompt_key):
-        kind: AskedKind = "benign" if pair.labels is None or all(pair.labels) else "harmful"
-        name = prompt_id(pair.prompt)
+    in_order = sorted(pairs, key=lambda pair: pair.prompt_key)
+    # A prompt with an unsafe answer in one pair is harmful, also if other pairs have none.
+    harmful = {
+        prompt_id(pair.prompt, pair.inputs) for pair in in_order if pair.labels is not None and not all(pair.labels)
+    }
+    by_kind: dict[ProbeKind, dict[str, Prompt]] = {kind: {} for kind in PROBE_KINDS}
+    for pair in in_order:
+        name = prompt_id(pair.prompt, pair.inputs)
+        kind: ProbeKind = "harmful" if name in harmful else "benign"
         prompt = Prompt(name, pair.prompt, kind, tools=pair.inputs.tools, chat_template_kwargs=pair.inputs.kwargs)
         by_kind[kind].setdefault(name, prompt)
     return [prompt for prompts in by_kind.values() for prompt in list(prompts.values())[: count // 2]]
@@ -153,7 +158,7 @@ def _samples(result: ProbeResult) -> list[tuple[Prompt, str, str]]:
     """Return the first answers of each kind that changed, or else the first ones."""
     answered = list(zip(result.prompts, result.before, result.after, strict=True))
     samples = []
-    for kind in KINDS_ASKED:
+    for kind in PROBE_KINDS:
         of_kind = [row for row in answered if row[0].kind == kind]
         changed = [row for row in of_kind if row[1] != row[2]]
         samples += (changed or of_kind)[: _SHOWN // 2]

@@ -19,10 +19,10 @@ from bfpo.data.demonstrations import DemonstrationPart, prepare_demonstrations
 from bfpo.data.inspect import show_samples, show_sources
 from bfpo.data.rows import local_files
 from bfpo.data.table import Example, TokenTable, sampled_rows, token_table
-from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
+from bfpo.data.tokenize import Encoder, chat_template, check_special_tokens, decoded_sample
 from bfpo.errors import RecipeError
 from bfpo.model.gguf import gguf_metadata
-from bfpo.model.lora import lora_config
+from bfpo.model.lora import CausalLM, lora_config
 from bfpo.training.arguments import launched_processes, training_arguments
 from bfpo.training.checkpoints import check_marked, write_mark
 from bfpo.training.clock import record_clock, template_clock
@@ -110,16 +110,7 @@ def _run(
     model = load_start_model(recipe.model, tokenizer)
     out = prepare_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
     record_clock(clock, out)
-    trainer = SFTTrainer(
-        model,
-        args,
-        train,
-        held_out,
-        tokenizer,
-        peft_config=lora_config(recipe.lora, revision=recipe.model.revision) if recipe.lora else None,
-        train_only=recipe.train_only,
-        layout=recipe.layout,
-    )
+    trainer = _make_trainer(recipe, args, model, tokenizer, train, held_out)
     record = RunRecord("sft", recipe, out, trainer)
     say(f"training {trainer.selection} on {len(train)} completions")
     report_layout(trainer)
@@ -146,6 +137,26 @@ def _run(
     )
 
 
+def _make_trainer(
+    recipe: SftRecipe,
+    args: TrainingArguments,
+    model: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    train: TokenTable,
+    held_out: TokenTable | None,
+) -> SFTTrainer:
+    return SFTTrainer(
+        model,
+        args,
+        train,
+        held_out,
+        tokenizer,
+        peft_config=lora_config(recipe.lora, revision=recipe.model.revision) if recipe.lora else None,
+        train_only=recipe.train_only,
+        layout=recipe.layout,
+    )
+
+
 def _show_memory(
     recipe: SftRecipe, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, table: TokenTable
 ) -> None:
@@ -164,7 +175,7 @@ def _show_memory(
 def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cache: Path) -> ModelSection:
     """Return the model of a recipe's `model.sft` section, from the cache or trained now.
 
-    The cache key is a hash of the section, the bytes of its local files, the prompts it must not see, the number of
+    The cache key is a hash of the section, the content of its local files, the prompts it must not see, the number of
     processes and the versions. Prompts that the recipe evaluates on are left out of the training, and counted.
 
     Args:
@@ -176,7 +187,9 @@ def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cach
     prompt_keys = frozenset(pair.prompt_key for pair in evaluated)
     sources = [*sft.data, *((sft.model.new and sft.model.new.texts) or [])]
     file_hashes = [[file_hash(file) for file in local_files(source)] for source in sources]
-    # A GGUF file is hashed like the data; a folder is known by its path only.
+    # A file with a chat template and a GGUF file are hashed like the data; a folder is known by its path only.
+    template = chat_template(sft.text)
+    templates = [] if template == sft.text.chat_template else [template]
     gguf = gguf_metadata(sft.model.path, sft.model.revision)
     cache_key = content_hash(
         sft.model_dump(mode="json"),
@@ -185,6 +198,7 @@ def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cach
         launched_processes(),
         versions(),
         *gguf.values(),
+        *templates,
     )
     folder = cache / f"sft-{cache_key}"
     if folder.exists():

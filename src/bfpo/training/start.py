@@ -7,8 +7,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 
 from bfpo.config.recipes import ModelSection, NewModel, TextSection
+from bfpo.core.conversation import user_says
 from bfpo.core.pairs import Demonstration
 from bfpo.core.terminal import timed
+from bfpo.data.chat_format import ChatFormat
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.data.table import TokenTable
 from bfpo.data.tokenize import chat_template
@@ -83,9 +85,8 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the token ids of a short prompt: its chat template may write tokens that no training text contains."""
     if tokenizer.chat_template is None:
         return []
-    message = {"role": "user", "content": "Hello"}
     try:
-        text = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        text = ChatFormat(tokenizer).render_prompt(user_says("Hello"))
     except TemplateError:
         return []
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]

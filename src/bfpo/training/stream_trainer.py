@@ -95,7 +95,7 @@ class StreamTrainer(Trainer, ABC):
     ) -> None:
         check_devices(args)
         config = unwrap_adapter(model).config
-        largest_ids = [[each.largest_id] for each in (table, *eval_tables.values())]
+        largest_ids = [[tokens.largest_id] for tokens in (table, *eval_tables.values())]
         check_token_ids(config, largest_ids, str(config._name_or_path or config.model_type))
         self._start_fingerprint = start_fingerprint(model)
         self.selection = select_parameters(model, train_only)
@@ -122,7 +122,7 @@ class StreamTrainer(Trainer, ABC):
         self.add_callback(CompletionMark(self.resume_settings(), keep=args.save_total_limit))
         args.save_total_limit = None
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
-        self._finite_loss, self._has_stepped = FiniteLossCheck(), False
+        self._finite_loss, self._has_stepped, self._is_resuming = FiniteLossCheck(), False, False
         self._advance_evaluation: Callable[[int], None] = lambda batches: None
         self._clipped_steps, self._steps_since_log = torch.zeros((), device=args.device), 0
         self._tokens_since_log, self._last_log = 0, time.monotonic()
@@ -164,7 +164,7 @@ class StreamTrainer(Trainer, ABC):
         check_same_run(folder, self.resume_settings())
         say(f"resuming from {folder}")
         unmark_after(out, read_mark(folder)["step"])
-        self._has_stepped = False
+        self._has_stepped, self._is_resuming = False, True
         try:
             check_state(folder)
             return super().train(str(folder), trial, ignore_keys_for_eval)
@@ -176,6 +176,8 @@ class StreamTrainer(Trainer, ABC):
             raise TrainingError(
                 f"{folder} can't be read ({reason}); delete it to resume from the previous checkpoint"
             ) from error
+        finally:
+            self._is_resuming = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, as transformers does."""
@@ -235,6 +237,7 @@ class StreamTrainer(Trainer, ABC):
             rank=args.process_index,
             world_size=args.world_size,
             steps_done=lambda: self.state.global_step,
+            is_finished=lambda: self._is_resuming and self.state.global_step >= self.state.max_steps,
         )
         return self._loader(self.table, len(self.plan.main), sampler)
 

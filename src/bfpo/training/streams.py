@@ -103,6 +103,8 @@ class MicroBatches(Sampler[list[WeightedRow]]):
         rank: Index of this process.
         world_size: Number of processes.
         steps_done: Function that returns the number of finished optimizer steps; called at the start of an epoch.
+        is_finished: Function that returns whether the run has taken its last step; the epoch is then empty, because
+            transformers would take another step when a finished run is resumed.
     """
 
     def __init__(
@@ -114,10 +116,11 @@ class MicroBatches(Sampler[list[WeightedRow]]):
         rank: int,
         world_size: int,
         steps_done: Callable[[], int],
+        is_finished: Callable[[], bool] = lambda: False,
     ) -> None:
         if plan.batch_size % (per_device * world_size):
             raise ValueError(f"batch of {plan.batch_size} doesn't split into {world_size} x {per_device}")
-        self._plan, self._weigh, self._steps_done = plan, weigh, steps_done
+        self._plan, self._weigh, self._steps_done, self._is_finished = plan, weigh, steps_done, is_finished
         self._per_device, self._rank, self._world_size = per_device, rank, world_size
         self._accumulation = plan.batch_size // (per_device * world_size)
 
@@ -125,6 +128,8 @@ class MicroBatches(Sampler[list[WeightedRow]]):
         return self._plan.steps_per_epoch * self._accumulation
 
     def __iter__(self) -> Iterator[list[WeightedRow]]:
+        if self._is_finished():
+            return
         steps = self._plan.steps_per_epoch
         first = self._steps_done() // steps * steps
         for number in range(first, first + steps):

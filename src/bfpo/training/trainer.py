@@ -245,7 +245,10 @@ class BFPOTrainer(StreamTrainer):
 
     def resume_settings(self) -> dict[str, Any]:
         """Return the settings that must not change when a run is resumed, including those of the loss."""
-        return super().resume_settings() | {"loss": repr(self.loss), "buffer_weight": self.buffer_weight}
+        settings = super().resume_settings() | {"loss": repr(self.loss), "buffer_weight": self.buffer_weight}
+        assert isinstance(self.table, PairTable)
+        signals = self.table.hash_signals(self.loss.needs)
+        return settings if signals is None else settings | {"signals": signals}
 
     def row_weights(self, rows: StepRows) -> tuple[Weights, Weights]:
         """Return 1/B for main rows and buffer_weight/B for buffer rows."""
