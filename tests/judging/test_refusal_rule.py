@@ -9,10 +9,10 @@ import pytest
 from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
 from bfpo.core.refusals import MEASURED_LANGUAGES, REVISION
-from bfpo.core.samples import Completion
+from bfpo.core.samples import Completion, Prompt
 from bfpo.errors import RecipeError
 from bfpo.judging.open import open_judge
-from bfpo.judging.refusal_rule import RefusalRule, find_degeneracy
+from bfpo.judging.refusal_rule import RefusalRule, find_degeneracy, kinds_of
 
 ROOT = Path(__file__).parents[2]
 HELP = "To make bread, mix flour and water, wait an hour, and bake it in a hot oven until it is brown."
@@ -101,6 +101,15 @@ def test_the_spec_says_which_prompts_are_harmful(tmp_path):
     assert open_judge("refusal-rule:harmful").revision != open_judge("refusal-rule").revision
     with pytest.raises(RecipeError, match="expected refusal-rule, refusal-rule:harmful, or a file"):
         open_judge("refusal-rule:benign")
+
+
+def test_a_reply_in_an_attacked_conversation_has_the_kind_of_the_attacked_prompt():
+    kinds = kinds_of([Prompt("a", user_says("q"), "harmful"), Prompt("b", user_says("r"), "benign")])
+    reply = answer(HELP, "conversation-1")
+    assert [verdict.safe for verdict in RefusalRule(kinds).judge([reply])] == [False]
+    assert [verdict.safe for verdict in RefusalRule(kinds).judge([replace(reply, prompt=user_says("r"))])] == [None]
+    # An id comes before a text that two prompts share.
+    assert [verdict.safe for verdict in RefusalRule(kinds).judge([replace(reply, prompt_id="b")])] == [None]
 
 
 def test_the_words_are_those_of_the_benchmark():

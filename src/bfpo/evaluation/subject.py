@@ -10,6 +10,7 @@ from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.suite import Suite, Task
 from bfpo.generation.open import open_engine
 from bfpo.judging.open import open_judge
+from bfpo.judging.refusal_rule import kinds_of
 from bfpo.judging.spec import JudgeSpec
 
 TEMPLATE_POLICY = "the tokenizer's own chat template"
@@ -41,8 +42,7 @@ def open_model(recipe: EvalRecipe) -> Engine:
 
 def open_recipe_judge(recipe: EvalRecipe, spec: str | JudgeSpec, prompts: Iterable[Prompt]) -> Judge:
     """Open a judge of these prompts' completions with the threshold and the server settings of a recipe."""
-    kinds = {prompt.prompt_id: prompt.kind for prompt in prompts}
-    return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server, kinds=kinds)
+    return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server, kinds=kinds_of(prompts))
 
 
 def training_judges(recipe: EvalRecipe) -> set[str]:

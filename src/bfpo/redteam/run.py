@@ -21,6 +21,7 @@ from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
 from bfpo.generation.open import EngineSection, open_engine
 from bfpo.judging.open import open_judge
+from bfpo.judging.refusal_rule import kinds_of
 from bfpo.redteam.attack import as_answers, sample_under_attack
 from bfpo.redteam.cost import Meter
 from bfpo.redteam.pairs import ScoredSample, fallback_helpfulness, make_pairs
@@ -80,7 +81,7 @@ def _run_round(recipe: RedteamRecipe, model: EngineSection, out: Path) -> Path:
 
 def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, meter: Meter) -> Path:
     prompts, sources = _read_prompts(recipe)
-    kinds = {prompt.prompt_id: prompt.kind for prompt in prompts}
+    kinds = kinds_of(prompts)
     judge = meter.judge(open_judge(recipe.judge, server=recipe.judge_server, kinds=kinds))
     rater = None
     if recipe.helpfulness != "fallback":
