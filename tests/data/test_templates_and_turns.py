@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bfpo.config.recipes import Source, TextSection
-from bfpo.core.conversation import FrozenJson, Message, ToolCall, user_says
+from bfpo.core.conversation import FrozenJson, Message, ToolCall, as_template_kwargs, user_says
 from bfpo.core.pairs import PreferencePair, SafetyLabels, TemplateInputs
 from bfpo.data.chat_format import ChatFormat
 from bfpo.data.load import SourceReport
@@ -119,6 +119,17 @@ def test_reasoning_of_earlier_turns_is_left_to_the_template_and_that_is_noted(to
     (example,), counts = encode(tokenizer, pair(prompt=asked), template=KEY.replace("KEY", "thinking"))
     assert counts == {}
     assert "<think>\nblue door\n</think>\n\nsmall lamp" in tokenizer.decode(example.prompt_ids)
+
+
+def test_arguments_and_names_that_the_template_does_not_read_are_noted(tokenizer):
+    kwargs = as_template_kwargs({"enable_thinking": False, "add_generation_prompt_": True})
+    asked = (Message("user", "small lamp", name="Ada"),)
+    template = PLAIN + "{% if enable_thinking %}{% endif %}"
+    (_,), counts = encode(tokenizer, pair(prompt=asked, inputs=TemplateInputs(kwargs=kwargs)), template=template)
+    assert counts == {
+        "the chat template doesn't read its argument 'add_generation_prompt_'": 1,
+        "the chat template leaves out the name of a speaker": 1,
+    }
 
 
 def test_a_template_of_parts_gets_parts(tokenizer):

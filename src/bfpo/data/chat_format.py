@@ -5,6 +5,7 @@ whether they read texts or lists of parts, and in whether the prompt for generat
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -219,6 +220,21 @@ class ChatFormat:
         if last is not None and self.reasoning_use != "drop" and not _contains(rendered, last):
             return "the chat template leaves out the reasoning of an answer"
         return None
+
+    def find_unread(self, text: str, conversation: Conversation, inputs: TemplateInputs) -> Iterator[str]:
+        """Yield what a template didn't read although it need not change the meaning: arguments, and names of speakers.
+
+        Args:
+            text: Text of the conversation.
+            conversation: The conversation.
+            inputs: Tools, and arguments of the template.
+        """
+        template = self.template or str(self.tokenizer.chat_template)
+        for name in inputs.kwargs.value if inputs.kwargs else ():
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                yield f"the chat template doesn't read its argument '{name}'"
+        if any(message.name and message.role != "tool" and message.name not in text for message in conversation):
+            yield "the chat template leaves out the name of a speaker"
 
     @property
     def _closing(self) -> str:

@@ -198,7 +198,9 @@ class Encoder:
                     first if turn == len(record.prompt) else self._render_prompt(conversation[:turn], record)
                     for turn in _imitated_turns(record, conversation)
                 )
-                rendered.append(_Rendered(tuple(prompts), text, unscored, self._reasoning_notes(text, conversation)))
+                unread = self.format.find_unread(text, conversation, record.inputs)
+                notes = (*self._reasoning_notes(text, conversation), *unread)
+                rendered.append(_Rendered(tuple(prompts), text, unscored, notes))
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
         except TEMPLATE_ERRORS as error:
