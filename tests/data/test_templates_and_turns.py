@@ -132,6 +132,23 @@ def test_arguments_and_names_that_the_template_does_not_read_are_noted(tokenizer
     }
 
 
+@pytest.mark.parametrize(
+    ("use", "seen_thoughts", "scored_thoughts"), [("score", 2, 2), ("context", 2, 0), ("drop", 0, 0)]
+)
+def test_every_thought_of_an_answer_of_several_turns_is_used_as_set(tokenizer, use, seen_thoughts, scored_thoughts):
+    turns = (*thoughtful("small lamp", "blue door"), *user_says("and under"), *thoughtful("a red box", "blue door"))
+    other = (*thoughtful("large lamp", "blue door"), *user_says("and under"), *thoughtful("a red ball", "blue door"))
+    template = KEY.replace("KEY", "reasoning_content")
+    (example,), counts = encode(tokenizer, pair(turns, other), template=template, thinking=use)
+    whole, scored = seen(tokenizer, example)
+    assert (whole.count("blue door"), scored.count("blue door")) == (seen_thoughts, scored_thoughts)
+    assert "small lamp" in scored
+    assert "a red box" in scored
+    assert "and under" not in scored
+    notes = {"drop": "reasoning left out", "context": "reasoning read, not scored"}
+    assert counts == {f"{notes.get(use, 'reasoning in the loss')} (text.thinking: {use})": 1}
+
+
 def test_a_template_of_parts_gets_parts(tokenizer):
     (example,), counts = encode(tokenizer, pair(), template=PARTS)
     assert counts == {}
