@@ -247,7 +247,7 @@ class ChatFormat:
         return None
 
     def find_unread(self, text: str, conversation: Conversation, inputs: TemplateInputs) -> Iterator[str]:
-        """Yield what a template didn't read although it need not change the meaning: arguments, and names of speakers.
+        """Yield what a template didn't read, without a change of the meaning: arguments, and names of speakers.
 
         Args:
             text: Text of the conversation.
