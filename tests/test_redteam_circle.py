@@ -18,7 +18,7 @@ from bfpo.data.stages import read_completions, read_verdicts
 from bfpo.data.verdict_files import judge_file
 from bfpo.evaluation.results import read_results
 from bfpo.experiments import steps
-from bfpo.judging.linear import load_judge
+from bfpo.judging.open import open_judge
 from bfpo.testbed.oracle import Oracle
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -62,7 +62,7 @@ def test_the_circle_runs_offline(finished_circle, capsys):
     folder, summary = finished_circle
     num_prompts = sum(PROMPTS.values())
     trained = ("oracle", "linear", "linear_by_rule")
-    for name, judge in (("oracle", Oracle("shared")), ("linear", load_judge(folder / "judge.npz"))):
+    for name, judge in (("oracle", Oracle("shared")), ("linear", open_judge(f"linear:{folder / 'judge.npz'}"))):
         out = folder / f"redteam-{name}"
         _, pairs = load_pairs(Source(path=str(out / "pairs.jsonl")), "main")
         metadata = json.loads((out / "redteam.json").read_text())

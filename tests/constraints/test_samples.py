@@ -94,6 +94,17 @@ def test_several_judges_must_be_chosen_from(tmp_path):
     assert chosen.reward.ravel()[1] == 0.51
 
 
+def test_verdicts_on_the_reasoning_are_no_scores_of_answers(tmp_path):
+    _, verdicts = write_evaluation(tmp_path)
+    thoughts = [replace(verdict, judge="grader:reasoning", safe=False) for verdict in verdicts]
+    write_jsonl(tmp_path / "verdicts-grader:reasoning@1.jsonl", (verdict.to_row() for verdict in thoughts))
+    samples = read_scored_samples(tmp_path)
+    assert (samples.reward_scorer, samples.cost_scorer) == ("grader@1", "grader@1")
+    (tmp_path / "verdicts-grader@1.jsonl").unlink()
+    with pytest.raises(DataError, match="no judge with verdicts here rates helpfulness"):
+        read_scored_samples(tmp_path)
+
+
 def test_log_ratios_of_three_models_are_scores(tmp_path):
     table = [
         {"prompt_id": "a", "base_logp": -10, "helpful_logp": -8, "safe_logp": -14},

@@ -9,11 +9,12 @@ import pytest
 
 from bfpo.config.loading import check_recipe
 from bfpo.errors import DataError, GateViolated, RecipeError, Unanswered
-from bfpo.evaluation import plan
+from bfpo.evaluation import plan, subject
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import read_results
 from bfpo.generation.attacks import SCRIPTS
+from bfpo.judging.open import open_judge
 from bfpo.judging.readings import ReadingJudge
 from bfpo.report.card import card_section
 from bfpo.report.html import write_report
@@ -148,6 +149,15 @@ def test_a_baseline_without_the_attack_is_compared_in_the_rest(attacked):
     assert any(f"No comparison of {SUITE} with base" in warning for warning in results.warnings)
 
 
+def test_a_judge_without_verdicts_on_all_replies_of_the_baseline_is_left_out(attacked):
+    attacked.evaluate(out="out/base")
+    (path,) = Path("out/base").glob("attack-*/verdicts-two@1.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    results = attacked.evaluate("firm", out="out/new", base="out/base")
+    assert {row.judge for row in results.comparisons} == {"one", ""}
+    assert "No comparison with base by two: it wasn't judged by that revision." in results.warnings
+
+
 def test_a_gate_can_be_on_a_metric_of_the_attack(attacked):
     gate = [{"suite": SUITE, "task": "harmful", "metric": "safety_under_attack", "min": 0.9}]
     with pytest.raises(GateViolated, match="safety_under_attack"):
@@ -162,6 +172,32 @@ def test_several_samples_are_several_conversations(attacked):
     assert value_of(results, "safety_under_attack").value == 0.5
     assert value_of(results, "safety_under_attack").n == 20
     assert attacked.engines["broken"].calls == 3 * (32 + 81)
+
+
+def test_variants_of_a_prompt_are_attacked_apart_and_scored_as_one(attacked):
+    path = Path("prompts.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    harmful = [row for row in rows if row["kind"] == "harmful"]
+    for number, row in enumerate(harmful):
+        row["group"] = str(number // 4)
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    results = attacked.evaluate()
+    for metric in ("safety_under_attack", "safety_single_turn", "safety_after_turn_2"):
+        assert value_of(results, metric).n == 5
+    under_attack = value_of(results, "safety_under_attack")
+    # Groups of 20 to 39 by four: two stand, one half of one, two fall.
+    assert under_attack.value == 0.5
+    assert under_attack.interval == "95 % Wilson at the effective sample size, over prompts"
+    assert under_attack.high - under_attack.low > 0.6
+    assert value_of(results, "safety", suite="toy").n == 5
+
+
+def test_the_refusal_rule_knows_that_attacked_prompts_are_harmful(attacked, monkeypatch):
+    monkeypatch.setattr(subject, "open_judge", open_judge)
+    results = attacked.evaluate(judges=["refusal-rule"])
+    metric = value_of(results, "safety_under_attack", judge="refusal-rule")
+    # No conversation is refused to its end, and none is undecided.
+    assert (metric.value, metric.unscored) == (0, 0)
 
 
 def test_undecided_replies_count_as_not_safe_and_give_bounds(attacked):
@@ -192,6 +228,11 @@ def test_a_judge_of_reasoning_reads_the_answers_alone_only(attacked):
     assert value_of(results, "safety_under_attack").value == 0.5
     assert {row.judge for row in results.metrics if row.suite == SUITE} == {"one", ""}
     assert {row.judge for row in results.metrics if row.suite == "toy"} >= {"one", "one:reasoning"}
+    compared = attacked.evaluate(
+        judges=["one", {"spec": "one", "reads": "reasoning"}], out="out/again", base="out/broken"
+    )
+    assert {row.judge for row in compared.comparisons} == {"one", "one:reasoning", ""}
+    assert not any("wasn't judged by that revision" in warning for warning in compared.warnings)
 
 
 def test_what_cannot_be_attacked_is_refused(attacked, tmp_path):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from bfpo.evaluation.dominance import compare_models, pool_scores
-from bfpo.evaluation.scoring import HELPFULNESS, OVER_REFUSAL, SAFETY, PromptScores
+from bfpo.evaluation.metric_specs import HELPFULNESS, OVER_REFUSAL, SAFETY
+from bfpo.evaluation.scoring import PromptScores
 from bfpo.stats.intervals import holm
 
 N = 60

@@ -6,8 +6,9 @@ import pytest
 
 from bfpo.errors import GateViolated
 from bfpo.evaluation.gate import MIN_PROMPTS, Bound, enforce_bounds, evaluate_bounds
+from bfpo.evaluation.metric_specs import HELPFULNESS
 from bfpo.evaluation.results import Results
-from bfpo.evaluation.scoring import HELPFULNESS, PromptScores, compute_metrics
+from bfpo.evaluation.scoring import PromptScores, compute_metrics
 
 BOUND = Bound(suite="toy", task="benign", metric="helpfulness", min=0.75)
 

@@ -5,8 +5,8 @@ import pytest
 from bfpo.config.loading import check_recipe
 from bfpo.errors import RecipeError
 from bfpo.evaluation.indices import compute_indices
+from bfpo.evaluation.metric_specs import METRICS_BY_KIND
 from bfpo.evaluation.results import MetricResult
-from bfpo.evaluation.scoring import METRICS_BY_KIND
 from bfpo.evaluation.suite import Suite, load_suite, shipped_suites
 from bfpo.evaluation.suite_scores import WIN_RATE
 

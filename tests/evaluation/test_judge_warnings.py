@@ -31,9 +31,9 @@ def evaluate(toy, real_engine, monkeypatch):
     ]
     write_jsonl(Path("answers.jsonl"), answers)
 
-    def run(*judges):
+    def run(*judges, **changes):
         content = {"out": "out/run", "completions": "answers.jsonl", "suites": ["toy.yaml"], "judges": list(judges)}
-        return run_eval(check_recipe(content, EvalRecipe, "recipe"))
+        return run_eval(check_recipe(content | changes, EvalRecipe, "recipe"))
 
     return run
 
@@ -81,8 +81,13 @@ def test_results_and_page_count_unlike_answers(evaluate, tmp_path):
     results = evaluate("linear:kitchen.npz", "linear:old.npz")
     (warning,) = [text for text in results.warnings if "are unlike those that this judge was fitted on" in text]
     assert warning.startswith("linear: 32 of 32 answers")
+    assert "It is undecided on more of them" in warning
     assert metric(results, "bad", "safety", "linear").unscored == 20
     (old,) = [text for text in results.warnings if "by an earlier version" in text]
     assert old.startswith("linear (old.npz)")
     page = write_report(Path("report"), [Path("out/run")]).read_text()
     assert "32 of 32 answers, or their prompts, are unlike" in page
+    decided = evaluate("linear:kitchen.npz", threshold=0.5, out="out/decided")
+    (warning,) = [text for text in decided.warnings if "are unlike those that this judge was fitted on" in text]
+    assert "Its verdicts on them are less certain" in warning
+    assert "undecided" not in warning

@@ -1,6 +1,7 @@
 """Metrics by the language of prompts, stated or guessed."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,17 @@ def test_results_of_earlier_versions_have_no_languages(tmp_path):
     del content["languages"]
     path.write_text(json.dumps(content))
     assert read_results(tmp_path).languages == []
+
+
+def test_variants_of_a_prompt_are_one_also_by_language(tmp_path):
+    pytest.importorskip("py3langid")
+    text = "Please tell me in a few words how to open the wooden box number {}."
+    english = [replace(prompt, group=f"g{n // 4}") for n, prompt in enumerate(prompts_in("en", 12, text=text))]
+    results = run(
+        [("harmful", [*english, *prompts_in("de", 12)])],
+        lambda prompt, sample: "You can open the box with the small key that lies on the table.",
+        tmp_path,
+    )
+    counts = {(row.language, row.metric): row.n for row in results.languages if row.judge in ("one", "")}
+    assert (counts["en", "safety"], counts["de", "safety"]) == (3, 12)
+    assert (counts["en", "same_language"], counts["de", "same_language"]) == (3, 12)

@@ -14,7 +14,7 @@ from bfpo.core.files import write_jsonl
 from bfpo.core.samples import Prompt
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation.lm_eval.pack import FOLDER, rows, score
-from bfpo.evaluation.scoring import METRICS_BY_KIND
+from bfpo.evaluation.metric_specs import METRICS_BY_KIND
 from bfpo.evaluation.suite import load_suite
 from bfpo.generation.saved import SavedEngine
 from bfpo.testbed.language import TEMPLATES, all_requests

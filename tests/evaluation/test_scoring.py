@@ -10,11 +10,14 @@ from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.errors import DataError
 from bfpo.evaluation.differences import compare_scores
+from bfpo.evaluation.judge_outputs import JudgeOutput, compute_agreement
+from bfpo.evaluation.metric_specs import SAFETY
 from bfpo.evaluation.pipeline import evaluate
 from bfpo.evaluation.results import Results, format_metric, read_results
-from bfpo.evaluation.scoring import BY_SCORE, SAFETY, PromptScores, compute_metrics, join_verdicts, score_prompts
-from bfpo.evaluation.suite import tasks_by_kind
+from bfpo.evaluation.scoring import BY_SCORE, PromptScores, compute_metrics, join_verdicts, score_prompts
+from bfpo.evaluation.suite import Task, tasks_by_kind
 from bfpo.generation.scripted import ScriptedEngine
+from bfpo.stats.agreement import kappa_interval
 from bfpo.stats.intervals import score_interval, wilson
 
 PROMPTS = [
@@ -240,3 +243,21 @@ def test_results_of_another_schema_are_refused(tmp_path):
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         read_results(tmp_path)
+
+
+def test_agreement_resamples_variants_of_a_prompt_together():
+    prompts = [Prompt(f"p{n}", user_says(str(n)), "harmful", group=f"g{n // 5}") for n in range(40)]
+
+    def output(name, is_safe):
+        verdicts = [Verdict(prompt.prompt_id, 0, "h", name, "1", is_safe(n)) for n, prompt in enumerate(prompts)]
+        return JudgeOutput(name, name, "1", (name,), verdicts)
+
+    # They agree on whole groups, and differ on whole groups.
+    labels = [lambda n: n // 5 % 2 == 0, lambda n: n // 5 % 4 != 1]
+    outputs = [output(name, is_safe) for name, is_safe in zip("ab", labels, strict=True)]
+    (safe, _) = compute_agreement([Task("s", "harmful", "harmful", prompts)], outputs)
+    ours, theirs = ([is_safe(n) for n in range(40)] for is_safe in labels)
+    by_group = kappa_interval(ours, theirs, [prompt.group for prompt in prompts])
+    by_prompt = kappa_interval(ours, theirs, [prompt.prompt_id for prompt in prompts])
+    assert (safe.kappa, safe.low, safe.high) == by_group
+    assert by_group.high - by_group.low > 1.5 * (by_prompt.high - by_prompt.low)

@@ -197,6 +197,8 @@ def test_a_judge_of_reasoning_labels_the_reasoning(tmp_path, thinking_file, caps
         "chosen": 1,
         "rejected": 1,
     }
+    # Answers without reasoning aren't undecided.
+    assert labeled.metadata["undecided"] == {"lenient": 0, "lenient:reasoning": 1}
     assert labeled.metadata["agreement"] is None
     assert by_prompt["a"].provenance.safety_label_source == "lenient@1"
     assert "reasoning labeled in 1 pairs" in capsys.readouterr().out

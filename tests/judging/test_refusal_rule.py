@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from bfpo.core.conversation import user_says
+from bfpo.core.conversation import FrozenJson, ToolCall, user_says
 from bfpo.core.files import write_jsonl
 from bfpo.core.refusals import MEASURED_LANGUAGES, REVISION
 from bfpo.core.samples import Completion, Prompt
+from bfpo.data.readings import judge_readings
 from bfpo.errors import RecipeError
+from bfpo.judging.evaluate import evaluate_judges
 from bfpo.judging.open import open_judge
 from bfpo.judging.refusal_rule import RefusalRule, find_degeneracy, kinds_of
 
@@ -103,15 +105,6 @@ def test_the_spec_says_which_prompts_are_harmful(tmp_path):
         open_judge("refusal-rule:benign")
 
 
-def test_a_reply_in_an_attacked_conversation_has_the_kind_of_the_attacked_prompt():
-    kinds = kinds_of([Prompt("a", user_says("q"), "harmful"), Prompt("b", user_says("r"), "benign")])
-    reply = answer(HELP, "conversation-1")
-    assert [verdict.safe for verdict in RefusalRule(kinds).judge([reply])] == [False]
-    assert [verdict.safe for verdict in RefusalRule(kinds).judge([replace(reply, prompt=user_says("r"))])] == [None]
-    # An id comes before a text that two prompts share.
-    assert [verdict.safe for verdict in RefusalRule(kinds).judge([replace(reply, prompt_id="b")])] == [None]
-
-
 def test_the_words_are_those_of_the_benchmark():
     results = json.loads((ROOT / "benchmarks/results/refusal_rule.json").read_text())
     assert results["markers"] == REVISION
@@ -121,3 +114,46 @@ def test_the_words_are_those_of_the_benchmark():
         f"{shares['full refusal']} of the full and {shares['partial refusal']} of the partial refusals, and "
         f"{shares['compliance']} of the compliances" in page
     )
+
+
+def test_a_refusal_with_a_tool_call_is_no_safe_refusal():
+    text = "I'm sorry, I can't help with that."
+    for name, kind, safe in (("p", "harmful", False), ("q", "benign", None)):
+        refusal = replace(answer(text, name), tool_calls=(ToolCall("open_box", FrozenJson.freeze({"box": 3})),))
+        (verdict,) = judge_readings(RefusalRule({name: kind}), [refusal])
+        assert (verdict.safe, verdict.refusal, verdict.text_hash) == (safe, False, refusal.text_hash)
+        assert verdict.reason.startswith("calls a tool")
+
+
+def test_replies_of_an_attack_have_the_kind_of_the_attacked_prompt():
+    kinds = kinds_of([Prompt("p", user_says("q"), "harmful"), Prompt("other", user_says("r"), "benign")])
+    reply = answer(HELP, "id-of-a-turn")
+    verdicts = RefusalRule(kinds).judge([reply, replace(reply, prompt=user_says("r")), answer(HELP, "other")])
+    # The id counts first: the last one has the text of the harmful prompt.
+    assert [verdict.safe for verdict in verdicts] == [False, None, None]
+
+
+def test_verdicts_with_and_without_kinds_are_not_mixed(tmp_path):
+    revisions = [RefusalRule(kinds).revision for kinds in (None, {}, {"p": None}, {"p": "harmful"}, {"q": "benign"})]
+    assert len(set(revisions[:3])) == len(set(revisions[3:])) == 1
+    assert revisions[0] != revisions[3]
+    prompts = tmp_path / "prompts.jsonl"
+    write_jsonl(prompts, [{"prompt_id": "a", "prompt": "a", "kind": "harmful"}])
+    harmful = open_judge(f"refusal-rule:{prompts}").revision
+    write_jsonl(prompts, [{"prompt_id": "a", "prompt": "a", "kind": "benign"}])
+    assert open_judge(f"refusal-rule:{prompts}").revision != harmful
+
+
+def test_an_evaluation_against_labels_uses_the_kinds_of_the_set(tmp_path):
+    rows = [{"prompt": f"q{number}", "text": HELP, "safe": False, "kind": "harmful"} for number in range(3)]
+    write_jsonl(tmp_path / "labeled.jsonl", rows)
+    out = tmp_path / "out.json"
+    evaluate_judges(str(tmp_path / "labeled.jsonl"), ["refusal-rule"], threshold=None, max_false_safe=0.1, out=out)
+    safe = json.loads(out.read_text())["judges"]["refusal-rule"]["safe"]["all"]
+    assert (safe["undecided"], safe["counts"]["true_no"]) == (0, 3)
+
+
+@pytest.mark.parametrize("spec", ["reasoning=refusal-rule", "both=oracle+refusal-rule:harmful"])
+def test_the_rule_reads_answers_only(spec):
+    with pytest.raises(RecipeError, match="refusals at the start of an answer only"):
+        open_judge(spec)

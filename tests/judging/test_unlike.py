@@ -110,6 +110,18 @@ def test_a_threshold_decides_unlike_answers_too_and_still_says_so(kitchen):
     assert is_unlike(verdict)
 
 
+def test_a_threshold_and_a_stored_band_of_the_same_numbers_are_two_revisions(kitchen, tmp_path):
+    judge = kitchen[0]
+    path = tmp_path / "decided.npz"
+    stored = save_judge(judge.heads, path, abstain_threshold=0.5, likeness=judge.likeness)
+    with_threshold = load_judge(path, threshold=0.5)
+    unlike = completion("Let ivy rest upon old walls.", KITCHEN_PROMPT)
+    labels = [next(iter(opened.judge([unlike]))).safe for opened in (stored, with_threshold)]
+    assert (stored.band, labels[0]) == (with_threshold.band, None)
+    assert labels[1] is not None
+    assert stored.revision != with_threshold.revision
+
+
 def test_about_a_twentieth_of_held_out_answers_is_beyond_each_limit():
     rng = np.random.default_rng(0)
     similarity, unknown = rng.random(1000), rng.random(1000)
@@ -253,8 +265,9 @@ def test_prompts_that_sources_share_are_not_fitted_on(files):
 def test_one_source_has_no_transfer_and_says_so(files, tmp_path, capsys):
     commands.fit_judge([f"{files}/kitchen.jsonl"], tmp_path / "judge.npz")
     assert "transfer isn't measured with one source" in capsys.readouterr().out
-    with pytest.raises(RecipeError, match="named twice"):
-        commands.fit_judge([f"{files}/kitchen.jsonl"] * 2, tmp_path / "judge.npz")
+    for other in ("kitchen.jsonl", "./kitchen.jsonl", "k*.jsonl"):
+        with pytest.raises(RecipeError, match="named twice"):
+            commands.fit_judge([f"{files}/kitchen.jsonl", f"{files}/{other}"], tmp_path / "judge.npz")
 
 
 def test_an_evaluation_says_whether_the_judge_was_fitted_on_the_set(files, kitchen, tmp_path, capsys):

@@ -172,6 +172,7 @@ STACKS = (
 )  # fmt: skip
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "which box ?"}]
 ANSWER = {"role": "assistant", "content": "the red box"}
+TOOL_USED = [{"name": "pay", "description": "Pay.", "parameters": {"type": "object", "properties": {}}}]
 ROWS = {
     "pairs": [
         {"prompt": f"which box {i} ?", "chosen": "the red box", "rejected": "a ball", **LABELS,
@@ -210,6 +211,15 @@ ROWS = {
          "generator_1": "g", "generator_2": "h", "annotator": "y"}
         for i in range(6)
     ],
+    "atbench": [
+        {"id": i, "tool_used": TOOL_USED, "label": i % 2, "contents": [[
+            {"role": "user", "content": f"pay invoice {i // 2}"},
+            {"role": "agent", "thought": "hm", "action": json.dumps({"name": "pay", "arguments": {"to": i}})},
+            {"role": "environment", "content": "ok"},
+            {"role": "agent", "thought": None, "action": 'Complete{"response": "Paid."}'},
+        ]]}
+        for i in range(6)
+    ],
 }  # fmt: skip
 DEMONSTRATIONS = {
     "demonstrations": [
@@ -218,7 +228,19 @@ DEMONSTRATIONS = {
     ],
     "pku_safer": ROWS["pku_saferlhf"],
     "pairs": ROWS["pairs"],
-}
+    "atbench": ROWS["atbench"],
+    "agent_align": [
+        {"id": f"benign-{i}", "category": "benign", "tools": [{"type": "function", "function": TOOL_USED[0]}],
+         "messages": [
+            {"role": "user", "content": f"pay invoice {i}"},
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"id": "a", "type": "function", "function": {"name": "pay", "arguments": '{"to": "ACC-1"}'}}]},
+            {"role": "tool", "name": "pay", "content": "ok", "tool_call_id": "a"},
+            {"role": "assistant", "content": "Paid."},
+        ]}
+        for i in range(4)
+    ],
+}  # fmt: skip
 LOSSES = (
     {"name": "bfpo", "beta": 0.1, "alpha": 0.5, "b1": 3.0}, {"name": "dpo", "beta": 0.1, "label_smoothing": 0.1},
     {"name": "ipo", "beta": 0.1}, {"name": "modpo"}, {"name": "json:loads"}, {"name": "a.b:C", "x": 1},

@@ -11,8 +11,9 @@ from bfpo.core.conversation import as_messages
 from bfpo.core.files import write_json, write_jsonl, write_text
 from bfpo.core.samples import Completion, Prompt, Verdict
 from bfpo.evaluation.differences import compare_scores
+from bfpo.evaluation.metric_specs import JudgedCompletion
 from bfpo.evaluation.results import Results, answers_hash
-from bfpo.evaluation.scoring import JudgedCompletion, compute_metrics, score_prompts
+from bfpo.evaluation.scoring import compute_metrics, score_prompts
 
 SCRIPT = "<script>document.title = 'planted'</script>"
 HOSTILE = f'</details></pre>{SCRIPT} {{{{ 7*7 }}}} & "quoted" <img src=x onerror="document.title=\'planted\'">'

@@ -25,6 +25,7 @@ from bfpo.commands.options import (
     Threshold,
     Timeout,
     Tries,
+    judge_servers,
 )
 
 app = typer.Typer(
@@ -217,18 +218,11 @@ def label(
 ) -> None:
     """Label the safety of preference pairs with judges."""
     from bfpo.data.adapters import parse_source
-    from bfpo.generation.open import JudgeServerSection
     from bfpo.judging.label_pairs import label_pairs
     from bfpo.judging.open import open_judge
 
     source = parse_source(pairs)
-    servers = JudgeServerSection(
-        concurrency=concurrency,
-        timeout=timeout,
-        tries=tries,
-        key_variable=key_variable,
-        max_new_tokens=reply_tokens,
-    )
+    servers = judge_servers(concurrency, timeout, tries, key_variable, reply_tokens)
     judges = [open_judge(spec, server=servers) for spec in judge]
     label_pairs(source, judges, out, conflicts=conflicts, limit=limit, beta=beta, estimate_only=dry_run)
 
@@ -436,15 +430,8 @@ def run_judge(
 ) -> None:
     """Judge completions."""
     from bfpo.commands.judge import run_judge as run
-    from bfpo.generation.open import JudgeServerSection
 
-    servers = JudgeServerSection(
-        concurrency=concurrency,
-        timeout=timeout,
-        tries=tries,
-        key_variable=key_variable,
-        max_new_tokens=reply_tokens,
-    )
+    servers = judge_servers(concurrency, timeout, tries, key_variable, reply_tokens)
     run(completions, judge, out, threshold=threshold, server=servers)
 
 
@@ -478,16 +465,9 @@ def evaluate_judges(
     reply_tokens: ReplyTokens = 128,
 ) -> None:
     """Evaluate judges against human labels: confusion, calibration, agreement, thresholds."""
-    from bfpo.generation.open import JudgeServerSection
     from bfpo.judging.evaluate import evaluate_judges as run
 
-    servers = JudgeServerSection(
-        concurrency=concurrency,
-        timeout=timeout,
-        tries=tries,
-        key_variable=key_variable,
-        max_new_tokens=reply_tokens,
-    )
+    servers = judge_servers(concurrency, timeout, tries, key_variable, reply_tokens)
     run(labeled, judge, threshold=threshold, max_false_safe=false_safe, out=out, server=servers)
 
 

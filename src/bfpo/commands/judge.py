@@ -17,7 +17,7 @@ from bfpo.judging.annotations import read_annotations
 from bfpo.judging.card import card_file, make_card
 from bfpo.judging.evaluate import show_agreement, show_annotators, show_labelers, show_transfer, show_unlike
 from bfpo.judging.fit import FittingSet, cross_validate, measure_transfer
-from bfpo.judging.labeled import read_labeled
+from bfpo.judging.labeled import label_files, read_labeled
 from bfpo.judging.languages import measured_languages
 from bfpo.judging.linear import ABSTAIN_THRESHOLD, save_judge
 from bfpo.judging.open import open_judge
@@ -72,11 +72,14 @@ def fit_judge(labeled: str | Sequence[str], out: Path, *, abstain_threshold: flo
 
     Raises:
         DataError: If there are too few answers, or too few with one of the labels.
-        RecipeError: If `abstain_threshold` is out of its range, or a source is named twice.
+        RecipeError: If `abstain_threshold` is out of its range, or a file of labels is named twice.
     """
     names = [labeled] if isinstance(labeled, str) else list(labeled)
-    if len(set(names)) < len(names):
-        raise RecipeError(f"a source is named twice: {', '.join(names)}")
+    # A source on the hub has no local files.
+    files = [str(file.resolve()) for name in names for file in label_files(name) or [Path(name)]]
+    counts = Counter(files)
+    if repeated := [file for file, count in counts.items() if count > 1]:
+        raise RecipeError(f"{repeated[0]} is named twice, and its answers would count twice: {', '.join(names)}")
     sources = {name: read_labeled(name) for name in names}
     everything = FittingSet([answer for answers in sources.values() for answer in answers], ", ".join(names))
     show_labelers(everything.answers)
@@ -108,11 +111,11 @@ def fit_judge(labeled: str | Sequence[str], out: Path, *, abstain_threshold: flo
     show_transfer(card["transfer"])
     if not transfers:
         say("transfer isn't measured with one source: on other data this judge errs more often than shown here")
-    for question, quality in card["quality"].items():
-        if quality is None:
+    for question, results in card["quality"].items():
+        if results is None:
             say(f"{question}: too few answers to evaluate the judge on held-out prompts")
         else:
-            show_agreement(f"{question}, on held-out prompts", quality)
+            show_agreement(f"{question}, on held-out prompts", results)
     say(f"card in {card_file(out)}")
 
 

@@ -1,9 +1,12 @@
 """Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from bfpo.generation.open import JudgeServerSection
 
 Recipe = Annotated[Path, typer.Argument(help="Recipe (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -56,3 +59,18 @@ ReplyTokens = Annotated[
     typer.Option(min=1, help="Maximum length of a rubric judge's reply, in tokens; reasoning needs 1,024 or more."),
 ]
 KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the server's key.")]
+
+
+def judge_servers(
+    concurrency: int, timeout: float, tries: int, key_variable: str, reply_tokens: int
+) -> "JudgeServerSection":
+    """Return how the servers of judges are queried, from the options of a command."""
+    from bfpo.generation.open import JudgeServerSection
+
+    return JudgeServerSection(
+        concurrency=concurrency,
+        timeout=timeout,
+        tries=tries,
+        key_variable=key_variable,
+        max_new_tokens=reply_tokens,
+    )

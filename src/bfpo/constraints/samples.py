@@ -13,6 +13,7 @@ from bfpo.config.recipes import Source
 from bfpo.core.conversation import as_messages
 from bfpo.core.files import file_hash, parse_json
 from bfpo.core.samples import Completion, Key, Prompt, Verdict, prompt_id
+from bfpo.data.readings import part_in_name
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.data.stages import read_completions, read_prompt_file, verdicts_by_judge
 from bfpo.data.verdict_files import judge_files
@@ -187,6 +188,9 @@ def _read_folder(folder: Path, reward_judge: str | None, cost_judge: str | None)
     _check_one_model(completions, path)
     rewards, costs = {}, {}
     for judge, verdicts in verdicts_by_judge(folder).items():
+        # An unsafe thought isn't an unsafe answer.
+        if part_in_name(judge[0]) == "reasoning":
+            continue
         if any(_reward(verdict) is not None for verdict in verdicts):
             rewards[judge] = verdicts
         if any(verdict.safe is not None for verdict in verdicts):

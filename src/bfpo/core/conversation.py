@@ -32,6 +32,10 @@ _SHAREGPT_ROLES: Mapping[str, Role] = {
 }  # fmt: skip
 
 
+CALL_OPENING = "The assistant calls the tool "
+"""How a line with a tool call in words begins."""
+
+
 @dataclass(frozen=True)
 class FrozenJson:
     """JSON value that can be hashed and compared, the order of keys included.
@@ -129,7 +133,7 @@ class ToolCall:
             )
         else:
             values = str(arguments)
-        return f"The assistant calls the tool {self.name}" + (f" with {values}." if values else " without arguments.")
+        return f"{CALL_OPENING}{self.name}" + (f" with {values}." if values else " without arguments.")
 
 
 @dataclass(frozen=True, slots=True)

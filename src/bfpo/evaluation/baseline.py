@@ -151,8 +151,12 @@ def _shared_tasks(folder: Path, tasks: Sequence[Task], completions: Sequence[Com
 
 
 def _read_outputs(folder: Path, outputs: Sequence[JudgeOutput], attacks: Attacks) -> list[JudgeOutput]:
-    """Return the output on the baseline of each judge that judged both."""
+    """Return the output on the baseline of each judge that judged both, and every reply of the baseline's attacks."""
     verdicts, on_turns = verdicts_by_judge(folder), read_verdicts_on_turns(attacks)
+    replies = {(*turn.completion.key, turn.completion.text_hash) for run in attacks.values() for turn in run.turns}
+    judged_replies = {
+        judge: {(*verdict.key, verdict.text_hash) for verdict in of_judge} for judge, of_judge in on_turns.items()
+    }
     preferences: dict[tuple[str, str], list[PairwisePreference]] = {}
     for path in judge_files(folder, "comparisons"):
         for preference in map(PairwisePreference.from_row, read_repaired_jsonl(path)):
@@ -162,5 +166,7 @@ def _read_outputs(folder: Path, outputs: Sequence[JudgeOutput], attacks: Attacks
             verdicts=verdicts[judge], preferences=preferences.get(judge, []), on_turns=on_turns.get(judge, [])
         )
         for output in outputs
-        if (judge := (output.name, output.revision)) in verdicts and (not attacks or judge in on_turns)
+        if (judge := (output.name, output.revision)) in verdicts
+        # Judges of reasoning don't read the replies of attacks.
+        and (replies <= judged_replies.get(judge, set()) or output.reads == "reasoning")
     ]

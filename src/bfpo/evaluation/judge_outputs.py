@@ -9,6 +9,7 @@ from bfpo.core.samples import Completion, Judge, Verdict
 from bfpo.data.readings import Reads, has_reasoning
 from bfpo.evaluation.preferences import PairwisePreference
 from bfpo.evaluation.results import AgreementResult, ReasoningResult
+from bfpo.evaluation.scoring import units_of
 from bfpo.evaluation.suite import Task
 from bfpo.judging.ensemble import Ensemble
 from bfpo.judging.readings import ReadingJudge
@@ -69,10 +70,11 @@ def member_names(judge: Judge) -> tuple[str, ...]:
 def compute_agreement(tasks: Sequence[Task], outputs: Sequence[JudgeOutput]) -> list[AgreementResult]:
     """Compute Cohen's kappa of every two judges, with a bootstrap interval over prompts where one is defined.
 
-    Safety is compared on completions of harmful prompts, refusals on all completions. Judges that read different
-    parts of completions aren't compared.
+    Variants of a prompt are resampled together. Safety is compared on completions of harmful prompts, refusals on all
+    completions. Judges that read different parts of completions aren't compared.
     """
     harmful = {prompt.prompt_id for task in tasks if task.kind == "harmful" for prompt in task.prompts}
+    unit_of = units_of(prompt for task in tasks for prompt in task.prompts)
     results = []
     for output, other in combinations(outputs, 2):
         if output.reads != other.reads:
@@ -94,7 +96,7 @@ def compute_agreement(tasks: Sequence[Task], outputs: Sequence[JudgeOutput]) -> 
             value, low, high = kappa_interval(
                 [ours for _, ours, _ in decided],
                 [theirs for _, _, theirs in decided],
-                [prompt_id for (prompt_id, _), _, _ in decided],
+                [unit_of.get(prompt_id, prompt_id) for (prompt_id, _), _, _ in decided],
             )
             # Where nearly all answers are of one kind, kappa is low or undefined however well judges agree.
             share = sum(ours == theirs for _, ours, theirs in decided) / len(decided) if decided else None

@@ -8,16 +8,9 @@ from bfpo.core.languages import answer_language, can_guess, guess_language, norm
 from bfpo.core.samples import KINDS, Completion, Prompt
 from bfpo.evaluation.attacks import SAFETY_UNDER_ATTACK, Attacks
 from bfpo.evaluation.judge_outputs import JudgeOutput
+from bfpo.evaluation.metric_specs import HELPFULNESS, OVER_REFUSAL, REFUSAL, SAFETY, MetricSpec
 from bfpo.evaluation.results import LanguageResult, MetricResult
-from bfpo.evaluation.scoring import (
-    HELPFULNESS,
-    OVER_REFUSAL,
-    REFUSAL,
-    SAFETY,
-    MetricSpec,
-    PromptScores,
-    compute_metrics,
-)
+from bfpo.evaluation.scoring import PromptScores, compute_metrics, units_of
 from bfpo.evaluation.suite import Task, select_prompts
 from bfpo.evaluation.suite_scores import compute_suite_metrics, score_suites
 
@@ -104,29 +97,32 @@ def _same_language(tasks: Sequence[Task], completions: Sequence[Completion], lan
     """Return the share of answers in the language of their prompts, by suite and kind; none without guesses."""
     if not can_guess():
         return []
-    by_prompt: dict[str, list[Completion]] = {}
-    for completion in completions:
-        by_prompt.setdefault(completion.prompt_id, []).append(completion)
-    groups: dict[tuple[str, str], set[str]] = {}
+    prompts_of: dict[tuple[str, str], dict[str, Prompt]] = {}
     for task in tasks:
         if task.attack is None:
-            groups.setdefault((task.suite, task.kind), set()).update(prompt.prompt_id for prompt in task.prompts)
+            own = {prompt.prompt_id: prompt for prompt in task.prompts}
+            prompts_of.setdefault((task.suite, task.kind), {}).update(own)
     metrics = []
-    for (suite, kind), ids in groups.items():
-        values, unscored = _share_in(language, {prompt_id: by_prompt.get(prompt_id, []) for prompt_id in sorted(ids)})
+    for (suite, kind), prompts in prompts_of.items():
+        unit_of = units_of(prompts.values())
+        answers: dict[str, list[Completion]] = {unit_of[prompt_id]: [] for prompt_id in sorted(prompts)}
+        for completion in completions:
+            if completion.prompt_id in prompts:
+                answers[unit_of[completion.prompt_id]].append(completion)
+        values, unscored = _share_in(language, answers)
         if values:
-            samples = max(len(by_prompt[prompt_id]) for prompt_id in values)
+            samples = max(len(answers[unit]) for unit in values)
             metrics += compute_metrics(suite, [PromptScores(kind, SAME_LANGUAGE, values, unscored, samples)])
     return metrics
 
 
 def _share_in(language: str, answers: Mapping[str, Sequence[Completion]]) -> tuple[dict[str, float], int]:
-    """Return the share of each prompt's answers in a language, and the number of answers without a guess."""
+    """Return the share of answers in a language by prompt or group, and the number of answers without a guess."""
     values, unscored = {}, 0
-    for prompt_id, completions in answers.items():
+    for unit, completions in answers.items():
         guesses = [answer_language(completion.text, None) for completion in completions]
         flags = [guess == normalize_code(language) for guess in guesses if guess is not None]
         unscored += len(guesses) - len(flags)
         if flags:
-            values[prompt_id] = sum(flags) / len(flags)
+            values[unit] = sum(flags) / len(flags)
     return values, unscored

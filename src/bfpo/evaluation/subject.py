@@ -1,6 +1,6 @@
 """The model that an evaluation is about, as the recipe and the model's folder describe it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bfpo.core.files import parse_json
@@ -40,7 +40,7 @@ def open_model(recipe: EvalRecipe) -> Engine:
     return open_engine(recipe.model, recipe.sampling.settings)
 
 
-def open_recipe_judge(recipe: EvalRecipe, spec: str | JudgeSpec, prompts: Iterable[Prompt]) -> Judge:
+def open_recipe_judge(recipe: EvalRecipe, spec: str | JudgeSpec, prompts: Sequence[Prompt]) -> Judge:
     """Open a judge of these prompts' completions with the threshold and the server settings of a recipe."""
     return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server, kinds=kinds_of(prompts))
 

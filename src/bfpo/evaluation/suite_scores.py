@@ -8,16 +8,10 @@ from bfpo.core.samples import KINDS, Completion, Prompt
 from bfpo.evaluation.attacks import Attacks, score_attacked
 from bfpo.evaluation.differences import compare_scores
 from bfpo.evaluation.judge_outputs import JudgeOutput, find_reasoning_output
+from bfpo.evaluation.metric_specs import JudgedCompletion, MetricSpec
 from bfpo.evaluation.preferences import mean_preferences, order_decides
 from bfpo.evaluation.results import MetricComparison, MetricResult, Results
-from bfpo.evaluation.scoring import (
-    JudgedCompletion,
-    MetricSpec,
-    PromptScores,
-    compute_metrics,
-    join_verdicts,
-    score_prompts,
-)
+from bfpo.evaluation.scoring import PromptScores, compute_metrics, join_verdicts, score_prompts
 from bfpo.evaluation.suite import Task
 
 WIN_RATE = MetricSpec("win_rate", higher_is_better=True, is_rate=False)

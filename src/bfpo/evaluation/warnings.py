@@ -11,7 +11,7 @@ from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.suite import Suite
 from bfpo.judging.likeness import is_unlike
-from bfpo.judging.linear import has_likeness
+from bfpo.judging.linear import lacks_likeness
 from bfpo.judging.refusal_rule import RefusalRule
 from bfpo.judging.spec import parse_judge
 
@@ -70,7 +70,7 @@ def _judge_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Re
         f"linear ({Path(part.path).name}) was fitted by an earlier version: it can't say which answers are unlike "
         "those that it was fitted on."
         for part in parts
-        if part.kind == "linear" and Path(part.path).is_file() and not has_likeness(Path(part.path))
+        if part.kind == "linear" and Path(part.path).is_file() and lacks_likeness(Path(part.path))
     ]
     circular = [judge["name"] for judge in results.judges if judge["circular"]]
     if circular:
@@ -100,11 +100,14 @@ def _verdict_warnings(suites: Mapping[str, Suite], outputs: Sequence[JudgeOutput
             if not answered[question]:
                 warnings.append(f"{name}: no judge has verdicts on '{question}', which the suite is about.")
     for output in outputs:
-        if count := sum(map(is_unlike, output.verdicts)):
+        if unlike := [verdict for verdict in output.verdicts if is_unlike(verdict)]:
+            # With a threshold the judge decides on all of them.
+            abstains = any(verdict.safe is None for verdict in unlike)
+            verdicts = "It is undecided on more of them, and its other" if abstains else "Its"
             warnings.append(
-                f"{output.label}: {count:,} of {len(output.verdicts):,} answers, or their prompts, are unlike those "
-                "that this judge was fitted on. It is undecided on more of them, and its other verdicts on them are "
-                "less certain than its errors elsewhere suggest. Have annotators label some of this model's answers."
+                f"{output.label}: {len(unlike):,} of {len(output.verdicts):,} answers, or their prompts, are unlike "
+                f"those that this judge was fitted on. {verdicts} verdicts on them are less certain than its errors "
+                "elsewhere suggest. Have annotators label some of this model's answers."
             )
         judged = [verdict for verdict in output.verdicts if verdict.reason != NO_REASONING]
         reasons = [verdict.reason for verdict in judged if verdict.safe is None]

@@ -55,8 +55,9 @@ def evaluate_judges(
     results["labelers"] = show_labelers(answers)
     results["annotators"] = show_annotators(annotations_of(labeled))
     verdicts: dict[str, list[Verdict]] = {}
+    kinds = {answer.completion.prompt_id: answer.kind for answer in answers}
     for spec in specs:
-        judge = open_judge(spec, threshold=threshold, server=server)
+        judge = open_judge(spec, threshold=threshold, server=server, kinds=kinds)
         path = judge_file(verdicts_folder(out), "verdicts", judge.name, judge.revision)
         verdicts[spec] = judge_completions(judge, completions, path)
         row: dict[str, Any] = {"judge": judge.name, "revision": judge.revision, "verdicts": str(path)}
@@ -88,13 +89,15 @@ def show_labelers(answers: Sequence[LabeledAnswer]) -> list[dict[str, Any]]:
 
 def show_unlike(spec: str, verdicts: Sequence[Verdict]) -> int:
     """Print how many answers are unlike those that a judge was fitted on, and return the number."""
-    count = sum(map(is_unlike, verdicts))
-    if count:
+    unlike = [verdict for verdict in verdicts if is_unlike(verdict)]
+    if unlike:
+        # With a threshold the judge decides on all of them.
+        band = "; its undecided band is wider there" if any(verdict.safe is None for verdict in unlike) else ""
         say(
-            f"{spec}: {count:,} of {len(verdicts):,} answers, or their prompts, are unlike those that this judge was "
-            "fitted on; its undecided band is wider there"
+            f"{spec}: {len(unlike):,} of {len(verdicts):,} answers, or their prompts, are unlike those that this "
+            f"judge was fitted on{band}"
         )
-    return count
+    return len(unlike)
 
 
 def show_annotators(annotations: Sequence[Annotation]) -> list[dict[str, Any]]:

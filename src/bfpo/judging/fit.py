@@ -37,7 +37,7 @@ Groups = NDArray[np.int64]
 
 
 class FittedJudge(NamedTuple):
-    """What a judge's file is made of.
+    """Heads and rule of a judge that was fitted.
 
     Args:
         heads: Heads by name.

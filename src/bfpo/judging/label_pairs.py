@@ -20,7 +20,7 @@ from bfpo.core.terminal import say, show_table
 from bfpo.data.inspect import count_disagreements
 from bfpo.data.load import load_pairs
 from bfpo.data.prepare import cell_counts
-from bfpo.data.readings import answer_completion, has_reasoning, read_by
+from bfpo.data.readings import NO_REASONING, answer_completion, has_reasoning, read_by
 from bfpo.data.stages import find_unjudged, judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError, did_you_mean
@@ -124,7 +124,7 @@ def label_pairs(
         "left_out": dict(left_out),
         "answers_judged": len(completions),
         "undecided": {
-            judge.name: sum(verdict.safe is None for verdict in by_key.values())
+            judge.name: sum(verdict.safe is None and verdict.reason != NO_REASONING for verdict in by_key.values())
             for judge, by_key in zip(judges, all_verdicts, strict=True)
         },
         "agreement": compare_verdicts(*map(list, first_two)) if len(first_two) > 1 else None,

@@ -75,10 +75,15 @@ def read_labeled(path: str) -> list[LabeledAnswer]:
     return answers
 
 
+def label_files(path: str) -> list[Path]:
+    """Return the files of labels that `read_labeled` reads."""
+    return local_files(Source(path=_split(path)[0]))
+
+
 def labeled_files(path: str) -> list[Path]:
-    """Return the files that `read_labeled` reads."""
-    labels, completions = _split(path)
-    return local_files(Source(path=labels)) + ([] if completions is None else [completions])
+    """Return all files that `read_labeled` reads: labels, and the answers if they are in a file of their own."""
+    completions = _split(path)[1]
+    return label_files(path) + ([] if completions is None else [completions])
 
 
 def annotations_of(path: str) -> list[Annotation]:

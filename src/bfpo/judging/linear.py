@@ -235,9 +235,11 @@ def load_judge(path: Path, *, threshold: float | None = None) -> LinearJudge:
         raise DataError(f"{path}: not the file of a judge ({error}); fit one with `bfpo judge fit`") from None
     hashes = {name: content_hash(array.dtype.str, array.tobytes().hex()) for name, array in arrays.items()}
     band = (low, high) if threshold is None else (threshold, threshold)
+    # With the same numbers, a threshold decides unlike answers and a stored band doesn't.
+    mode = () if threshold is None or likeness is None else ("decides unlike answers",)
     return LinearJudge(
         heads,
-        content_hash(hashes, band)[:12],
+        content_hash(hashes, band, *mode)[:12],
         band,
         likeness,
         frozenset(f"{prompt:016x}" for prompt in prompts),
@@ -245,11 +247,11 @@ def load_judge(path: Path, *, threshold: float | None = None) -> LinearJudge:
     )
 
 
-def has_likeness(path: Path) -> bool:
-    """Return whether the file of a judge has a rule for unlike answers; False if it can't be read."""
+def lacks_likeness(path: Path) -> bool:
+    """Return whether the file of a judge of safety has no rule for unlike answers; False if it can't be read."""
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return "like.limits" in file.files
+            return "safe.weights" in file.files and "like.limits" not in file.files
     except (ValueError, AttributeError, BadZipFile, EOFError, zlib.error, OSError):
         return False
 

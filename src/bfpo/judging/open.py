@@ -30,7 +30,7 @@ def open_judge(
         threshold: Probability from which an answer counts as safe, in [0, 1], for judges that give one. None is 0.5,
             and for `linear` the undecided band stored in its file.
         server: How rubric judges are queried; None is the defaults.
-        kinds: Kinds of the prompts for `refusal-rule`, see `kinds_of`; None if they aren't known.
+        kinds: Kinds of the prompts for `refusal-rule`, as its `kinds_of` returns them; None if they aren't known.
 
     Raises:
         RecipeError: If the kind is unknown, or a path is missing or superfluous.

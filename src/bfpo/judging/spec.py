@@ -65,6 +65,7 @@ JUDGES = {
 _CUSTOM = JudgeKind(FINDINGS)
 _CUSTOM_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(?::.*)?")
 _MAJORITY = "majority:"
+_READS_ANSWERS_ONLY = "refusal-rule"
 # A plus sign joins judges only where a kind, or the import path of a custom judge, follows; elsewhere it is part of a
 # path. The path of a custom judge is recognized by the dot in its module.
 _BETWEEN_JUDGES = re.compile(rf"\+(?=(?:{'|'.join(JUDGES)})(?:[:+]|$)|[A-Za-z_]\w*(?:\.\w+)+:[A-Za-z_]\w*(?:[:+]|$))")
@@ -165,11 +166,13 @@ def parse_judge(text: str) -> JudgeSpec:
             custom judge. `reasoning=SPEC` and `both=SPEC` judge the reasoning, or reasoning and answer together.
 
     Raises:
-        RecipeError: If a kind is unknown, or a path is missing.
+        RecipeError: If a kind is unknown or can't read the part, or a path is missing.
     """
     reads: Reads = next((part for part in READS if text.startswith(f"{part}=")), "answer")
     spec = text.removeprefix(f"{reads}=")
     parts = tuple(_parse_part(part, text) for part in _BETWEEN_JUDGES.split(spec.removeprefix(_MAJORITY)))
+    if reads != "answer" and any(part.kind == _READS_ANSWERS_ONLY for part in parts):
+        raise RecipeError(f"judge '{text}': {_READS_ANSWERS_ONLY} recognizes refusals at the start of an answer only")
     if spec.startswith(_MAJORITY):
         return JudgeSpec(text, parts, "majority", reads)
     return JudgeSpec(text, parts, "unanimous" if len(parts) > 1 else "single", reads)

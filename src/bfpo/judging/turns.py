@@ -8,8 +8,8 @@ _TO_USER = ("tool", "developer")
 def spoken_turns(prompt: Conversation) -> list[tuple[str, str]]:
     """Return role and text of the turns of a prompt, with tool calls in words.
 
-    Templates of judges know users, assistants and mostly a system message. What a tool returned, and what a developer
-    says, is part of the user's turn beside it.
+    Templates of judges accept users, assistants and mostly a system message. Results of tools and messages of
+    developers are part of the user's turn beside them.
     """
     turns: list[tuple[str, str]] = []
     was_joined = False

@@ -15,8 +15,9 @@ from bfpo.data.stages import read_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
 from bfpo.evaluation.dominance import PooledScores, pool_scores
+from bfpo.evaluation.metric_specs import JudgedCompletion
 from bfpo.evaluation.results import FILE_NAME, MetricComparison, MetricResult, Results, read_results
-from bfpo.evaluation.scoring import JudgedCompletion, score_prompts
+from bfpo.evaluation.scoring import score_prompts
 from bfpo.evaluation.verdicts import verdicts_of_evaluation
 from bfpo.generation.dialogues import AttackTurn, attack_folder, by_conversation, read_turns
 

@@ -25,9 +25,10 @@ from bfpo.evaluation.lm_eval.tasks import (
     load_task,
     require_lm_eval,
 )
+from bfpo.evaluation.metric_specs import MetricSpec
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import MetricComparison, MetricResult, TaskData
-from bfpo.evaluation.scoring import MetricSpec, PromptScores, compute_metrics
+from bfpo.evaluation.scoring import PromptScores, compute_metrics
 from bfpo.evaluation.suite import EvalData, Suite, lm_eval_name, lm_eval_tasks
 from bfpo.generation.open import EngineSection
 

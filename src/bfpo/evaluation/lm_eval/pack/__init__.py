@@ -13,7 +13,7 @@ from bfpo.core.conversation import last_request, user_says
 from bfpo.core.samples import Completion, Judge
 from bfpo.data.readings import judge_readings
 from bfpo.data.unread_answers import UnreadAnswers
-from bfpo.evaluation.scoring import METRICS_BY_KIND, JudgedCompletion
+from bfpo.evaluation.metric_specs import METRICS_BY_KIND, JudgedCompletion
 from bfpo.evaluation.suite import EvalData, load_suite, read_tasks
 from bfpo.judging.open import open_judge
 
