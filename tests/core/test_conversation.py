@@ -188,6 +188,18 @@ def test_a_text_of_messages_is_read_as_messages_and_another_text_is_not():
         ({"role": "assistant", "content": "a", "reasoning_content": 3}, "reasoning_content is 3; expected a string"),
         ({"role": "robot", "content": "a"}, "role is 'robot'"),
         ({"from": "robot", "value": "a"}, "from is 'robot'; expected system, human"),
+        ({"from": "human", "value": "a", "content": "b"}, "has 'value' and 'content'"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a", "image": "b.png"}]},
+            "unknown key 'image' of a part",
+        ),
+        ({"role": "user", "content": [{"text": "a", "image_url": "b.png"}]}, "ignore_message_keys: \\[image_url\\]"),
+        ({"role": "user", "content": [{"type": "thinking", "thinking": "a"}, "b"]}, "only assistant turns can"),
+        ({"role": "assistant", "content": [{"type": "tool_use", "name": "f"}]}, "calls belong in `tool_calls`"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}, "parameters": {"b": 1}}]},
+            "has 'arguments' and 'parameters'; keep one",
+        ),
         ("a", "turn 'a'; expected"),
     ],
 )
@@ -203,10 +215,10 @@ def test_ignored_keys_are_left_out_and_null_keys_are_no_keys():
 
 def test_a_thought_that_is_in_a_key_and_in_the_text_is_read_once():
     turn = {"role": "assistant", "content": "<think>\nWhy.\n</think>\n\nYes.", "reasoning_content": "Why.\n"}
-    assert as_messages([turn]) == (Message("assistant", "Yes.", "Why."),)
-    # Nothing is left out of a text with another thought.
+    assert as_messages([turn]) == (Message("assistant", "Yes.", "Why.\n"),)
+    # Another thought in the text is kept behind the first.
     other = as_messages([turn | {"reasoning_content": "Because."}])
-    assert other == (Message("assistant", turn["content"], "Because."),)
+    assert other == (Message("assistant", "Yes.", "Because.\n\nWhy."),)
 
 
 @pytest.mark.parametrize("name", ["tools", "tokenize", "continue_final_message", "return_dict"])
@@ -239,6 +251,15 @@ def test_text_parts_are_joined():
         ("why\n</think>\n\nIt is 1.", False, ("why", "It is 1.")),
         ("why</think> It is 1.", True, ("why", "It is 1.")),
         ("<think>why and why", False, ("why and why", "")),
+        ("<THINK>why</Think>It is 1.", False, ("why", "It is 1.")),
+        ("<thought>why</thought>It is 1.", False, ("why", "It is 1.")),
+        ("<reasoning>why</reasoning>\nIt is 1.", False, ("why", "It is 1.")),
+        ("<|START_THINKING|>why<|END_THINKING|>It is 1.", False, ("why", "It is 1.")),
+        ("<|begin_of_thought|>\nwhy\n<|end_of_thought|>\nIt is 1.", False, ("why", "It is 1.")),
+        # Without a beginning and without a line of its own, but after a sentence.
+        ("I can't help.</think>It is 1.", False, ("I can't help.", "It is 1.")),
+        # Letters that are equal to ASCII only without case.
+        ("<rea\u017foning>why</reasoning>It is 1.", False, ("why", "It is 1.")),
         ("why and why", True, ("why and why", "")),
         ("It is 1.", False, (None, "It is 1.")),
         # An answer that speaks of the marks has no thought.
@@ -249,6 +270,36 @@ def test_text_parts_are_joined():
 )
 def test_a_thought_is_split_off_the_answer(text, opened, expected):
     assert split_reasoning(text, opened=opened) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "reasoning", "expected"),
+    [
+        ("<think>why</think>Yes.", "why", "why"),
+        ("<think>why</think>Yes.", "because", "because\n\nwhy"),
+        ("<think>why</think><think>and</think>Yes.", None, "why\n\nand"),
+        ([{"type": "thinking", "thinking": "why"}, {"type": "text", "text": "Yes."}], None, "why"),
+        (
+            [{"type": "thinking", "thinking": [{"type": "text", "text": "why"}], "closed": True}, {"text": "Yes."}],
+            None,
+            "why",
+        ),
+    ],
+)
+def test_no_thought_stays_in_the_text_of_a_turn(content, reasoning, expected):
+    turn = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+    assert as_messages([turn]) == (Message("assistant", "Yes.", expected),)
+
+
+def test_the_compositions_of_a_text_have_one_id():
+    call = ToolCall("pay", FrozenJson.freeze({"to": "Zo\u00eb"}))
+    pair = PreferencePair(user_says("caf\u00e9"), "d\u00e9j\u00e0", (Message("assistant", "", "\u00e9", (call,)),))
+    other_call = ToolCall("pay", FrozenJson.freeze({"to": "Zoe\u0308"}))
+    other = PreferencePair(
+        user_says("cafe\u0301"), "de\u0301ja\u0300", (Message("assistant", "", "e\u0301", (other_call,)),)
+    )
+    assert pair != other
+    assert pair.row_id == other.row_id
 
 
 def test_a_text_with_a_thought_is_an_answer_with_reasoning_everywhere():

@@ -175,6 +175,21 @@ def test_one_pair_with_two_labellings_is_a_conflict_not_a_duplicate(write):
     assert not report.removed
 
 
+def test_texts_are_compared_in_one_composition(write):
+    pair, same, swapped = (
+        {"prompt": f"Un {cafe}?", "chosen": f"{cafe} ferm{e}", "rejected": "non"}
+        for cafe, e in (("caf\u00e9", "\u00e9"), ("cafe\u0301", "e\u0301"), ("cafe\u0301", "e\u0301"))
+    )
+    swapped |= {"chosen": swapped["rejected"], "rejected": swapped["chosen"]}
+    identical = {"prompt": "Non?", "chosen": "\u00e9", "rejected": "e\u0301"}
+    labels = {"is_chosen_safe": True, "is_rejected_safe": True}
+    data = prepared(write("a.jsonl", [line | labels for line in (pair, same, identical)] + [row(1)]))
+    assert reasons(data.parts[0].report.removed) == {("duplicate", "ss"): 1}
+    assert reasons(data.parts[0].report.dropped) == {("identical answers", "ss"): 1}
+    data = prepared(write("a.jsonl", [pair | labels, swapped | labels, row(1)]))
+    assert reasons(data.parts[0].report.dropped) == {("the pair occurs in both orders", "ss"): 2}
+
+
 def test_conflicts_are_found_between_sources_too(write):
     pair, swapped = CONFLICTS["the pair occurs in both orders"][:2]
     data = prepared(write("a.jsonl", [pair, row(1)]), write("b.jsonl", [swapped, row(2)]))

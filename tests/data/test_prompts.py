@@ -123,6 +123,13 @@ def test_a_text_file_has_one_prompt_on_each_line_for_both_readers(tmp_path):
     ("row", "message"),
     [
         ({"prompt": "Summarize.", "input": "The long text"}, "row 1: columns not read: input; set `ignore_columns"),
+        ({"prompt": "The capital?", "input": "Germany"}, "columns not read: input"),
+        ({"prompt": "Who?", "System_Message": "Pirate"}, "columns not read: System_Message"),
+        (
+            {"prompt": "a", "note": "\u8bf7\u628a\u8fd9\u6bb5\u8bdd\u7ffb\u8bd1\u6210\u82f1\u6587"},
+            "columns not read: note",
+        ),
+        ({"prompt": "a", "tools": [{"type": "function", "function": "pay"}]}, "has no name of a function"),
         ({"prompt": "a", "context": ["b"]}, r"columns not read: context; set `ignore_columns: \[context\]`"),
         ({"prompt": "a", "messages": CHAT}, "columns not read: messages"),
         ({"prompt": [{"role": "user", "content": "a", "weight": 1}]}, "row 1: .*unknown key 'weight' of a message"),

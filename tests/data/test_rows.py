@@ -7,7 +7,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from bfpo.config.recipes import Source
@@ -97,6 +97,21 @@ def test_class_labels_are_read_by_their_names(tmp_path, monkeypatch):
     assert refused(path) == f"{path} row 2: column 'label' is 3; its classes are safe"
     pq.write_table(table.replace_schema_metadata({b"huggingface": b"["}), path)
     assert "the metadata of `datasets` in a parquet file can't be read" in refused(path)
+
+
+def test_class_labels_inside_lists_and_objects_have_their_names(tmp_path, monkeypatch):
+    label = ClassLabel(names=["safe", "unsafe"])
+    features = Features({"labels": List(label), "judged": {"label": label, "by": Value("string")}})
+    content = {"labels": [[0, 1], [-1]], "judged": [{"label": 0, "by": "a"}, {"label": 1, "by": "b"}]}
+    dataset = Dataset.from_dict(content, features=features)
+    path = str(tmp_path / "rows.parquet")
+    dataset.to_parquet(path)
+    assert values(path) == [
+        {"labels": ["safe", "unsafe"], "judged": {"label": "safe", "by": "a"}},
+        {"labels": [None], "judged": {"label": "unsafe", "by": "b"}},
+    ]
+    monkeypatch.setattr("datasets.load_dataset", lambda *arguments, **options: dataset)
+    assert values("org/name") == values(path)
 
 
 def test_the_kind_of_a_file_is_read_in_any_case(write):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bfpo.config.recipes import Source, TextSection
-from bfpo.core.conversation import FrozenJson, Message, ToolCall, user_says
+from bfpo.core.conversation import FrozenJson, Message, ToolCall, as_template_kwargs, user_says
 from bfpo.core.pairs import PreferencePair, SafetyLabels, TemplateInputs
 from bfpo.data.chat_format import ChatFormat
 from bfpo.data.load import SourceReport
@@ -119,6 +119,34 @@ def test_reasoning_of_earlier_turns_is_left_to_the_template_and_that_is_noted(to
     (example,), counts = encode(tokenizer, pair(prompt=asked), template=KEY.replace("KEY", "thinking"))
     assert counts == {}
     assert "<think>\nblue door\n</think>\n\nsmall lamp" in tokenizer.decode(example.prompt_ids)
+
+
+def test_arguments_and_names_that_the_template_does_not_read_are_noted(tokenizer):
+    kwargs = as_template_kwargs({"enable_thinking": False, "add_generation_prompt_": True})
+    asked = (Message("user", "small lamp", name="Ada"),)
+    template = PLAIN + "{% if enable_thinking %}{% endif %}"
+    (_,), counts = encode(tokenizer, pair(prompt=asked, inputs=TemplateInputs(kwargs=kwargs)), template=template)
+    assert counts == {
+        "the chat template doesn't read its argument 'add_generation_prompt_'": 1,
+        "the chat template leaves out the name of a speaker": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("use", "seen_thoughts", "scored_thoughts"), [("score", 2, 2), ("context", 2, 0), ("drop", 0, 0)]
+)
+def test_every_thought_of_an_answer_of_several_turns_is_used_as_set(tokenizer, use, seen_thoughts, scored_thoughts):
+    turns = (*thoughtful("small lamp", "blue door"), *user_says("and under"), *thoughtful("a red box", "blue door"))
+    other = (*thoughtful("large lamp", "blue door"), *user_says("and under"), *thoughtful("a red ball", "blue door"))
+    template = KEY.replace("KEY", "reasoning_content")
+    (example,), counts = encode(tokenizer, pair(turns, other), template=template, thinking=use)
+    whole, scored = seen(tokenizer, example)
+    assert (whole.count("blue door"), scored.count("blue door")) == (seen_thoughts, scored_thoughts)
+    assert "small lamp" in scored
+    assert "a red box" in scored
+    assert "and under" not in scored
+    notes = {"drop": "reasoning left out", "context": "reasoning read, not scored"}
+    assert counts == {f"{notes.get(use, 'reasoning in the loss')} (text.thinking: {use})": 1}
 
 
 @pytest.mark.parametrize(

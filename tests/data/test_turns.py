@@ -73,6 +73,14 @@ def test_each_turn_is_a_pair_with_its_label_after_the_more_helpful_history(load)
     assert [pair.labels for pair in pairs] == [SafetyLabels(True, True), SafetyLabels(False, True)]
 
 
+def test_each_turn_has_the_label_of_its_reasoning_and_labels_can_be_a_text(load):
+    row = labeled(conversation("Yes.", "Warmer."), conversation("No.", "Colder."), "[true, false]", "[true, true]")
+    row |= {"is_chosen_reasoning_safe": [False, True], "is_rejected_reasoning_safe": [True, True]}
+    _, pairs = load(row, turns="each")
+    assert [pair.labels for pair in pairs] == [SafetyLabels(True, True), SafetyLabels(False, True)]
+    assert [pair.reasoning_labels for pair in pairs] == [SafetyLabels(False, True), SafetyLabels(True, True)]
+
+
 def test_turns_that_are_equal_in_both_are_no_pair(load):
     row = labeled(conversation("Yes.", "Warmer."), conversation("No.", "Warmer."), [True, True], [True, True])
     _, pairs = load(row, turns="each")

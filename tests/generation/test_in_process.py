@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from bfpo.commands.app import app
 from bfpo.core import terminal
-from bfpo.core.conversation import Message, as_tools, user_says
+from bfpo.core.conversation import Message, as_template_kwargs, as_tools, user_says
 from bfpo.core.files import content_hash, read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.data import stages
@@ -362,3 +362,10 @@ def test_a_prompt_of_which_the_template_leaves_something_out_is_unanswered(engin
     completions, missing = generate_most(engine(), prompts, tmp_path / "c.jsonl", samples=1, max_unanswered=1)
     assert missing == {"t": "the chat template leaves out the tools"}
     assert len(completions) == 1
+
+
+def test_an_argument_that_the_template_does_not_read_is_noted_once(engine, capsys):
+    kwargs = as_template_kwargs({"enable_thinkin": False, "messages_": 1})
+    prompts = [Prompt(name, user_says("add"), chat_template_kwargs=kwargs) for name in "ab"]
+    list(engine().generate([(prompt, 0) for prompt in prompts]))
+    assert capsys.readouterr().out.count("note: the chat template doesn't read its argument 'enable_thinkin'") == 1

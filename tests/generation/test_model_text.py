@@ -19,6 +19,7 @@ JSON = '{"name": "weather", "arguments": {"city": "Oslo"}}'
         ('[THINK]why[/THINK][TOOL_CALLS]weather[ARGS]{"city": "Oslo"}', "", "why"),
         ('{"name": "weather", "parameters": {"city": "Oslo"}}', "", None),
         ('<|python_tag|>{"name": "weather", "parameters": {"city": "Oslo"}}', "", None),
+        ('{"type": "function", "name": "weather", "parameters": {"city": "Oslo"}}<|eom_id|>', "", None),
         (
             "<|channel|>analysis<|message|>why<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
             '<|constrain|>json<|message|>{"city": "Oslo"}',

@@ -195,6 +195,13 @@ def test_a_call_in_the_text_of_an_answer_to_a_prompt_with_tools_is_read(tmp_path
     assert (completion.text, completion.tool_calls) == (row["text"], ())
 
 
+def test_a_conversation_that_ends_with_a_result_of_a_tool_has_no_answer(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "pay", "arguments": {}}}]}
+    turns = [{"role": "user", "content": "Pay Ada"}, call, {"role": "tool", "content": "paid"}]
+    with pytest.raises(DataError, match="row 1: column 'messages' ends with the result of a tool"):
+        answers_of(tmp_path, {"messages": turns})
+
+
 def test_columns_that_are_not_read_are_named(tmp_path, capsys):
     row = {"prompt": "Pay Ada", "goal": "to pay Ada", "text": "Paid.", "id": "one", "notes": ["a"], "model": "m"}
     answers_of(tmp_path, row, row | {"critique": "a good answer"})

@@ -6,13 +6,13 @@ refused.
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
-from unicodedata import normalize
+from unicodedata import is_normalized, normalize
 
 from bfpo.core.files import content_hash, parse_json
-from bfpo.core.reasoning import REASONING_KEYS, split_reasoning
+from bfpo.core.reasoning import REASONING_KEYS, join_reasoning
 from bfpo.errors import DataError
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -22,6 +22,8 @@ ASKING_ROLES = ("user", "tool")
 
 # Keys of a message.
 _KEYS = ("role", "content", *REASONING_KEYS, "tool_calls", "tool_call_id", "name")
+# Types of parts with reasoning: of Anthropic and Mistral.
+_THINKING_PARTS = ("thinking", "reasoning")
 # Arguments of `apply_chat_template` that aren't the row's to set.
 _RESERVED_KWARGS = frozenset(
     (
@@ -250,7 +252,7 @@ def as_answer(answer: Answer) -> Answer:
         DataError: If turns don't begin and end with an assistant turn.
     """
     if isinstance(answer, str):
-        reasoning, content = split_reasoning(answer)
+        reasoning, content = join_reasoning(None, answer)
         if reasoning is None:
             return answer
         return as_answer((Message("assistant", content, reasoning),))
@@ -268,6 +270,22 @@ def answer_turns(answer: Answer) -> Conversation:
 def answer_text(answer: Answer) -> str:
     """Return the visible text of an answer: its last turn with tool calls in words, without reasoning."""
     return answer_turns(answer)[-1].in_words()
+
+
+def in_nfc(messages: Conversation) -> Conversation:
+    """Return a conversation with its texts in the canonical composition of Unicode, for comparisons and hashes."""
+    return tuple(
+        message if all(is_normalized("NFC", text) for text in message.texts()) else _compose(message)
+        for message in messages
+    )
+
+
+def _compose(message: Message) -> Message:
+    calls = tuple(
+        replace(call, arguments=FrozenJson(normalize("NFC", call.arguments.text))) for call in message.tool_calls
+    )
+    reasoning = None if message.reasoning is None else normalize("NFC", message.reasoning)
+    return replace(message, content=normalize("NFC", message.content), reasoning=reasoning, tool_calls=calls)
 
 
 def last_request(prompt: Conversation) -> str:
@@ -325,6 +343,13 @@ def as_tools(value: object) -> FrozenJson | None:
         return None
     if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) and tool for tool in value):
         raise DataError(f"column 'tools' is {_shorten(value)}; expected a list of JSON schemas of functions")
+    for tool in value:
+        function = tool.get("function", tool)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"column 'tools': {_shorten(tool)} has no name of a function; expected "
+                "{'type': 'function', 'function': {'name': .., 'parameters': ..}}"
+            )
     return FrozenJson.freeze(list(value))
 
 
@@ -387,7 +412,9 @@ def _read_message(turn: object, column: str, ignore: Collection[str]) -> Message
         calls = as_tool_calls(values.get("tool_calls"))
     except DataError as error:
         raise DataError(f"column '{column}': {str(error).removeprefix('column ')}") from None
-    thoughts = {values[key] for key in REASONING_KEYS if isinstance(values.get(key), str) and values[key]}
+    parts, thought = _split_thinking_parts(values.get("content"), column, ignore)
+    texts = (thought, *(values.get(key) for key in REASONING_KEYS))
+    thoughts = {text for text in texts if isinstance(text, str) and text}
     for key in (*REASONING_KEYS, "tool_call_id", "name"):
         if not isinstance(values.get(key, ""), str):
             raise DataError(f"column '{column}': {key} is {_shorten(values[key])}; expected a string")
@@ -395,13 +422,10 @@ def _read_message(turn: object, column: str, ignore: Collection[str]) -> Message
         raise DataError(f"column '{column}': a turn has two different texts of reasoning; keep one")
     if role != "assistant" and (calls or thoughts):
         raise DataError(f"column '{column}': a {role} turn has tool calls or reasoning; only assistant turns can")
-    content = _read_content(values.get("content"), turn, column, may_be_empty=bool(calls))
+    content = _read_content(parts, turn, column, ignore, may_be_empty=bool(calls))
     reasoning = next(iter(thoughts), None)
     if role == "assistant":
-        thought, answer = split_reasoning(content)
-        # Some sources have the thought in a key and again in front of the text.
-        if thought is not None and (reasoning is None or reasoning.strip() == thought):
-            reasoning, content = thought, answer
+        reasoning, content = join_reasoning(reasoning, content)
     return Message(role, content, reasoning, calls, values.get("tool_call_id") or None, values.get("name") or None)
 
 
@@ -410,6 +434,8 @@ def _from_sharegpt(values: Mapping[str, Any], column: str) -> dict[str, Any]:
     if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
         raise DataError(f"column '{column}': from is {speaker!r}; expected {', '.join(_SHAREGPT_ROLES)}")
     others = {key: value for key, value in values.items() if key not in ("from", "value")}
+    if "content" in others:
+        raise DataError(f"column '{column}': a turn has 'value' and 'content' ({_shorten(values)}); keep one")
     if speaker != "function_call":
         return others | {"role": _SHAREGPT_ROLES[speaker], "content": text}
     try:
@@ -421,27 +447,54 @@ def _from_sharegpt(values: Mapping[str, Any], column: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _read_content(content: object, turn: object, column: str, *, may_be_empty: bool) -> str:
+def _split_thinking_parts(content: object, column: str, ignore: Collection[str]) -> tuple[object, str]:
+    """Return the content of a message without its parts of reasoning, and their text."""
+    if not isinstance(content, list | tuple):
+        return content, ""
+    is_thinking = [isinstance(part, Mapping) and part.get("type") in _THINKING_PARTS for part in content]
+    texts = []
+    for part, is_thought in zip(content, is_thinking, strict=True):
+        if not is_thought:
+            continue
+        _check_part(part, column, {"type", "text", *_THINKING_PARTS, "closed", "signature", *ignore})
+        # Mistral: a list of parts again.
+        text = part.get(part["type"], part.get("text"))
+        texts += [text] if isinstance(text, str) else [_read_part(inner, column, ignore) for inner in text or [text]]
+    return [part for part, is_thought in zip(content, is_thinking, strict=True) if not is_thought], "".join(texts)
+
+
+def _read_content(content: object, turn: object, column: str, ignore: Collection[str], *, may_be_empty: bool) -> str:
     if isinstance(content, str):
         return content
     if content is None and may_be_empty:
         return ""
     if isinstance(content, Sequence) and (content or may_be_empty):
-        return "".join(_read_part(part, column) for part in content)
+        return "".join(_read_part(part, column, ignore) for part in content)
     raise DataError(f"column '{column}': turn {_shorten(turn)}; expected {{'role': .., 'content': text}}")
 
 
-def _read_part(part: object, column: str) -> str:
+def _read_part(part: object, column: str, ignore: Collection[str]) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
     text = part.get("text") if isinstance(part, Mapping) else None
-    if kind in ("text", None, "input_text", "output_text") and isinstance(text, str):
+    if isinstance(part, Mapping) and kind in ("text", None, "input_text", "output_text") and isinstance(text, str):
+        _check_part(part, column, {"type", "text", *ignore})
         return text
+    hint = "; calls belong in `tool_calls`" if kind in ("tool_use", "tool_call") else ""
     raise DataError(
         f"column '{column}': a part of a message is {_shorten(kind or part)}; only text is supported, "
-        "not images, audio or files"
+        f"not images, audio or files{hint}"
     )
+
+
+def _check_part(part: Mapping[str, Any], column: str, keys: Collection[str]) -> None:
+    # A table has the keys of all parts, and lists of annotations are mostly empty.
+    if unknown := sorted(str(key) for key, value in part.items() if key not in keys and value not in (None, [], {})):
+        raise DataError(
+            f"column '{column}': unknown key '{unknown[0]}' of a part of a message ({_shorten(part)}); set "
+            f"`ignore_message_keys: [{', '.join(unknown)}]` (of `text:`, or of a source of prompts) to leave it out"
+        )
 
 
 def _parse_arguments(arguments: object) -> object:

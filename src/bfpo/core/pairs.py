@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
+from unicodedata import normalize
 
 from bfpo.core.conversation import (
     ASKING_ROLES,
@@ -21,6 +22,7 @@ from bfpo.core.conversation import (
     as_answer,
     as_messages,
     conversation_key,
+    in_nfc,
     user_says,
 )
 from bfpo.core.files import content_hash
@@ -223,8 +225,8 @@ class PreferencePair:
 
     @property
     def row_id(self) -> str:
-        """Hash of the texts, 16 hexadecimal digits; independent of labels and provenance."""
-        return content_hash(self.prompt, *self.answers, *self.inputs.hashed)
+        """Hash of the texts in NFC, 16 hexadecimal digits; independent of labels and provenance."""
+        return _hash_texts(self.prompt, *self.answers, inputs=self.inputs)
 
     @property
     def prompt_key(self) -> str:
@@ -312,8 +314,8 @@ class Demonstration:
 
     @property
     def row_id(self) -> str:
-        """Hash of the texts, 16 hexadecimal digits."""
-        return content_hash(self.prompt, self.completion, *self.inputs.hashed)
+        """Hash of the texts in NFC, 16 hexadecimal digits."""
+        return _hash_texts(self.prompt, self.completion, inputs=self.inputs)
 
     @property
     def prompt_key(self) -> str:
@@ -334,6 +336,11 @@ def check_asks(prompt: Conversation) -> None:
     if not prompt or prompt[-1].role not in ASKING_ROLES:
         last_role = prompt[-1].role if prompt else "nothing"
         raise DataError(f"prompt ends with {last_role}; expected it to end with a user turn or the result of a tool")
+
+
+def _hash_texts(*texts: Answer, inputs: TemplateInputs) -> str:
+    parts = (normalize("NFC", text) if isinstance(text, str) else in_nfc(text) for text in texts)
+    return content_hash(*parts, *inputs.hashed)
 
 
 def _texts(prompt: Conversation, *answers: Answer) -> Iterator[str]:

@@ -9,8 +9,16 @@ MARKERS = (
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
     ("◁think▷", "◁/think▷"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
-"""Marks of the beginning and the end of a thought, by family."""
+"""Marks of the beginning and the end of a thought, by family; read in any case."""
+
+_OPENING = re.compile(rf"\s*(?:{'|'.join(re.escape(opening) for opening, _ in MARKERS)})", re.IGNORECASE)
+# The end of a line or of a sentence.
+_ENDS = re.compile(r"(^|\n|[.!?\u2026\u3002\uff01\uff1f][\"'\u201d\u2019)\]*]*)[ \t]*$")
 
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -41,15 +49,44 @@ def split_reasoning(text: str, *, opened: bool = False) -> ReasoningSplit:
         text: Text that a model wrote.
         opened: Whether the prompt ends inside a thought.
     """
-    start = text.lstrip()
+    lower = text.lower()
+    if _OPENING.match(text):
+        opening, closing = next(
+            marks for marks in MARKERS if re.match(rf"\s*{re.escape(marks[0])}", text, re.IGNORECASE)
+        )
+        _, text = _cut(text, opening)
+        thought, answer = _cut(text, closing)
+        return ReasoningSplit(thought.strip(), answer.strip())
     for opening, closing in MARKERS:
-        if start.startswith(opening):
-            thought, end, answer = start.removeprefix(opening).partition(closing)
-            return ReasoningSplit(thought.strip(), answer.strip() if end else "")
-        if closing in text:
-            # The mark of an end alone on its line, and no mark of a beginning: otherwise an answer speaks of them.
-            thought, _, answer = text.partition(closing)
-            is_mark = opened or re.search(rf"(^|\n)[ \t]*{re.escape(closing)}|{re.escape(closing)}[ \t]*(\n|$)", text)
-            if is_mark and opening not in thought:
+        if closing.lower() in lower:
+            thought, answer = _cut(text, closing)
+            # The mark of an end alone on its line or after a sentence, and no mark of a beginning: otherwise an
+            # answer speaks of them.
+            is_mark = opened or _ENDS.search(thought) or re.match(r"[ \t]*(\n|$)", answer)
+            if is_mark and opening.lower() not in thought.lower():
                 return ReasoningSplit(thought.strip(), answer.strip())
     return ReasoningSplit(text.strip(), "") if opened else ReasoningSplit(None, text)
+
+
+def _cut(text: str, mark: str) -> tuple[str, str]:
+    """Return the text before and after a mark in any case; all of it and "" without one."""
+    before, *after = re.split(re.escape(mark), text, maxsplit=1, flags=re.IGNORECASE)
+    return before, "".join(after)
+
+
+def join_reasoning(reasoning: str | None, text: str) -> ReasoningSplit:
+    """Return reasoning that stands apart with the thoughts in front of a text, and the text after them.
+
+    A thought that is in both places is kept once, because some servers send it apart and in the text.
+
+    Args:
+        reasoning: Reasoning that stands apart; None if there is none.
+        text: Text that may begin with thoughts.
+    """
+    if reasoning is None:
+        reasoning, text = split_reasoning(text)
+    while _OPENING.match(text):
+        thought, text = split_reasoning(text)
+        if thought and thought != (reasoning or "").strip():
+            reasoning = f"{reasoning}\n\n{thought}" if reasoning else thought
+    return ReasoningSplit(reasoning, text)

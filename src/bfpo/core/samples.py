@@ -39,7 +39,7 @@ from bfpo.core.conversation import (
 )
 from bfpo.core.files import content_hash
 from bfpo.core.pairs import NO_INPUTS, TemplateInputs
-from bfpo.core.reasoning import MARKERS, split_reasoning
+from bfpo.core.reasoning import join_reasoning
 from bfpo.errors import DataError
 
 Kind = Literal["harmful", "benign", "lookalike"]
@@ -54,7 +54,6 @@ Key = tuple[str, int]
 """`prompt_id` and `sample`: the identity of a completion among those of one model."""
 
 
-_OPENINGS = tuple(opening for opening, _ in MARKERS)
 # Columns that most rows have no value in.
 _SPARSE = ("tools", "chat_template_kwargs", "language", "reasoning", "tool_calls", "group", "target_functions")
 # Columns of files that earlier versions wrote.
@@ -231,13 +230,7 @@ class Completion(FileRow):
     language: str | None = None
 
     def __post_init__(self) -> None:
-        reasoning, text = self.reasoning, self.text
-        if reasoning is None:
-            reasoning, text = split_reasoning(text)
-        while text.lstrip().startswith(_OPENINGS):
-            thought, text = split_reasoning(text)
-            if thought and thought != reasoning:
-                reasoning = f"{reasoning}\n\n{thought}" if reasoning else thought
+        reasoning, text = join_reasoning(self.reasoning, self.text)
         object.__setattr__(self, "reasoning", reasoning)
         object.__setattr__(self, "text", text)
 

@@ -5,8 +5,9 @@ whether they read texts or lists of parts, and in whether the prompt for generat
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -34,12 +35,12 @@ class RenderedAnswer(NamedTuple):
 
     Args:
         text: The whole text.
-        unscored: Characters from the first of the last turn's reasoning to that of its answer, which are read and not
-            scored; None if the whole turn is scored.
+        unscored: Characters from the first of a turn's reasoning to that of its answer, which are read and not
+            scored, for each turn with such reasoning.
     """
 
     text: str
-    unscored: tuple[int, int] | None = None
+    unscored: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,30 @@ class ChatFormat:
         """
         return self._apply(prompt, inputs, add_generation_prompt=True)
 
-    def render_answer(self, conversation: Conversation, inputs: TemplateInputs = NO_INPUTS) -> RenderedAnswer:
+    def without_dropped_reasoning(self, conversation: Conversation, imitated: Collection[int]) -> Conversation:
+        """Return a conversation without the reasoning of turns that are imitated, if reasoning is dropped.
+
+        Args:
+            conversation: The conversation.
+            imitated: Indices of the turns.
+        """
+        if self.reasoning_use != "drop":
+            return conversation
+        return tuple(
+            replace(turn, reasoning=None) if index in imitated else turn for index, turn in enumerate(conversation)
+        )
+
+    def render_answer(
+        self, conversation: Conversation, inputs: TemplateInputs = NO_INPUTS, imitated: Sequence[int] = ()
+    ) -> RenderedAnswer:
         """Return the text of a conversation that ends with an answer.
 
         Earlier turns are rendered as the template does: most leave out their reasoning.
+
+        Args:
+            conversation: The conversation.
+            inputs: Tools, and arguments of the template.
+            imitated: Indices of the turns that are imitated; the last one always is.
 
         Raises:
             TemplateError: If the template refuses the conversation.
@@ -187,9 +208,9 @@ class ChatFormat:
         *history, last = conversation
         if last.reasoning is not None:
             self.check_reasoning()
-        if self.reasoning_use == "drop":
-            last = Message(last.role, last.content, None, last.tool_calls, last.tool_call_id, last.name)
-        text = self._apply((*history, last), inputs)
+        conversation = self.without_dropped_reasoning(conversation, {*imitated, len(history)})
+        last = conversation[-1]
+        text = self._apply(conversation, inputs)
         if self.opened:
             prompt = self.render_prompt(tuple(history), inputs)
             before = prompt.removesuffix(self.opened)
@@ -198,12 +219,17 @@ class ChatFormat:
                 thought = f"{last.reasoning}\n" if last.reasoning else ""
                 line = "" if prompt.endswith("\n") else "\n"
                 text = f"{prompt}{line}{thought}{self._closing}\n\n{text[len(before) :].lstrip()}"
-        if self.reasoning_use != "context" or last.reasoning is None:
+        if self.reasoning_use != "context":
             return RenderedAnswer(text)
-        prompt = self.render_prompt(tuple(history), inputs)
-        pairs = zip(prompt, text, strict=False)
-        first = next((index for index, (ours, theirs) in enumerate(pairs) if ours != theirs), len(prompt))
-        return RenderedAnswer(text, (first, self._find_answer(text, last, first)))
+        turns = sorted({*imitated, len(history)})
+        starts = [_common_length(self.render_prompt(conversation[:turn], inputs), text) for turn in turns]
+        ranges = []
+        for turn, start, end in zip(turns, starts, [*starts[1:], len(text)], strict=True):
+            thought = (conversation[turn].reasoning or "").strip()
+            # Templates leave out the reasoning of some earlier turns.
+            if thought and thought in text[start:end]:
+                ranges.append((start, self._find_answer(text, conversation[turn], start)))
+        return RenderedAnswer(text, tuple(ranges))
 
     def find_omission(
         self, text: str, conversation: Conversation, first_answer: int, inputs: TemplateInputs
@@ -233,6 +259,21 @@ class ChatFormat:
         if last is not None and self.reasoning_use != "drop" and not _contains(rendered, last):
             return "the chat template leaves out the reasoning of an answer"
         return None
+
+    def find_unread(self, text: str, conversation: Conversation, inputs: TemplateInputs) -> Iterator[str]:
+        """Yield what a template didn't read, without a change of the meaning: arguments, and names of speakers.
+
+        Args:
+            text: Text of the conversation.
+            conversation: The conversation.
+            inputs: Tools, and arguments of the template.
+        """
+        template = self.template or str(self.tokenizer.chat_template)
+        for name in inputs.kwargs.value if inputs.kwargs else ():
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                yield f"the chat template doesn't read its argument '{name}'"
+        if any(message.name and message.role != "tool" and message.name not in text for message in conversation):
+            yield "the chat template leaves out the name of a speaker"
 
     @property
     def _closing(self) -> str:
@@ -295,6 +336,12 @@ def _row(
 
 def _with_parts(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"content": [{"type": "text", "text": row["content"]}]}
+
+
+def _common_length(first: str, second: str) -> int:
+    """Return the length of the common beginning of two texts."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(first), len(second)))
 
 
 def _squeeze(text: str) -> str:

@@ -1,6 +1,8 @@
 """Generic row formats: our pair file, TRL's and ShareGPT's preference formats, and demonstrations."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import zip_longest
 from typing import Literal
 
@@ -13,6 +15,7 @@ from bfpo.core.conversation import (
     as_tools,
     user_says,
 )
+from bfpo.core.files import parse_json
 from bfpo.core.pairs import (
     COLUMNS,
     SIGNALS,
@@ -34,6 +37,20 @@ _ALIASES = {
     "conversations": "prompt",  # ShareGPT
 }
 _PAIR_COLUMNS = (*COLUMNS, "system")
+_LABELS = ("is_chosen_safe", "is_rejected_safe")
+_REASONING_LABELS = ("is_chosen_reasoning_safe", "is_rejected_reasoning_safe")
+# Columns that are meant for the model in published sets, whatever is in them.
+_CONTENT_COLUMNS = frozenset(
+    (
+        *("input", "context", "system", "system_message", "sys", "developer", "history", "documents", "functions"),
+        *("image", "images", "audio", "video", "reasoning", "reasoning_content", "thinking", "tool_calls"),
+        *("chosen_reasoning", "rejected_reasoning", "chosen_thinking", "rejected_thinking"),
+    )
+)
+# Letters of scripts that have no spaces between words: Thai to Lao, Myanmar, Khmer, kana, Han.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_MAX_NAME = 6
+_NO_CONTENT: tuple[object, ...] = (None, "", [], {})
 _DEMONSTRATION_COLUMNS = ("prompt", "completion", "messages", "system", "tools", "chat_template_kwargs")
 
 Turns = Literal["last", "all", "each"]
@@ -163,8 +180,8 @@ def _read_row(row: SourceRow, turns: Turns) -> list[PreferencePair]:
         pairs = _read_each_turn(row)
     else:
         prompt, chosen, rejected = read_comparison(row, turns)
-        labels = _read_labels(row, "is_chosen_safe", "is_rejected_safe")
-        pairs = [_make_pair(row, with_system(row, prompt), chosen, rejected, labels)]
+        labels, reasoning = _read_labels(row, *_LABELS), _read_labels(row, *_REASONING_LABELS)
+        pairs = [_make_pair(row, with_system(row, prompt), chosen, rejected, labels, reasoning)]
     # Last: a row of another format lacks a column, and that message says how it is read.
     refuse_unread_columns(row, _PAIR_COLUMNS)
     return pairs
@@ -185,17 +202,23 @@ def _read_each_turn(row: SourceRow) -> list[PreferencePair]:
         history = (*history, turn)
     pairs = []
     for index, (before, turn, other) in enumerate(compared):
-        labels = _read_labels(row, "is_chosen_safe", "is_rejected_safe", index, len(compared))
+        labels = _read_labels(row, *_LABELS, index, len(compared))
+        reasoning = _read_labels(row, *_REASONING_LABELS, index, len(compared))
         # Where both conversations have the same answer, there is nothing to compare.
         if turn != other:
-            pairs.append(_make_pair(row, before, (turn,), (other,), labels))
+            pairs.append(_make_pair(row, before, (turn,), (other,), labels, reasoning))
     if not pairs:
         raise SkipRow("no turn has two different answers", fault=False)
     return pairs
 
 
 def _make_pair(
-    row: SourceRow, prompt: Conversation, chosen: Answer, rejected: Answer, labels: SafetyLabels | None
+    row: SourceRow,
+    prompt: Conversation,
+    chosen: Answer,
+    rejected: Answer,
+    labels: SafetyLabels | None,
+    reasoning_labels: SafetyLabels | None,
 ) -> PreferencePair:
     stream = row.values.get("stream") or None
     if stream not in (None, "main", "buffer"):
@@ -213,7 +236,7 @@ def _make_pair(
         harm_categories=(harms,) if isinstance(harms, str) else tuple(map(str, harms)),
         provenance=Provenance(str(row.values.get("dataset_name") or ""), label_source, stream),
         inputs=read_inputs(row),
-        reasoning_labels=_read_labels(row, "is_chosen_reasoning_safe", "is_rejected_reasoning_safe"),
+        reasoning_labels=reasoning_labels,
     )
 
 
@@ -232,6 +255,10 @@ def _read_labels(
     labels = []
     for column in (chosen, rejected):
         values = row.value(column)
+        if isinstance(values, str):
+            # JSON text of a list, as in a CSV file.
+            with suppress(ValueError):
+                values = parse_json(values)
         if not isinstance(values, list | tuple) or len(values) != count:
             raise DataError(
                 f"column '{column}' is {values!r}; with `turns: each`, expected a list with the label of each of the "
@@ -280,9 +307,15 @@ def without_aliases(row: SourceRow) -> SourceRow:
 def find_unread_columns(row: SourceRow, columns: Iterable[str]) -> list[str]:
     """Return other columns that could have been meant for the model: texts of several words, lists and objects.
 
-    Numbers, names and ids describe a row; without them its meaning is the same.
+    Numbers, names and ids describe a row; without them its meaning is the same. A column such as `input` is meant for
+    the model in any case.
     """
-    return [str(name) for name, value in row.values.items() if name not in columns and _is_content(value)]
+    others = ((str(name), value) for name, value in row.values.items() if name not in columns)
+    return [
+        name
+        for name, value in others
+        if _is_content(value) or (name.lower() in _CONTENT_COLUMNS and value not in _NO_CONTENT)
+    ]
 
 
 def refuse_unread_columns(row: SourceRow, columns: Iterable[str], *, can_rename: bool = True) -> None:
@@ -305,7 +338,7 @@ def refuse_unread_columns(row: SourceRow, columns: Iterable[str], *, can_rename:
 
 def _is_content(value: object) -> bool:
     if isinstance(value, str):
-        return len(value.split()) > 1
+        return len(value.split()) > 1 or len(_UNSPACED.findall(value)) > _MAX_NAME
     return isinstance(value, Mapping | list | tuple) and len(value) > 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bfpo.config.recipes import DataRecipe, Source
-from bfpo.core.conversation import Answer, Conversation, answer_turns, last_request, prompt_key
+from bfpo.core.conversation import Answer, Conversation, answer_turns, in_nfc, last_request, prompt_key
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.pairs import CELLS, PreferencePair, StreamName, TemplateInputs
 from bfpo.data.load import Reason, SourceReport, load_pairs
@@ -210,29 +210,36 @@ def clean(
 
 # What two answers must share to be compared.
 _Question = tuple[Conversation, TemplateInputs]
+# Prompt with its inputs, and both answers, in NFC.
+_Compared = tuple[_Question, Conversation, Conversation]
 
 
 class _Contradictions:
     """Answers that are labeled both safe and unsafe, and pairs that occur in both orders."""
 
     def __init__(self, pairs: Iterable[PreferencePair]) -> None:
-        self._labels: dict[tuple[_Question, Answer], set[bool]] = defaultdict(set)
-        self._orders: set[tuple[_Question, Answer, Answer]] = set()
+        self._labels: dict[tuple[_Question, Conversation], set[bool]] = defaultdict(set)
+        self._orders: set[_Compared] = set()
         for pair in pairs:
-            question = (pair.prompt, pair.inputs)
-            self._orders.add((question, pair.chosen, pair.rejected))
+            question, chosen, rejected = _compared(pair)
+            self._orders.add((question, chosen, rejected))
             if pair.labels is not None:
-                self._labels[question, pair.chosen].add(pair.labels.chosen)
-                self._labels[question, pair.rejected].add(pair.labels.rejected)
+                self._labels[question, chosen].add(pair.labels.chosen)
+                self._labels[question, rejected].add(pair.labels.rejected)
 
     def find(self, pair: PreferencePair) -> str | None:
         """Return how a pair contradicts another one; None if it doesn't."""
-        question = (pair.prompt, pair.inputs)
-        if any(len(self._labels.get((question, answer), ())) > 1 for answer in pair.answers):
+        question, chosen, rejected = _compared(pair)
+        if any(len(self._labels.get((question, answer), ())) > 1 for answer in (chosen, rejected)):
             return "an answer is labeled both safe and unsafe"
-        if (question, pair.rejected, pair.chosen) in self._orders:
+        if (question, rejected, chosen) in self._orders:
             return "the pair occurs in both orders"
         return None
+
+
+def _compared(pair: PreferencePair) -> _Compared:
+    chosen, rejected = (in_nfc(answer_turns(answer)) for answer in pair.answers)
+    return (in_nfc(pair.prompt), pair.inputs), chosen, rejected
 
 
 def _fault_of(pair: PreferencePair) -> str | None:
@@ -252,7 +259,7 @@ def is_empty_answer(answer: Answer) -> bool:
 
 
 def _stripped(answer: Answer) -> Conversation:
-    return tuple(replace(turn, content=turn.content.strip()) for turn in answer_turns(answer))
+    return tuple(replace(turn, content=turn.content.strip()) for turn in in_nfc(answer_turns(answer)))
 
 
 def _handle_leaks(parts: list[Part], evals: list[Part], recipe: DataRecipe) -> None:

@@ -21,7 +21,7 @@ READS: tuple[Reads, ...] = get_args(Reads)
 
 NO_REASONING = "the completion has no reasoning"
 
-_OPENINGS = re.compile(rf"\A(\s*({'|'.join(re.escape(opening) for opening, _ in MARKERS)}))+\s*")
+_OPENINGS = re.compile(rf"\A(\s*({'|'.join(re.escape(opening) for opening, _ in MARKERS)}))+\s*", re.IGNORECASE)
 
 
 def read_by(judge: Any) -> Reads:

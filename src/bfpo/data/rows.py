@@ -8,8 +8,8 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
@@ -207,7 +207,7 @@ def _open(file: Path) -> IO[str]:
     return cast(IO[str], opener(file, "rt", encoding="utf-8-sig", newline=""))
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _lines(file: Path) -> Generator[str, None, None]:
     try:
         with _open(file) as text:
             # Otherwise a small compressed file could contain a line that fills the memory.
@@ -224,18 +224,21 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(_lines(file), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = parse_json(line)
-        except json.JSONDecodeError as error:
-            is_incomplete = not line.endswith("\n")
-            hint = "; the last line is incomplete: remove it, or write the file again" if is_incomplete else ""
-            raise DataError(f"{file} row {number}: not JSON ({error.msg} at column {error.colno}){hint}") from None
-        except ValueError as error:
-            raise DataError(f"{file} row {number}: not JSON ({error})") from None
-        yield number, values
+    with closing(_lines(file)) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = parse_json(line)
+            except json.JSONDecodeError as error:
+                is_incomplete = not line.endswith("\n")
+                hint = "; the last line is incomplete: remove it, or write the file again" if is_incomplete else ""
+                raise DataError(
+                    f"{file} row {number}: not JSON ({error.msg} at column {error.colno}){hint}"
+                ) from None
+            except ValueError as error:
+                raise DataError(f"{file} row {number}: not JSON ({error})") from None
+            yield number, values
 
 
 def _json_rows(file: Path, field: str | None) -> Iterator[tuple[int, Any]]:
@@ -275,20 +278,21 @@ def refuse_lone_surrogates(row: SourceRow) -> None:
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**30)
-    reader = csv.DictReader(_lines(file), strict=True, delimiter="\t" if _format_of(file) == "tsv" else ",")
-    try:
-        names = reader.fieldnames or ()
-        if duplicates := [name for name, count in Counter(names).items() if count > 1]:
-            raise DataError(f"{file}: duplicate column '{duplicates[0]}' in the header; rename one")
-        for number, values in enumerate(reader, start=1):
-            if None in values or None in values.values():
-                raise DataError(
-                    f"{file} row {number}: expected as many fields as the header has ({', '.join(names)})"
-                )
-            yield number, values
-    except csv.Error as error:
-        # The reader counts the lines of complete rows: the broken row starts on the next one.
-        raise DataError(f"{file} line {reader.line_num + 1}: not CSV ({error})") from None
+    with closing(_lines(file)) as lines:
+        reader = csv.DictReader(lines, strict=True, delimiter="\t" if _format_of(file) == "tsv" else ",")
+        try:
+            names = reader.fieldnames or ()
+            if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+                raise DataError(f"{file}: duplicate column '{duplicates[0]}' in the header; rename one")
+            for number, values in enumerate(reader, start=1):
+                if None in values or None in values.values():
+                    raise DataError(
+                        f"{file} row {number}: expected as many fields as the header has ({', '.join(names)})"
+                    )
+                yield number, values
+        except csv.Error as error:
+            # The reader counts the lines of complete rows: the broken row starts on the next one.
+            raise DataError(f"{file} line {reader.line_num + 1}: not CSV ({error})") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
@@ -298,9 +302,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         with ParquetFile(file) as table:
             rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
-            names = _class_names((table.schema_arrow.metadata or {}).get(b"huggingface"))
+            features = _parquet_features((table.schema_arrow.metadata or {}).get(b"huggingface"))
             for number, values in enumerate(rows, start=1):
-                yield number, _with_class_names(values, names, f"{file} row {number}")
+                yield number, _with_class_names(values, features, f"{file} row {number}")
     except DataError:
         raise
     # ValueError for values that Python has no object for, such as texts that aren't UTF-8.
@@ -308,35 +312,46 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{file}: not a parquet file, or damaged ({error})") from None
 
 
-def _class_names(metadata: bytes | None) -> dict[str, list[str]]:
-    """Return the names of the classes of each ClassLabel column, from what `datasets` writes into a parquet file."""
+def _parquet_features(metadata: bytes | None) -> dict[str, Any]:
+    """Return the features of each column, from what `datasets` writes into a parquet file."""
     try:
         features = parse_json(metadata or b"{}").get("info", {}).get("features", {})
-        return {
-            column: list(map(str, feature["names"]))
-            for column, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and "names" in feature
-        }
+        return {str(column): feature for column, feature in features.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"the metadata of `datasets` in a parquet file can't be read ({error})") from None
 
 
-def _with_class_names(values: Mapping[str, Any], names: Mapping[str, list[str]], where: str) -> Mapping[str, Any]:
+def _with_class_names(values: Mapping[str, Any], features: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Return a row of a table with the names of classes instead of their numbers, and without padded objects."""
-    named = {column: without_padding(value) for column, value in values.items()}
-    for column in names.keys() & values.keys():
-        number = values[column]
-        if not isinstance(number, int):
-            continue
-        # `datasets` writes -1 for a missing label.
-        if not -1 <= number < len(names[column]):
-            raise DataError(f"{where}: column '{column}' is {number}; its classes are {', '.join(names[column])}")
-        named[column] = None if number == -1 else names[column][number]
+    named = {}
+    for column, value in values.items():
+        try:
+            named[column] = _name_classes(without_padding(value), features.get(column))
+        except DataError as error:
+            raise DataError(f"{where}: column '{column}' {error}") from None
     return named
 
 
+def _name_classes(value: Any, feature: Any) -> Any:
+    """Return a value with the names of classes, also in lists and objects, by its feature as JSON."""
+    if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel" and "names" in feature:
+        names = list(map(str, feature["names"]))
+        if not isinstance(value, int):
+            return value
+        # `datasets` writes -1 for a missing label.
+        if not -1 <= value < len(names):
+            raise DataError(f"is {value}; its classes are {', '.join(names)}")
+        return None if value == -1 else names[value]
+    if isinstance(value, list):
+        inner = feature.get("feature") if isinstance(feature, Mapping) else feature[0] if feature else None
+        return [_name_classes(element, inner) for element in value] if inner else value
+    if isinstance(value, Mapping) and isinstance(feature, Mapping):
+        return {key: _name_classes(content, feature.get(key)) for key, content in value.items()}
+    return value
+
+
 def _hub_rows(path: str, source: Source) -> Iterator[SourceRow]:
-    from datasets import ClassLabel, load_dataset
+    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     split = source.split or "train"
@@ -345,11 +360,11 @@ def _hub_rows(path: str, source: Source) -> Iterator[SourceRow]:
     except (OSError, ValueError, DatasetsError) as error:  # not found, offline, no such split, damaged
         first_line = str(error).partition("\n")[0]
         raise DataError(f"hub data set '{path}' (split {split}): {first_line}") from None
-    features = getattr(dataset, "features", None) or {}
-    names = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+    features = getattr(dataset, "features", None)
+    features = features.to_dict() if features else {}
     for number, values in enumerate(dataset, start=1):
         where = f"{path}[{split}] row {number}"
-        yield SourceRow(_with_class_names(values, names, where), where)
+        yield SourceRow(_with_class_names(values, features, where), where)
 
 
 def without_padding(value: Any) -> Any:

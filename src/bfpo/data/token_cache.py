@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # For fewer texts, tokenizing takes about as long as reading the cache.
 MIN_CACHED = 1000
 # To increase when newer code encodes the same texts with the same tokenizer differently.
-VERSION = 1
+VERSION = 2
 # Directives of strftime that depend on the time of day.
 _TIMES = ("%H", "%I", "%M", "%S", "%p", "%X", "%c", "%f", "%s", "%T", "%R")
 

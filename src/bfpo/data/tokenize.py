@@ -51,13 +51,13 @@ class _Rendered(NamedTuple):
     Args:
         prompts: Prompt for generation before each turn that is imitated.
         text: The whole conversation.
-        unscored: Characters of reasoning that is read and not scored.
+        unscored: Ranges of characters of reasoning that is read and not scored.
         notes: Remarks.
     """
 
     prompts: tuple[str, ...]
     text: str
-    unscored: tuple[int, int] | None
+    unscored: tuple[tuple[int, int], ...]
     notes: tuple[str, ...] = ()
 
 
@@ -170,16 +170,15 @@ class Encoder:
 
     def _mark_unscored(self, ids: list[int], answer: _Rendered) -> list[int]:
         """Mark the tokens of reasoning that is read and not scored."""
-        if answer.unscored is None:
+        if not answer.unscored:
             return ids
         if not self.tokenizer.is_fast:
             raise ModelError(
                 f"{self.tokenizer.name_or_path} is a slow tokenizer; `text.thinking: context` needs a fast one"
             )
-        first, last = answer.unscored
         offsets = self.tokenizer(answer.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return [
-            ~token if first <= start and end <= last else token
+            ~token if any(first <= start and end <= last for first, last in answer.unscored) else token
             for token, (start, end) in zip(ids, offsets, strict=True)
         ]
 
@@ -189,18 +188,24 @@ class Encoder:
             return EOS_INSIDE
         rendered = []
         try:
-            first = self._render_prompt(record.prompt, record)
+            first = None
             for answer in record.answers:
                 conversation = (*record.prompt, *answer_turns(answer))
-                text, unscored = self.format.render_answer(conversation, record.inputs)
+                imitated = _imitated_turns(record, conversation)
+                text, unscored = self.format.render_answer(conversation, record.inputs, imitated)
                 omission = self.format.find_omission(text, conversation, len(record.prompt), record.inputs)
                 if omission is not None:
                     return omission
+                read = self.format.without_dropped_reasoning(conversation, imitated)
+                if first is None:
+                    first = self._render_prompt(read[: len(record.prompt)], record)
                 prompts = (
-                    first if turn == len(record.prompt) else self._render_prompt(conversation[:turn], record)
-                    for turn in _imitated_turns(record, conversation)
+                    first if turn == len(record.prompt) else self._render_prompt(read[:turn], record)
+                    for turn in imitated
                 )
-                rendered.append(_Rendered(tuple(prompts), text, unscored, self._reasoning_notes(text, conversation)))
+                unread = self.format.find_unread(text, conversation, record.inputs)
+                notes = (*self._reasoning_notes(text, conversation, imitated), *unread)
+                rendered.append(_Rendered(tuple(prompts), text, unscored, notes))
         except TemplateSyntaxError as error:
             raise ModelError(f"chat template: line {error.lineno}: {error.message}") from None
         except BfpoError:
@@ -209,10 +214,11 @@ class Encoder:
             return f"the chat template refuses the conversation ({error})"
         return rendered
 
-    def _reasoning_notes(self, text: str, conversation: Conversation) -> tuple[str, ...]:
-        *earlier, last = conversation
-        notes = [] if last.reasoning is None else [_REASONING[self.format.reasoning_use]]
-        if any(message.reasoning is not None and message.reasoning not in text for message in earlier):
+    def _reasoning_notes(self, text: str, conversation: Conversation, imitated: Sequence[int]) -> tuple[str, ...]:
+        has_reasoning = any(conversation[turn].reasoning is not None for turn in imitated)
+        notes = [_REASONING[self.format.reasoning_use]] if has_reasoning else []
+        read = self.format.without_dropped_reasoning(conversation[:-1], imitated)
+        if any(message.reasoning is not None and message.reasoning not in text for message in read):
             notes.append(_EARLIER_REASONING)
         return tuple(notes)
 
@@ -230,7 +236,7 @@ class Encoder:
         return {self.tokenizer.eos_token_id, next((token for token in after if token in special), None)}
 
     def _split(self, prompt: list[int], conversations: list[list[int]]) -> Encoding:
-        prompt_length = min(_common_prefix(prompt, conversation) for conversation in conversations)
+        prompt_length = min(_common_prefix(prompt, _unmarked(conversation)) for conversation in conversations)
         if prompt_length == 0:
             return Encoding(None, "the chat template renders prompt and conversation differently from the start")
         notes = [NOT_A_PREFIX] if prompt_length < len(prompt) else []
@@ -253,7 +259,7 @@ class Encoder:
         """
         is_chat = len(conversations) == 1
         starts = [
-            [self._start_of_turn(prompt, conversation) for prompt in before]
+            [self._start_of_turn(prompt, _unmarked(conversation)) for prompt in before]
             for before, conversation in zip(prompts, conversations, strict=True)
         ]
         first = min(turns[0] for turns in starts)
@@ -441,6 +447,10 @@ def _content(record: PreferencePair | Demonstration) -> tuple[object, ...]:
 
 def _marked(token: int) -> int:
     return token if token < 0 else ~token
+
+
+def _unmarked(marked: list[int]) -> list[int]:
+    return [token if token >= 0 else ~token for token in marked]
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

@@ -80,6 +80,7 @@ class TransformersEngine:
         self.model_name, self._identity = name, identity
         self._max_batch_tokens = max_batch_tokens
         self._can_edit_cache: bool | None = None
+        self._notes: set[str] = set()
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
         self._end_ids: list[int] = sorted(int(token) for token in ids if token is not None)
@@ -177,6 +178,10 @@ class TransformersEngine:
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         text = render_prompt(self._chat_format, prompt.prompt, prompt.inputs)
+        for unread in self._chat_format.find_unread(text, prompt.prompt, prompt.inputs):
+            if unread not in self._notes:
+                self._notes.add(unread)
+                say(f"note: {unread}")
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 

@@ -19,7 +19,8 @@ from bfpo.errors import DataError
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)
 _MISTRAL = "[TOOL_CALLS]"
 _MISTRAL_NAMED = re.compile(r"\s*([\w.-]+)(?:\[CALL_ID\][\w-]+)?\[ARGS\]")
-_PYTHON_TAG = "<|python_tag|>"
+# Around the call, where a server doesn't remove special tokens.
+_LLAMA_MARKS = re.compile(r"\A\s*<\|python_tag\|>|<\|(?:eom_id|eot_id)\|>\s*\Z")
 # gpt-oss: each message of a turn has a channel, and perhaps the function that it goes to.
 _CHANNEL = re.compile(
     r"(?:<\|start\|>assistant)?(?: to=(?P<to_first>[\w.]+))?<\|channel\|>(?P<channel>\w+)(?: to=(?P<to>[\w.]+))?[^<]*"
@@ -96,9 +97,10 @@ def _split_calls(text: str) -> tuple[list[ToolCall], str]:
         if calls and all(calls):
             return [call for call in calls if call], before.strip()
     else:
-        value = _parse(text.replace(_PYTHON_TAG, "").strip())
-        # Llama 3 names the arguments `parameters`.
-        if isinstance(value, dict) and {"name", "parameters"} == value.keys() and (call := _read_call(value)):
+        value = _parse(_LLAMA_MARKS.sub("", text).strip())
+        # Llama 3 names the arguments `parameters`, and some prompts ask for a type.
+        keys = value.keys() - {"type"} if isinstance(value, dict) and value.get("type") in (None, "function") else ()
+        if keys == {"name", "parameters"} and (call := _read_call(value)):
             return [call], ""
     return [], text
 

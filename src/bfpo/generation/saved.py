@@ -176,6 +176,8 @@ def _read_answer(row: SourceRow) -> _SavedAnswer:
     chat_column = next((name for name in _CHAT_COLUMNS if values.get(name)), None)
     chat = row.messages(chat_column) if chat_column else ()
     answer_column = _find_answer_column(row)
+    if answer_column is None and chat and chat[-1].role == "tool":
+        raise DataError(f"column '{chat_column}' ends with the result of a tool; expected it to end with the answer")
     if answer_column is None and chat and chat[-1].role == "assistant":
         prompt, message = chat[:-1], chat[-1]
     else:
