@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from bfpo.config.recipes import Source
-from bfpo.core.conversation import as_messages
 from bfpo.core.files import file_hash, write_json
+from bfpo.core.read_messages import as_messages
 from bfpo.core.samples import Completion, Verdict, prompt_id
 from bfpo.data.rows import local_files, read_rows
 from bfpo.judging.evaluate import compute_agreement

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bfpo.core.conversation import as_messages
 from bfpo.core.files import write_jsonl
+from bfpo.core.read_messages import as_messages
 from bfpo.core.samples import Completion, Prompt, Verdict
 
 

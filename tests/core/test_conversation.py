@@ -6,22 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bfpo.core.conversation import (
-    FrozenJson,
-    Message,
-    ToolCall,
-    answer_text,
-    as_answer,
-    as_messages,
-    as_template_kwargs,
-    conversation_key,
-    last_request,
-    user_says,
-)
+from bfpo.core.conversation import Message, answer_text, as_answer, conversation_key, last_request, user_says
 from bfpo.core.files import content_hash
 from bfpo.core.pairs import PreferencePair, SafetyLabels, TemplateInputs
+from bfpo.core.read_messages import as_messages
 from bfpo.core.reasoning import split_reasoning
 from bfpo.core.samples import Completion, Prompt
+from bfpo.core.tools import FrozenJson, ToolCall, as_template_kwargs
 from bfpo.data.pair_formats import read_pair
 from bfpo.data.rows import SourceRow
 from bfpo.errors import DataError

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from bfpo.config.recipes import Source
-from bfpo.core.conversation import FrozenJson, ToolCall, user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.pairs import SafetyLabels
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.data.load import load_pairs
 from bfpo.data.readings import read_part

@@ -5,9 +5,10 @@ from dataclasses import fields, replace
 
 import pytest
 
-from bfpo.core.conversation import FrozenJson, Message, user_says
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict, prompt_id
+from bfpo.core.tools import FrozenJson
 from bfpo.data.stages import (
     find_unjudged,
     generate_completions,

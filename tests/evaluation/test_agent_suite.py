@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from bfpo.core.conversation import FrozenJson, ToolCall
 from bfpo.core.samples import Prompt, Sampling, Verdict
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.data.prompts import PromptSource, read_prompt_source
 from bfpo.data.stages import read_prompt_file
 from bfpo.errors import DataError, RecipeError

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bfpo.core.conversation import FrozenJson, ToolCall, user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.evaluation.baseline import Baseline
 from bfpo.evaluation.pipeline import evaluate
 from bfpo.evaluation.results import read_results

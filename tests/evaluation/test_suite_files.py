@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from bfpo.config.loading import check_recipe
-from bfpo.core.conversation import as_messages
+from bfpo.core.read_messages import as_messages
 from bfpo.data.stages import read_completions, read_prompt_file
 from bfpo.errors import DataError
 from bfpo.evaluation.pipeline import run_eval

@@ -9,9 +9,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bfpo.core.conversation import FrozenJson, Message, ToolCall, user_says
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.errors import DataError, Unanswered
 from bfpo.generation.attack_outcomes import attack_outcomes, describe_attack, safe_until
 from bfpo.generation.attacks import SCRIPTS, Attacker, AttackSection, Script, read_message

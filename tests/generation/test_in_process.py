@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from bfpo.commands.app import app
 from bfpo.core import terminal
-from bfpo.core.conversation import Message, as_template_kwargs, as_tools, user_says
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.files import content_hash, read_repaired_jsonl, write_jsonl
 from bfpo.core.samples import Prompt, Sampling
+from bfpo.core.tools import as_template_kwargs, as_tools
 from bfpo.data import stages
 from bfpo.data.stages import generate_completions, generate_most, read_completions
 from bfpo.errors import DataError, ModelError, Unanswered

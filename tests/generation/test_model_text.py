@@ -2,7 +2,8 @@
 
 import pytest
 
-from bfpo.core.conversation import FrozenJson, Message, ToolCall
+from bfpo.core.conversation import Message
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.generation.model_text import parse_model_text
 
 CALL = ToolCall("weather", FrozenJson.freeze({"city": "Oslo"}))

@@ -14,8 +14,9 @@ import pytest
 from typer.testing import CliRunner
 
 from bfpo.commands.app import app
-from bfpo.core.conversation import FrozenJson, Message, ToolCall, user_says
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.samples import Prompt, Sampling
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.data.stages import generate_completions, read_completions
 from bfpo.data.unread_answers import describe_missing_answers
 from bfpo.errors import ModelError, Unanswered

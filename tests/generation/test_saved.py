@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from bfpo.core.conversation import FrozenJson, ToolCall, as_messages, prompt_key, user_says
+from bfpo.core.conversation import prompt_key, user_says
 from bfpo.core.files import write_jsonl
+from bfpo.core.read_messages import as_messages
 from bfpo.core.samples import Completion, Prompt
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.errors import DataError, Unanswered
 from bfpo.generation.saved import SavedEngine

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from bfpo.config.loading import check_recipe, dump_recipe
-from bfpo.core.conversation import FrozenJson, ToolCall, user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion, Verdict
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.data.readings import NO_REASONING, answer_completion, read_part
 from bfpo.data.stages import judge_completions
 from bfpo.data.verdict_files import judge_file

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bfpo.core.conversation import FrozenJson, ToolCall, user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
 from bfpo.core.refusals import MEASURED_LANGUAGES, REVISION
 from bfpo.core.samples import Completion, Prompt
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.data.readings import judge_readings
 from bfpo.errors import RecipeError
 from bfpo.judging.evaluate import evaluate_judges

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from bfpo.core.conversation import FrozenJson, Message, ToolCall
+from bfpo.core.conversation import Message
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.judging.guards import GuardJudge
 from bfpo.judging.rubric import RubricJudge, render

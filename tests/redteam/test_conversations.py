@@ -8,8 +8,9 @@ from typing import ClassVar
 import pytest
 
 from bfpo.config.recipes import Source
-from bfpo.core.conversation import FrozenJson, Message, ToolCall, user_says
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.samples import Completion, Prompt, Verdict
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.data.load import load_pairs
 from bfpo.errors import RecipeError
 from bfpo.generation.attacks import SCRIPTS

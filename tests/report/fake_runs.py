@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from bfpo.core.conversation import as_messages
 from bfpo.core.files import write_json, write_jsonl, write_text
+from bfpo.core.read_messages import as_messages
 from bfpo.core.samples import Completion, Prompt, Verdict
 from bfpo.evaluation.differences import compare_scores
 from bfpo.evaluation.metric_specs import JudgedCompletion

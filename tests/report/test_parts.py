@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bfpo.core.conversation import FrozenJson, Message, ToolCall
+from bfpo.core.conversation import Message
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.evaluation.pipeline import evaluate
 from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.generation.scripted import ScriptedEngine

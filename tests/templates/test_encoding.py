@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from bfpo.config.recipes import Source, TextSection
-from bfpo.core.conversation import FrozenJson, Message, ToolCall, user_says
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.pairs import PreferencePair, SafetyLabels, TemplateInputs
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.data.chat_format import ChatFormat
 from bfpo.data.load import SourceReport
 from bfpo.data.table import token_ids

@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import ProbeSection, TrainRecipe
-from bfpo.core.conversation import FrozenJson, user_says
+from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
 from bfpo.core.pairs import PreferencePair, SafetyLabels, TemplateInputs
+from bfpo.core.tools import FrozenJson
 from bfpo.generation.in_process import likeliest_answers
 from bfpo.training.probe import Probe, show_probe
 from bfpo.training.run import run_training

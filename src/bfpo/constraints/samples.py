@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfpo.config.recipes import Source
-from bfpo.core.conversation import as_messages
 from bfpo.core.files import file_hash, parse_json
+from bfpo.core.read_messages import as_messages
 from bfpo.core.samples import Completion, Key, Prompt, Verdict, prompt_id
 from bfpo.data.readings import part_in_name
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates

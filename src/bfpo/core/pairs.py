@@ -17,15 +17,15 @@ from bfpo.core.conversation import (
     ASKING_ROLES,
     Answer,
     Conversation,
-    FrozenJson,
     answer_turns,
     as_answer,
-    as_messages,
     conversation_key,
     in_nfc,
     user_says,
 )
 from bfpo.core.files import content_hash
+from bfpo.core.read_messages import as_messages
+from bfpo.core.tools import FrozenJson
 from bfpo.errors import DataError
 
 Cell = Literal["ss", "su", "us", "uu"]

@@ -26,20 +26,12 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from bfpo.core.conversation import (
-    ASKING_ROLES,
-    Conversation,
-    FrozenJson,
-    Message,
-    ToolCall,
-    as_messages,
-    as_template_kwargs,
-    as_tool_calls,
-    as_tools,
-)
+from bfpo.core.conversation import ASKING_ROLES, Conversation, Message
 from bfpo.core.files import content_hash
 from bfpo.core.pairs import NO_INPUTS, TemplateInputs
+from bfpo.core.read_messages import as_messages
 from bfpo.core.reasoning import join_reasoning
+from bfpo.core.tools import FrozenJson, ToolCall, as_template_kwargs, as_tool_calls, as_tools
 from bfpo.errors import DataError
 
 Kind = Literal["harmful", "benign", "lookalike"]

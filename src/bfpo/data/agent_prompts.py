@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from bfpo.core.conversation import FrozenJson, as_tools
 from bfpo.core.files import parse_json
+from bfpo.core.tools import FrozenJson, as_tools
 from bfpo.data.prompt_sets import PromptSet
 from bfpo.data.rows import SourceRow
 from bfpo.errors import DataError

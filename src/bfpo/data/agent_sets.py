@@ -18,10 +18,11 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from bfpo.config.recipes import Source
-from bfpo.core.conversation import Conversation, Message, ToolCall, as_tools
+from bfpo.core.conversation import Conversation, Message
 from bfpo.core.files import parse_json
 from bfpo.core.pairs import Demonstration, PreferencePair, Provenance, SafetyLabels, TemplateInputs, check_asks
 from bfpo.core.samples import Kind
+from bfpo.core.tools import ToolCall, as_tools
 from bfpo.data.pair_formats import SkipRow, split_trajectories
 from bfpo.data.rows import SourceRow
 from bfpo.errors import DataError

@@ -7,14 +7,7 @@ from itertools import zip_longest
 from typing import Literal
 
 from bfpo.config.recipes import Source
-from bfpo.core.conversation import (
-    Answer,
-    Conversation,
-    Message,
-    as_template_kwargs,
-    as_tools,
-    user_says,
-)
+from bfpo.core.conversation import Answer, Conversation, Message, user_says
 from bfpo.core.files import parse_json
 from bfpo.core.pairs import (
     COLUMNS,
@@ -26,6 +19,7 @@ from bfpo.core.pairs import (
     SafetyLabels,
     TemplateInputs,
 )
+from bfpo.core.tools import as_template_kwargs, as_tools
 from bfpo.data.rows import SourceRow
 from bfpo.errors import DataError
 

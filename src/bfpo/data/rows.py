@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from bfpo.config.recipes import Source
-from bfpo.core.conversation import Conversation, as_messages, conversation_text
+from bfpo.core.conversation import Conversation, conversation_text
 from bfpo.core.files import parse_json
 from bfpo.core.pairs import parse_label
+from bfpo.core.read_messages import as_messages
 from bfpo.errors import DataError
 
 _SUFFIXES = ("json", "jsonl", "csv", "tsv", "parquet")

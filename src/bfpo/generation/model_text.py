@@ -10,10 +10,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
-from bfpo.core.conversation import Message, ToolCall
+from bfpo.core.conversation import Message
 from bfpo.core.files import parse_json
 from bfpo.core.reasoning import split_reasoning
 from bfpo.core.samples import Completion
+from bfpo.core.tools import ToolCall
 from bfpo.errors import DataError
 
 _HERMES = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)", re.DOTALL)

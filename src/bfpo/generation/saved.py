@@ -8,19 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.config.recipes import Source
-from bfpo.core.conversation import (
-    Conversation,
-    FrozenJson,
-    Message,
-    as_messages,
-    as_tool_calls,
-    conversation_key,
-)
+from bfpo.core.conversation import Conversation, Message, conversation_key
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import TemplateInputs
+from bfpo.core.read_messages import as_messages
 from bfpo.core.reasoning import REASONING_KEYS
 from bfpo.core.samples import Completion, Prompt
 from bfpo.core.terminal import say
+from bfpo.core.tools import FrozenJson, as_tool_calls
 from bfpo.data.pair_formats import find_unread_columns, read_inputs
 from bfpo.data.prompt_sets import PROMPT_ALIASES
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates

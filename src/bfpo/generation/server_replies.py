@@ -9,10 +9,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from bfpo.core.conversation import FrozenJson, ToolCall
 from bfpo.core.files import replace_lone_surrogates
 from bfpo.core.reasoning import REASONING_KEYS
 from bfpo.core.samples import FinishReason
+from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.errors import DataError
 
 _FILTERED = frozenset(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bfpo.config.recipes import Source
-from bfpo.core.conversation import as_messages, conversation_key
+from bfpo.core.conversation import conversation_key
+from bfpo.core.read_messages import as_messages
 from bfpo.core.samples import KINDS, Completion, Kind, Prompt, prompt_id
 from bfpo.data.agent_sets import read_agent_answer
 from bfpo.data.readings import answer_completion

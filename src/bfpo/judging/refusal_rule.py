@@ -11,11 +11,11 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bfpo.core.conversation import CALL_OPENING
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.languages import answer_language, detector
 from bfpo.core.refusals import MEASURED_LANGUAGES, REVISION, is_refusal
 from bfpo.core.samples import Completion, Kind, Prompt, Verdict, prompt_id
+from bfpo.core.tools import CALL_OPENING
 from bfpo.data.stages import read_prompt_file
 from bfpo.errors import RecipeError
 
