@@ -99,7 +99,7 @@ def test_the_mode_of_the_model_stays(policy, tokenizer):
     assert asked.finish(policy).changed == 0
 
 
-def test_a_run_reports_the_probe_and_trains_as_without_it(tmp_path, main_pairs):
+def test_a_run_reports_the_probe_and_trains_as_without_it(tmp_path, main_pairs, capsys):
     rows = [replace(pair, provenance=replace(pair.provenance, stream=None)).to_row() for pair in main_pairs]
     write_jsonl(tmp_path / "pairs.jsonl", rows)
     weights = []
@@ -122,5 +122,6 @@ def test_a_run_reports_the_probe_and_trains_as_without_it(tmp_path, main_pairs):
         assert ("probe" in run) is (name == "with")
         weights.append(load_file(tmp_path / name / "model.safetensors"))
     assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
+    assert "decoded in whole batches" not in capsys.readouterr().out
     written = json.loads((tmp_path / "with/run.json").read_text())["probe"]
     assert written["harmful"]["prompts"] + written["benign"]["prompts"] > 0

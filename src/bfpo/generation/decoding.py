@@ -103,7 +103,8 @@ class Decoder:
         report: Callable[[int], None] = lambda count: None,
     ) -> None:
         base = unwrap_adapter(model)
-        forward = set(signature(base.forward).parameters)
+        # Training extends a model's forward.
+        forward = set(signature(getattr(base.forward, "extends", base.forward)).parameters)
         config = base.get_decoder().config
         attention = getattr(config, "_attn_implementation", None)
         if missing := {"position_ids", "past_key_values", "attention_mask"} - forward:

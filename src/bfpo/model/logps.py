@@ -105,6 +105,8 @@ def add_layout_forward(model: CausalLM) -> None:
         return original_forward(*args, **kwargs) if layout is None else completion_logps(self, layout)
 
     forward.takes_layout = True  # type: ignore[attr-defined]
+    # Where the arguments of the model itself are looked up.
+    forward.extends = original_forward  # type: ignore[attr-defined]
     model.forward = MethodType(forward, model)
 
 
