@@ -118,12 +118,18 @@ def answer_text(answer: Answer) -> str:
     return answer_turns(answer)[-1].in_words()
 
 
-def in_nfc(messages: Conversation) -> Conversation:
-    """Return a conversation with its texts in the canonical composition of Unicode, for comparisons and hashes."""
-    return tuple(
-        message if all(is_normalized("NFC", text) for text in message.texts()) else _compose(message)
-        for message in messages
-    )
+def in_nfc(answer: Answer) -> Answer:
+    """Return a text or a conversation in the canonical composition of Unicode, for comparisons and hashes."""
+    if isinstance(answer, str):
+        return answer if answer.isascii() else normalize("NFC", answer)
+    if all(map(_is_composed, answer)):
+        return answer
+    return tuple(message if _is_composed(message) else _compose(message) for message in answer)
+
+
+def _is_composed(message: Message) -> bool:
+    texts = (message.content,) if message.is_plain else message.texts()
+    return all(text.isascii() or is_normalized("NFC", text) for text in texts)
 
 
 def _compose(message: Message) -> Message:

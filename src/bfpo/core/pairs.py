@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
-from unicodedata import normalize
 
 from bfpo.core.conversation import (
     ASKING_ROLES,
@@ -339,8 +338,7 @@ def check_asks(prompt: Conversation) -> None:
 
 
 def _hash_texts(*texts: Answer, inputs: TemplateInputs) -> str:
-    parts = (normalize("NFC", text) if isinstance(text, str) else in_nfc(text) for text in texts)
-    return content_hash(*parts, *inputs.hashed)
+    return content_hash(*map(in_nfc, texts), *inputs.hashed)
 
 
 def _texts(prompt: Conversation, *answers: Answer) -> Iterator[str]:

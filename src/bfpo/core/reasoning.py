@@ -17,6 +17,8 @@ MARKERS = (
 """Marks of the beginning and the end of a thought, by family; read in any case."""
 
 _OPENING = re.compile(rf"\s*(?:{'|'.join(re.escape(opening) for opening, _ in MARKERS)})", re.IGNORECASE)
+# Every mark begins with one of these: a text without them has no thought, which is cheap to see.
+_FIRST_CHARACTERS = tuple({mark[0] for marks in MARKERS for mark in marks})
 # The end of a line or of a sentence.
 _ENDS = re.compile(r"(^|\n|[.!?\u2026\u3002\uff01\uff1f][\"'\u201d\u2019)\]*]*)[ \t]*$")
 
@@ -49,6 +51,8 @@ def split_reasoning(text: str, *, opened: bool = False) -> ReasoningSplit:
         text: Text that a model wrote.
         opened: Whether the prompt ends inside a thought.
     """
+    if not any(character in text for character in _FIRST_CHARACTERS):
+        return ReasoningSplit(text.strip(), "") if opened else ReasoningSplit(None, text)
     lower = text.lower()
     if _OPENING.match(text):
         opening, closing = next(

@@ -187,7 +187,8 @@ class ChatFormat:
         if self.reasoning_use != "drop":
             return conversation
         return tuple(
-            replace(turn, reasoning=None) if index in imitated else turn for index, turn in enumerate(conversation)
+            replace(turn, reasoning=None) if turn.reasoning is not None and index in imitated else turn
+            for index, turn in enumerate(conversation)
         )
 
     def render_answer(
@@ -244,19 +245,19 @@ class ChatFormat:
             first_answer: Index of the first turn of the answer; the number of turns without an answer.
             inputs: Tools, whose names must be in the text.
         """
-        rendered = _squeeze(text)
+        rendered = _RenderedText(text)
         for tool in inputs.tools.value if inputs.tools else ():
             name = tool.get("function", tool).get("name")
-            if isinstance(name, str) and not _contains(rendered, name):
+            if isinstance(name, str) and name not in rendered:
                 return "the chat template leaves out the tools"
         for index, message in enumerate(conversation):
-            if not _contains(rendered, message.content):
+            if message.content not in rendered:
                 kind = "the text of an answer" if index >= first_answer else f"a {message.role} turn"
                 return f"the chat template leaves out {kind}"
-            if not all(_contains(rendered, part) for call in message.tool_calls for part in _leaves(call.to_row())):
+            if not all(part in rendered for call in message.tool_calls for part in _leaves(call.to_row())):
                 return "the chat template leaves out a tool call"
         last = conversation[-1].reasoning if first_answer < len(conversation) else None
-        if last is not None and self.reasoning_use != "drop" and not _contains(rendered, last):
+        if last is not None and self.reasoning_use != "drop" and last not in rendered:
             return "the chat template leaves out the reasoning of an answer"
         return None
 
@@ -344,14 +345,25 @@ def _common_length(first: str, second: str) -> int:
     return next((index for index, (ours, theirs) in pairs if ours != theirs), min(len(first), len(second)))
 
 
+@dataclass(frozen=True)
+class _RenderedText:
+    """Text that a template wrote. It contains other texts as they are or inside JSON; white space doesn't count."""
+
+    text: str
+
+    def __contains__(self, text: str) -> bool:
+        # Most texts are found as they are; removing white space takes much longer.
+        if text.strip() in self.text:
+            return True
+        return any(_squeeze(form) in self._squeezed for form in (text, json.dumps(text, ensure_ascii=False)[1:-1]))
+
+    @cached_property
+    def _squeezed(self) -> str:
+        return _squeeze(self.text)
+
+
 def _squeeze(text: str) -> str:
     return "".join(text.split())
-
-
-def _contains(rendered: str, text: str) -> bool:
-    """Return whether a text is in a rendered one, as it is or inside JSON; white space doesn't count."""
-    squeezed = _squeeze(text)
-    return squeezed in rendered or _squeeze(json.dumps(text, ensure_ascii=False)[1:-1]) in rendered
 
 
 def _leaves(value: object) -> Iterator[str]:

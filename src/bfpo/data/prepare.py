@@ -209,16 +209,16 @@ def clean(
 
 
 # What two answers must share to be compared.
-_Question = tuple[Conversation, TemplateInputs]
+_Question = tuple[Answer, TemplateInputs]
 # Prompt with its inputs, and both answers, in NFC.
-_Compared = tuple[_Question, Conversation, Conversation]
+_Compared = tuple[_Question, Answer, Answer]
 
 
 class _Contradictions:
     """Answers that are labeled both safe and unsafe, and pairs that occur in both orders."""
 
     def __init__(self, pairs: Iterable[PreferencePair]) -> None:
-        self._labels: dict[tuple[_Question, Conversation], set[bool]] = defaultdict(set)
+        self._labels: dict[tuple[_Question, Answer], set[bool]] = defaultdict(set)
         self._orders: set[_Compared] = set()
         for pair in pairs:
             question, chosen, rejected = _compared(pair)
@@ -238,7 +238,7 @@ class _Contradictions:
 
 
 def _compared(pair: PreferencePair) -> _Compared:
-    chosen, rejected = (in_nfc(answer_turns(answer)) for answer in pair.answers)
+    chosen, rejected = map(in_nfc, pair.answers)
     return (in_nfc(pair.prompt), pair.inputs), chosen, rejected
 
 
@@ -259,7 +259,7 @@ def is_empty_answer(answer: Answer) -> bool:
 
 
 def _stripped(answer: Answer) -> Conversation:
-    return tuple(replace(turn, content=turn.content.strip()) for turn in in_nfc(answer_turns(answer)))
+    return tuple(replace(turn, content=turn.content.strip()) for turn in answer_turns(in_nfc(answer)))
 
 
 def _handle_leaks(parts: list[Part], evals: list[Part], recipe: DataRecipe) -> None:

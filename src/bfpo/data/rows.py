@@ -130,7 +130,8 @@ def read_rows(source: Source, ignored_keys: Collection[str] = ()) -> Iterator[So
     for path in paths:
         files = _local_files(path)
         for row in _hub_rows(path, source) if files is None else _file_rows(files, source.field):
-            yield replace(_select_columns(row, source), ignored_keys=ignored_keys)
+            selected = _select_columns(row, source)
+            yield replace(selected, ignored_keys=ignored_keys) if ignored_keys else selected
 
 
 def read_prompts(path: str) -> Iterator[str]:

@@ -450,6 +450,8 @@ def _marked(token: int) -> int:
 
 
 def _unmarked(marked: list[int]) -> list[int]:
+    if min(marked, default=0) >= 0:  # the usual case, for which this is much faster
+        return marked
     return [token if token >= 0 else ~token for token in marked]
 
 

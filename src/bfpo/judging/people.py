@@ -1,9 +1,8 @@
 """Human labels as a judge, for answers that annotators have labeled."""
 
 from collections.abc import Iterator, Sequence
-from unicodedata import normalize
 
-from bfpo.core.conversation import last_request, prompt_key
+from bfpo.core.conversation import in_nfc, last_request, prompt_key
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.prompt_sets import PROMPT_ALIASES
@@ -25,7 +24,7 @@ class PeopleJudge:
     def __init__(self, path: str) -> None:
         answers = read_labeled(path)
         self._labels = {
-            (_last_turn_key(answer.completion), _as_compared(read_part(answer.completion).text)): (
+            (_last_turn_key(answer.completion), in_nfc(read_part(answer.completion).text)): (
                 answer.safe,
                 answer.refusal,
             )
@@ -39,16 +38,11 @@ class PeopleJudge:
     def judge(self, completions: Sequence[Completion]) -> Iterator[Verdict]:
         """Return one verdict for each completion, undecided for an answer without a label."""
         for completion in completions:
-            key, text = _last_turn_key(completion), _as_compared(completion.text)
+            key, text = _last_turn_key(completion), in_nfc(completion.text)
             unlabeled = self._labels.get((PROMPT_ALIASES.get(key, ""), text), (None, None))
             safe, refusal = self._labels.get((key, text), unlabeled)
             reason = "no annotator labeled this answer as safe or unsafe" if safe is None else None
             yield Verdict.on(completion, self, safe=safe, refusal=refusal, reason=reason)
-
-
-def _as_compared(text: str) -> str:
-    """Return a text by which answers are found: how its accents are encoded doesn't matter."""
-    return normalize("NFC", text)
 
 
 def _last_turn_key(completion: Completion) -> str:

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
-from unicodedata import normalize
 
-from bfpo.core.conversation import Message
+from bfpo.core.conversation import Answer, Message, in_nfc
 from bfpo.core.pairs import CELLS, Cell, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.core.samples import Completion, Verdict
 
@@ -54,7 +53,7 @@ def make_pairs(
         dataset_name: Provenance of the pairs.
     """
     left_out: Counter[str] = Counter()
-    by_prompt: dict[str, dict[Message, ScoredSample]] = {}
+    by_prompt: dict[str, dict[Answer, ScoredSample]] = {}
     for sample in samples:
         prompt_id, answer = sample.completion.prompt_id, _as_compared(sample.completion.message)
         if reason := _why_left_out(sample, answer in by_prompt.get(prompt_id, {})):
@@ -100,12 +99,11 @@ def _why_left_out(sample: ScoredSample, is_duplicate: bool) -> str | None:
     return "answer twice" if is_duplicate else None
 
 
-def _as_compared(answer: Message) -> Message:
+def _as_compared(answer: Message) -> Answer:
     """Return an answer by which duplicates are found: how its accents are encoded doesn't matter."""
-    reasoning = None if answer.reasoning is None else normalize("NFC", answer.reasoning)
     # The identifiers of calls differ in every answer.
     calls = tuple(replace(call, id=None) for call in answer.tool_calls)
-    return replace(answer, content=normalize("NFC", answer.content), reasoning=reasoning, tool_calls=calls)
+    return in_nfc((replace(answer, tool_calls=calls),))
 
 
 def _widest_pairs(samples: Sequence[ScoredSample]) -> dict[Cell, tuple[ScoredSample, ScoredSample]]:

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unicodedata import normalize
 
 from bfpo.config.loading import check_recipe, dump_recipe, holds_recipe
 from bfpo.config.recipes import TrainRecipe
-from bfpo.core.conversation import Conversation, Message, last_user_index
+from bfpo.core.conversation import Message, in_nfc, last_user_index
 from bfpo.core.files import content_hash, write_json, write_jsonl, write_text
-from bfpo.core.pairs import PreferencePair, TemplateInputs
+from bfpo.core.pairs import PreferencePair
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.prepare import cell_counts
@@ -157,7 +156,9 @@ def _spent(meter: Meter) -> dict[str, float]:
 def _read_prompts(recipe: RedteamRecipe) -> tuple[list[Prompt], list[dict[str, Any]]]:
     """Return the prompts of all sources without duplicates, and the metadata of the sources."""
     sources = [read_prompt_source(source) for source in recipe.prompts]
-    prompts = list({_as_compared(prompt): prompt for source, _ in sources for prompt in source}.values())
+    prompts = list(
+        {(in_nfc(prompt.prompt), prompt.inputs): prompt for source, _ in sources for prompt in source}.values()
+    )
     num_harmful = sum(prompt.kind == "harmful" for prompt in prompts)
     num_attacked = num_harmful if recipe.attack is not None else 0
     benign = (len(prompts) - num_harmful) / (len(prompts) + num_attacked)
@@ -167,12 +168,6 @@ def _read_prompts(recipe: RedteamRecipe) -> tuple[list[Prompt], list[dict[str, A
             f"ones (or_bench, xstest, a file), or lower min_benign, which is {recipe.min_benign}"
         )
     return prompts, [metadata for _, metadata in sources]
-
-
-def _as_compared(prompt: Prompt) -> tuple[Conversation, TemplateInputs]:
-    """Return a prompt by which duplicates are found: how its accents are encoded doesn't matter."""
-    turns = (replace(message, content=normalize("NFC", message.content)) for message in prompt.prompt)
-    return tuple(turns), prompt.inputs
 
 
 def _prompts_without_a_safe_answer(
