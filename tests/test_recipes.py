@@ -12,7 +12,7 @@ from bfpo.config.loading import check_recipe, read_recipe
 from bfpo.config.losses import BFPOSection
 from bfpo.config.recipes import SftRecipe, TextSection, TrainRecipe
 from bfpo.core.files import write_jsonl
-from bfpo.data.tokenize import chat_template
+from bfpo.data.template import chat_template
 from bfpo.losses.build import make_loss
 from bfpo.training.arguments import training_arguments
 from bfpo.training.estimate import estimate

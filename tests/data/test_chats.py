@@ -9,9 +9,10 @@ import torch
 from bfpo.config.recipes import Source, TextSection
 from bfpo.core.conversation import Message
 from bfpo.core.pairs import Demonstration
+from bfpo.data.decode import decoded_sample
 from bfpo.data.load import SourceReport
 from bfpo.data.table import Example, token_ids, token_table
-from bfpo.data.tokenize import Encoder, decoded_sample
+from bfpo.data.tokenize import Encoder
 from bfpo.model.layout import packed_layout, padded_layout
 from bfpo.model.logps import add_layout_forward
 

@@ -7,9 +7,10 @@ import pytest
 from bfpo.config.recipes import Source, TextSection
 from bfpo.core.conversation import Message
 from bfpo.core.pairs import Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels
+from bfpo.data.decode import decoded_sample
 from bfpo.data.load import SourceReport
 from bfpo.data.table import pair_table, token_table
-from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
+from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import ModelError
 from bfpo.model.new import CHAT_TEMPLATE, TURN_END, TURN_START, new_tokenizer
 

@@ -119,7 +119,8 @@ def _is_recipe(source: str) -> bool:
 
 def _show_tokens(pairs: list[PreferencePair], tokenizer: str, text: TextSection, num_shown: int) -> None:
     from bfpo.config.recipes import ModelSection
-    from bfpo.data.tokenize import Encoder, check_special_tokens, shown_tokens
+    from bfpo.data.decode import shown_tokens
+    from bfpo.data.tokenize import Encoder, check_special_tokens
     from bfpo.model.load import load_tokenizer
 
     loaded = load_tokenizer(ModelSection(path=tokenizer))

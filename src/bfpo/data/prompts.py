@@ -10,10 +10,11 @@ from pydantic import Field
 
 from bfpo.config.recipes import Count, Section, Source
 from bfpo.core.conversation import Conversation, Message, conversation_key
+from bfpo.core.file_rows import RENAMED_COLUMNS
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import COLUMNS, NO_INPUTS, TemplateInputs, check_asks
 from bfpo.core.read_messages import as_messages
-from bfpo.core.samples import RENAMED_COLUMNS, Completion, Kind, Prompt
+from bfpo.core.samples import Completion, Kind, Prompt
 from bfpo.data.agent_prompts import read_agent_columns
 from bfpo.data.pair_formats import read_inputs, refuse_unread_columns, with_system, without_aliases
 from bfpo.data.prompt_sets import PromptSet, find_prompt_set

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from bfpo.config.recipes import Source
+from bfpo.core.file_rows import FileRow
 from bfpo.core.files import append_jsonl, read_repaired_jsonl, write_jsonl
 from bfpo.core.read_messages import as_messages
-from bfpo.core.samples import Completion, Engine, FileRow, Judge, Prompt, Verdict, prompt_id
+from bfpo.core.samples import Completion, Engine, Judge, Prompt, Verdict, prompt_id
 from bfpo.core.samples import Key as CompletionKey
 from bfpo.core.terminal import progress, say, show_table
 from bfpo.data.prompts import check_prompt_columns, read_prompt_content

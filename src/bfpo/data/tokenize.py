@@ -7,13 +7,13 @@ long are truncated or dropped, and counted by source and cell.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import datetime, tzinfo
+from datetime import datetime
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from jinja2.exceptions import TemplateSyntaxError
@@ -24,7 +24,8 @@ from bfpo.core.pairs import NO_INPUTS, Demonstration, PreferencePair
 from bfpo.core.template_errors import TEMPLATE_ERRORS
 from bfpo.data.chat_format import ChatFormat
 from bfpo.data.load import NOT_A_PREFIX, Reason, SourceReport
-from bfpo.data.table import Example, Ids, token_ids
+from bfpo.data.table import Example
+from bfpo.data.template import chat_template, fixed_clock
 from bfpo.data.token_cache import MIN_CACHED, Encoding, cache_file, read_encodings, write_encodings
 from bfpo.errors import BfpoError, ModelError
 
@@ -143,7 +144,7 @@ class Encoder:
         return encodings
 
     def _encode_chunk(self, records: Sequence[PreferencePair | Demonstration]) -> Iterator[Encoding]:
-        with nullcontext() if self.clock is None else _template_clock(self.clock):
+        with nullcontext() if self.clock is None else fixed_clock(self.clock):
             rendered: list[list[_Rendered] | str] = [self._render(record) for record in records]
         texts: list[str] = []
         for answers in rendered:
@@ -345,44 +346,6 @@ class Encoder:
         return Encoding(Example(prompt_ids, tuple(completion_ids)), notes=tuple(notes))
 
 
-@contextmanager
-def _template_clock(clock: datetime) -> Iterator[None]:
-    """Let `strftime_now` in chat templates see a fixed time.
-
-    `datetime` in that module of transformers is a semi-private name; tests check that the clock is used. It can't be
-    passed to the template, because transformers turns all values into text.
-    """
-    from transformers.utils import chat_template_utils as module
-
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: tzinfo | None = None) -> Self:
-            return cls.fromisoformat(clock.isoformat())
-
-    name = "datetime"
-    original = getattr(module, name)
-    setattr(module, name, Clock)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)
-
-
-def chat_template(text: TextSection) -> str | None:
-    """Return the chat template of a recipe, which may be in a file; None for the tokenizer's template.
-
-    Raises:
-        ModelError: If the file can't be read.
-    """
-    template = text.chat_template
-    if template is None or "{" in template:
-        return template
-    try:
-        return Path(template).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ModelError(f"text.chat_template: {template}: {error.strerror}; expected a template or a file") from None
-
-
 def check_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> None:
     """Check that prompts don't begin with two beginning-of-sequence tokens, the most common mistake.
 
@@ -393,33 +356,6 @@ def check_special_tokens(examples: Sequence[Example], tokenizer: "PreTrainedToke
     for example in examples[:3]:
         if bos is not None and list(example.prompt_ids[:2]) == [bos, bos]:
             raise ModelError("prompts begin with two beginning-of-sequence tokens; remove one from the chat template")
-
-
-def decoded_sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
-    """Return the text of an example with special tokens, as the model sees it."""
-    names: tuple[Literal["chosen", "rejected", "completion"], ...]
-    names = ("chosen", "rejected") if len(example.completions) == 2 else ("completion",)
-    texts: dict[str, Any] = {"prompt": tokenizer.decode(example.prompt_ids)}
-    texts |= {name: _decode_completion(ids, tokenizer) for name, ids in zip(names, example.completions, strict=True)}
-    return {name: str(text) for name, text in texts.items()}
-
-
-def shown_tokens(example: Example, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
-    """Return the tokens of each completion of an example, separated by bars, with unscored ones in brackets."""
-    names = ("chosen", "rejected") if len(example.completions) == 2 else ("completion",)
-    shown = {}
-    for name, marked in zip(names, example.completions, strict=True):
-        tokens = [repr(str(tokenizer.decode([token])))[1:-1] for token in token_ids(marked).tolist()]
-        pieces = [f"[{token}]" if mark < 0 else token for token, mark in zip(tokens, marked.tolist(), strict=True)]
-        shown[name] = f"{(marked >= 0).sum()} of {len(marked)} scored: {'|'.join(pieces)}"
-    return shown
-
-
-def _decode_completion(marked: Ids, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return a completion as text, with unscored tokens in brackets."""
-    turns = np.split(marked, np.flatnonzero(np.diff(marked < 0)) + 1)
-    texts = ((str(tokenizer.decode(token_ids(ids))), ids[0] < 0) for ids in turns)
-    return "".join(f"[not scored: {text}]" if unscored else text for text, unscored in texts)
 
 
 def _without_unscored_end(marked: list[int]) -> list[int]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from bfpo.core.file_rows import FileRow, FiniteFloat
 from bfpo.core.files import content_hash
-from bfpo.core.samples import Completion, FileRow, FiniteFloat, PairJudge, Preference, Verdict
+from bfpo.core.samples import Completion, PairJudge, Preference, Verdict
 from bfpo.data.readings import read_part
 from bfpo.data.stages import fill
 from bfpo.errors import DataError

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from pydantic import StrictBool, StrictInt
 
 from bfpo.core.conversation import Conversation
+from bfpo.core.file_rows import FileRow
 from bfpo.core.files import write_jsonl
-from bfpo.core.samples import FileRow, Judge, Key, Verdict
+from bfpo.core.samples import Judge, Key, Verdict
 from bfpo.data.stages import judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.generation.dialogues import AttackRun, AttackTurn, by_conversation

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal, NamedTuple
 from pydantic import StrictBool, StrictInt
 
 from bfpo.config.recipes import Source
-from bfpo.core.samples import Completion, FileRow
+from bfpo.core.file_rows import FileRow
+from bfpo.core.samples import Completion
 from bfpo.data.rows import read_rows
 from bfpo.errors import DataError
 from bfpo.stats.agreement import Kappa, kappa_interval

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from bfpo.core.file_rows import FiniteFloat
 from bfpo.core.files import parse_json, write_json
-from bfpo.core.samples import FiniteFloat
 from bfpo.errors import DataError, RecipeError
 from bfpo.losses.combiners import tail_cost
 from bfpo.losses.constrained import DualState

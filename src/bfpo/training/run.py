@@ -13,12 +13,13 @@ from bfpo.config.recipes import ModelSection, TrainRecipe
 from bfpo.core.files import write_json
 from bfpo.core.pairs import CELLS, PreferencePair
 from bfpo.core.terminal import progress, say, show_table, timed
+from bfpo.data.decode import decoded_sample
 from bfpo.data.inspect import show_cells, show_samples, show_sources
 from bfpo.data.load import Reason
 from bfpo.data.prepare import PreparedData, prepare, require_labels
 from bfpo.data.score_labels import score_margins
 from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
-from bfpo.data.tokenize import Encoder, check_special_tokens, decoded_sample
+from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import DataError, RecipeError
 from bfpo.losses.dual import Dual
 from bfpo.losses.pairwise import BFPO, PairLoss

@@ -15,11 +15,13 @@ from bfpo.config.recipes import ModelSection, SftRecipe, TrainRecipe
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.terminal import progress, say, timed
+from bfpo.data.decode import decoded_sample
 from bfpo.data.demonstrations import DemonstrationPart, prepare_demonstrations
 from bfpo.data.inspect import show_samples, show_sources
 from bfpo.data.rows import local_files
 from bfpo.data.table import Example, TokenTable, sampled_rows, token_table
-from bfpo.data.tokenize import Encoder, chat_template, check_special_tokens, decoded_sample
+from bfpo.data.template import chat_template
+from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import RecipeError
 from bfpo.model.gguf import gguf_metadata
 from bfpo.model.lora import CausalLM, lora_config

@@ -13,7 +13,7 @@ from bfpo.core.terminal import timed
 from bfpo.data.chat_format import ChatFormat
 from bfpo.data.demonstrations import load_demonstrations
 from bfpo.data.table import TokenTable
-from bfpo.data.tokenize import chat_template
+from bfpo.data.template import chat_template
 from bfpo.model.load import load_config, load_model, load_tokenizer
 from bfpo.model.lora import CausalLM, is_adapter
 from bfpo.model.new import new_model, new_tokenizer
