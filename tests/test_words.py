@@ -25,7 +25,7 @@ BRITISH = re.compile(
 # Columns and keys of earlier versions that are still read.
 FORMER = {
     "src/bfpo/config/loading.py": {"licence", "labelled"},
-    "src/bfpo/core/samples.py": {"licence"},
+    "src/bfpo/core/file_rows.py": {"licence"},
     "src/bfpo/evaluation/results.py": {"licence", "labelled"},
     "src/bfpo/report/card.py": {"licence"},
     "docs/recipes.md": {"licence", "labelled"},

@@ -126,6 +126,25 @@ class Completion(FileRow):
     chat_template_kwargs: TemplateKwargs = None
     language: str | None = None
 
+    @classmethod
+    def on(cls, prompt: Prompt, sample: int, **fields: Any) -> "Completion":
+        """Return a completion of a prompt, with the prompt's own columns.
+
+        Args:
+            prompt: Prompt that is answered.
+            sample: Number of the completion of this prompt.
+            fields: Other fields of the completion.
+        """
+        return cls(
+            prompt.prompt_id,
+            sample,
+            prompt.prompt,
+            tools=prompt.tools,
+            chat_template_kwargs=prompt.chat_template_kwargs,
+            language=prompt.language,
+            **fields,
+        )
+
     def __post_init__(self) -> None:
         reasoning, text = join_reasoning(self.reasoning, self.text)
         object.__setattr__(self, "reasoning", reasoning)

@@ -198,10 +198,9 @@ class TransformersEngine:
         )
         is_plain = message.reasoning is None and not message.tool_calls and not has_channels(raw_text)
         text = str(self.tokenizer.decode(text_ids, skip_special_tokens=True)) if is_plain else message.content
-        return Completion(
-            prompt_id=prompt.prompt_id,
-            sample=sample,
-            prompt=prompt.prompt,
+        return Completion.on(
+            prompt,
+            sample,
             text=text,
             finish_reason="length" if end is None else "stop",
             prompt_tokens=prompt_tokens,
@@ -211,9 +210,6 @@ class TransformersEngine:
             settings_hash=self.settings_hash,
             reasoning=message.reasoning,
             tool_calls=message.tool_calls,
-            tools=prompt.tools,
-            chat_template_kwargs=prompt.chat_template_kwargs,
-            language=prompt.language,
         )
 
     @cached_property

@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -25,14 +25,14 @@ from typing import Any
 
 import httpx2 as httpx
 
-from bfpo.core.conversation import Message
 from bfpo.core.files import content_hash
-from bfpo.core.samples import Completion, Key, Prompt, Sampling, sample_seed
+from bfpo.core.samples import Completion, Key, Prompt, Sampling
 from bfpo.core.terminal import say
 from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.identical_samples import IdenticalSamples
 from bfpo.generation.model_text import read_parts_in_text
 from bfpo.generation.server_replies import MalformedReply, Reply, ServerError, read_error, read_reply
+from bfpo.generation.server_requests import OPTIONAL_KEYS, make_body
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 # A longer response isn't a completion.
@@ -46,14 +46,6 @@ _MAX_EQUAL_REFUSALS = 5
 _MAX_PAUSE = 300.0
 # Shortest pause that is announced, in seconds.
 _ANNOUNCED_PAUSE = 5.0
-# Parameters and keys of messages that a request can do without, and what that means.
-_OPTIONAL = {
-    "max_tokens": "sending `max_completion_tokens`",
-    "seed": "asking without it, so completions can't be repeated",
-    "chat_template_kwargs": "asking without it, so its own template decides",
-    "reasoning_content": "leaving the key out of earlier turns",
-    "reasoning": "leaving the key out of earlier turns",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,21 +298,8 @@ class ServerEngine:
 
     def _send(self, connection: _Connection, prompt: Prompt, sample: int) -> Reply:
         """Send a request, and return the server's answer."""
-        sampling, without = self.sampling, frozenset(self._state.refused_parameters)
-        body: dict[str, Any] = {
-            "model": self.options.model,
-            "messages": [_message_to_row(message, without) for message in prompt.prompt],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_completion_tokens" if "max_tokens" in without else "max_tokens": sampling.max_new_tokens,
-        }
-        if "seed" not in without:
-            # 31 bits: servers store it in a signed int.
-            body["seed"] = sample_seed(sampling.seed, prompt.prompt_id, sample) % 2**31
-        if prompt.tools is not None:
-            body["tools"] = prompt.tools.value
-        if prompt.chat_template_kwargs is not None and "chat_template_kwargs" not in without:
-            body["chat_template_kwargs"] = prompt.chat_template_kwargs.value
+        without = frozenset(self._state.refused_parameters)
+        body = make_body(self.options.model, prompt, sample, self.sampling, without)
         post = asyncio.run_coroutine_threadsafe(self._post(connection.client, body), connection.loop)
         try:
             response, content = post.result()
@@ -365,7 +344,7 @@ class ServerEngine:
         if status in _RETRIED or status >= 500:
             raise _Retry(f"HTTP {status}", _retry_after(response.headers.get("retry-after")), error.message)
         sent = body.keys() | {key for message in body["messages"] for key in message}
-        for name in _OPTIONAL:
+        for name in OPTIONAL_KEYS:
             if name in sent and error.refuses(name, sent):
                 self._omit(name)
                 raise _RefusedParameter
@@ -377,7 +356,7 @@ class ServerEngine:
             is_new = parameter not in self._state.refused_parameters
             self._state.refused_parameters.add(parameter)
         if is_new:
-            say(f"note: the server doesn't accept `{parameter}`; {_OPTIONAL[parameter]}")
+            say(f"note: the server doesn't accept `{parameter}`; {OPTIONAL_KEYS[parameter]}")
 
     def _make_completion(self, prompt: Prompt, sample: int, reply: Reply) -> Completion:
         # The server would return the same texts again.
@@ -389,10 +368,9 @@ class ServerEngine:
             self._state.unread |= unread
         if unread:
             say(f"note: fields of the server's replies that aren't read: {', '.join(sorted(unread))}")
-        completion = Completion(
-            prompt_id=prompt.prompt_id,
-            sample=sample,
-            prompt=prompt.prompt,
+        completion = Completion.on(
+            prompt,
+            sample,
             text=repaired.text,
             finish_reason=reply.finish_reason,
             prompt_tokens=reply.prompt_tokens,
@@ -402,30 +380,8 @@ class ServerEngine:
             settings_hash=self.settings_hash,
             reasoning=repaired.reasoning,
             tool_calls=repaired.tool_calls,
-            tools=prompt.tools,
-            chat_template_kwargs=prompt.chat_template_kwargs,
-            language=prompt.language,
         )
         return read_parts_in_text(completion)
-
-
-def _message_to_row(message: Message, without: Collection[str]) -> dict[str, Any]:
-    """Return a message as servers read it: arguments of tool calls as JSON text, reasoning under both of its names.
-
-    Args:
-        message: Message.
-        without: Keys that the server doesn't accept.
-    """
-    row = message.to_row()
-    for call in row.get("tool_calls", ()):
-        arguments = call["function"]["arguments"]
-        if not isinstance(arguments, str):
-            call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
-    reasoning = row.pop("reasoning_content", None)
-    if reasoning:
-        # vLLM reads `reasoning`, DeepSeek and SGLang `reasoning_content`.
-        row |= {key: reasoning for key in ("reasoning_content", "reasoning") if key not in without}
-    return row
 
 
 def _read_api_key(variable: str) -> str:

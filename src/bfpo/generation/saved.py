@@ -112,10 +112,9 @@ class SavedEngine:
         message, row = answer.message, answer.row
         ending = row.values.get("finish_reason")
         words = sum(len(turn.content.split()) for turn in prompt.prompt)
-        completion = Completion(
-            prompt_id=prompt.prompt_id,
-            sample=sample,
-            prompt=prompt.prompt,
+        completion = Completion.on(
+            prompt,
+            sample,
             text=message.content,
             finish_reason="refused" if ending == "refused" else read_finish_reason(ending),
             prompt_tokens=_token_count(row, "prompt_tokens") or words,
@@ -127,9 +126,6 @@ class SavedEngine:
             # A thought that was cut at once has no text, and there is no answer after it.
             reasoning="" if _is_ours(row) and row.values.get("reasoning") == "" else message.reasoning,
             tool_calls=message.tool_calls,
-            tools=prompt.tools,
-            chat_template_kwargs=prompt.chat_template_kwargs,
-            language=prompt.language,
         )
         return read_parts_in_text(completion)
 

@@ -36,10 +36,9 @@ class ScriptedEngine:
 
     def _completion(self, prompt: Prompt, sample: int) -> Completion:
         text = self._answer(prompt, sample)
-        return Completion(
-            prompt_id=prompt.prompt_id,
-            sample=sample,
-            prompt=prompt.prompt,
+        return Completion.on(
+            prompt,
+            sample,
             text=text,
             finish_reason="stop",
             prompt_tokens=sum(len(message.content.split()) for message in prompt.prompt),
@@ -47,7 +46,4 @@ class ScriptedEngine:
             model=self._name,
             engine="scripted",
             settings_hash=self.settings_hash,
-            tools=prompt.tools,
-            chat_template_kwargs=prompt.chat_template_kwargs,
-            language=prompt.language,
         )
