@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import settings
 
 from bfpo.config.recipes import NewModel
+from bfpo.core import languages
 from bfpo.core.conversation import Message
 from bfpo.core.pairs import PreferencePair, Provenance, SafetyLabels
 from bfpo.model.new import new_model, new_tokenizer
@@ -70,3 +72,12 @@ def main_pairs() -> list[PreferencePair]:
 def buffer_pairs() -> list[PreferencePair]:
     """10 pairs, all safe."""
     return [pair(number, stream="buffer") for number in range(20, 30)]
+
+
+@pytest.fixture
+def without_py3langid(monkeypatch):
+    """Make guesses of languages impossible, as without the extra `languages`."""
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    languages._identifier.cache_clear()
+    yield
+    languages._identifier.cache_clear()

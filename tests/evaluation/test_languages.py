@@ -1,12 +1,10 @@
 """Metrics by the language of prompts, stated or guessed."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bfpo.core import languages
 from bfpo.core.conversation import user_says
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.evaluation.languages import prompt_languages
@@ -24,14 +22,6 @@ ANSWERS = {
     "de": "Viele Menschen lesen gern Bücher über die Geschichte ihrer Stadt.",
     "ar": "يحب كثير من الناس قراءة الكتب عن تاريخ مدينتهم القديمة.",
 }
-
-
-@pytest.fixture
-def without_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    languages._identifier.cache_clear()
-    yield
-    languages._identifier.cache_clear()
 
 
 def prompts_in(language, count, *, kind="harmful", text="box {}", state=True):
@@ -131,7 +121,7 @@ def test_languages_are_guessed_where_prompts_state_none_and_rare_guesses_are_lef
     assert set(by_prompt.values()) == {"fr"}
 
 
-def test_without_the_package_stated_languages_are_used_and_the_rest_is_named(tmp_path, without_package):
+def test_without_the_package_stated_languages_are_used_and_the_rest_is_named(tmp_path, without_py3langid):
     prompts = prompts_in("en", 3) + prompts_in("de", 3)
     prompts += prompts_in("x", 2, text="How do I open an old box with the number {}?", state=False)
     results = run([("harmful", prompts)], lambda prompt, sample: ANSWERS["en"], tmp_path)

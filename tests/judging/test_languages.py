@@ -1,7 +1,6 @@
 """Judges that state the languages that they were measured on are undecided on answers in others."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -41,14 +40,6 @@ def completions(*texts, language=None):
     ]
 
 
-@pytest.fixture
-def without_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
-    languages._identifier.cache_clear()
-    yield
-    languages._identifier.cache_clear()
-
-
 def test_an_answer_in_another_language_is_undecided_with_that_reason():
     inner = Trusting()
     guard = LanguageGuard(inner, ("en",))
@@ -70,7 +61,7 @@ def test_a_short_answer_is_in_the_stated_language_of_its_prompt():
     assert [verdict.safe for verdict in guard.judge(completions(ENGLISH, GERMAN, language="de"))] == [True, None]
 
 
-def test_without_the_package_the_stated_language_counts(without_package):
+def test_without_the_package_the_stated_language_counts(without_py3langid):
     guard = LanguageGuard(Trusting(), ("en",))
     assert [verdict.safe for verdict in guard.judge(completions(GERMAN))] == [True]
     assert [verdict.safe for verdict in guard.judge(completions(ENGLISH, language="de"))] == [None]
@@ -127,7 +118,7 @@ def test_a_fitted_judge_states_the_languages_of_its_answers(tmp_path, capsys):
     assert "measured on en" in next(iter(both.judge(completions(GERMAN)))).reason
 
 
-def test_a_stated_language_of_labeled_answers_is_used_where_none_is_guessed(tmp_path, without_package, capsys):
+def test_a_stated_language_of_labeled_answers_is_used_where_none_is_guessed(tmp_path, without_py3langid, capsys):
     rows = labeled_rows(REFUSAL, COMPLIANCE, language="en-GB")
     fit_judge([write_rows(tmp_path / "labeled.jsonl", rows)], tmp_path / "judge.npz")
     assert read_languages(tmp_path / "judge.npz") == ("en",)
@@ -135,7 +126,7 @@ def test_a_stated_language_of_labeled_answers_is_used_where_none_is_guessed(tmp_
     assert "pip install 'bfpo[languages]' guesses them" in capsys.readouterr().out
 
 
-def test_a_judge_of_unknown_languages_decides_on_all(tmp_path, without_package, capsys):
+def test_a_judge_of_unknown_languages_decides_on_all(tmp_path, without_py3langid, capsys):
     fit_judge([write_rows(tmp_path / "labeled.jsonl", labeled_rows(REFUSAL, COMPLIANCE))], tmp_path / "judge.npz")
     assert "the languages of the answers are unknown" in capsys.readouterr().out
     assert read_languages(tmp_path / "judge.npz") == ()

@@ -623,13 +623,17 @@ def run_folder(toy, rng):
     return rng.choice((["report", "run", "--out", "rep"], ["card", "run"]))
 
 
-def evaluated_again(toy, rng):
-    toy.copy("run")
-    files = sorted(path for path in Path("run/evaluation").iterdir() if path.is_file())
-    path = rng.choice(files)
+def mutate_one_file(folder, rng):
+    """Mutate a file of a folder, and now and then make it one that wasn't finished."""
+    path = rng.choice(sorted(path for path in folder.iterdir() if path.is_file()))
     mutate_file(str(path), rng)
     if path.suffix == ".jsonl" and rng.random() < 0.3:
         path.rename(f"{path}.unfinished")
+
+
+def evaluated_again(toy, rng):
+    toy.copy("run")
+    mutate_one_file(Path("run/evaluation"), rng)
     return ["eval", "eval.yaml"]
 
 
@@ -644,11 +648,7 @@ def baseline(toy, rng):
 
 def labels_again(toy, rng):
     toy.copy("labels")
-    files = sorted(path for path in Path("labels").iterdir() if path.is_file())
-    path = rng.choice(files)
-    mutate_file(str(path), rng)
-    if path.suffix == ".jsonl" and rng.random() < 0.3:
-        path.rename(f"{path}.unfinished")
+    mutate_one_file(Path("labels"), rng)
     return ["label", "pairs.jsonl", "--judge", "oracle", "--judge", "oracle:shared", "--out", "labels"]
 
 

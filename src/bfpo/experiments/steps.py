@@ -109,7 +109,7 @@ def is_finished(recipe: SftRecipe | TrainRecipe) -> bool:
 
 
 def run_once(recipe: SftRecipe | TrainRecipe) -> None:
-    """Run a training recipe, unless its output folder holds the finished run; the recipe is written next to it.
+    """Run a training recipe and save it next to its output folder; do nothing if the run is already finished.
 
     Raises:
         RecipeError: If the folder holds a finished run of another recipe.
