@@ -42,6 +42,8 @@ COLUMNS = (
     "is_rejected_safe",
     "is_chosen_reasoning_safe",
     "is_rejected_reasoning_safe",
+    "is_chosen_cut",
+    "is_rejected_cut",
     "chosen_safety_score",
     "rejected_safety_score",
     "expected_safety",
@@ -70,6 +72,16 @@ class SafetyLabels(NamedTuple):
     def cell(self) -> Cell:
         """Cell of the pair, chosen answer first."""
         return CELLS[2 * (not self.chosen) + (not self.rejected)]
+
+
+class CutAnswers(NamedTuple):
+    """Whether each answer of a pair was cut at its maximum length: where it stops isn't where it ends."""
+
+    chosen: bool = False
+    rejected: bool = False
+
+
+NOT_CUT = CutAnswers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +208,7 @@ class PreferencePair:
         provenance: Origin of the pair.
         inputs: Tools, and arguments of the chat template.
         reasoning_labels: Safety of the reasoning of both answers; None if unknown. Losses use `labels`.
+        cut: Answers that were cut; no end-of-sequence token is scored after them.
 
     Raises:
         DataError: If the prompt doesn't end with a user turn or a result of a tool, or the turns of an answer don't
@@ -211,6 +224,7 @@ class PreferencePair:
     provenance: Provenance = field(default=Provenance())
     inputs: TemplateInputs = NO_INPUTS
     reasoning_labels: SafetyLabels | None = None
+    cut: CutAnswers = NOT_CUT
 
     def __post_init__(self) -> None:
         check_asks(self.prompt)
@@ -250,6 +264,7 @@ class PreferencePair:
             labels=labels,
             reasoning_labels=reasoning,
             signals=self.signals.swapped(),
+            cut=CutAnswers(self.cut.rejected, self.cut.chosen),
         )
 
     def texts(self) -> Iterator[str]:
@@ -269,6 +284,8 @@ class PreferencePair:
             row["is_chosen_safe"], row["is_rejected_safe"] = self.labels
         if self.reasoning_labels is not None:
             row["is_chosen_reasoning_safe"], row["is_rejected_reasoning_safe"] = self.reasoning_labels
+        cut = zip(("is_chosen_cut", "is_rejected_cut"), self.cut, strict=True)
+        row |= {name: True for name, is_cut in cut if is_cut}
         row |= {name: value for name in SIGNALS if (value := getattr(self.signals, name)) is not None}
         if self.harm_categories:
             row["harm_categories"] = list(self.harm_categories)

@@ -12,6 +12,7 @@ from bfpo.core.files import parse_json
 from bfpo.core.pairs import (
     COLUMNS,
     SIGNALS,
+    CutAnswers,
     Demonstration,
     PairSignals,
     PreferencePair,
@@ -231,7 +232,18 @@ def _make_pair(
         provenance=Provenance(str(row.values.get("dataset_name") or ""), label_source, stream),
         inputs=read_inputs(row),
         reasoning_labels=reasoning_labels,
+        cut=CutAnswers(*(_read_flag(row, column) for column in ("is_chosen_cut", "is_rejected_cut"))),
     )
+
+
+def _read_flag(row: SourceRow, column: str) -> bool:
+    """Return the value of a column of true and false; false without one."""
+    value = row.values.get(column)
+    if value is None or value == "":
+        return False
+    if str(value).lower() not in ("true", "false"):
+        raise DataError(f"column '{column}' is {value!r}; expected true or false")
+    return str(value).lower() == "true"
 
 
 def _read_labels(
