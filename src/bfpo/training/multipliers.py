@@ -8,9 +8,10 @@ from bfpo.core.files import file_hash
 from bfpo.core.terminal import say
 from bfpo.data.score_labels import Draw
 from bfpo.errors import RecipeError
+from bfpo.losses.baselines import SoftLabels
 from bfpo.losses.build import make_loss
 from bfpo.losses.dual import Dual, check_beta, dual_path, feasible_multiplier, read_dual
-from bfpo.losses.pairwise import BFPO, PairLoss, SoftLabels
+from bfpo.losses.pairwise import BFPO, PairLoss
 
 
 class ScoreLabels(NamedTuple):
