@@ -33,6 +33,8 @@ PLACES = {
     "Source": "an entry of `data:`, `buffer:`, `eval:`, `texts:`",
     "NewModel": "`model.new:`",
     "EngineSection": "`model:` of `bfpo redteam`, `bfpo eval` and `attack:`",
+    "ScoreLabelsSection": "`labels:` with `from: scores`",
+    "SafeFirstSection": "`labels:` with `from: safety`",
     "AttackedSuite": "an entry of `suites:` under attack",
     "JudgeServerSection": "`judge_server:`",
     "PromptSource": "an entry of `prompts:`",

@@ -15,9 +15,9 @@ from bfpo.config.loading import check_recipe, dump_recipe, parse_yaml
 from bfpo.config.losses import LOSS_SECTIONS, LabelTableSection, LossSection, TableName
 from bfpo.config.recipes import TrainRecipe
 from bfpo.errors import RecipeError
-from bfpo.losses.build import make_loss
+from bfpo.losses.build import LOSSES, make_loss
 from bfpo.losses.labeling import TABLES, LabelingFunction
-from bfpo.losses.pairwise import BFPO, LOSSES
+from bfpo.losses.pairwise import BFPO
 
 MINIMAL = {"model": {"path": "org/model"}, "data": [{"path": "pairs.jsonl"}]}
 PROBES = (-math.inf, -1e10, 1e10, 1e-10, -1, -0.1, 0, 0.3, 0.49, 0.5, 0.51, 1, 1.01, 2, math.inf, math.nan)

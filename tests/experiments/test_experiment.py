@@ -154,7 +154,7 @@ def test_the_shape_of_the_model_is_checked_before_the_first_training(tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("needy_loss.py").write_text(
-        "from dataclasses import dataclass\nfrom bfpo.losses.pairwise import DPO\n@dataclass(frozen=True)\n"
+        "from dataclasses import dataclass\nfrom bfpo.losses.baselines import DPO\n@dataclass(frozen=True)\n"
         "class NeedyLoss(DPO):\n    needs = ('chosen_mood',)\n"
     )
     monkeypatch.setattr("bfpo.experiments.run.run_units", None)

@@ -15,6 +15,7 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import softmax
 
 from bfpo.errors import RecipeError
+from bfpo.losses.baselines import DPO
 from bfpo.losses.combiners import bilinear, lagrangian, multiplicative, tail, tail_cost
 from bfpo.losses.constrained import (
     ConstrainedProblem,
@@ -24,7 +25,7 @@ from bfpo.losses.constrained import (
     solve_mean,
 )
 from bfpo.losses.labeling import LabelingFunction
-from bfpo.losses.pairwise import DPO, PairLogps
+from bfpo.losses.pairwise import PairLogps
 from bfpo.losses.theory import (
     bilinear_reward,
     constrained_minimizer,

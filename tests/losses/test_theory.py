@@ -14,8 +14,9 @@ import torch
 from scipy.optimize import minimize
 
 from bfpo.errors import RecipeError
+from bfpo.losses.baselines import IPO
 from bfpo.losses.labeling import LabelingFunction
-from bfpo.losses.pairwise import BFPO, IPO, Additive, BFPOSoft, PairLogps, PairLoss
+from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLogps, PairLoss
 from bfpo.losses.theory import (
     Array,
     TabularProblem,

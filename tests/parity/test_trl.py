@@ -10,7 +10,8 @@ from bfpo.config.recipes import Source, TextSection
 from bfpo.data.load import SourceReport
 from bfpo.data.table import pair_table
 from bfpo.data.tokenize import Encoder
-from bfpo.losses.pairwise import DPO, IPOAvg, PairLogps
+from bfpo.losses.baselines import DPO, IPOAvg
+from bfpo.losses.pairwise import PairLogps
 from bfpo.model.layout import packed_layout, padded_layout
 from bfpo.model.logps import completion_logps
 

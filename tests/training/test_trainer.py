@@ -15,7 +15,8 @@ from bfpo.config.recipes import LayoutSection
 from bfpo.core.pairs import CELLS, PairSignals
 from bfpo.data.table import token_table
 from bfpo.errors import DataError, ModelError, RecipeError, TrainingError
-from bfpo.losses.pairwise import BFPO, DPO, MODPO, BFPOSoft, SafeDPO
+from bfpo.losses.baselines import DPO, MODPO, SafeDPO
+from bfpo.losses.pairwise import BFPO, BFPOSoft
 from bfpo.model import attention
 from bfpo.model.layout import Span
 from bfpo.training.encode import encode_pairs

@@ -1,6 +1,6 @@
 """The `loss:` section of a recipe: one section for each loss, chosen by `name`.
 
-The sections repeat the fields, defaults and ranges of the classes in `bfpo.losses.pairwise`, so that a wrong loss is
+The sections repeat the fields, defaults and ranges of the classes in `bfpo.losses`, so that a wrong loss is
 refused without importing torch. tests/config/test_losses.py compares the two.
 """
 
@@ -173,6 +173,23 @@ class SafeDPOSection(Section):
     """Offset added when the preferred answer is safe and the other is not."""
 
 
+class BSOSection(Section):
+    """Bregman divergence between the density ratios of policy and data, on pairs reordered by safety."""
+
+    name: Literal["bso"] = "bso"
+    """Bregman safety optimization with the scaled Basu generator; drops pairs of two unsafe answers."""
+    beta: Positive = 0.1
+    """As in `dpo`."""
+    penalty: Annotated[Number, Field(ge=0)] = 30.0
+    """C: offset added when the preferred answer is safe and the other is not."""
+    power: Annotated[Number, Field(gt=-1)] = 0.2
+    """λ of the generator."""
+    scale: Positive = 4.0
+    """s of the generator."""
+    limit: Positive = 40.0
+    """Largest size of the log-ratio; a pair beyond it has no gradient."""
+
+
 class AdditiveSection(Section):
     """Squared distance of the margin from an additive label / beta."""
 
@@ -211,6 +228,7 @@ LOSS_SECTIONS: dict[str, type[Section]] = {
     "ipo_avg": IPOAvgSection,
     "dpo": DPOSection,
     "safe_dpo": SafeDPOSection,
+    "bso": BSOSection,
     "additive": AdditiveSection,
     "modpo": MODPOSection,
 }
@@ -241,6 +259,7 @@ LossSection = Annotated[
     | Annotated[IPOAvgSection, Tag("ipo_avg")]
     | Annotated[DPOSection, Tag("dpo")]
     | Annotated[SafeDPOSection, Tag("safe_dpo")]
+    | Annotated[BSOSection, Tag("bso")]
     | Annotated[AdditiveSection, Tag("additive")]
     | Annotated[MODPOSection, Tag("modpo")]
     | Annotated[CustomLossSection, Tag(_CUSTOM)],

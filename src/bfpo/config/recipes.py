@@ -4,9 +4,10 @@ The string after each field is its documentation. The keys of `trainer:` are tho
 and are checked when the arguments are made; everything else is checked here, without torch.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from bfpo.config.losses import BFPOSection, LossSection
@@ -262,6 +263,35 @@ class ScoreLabelsSection(Section):
         return {"from" if name == "source" else name: value for name, value in dump(self).items()}
 
 
+class SafeFirstSection(Section):
+    """The order of the data, except that a safe answer is preferred to an unsafe one."""
+
+    source: Literal["safety"] = Field(alias="from")
+    """The safety labels: a pair whose rejected answer alone is safe is swapped."""
+    both_unsafe: Literal["helpful", "cost"] = "helpful"
+    """Which of two unsafe answers is preferred. `helpful`: the more helpful one, as in the data. `cost`: the one of
+    the lower `*_cost`, which such pairs then need."""
+
+    @model_serializer
+    def _dump_by_key(self) -> dict[str, str]:
+        return {"from": self.source, "both_unsafe": self.both_unsafe}
+
+
+def _label_source(value: object) -> str | None:
+    source = value.get("from") if isinstance(value, Mapping) else getattr(value, "source", None)
+    return source if isinstance(source, str) else None
+
+
+LabelsSection = Annotated[
+    Annotated[ScoreLabelsSection, Tag("scores")] | Annotated[SafeFirstSection, Tag("safety")],
+    Discriminator(
+        _label_source,
+        custom_error_type="label_source",
+        custom_error_message="expected {from: scores, multiplier: dual.json} or {from: safety}",
+    ),
+]
+
+
 class TrainRecipe(DataRecipe):
     """`bfpo train`: preference training."""
 
@@ -273,8 +303,8 @@ class TrainRecipe(DataRecipe):
     """What the loss uses as safety: the labels, or the probabilities in `*_safety_score`."""
     loss: LossSection = BFPOSection()
     """Name and hyperparameters of the loss."""
-    labels: ScoreLabelsSection | None = None
-    """Preferences from scores, for any loss; default the order of the data."""
+    labels: LabelsSection | None = None
+    """Preferences from scores or with the safe answer first, for any loss; default the order of the data."""
     train_only: list[str] | None = None
     """Patterns of the parameters to train, regular expressions that are searched in the names; default all."""
     lora: LoraSection | None = None
@@ -301,7 +331,8 @@ class TrainRecipe(DataRecipe):
     @model_validator(mode="after")
     def _check_one_multiplier(self) -> "TrainRecipe":
         loss = self.loss
-        if self.labels is not None and isinstance(loss, BFPOSection) and (loss.multiplier or loss.safety_weight):
+        has_weight = isinstance(loss, BFPOSection) and (loss.multiplier or loss.safety_weight)
+        if isinstance(self.labels, ScoreLabelsSection) and has_weight:
             raise ValueError("labels and loss.safety_weight both have a multiplier; leave one of them out")
         return self
 

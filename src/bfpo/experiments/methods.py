@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import Count, Section, TrainRecipe
@@ -26,12 +27,19 @@ class Method(Section):
     """Pairs of both streams per step; half of them are from the buffer, if there is one."""
     train_only: list[str] | None = None
     """Patterns of the parameters to train; default all parameters."""
+    labels: dict[str, Any] | None = None
+    """`labels` section of the recipe; default the order of the data."""
 
     @model_validator(mode="after")
     def _check_halves(self) -> "Method":
         if self.buffer and self.pairs_per_step % 2:
             raise ValueError(f"pairs_per_step is {self.pairs_per_step}; with a buffer, half of them, expected even")
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump_labels_if_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Runs are named by a hash of this; those of methods without labels keep their names.
+        return {key: value for key, value in dump(self).items() if key != "labels" or value is not None}
 
 
 def _squared(name: str, **options: Any) -> dict[str, Any]:
@@ -48,6 +56,9 @@ METHODS = {
         title="DPO, safety only", loss={"name": "dpo", "beta": 0.3}, main="safety_by_safety", buffer=False
     ),
     "dpo_mix": Method(title="DPO on the naive mix", loss={"name": "dpo", "beta": 0.3}, main="safety_by_safety"),
+    "dpo_safe_first": Method(
+        title="DPO with the safe answer first", loss={"name": "dpo", "beta": 0.3}, labels={"from": "safety"}
+    ),
     "ipo_mix": Method(title="IPO on the naive mix", loss=_squared("ipo"), main="safety_by_safety"),
     "safe_dpo": Method(title="SafeDPO", loss={"name": "safe_dpo", "beta": 0.3}),
     "modpo": Method(title="MODPO's margin", loss={"name": "modpo", "beta": 0.3}),
@@ -90,6 +101,7 @@ def train_recipe(
             "conflicts": "keep",
             "text": {"max_length": 128},
             "loss": method.loss,
+            "labels": method.labels,
             "train_only": method.train_only,
             # A single run uses each pair about once, so a cache pays off only for several runs of one base.
             "reference": "shared" if save else "cache",

@@ -7,26 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bfpo.losses.build import make_loss
+    from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, IPOAvg, SafeDPO, SoftLabels
+    from bfpo.losses.build import LOSSES, make_loss
     from bfpo.losses.labeling import LabelingFunction
-    from bfpo.losses.pairwise import (
-        BFPO,
-        DPO,
-        IPO,
-        LOSSES,
-        MODPO,
-        Additive,
-        BFPOSoft,
-        IPOAvg,
-        PairLogps,
-        PairLoss,
-        SafeDPO,
-        SoftLabels,
-        bfpo_loss,
-    )
+    from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLogps, PairLoss, bfpo_loss
 
 __all__ = [
     "BFPO",
+    "BSO",
     "DPO",
     "IPO",
     "LOSSES",
@@ -43,7 +31,11 @@ __all__ = [
     "make_loss",
 ]
 
-_MODULES = {"LabelingFunction": "labeling", "make_loss": "build"}
+_MODULES = {
+    "LabelingFunction": "labeling",
+    **dict.fromkeys(("LOSSES", "make_loss"), "build"),
+    **dict.fromkeys(("BSO", "DPO", "IPO", "MODPO", "IPOAvg", "SafeDPO", "SoftLabels"), "baselines"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,22 @@ from typing import Any
 
 from bfpo.core.imports import import_object
 from bfpo.errors import RecipeError, did_you_mean
+from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, IPOAvg, SafeDPO
 from bfpo.losses.dual import read_safety_weight
 from bfpo.losses.labeling import TABLES, LabelingFunction
-from bfpo.losses.pairwise import BFPO, LOSSES, PairLoss
+from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLoss
+
+LOSSES: dict[str, type[PairLoss]] = {
+    "bfpo": BFPO,
+    "bfpo_soft": BFPOSoft,
+    "ipo": IPO,
+    "ipo_avg": IPOAvg,
+    "dpo": DPO,
+    "safe_dpo": SafeDPO,
+    "bso": BSO,
+    "additive": Additive,
+    "modpo": MODPO,
+}
 
 
 def make_loss(options: Mapping[str, Any]) -> PairLoss:

@@ -1,8 +1,9 @@
 """Preference losses: pure functions of log-probabilities and labels, unreduced, `(B,)` in and `(B,)` out.
 
-A loss is a frozen dataclass whose fields are its hyperparameters and whose call is its equation. To add one, write
-the class, a line in `LOSSES` and a section in `bfpo.config.losses`. A custom loss needs no change here: a recipe
-names it by its import path (`loss: {name: "my_package.losses:MyLoss"}`).
+A loss is a frozen dataclass whose fields are its hyperparameters and whose call is its equation. The losses of other
+papers are in `bfpo.losses.baselines`. To add one, write the class, a line in `LOSSES` (`bfpo.losses.build`) and a
+section in `bfpo.config.losses`. A custom loss needs no change here: a recipe names it by its import path
+(`loss: {name: "my_package.losses:MyLoss"}`).
 
 Notation: h is the margin, the log-ratio of chosen and rejected under the policy minus that under the reference, in
 nats (sums over tokens).
@@ -10,12 +11,11 @@ nats (sums over tokens).
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import DataError, RecipeError
@@ -115,7 +115,7 @@ class PairLoss(ABC):
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        _check(self, "beta", 1e-9 <= self.beta <= 1e9, "a number above 0, from 1e-9 to 1e9")
+        check_range(self, "beta", 1e-9 <= self.beta <= 1e9, "a number above 0, from 1e-9 to 1e9")
 
     @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -133,6 +133,23 @@ class PairLoss(ABC):
     def keeps(self, labels: SafetyLabels) -> bool:
         """Return whether pairs with these labels are trained on; other pairs are dropped and counted."""
         return True
+
+
+def check_range(loss: PairLoss, name: str, in_range: bool, allowed: str) -> None:
+    """Check a hyperparameter.
+
+    Args:
+        loss: The loss.
+        name: Name of the hyperparameter.
+        in_range: Whether its value is in its range.
+        allowed: The range, in words.
+
+    Raises:
+        RecipeError: If it isn't, or isn't a finite number of at most 1e9.
+    """
+    value = getattr(loss, name)
+    if not (math.isfinite(value) and abs(value) <= 1e9 and in_range):
+        raise RecipeError(f"{type(loss).__name__}.{name} is {value}; expected {allowed}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +188,7 @@ class BFPO(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "safety_weight", self.safety_weight >= 0, "a number from 0 to 1e9")
+        check_range(self, "safety_weight", self.safety_weight >= 0, "a number from 0 to 1e9")
         if self.table is not None and (self.b1, self.b2, self.alpha) != (3.0, 0.0, 0.5):
             raise RecipeError("loss: 'table' replaces b1, b2 and alpha; give either the table or these")
         self.labeling  # noqa: B018 - an invalid b1 is refused here, not at the first step
@@ -190,159 +207,6 @@ class BFPO(PairLoss):
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return `(h - label / beta)²`."""
         return (pairs.margin - self.target(pairs)) ** 2
-
-
-@dataclass(frozen=True)
-class IPO(PairLoss):
-    """Identity preference optimization on token sums: `(h - 1/(2·beta))²`; ignores safety.
-
-    Source:
-        Azar et al., arXiv 2310.12036, eq. 17; the summed form is that of TRL 0.7.7 and of the official BFPO code.
-    """
-
-    beta: float = 0.01
-
-    def target(self, pairs: PairLogps) -> Tensor:
-        """Return 1/(2·beta)."""
-        return torch.full_like(pairs.margin, 1 / (2 * self.beta))
-
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        """Return `(h - 1/(2·beta))²`."""
-        return (pairs.margin - self.target(pairs)) ** 2
-
-
-@dataclass(frozen=True)
-class IPOAvg(PairLoss):
-    """Identity preference optimization on per-token means: `(h_avg - 1/(2·beta))²`; ignores safety.
-
-    h_avg divides each answer's log-ratio by its length, so beta is not comparable with that of `ipo`.
-
-    Source:
-        TRL 1.16 `trainer/dpo_trainer.py`, loss type `ipo`.
-    """
-
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        """Return `(h_avg - 1/(2·beta))²`."""
-        chosen = (pairs.chosen_logps - pairs.ref_chosen_logps) / pairs.require("chosen_lengths")
-        rejected = (pairs.rejected_logps - pairs.ref_rejected_logps) / pairs.require("rejected_lengths")
-        return (chosen - rejected - 1 / (2 * self.beta)) ** 2
-
-
-@dataclass(frozen=True)
-class DPO(PairLoss):
-    """Direct preference optimization: `-log σ(beta·h)`; ignores safety.
-
-    Args:
-        beta: Inverse temperature of the implicit reward; above 0.
-        label_smoothing: Assumed share of flipped preferences, in [0, 0.5) (conservative DPO).
-
-    Source:
-        Rafailov et al., arXiv 2305.18290, eq. 7; smoothing as in `eric-mitchell/direct-preference-optimization`
-        `trainers.py` @f8b8c0f.
-    """
-
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "a number from 0 to below 0.5")
-
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        """Return `-(1-ε)·log σ(beta·h) - ε·log σ(-beta·h)`."""
-        z = self.beta * pairs.margin
-        return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
-
-
-@dataclass(frozen=True)
-class SafeDPO(PairLoss):
-    """SafeDPO: DPO on pairs reordered by safety, with an offset between safe and unsafe answers.
-
-    A pair is swapped if only its rejected answer is safe. Pairs of two unsafe answers are dropped before training,
-    and their loss is NaN here. Labels must be 0 or 1.
-
-    Args:
-        beta: As in DPO.
-        delta: Offset if the preferred answer is safe and the other is not; at least 0.
-
-    Source:
-        Kim et al., arXiv 2505.20065 (their flag is 1 = unsafe; ours is 1 = safe).
-    """
-
-    delta: float = 10.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "delta", self.delta >= 0, "a finite number of at least 0")
-
-    def keeps(self, labels: SafetyLabels) -> bool:
-        """Drop pairs in which both answers are unsafe."""
-        return labels.chosen or labels.rejected
-
-    def direction(self, pairs: PairLogps) -> Tensor:
-        """Return -1 for swapped pairs, 1 for the others."""
-        swapped = (pairs.chosen_safe < 0.5) & (pairs.rejected_safe >= 0.5)
-        return torch.where(swapped, -1.0, 1.0).to(pairs.margin)
-
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        """Return `-log σ(beta·h̃ - delta·[only one is safe])` with h̃ the margin of the reordered pair."""
-        mixed = (pairs.chosen_safe - pairs.rejected_safe).abs()
-        loss = -logsigmoid(self.beta * self.direction(pairs) * pairs.margin - self.delta * mixed)
-        both_unsafe = (pairs.chosen_safe < 0.5) & (pairs.rejected_safe < 0.5)
-        return torch.where(both_unsafe, torch.nan, loss)
-
-
-@dataclass(frozen=True)
-class Additive(PairLoss):
-    """Squared loss with an additive label: `(h - (1/2 + weight·(s_c - s_r))/beta)²`.
-
-    This is the control for the bilinear label: at weight 1 the labels are 1/2, 3/2, -1/2, 1/2, so three cells differ
-    from BFPO.
-
-    Args:
-        beta: As in BFPO.
-        weight: Weight of a difference in safety relative to one in helpfulness; finite.
-    """
-
-    beta: float = 0.01
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "weight", True, "a finite number")
-
-    def target(self, pairs: PairLogps) -> Tensor:
-        """Return (1/2 + weight·(s_c - s_r))/beta."""
-        return (0.5 + self.weight * (pairs.chosen_safe - pairs.rejected_safe)) / self.beta
-
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        """Return the squared distance from the target."""
-        return (pairs.margin - self.target(pairs)) ** 2
-
-
-@dataclass(frozen=True)
-class MODPO(PairLoss):
-    """Multi-objective DPO: `-log σ((beta·h - (1-weight)·m)/weight)`, m the other objective's reward margin.
-
-    Args:
-        beta: As in DPO.
-        weight: Weight of the order of the pair (helpfulness), in (0, 1]; the weight of the other reward is 1 -
-            weight.
-
-    Source:
-        Zhou et al., arXiv 2310.03708; official `src/trainer/modpo_trainer.py`.
-    """
-
-    weight: float = 0.5
-    needs = ("reward_margin",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self, "weight", 0 < self.weight <= 1, "a number above 0, at most 1")
-
-    def __call__(self, pairs: PairLogps) -> Tensor:
-        """Return `-log σ((beta·h - (1-weight)·m)/weight)`."""
-        other = (1 - self.weight) * pairs.require("reward_margin")
-        return -logsigmoid((self.beta * pairs.margin - other) / self.weight)
 
 
 @dataclass(frozen=True)
@@ -366,8 +230,8 @@ class BFPOSoft(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, "b1", self.b1 > 1, "a finite number above 1")
-        _check(self, "alpha", True, "a finite number")
+        check_range(self, "b1", self.b1 > 1, "a finite number above 1")
+        check_range(self, "alpha", True, "a finite number")
 
     def target(self, pairs: PairLogps) -> Tensor:
         """Return (g(chosen) - g(rejected))/beta."""
@@ -382,51 +246,31 @@ class BFPOSoft(PairLoss):
 
 
 @dataclass(frozen=True)
-class SoftLabels(PairLoss):
-    """A loss on preferences that follow from scores, without drawing them.
+class Additive(PairLoss):
+    """Squared loss with an additive label: `(h - (1/2 + weight·(s_c - s_r))/beta)²`.
 
-    With m the difference of the scores of chosen and rejected, a loss without targets is averaged over both orders of
-    the pair, weighted by σ(m) and σ(-m): the expectation over labels that are drawn from the Bradley-Terry model. A
-    squared loss regresses the margin onto m/beta. For DPO and all squared losses on token sums, the tabular minimizer
-    is π_ref·exp(score / beta), the optimum of the constrained problem that the scores come from.
+    This is the control for the bilinear label: at weight 1 the labels are 1/2, 3/2, -1/2, 1/2, so three cells differ
+    from BFPO.
 
     Args:
-        beta: Beta of the loss.
-        loss: The loss.
-
-    Source:
-        Bradley-Terry labels of reward + λ·safety: Huang et al., One-Shot Safety Alignment (MoCAN), arXiv 2405.19544.
+        beta: As in BFPO.
+        weight: Weight of a difference in safety relative to one in helpfulness; finite.
     """
 
-    loss: PairLoss = field(default_factory=DPO)
+    beta: float = 0.01
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta != self.loss.beta:
-            raise RecipeError(f"SoftLabels.beta is {self.beta}; expected that of its loss, {self.loss.beta}")
-        object.__setattr__(self, "needs", ("score_margin", *self.loss.needs))
+        check_range(self, "weight", True, "a finite number")
 
-    def keeps(self, labels: SafetyLabels) -> bool:
-        """Keep the pairs that the loss keeps."""
-        return self.loss.keeps(labels)
-
-    def target(self, pairs: PairLogps) -> Tensor | None:
-        """Return m/beta for a squared loss."""
-        if self.loss.target(pairs) is None:
-            return None
-        return pairs.require("score_margin") / self.beta
-
-    def direction(self, pairs: PairLogps) -> Tensor:
-        """Return the sign of m."""
-        return pairs.require("score_margin").sign()
+    def target(self, pairs: PairLogps) -> Tensor:
+        """Return (1/2 + weight·(s_c - s_r))/beta."""
+        return (0.5 + self.weight * (pairs.chosen_safe - pairs.rejected_safe)) / self.beta
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        """Return `(h - m/beta)²`, or σ(m)·loss of the pair + σ(-m)·loss of the swapped pair."""
-        target = self.target(pairs)
-        if target is not None:
-            return (pairs.margin - target) ** 2
-        p_chosen = torch.sigmoid(pairs.require("score_margin"))
-        return p_chosen * self.loss(pairs) + (1 - p_chosen) * self.loss(pairs.swapped())
+        """Return the squared distance from the target."""
+        return (pairs.margin - self.target(pairs)) ** 2
 
 
 def bfpo_loss(
@@ -469,21 +313,3 @@ def bfpo_loss(
     safe = is_chosen_safe.to(chosen_logps), is_rejected_safe.to(chosen_logps)
     pairs = PairLogps(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *safe)
     return BFPO(beta=beta, b1=b1, alpha=alpha, safety_weight=safety_weight)(pairs)
-
-
-def _check(loss: PairLoss, name: str, in_range: bool, allowed: str) -> None:
-    value = getattr(loss, name)
-    if not (math.isfinite(value) and abs(value) <= 1e9 and in_range):
-        raise RecipeError(f"{type(loss).__name__}.{name} is {value}; expected {allowed}")
-
-
-LOSSES: dict[str, type[PairLoss]] = {
-    "bfpo": BFPO,
-    "bfpo_soft": BFPOSoft,
-    "ipo": IPO,
-    "ipo_avg": IPOAvg,
-    "dpo": DPO,
-    "safe_dpo": SafeDPO,
-    "additive": Additive,
-    "modpo": MODPO,
-}

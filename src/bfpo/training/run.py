@@ -29,11 +29,12 @@ from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.encode import require_signals
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
-from bfpo.training.multipliers import build_loss, read_score_labels, relabel, resolve_safety_weight
+from bfpo.training.multipliers import build_loss, read_score_labels, resolve_safety_weight
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
 from bfpo.training.probe import Answers, Probe, show_probe
 from bfpo.training.reference_pass import on_device
+from bfpo.training.relabel import relabel
 from bfpo.training.run_sft import load_or_train_sft
 from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
 from bfpo.training.trainer import BFPOTrainer
@@ -165,7 +166,7 @@ def _prepare_inputs(
     labels = read_score_labels(recipe)
     loss = build_loss(recipe, labels)
     prepared = prepare(recipe, limit=limit, log=say)
-    label_metadata = {} if labels is None else {"labels": relabel(prepared, labels)}
+    label_metadata = relabel(recipe, prepared, labels)
     remove_untrained(prepared, loss)
     cache = Path(str(args.output_dir)).parent / "cache"
     model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run)
