@@ -25,7 +25,7 @@ class Source:
         url: Where it is published, below `GITHUB`: owner, name, commit and path.
         sha256: SHA-256 of its content.
         license: License of the data.
-        instead: A file with the same rows in another form, which a folder of data may have instead.
+        instead: Pattern of a file with the same rows in another form, which a folder of data may have instead.
     """
 
     name: str
@@ -49,7 +49,7 @@ def _alpaca_eval(model: str, sha256: str) -> Source:
 
 def _gptfuzz(name: str, path: str, sha256: str) -> Source:
     url = f"sherdencooper/GPTFuzz/1eddeb565740ae311b5f4950492b011a6f866fe7/datasets/{path}"
-    return Source(f"gptfuzz_labelled/{name}", url, sha256, "MIT", "gptfuzz_labelled/train.jsonl.gz")
+    return Source(f"gptfuzz/{name}", url, sha256, "MIT", "gptfuzz*/train.jsonl.gz")
 
 
 XSTEST = (
@@ -117,8 +117,8 @@ class Files:
 def _find(source: Source, data: Path) -> Path:
     if (path := data / source.name).exists():
         return _checked(source, path)
-    if source.instead and (path := data / source.instead).exists():
-        return path
+    if source.instead and (paths := sorted(data.glob(source.instead))):
+        return paths[0]
     needed = "\n".join(
         f"  {other.name}" + (f" or {other.instead}" if other.instead else "") + f": {GITHUB}/{other.url}"
         for other in SOURCES

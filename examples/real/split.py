@@ -11,11 +11,11 @@ its contrasting unsafe one. The parts are
 import csv
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sources import ADVBENCH, ALPACA_EVAL, GPTFUZZ, GPTFUZZ_QUESTIONS, PKU, XSTEST, Files
+from sources import ADVBENCH, ALPACA_EVAL, GPTFUZZ, GPTFUZZ_QUESTIONS, PKU, XSTEST, Source
 
 from bfpo.config.recipes import Source as RecipeSource
 from bfpo.core.conversation import user_says
@@ -63,16 +63,16 @@ class XSTestRow(NamedTuple):
         return self.values["type"].startswith("contrast_")
 
 
-def write_splits(files: Files, out: Path) -> None:
+def write_splits(paths: Mapping[Source, Path], out: Path) -> None:
     """Write all files of prompts, pairs and answers into a folder.
 
     Args:
-        files: The published files.
+        paths: The published file of each source.
         out: The folder.
     """
-    xstest = read_xstest([files.paths[source] for source in XSTEST])
-    advbench = by_hash(row["goal"] for row in _rows(files.paths[ADVBENCH]))
-    comparisons = _alpaca_comparisons([files.paths[source] for source in ALPACA_EVAL])
+    xstest = read_xstest([paths[source] for source in XSTEST])
+    advbench = by_hash(row["goal"] for row in _rows(paths[ADVBENCH]))
+    comparisons = _alpaca_comparisons([paths[source] for source in ALPACA_EVAL])
     instructions = by_hash(prompt for prompt in comparisons if len(prompt) <= MAX_CHARS)
     held_out = {"alpaca_eval": iter(instructions), "advbench": iter(advbench)}
     for part, number in PROMPTS.items():
@@ -84,9 +84,9 @@ def write_splits(files: Files, out: Path) -> None:
     write_jsonl(out / "held-out-pairs.jsonl", _pairs_of(take(held_out["alpaca_eval"], HELD_OUT_PAIRS), comparisons))
     redteam: list[dict[str, str]] = []
     for kind, task in (("harmful", "advbench"), ("benign", "alpaca_eval")):
-        prompts = take(held_out[task], REDTEAM[kind])
-        redteam += [{"prompt": prompt, "kind": kind} for prompt in prompts]
-        write_jsonl(out / f"redteam-{kind}.jsonl", redteam[-len(prompts) :])
+        rows = [{"prompt": prompt, "kind": kind} for prompt in take(held_out[task], REDTEAM[kind])]
+        write_jsonl(out / f"redteam-{kind}.jsonl", rows)
+        redteam += rows
     # The judge of red-teaming reads the kinds of all prompts.
     write_jsonl(out / "redteam-prompts.jsonl", redteam)
     buffer = list(held_out["alpaca_eval"])
@@ -95,8 +95,8 @@ def write_splits(files: Files, out: Path) -> None:
     for name, is_harmful in (("xstest-us.csv", True), ("xstest-ss.csv", False)):
         _write_csv(out / name, [row.values for row in train if row.is_harmful == is_harmful])
     write_jsonl(out / "demonstrations.jsonl", _demonstrations(train, buffer, comparisons))
-    gptfuzz = list(read_gptfuzz(files))
-    write_jsonl(out / "pku-su.jsonl", (pair.to_row() for pair in pku_pairs(files.paths[PKU])))
+    gptfuzz = list(read_gptfuzz(paths))
+    write_jsonl(out / "pku-su.jsonl", (pair.to_row() for pair in pku_pairs(paths[PKU])))
     write_jsonl(out / "gptfuzz-uu.jsonl", (pair.to_row() for pair in gptfuzz_pairs(gptfuzz)))
     write_jsonl(out / "labeled-gptfuzz.jsonl", gptfuzz)
     write_jsonl(out / "labeled-xstest.jsonl", map(_labeled, train))
@@ -132,12 +132,12 @@ def read_xstest(paths: Sequence[Path]) -> list[XSTestRow]:
     return rows
 
 
-def read_gptfuzz(files: Files) -> Iterator[dict[str, Any]]:
+def read_gptfuzz(paths: Mapping[Source, Path]) -> Iterator[dict[str, Any]]:
     """Yield the answers of GPTFuzz that people labeled, with their questions."""
-    rows = list(_rows(files.paths[GPTFUZZ]))
+    rows = list(_rows(paths[GPTFUZZ]))
     questions: list[str] = []
     if "label" in rows[0]:
-        questions = [row["text"] for row in _rows(files.paths[GPTFUZZ_QUESTIONS])]
+        questions = [row["text"] for row in _rows(paths[GPTFUZZ_QUESTIONS])]
     for row in rows:
         prompt = questions[int(row["question"])] if questions else row["prompt"]
         text = row["Response"] if questions else row["text"]
@@ -214,9 +214,9 @@ def _demonstrations(
             answers[row.values["prompt"]].append(row.values["completion"])
     for prompt, texts in answers.items():
         yield {"prompt": prompt, "completion": by_hash(texts)[0]}
-    for row in _pairs_of(instructions[:DEMONSTRATIONS], comparisons):
-        better = "output_2" if float(row["preference"]) > 1.5 else "output_1"
-        yield {"prompt": row["instruction"], "completion": row[better]}
+    for comparison in _pairs_of(instructions[:DEMONSTRATIONS], comparisons):
+        better = "output_2" if float(comparison["preference"]) > 1.5 else "output_1"
+        yield {"prompt": comparison["instruction"], "completion": comparison[better]}
 
 
 def _labeled(row: XSTestRow) -> dict[str, Any]:

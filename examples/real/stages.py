@@ -140,7 +140,7 @@ def train_recipe(
     }
     recipe = {"model": {"path": str(base)}, **sources, "text": TEXT, "lora": LORA, "max_dropped": 0.5}
     # `lora: null` in the changes trains weights of the model itself.
-    content = recipe | changes | {"trainer": trainer | changes.get("trainer", {})}
+    content = {**recipe, **changes, "trainer": trainer | changes.get("trainer", {})}
     return TrainRecipe.model_validate({key: value for key, value in content.items() if value is not None})
 
 
