@@ -1,6 +1,7 @@
 """Cat-DPO's margins: the update of the README, whatever a step is split into, and after a resume."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from bfpo.config.loading import check_recipe
+from bfpo.config.loading import check_recipe, dump_yaml, parse_yaml
 from bfpo.config.recipes import TrainRecipe
 from bfpo.core.files import write_jsonl
 from bfpo.data.table import harm_categories, pair_table
@@ -19,6 +20,8 @@ from bfpo.losses.pairwise import PairLogps
 from bfpo.training.category_margins import CategoryMargins
 from bfpo.training.run import run_training
 from bfpo.training.trainer import BFPOTrainer
+
+from .test_processes import launched
 
 CATEGORIES = [("noise",), ("damage", "noise"), (), ("damage",)]
 
@@ -101,6 +104,25 @@ def test_margins_do_not_depend_on_the_split_of_a_step_and_survive_a_resume(tmp_p
     assert (tmp_path / "resumed" / "checkpoint-3").is_dir()
     resumed = run(tmp_path / "resumed", **saving)
     assert margins_of(resumed, "noise") == pytest.approx(margins_of(whole, "noise"), abs=1e-9)
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_margins_of_one(tmp_path, monkeypatch, categorized):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    write_jsonl(tmp_path / "pairs.jsonl", (pair.to_row() for pair in categorized))
+    # Plain SGD: the order of float32 sums differs, and nothing amplifies the difference.
+    options = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "learning_rate": 1e-2}
+    whole = run(tmp_path / "whole", **options)
+    recipe = parse_yaml((tmp_path / "whole" / "recipe.resolved.yaml").read_text(), "resolved")
+    recipe["trainer"] |= {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 2}
+    (tmp_path / "two.yaml").write_text(dump_yaml(recipe))
+    done = subprocess.run(launched(2, "-m", "bfpo", "train", "two.yaml"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    logs = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("damage", "noise"):
+        assert margins_of(whole, name)[6] > 0.1
+        assert margins_of(logs, name) == pytest.approx(margins_of(whole, name), abs=1e-5)
 
 
 def test_trainer_in_python_shares_the_categories_of_the_training_pairs(tmp_path, categorized, make_model, tokenizer):
