@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import DataError, RecipeError
-from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, IPOAvg, SafeDPO, SoftLabels
+from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, CatDPO, IPOAvg, SafeDPO, SoftLabels
 from bfpo.losses.pairwise import BFPO, Additive, PairLogps
 
 from .test_pairwise import CELL_BITS, batch
@@ -72,6 +72,23 @@ def test_modpo_by_hand():
 def test_modpo_with_all_weight_on_its_own_order_is_dpo():
     pairs = batch([4.0, -1.0], [(1, 1), (0, 1)], reward_margin=[1.0, 3.0])
     torch.testing.assert_close(MODPO(beta=0.1, weight=1)(pairs), DPO(beta=0.1)(pairs))
+
+
+# --- Cat-DPO
+
+
+def test_cat_dpo_lowers_the_margin_by_that_of_the_category():
+    # -log σ(0.1·4 - 1.5), and the violation 1 - σ(0.4), which doesn't depend on the category's margin
+    pairs = batch([4.0, 4.0], [(1, 0), (1, 1)], category_margin=[1.5, 0.0])
+    loss = CatDPO(beta=0.1)
+    assert loss(pairs).tolist() == pytest.approx([math.log1p(math.exp(1.1)), math.log1p(math.exp(-0.4))])
+    assert loss.violation(pairs).tolist() == pytest.approx([1 / (1 + math.exp(0.4))] * 2)
+    torch.testing.assert_close(loss(pairs)[1:], DPO(beta=0.1)(pairs)[1:])
+
+
+def test_soft_labels_of_cat_dpo_are_refused():
+    with pytest.raises(RecipeError, match="no order for CatDPO's violations; use another `draw`"):
+        SoftLabels(0.1, CatDPO())
 
 
 # --- BSO

@@ -221,6 +221,8 @@ ROWS = {
         for i in range(6)
     ],
 }  # fmt: skip
+for _order in ("by_safety", "safe_first"):
+    ROWS[f"pku_saferlhf_{_order}"] = ROWS["pku_saferlhf"]
 DEMONSTRATIONS = {
     "demonstrations": [
         {"prompt": f"which {i}", "completion": "that"} if i % 2 else {"messages": [*MESSAGES, ANSWER]}

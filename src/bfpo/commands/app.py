@@ -562,6 +562,22 @@ def import_model(
     import_gguf(file, out, dtype=dtype)
 
 
+@model_app.command()
+def interpolate(
+    first: Annotated[str, typer.Argument(help="Folder or hub id of a model or LoRA adapter.", show_default=False)],
+    second: Annotated[str, typer.Argument(help="Another model of this architecture.", show_default=False)],
+    weight: Annotated[float, typer.Option(help="Weight of the second model, from 0 to 1.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the saved weights: float32, bfloat16 or float16.")
+    ] = "float32",
+) -> None:
+    """Save the weighted mean of the weights of two models."""
+    from bfpo.model.interpolate import interpolate_checkpoints
+
+    interpolate_checkpoints(first, second, out, weight=weight, dtype=dtype)
+
+
 def main() -> None:
     """Run the command line."""
     run_app(app, sys.argv[1:])

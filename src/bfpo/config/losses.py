@@ -190,6 +190,19 @@ class BSOSection(Section):
     """Largest size of the log-ratio; a pair beyond it has no gradient."""
 
 
+class CatDPOSection(Section):
+    """Logistic loss of the margin less an adaptive margin of the pair's harm category."""
+
+    name: Literal["cat_dpo"] = "cat_dpo"
+    """Cat-DPO; needs pairs with `harm_categories`."""
+    beta: Positive = 0.1
+    """As in `dpo`."""
+    rate: Annotated[Number, Field(ge=0)] = 0.05
+    """Step size of the margins."""
+    tolerance: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    """Mean probability of the wrong order, above which the margin of a category grows."""
+
+
 class AdditiveSection(Section):
     """Squared distance of the margin from an additive label / beta."""
 
@@ -229,6 +242,7 @@ LOSS_SECTIONS: dict[str, type[Section]] = {
     "dpo": DPOSection,
     "safe_dpo": SafeDPOSection,
     "bso": BSOSection,
+    "cat_dpo": CatDPOSection,
     "additive": AdditiveSection,
     "modpo": MODPOSection,
 }
@@ -260,6 +274,7 @@ LossSection = Annotated[
     | Annotated[DPOSection, Tag("dpo")]
     | Annotated[SafeDPOSection, Tag("safe_dpo")]
     | Annotated[BSOSection, Tag("bso")]
+    | Annotated[CatDPOSection, Tag("cat_dpo")]
     | Annotated[AdditiveSection, Tag("additive")]
     | Annotated[MODPOSection, Tag("modpo")]
     | Annotated[CustomLossSection, Tag(_CUSTOM)],

@@ -112,9 +112,11 @@ class PairTable(TokenTable):
         rejected_safe: Same for the rejected answer.
         cells: Index of the pair's cell in `CELLS`.
         is_buffer: Whether the pair belongs to the buffer stream.
-        signals: Columns of `PairSignals` that every pair has.
+        signals: Columns of `PairSignals` that every pair has; `categories` is 1 for each harm category of a pair,
+            else 0, (N, K).
         reference_logps: Log-probabilities of both answers under the reference, nats, (N, 2); None if the reference
             computes them batch by batch.
+        category_names: Names of the K harm categories.
     """
 
     chosen_safe: Floats
@@ -123,6 +125,7 @@ class PairTable(TokenTable):
     is_buffer: NDArray[np.bool_]
     signals: dict[str, Floats]
     reference_logps: Floats | None = None
+    category_names: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -170,6 +173,7 @@ def pair_table(
     *,
     use_scores: bool = False,
     score_margins: Floats | None = None,
+    categories: Sequence[str] = (),
 ) -> PairTable:
     """Return a table of tokenized pairs with their labels and signals.
 
@@ -178,6 +182,7 @@ def pair_table(
         pairs: Labeled pairs of the examples, in the same order.
         use_scores: Whether safety is read from `*_safety_score`, which every pair must then have.
         score_margins: Reward less multiplied cost, chosen minus rejected, (N,); None if no loss needs it.
+        categories: Names of the harm categories that the loss distinguishes.
 
     Returns:
         The table. Missing values of `expected_safety` are the mean safety of all answers of the pair's data set.
@@ -195,6 +200,10 @@ def pair_table(
     }
     if score_margins is not None:
         signals["score_margin"] = score_margins
+    if categories:
+        signals["categories"] = np.array(
+            [[name in pair.harm_categories for name in categories] for pair in pairs], dtype=np.float64
+        )
     signals["expected_safety"] = _fill_by_dataset(signals["expected_safety"], probability.mean(axis=1), pairs)
     return PairTable(
         *_concatenate(examples),
@@ -204,7 +213,13 @@ def pair_table(
         cells=np.array([CELLS.index(pair.cell) for pair in pairs if pair.cell], dtype=np.int8),
         is_buffer=np.array([pair.provenance.stream == "buffer" for pair in pairs]),
         signals={name: values for name, values in signals.items() if not np.isnan(values).any()},
+        category_names=tuple(categories),
     )
+
+
+def harm_categories(pairs: Iterable[PreferencePair]) -> tuple[str, ...]:
+    """Return the names of all harm categories of pairs, in order."""
+    return tuple(sorted({name for pair in pairs for name in pair.harm_categories}))
 
 
 def _fill_by_dataset(values: Floats, means: Floats, pairs: Sequence[PreferencePair]) -> Floats:

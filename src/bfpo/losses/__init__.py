@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, IPOAvg, SafeDPO, SoftLabels
+    from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, CatDPO, IPOAvg, SafeDPO, SoftLabels
     from bfpo.losses.build import LOSSES, make_loss
     from bfpo.losses.labeling import LabelingFunction
     from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLogps, PairLoss, bfpo_loss
@@ -21,6 +21,7 @@ __all__ = [
     "MODPO",
     "Additive",
     "BFPOSoft",
+    "CatDPO",
     "IPOAvg",
     "LabelingFunction",
     "PairLogps",
@@ -34,7 +35,7 @@ __all__ = [
 _MODULES = {
     "LabelingFunction": "labeling",
     **dict.fromkeys(("LOSSES", "make_loss"), "build"),
-    **dict.fromkeys(("BSO", "DPO", "IPO", "MODPO", "IPOAvg", "SafeDPO", "SoftLabels"), "baselines"),
+    **dict.fromkeys(("BSO", "DPO", "IPO", "MODPO", "CatDPO", "IPOAvg", "SafeDPO", "SoftLabels"), "baselines"),
 }
 
 

@@ -161,6 +161,43 @@ class BSO(SafeFirstLoss):
 
 
 @dataclass(frozen=True)
+class CatDPO(PairLoss):
+    """Cat-DPO: `-log σ(beta·h - λ)`, λ a margin of the pair's harm category that training adapts.
+
+    The margins start at 0. After each step, that of a category k of the step's pairs becomes max(0, λ_k + rate·(V -
+    tolerance)), with V the mean `violation` of these pairs: it grows while the category lags behind, and is the
+    multiplier of the constraint V ≤ tolerance. A pair of several categories has the mean of their margins, and one
+    without a category has none.
+
+    Args:
+        beta: As in DPO.
+        rate: η, step size of the margins; at least 0.
+        tolerance: ε, allowed mean violation of a category, from 0 to below 1.
+
+    Source:
+        Yang et al., arXiv 2604.17299; loss and update as in the README of RaymondY/Cat-DPO. The defaults of rate and
+        tolerance, the mean over a step and the treatment of several categories are ours.
+    """
+
+    rate: float = 0.05
+    tolerance: float = 0.1
+    needs = ("categories",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "rate", self.rate >= 0, "a finite number of at least 0")
+        check_range(self, "tolerance", 0 <= self.tolerance < 1, "a number from 0 to below 1")
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return `-log σ(beta·h - λ)`."""
+        return -logsigmoid(self.beta * pairs.margin - pairs.require("category_margin"))
+
+    def violation(self, pairs: PairLogps) -> Tensor:
+        """Return `1 - σ(beta·h)`, the policy's probability of the wrong order, (B,)."""
+        return torch.sigmoid(-self.beta * pairs.margin)
+
+
+@dataclass(frozen=True)
 class MODPO(PairLoss):
     """Multi-objective DPO: `-log σ((beta·h - (1-weight)·m)/weight)`, m the other objective's reward margin.
 
@@ -209,6 +246,8 @@ class SoftLabels(PairLoss):
         super().__post_init__()
         if self.beta != self.loss.beta:
             raise RecipeError(f"SoftLabels.beta is {self.beta}; expected that of its loss, {self.loss.beta}")
+        if isinstance(self.loss, CatDPO):
+            raise RecipeError("soft labels have no order for CatDPO's violations; use another `draw`")
         object.__setattr__(self, "needs", ("score_margin", *self.loss.needs))
 
     def keeps(self, labels: SafetyLabels) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from bfpo.core.imports import import_object
 from bfpo.errors import RecipeError, did_you_mean
-from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, IPOAvg, SafeDPO
+from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, CatDPO, IPOAvg, SafeDPO
 from bfpo.losses.dual import read_safety_weight
 from bfpo.losses.labeling import TABLES, LabelingFunction
 from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLoss
@@ -20,6 +20,7 @@ LOSSES: dict[str, type[PairLoss]] = {
     "dpo": DPO,
     "safe_dpo": SafeDPO,
     "bso": BSO,
+    "cat_dpo": CatDPO,
     "additive": Additive,
     "modpo": MODPO,
 }

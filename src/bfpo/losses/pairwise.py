@@ -40,6 +40,7 @@ class PairLogps:
         rejected_win_rate: Same for the rejected answer.
         reward_margin: Reward by another objective, chosen minus rejected; None if unknown.
         score_margin: Reward less multiplied cost, chosen minus rejected; None if unknown.
+        category_margin: Margin of the pair's harm categories, at least 0 (Cat-DPO); None if unknown.
 
     Raises:
         ValueError: If shapes differ.
@@ -58,6 +59,7 @@ class PairLogps:
     rejected_win_rate: Tensor | None = None
     reward_margin: Tensor | None = None
     score_margin: Tensor | None = None
+    category_margin: Tensor | None = None
 
     def __post_init__(self) -> None:
         for column in fields(self):

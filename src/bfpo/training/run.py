@@ -27,7 +27,7 @@ from bfpo.model.gguf import gguf_metadata
 from bfpo.model.lora import CausalLM, lora_config
 from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
-from bfpo.training.encode import require_signals
+from bfpo.training.encode import require_signals, trained_categories
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
 from bfpo.training.multipliers import build_loss, read_score_labels, resolve_safety_weight
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
@@ -337,9 +337,11 @@ def tokenize_pairs(
     if use_scores and any(pair.signals.chosen_safety_score is None for pair in (*train_pairs, *held_out[0])):
         raise DataError("safety: scores needs chosen_safety_score and rejected_safety_score for every pair")
 
+    categories = trained_categories(train_pairs, loss)
+
     def as_table(examples: Sequence[Example], pairs: Sequence[PreferencePair]) -> PairTable:
         margins = None if dual is None else score_margins(pairs, dual)
-        return pair_table(examples, pairs, use_scores=use_scores, score_margins=margins)
+        return pair_table(examples, pairs, use_scores=use_scores, score_margins=margins, categories=categories)
 
     table = as_table(train_examples, train_pairs)
     eval_tables = _evaluation_tables(*held_out, max_eval=recipe.max_eval, as_table=as_table)

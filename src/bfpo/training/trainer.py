@@ -1,5 +1,6 @@
 """Preference training with safety labels, on two streams."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,14 @@ from transformers.trainer_utils import TrainOutput
 from bfpo.config.recipes import LayoutSection, ReferenceKind, TextSection
 from bfpo.data.table import PairTable, TokenTable
 from bfpo.errors import DataError, TrainingError
+from bfpo.losses.baselines import CatDPO
 from bfpo.losses.pairwise import BFPO, PairLogps, PairLoss
 from bfpo.model.layout import padded_layout
 from bfpo.model.logps import check_against_plain_forward
 from bfpo.model.lora import add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
 from bfpo.training.batches import Batch, Collator
+from bfpo.training.category_margins import CategoryMargins
 from bfpo.training.encode import Pairs, as_buffer, as_pairs, encode_pairs, named_datasets, require_signals
 from bfpo.training.inputs import ModelOrPath, resolve_inputs
 from bfpo.training.metrics import MetricSums, pair_metrics
@@ -138,20 +141,23 @@ class BFPOTrainer(StreamTrainer):
         self.loss = loss or BFPO()
         self.buffer_weight = buffer_weight
 
-        def as_table(dataset: Any, name: str, buffer: Any = ()) -> PairTable:
+        def as_table(dataset: Any, name: str, buffer: Any = (), categories: Sequence[str] | None = None) -> PairTable:
             if isinstance(dataset, PairTable):
                 table = dataset
             else:
                 pairs = [*as_pairs(dataset, name), *map(as_buffer, as_pairs(buffer, "buffer_dataset"))]
                 assert tokenizer is not None
-                table = encode_pairs(pairs, self.loss, tokenizer, text)
+                table = encode_pairs(pairs, self.loss, tokenizer, text, categories)
             require_signals(table, self.loss)
             return table
 
         if isinstance(train_dataset, PairTable) and buffer_dataset is not None:
             raise DataError("a PairTable contains both streams; buffer_dataset is allowed only with pairs")
         table = as_table(train_dataset, "train_dataset", buffer_dataset if buffer_dataset is not None else ())
-        eval_tables = {name: as_table(dataset, "eval_dataset") for name, dataset in eval_datasets.items()}
+        eval_tables = {
+            name: as_table(dataset, "eval_dataset", categories=table.category_names)
+            for name, dataset in eval_datasets.items()
+        }
         super().__init__(
             model,
             args,
@@ -165,6 +171,10 @@ class BFPOTrainer(StreamTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.category_margins: CategoryMargins | None = None
+        if isinstance(self.loss, CatDPO):
+            self.category_margins = CategoryMargins(self.loss, table.category_names, self.accelerator)
+            self.add_callback(self.category_margins)
         # Taken before any checkpoint is loaded, so that the reference of a resumed run is the model of step 0.
         self.reference_kind = resolve_reference(
             reference, model, new_adapter=peft_config is not None, shards_weights=self.shards_weights
@@ -266,6 +276,9 @@ class BFPOTrainer(StreamTrainer):
         if training:
             metrics = pair_metrics(pairs, losses, self.loss, cells=cells, counted=~is_buffer)
             metrics |= {"stream/main/loss": (losses, ~is_buffer), "stream/buffer/loss": (losses, is_buffer)}
+            if self.category_margins is not None:
+                counted_categories = batch.columns["categories"] * (batch.weights > 0)[:, None]
+                metrics |= self.category_margins.add(pairs, counted_categories)
         else:
             counted = batch.weights > 0
             metrics = pair_metrics(pairs, losses, self.loss, cells=cells, counted=counted)
@@ -276,6 +289,9 @@ class BFPOTrainer(StreamTrainer):
     def pair_logps(self, model: nn.Module, batch: Batch) -> PairLogps:
         """Return log-probabilities of policy and reference for a batch, with all columns that losses use."""
         columns = {name: values for name, values in batch.columns.items() if name not in ("cells", "is_buffer")}
+        categories = columns.pop("categories", None)
+        if self.category_margins is not None and categories is not None:
+            columns["category_margin"] = self.category_margins.of(categories)
         if self.reference is not None:
             with torch.no_grad():
                 reference = self.reference.logps(self.accelerator.unwrap_model(model), batch.layout)
