@@ -3,15 +3,16 @@
     python examples/real/head_to_head.py [--data FOLDER] [--model FOLDER] [--out runs/head-to-head] [--until HH:MM]
 
 A unit is a training run with its evaluation. The record of each is written as it ends, without any text, so the work
-can be stopped at any time and goes on with the same command; units that have a record aren't run again. Then
-`summarize.py` makes the tables.
+can be stopped at any time and goes on with the same command; units that have a record aren't run again. The same
+command in a second terminal takes other units. Then `summarize.py` makes the tables.
 """
 
 import argparse
 import gc
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from filelock import FileLock, Timeout
 from held_out import score_pairs
 from sources import Files
 from split import write_splits
@@ -48,6 +50,8 @@ RECORDS = HERE.parents[1] / "benchmarks" / "results" / "real" / "units"
 JUDGES = ["refusal-rule"]
 BASES = ("original", "base")
 """Models that no method trained: the imported one, and the fine-tuned one that the methods start from."""
+WAIT = 20
+"""Seconds between two looks for units that wait for others."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,15 @@ class Comparison:
         self.protocol, self.model, self.data, self.out = protocol, model, data, out
 
     def units(self) -> Iterator[Unit]:
-        """Yield the units in the order of their runs: tuning, then the test seed by seed."""
+        """Yield the units in the order of their runs: tuning, and when it is finished the test, seed by seed."""
         methods, tuning_seed = self.protocol["methods"], self.protocol["tuning_seed"]
         yield Unit("base", None, tuning_seed, "dev")
         for method in methods:
             for rate in self.protocol["learning_rates"]:
                 yield Unit(method, rate, tuning_seed, "dev")
         rates = {method: self.tuned(method) for method in methods}
+        if None in rates.values():
+            return
         yield Unit("original", None, self.protocol["seeds"][0], "test")
         seeds = {
             method: [*self.protocol["seeds"], *self.protocol["more_seeds"].get(method, ())] for method in methods
@@ -109,14 +115,15 @@ class Comparison:
                 if seed in seeds[method]:
                     yield Unit(method, rates[method], seed, "test")
 
-    def tuned(self, method: str) -> float:
-        """Return the learning rate of the better trial of a method."""
+    def tuned(self, method: str) -> float | None:
+        """Return the learning rate of the better trial of a method; None before all trials are finished."""
         seed = self.protocol["tuning_seed"]
-        scores: dict[float, float] = {}
-        for rate in self.protocol["learning_rates"]:
-            trial = Unit(method, rate, seed, "dev")
-            scores[rate] = tuning_score(json.loads(trial.record.read_text()))
-        return max(scores, key=lambda rate: scores[rate])
+        trials = {rate: Unit(method, rate, seed, "dev").record for rate in self.protocol["learning_rates"]}
+        if not all(record.exists() for record in trials.values()):
+            return None
+        scores = {rate: tuning_score(json.loads(record.read_text())) for rate, record in trials.items()}
+        best: float = max(scores, key=lambda rate: scores[rate])
+        return best
 
     def run(self, unit: Unit) -> dict[str, Any]:
         """Run a unit and return its record."""
@@ -172,11 +179,13 @@ class Comparison:
     def make_base(self, home: Path, seed: int) -> Path:
         """Return the fine-tuned model of a seed; its own answers are sampled and labeled too."""
         base = home / "base"
-        if not (base / "config.json").exists():
-            run_once(sft_recipe(self.model, self.data, home / "sft", seed=seed))
-            merge_checkpoint(home / "sft", base)
-        if not (home / "redteam" / "pairs.jsonl").exists():
-            run_redteam(redteam_recipe(base, self.data, home / "redteam", seed=seed))
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / "base.lock"):
+            if not (base / "config.json").exists():
+                run_once(sft_recipe(self.model, self.data, home / "sft", seed=seed))
+                merge_checkpoint(home / "sft", base)
+            if not (home / "redteam" / "pairs.jsonl").exists():
+                run_redteam(redteam_recipe(base, self.data, home / "redteam", seed=seed))
         return base
 
 
@@ -223,16 +232,28 @@ def main() -> None:
     data = out / "data"
     write_splits(Files(options.data, out / "downloads").paths, data)
     comparison = Comparison(protocol, model, data, out)
-    for unit in comparison.units():
-        if unit.record.exists():
-            continue
+    while units := [unit for unit in comparison.units() if not unit.record.exists()]:
         if options.until and f"{datetime.now():%H:%M}" > options.until:
-            say(f"stopped before {unit.name}; the same command goes on")
+            say(f"stopped before {units[0].name}; the same command goes on")
             return
-        with log_to_file(out / "log.txt", bars=False):
-            record = comparison.run(unit)
-        write_json(unit.record, record)
-        say(f"{datetime.now():%H:%M} {unit.name}: {record['minutes']} min, tuning score {tuning_score(record):.3f}")
+        if not run_next(comparison, units):
+            # The others are running in other processes; the next units may depend on them.
+            time.sleep(WAIT)
+
+
+def run_next(comparison: Comparison, units: Sequence[Unit]) -> bool:
+    """Run the first unit that no other process runs, and write its record; return whether there was one."""
+    for unit in units:
+        # Without the record of another process, which may have ended since the units were listed.
+        with suppress(Timeout), FileLock(comparison.out / f"{unit.name}.lock", timeout=0):
+            if unit.record.exists():
+                continue
+            with log_to_file(comparison.out / f"{unit.name}.log", bars=False):
+                record = comparison.run(unit)
+            write_json(unit.record, record)
+            say(f"{datetime.now():%H:%M} {unit.name}: {record['minutes']} min")
+            return True
+    return False
 
 
 if __name__ == "__main__":
