@@ -3,6 +3,8 @@
 Reads the records of the units, and writes `comparison.json` and `comparison.md` beside them.
 
 * A value of a method is the mean over its seeds, with Student's interval over seeds.
+* Refusals are recognized by their words. `judge-eval.json` has how often that is right on answers that were labeled;
+  rates of refusal are reported a second time, corrected for these errors, with their uncertainty.
 * A difference is paired over prompts: on each prompt, the mean over the seeds that both methods have. Its interval is
   Student's over prompts, and the p-values of one metric are adjusted for the number of methods (Holm).
 """
@@ -19,6 +21,7 @@ import yaml
 from bfpo.core.files import write_json, write_text
 from bfpo.evaluation.comparisons import verdict_on
 from bfpo.stats.intervals import Interval, holm, t_interval
+from bfpo.stats.judge_error import JudgeErrors, corrected_rate
 from bfpo.stats.paired import paired_means
 
 HERE = Path(__file__).parent
@@ -78,6 +81,19 @@ METRICS = (
 )
 
 
+REFUSALS = ("refused_harmful", "over_refusal", "refused_benign")
+"""Metrics that rest on the words of refusals."""
+
+
+def read_errors(path: Path) -> JudgeErrors:
+    """Return how often refusals are recognized, from the results of `bfpo judge eval`."""
+    judges = json.loads(path.read_text(encoding="utf-8"))["judges"]
+    (rule,) = (results for name, results in judges.items() if name.startswith("refusal-rule"))
+    counts = rule["refusal"]["all"]["counts"]
+    yes, no = counts["true_yes"] + counts["false_no"], counts["true_no"] + counts["false_yes"]
+    return JudgeErrors(counts["true_yes"] / yes, yes, counts["true_no"] / no, no)
+
+
 def read_records(folder: Path, part: str) -> dict[str, dict[int, dict[str, Any]]]:
     """Return the records of a part: method → seed → record."""
     records: dict[str, dict[int, dict[str, Any]]] = {}
@@ -87,8 +103,16 @@ def read_records(folder: Path, part: str) -> dict[str, dict[int, dict[str, Any]]
     return records
 
 
-def summarize(records: Mapping[str, Mapping[int, Mapping[str, Any]]], against: str) -> dict[str, Any]:
-    """Return values by method and metric, and the differences from one method."""
+def summarize(
+    records: Mapping[str, Mapping[int, Record]], against: str, errors: JudgeErrors | None = None
+) -> dict[str, Any]:
+    """Return values by method and metric, and the differences from one method.
+
+    Args:
+        records: Method → seed → record.
+        against: Method that the others are compared with.
+        errors: Errors in recognizing refusals; None for no correction.
+    """
     values: dict[str, Any] = {}
     for method, by_seed in records.items():
         values[method] = {"seeds": sorted(by_seed)} | {
@@ -96,6 +120,11 @@ def summarize(records: Mapping[str, Mapping[int, Mapping[str, Any]]], against: s
             for metric in METRICS
             if metric.name != "preference" or method not in ("base", "original")
         }
+        if errors is not None:
+            values[method]["corrected"] = {
+                name: corrected_rate(values[method][name]["mean"], _num_prompts(by_seed, name), errors)._asdict()
+                for name in REFUSALS
+            }
     differences: dict[str, Any] = {}
     for metric in METRICS:
         compared = {}
@@ -127,6 +156,13 @@ def as_markdown(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
         for method, values in summary["values"].items()
     ]
     text = f"# Comparison on SmolLM2-135M-Instruct\n\n{_table(head, rows)}\n"
+    if any("corrected" in values for values in summary["values"].values()):
+        head = ["method", *(metric.title for metric in METRICS if metric.name in REFUSALS)]
+        rows = [
+            [titles.get(method, method), *(_cell(_as_mean(values["corrected"][name])) for name in REFUSALS)]
+            for method, values in summary["values"].items()
+        ]
+        text += f"\n## Corrected for the errors in recognizing refusals\n\n{_table(head, rows)}\n"
     text += f"\n## {titles[against]} against the others\n\n"
     order = {"worse": 0, "better": 1, "not distinguishable": 2}
     lines = [
@@ -136,6 +172,12 @@ def as_markdown(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     ]
     head = ["compared with", "metric", "difference", "p, adjusted", f"{titles[against]} is"]
     return text + _table(head, [line for _, line in sorted(lines, key=lambda line: line[0])]) + "\n"
+
+
+def _num_prompts(by_seed: Mapping[int, Record], name: str) -> int:
+    (metric,) = (metric for metric in METRICS if metric.name == name)
+    record = next(iter(by_seed.values()))
+    return len(metric.scores(record, record))
 
 
 def _mean(metric: Metric, records: Any, method: str, seed: int) -> float:
@@ -164,6 +206,10 @@ def _difference(interval: Interval, p_value: float, metric: Metric) -> dict[str,
     return {"value": interval.value, "low": interval.low, "high": interval.high, "p": p_value, "verdict": verdict}
 
 
+def _as_mean(interval: Mapping[str, float]) -> dict[str, float | None]:
+    return {"mean": interval["value"], "low": interval["low"], "high": interval["high"]}
+
+
 def _cell(value: Mapping[str, float | None] | None) -> str:
     if value is None or math.isnan(value["mean"] or 0):
         return ""
@@ -186,7 +232,8 @@ def main() -> None:
     protocol = yaml.safe_load((HERE / "protocol.yaml").read_text())
     titles = {name: method["title"] for name, method in protocol["methods"].items()}
     titles |= {"base": "fine-tuned model (start of all methods)", "original": "SmolLM2 as published"}
-    summary = summarize(read_records(FOLDER / "units", "test"), protocol["against"])
+    errors = read_errors(FOLDER / "judge-eval.json")
+    summary = summarize(read_records(FOLDER / "units", "test"), protocol["against"], errors)
     write_json(FOLDER / "comparison.json", summary)
     write_text(FOLDER / "comparison.md", as_markdown(summary, titles))
 
