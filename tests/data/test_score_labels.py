@@ -74,8 +74,8 @@ def test_a_pair_without_scores_is_named():
     with pytest.raises(
         DataError, match=r"toy: row \w+ has no chosen_cost and rejected_cost; labels from scores need"
     ):
-        require_scores(pairs)
-    require_scores(pairs[:1])
+        require_scores(pairs, DUAL)
+    require_scores(pairs[:1], DUAL)
 
 
 def test_an_inspection_shows_scores_and_whether_costs_agree_with_labels(capsys):

@@ -228,7 +228,13 @@ def _make_pair(
         labels,
         PairSignals(**{name: row.number(name) for name in SIGNALS}),
         harm_categories=(harms,) if isinstance(harms, str) else tuple(map(str, harms)),
-        provenance=Provenance(str(row.values.get("dataset_name") or ""), label_source, stream),
+        provenance=Provenance(
+            str(row.values.get("dataset_name") or ""),
+            label_source,
+            stream,
+            row.values.get("reward_scorer") or None,
+            row.values.get("cost_scorer") or None,
+        ),
         inputs=read_inputs(row),
         reasoning_labels=reasoning_labels,
     )

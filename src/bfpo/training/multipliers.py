@@ -84,9 +84,9 @@ def relabel(prepared: PreparedData, labels: ScoreLabels) -> dict[str, Any]:
         What `data_manifest.json` says about it.
 
     Raises:
-        DataError: If a pair has no scores.
+        DataError: If a pair has no scores, or they are by other scorers than those of the samples.
     """
-    require_scores([*prepared.train, *prepared.eval])
+    require_scores([*prepared.train, *prepared.eval], labels.dual)
     num_pairs = num_reordered = 0
     for part in prepared.parts:
         for pairs in (part.train, part.eval):
