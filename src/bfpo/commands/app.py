@@ -502,6 +502,19 @@ def show_annotator_agreement(
     run(labels, out)
 
 
+@score_app.command("train")
+def train_scores(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
+    """Train a model that gives answers a reward and a cost, on labeled pairs."""
+    from bfpo.config.loading import load_recipe
+    from bfpo.config.recipes import ScoreRecipe
+
+    checked = load_recipe(recipe, ScoreRecipe, overrides)
+
+    from bfpo.judging.score_run import run_score
+
+    run_score(checked, dry_run=dry_run, limit=limit)
+
+
 @score_app.command("apply")
 def apply_scores(
     answers: Annotated[

@@ -26,6 +26,7 @@ from bfpo.generation.model_inputs import TemplateRefusal, render_chat
 from bfpo.judging.markers import MARKERS_ESCAPED, escape_markers, special_tokens
 from bfpo.judging.turns import spoken_turns
 from bfpo.model.load import load_tokenizer
+from bfpo.model.score_heads import padding_id
 from bfpo.model.vocabulary import check_token_ids
 
 ScorerKind = Literal["beaver-cost", "beaver-reward", "cost", "reward", "classifier"]
@@ -158,10 +159,7 @@ class ScoreJudge:
     @cached_property
     def _pad_id(self) -> int | None:
         """Id of the padding; None if it can't be distinguished from the end of a text."""
-        if self._is_beaver:
-            return 0
-        pad_id = self.tokenizer.pad_token_id
-        return None if pad_id is None or pad_id == self.tokenizer.eos_token_id else int(pad_id)
+        return 0 if self._is_beaver else padding_id(self.tokenizer)
 
     def _batches(self, rows: Sequence[list[int]]) -> Iterator[list[int]]:
         """Yield batches of indices, shortest rows first; empty and overlong rows are left out."""
