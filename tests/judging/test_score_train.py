@@ -266,6 +266,13 @@ def test_data_that_a_cost_can_not_learn_from_are_refused(folder):
         run_score(recipe())
 
 
+def test_a_head_is_read_by_its_own_kind(folder):
+    with pytest.raises(ModelError, match="a sequence classifier of transformers; cost:runs/scorer/cost reads it"):
+        open_judge("beaver-cost:runs/scorer/cost")
+    with pytest.raises(ModelError, match="no trained head for cost"):
+        open_judge("cost:base")
+
+
 def test_a_tokenizer_without_a_template_is_refused(tokenizer):
     plain = copy.deepcopy(tokenizer)
     plain.chat_template = None

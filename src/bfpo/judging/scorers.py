@@ -269,6 +269,10 @@ def load_scorer(
             f"{path} is a {config.model_type}; {kind} reads score models of safe-rlhf, which are llamas; "
             f"{kind.removeprefix('beaver-')} reads sequence classifiers"
         )
+    if is_beaver and any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        raise ModelError(
+            f"{path} is a sequence classifier of transformers; {kind.removeprefix('beaver-')}:{path} reads it"
+        )
     model_class: Any = BeaverModel if is_beaver else AutoModelForSequenceClassification
     states_bias = bool(getattr(config, "bias", False))
     if is_beaver:
