@@ -127,6 +127,7 @@ def test_saved_heads_give_the_scores_of_training_to_both_readers(finished):
         assert "| main | cost | sign accuracy |" in card
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_into_the_saved_heads(folder):
     run = run_score(recipe(lora={"r": 2}))
     check_readers(run, HELD)
@@ -140,6 +141,7 @@ def test_the_packing_does_not_change_what_is_trained(folder):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(folder, finished):
     run_score(
         recipe(trainer={"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "output_dir": "runs/resumed"})
