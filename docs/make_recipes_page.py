@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from bfpo.config.loading import DEPRECATED, RENAMED
 from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection
-from bfpo.config.recipes import Section, SftRecipe, TrainRecipe
+from bfpo.config.recipes import ScoreRecipe, Section, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.experiments.recipe import ExperimentRecipe
 from bfpo.redteam.recipe import RedteamRecipe
@@ -25,7 +25,7 @@ from bfpo.training.arguments import DECIDED, DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
-KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, RedteamRecipe, EvalRecipe, ExperimentRecipe)
+KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, ScoreRecipe, RedteamRecipe, EvalRecipe, ExperimentRecipe)
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false", Any: "anything"}
 # Headings of sections that are the value of several keys, or of the same key of several recipes.

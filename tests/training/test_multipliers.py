@@ -210,6 +210,25 @@ def test_pairs_without_scores_are_refused(main_pairs, folder):
         run_training(recipe(), dry_run=True)
 
 
+def test_scores_of_several_or_other_scorers_are_refused(scored_pairs, folder):
+    def by(*scorers):
+        return [
+            replace(pair, provenance=replace(pair.provenance, reward_scorer="reward@1", cost_scorer=scorer)).to_row()
+            for pair, scorer in zip(scored_pairs, scorers * 6, strict=True)
+        ]
+
+    write_jsonl(folder / "main.jsonl", by("cost@1", "cost@2"))
+    with pytest.raises(DataError, match=r"'cost_scorer' has 2 values \('cost@1', 'cost@2'\).*with one judge"):
+        run_training(recipe(), dry_run=True)
+    write_jsonl(folder / "main.jsonl", by("cost@1", "cost@1"))
+    run_training(recipe(), dry_run=True)
+    replace(DUAL, reward_scorer="reward@1", cost_scorer="cost@2").write(folder)
+    with pytest.raises(DataError, match=r"costs of the pairs are by cost@1, .* by cost@2; score both with one judge"):
+        run_training(recipe(), dry_run=True)
+    replace(DUAL, reward_scorer="reward@1", cost_scorer="cost@1").write(folder)
+    run_training(recipe(), dry_run=True)
+
+
 def test_a_missing_multiplier_is_refused_before_data_are_read(folder):
     (folder / "dual.json").unlink()
     (folder / "main.jsonl").unlink()

@@ -337,6 +337,62 @@ class TrainRecipe(DataRecipe):
         return self
 
 
-def _check_trained_parameters(recipe: SftRecipe | TrainRecipe) -> None:
+class HeadsSection(Section):
+    """Heads of a score model."""
+
+    reward: bool = True
+    """Whether to train a reward: higher is more helpful. It learns from the order of the pairs, of both streams."""
+    cost: bool = True
+    """Whether to train a cost: above 0 is unsafe. It learns from the safety labels of the main stream."""
+
+    @property
+    def names(self) -> tuple[Literal["reward", "cost"], ...]:
+        """Names of the heads."""
+        names: dict[Literal["reward", "cost"], bool] = {"reward": self.reward, "cost": self.cost}
+        return tuple(name for name, is_trained in names.items() if is_trained)
+
+
+class ScoreRecipe(DataRecipe):
+    """`bfpo score train`: a model that gives answers a reward and a cost."""
+
+    model: ModelSection
+    """Model to start from; its language-model head is replaced."""
+    heads: HeadsSection = HeadsSection()
+    """Heads to train on the one backbone."""
+    regularization: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.001
+    """Weight of the squares of both scores of a pair, for each head, as in Safe RLHF."""
+    center_rewards_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of the square of the sum of both rewards of a pair, as in TRL's `RewardTrainer`."""
+    buffer_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Weight of the mean loss of the buffer stream, which trains the reward alone."""
+    train_only: list[str] | None = None
+    """Patterns of the parameters to train besides the heads, as in `bfpo train`; default all."""
+    lora: LoraSection | None = None
+    """Low-rank adapters to train besides the heads; they are merged at the end."""
+    layout: LayoutSection = LayoutSection()
+    """How tokens are laid out; affects time and memory, not the numbers."""
+    max_eval: Count | None = 2000
+    """Maximum number of evaluated pairs of each stream, a seeded sample; null for all."""
+    trainer: dict[str, Any] = Field(default={})
+    """Arguments of `transformers.TrainingArguments`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScoreRecipe":
+        _check_trained_parameters(self)
+        if not self.heads.names:
+            raise ValueError("heads has neither a reward nor a cost; expected at least one")
+        if self.buffer and not self.heads.reward:
+            raise ValueError("buffer trains the reward alone, and heads.reward is false; leave buffer out")
+        if self.model.load_in_4bit:
+            raise ValueError("model.load_in_4bit isn't possible for score models; leave it out")
+        if self.text.truncation != "keep_start" or self.text.thinking is not None:
+            raise ValueError(
+                "text.truncation and text.thinking have no effect: a score is that of a whole answer without its "
+                "reasoning; leave them out"
+            )
+        return self
+
+
+def _check_trained_parameters(recipe: SftRecipe | TrainRecipe | ScoreRecipe) -> None:
     if recipe.lora is not None and recipe.train_only is not None:
         raise ValueError("train_only and lora can't be combined: with lora only the adapter is trained")

@@ -54,6 +54,8 @@ COLUMNS = (
     "rejected_reward",
     "chosen_cost",
     "rejected_cost",
+    "reward_scorer",
+    "cost_scorer",
     "harm_categories",
     "stream",
     "safety_label_source",
@@ -92,11 +94,15 @@ class Provenance:
         dataset_name: Name of the data set; "" if unknown.
         safety_label_source: `dataset`, `human`, `<judge>@<revision>` or `assumed`; None without labels.
         stream: `main` (safety-labeled set) or `buffer` (helpfulness set); None until the data are prepared.
+        reward_scorer: Who gave the rewards, `<judge>@<revision>`; None if unknown.
+        cost_scorer: Who gave the costs.
     """
 
     dataset_name: str = ""
     safety_label_source: str | None = None
     stream: StreamName | None = None
+    reward_scorer: str | None = None
+    cost_scorer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,6 +296,8 @@ class PreferencePair:
         if self.harm_categories:
             row["harm_categories"] = list(self.harm_categories)
         origin = {
+            "reward_scorer": self.provenance.reward_scorer,
+            "cost_scorer": self.provenance.cost_scorer,
             "stream": self.provenance.stream,
             "safety_label_source": self.provenance.safety_label_source,
             "dataset_name": self.provenance.dataset_name,

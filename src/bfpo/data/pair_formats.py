@@ -229,7 +229,12 @@ def _make_pair(
         labels,
         PairSignals(**{name: row.number(name) for name in SIGNALS}),
         harm_categories=(harms,) if isinstance(harms, str) else tuple(map(str, harms)),
-        provenance=Provenance(str(row.values.get("dataset_name") or ""), label_source, stream),
+        provenance=Provenance(
+            str(row.values.get("dataset_name") or ""),
+            label_source,
+            stream,
+            *(str(row.values[name]) if row.values.get(name) else None for name in ("reward_scorer", "cost_scorer")),
+        ),
         inputs=read_inputs(row),
         reasoning_labels=reasoning_labels,
         cut=CutAnswers(*(_read_flag(row, column) for column in ("is_chosen_cut", "is_rejected_cut"))),

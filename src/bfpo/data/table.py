@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +102,11 @@ class TokenTable(Sequence[Example]):
         """Number of tokens of the prompt and of each completion, (N, completions + 1)."""
         return np.diff(self.bounds, axis=1)
 
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Inputs of losses and metrics besides the tokens, name → (N, ...)."""
+        return {}
+
 
 @dataclass(frozen=True)
 class PairTable(TokenTable):
@@ -144,6 +149,20 @@ class PairTable(TokenTable):
         return content_hash([(name, hashlib.sha256(self.signals[name].tobytes()).hexdigest()) for name in read])
 
     @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Labels, cells, streams, signals and, if they are known, log-probabilities of the reference."""
+        columns: dict[str, NDArray[Any]] = {
+            "chosen_safe": self.chosen_safe,
+            "rejected_safe": self.rejected_safe,
+            "cells": self.cells,
+            "is_buffer": self.is_buffer,
+            **self.signals,
+        }
+        if self.reference_logps is not None:
+            columns["ref_chosen_logps"], columns["ref_rejected_logps"] = self.reference_logps.T
+        return columns
+
+    @property
     def main_rows(self) -> NDArray[np.int64]:
         """Indices of the pairs of the main stream."""
         return np.flatnonzero(~self.is_buffer)
@@ -152,6 +171,32 @@ class PairTable(TokenTable):
     def buffer_rows(self) -> NDArray[np.int64]:
         """Indices of the pairs of the buffer stream."""
         return np.flatnonzero(self.is_buffer)
+
+
+@dataclass(frozen=True)
+class ScoreTable(TokenTable):
+    """Pairs whose answers are scored: the score of a completion is read at its last token.
+
+    That token must be fed, so a completion has one more after it, which nothing reads; all others are marked.
+
+    Args:
+        signs: 1 for an unsafe answer, -1 for a safe one, 0 for one that trains no cost, (N, 2).
+        is_buffer: Whether the pair belongs to the buffer stream, (N,).
+    """
+
+    signs: Floats
+    is_buffer: NDArray[np.bool_]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokens, the signs and the streams."""
+        arrays = (self.signs, self.is_buffer)
+        return content_hash(self.tokens_hash, [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays])
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Signs and streams."""
+        return {"signs": self.signs, "is_buffer": self.is_buffer}
 
 
 def sampled_rows(rows: Sequence[int], limit: int | None) -> list[int]:
@@ -220,6 +265,31 @@ def pair_table(
 def harm_categories(pairs: Iterable[PreferencePair]) -> tuple[str, ...]:
     """Return the names of all harm categories of pairs, in order."""
     return tuple(sorted({name for pair in pairs for name in pair.harm_categories}))
+
+
+def score_table(examples: Sequence[Example], pairs: Sequence[PreferencePair]) -> ScoreTable:
+    """Return a table of tokenized pairs whose answers are scored at their last token.
+
+    Args:
+        examples: Token ids of whole texts, with two completions each.
+        pairs: Pairs of the examples, in the same order; those of the buffer and unlabeled ones have no signs.
+    """
+    scored = [
+        Example(prompt, tuple(np.append(~completion, np.int32(0)) for completion in completions))
+        for prompt, completions in examples
+    ]
+    signs = [
+        (0.0, 0.0)
+        if pair.labels is None or pair.provenance.stream == "buffer"
+        else tuple(-1.0 if safe else 1.0 for safe in pair.labels)
+        for pair in pairs
+    ]
+    return ScoreTable(
+        *_concatenate(scored),
+        tuple(pair.row_id for pair in pairs),
+        signs=np.array(signs, dtype=np.float64),
+        is_buffer=np.array([pair.provenance.stream == "buffer" for pair in pairs]),
+    )
 
 
 def _fill_by_dataset(values: Floats, means: Floats, pairs: Sequence[PreferencePair]) -> Floats:

@@ -34,11 +34,7 @@ def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int | Non
     Returns:
         Log-probabilities in nats, (S,) float64 (float32 on devices without float64).
     """
-    backbone, head = model.get_decoder(), model.get_output_embeddings()
-    config = backbone.config
-    with span_attention(config) if layout.spans else nullcontext():
-        output = backbone(input_ids=layout.input_ids, use_cache=False, **attention_inputs(layout, config))
-    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, layout.hidden_index)
+    head, hidden = model.get_output_embeddings(), completion_states(model, layout)
     if chunk is None:
         vocab_size = model.config.get_text_config().vocab_size
         chunk = len(hidden) if len(hidden) * vocab_size <= MAX_KEPT_LOGITS else CHUNK
@@ -52,6 +48,21 @@ def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int | Non
     dtype = torch.float32 if token_logps.device.type == "mps" else torch.float64
     # One sum per completion, in a fixed order: an atomic scatter would not be reproducible on a GPU.
     return torch.stack([completion.sum() for completion in token_logps.to(dtype).split(layout.lengths)])
+
+
+def completion_states(model: PreTrainedModel, layout: Layout) -> Tensor:
+    """Return the hidden states that predict the scored tokens of a layout, (N, hidden size).
+
+    Args:
+        model: Model with a decoder.
+        layout: Layout with N predictions.
+    """
+    backbone = model.get_decoder()
+    config = backbone.config
+    with span_attention(config) if layout.spans else nullcontext():
+        output = backbone(input_ids=layout.input_ids, use_cache=False, **attention_inputs(layout, config))
+    states: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, layout.hidden_index)
+    return states
 
 
 def _token_logps(hidden: Tensor, targets: Tensor, head: nn.Module, model: PreTrainedModel) -> Tensor:
@@ -81,7 +92,9 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         return logps.exp().mul_(-grad).scatter_add_(-1, targets[:, None], grad), None
 
 
-def add_layout_forward(model: CausalLM) -> None:
+def add_layout_forward(
+    model: CausalLM, compute: Callable[[PreTrainedModel, Layout], Tensor] = completion_logps
+) -> None:
     """Make `model(layout=...)` return completion log-probabilities; other calls are unchanged.
 
     Hidden states, gather and head must run inside the forward of the module that is wrapped: calling the backbone of
@@ -89,20 +102,21 @@ def add_layout_forward(model: CausalLM) -> None:
     this instance is extended in place.
 
     Args:
-        model: Model, changed in place.
+        model: Model, changed in place; one that was changed before stays as it is.
+        compute: Function that computes other numbers than log-probabilities, for a model with another head.
 
     Raises:
         ModelError: If the model isn't a causal language model with a head.
     """
     model = unwrap_adapter(model)
-    if model.get_output_embeddings() is None or model.get_decoder() is model:
-        raise ModelError(f"{type(model).__name__} has no language-model head; bfpo trains causal language models")
     if getattr(model.forward, "takes_layout", False):
         return
+    if compute is completion_logps and (model.get_output_embeddings() is None or model.get_decoder() is model):
+        raise ModelError(f"{type(model).__name__} has no language-model head; bfpo trains causal language models")
     original_forward: Callable[..., Any] = model.forward
 
     def forward(self: PreTrainedModel, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
-        return original_forward(*args, **kwargs) if layout is None else completion_logps(self, layout)
+        return original_forward(*args, **kwargs) if layout is None else compute(self, layout)
 
     forward.takes_layout = True  # type: ignore[attr-defined]
     # Where the arguments of the model itself are looked up.

@@ -30,10 +30,10 @@ def relabel(recipe: TrainRecipe, prepared: PreparedData, labels: ScoreLabels | N
         What `data_manifest.json` says about it; nothing if the order of the data counts.
 
     Raises:
-        DataError: If a pair lacks scores that are needed.
+        DataError: If a pair lacks scores that are needed, or they are by other scorers than those of the samples.
     """
     if labels is not None:
-        require_scores([*prepared.train, *prepared.eval])
+        require_scores([*prepared.train, *prepared.eval], labels.dual)
         counts = _reorder(
             prepared,
             lambda pairs: is_reordered(pairs, labels.dual, labels.draw, seed=labels.seed),

@@ -1,7 +1,7 @@
 """The work of `bfpo train`: from a recipe to a checkpoint and its metadata."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,7 +18,7 @@ from bfpo.data.inspect import show_cells, show_samples, show_sources
 from bfpo.data.load import Reason
 from bfpo.data.prepare import PreparedData, prepare, require_labels
 from bfpo.data.score_labels import score_margins
-from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
+from bfpo.data.table import Example, PairTable, TokenTable, pair_table, sampled_rows
 from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import DataError, RecipeError
 from bfpo.losses.dual import Dual
@@ -177,7 +177,7 @@ def _prepare_inputs(
     dual = labels.dual if labels is not None else None
     tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=tokens, clock=clock, dual=dual)
     show_data(prepared, tables, loss)
-    _check_evaluation(args, tables)
+    check_evaluation(args, tables.eval)
     check_vocabulary(model_section, tokenizer, [tables.train, *tables.eval.values()])
     _show_plan_and_memory(recipe, args, model_section, tokenizer, tables.train)
     manifest = prepared.manifest() | label_metadata
@@ -194,11 +194,11 @@ def _resolve_model_section(
     return load_or_train_sft(recipe, prepared.eval, cache)
 
 
-def _check_evaluation(args: TrainingArguments, tables: Tables) -> None:
+def check_evaluation(args: TrainingArguments, tables: Mapping[str, TokenTable]) -> None:
     """Check that there are data to evaluate on if needed, and name the metric of the best model as it is logged."""
-    if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables.eval:
-        args.metric_for_best_model = f"eval_{next(iter(tables.eval))}_loss"
-    if args.eval_strategy != "no" and not tables.eval:
+    if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables:
+        args.metric_for_best_model = f"eval_{next(iter(tables))}_loss"
+    if args.eval_strategy != "no" and not tables:
         raise RecipeError("trainer.eval_strategy needs data to evaluate on, and there are none; set holdout")
 
 

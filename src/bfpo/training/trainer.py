@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from bfpo.training.inputs import ModelOrPath, resolve_inputs
 from bfpo.training.metrics import MetricSums, pair_metrics
 from bfpo.training.reference_pass import ReferencePass, on_device, resolve_reference, tolerance
 from bfpo.training.stream_trainer import StreamTrainer
-from bfpo.training.streams import StepRows, WeightedRow, Weights
+from bfpo.training.streams import StepRows, WeightedRow, Weights, mean_weights
 
 
 class StartCheck(NamedTuple):
@@ -262,11 +261,7 @@ class BFPOTrainer(StreamTrainer):
 
     def row_weights(self, rows: StepRows) -> tuple[Weights, Weights]:
         """Return 1/B for main rows and buffer_weight/B for buffer rows."""
-        main, buffer = rows
-        return (
-            np.full(len(main), 1 / max(len(main), 1)),
-            np.full(len(buffer), self.buffer_weight / max(len(buffer), 1)),
-        )
+        return mean_weights(rows, self.buffer_weight)
 
     def example_losses(self, model: nn.Module, batch: Batch, sums: MetricSums, *, training: bool) -> Tensor:
         """Return the loss of each pair, (n,)."""
