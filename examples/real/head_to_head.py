@@ -153,7 +153,9 @@ class Comparison:
             training["changes"] = changes
         evaluation = home / f"{unit.name}-evaluation"
         run_eval(eval_recipe(path, self.data / unit.part / "suite.yaml", evaluation, run=unit.name, judges=JUDGES))
-        held_out = [row.to_row() for row in score_pairs(path, self.data / "held-out-pairs.jsonl")]
+        held_out = []
+        if unit.part == "test":
+            held_out = [row.to_row() for row in score_pairs(path, self.data / "held-out-pairs.jsonl")]
         record = {
             "schema": 1,
             "unit": {

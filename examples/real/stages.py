@@ -107,7 +107,7 @@ def pair_sources(data: Path, redteam: Path) -> dict[str, Any]:
     return {
         "data": [
             {"adapter": "xstest_completions", "path": str(data / "xstest-ss.csv"), "limit": 40},
-            {"adapter": "xstest_completions", "path": str(data / "xstest-us.csv"), "limit": 20},
+            {"adapter": "xstest_completions", "path": str(data / "xstest-us.csv"), "limit": 100},
             {"path": str(redteam / "pairs.jsonl")},
             {"path": str(data / "pku-su.jsonl")},
             {"path": str(data / "gptfuzz-uu.jsonl")},
