@@ -102,13 +102,18 @@ def redteam_recipe(model: Path, data: Path, out: Path, *, seed: int) -> RedteamR
     )
 
 
-def pair_sources(data: Path, redteam: Path) -> dict[str, Any]:
-    """Return the training data: all four cells from four sources, and AlpacaEval's comparisons as the buffer."""
+def pair_sources(data: Path, redteam: Path | None) -> dict[str, Any]:
+    """Return the training data: all four cells from four sources, and AlpacaEval's comparisons as the buffer.
+
+    Args:
+        data: Folder of the splits.
+        redteam: Folder of the pairs of the model's own answers; None leaves them out.
+    """
     return {
         "data": [
             {"adapter": "xstest_completions", "path": str(data / "xstest-ss.csv"), "limit": 40},
             {"adapter": "xstest_completions", "path": str(data / "xstest-us.csv"), "limit": 100},
-            {"path": str(redteam / "pairs.jsonl")},
+            *([] if redteam is None else [{"path": str(redteam / "pairs.jsonl")}]),
             {"path": str(data / "pku-su.jsonl")},
             {"path": str(data / "gptfuzz-uu.jsonl")},
         ],
