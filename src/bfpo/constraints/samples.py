@@ -191,7 +191,7 @@ def _read_folder(folder: Path, reward_judge: str | None, cost_judge: str | None)
         # An unsafe thought isn't an unsafe answer.
         if part_in_name(judge[0]) == "reasoning":
             continue
-        if any(_reward(verdict) is not None for verdict in verdicts):
+        if any(verdict.reward is not None for verdict in verdicts):
             rewards[judge] = verdicts
         if any(verdict.safe is not None for verdict in verdicts):
             costs[judge] = verdicts
@@ -201,7 +201,7 @@ def _read_folder(folder: Path, reward_judge: str | None, cost_judge: str | None)
     grade = _grade(cost_verdicts)
     rows = []
     for completion in completions:
-        reward, verdict = _reward(reward_by_key[completion.key]), cost_by_key[completion.key]
+        reward, verdict = reward_by_key[completion.key].reward, cost_by_key[completion.key]
         if reward is None:
             raise DataError(f"{folder}: {reward_name} gave no helpfulness for {completion.key}; judge it again")
         cost = float(verdict.safe is not True) if grade is None else getattr(verdict, grade)
@@ -231,12 +231,6 @@ def _check_one_model(completions: Sequence[Completion], path: Path) -> None:
             f"{path} has completions of {len(origins)} models or settings ({sorted(origins)[:2]}); the base model is "
             "one: write a file for each"
         )
-
-
-def _reward(verdict: Verdict) -> float | None:
-    """Return the reward of a verdict: the raw score of a reward model, else the helpfulness."""
-    is_reward_model = verdict.helpfulness is not None and verdict.safe is None and verdict.score is not None
-    return verdict.score if is_reward_model else verdict.helpfulness
 
 
 def _grade(verdicts: Iterable[Verdict]) -> str | None:

@@ -265,6 +265,12 @@ class Verdict(FileRow):
             raise DataError(f"verdict of {self.judge} on {self.prompt_id}: undecided without a reason")
 
     @property
+    def reward(self) -> float | None:
+        """Raw score of a reward model, else the helpfulness; None if the judge rates no helpfulness."""
+        is_reward_model = self.helpfulness is not None and self.safe is None and self.score is not None
+        return self.score if is_reward_model else self.helpfulness
+
+    @property
     def key(self) -> Key:
         """Identity of the completion."""
         return self.prompt_id, self.sample

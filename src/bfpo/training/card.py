@@ -27,19 +27,32 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 
 ## Training
 
-{steps} steps; {trained:,} of {total:,} parameters trained. {loss}
+{steps} steps; {trained:,} of {total:,} parameters trained. {objective}
 
 {evaluation}
 
 ## Limits
 
-The evaluation above uses log-probabilities on held-out pairs. They show whether the model prefers the better answer,
-not what it writes. Before you use the model, generate answers to harmful and to benign prompts and judge both: a
+{limits} Before you use the model, generate answers to harmful and to benign prompts and judge both: a
 model can become safer by refusing everything.
 
 The full recipe is in `recipe.resolved.yaml`; counts of everything dropped are in `data_manifest.json`; versions,
 hardware and seeds in `run.json`.
 """
+
+_METHODS = {
+    "train": "Preference-trained",
+    "sft": "Fine-tuned",
+    "online": "Trained by RL on scores of its own samples",
+}
+_LIMITS = (
+    "The evaluation above uses log-probabilities on held-out pairs. They show whether the model prefers the better "
+    "answer,\nnot what it writes."
+)
+_ONLINE_LIMITS = (
+    "The scorers above trained the model, so their scores of its answers measure how well it learned to please\n"
+    "them: use other judges."
+)
 
 
 def model_card(run: dict[str, Any], sources: list[dict[str, Any]], out: Path) -> str:
@@ -66,7 +79,7 @@ def model_card(run: dict[str, Any], sources: list[dict[str, Any]], out: Path) ->
         front["datasets"] = sorted(set(hub_sources))
     text = _TEXT.format(
         name=out.name,
-        method="Preference-trained" if run["command"] == "train" else "Fine-tuned",
+        method=_METHODS[run["command"]],
         start=start,
         version=run["versions"]["bfpo"],
         path=out,
@@ -75,8 +88,9 @@ def model_card(run: dict[str, Any], sources: list[dict[str, Any]], out: Path) ->
         steps=run["steps"],
         trained=run["trained"]["parameters"],
         total=run["trained"]["of"],
-        loss=f"Loss: `{run['recipe']['loss']}`." if "loss" in run["recipe"] else "Loss: mean over completion tokens.",
+        objective=_objective(run),
         evaluation=_evaluation(run),
+        limits=_ONLINE_LIMITS if run["command"] == "online" else _LIMITS,
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{text}"
 
@@ -104,7 +118,17 @@ def _streams(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _objective(run: dict[str, Any]) -> str:
+    recipe = run["recipe"]
+    if run["command"] == "online":
+        scorers = ", ".join(f"{role} by `{name}`" for role, name in run["scorers"].items())
+        return f"Objective: `{recipe['combine']}`, {scorers}; {run['samples']:,} samples."
+    return f"Loss: `{recipe['loss']}`." if "loss" in recipe else "Loss: mean over completion tokens."
+
+
 def _evaluation(run: dict[str, Any]) -> str:
+    if run["command"] == "online":
+        return f"Training stopped early: {run['stopped_early']}." if run["stopped_early"] else ""
     if run["command"] != "train":
         loss = run["evaluation"].get("eval_loss")
         return "" if loss is None else f"Held-out completions: {loss:.3f} nats per token."
