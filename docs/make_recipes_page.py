@@ -15,17 +15,29 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from bfpo.config.combine import COMBINE_SECTIONS, CustomCombinerSection
 from bfpo.config.loading import DEPRECATED, RENAMED
 from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection
 from bfpo.config.recipes import ScoreRecipe, Section, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.experiments.recipe import ExperimentRecipe
+from bfpo.online.arguments import DEFAULTS as ONLINE_DEFAULTS
+from bfpo.online.arguments import REFUSED
+from bfpo.online.recipe import OnlineRecipe
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.training.arguments import DECIDED, DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
-KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, ScoreRecipe, RedteamRecipe, EvalRecipe, ExperimentRecipe)
+KINDS: tuple[type[Section], ...] = (
+    TrainRecipe,
+    SftRecipe,
+    ScoreRecipe,
+    OnlineRecipe,
+    RedteamRecipe,
+    EvalRecipe,
+    ExperimentRecipe,
+)
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false", Any: "anything"}
 # Headings of sections that are the value of several keys, or of the same key of several recipes.
@@ -51,14 +63,21 @@ def page() -> str:
     for kind in KINDS:
         parts.append(f"## {kind.__doc__.partition(':')[0]}\n\n{table(kind)}")
     parts += [f"## {heading(name, kind)}\n\n{table(kind)}" for name, kind in sections()]
-    parts += [losses(), trainer(), renamed()]
+    parts += [
+        named_sections(LOSS, LOSS_SECTIONS.values()),
+        named_sections(COMBINE, COMBINE_SECTIONS.values()),
+        trainer(),
+        online_trainer(),
+        renamed(),
+    ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def sections() -> Iterator[tuple[str, type[Section]]]:
     """Yield every section of every recipe once, with the first key whose value it is."""
-    # The losses have a table of their own.
+    # The losses and the combiners have tables of their own.
     seen: set[type[Section]] = {*KINDS, *LOSS_SECTIONS.values(), CustomLossSection, LabelTableSection}
+    seen |= {*COMBINE_SECTIONS.values(), CustomCombinerSection}
     queue = list(KINDS)
     while queue:
         kind = queue.pop(0)
@@ -171,10 +190,10 @@ def shipped() -> str:
     return "\n".join(lines)
 
 
-def losses() -> str:
-    """Return a table of the losses with their hyperparameters."""
-    lines = [LOSS, "", "| key | value | default | |", "|---|---|---|---|"]
-    for section in LOSS_SECTIONS.values():
+def named_sections(text: str, kinds: Iterable[type[Section]]) -> str:
+    """Return a table of the sections of which a key has one, by its name: losses, combiners."""
+    lines = [text, "", "| key | value | default | |", "|---|---|---|---|"]
+    for section in kinds:
         for key, field in section.model_fields.items():
             if key == "name":
                 lines.append(f"| **`name: {field.default}`** | | | **{in_table(field.description)}** |")
@@ -188,6 +207,14 @@ def trainer() -> str:
     defaults = ", ".join(f"`{name}: {value}`" for name, value in DEFAULTS.items())
     lines = [TRAINER.format(defaults=defaults), "", "| refused | because |", "|---|---|"]
     return "\n".join([*lines, *(f"| `{name}` | {why} |" for name, why in DECIDED.items())])
+
+
+def online_trainer() -> str:
+    """Return the section on `trainer:` of online recipes, with the names that are refused there only."""
+    defaults = ", ".join(f"`{name}: {value}`" for name, value in ONLINE_DEFAULTS.items())
+    lines = [ONLINE_TRAINER.format(defaults=defaults), "", "| refused | because |", "|---|---|"]
+    refused = {name: why for name, why in REFUSED.items() if DECIDED.get(name) != why}
+    return "\n".join([*lines, *(f"| `{name}` | {why} |" for name, why in refused.items())])
 
 
 def renamed() -> str:
@@ -224,6 +251,18 @@ TRAINER = """
 Only names of `transformers.TrainingArguments`. `output_dir` is required. Defaults that differ from transformers:
 {defaults}. `warmup_steps` below 1 is a share of all steps. `resume_from_checkpoint: true` resumes from the newest
 complete checkpoint in `output_dir`; see [training.md](training.md).
+""".strip()
+COMBINE = """
+## `combine:`
+
+How `bfpo online` combines reward and cost. `name: package.module:Class` is your own subclass of
+`bfpo.losses.combine.Combiner`, with its fields as keys. [online.md](online.md) says what each of them prefers.
+""".strip()
+ONLINE_TRAINER = """
+## `trainer:` of `bfpo online`
+
+Names of `trl.RLOOConfig`. `output_dir` is required. Defaults that differ from TRL: {defaults}. What is refused above
+is refused here too, and also:
 """.strip()
 OLDER = """
 ## Former keys, and keys of older stacks

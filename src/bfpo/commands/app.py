@@ -106,6 +106,19 @@ def sft(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_ru
 
 
 @app.command()
+def online(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train a policy by RL on scores of its own samples: Safe RLHF, or BFPO's objective."""
+    from bfpo.config.loading import load_recipe
+    from bfpo.online.recipe import OnlineRecipe
+
+    checked = load_recipe(recipe, OnlineRecipe, overrides)
+
+    from bfpo.online.run import run_online
+
+    run_online(checked, dry_run=dry_run)
+
+
+@app.command()
 def merge(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],

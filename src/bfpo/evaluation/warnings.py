@@ -75,7 +75,7 @@ def _judge_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Re
     circular = [judge["name"] for judge in results.judges if judge["circular"]]
     if circular:
         warnings.append(
-            f"Circular: {', '.join(circular)} labeled the data that the model was trained on, so it measures how "
+            f"Circular: {', '.join(circular)} labeled or scored what the model was trained on, so it measures how "
             "well the model learned to please it. Read the other judges' metrics."
         )
     for name, suite in suites.items():

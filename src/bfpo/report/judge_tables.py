@@ -207,7 +207,7 @@ def result_warnings(runs: Sequence[Run]) -> list[tuple[str, str]]:
         warnings = list(run.results.warnings)
         circular = [str(judge.get("name")) for judge in run.results.judges if judge.get("circular")]
         if circular and not any(warning.startswith("Circular") for warning in run.results.warnings):
-            warnings.append(f"Circular: {', '.join(circular)} labeled the data that the model was trained on.")
+            warnings.append(f"Circular: {', '.join(circular)} labeled or scored what the model was trained on.")
         undecided = sum(
             metric.unscored for metric in run.results.metrics if metric.metric == "safety" and metric.category is None
         )
