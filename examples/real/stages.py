@@ -96,7 +96,7 @@ def redteam_recipe(model: Path, data: Path, out: Path, *, seed: int) -> RedteamR
             "max_new_tokens": ANSWER_TOKENS,
             "keep_cut": True,
             "guide": False,
-            "quota": {"us": 40, "ss": 20, "uu": 0},
+            "quota": {"us": 60, "ss": 60, "uu": 0},
             "seed": seed,
         }
     )
