@@ -34,6 +34,7 @@ PLACES = {
     "NewModel": "`model.new:`",
     "EngineSection": "`model:` of `bfpo redteam`, `bfpo eval` and `attack:`",
     "AttackedSuite": "an entry of `suites:` under attack",
+    "FirstSafeSection": "`guard:` of `bfpo redteam` and `bfpo eval`, and of the file of `--guard`",
     "JudgeServerSection": "`judge_server:`",
     "PromptSource": "an entry of `prompts:`",
     "EvalData": "an entry of `data:` of `bfpo eval`",

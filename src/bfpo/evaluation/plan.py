@@ -76,6 +76,8 @@ def show_plan(recipe: EvalRecipe) -> list[PlannedStage]:
         labeled = read_calibration(recipe.calibration).answers
         say(f"not counted above: each judge reads up to {len(labeled):,} answers with human labels (calibration)")
     say("dry run: nothing was written. Tokens are estimated at 4 characters each; the time of a server is unknown.")
+    if recipe.guard is not None:
+        say(f"The guard draws up to {recipe.guard.samples} samples for a completion, and its judge reads each.")
     if planned_tasks:
         say(
             f"Tokens of lm-eval's requests are the model's own, for a task of more than {MAX_ROWS} rows those of a "
@@ -148,8 +150,9 @@ def _plan_stages(
     existing = min(_count_lines(out / Completion.file_name), total)
     missing, tokens_read, tokens_written = total - existing, 0, 0
     if recipe.model is not None:
-        tokens_read = round(missing / total * prompt_tokens)
-        tokens_written = missing * recipe.sampling.max_new_tokens
+        draws = 1 if recipe.guard is None else recipe.guard.samples
+        tokens_read = round(missing / total * prompt_tokens * draws)
+        tokens_written = missing * recipe.sampling.max_new_tokens * draws
     price = recipe.price if recipe.model is not None and recipe.model.server else None
     stages = [
         PlannedStage(

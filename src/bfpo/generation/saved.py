@@ -116,7 +116,7 @@ class SavedEngine:
             prompt,
             sample,
             text=message.content,
-            finish_reason="refused" if ending == "refused" else read_finish_reason(ending),
+            finish_reason=ending if ending in ("refused", "guarded") else read_finish_reason(ending),
             prompt_tokens=_token_count(row, "prompt_tokens") or words,
             completion_tokens=_token_count(row, "completion_tokens")
             or sum(len(text.split()) for text in message.texts()),

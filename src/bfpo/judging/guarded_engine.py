@@ -1,0 +1,88 @@
+"""`guard:` of a recipe, and putting an engine behind it."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from bfpo.config.loading import load_recipe
+from bfpo.config.recipes import Count, Section
+from bfpo.core.samples import Engine, Sampling
+from bfpo.errors import RecipeError
+from bfpo.generation.open import JudgeServerSection
+from bfpo.judging.open import open_judge
+from bfpo.judging.spec import JUDGES, AnswerJudgeText, parse_judge
+
+REFUSAL = "I can't help with that."
+# A rule on the kinds of known prompts, and labels of earlier answers.
+_READ_NOTHING = ("refusal-rule", "people")
+
+
+class FirstSafeSection(Section):
+    """Guard that takes the first of several samples that a judge calls safe, or a fixed refusal (docs/guards.md)."""
+
+    kind: Literal["first_safe"]
+    """Kind of the guard."""
+    judge: AnswerJudgeText
+    """Spec of the safety judge, as for `bfpo judge`; `{spec: SPEC, reads: both}` reads the reasoning too."""
+    samples: Count = 4
+    """Maximum number of samples for an answer."""
+    refusal: str = Field(REFUSAL, min_length=1)
+    """Text in place of an answer of which no sample is called safe."""
+    threshold: float | None = Field(None, ge=0, le=1)
+    """Probability from which a sample counts as safe, for judges that give one. Default the judge's own."""
+    judge_server: JudgeServerSection = JudgeServerSection()
+    """How the server of the judge is queried (`rubric:MODEL@http://host:port/v1`)."""
+
+    @field_validator("judge")
+    @classmethod
+    def _judges_safety(cls, spec: str) -> str:
+        parsed = parse_judge(spec)
+        if "safe" not in parsed.findings or not parsed.kinds.isdisjoint(_READ_NOTHING):
+            able = ", ".join(
+                name for name, kind in JUDGES.items() if "safe" in kind.findings and name not in _READ_NOTHING
+            )
+            raise ValueError(f"'{spec}' can't read a new answer for safety; expected one of {able}, or your own")
+        return spec
+
+
+class GuardFile(Section):
+    """File of `--guard`: the key of recipes with its section."""
+
+    guard: FirstSafeSection
+    """The guard."""
+
+
+def load_guard(path: Path) -> FirstSafeSection:
+    """Read the guard in a file.
+
+    Raises:
+        RecipeError: If the file is missing or malformed.
+    """
+    return load_recipe(path, GuardFile).guard
+
+
+def guard_engine(engine: Engine, sampling: Sampling, guard: FirstSafeSection | None) -> Engine:
+    """Return an engine behind a guard, whose judge stays in memory beside the model; without one, the engine.
+
+    Args:
+        engine: The engine.
+        sampling: How it samples.
+        guard: The guard.
+
+    Raises:
+        RecipeError: If the guard isn't possible with this sampling.
+        DataError: If the file of the judge is missing or malformed.
+        ModelError: If the model of the judge can't be loaded.
+    """
+    if guard is None:
+        return engine
+    from bfpo.generation.guards.first_safe import FirstSafe
+
+    if sampling.temperature == 0 and guard.samples > 1:
+        raise RecipeError(
+            f"guard.samples is {guard.samples}, but at temperature 0 all samples are equal; set guard.samples to 1, "
+            "or a temperature above 0"
+        )
+    judge = open_judge(guard.judge, threshold=guard.threshold, server=guard.judge_server)
+    return FirstSafe(engine, judge, samples=guard.samples, refusal=guard.refusal)
