@@ -291,8 +291,8 @@ def test_the_section_opens_its_judge(tmp_path):
 
 
 def test_counts_add_up():
-    total = GuardCounts(1, 2, 3, seconds=0.5) + GuardCounts(1, 1, 1, 1, 1, 1, 1, 0.25)
-    assert total == GuardCounts(2, 3, 4, 1, 1, 1, 1, 0.75)
+    total = GuardCounts(1, 2, 3, seconds=0.5) + GuardCounts(1, 1, 1, 1, 1, 1, 1, 1, 1, 0.25)
+    assert total == GuardCounts(2, 3, 4, 1, 1, 1, 1, 1, 1, 0.75)
     assert summarize_guard([]) is None
 
 

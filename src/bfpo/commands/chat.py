@@ -180,8 +180,11 @@ class _Guarded:
         if message.reasoning and self._shows_reasoning:
             say(f"reasoning> {message.reasoning}")
         say(message.in_words())
-        if completion.finish_reason == "guarded" and completion.guard is not None:
-            say(f"(the guard's refusal; none of {completion.guard.samples} samples passed)")
+        counts = completion.guard
+        if completion.finish_reason == "guarded" and counts is not None:
+            say(f"(the guard's refusal; none of {counts.samples} samples passed)")
+        elif counts is not None and counts.cut:
+            say("(cut by the guard; no next sentence passed)")
         return message
 
 

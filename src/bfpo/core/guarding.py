@@ -21,6 +21,8 @@ class GuardCounts:
             after their reasoning.
         failed: Drawn answers on which it raised an error.
         repeats: Drawn answers equal to one that was rejected before, which aren't judged again.
+        sentences: Sentences that passed, for a guard that judges sentence by sentence.
+        cut: 1 if such an answer was cut, because no next sentence passed.
         seconds: Time of sampling and judging; answers that are made together share it equally.
     """
 
@@ -31,6 +33,8 @@ class GuardCounts:
     undecided: Count = 0
     failed: Count = 0
     repeats: Count = 0
+    sentences: Count = 0
+    cut: Count = 0
     seconds: Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     def __add__(self, other: "GuardCounts") -> "GuardCounts":

@@ -21,8 +21,10 @@ class GuardSummary:
         undecided: Drawn and left undecided.
         failed: Drawn, and the judge failed.
         repeats: Drawn, and equal to a rejected one.
+        sentences: Sentences that passed, where each is judged.
+        cut: Answers that were cut, because no next sentence passed.
         seconds: Time of sampling and judging for an answer.
-        drawn: Answers for which an n-th sample was drawn, n from 1.
+        drawn: Answers for which an n-th sample was drawn, n from 1; empty where each sentence is judged.
         rejected: Those of them whose n-th sample was rejected. Where rejections are independent with probability p,
             the share of refusals is pⁿ; it is larger where prompts differ.
     """
@@ -36,6 +38,8 @@ class GuardSummary:
     undecided: int
     failed: int
     repeats: int
+    sentences: int
+    cut: int
     seconds: float
     drawn: tuple[int, ...]
     rejected: tuple[int, ...]
@@ -47,7 +51,8 @@ def summarize_guard(completions: Sequence[Completion]) -> GuardSummary | None:
     if not guarded:
         return None
     total = sum((counts for _, counts in guarded), GuardCounts())
-    longest = max(counts.samples for _, counts in guarded)
+    # Where sentences are judged, a further sample is of another sentence.
+    longest = 0 if total.sentences else max(counts.samples for _, counts in guarded)
     refused = [counts.samples for completion, counts in guarded if completion.finish_reason == "guarded"]
     drawn = tuple(sum(counts.samples >= number for _, counts in guarded) for number in range(1, longest + 1))
     # A sample is rejected if another one follows, or the refusal.
@@ -64,6 +69,8 @@ def summarize_guard(completions: Sequence[Completion]) -> GuardSummary | None:
         undecided=total.undecided,
         failed=total.failed,
         repeats=total.repeats,
+        sentences=total.sentences,
+        cut=total.cut,
         seconds=total.seconds / len(guarded),
         drawn=drawn,
         rejected=rejected,
@@ -79,6 +86,8 @@ def describe_guard(summary: GuardSummary) -> str:
         f"{summary.unsafe:,} unsafe, {summary.undecided:,} undecided, {summary.failed:,} because the judge failed, "
         f"{summary.repeats:,} repeated."
     )
+    if summary.sentences:
+        text += f" {summary.sentences:,} sentences passed, and {summary.cut:,} answers were cut after some."
     if len(summary.drawn) > 1 and summary.rejected[0]:
         first, number = summary.rejected[0] / summary.answers, len(summary.drawn)
         text += (

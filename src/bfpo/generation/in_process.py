@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -118,15 +118,20 @@ class TransformersEngine:
             Unanswered: At the end, if the chat template refuses prompts, or they exceed the model's positions with
                 the longest completion.
         """
+        for answers in self.continue_answers([TokenAnswer(prompt, sample) for prompt, sample in requests]):
+            yield [self.completion_of(answer) for answer in answers]
+
+    def continue_answers(self, beginnings: Sequence["TokenAnswer"]) -> Iterator[list["TokenAnswer"]]:
+        """Yield answers with these beginnings, each of which has no end yet; see `generate`."""
         failed: dict[Key, str] = {}
-        fitting: list[tuple[Prompt, int]] = []
+        fitting: list[TokenAnswer] = []
         to_decode: list[DecodeRequest] = []
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         max_prompt = None if positions is None else positions - self.sampling.max_new_tokens
-        for prompt, sample in requests:
-            key = (prompt.prompt_id, sample)
+        for beginning in beginnings:
+            key = (beginning.prompt.prompt_id, beginning.sample)
             try:
-                prompt_ids = self._prompt_ids(prompt)
+                prompt_ids = self._prompt_ids(beginning.prompt)
             except TemplateRefusal as refusal:
                 failed[key] = str(refusal)
                 continue
@@ -136,20 +141,21 @@ class TransformersEngine:
                     "tokens"
                 )
                 continue
-            fitting.append((prompt, sample))
+            fitting.append(beginning._replace(prompt_tokens=len(prompt_ids)))
             seed = sample_seed(self.sampling.seed, *key)
-            to_decode.append(DecodeRequest(tuple(prompt_ids), seed, self.sampling.max_new_tokens))
+            max_new_tokens = self.sampling.max_new_tokens - len(beginning.token_ids)
+            to_decode.append(DecodeRequest((*prompt_ids, *beginning.token_ids), seed, max_new_tokens))
         check_token_ids(
             self.model.config, [*(request.prompt_ids for request in to_decode), [self._pad_id]], self.model_name
         )
         tokens = _TokenCount()
         for answers in self._decode(to_decode, tokens.add):
+            beginnings_of = [(fitting[index], new_ids) for index, new_ids in answers]
             yield [
-                self._make_completion(*fitting[index], len(to_decode[index].prompt_ids), token_ids)
-                for index, token_ids in answers
+                beginning._replace(token_ids=(*beginning.token_ids, *new_ids)) for beginning, new_ids in beginnings_of
             ]
         if failed:
-            raise Unanswered(failed, len(requests), refused=failed)
+            raise Unanswered(failed, len(beginnings), refused=failed)
 
     def _decode(self, requests: Sequence[DecodeRequest], report: Callable[[int], None]) -> Iterator[list[Answer]]:
         """Yield answers as they end, or in whole batches for a model whose cache can't be edited."""
@@ -185,8 +191,9 @@ class TransformersEngine:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _make_completion(self, prompt: Prompt, sample: int, prompt_tokens: int, new_ids: list[int]) -> Completion:
-        """Return the completion that token ids stand for; they are decoded only here."""
+    def completion_of(self, answer: "TokenAnswer") -> Completion:
+        """Return the completion that the tokens of an answer stand for; they are decoded only here."""
+        prompt, new_ids = answer.prompt, list(answer.token_ids)
         end = next((index for index, token in enumerate(new_ids) if token in self._end_ids), None)
         text_ids = new_ids if end is None else new_ids[:end]
         raw_text = str(self.tokenizer.decode(text_ids, skip_special_tokens=False))
@@ -200,10 +207,10 @@ class TransformersEngine:
         text = str(self.tokenizer.decode(text_ids, skip_special_tokens=True)) if is_plain else message.content
         return Completion.on(
             prompt,
-            sample,
+            answer.sample,
             text=text,
             finish_reason="length" if end is None else "stop",
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=answer.prompt_tokens,
             completion_tokens=len(text_ids) + (end is not None),
             model=self.model_name,
             engine=self.name,
@@ -227,6 +234,22 @@ class TransformersEngine:
             return False
         text = self._chat_format.render_prompt(prompt.prompt, prompt.inputs)
         return text.endswith(self._chat_format.opened)
+
+
+class TokenAnswer(NamedTuple):
+    """Answer of a model, or its beginning, as tokens.
+
+    Args:
+        prompt: Prompt that it answers.
+        sample: Number of the answer, which its noise depends on.
+        token_ids: Its tokens.
+        prompt_tokens: Length of the prompt; 0 before it is encoded.
+    """
+
+    prompt: Prompt
+    sample: int
+    token_ids: tuple[int, ...] = ()
+    prompt_tokens: int = 0
 
 
 class _TokenCount:

@@ -1,17 +1,20 @@
 """`guard:` of a recipe, and putting an engine behind it."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
 from bfpo.config.loading import load_recipe
 from bfpo.config.recipes import Count, Section
-from bfpo.core.samples import Engine, Sampling
+from bfpo.core.samples import Engine, Judge, Sampling
 from bfpo.errors import RecipeError
 from bfpo.generation.open import JudgeServerSection
 from bfpo.judging.open import open_judge
 from bfpo.judging.spec import JUDGES, AnswerJudgeText, parse_judge
+
+if TYPE_CHECKING:
+    from bfpo.generation.in_process import TransformersEngine
 
 REFUSAL = "I can't help with that."
 # A rule on the kinds of known prompts, and labels of earlier answers.
@@ -26,7 +29,10 @@ class FirstSafeSection(Section):
     judge: AnswerJudgeText
     """Spec of the safety judge, as for `bfpo judge`; `{spec: SPEC, reads: both}` reads the reasoning too."""
     samples: Count = 4
-    """Maximum number of samples for an answer."""
+    """Maximum number of samples for an answer, or for a sentence."""
+    by: Literal["answer", "sentence"] = "answer"
+    """What is drawn and judged at a time: `answer`, or `sentence`, together with the sentences before it; the latter
+    needs a model in this process."""
     refusal: str = Field(REFUSAL, min_length=1)
     """Text in place of an answer of which no sample is called safe."""
     threshold: float | None = Field(None, ge=0, le=1)
@@ -77,12 +83,36 @@ def guard_engine(engine: Engine, sampling: Sampling, guard: FirstSafeSection | N
     """
     if guard is None:
         return engine
-    from bfpo.generation.guards.first_safe import FirstSafe
-
     if sampling.temperature == 0 and guard.samples > 1:
         raise RecipeError(
             f"guard.samples is {guard.samples}, but at temperature 0 all samples are equal; set guard.samples to 1, "
             "or a temperature above 0"
         )
-    judge = open_judge(guard.judge, threshold=guard.threshold, server=guard.judge_server)
-    return FirstSafe(engine, judge, samples=guard.samples, refusal=guard.refusal)
+    if guard.by == "sentence":
+        from bfpo.generation.guards.sentences import SafeSentences
+
+        model = _in_process(engine, "guard.by is 'sentence'", "set guard.by to answer")
+        return SafeSentences(model, _open_guard_judge(guard), samples=guard.samples, refusal=guard.refusal)
+    from bfpo.generation.guards.first_safe import FirstSafe
+
+    return FirstSafe(engine, _open_guard_judge(guard), samples=guard.samples, refusal=guard.refusal)
+
+
+def _open_guard_judge(guard: FirstSafeSection) -> Judge:
+    return open_judge(guard.judge, threshold=guard.threshold, server=guard.judge_server)
+
+
+def _in_process(engine: Engine, what: str, instead: str) -> "TransformersEngine":
+    """Return the engine of a model in this process.
+
+    Raises:
+        RecipeError: If it is another engine.
+    """
+    from bfpo.generation.in_process import TransformersEngine
+
+    if not isinstance(engine, TransformersEngine):
+        raise RecipeError(
+            f"{what}, which needs a model in this process: the chat protocol of servers can't continue an answer; "
+            f"{instead}, or leave out server"
+        )
+    return engine

@@ -2,8 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from bfpo.core.files import content_hash
 from bfpo.core.guarding import GuardCounts
@@ -14,6 +15,10 @@ from bfpo.generation.guards.screen import Screen
 # Attempt k of sample s has the noise of sample s + k of these, which no run without a guard draws. The first attempt
 # is the sample itself: an answer that passes at once is the one that the model gives without the guard.
 ATTEMPT = 1 << 32
+# A killed run loses the finished answers that weren't judged yet.
+_JUDGED_TOGETHER = 16
+
+Item = TypeVar("Item")
 
 
 @dataclass(slots=True)
@@ -31,6 +36,11 @@ class PendingAnswer:
     sample: int
     counts: GuardCounts = field(default_factory=GuardCounts)
     rejected: set[str] = field(default_factory=set)
+
+    def finish(self, completion: Completion, settings_hash: str) -> Completion:
+        """Return a sample as this answer."""
+        counts = replace(self.counts, seconds=round(self.counts.seconds, 6))
+        return replace(completion, sample=self.sample, settings_hash=settings_hash, guard=counts)
 
 
 class FirstSafe:
@@ -74,8 +84,8 @@ class FirstSafe:
             try:
                 yield from self._attempt(pending, attempt)
             except Unanswered as error:
-                failed |= {_own_key(key): reason for key, reason in error.failed.items()}
-                refused |= {_own_key(key) for key in error.refused}
+                failed |= {own_key(key): reason for key, reason in error.failed.items()}
+                refused |= {own_key(key) for key in error.refused}
                 for key in failed:
                     pending.pop(key, None)
         if failed:
@@ -87,8 +97,8 @@ class FirstSafe:
         if not requests:
             return
         started = time.monotonic()
-        for batch in self._engine.generate(requests):
-            of_batch = [pending[_own_key(completion.key)] for completion in batch]
+        for batch in gather(self._engine.generate(requests)):
+            of_batch = [pending[own_key(completion.key)] for completion in batch]
             fresh = [
                 completion
                 for completion, answer in zip(batch, of_batch, strict=True)
@@ -98,29 +108,43 @@ class FirstSafe:
                 completion.key: screening
                 for completion, screening in zip(fresh, self._screen.screen(fresh), strict=True)
             }
-            share = (time.monotonic() - started) / max(len(batch), 1)
+            share = (time.monotonic() - started) / len(batch)
             finished = []
             for completion, answer in zip(batch, of_batch, strict=True):
                 screening = screenings.get(completion.key)
-                answer.counts += GuardCounts(seconds=share) + (
-                    GuardCounts(samples=1, tokens=completion.completion_tokens, repeats=1)
-                    if screening is None
-                    else screening.counts
-                )
+                answer.counts += GuardCounts(samples=1, tokens=completion.completion_tokens, seconds=share)
+                answer.counts += GuardCounts(repeats=1) if screening is None else screening.counts
                 passes = screening is not None and screening.passes
                 answer.rejected.add(completion.text_hash)
                 if passes or attempt + 1 == self._samples:
-                    own = replace(
-                        completion,
-                        sample=answer.sample,
-                        settings_hash=self.settings_hash,
-                        guard=replace(answer.counts, seconds=round(answer.counts.seconds, 6)),
-                    )
+                    own = answer.finish(completion, self.settings_hash)
                     finished.append(own if passes else refuse(own, self._refusal))
                     del pending[own.key]
             if finished:
                 yield finished
             started = time.monotonic()
+
+
+def gather(batches: Iterable[list[Item]]) -> Iterator[list[Item]]:
+    """Yield batches that a judge reads at once: an engine yields answers as they end, often each alone.
+
+    Raises:
+        Unanswered: After all batches, if the engine raised it.
+    """
+    gathered: list[Item] = []
+    unanswered = None
+    try:
+        for batch in batches:
+            gathered += batch
+            if len(gathered) >= _JUDGED_TOGETHER:
+                yield gathered
+                gathered = []
+    except Unanswered as error:
+        unanswered = error
+    if gathered:
+        yield gathered
+    if unanswered is not None:
+        raise unanswered
 
 
 def refuse(completion: Completion, refusal: str) -> Completion:
@@ -130,6 +154,7 @@ def refuse(completion: Completion, refusal: str) -> Completion:
     )
 
 
-def _own_key(key: Key) -> Key:
+def own_key(key: Key) -> Key:
+    """Return the identity of the answer that a sample is of."""
     prompt_id, sample = key
     return prompt_id, sample % ATTEMPT

@@ -16,7 +16,7 @@ class Screening(NamedTuple):
 
     Args:
         passes: Whether it is known to be safe.
-        counts: The text, its judge calls, and why it doesn't pass.
+        counts: Its judge calls, and why it doesn't pass.
     """
 
     passes: bool
@@ -65,8 +65,6 @@ class Screen:
         has_failed = is_read and verdict is None
         is_unsafe = verdict is not None and verdict.safe is False
         counts = GuardCounts(
-            samples=1,
-            tokens=completion.completion_tokens,
             judge_calls=calls,
             unsafe=int(is_unsafe),
             undecided=int(not (passes or has_failed or is_unsafe)),
