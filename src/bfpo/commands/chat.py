@@ -17,7 +17,7 @@ from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.in_process import TransformersEngine
 from bfpo.generation.model_inputs import TemplateRefusal, refusals_of_template
 from bfpo.generation.model_text import parse_model_text
-from bfpo.judging.guarded_engine import FirstSafeSection, guard_engine
+from bfpo.judging.guarded_engine import FirstSafeSection, Guard, guard_engine
 from bfpo.judging.spec import parse_judge
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.lora import CausalLM
@@ -76,7 +76,7 @@ def chat(
     max_new_tokens: int,
     temperature: float,
     seed: int,
-    guard: FirstSafeSection | None = None,
+    guard: Guard | None = None,
 ) -> None:
     """Read lines and stream the model's answers, until the end of the input.
 
@@ -162,11 +162,12 @@ class _Guarded:
         tokenizer: PreTrainedTokenizerBase,
         path: str,
         sampling: Sampling,
-        guard: FirstSafeSection,
+        guard: Guard,
     ) -> None:
         engine = TransformersEngine(model, tokenizer, sampling, name=path, identity="")
         self._engine = guard_engine(engine, sampling, guard)
-        self._shows_reasoning = parse_judge(guard.judge).reads == "both"
+        # Without a judge, nothing waits for one.
+        self._shows_reasoning = not isinstance(guard, FirstSafeSection) or parse_judge(guard.judge).reads == "both"
 
     def __call__(self, history: Sequence[Message]) -> Message | None:
         """Return the answer to a conversation; None if the model can't be asked, which is printed."""

@@ -7,7 +7,7 @@ from bfpo.core.samples import Sampling
 from bfpo.core.terminal import say
 from bfpo.data.stages import generate_most, read_prompt_file, show_faults, show_outcomes, show_unanswered
 from bfpo.generation.open import EngineSection, open_engine
-from bfpo.judging.guarded_engine import FirstSafeSection, guard_engine
+from bfpo.judging.guarded_engine import Guard, guard_engine
 
 
 def generate_to_file(
@@ -17,7 +17,7 @@ def generate_to_file(
     out: Path,
     *,
     max_unanswered: float,
-    guard: FirstSafeSection | None = None,
+    guard: Guard | None = None,
     ignore_columns: Sequence[str] = (),
     ignore_message_keys: Sequence[str] = (),
 ) -> None:

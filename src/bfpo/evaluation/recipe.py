@@ -8,7 +8,7 @@ from bfpo.evaluation.attacks import AttackedSuite
 from bfpo.evaluation.gate import Bound
 from bfpo.evaluation.suite import EvalData
 from bfpo.generation.open import EngineSection, JudgeServerSection
-from bfpo.judging.guarded_engine import FirstSafeSection
+from bfpo.judging.guarded_engine import Guard
 from bfpo.judging.spec import JudgeText, parse_judge
 
 # Two families, both of which detect refusals too.
@@ -64,7 +64,7 @@ class EvalRecipe(Section):
     """Model to evaluate; or `completions`."""
     completions: str | None = None
     """Completions saved by another program: completions.jsonl, or a table with a prompt and an answer in each row."""
-    guard: FirstSafeSection | None = None
+    guard: Guard | None = None
     """Guard in front of `model` (docs/guards.md); tasks of lm-eval are run without it."""
     suites: list[str | AttackedSuite] = Field(default=["safety", "over_refusal"], min_length=1)
     """Names of shipped suites, or paths of your own; `{suite: safety, attack: crescendo}` attacks the harmful prompts

@@ -9,7 +9,7 @@ from bfpo.errors import DataError
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.suite import Suite, Task
 from bfpo.generation.open import open_engine
-from bfpo.judging.guarded_engine import guard_engine
+from bfpo.judging.guarded_engine import FirstSafeSection, guard_engine
 from bfpo.judging.open import open_judge
 from bfpo.judging.refusal_rule import kinds_of
 from bfpo.judging.spec import JudgeSpec, parse_judge
@@ -49,8 +49,9 @@ def open_recipe_judge(recipe: EvalRecipe, spec: str | JudgeSpec, prompts: Sequen
 
 def is_guard_judge(recipe: EvalRecipe, spec: str) -> bool:
     """Return whether a judge, or a member of it, judges the samples of the recipe's guard too."""
-    guard = recipe.guard
-    return guard is not None and not set(parse_judge(spec).parts).isdisjoint(parse_judge(guard.judge).parts)
+    if not isinstance(recipe.guard, FirstSafeSection):
+        return False
+    return not set(parse_judge(spec).parts).isdisjoint(parse_judge(recipe.guard.judge).parts)
 
 
 def training_judges(recipe: EvalRecipe) -> set[str]:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from itertools import groupby
 from typing import NamedTuple
@@ -164,8 +165,8 @@ class Decoder:
             self._report(0)
             for prompt, indices in enumerate(batch):
                 seeds = [requests[index].seed for index in indices]
-                logits = states.logits[prompt].expand(len(indices), -1)
-                tokens = self._sampler.choose(logits, seeds, [0] * len(indices))
+                peek = partial(self._peek_behind_prompt, states, prompt)
+                tokens = self._sampler.choose(states.logits[prompt, None], seeds, [0] * len(indices), peek)
                 for index, token in zip(indices, tokens, strict=True):
                     self._report(1)
                     yield _Upcoming(_ActiveRow(index, requests[index], [token]), states, prompt)
@@ -186,7 +187,8 @@ class Decoder:
             return []
         logits = self._model.step(cache, [row.token_ids[-1] for row in rows], [row.position for row in rows])
         seeds, positions = [row.request.seed for row in rows], [len(row.token_ids) for row in rows]
-        for row, token in zip(rows, self._sampler.choose(logits, seeds, positions), strict=True):
+        peek = partial(self._peek_behind_rows, cache, rows)
+        for row, token in zip(rows, self._sampler.choose(logits, seeds, positions, peek), strict=True):
             row.token_ids.append(token)
         self._report(len(rows))
         ended = []
@@ -198,6 +200,15 @@ class Decoder:
                     cache.move(len(rows), slot, last.position)
                     rows[slot] = last
         return ended[::-1]
+
+    def _peek_behind_prompt(self, states: PromptStates, prompt: int, candidates: Tensor, layer: int) -> Tensor:
+        return self._model.peek(states.select(prompt), [states.num_tokens], candidates, layer)
+
+    def _peek_behind_rows(
+        self, cache: SlotCache, rows: Sequence[_ActiveRow], candidates: Tensor, layer: int
+    ) -> Tensor:
+        lengths = [row.position + 1 for row in rows]
+        return self._model.peek(cache.states(len(rows)), lengths, candidates, layer)
 
     def _is_ended(self, row: _ActiveRow) -> bool:
         return row.token_ids[-1] in self._end_ids or len(row.token_ids) >= row.request.max_new_tokens

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from bfpo.core.terminal import say, show_activity
 from bfpo.data.chat_format import ChatFormat
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
 from bfpo.generation.decoding import Answer, Decoder, DecodeRequest
+from bfpo.generation.guards.factor import FactorGuard
 from bfpo.generation.model_inputs import TemplateRefusal, render_prompt
 from bfpo.generation.model_text import has_channels, parse_model_text
 from bfpo.generation.noise import VERSION as NOISE_VERSION
@@ -81,6 +83,7 @@ class TransformersEngine:
         self._max_batch_tokens = max_batch_tokens
         self._can_edit_cache: bool | None = None
         self._notes: set[str] = set()
+        self._guard: FactorGuard | None = None
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
         self._end_ids: list[int] = sorted(int(token) for token in ids if token is not None)
@@ -102,13 +105,24 @@ class TransformersEngine:
         """The same hash as it was before noise had a version; a finished file with it is kept."""
         return self._hash_settings()
 
+    def behind(self, guard: FactorGuard) -> "TransformersEngine":
+        """Return an engine of the same model that decodes behind a guard.
+
+        Args:
+            guard: Guard that changes the probabilities of the next token.
+        """
+        guarded = copy(self)
+        guarded._guard = guard
+        return guarded
+
     def _hash_settings(self, *noise: int) -> str:
         sampling = self.sampling
         settings = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed, *noise)
         # The identity covers the tokenizer's end token; those of the generation config are added if they differ.
         ends = () if self._end_ids == [self.tokenizer.eos_token_id] else (self._end_ids,)
         dtype, template = str(self.model.dtype), self.tokenizer.chat_template
-        return content_hash(self.name, self._identity, dtype, template, settings, *ends)
+        guard = () if self._guard is None else (self._guard.settings_hash,)
+        return content_hash(self.name, self._identity, dtype, template, settings, *ends, *guard)
 
     def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         """Answer prompts as they end; see `Engine`.
@@ -161,7 +175,7 @@ class TransformersEngine:
         """Yield answers as they end, or in whole batches for a model whose cache can't be edited."""
         if not requests:
             return
-        sampler = Sampler(self.sampling)
+        sampler = Sampler(self.sampling, self._guard)
         if self._can_edit_cache is None:
             try:
                 Decoder(self.model, self._end_ids, sampler, max_tokens=1).check(requests[0].prompt_ids)
@@ -169,6 +183,10 @@ class TransformersEngine:
             except UnsupportedModel as reason:
                 say(f"note: {self.model_name} is decoded in whole batches by transformers' generate: {reason}")
                 self._can_edit_cache = False
+        if self._guard is not None and not self._can_edit_cache:
+            raise ModelError(
+                f"{self.model_name}: the guard factor needs a cache in which candidates can be read; use first_safe"
+            )
         options: dict[str, Any] = {"max_tokens": self._max_batch_tokens, "report": report}
         decoder = (
             Decoder(self.model, self._end_ids, sampler, **options)
@@ -190,6 +208,17 @@ class TransformersEngine:
                 say(f"note: {unread}")
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+    def tokens_of(self, completion: Completion) -> tuple[list[int], list[int]]:
+        """Return the tokens of a completion's prompt and of its text, with the end of turn if it ended by itself.
+
+        Args:
+            completion: Completion without reasoning and tool calls.
+        """
+        prompt = Prompt(completion.prompt_id, completion.prompt, tools=completion.tools)
+        text_ids: list[int] = self.tokenizer(completion.text, add_special_tokens=False)["input_ids"]
+        end = [self._end_ids[0]] if completion.finish_reason == "stop" else []
+        return self._prompt_ids(prompt), [*text_ids, *end]
 
     def completion_of(self, answer: "TokenAnswer") -> Completion:
         """Return the completion that the tokens of an answer stand for; they are decoded only here."""

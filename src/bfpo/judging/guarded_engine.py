@@ -1,20 +1,21 @@
 """`guard:` of a recipe, and putting an engine behind it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from bfpo.config.loading import load_recipe
 from bfpo.config.recipes import Count, Section
 from bfpo.core.samples import Engine, Judge, Sampling
-from bfpo.errors import RecipeError
+from bfpo.errors import DataError, RecipeError
 from bfpo.generation.open import JudgeServerSection
 from bfpo.judging.open import open_judge
 from bfpo.judging.spec import JUDGES, AnswerJudgeText, parse_judge
 
 if TYPE_CHECKING:
     from bfpo.generation.in_process import TransformersEngine
+    from bfpo.model.cost_head import CostHead
 
 REFUSAL = "I can't help with that."
 # A rule on the kinds of known prompts, and labels of earlier answers.
@@ -52,14 +53,33 @@ class FirstSafeSection(Section):
         return spec
 
 
+class FactorSection(Section):
+    """Guard that makes tokens less probable whose answers a head expects to be unsafe (docs/guards.md)."""
+
+    kind: Literal["factor"]
+    """Kind of the guard."""
+    head: str
+    """File of the cost head, of this model."""
+    kappa: float = Field(1.0, ge=0)
+    """Strength: each token's probability is multiplied by 1 - p (1 - exp(-kappa)); 0 changes nothing."""
+    top_k: Count = 20
+    """Number of candidates for each token, the likeliest; others are left out."""
+
+
+Guard = Annotated[
+    Annotated[FirstSafeSection, Tag("first_safe")] | Annotated[FactorSection, Tag("factor")],
+    Discriminator("kind"),
+]
+
+
 class GuardFile(Section):
     """File of `--guard`: the key of recipes with its section."""
 
-    guard: FirstSafeSection
+    guard: Guard
     """The guard."""
 
 
-def load_guard(path: Path) -> FirstSafeSection:
+def load_guard(path: Path) -> Guard:
     """Read the guard in a file.
 
     Raises:
@@ -68,7 +88,7 @@ def load_guard(path: Path) -> FirstSafeSection:
     return load_recipe(path, GuardFile).guard
 
 
-def guard_engine(engine: Engine, sampling: Sampling, guard: FirstSafeSection | None) -> Engine:
+def guard_engine(engine: Engine, sampling: Sampling, guard: Guard | None) -> Engine:
     """Return an engine behind a guard, whose judge stays in memory beside the model; without one, the engine.
 
     Args:
@@ -83,6 +103,12 @@ def guard_engine(engine: Engine, sampling: Sampling, guard: FirstSafeSection | N
     """
     if guard is None:
         return engine
+    if guard.kind == "factor":
+        from bfpo.generation.guards.factor import FactorGuard
+
+        model = _in_process(engine, f"guard.kind is '{guard.kind}'", "set guard.kind to first_safe")
+        head = _load_head(guard.head, model)
+        return model.behind(FactorGuard.by(head, kappa=guard.kappa, top_k=guard.top_k))
     if sampling.temperature == 0 and guard.samples > 1:
         raise RecipeError(
             f"guard.samples is {guard.samples}, but at temperature 0 all samples are equal; set guard.samples to 1, "
@@ -96,6 +122,25 @@ def guard_engine(engine: Engine, sampling: Sampling, guard: FirstSafeSection | N
     from bfpo.generation.guards.first_safe import FirstSafe
 
     return FirstSafe(engine, _open_guard_judge(guard), samples=guard.samples, refusal=guard.refusal)
+
+
+def _load_head(path: str, engine: "TransformersEngine") -> "CostHead":
+    """Return the head in a file.
+
+    Raises:
+        DataError: If it isn't a head for this model.
+    """
+    from bfpo.model.cost_head import load_cost_head
+
+    head = load_cost_head(Path(path))
+    config = engine.model.config.get_text_config()
+    layers, width = config.num_hidden_layers, config.hidden_size
+    if head.width != width or not (head.layer == -1 or 1 <= head.layer <= layers):
+        raise DataError(
+            f"guard.head: {path} is for layer {head.layer} and states of width {head.width}; {engine.model_name} has "
+            f"{layers} layers of width {width}: fit a head on this model's states"
+        )
+    return head
 
 
 def _open_guard_judge(guard: FirstSafeSection) -> Judge:
@@ -112,7 +157,7 @@ def _in_process(engine: Engine, what: str, instead: str) -> "TransformersEngine"
 
     if not isinstance(engine, TransformersEngine):
         raise RecipeError(
-            f"{what}, which needs a model in this process: the chat protocol of servers can't continue an answer; "
-            f"{instead}, or leave out server"
+            f"{what}, which needs a model in this process: servers neither continue an answer nor show states of the "
+            f"model; {instead}, or leave out server"
         )
     return engine
