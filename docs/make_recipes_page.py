@@ -36,6 +36,7 @@ PLACES = {
     "AttackedSuite": "an entry of `suites:` under attack",
     "FirstSafeSection": "`guard: {kind: first_safe}` of `bfpo redteam` and `bfpo eval`, and of the file of `--guard`",
     "FactorSection": "`guard: {kind: factor}`",
+    "ProjectSection": "`guard: {kind: project}`",
     "JudgeServerSection": "`judge_server:`",
     "PromptSource": "an entry of `prompts:`",
     "EvalData": "an entry of `data:` of `bfpo eval`",

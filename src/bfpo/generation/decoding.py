@@ -87,6 +87,7 @@ class Decoder:
         sampler: Chooses the tokens.
         max_tokens: Maximum number of tokens of all rows at their full length; there is at least one row.
         max_rows: Maximum number of rows; None for the limit of `max_rows`.
+        shares_prefix: Whether the first tokens that all prompts have in common are encoded once.
         report: Function that gets the number of new tokens after each forward pass.
 
     Raises:
@@ -101,6 +102,7 @@ class Decoder:
         *,
         max_tokens: int,
         max_rows: int | None = None,
+        shares_prefix: bool = True,
         report: Callable[[int], None] = lambda count: None,
     ) -> None:
         base = unwrap_adapter(model)
@@ -114,7 +116,7 @@ class Decoder:
             raise UnsupportedModel(f"its attention is {attention}")
         self._plain_model, self._model = model, SlotModel(model, forward, config)
         self._end_ids, self._sampler, self._report = frozenset(end_ids), sampler, report
-        self._max_tokens, self._max_rows = max_tokens, max_rows
+        self._max_tokens, self._max_rows, self._shares_prefix = max_tokens, max_rows, shares_prefix
         self._num_weights = base.num_parameters()
         self._is_on_cpu = base.device.type == "cpu"
 
@@ -173,7 +175,7 @@ class Decoder:
 
     def _encode_prefix(self, prompts: Sequence[tuple[int, ...]]) -> PromptStates | None:
         """Return the states of the first tokens that all prompts have in common, such as a system message."""
-        if len(prompts) < 2:
+        if len(prompts) < 2 or not self._shares_prefix:
             return None
         # Where the first and the last in alphabetical order agree, all agree. Each prompt keeps its last token, whose
         # logits are needed.

@@ -23,6 +23,7 @@ from bfpo.data.chat_format import ChatFormat
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
 from bfpo.generation.decoding import Answer, Decoder, DecodeRequest
 from bfpo.generation.guards.factor import FactorGuard
+from bfpo.generation.guards.project import Projection
 from bfpo.generation.model_inputs import TemplateRefusal, render_prompt
 from bfpo.generation.model_text import has_channels, parse_model_text
 from bfpo.generation.noise import VERSION as NOISE_VERSION
@@ -83,7 +84,7 @@ class TransformersEngine:
         self._max_batch_tokens = max_batch_tokens
         self._can_edit_cache: bool | None = None
         self._notes: set[str] = set()
-        self._guard: FactorGuard | None = None
+        self._guard: FactorGuard | Projection | None = None
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
         self._end_ids: list[int] = sorted(int(token) for token in ids if token is not None)
@@ -105,11 +106,11 @@ class TransformersEngine:
         """The same hash as it was before noise had a version; a finished file with it is kept."""
         return self._hash_settings()
 
-    def behind(self, guard: FactorGuard) -> "TransformersEngine":
+    def behind(self, guard: FactorGuard | Projection) -> "TransformersEngine":
         """Return an engine of the same model that decodes behind a guard.
 
         Args:
-            guard: Guard that changes the probabilities of the next token.
+            guard: Guard that changes the probabilities of the next token, or the states that it is predicted from.
         """
         guarded = copy(self)
         guarded._guard = guard
@@ -175,7 +176,9 @@ class TransformersEngine:
         """Yield answers as they end, or in whole batches for a model whose cache can't be edited."""
         if not requests:
             return
-        sampler = Sampler(self.sampling, self._guard)
+        factor = self._guard if isinstance(self._guard, FactorGuard) else None
+        projection = self._guard if isinstance(self._guard, Projection) else None
+        sampler = Sampler(self.sampling, factor)
         if self._can_edit_cache is None:
             try:
                 Decoder(self.model, self._end_ids, sampler, max_tokens=1).check(requests[0].prompt_ids)
@@ -183,17 +186,27 @@ class TransformersEngine:
             except UnsupportedModel as reason:
                 say(f"note: {self.model_name} is decoded in whole batches by transformers' generate: {reason}")
                 self._can_edit_cache = False
-        if self._guard is not None and not self._can_edit_cache:
+        if factor is not None and not self._can_edit_cache:
             raise ModelError(
                 f"{self.model_name}: the guard factor needs a cache in which candidates can be read; use first_safe"
             )
         options: dict[str, Any] = {"max_tokens": self._max_batch_tokens, "report": report}
         decoder = (
-            Decoder(self.model, self._end_ids, sampler, **options)
+            Decoder(self.model, self._end_ids, sampler, shares_prefix=projection is None, **options)
             if self._can_edit_cache
             else WholeBatches(self.model, self._end_ids, sampler, pad_id=self._pad_id, **options)
         )
-        yield from decoder.decode(requests)
+        batches = decoder.decode(requests)
+        if projection is None:
+            yield from batches
+            return
+        while True:
+            # Not while the caller has control: another engine may run the same model.
+            with projection.applied(self.model):
+                answers = next(batches, None)
+            if answers is None:
+                return
+            yield answers
 
     @property
     def _pad_id(self) -> int:

@@ -66,8 +66,21 @@ class FactorSection(Section):
     """Number of candidates for each token, the likeliest; others are left out."""
 
 
+class ProjectSection(Section):
+    """Guard that moves hidden states to where a linear head calls them safe (docs/guards.md)."""
+
+    kind: Literal["project"]
+    """Kind of the guard."""
+    head: str
+    """File of the linear cost head, of this model."""
+    at_most: float = Field(0.5, gt=0, lt=1)
+    """Largest probability of "unsafe" by the head that a state may have."""
+
+
 Guard = Annotated[
-    Annotated[FirstSafeSection, Tag("first_safe")] | Annotated[FactorSection, Tag("factor")],
+    Annotated[FirstSafeSection, Tag("first_safe")]
+    | Annotated[FactorSection, Tag("factor")]
+    | Annotated[ProjectSection, Tag("project")],
     Discriminator("kind"),
 ]
 
@@ -103,12 +116,15 @@ def guard_engine(engine: Engine, sampling: Sampling, guard: Guard | None) -> Eng
     """
     if guard is None:
         return engine
-    if guard.kind == "factor":
+    if guard.kind != "first_safe":
         from bfpo.generation.guards.factor import FactorGuard
+        from bfpo.generation.guards.project import Projection
 
         model = _in_process(engine, f"guard.kind is '{guard.kind}'", "set guard.kind to first_safe")
         head = _load_head(guard.head, model)
-        return model.behind(FactorGuard.by(head, kappa=guard.kappa, top_k=guard.top_k))
+        if guard.kind == "factor":
+            return model.behind(FactorGuard.by(head, kappa=guard.kappa, top_k=guard.top_k))
+        return model.behind(Projection(head, guard.at_most))
     if sampling.temperature == 0 and guard.samples > 1:
         raise RecipeError(
             f"guard.samples is {guard.samples}, but at temperature 0 all samples are equal; set guard.samples to 1, "
