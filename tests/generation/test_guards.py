@@ -14,6 +14,7 @@ from bfpo.commands.app import app
 from bfpo.commands.chat import chat
 from bfpo.config.loading import check_recipe, parse_yaml
 from bfpo.core.conversation import user_says
+from bfpo.core.files import write_jsonl
 from bfpo.core.guarding import GuardCounts
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict, sample_seed
 from bfpo.core.terminal import escape_controls
@@ -157,7 +158,7 @@ def test_what_a_server_blocked_passes_and_reasoning_without_an_answer_does_not()
 
 
 def test_refusals_are_as_frequent_as_n_unsafe_samples():
-    p, number, n = 0.6, 4000, 4
+    p, number, n = 0.6, 1500, 4
 
     def text(prompt, sample):
         draw = random.Random(f"{prompt.prompt_id} {sample}").random()
@@ -194,7 +195,7 @@ def is_even(completion):
 
 
 def test_answers_dont_depend_on_the_batch_and_a_safe_sample_stays_as_it_was(engine):
-    requests = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]
+    requests = [(prompt, sample) for prompt in PROMPTS[:4] for sample in range(2)]
 
     def made(requests, **options):
         guard = FirstSafe(engine(**options), ScriptedJudge(is_even), samples=3, refusal=REFUSAL)
@@ -203,8 +204,8 @@ def test_answers_dont_depend_on_the_batch_and_a_safe_sample_stays_as_it_was(engi
 
     together = made(requests)
     assert made(requests[::-1], max_batch_tokens=1) == together
-    alone = [made([request]) for request in requests]
-    assert {key: answer for single in alone for key, answer in single.items()} == together
+    for request in requests[:2]:
+        assert made([request]).items() <= together.items()
     assert made(requests, seed=1) != together
     bare = answers(engine(), requests)
     assert {key for key, completion in bare.items() if is_even(completion)} == {
@@ -267,10 +268,13 @@ def test_counts_are_kept_in_the_file_and_a_run_resumes(tmp_path):
 
 def test_a_refusal_stays_one_in_a_file_of_another_evaluation(tmp_path):
     path = tmp_path / "completions.jsonl"
-    generate_completions(guarded(["bad a"], samples=1), PROMPTS, path)
-    ((completion, *_),) = SavedEngine(str(path), "saved").generate([(prompt, 0) for prompt in PROMPTS])
-    assert completion.is_blocked
-    assert completion.finish_reason == "guarded"
+    made = generate_completions(guarded(["bad a"], samples=1), PROMPTS, path)
+    (saved,) = SavedEngine(str(path), "saved").generate([(prompt, 0) for prompt in PROMPTS])
+    assert [(c.finish_reason, c.guard) for c in saved] == [("guarded", c.guard) for c in made]
+    assert all(completion.is_blocked for completion in saved)
+    write_jsonl(path, [made[0].to_row() | {"guard": {"samples": "two"}}])
+    with pytest.raises(DataError, match=r"row 1: column 'guard.samples' is 'two'"):
+        SavedEngine(str(path), "saved")
 
 
 def test_the_section_opens_its_judge(tmp_path):

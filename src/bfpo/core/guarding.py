@@ -1,9 +1,12 @@
 """What a guard did for an answer: a column of `completions.jsonl`, from which its cost is known after any restart."""
 
 from dataclasses import dataclass, fields
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
-from pydantic import Field, StrictFloat, StrictInt
+from pydantic import Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
+
+from bfpo.errors import DataError
 
 Count = Annotated[StrictInt, Field(ge=0)]
 
@@ -40,3 +43,22 @@ class GuardCounts:
     def __add__(self, other: "GuardCounts") -> "GuardCounts":
         """Return the sums of the counts."""
         return GuardCounts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@cache
+def _counts_adapter() -> TypeAdapter[GuardCounts]:
+    return TypeAdapter(GuardCounts)
+
+
+def read_guard_counts(value: Any) -> GuardCounts | None:
+    """Return the counts that a column of a file has; None for null.
+
+    Raises:
+        DataError: If they are malformed.
+    """
+    try:
+        return None if value is None else _counts_adapter().validate_python(value)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, ("guard", *fault["loc"])))
+        raise DataError(f"column '{key}' is {fault['input']!r}: {fault['msg']}") from None
