@@ -1,6 +1,7 @@
 """Guards that sample and judge: what they let through, what they count, and that nothing passes without a verdict."""
 
 import io
+import json
 import random
 import re
 import sys
@@ -36,6 +37,13 @@ from faulty_server import faulty_server
 
 PROMPTS = [Prompt(f"p{number}", user_says(f"near {number}")) for number in range(6)]
 REFUSAL = "not this one"
+STUDIED = (
+    "harmful/safety",
+    "benign/helpfulness",
+    "benign/over_refusal",
+    "lookalike/helpfulness",
+    "lookalike/over_refusal",
+)
 
 
 class ScriptedJudge:
@@ -416,3 +424,15 @@ def test_the_fitting_on_the_page_runs(checkpoint, capsys, monkeypatch):
     exec(code.replace("my-model", "model"), {})
     assert re.search(r"loss \d\.\d+ on held-out prompts, \d\.\d+ without a head", capsys.readouterr().out)
     assert load_cost_head(Path("cost-head.safetensors")).layer == -1
+
+
+def test_the_numbers_on_the_page_are_those_of_the_study():
+    root = Path(__file__).parents[2]
+    study = json.loads((root / "benchmarks/results/guards.json").read_text())
+    page = (root / "docs/guards.md").read_text()
+    for row in study["rows"]:
+        values = [f"{row['metrics'][name][0]:.2f}" for name in STUDIED]
+        low, high = (f"{value:.2f}" for value in row["metrics"][STUDIED[0]][1:])
+        values[0] += f" [{low}, {high}]"
+        name = row["guard"] + (" (circular)" if row["circular"] else "")
+        assert f"| {name} | {' | '.join(values)} | {row['cpu_seconds']:.1f} |" in page
