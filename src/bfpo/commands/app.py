@@ -12,6 +12,7 @@ from bfpo.commands.options import (
     Checkpoint,
     Concurrency,
     DryRun,
+    GuardFile,
     Judges,
     KeyVariable,
     LabeledAnswers,
@@ -140,11 +141,20 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    guard: GuardFile = None,
 ) -> None:
     """Chat with a checkpoint in the terminal."""
     from bfpo.commands.chat import chat as run
+    from bfpo.judging.guarded_engine import load_guard
 
-    run(checkpoint, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    run(
+        checkpoint,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        guard=None if guard is None else load_guard(guard),
+    )
 
 
 @app.command()
@@ -170,6 +180,7 @@ def generate(
     timeout: Timeout = 120.0,
     tries: Tries = 6,
     key_variable: KeyVariable = "OPENAI_API_KEY",
+    guard: GuardFile = None,
     max_unanswered: Annotated[
         float,
         typer.Option(
@@ -190,6 +201,7 @@ def generate(
     from bfpo.commands.generate import generate_to_file
     from bfpo.core.samples import Sampling
     from bfpo.generation.open import EngineSection
+    from bfpo.judging.guarded_engine import load_guard
 
     engine = EngineSection(
         path=checkpoint,
@@ -207,6 +219,7 @@ def generate(
         prompts,
         out,
         max_unanswered=max_unanswered,
+        guard=None if guard is None else load_guard(guard),
         ignore_columns=ignore_column or (),
         ignore_message_keys=ignore_message_key or (),
     )
