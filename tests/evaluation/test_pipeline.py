@@ -323,7 +323,7 @@ def test_a_guard_in_front_of_the_model(toy, real_engine, monkeypatch, capsys):
     assert metric_of(results, task="fine", metric="over_refusal").value == 0.5
     assert [judge["circular"] for judge in results.judges] == [True, False]
     notes = " ".join(results.warnings)
-    assert "Circular: one labeled the data that the model was trained on, or judges for its guard" in notes
+    assert "Circular: one labeled or scored what the model was trained on, or judges for its guard" in notes
     assert "put its refusal in place of 16 of 32 answers; 2.00 samples, 2.00 judge calls" in notes
     assert "would all be in 100.0% of answers, and were in 50.0%" in notes
     assert "blocked" not in notes
