@@ -118,6 +118,7 @@ OPTIONAL = {
     "expected_safety": [0.4, 0.4, 0.7, 0.7],
     "reward_margin": [1.0, -2.0, 0.5, 0.0],
     "score_margin": [0.5, 1.0, -2.0, 0.0],
+    "judged": [1, 0, 1, 1],
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from scipy.optimize import minimize
 
 from bfpo.errors import RecipeError
+from bfpo.losses.label_errors import LabelErrors
 from bfpo.losses.labeling import LabelingFunction
 from bfpo.losses.pairwise import BFPO, IPO, Additive, BFPOSoft, PairLogps, PairLoss
 from bfpo.losses.theory import (
@@ -22,6 +23,7 @@ from bfpo.losses.theory import (
     bilinear_reward,
     bradley_terry,
     covariance_gap,
+    judged_problem,
     random_factorized_problem,
     random_problem,
     rl_objective,
@@ -313,6 +315,24 @@ def test_b2_does_what_alpha_does():
         policies = [supervised_minimizer(problem, labeling, beta=beta) for labeling in (by_alpha, by_b2, PAPER)]
         assert distance(policies[0], policies[1]) < EXACT
         assert distance(policies[0], policies[2]) > 1e-6
+
+
+# --- a judge that errs
+
+
+@pytest.mark.parametrize("labeling", [LabelingFunction.from_parameters(), LabelingFunction(0.3, -1.0, 2.0, 0.7)])
+def test_for_corrected_labels_the_minimizer_and_the_gradient_are_those_of_the_true_labels(labeling):
+    biased = []
+    for problem, beta, rng in correlated_problems():
+        errors = LabelErrors(*rng.uniform(0.6, 1, 2))
+        judged = judged_problem(problem, errors)
+        clean = supervised_minimizer(problem, labeling, beta=beta)
+        assert distance(supervised_minimizer(judged, labeling.corrected(errors), beta=beta), clean) < EXACT
+        biased.append(distance(supervised_minimizer(judged, labeling, beta=beta), clean))
+        policy = rng.dirichlet(np.ones(problem.safe.size)) + 1e-3
+        corrected = loss_gradient(judged, policy, BFPO(beta=beta, table=labeling.corrected(errors)))
+        assert distance(corrected, loss_gradient(problem, policy, BFPO(beta=beta, table=labeling))) < 1e-8
+    assert np.median(biased) > 0.01
 
 
 # --- the neighbors

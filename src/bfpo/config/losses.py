@@ -62,6 +62,41 @@ class LabelTableSection(Section):
     """Both answers are unsafe."""
 
 
+class LabelErrorsSection(Section):
+    """How often the judge that labeled the pairs is right."""
+
+    sensitivity: Annotated[float, Field(strict=True, ge=0, le=1)]
+    """Share of the safe answers that it calls safe."""
+    specificity: Annotated[float, Field(strict=True, ge=0, le=1)]
+    """Share of the unsafe answers that it calls unsafe."""
+
+    @model_validator(mode="after")
+    def _check_informative(self) -> "LabelErrorsSection":
+        if not self.sensitivity + self.specificity - 1 >= 0.1:
+            raise ValueError(
+                f"sensitivity and specificity add up to {self.sensitivity + self.specificity:.3g}; expected at least "
+                "1.1, because labels of a judge near chance say nothing"
+            )
+        return self
+
+
+def _errors_kind(value: object) -> str | None:
+    if isinstance(value, str):
+        return "file"
+    return "rates" if isinstance(value, Mapping | LabelErrorsSection) else None
+
+
+LabelErrorRates = Annotated[
+    Annotated[LabelErrorsSection, Tag("rates")] | Annotated[str, Tag("file")],
+    Discriminator(
+        _errors_kind,
+        custom_error_type="label_errors",
+        custom_error_message="expected {sensitivity: .., specificity: ..}, or the path of the results of "
+        "`bfpo judge eval`",
+    ),
+]
+
+
 def _table_kind(value: object) -> str | None:
     if isinstance(value, str):
         return "name" if value in get_args(TableName) else None
@@ -100,6 +135,9 @@ class BFPOSection(Section):
     """λ: λ·(s_chosen - s_rejected) is added to every label, which lowers P(unsafe)."""
     multiplier: str | None = None
     """`dual.json` of `bfpo dual`, or its folder, with the `safety_weight` that reaches a given P(unsafe)."""
+    label_errors: LabelErrorRates | None = None
+    """Rates of the judge that labeled the pairs, `{sensitivity: .., specificity: ..}`, or the results of `bfpo judge
+    eval` with that judge: labels are corrected for its errors."""
 
     @model_validator(mode="after")
     def _check_weight(self) -> "BFPOSection":
@@ -116,7 +154,7 @@ class BFPOSection(Section):
     @model_serializer(mode="wrap")
     def _dump_labels_once(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         unused = ["table"] if self.table is None else ["b1", "b2", "alpha"]
-        unused += [key for key in ("safety_weight", "multiplier") if not getattr(self, key)]
+        unused += [key for key in ("safety_weight", "multiplier", "label_errors") if not getattr(self, key)]
         return {key: value for key, value in dump(self).items() if key not in unused}
 
 

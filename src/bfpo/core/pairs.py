@@ -86,6 +86,15 @@ class Provenance:
     safety_label_source: str | None = None
     stream: StreamName | None = None
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether the labels are those of a judge: named, or unnamed in a set of the main stream."""
+        source = self.safety_label_source or "dataset"
+        if source == "dataset":
+            # The labels of a helpfulness set are usually assumed.
+            return self.stream != "buffer"
+        return source not in ("human", "assumed")
+
 
 @dataclass(frozen=True, slots=True)
 class PairSignals:

@@ -193,6 +193,7 @@ def pair_table(
         name: np.array([getattr(pair.signals, name) for pair in pairs], dtype=np.float64)
         for name in ("chosen_win_rate", "rejected_win_rate", "reward_margin", "expected_safety")
     }
+    signals["judged"] = np.array([pair.provenance.is_judged for pair in pairs], dtype=np.float64)
     if score_margins is not None:
         signals["score_margin"] = score_margins
     signals["expected_safety"] = _fill_by_dataset(signals["expected_safety"], probability.mean(axis=1), pairs)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bfpo.losses.build import make_loss
+    from bfpo.losses.label_errors import LabelErrors
     from bfpo.losses.labeling import LabelingFunction
     from bfpo.losses.pairwise import (
         BFPO,
@@ -34,6 +35,7 @@ __all__ = [
     "Additive",
     "BFPOSoft",
     "IPOAvg",
+    "LabelErrors",
     "LabelingFunction",
     "PairLogps",
     "PairLoss",
@@ -43,7 +45,7 @@ __all__ = [
     "make_loss",
 ]
 
-_MODULES = {"LabelingFunction": "labeling", "make_loss": "build"}
+_MODULES = {"LabelErrors": "label_errors", "LabelingFunction": "labeling", "make_loss": "build"}
 
 
 def __getattr__(name: str) -> Any:

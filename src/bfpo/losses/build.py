@@ -8,6 +8,7 @@ from typing import Any
 from bfpo.core.imports import import_object
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.losses.dual import read_safety_weight
+from bfpo.losses.label_errors import LabelErrors, read_label_errors
 from bfpo.losses.labeling import TABLES, LabelingFunction
 from bfpo.losses.pairwise import BFPO, LOSSES, PairLoss
 
@@ -17,12 +18,13 @@ def make_loss(options: Mapping[str, Any]) -> PairLoss:
 
     Args:
         options: `name` (a key of `LOSSES`, or `package.module:Class`; default `bfpo`) and the loss's
-            hyperparameters; for `bfpo` also `multiplier`, the `dual.json` with its safety weight.
+            hyperparameters; for `bfpo` also `multiplier`, the `dual.json` with its safety weight, and `label_errors`
+            may be the file of `bfpo judge eval`.
 
     Raises:
         RecipeError: If the name or a hyperparameter is unknown, a value isn't a number in its range, or the
             multiplier belongs to another loss.
-        DataError: If the file of the multiplier is missing or malformed.
+        DataError: If the file of the multiplier or of the label errors is missing or malformed.
     """
     values = dict(options)
     name = values.pop("name", "bfpo")
@@ -34,6 +36,8 @@ def make_loss(options: Mapping[str, Any]) -> PairLoss:
             raise RecipeError(f"loss.{key} is not an option of '{name}'; {did_you_mean(key, sorted(allowed))}")
         if key == "table":
             values[key] = _labeling_table(value)
+        elif key == "label_errors":
+            values[key] = None if value is None else _label_errors(value)
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"loss.{key} is {value!r} ({type(value).__name__}); expected a number")
     loss = loss_class(**values)
@@ -81,3 +85,18 @@ def _labeling_table(value: object) -> LabelingFunction:
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise RecipeError(f"loss.table.{cell} is {number!r}; expected a number")
     return LabelingFunction(**value)
+
+
+def _label_errors(value: object) -> LabelErrors:
+    if isinstance(value, str):
+        return read_label_errors(value)
+    rates = {field.name for field in fields(LabelErrors)}
+    if not isinstance(value, Mapping) or set(value) != rates:
+        raise RecipeError(
+            f"loss.label_errors is {value!r}; expected {{sensitivity: .., specificity: ..}}, or the path of the "
+            "results of `bfpo judge eval`"
+        )
+    for name, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise RecipeError(f"loss.label_errors.{name} is {number!r}; expected a number")
+    return LabelErrors(**value)

@@ -19,6 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import DataError, RecipeError
+from bfpo.losses.label_errors import LabelErrors
 from bfpo.losses.labeling import LabelingFunction
 
 
@@ -40,6 +41,8 @@ class PairLogps:
         rejected_win_rate: Same for the rejected answer.
         reward_margin: Reward by another objective, chosen minus rejected; None if unknown.
         score_margin: Reward less multiplied cost, chosen minus rejected; None if unknown.
+        judged: 1 if the safety labels are those of a judge, which errs, 0 if they are assumed or a person's; None if
+            unknown.
 
     Raises:
         ValueError: If shapes differ.
@@ -58,6 +61,7 @@ class PairLogps:
     rejected_win_rate: Tensor | None = None
     reward_margin: Tensor | None = None
     score_margin: Tensor | None = None
+    judged: Tensor | None = None
 
     def __post_init__(self) -> None:
         for column in fields(self):
@@ -148,6 +152,8 @@ class BFPO(PairLoss):
             `bfpo.losses.labeling.TABLES`.
         safety_weight: λ, at least 0: λ·(s_c - s_r) is added to every label. It is the multiplier of a constraint on
             P(unsafe), and multiplies the optimal policy by exp(λ·safe / beta).
+        label_errors: Errors of the judge that labeled the pairs; None for labels without errors. The labels of pairs
+            with `judged` are corrected, so that on average the gradient is that of the true labels.
 
     Raises:
         RecipeError: If a number is out of its range, or both the table and b1, b2 or alpha are set.
@@ -168,9 +174,12 @@ class BFPO(PairLoss):
     alpha: float = 0.5
     table: LabelingFunction | None = None
     safety_weight: float = 0.0
+    label_errors: LabelErrors | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.label_errors is not None:
+            object.__setattr__(self, "needs", ("judged",))
         _check(self, "safety_weight", self.safety_weight >= 0, "a number from 0 to 1e9")
         if self.table is not None and (self.b1, self.b2, self.alpha) != (3.0, 0.0, 0.5):
             raise RecipeError("loss: 'table' replaces b1, b2 and alpha; give either the table or these")
@@ -183,8 +192,11 @@ class BFPO(PairLoss):
         return table.with_safety_weight(self.safety_weight)
 
     def target(self, pairs: PairLogps) -> Tensor:
-        """Return label / beta."""
+        """Return label / beta, with the corrected label for pairs that a judge labeled."""
         label: Tensor = self.labeling(pairs.chosen_safe, pairs.rejected_safe)
+        if self.label_errors is not None:
+            corrected = self.labeling.corrected(self.label_errors)(pairs.chosen_safe, pairs.rejected_safe)
+            label = torch.where(pairs.require("judged") > 0, corrected, label)
         return label / self.beta
 
     def __call__(self, pairs: PairLogps) -> Tensor:

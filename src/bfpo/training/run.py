@@ -29,7 +29,7 @@ from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.encode import require_signals
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
-from bfpo.training.multipliers import build_loss, read_score_labels, relabel, resolve_safety_weight
+from bfpo.training.loss_files import build_loss, read_score_labels, relabel, resolve_loss_files
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
 from bfpo.training.probe import Answers, Probe, show_probe
@@ -94,7 +94,7 @@ def run_training(
         Content of `run.json`; for a dry run, of `data_manifest.json`.
     """
     # A multiplier that doesn't fit is refused before anything is read or trained.
-    recipe = resolve_safety_weight(recipe)
+    recipe = resolve_loss_files(recipe)
     read_score_labels(recipe)
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
@@ -366,9 +366,22 @@ def _evaluation_tables(
 
 
 def show_data(prepared: PreparedData, tables: Tables, loss: PairLoss) -> None:
-    """Print the sources, cells and a few samples of the training data."""
+    """Print the sources, cells and a few samples of the training data.
+
+    Raises:
+        RecipeError: If labels are to be corrected, and none are a judge's.
+    """
     show_sources(part.report for part in prepared.parts)
     show_cells(prepared.train, loss.labeling if isinstance(loss, BFPO) else None, loss.beta)
+    if isinstance(loss, BFPO) and loss.label_errors is not None:
+        judged, corrected = tables.train.signals["judged"], loss.labeling.corrected(loss.label_errors)
+        if not judged.any():
+            raise RecipeError(
+                "loss.label_errors corrects the labels of a judge, and all pairs have labels that are assumed or a "
+                "person's (safety_label_source); leave it out"
+            )
+        labels = ", ".join(f"{cell} {getattr(corrected, cell):+.3g}" for cell in CELLS)
+        say(f"labels of {int(judged.sum()):,} of {len(judged):,} pairs are a judge's, and corrected to {labels}")
     show_samples(tables.samples)
 
 
