@@ -80,7 +80,8 @@ def test_ranges_are_those_of_the_loss(name, key):
         {"safety_weight": 1.3},
         {"table": "helpful_ties", "safety_weight": 1},
         {"label_errors": {"sensitivity": 0.9, "specificity": 0.75}},
-        {"name": "dpo", "label_smoothing": 0.1},
+        {"name": "dpo", "label_smoothing": 0.1, "graded": True},
+        {"graded": True},
         {"name": "my_losses:Hinge", "edge": 2, "beta": 0.3},
     ],
 )
@@ -113,10 +114,10 @@ WRONG = [
     ({"beta": 10**400}, "loss.beta: Input should be a valid number"),
     (
         {"bta": 1},
-        "loss.bta: unknown key of 'bfpo'; did you mean 'beta'\\? known: alpha, b1, b2, beta, label_errors, "
+        "loss.bta: unknown key of 'bfpo'; did you mean 'beta'\\? known: alpha, b1, b2, beta, graded, label_errors, "
         "multiplier, name, safety_weight, table",
     ),
-    ({"name": "dpo", "alpha": 0.5}, "loss.alpha: unknown key of 'dpo'; known: beta, label_smoothing, name"),
+    ({"name": "dpo", "alpha": 0.5}, "loss.alpha: unknown key of 'dpo'; known: beta, graded, label_smoothing, name"),
     ({"name": "bpfo"}, r"loss: name is 'bpfo'; did you mean 'bfpo'\? known: .*safe_dpo, or 'module:Class'"),
     ({"name": 3}, "loss: name is 3; expected one of bfpo, bfpo_soft, .*, or 'module:Class'"),
     ({"b1": 1}, r"loss.b1: Input should be greater than 1 \(got 1\)"),
@@ -130,6 +131,7 @@ WRONG = [
         {"multiplier": "dual.json", "safety_weight": 1},
         "loss: 'multiplier' is a file with the safety_weight; give either",
     ),
+    ({"name": "ipo", "graded": 1}, r"loss.graded: Input should be a valid boolean \(got 1\)"),
     ({"label_errors": 0.9}, r"loss.label_errors: expected {sensitivity: .., specificity: ..}, or the path .*got 0.9"),
     (
         {"label_errors": {"sensitivity": 1.5, "specificity": 1}},

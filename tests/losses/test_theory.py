@@ -335,6 +335,32 @@ def test_for_corrected_labels_the_minimizer_and_the_gradient_are_those_of_the_tr
     assert np.median(biased) > 0.01
 
 
+# --- graded pairs
+
+
+def test_degrees_are_a_potential_and_the_minimizer_of_the_graded_loss_is_it():
+    for problem, beta, rng in correlated_problems():
+        size, loss = problem.safe.size, BFPO(beta=beta, alpha=0.2, graded=True)
+        degrees = np.sort(rng.random(size))[::-1]
+        potential = (1 - loss.alpha) * degrees
+        # Any pairs, in any order, with any weights: every residual is zero.
+        chosen, rejected = rng.integers(0, size, (2, 30))
+        log_ratios = torch.tensor(potential / beta)
+        both_safe = torch.ones(30, dtype=torch.float64)
+        pairs = PairLogps(
+            log_ratios[chosen], log_ratios[rejected], 0 * both_safe, 0 * both_safe, both_safe, both_safe,
+            degree_difference=torch.tensor(degrees[chosen] - degrees[rejected]),
+        )  # fmt: skip
+        assert loss(pairs).max() < EXACT**2 * 1e4
+        plain = replace(loss, graded=False)(pairs)
+        assert plain.max() > 1e-3
+        # The least-squares minimizer over all pairs is the potential, from the targets alone.
+        targets = (1 - loss.alpha) / beta * (degrees[:, None] - degrees[None, :])
+        design = np.array([np.eye(size)[i] - np.eye(size)[j] for i in range(size) for j in range(size)])
+        solved = np.linalg.lstsq(design, targets.ravel())[0]
+        assert distance(centered(beta * solved), centered(potential)) < EXACT
+
+
 # --- the neighbors
 
 

@@ -43,6 +43,7 @@ Positive = Annotated[
     AfterValidator(_check_size),
     AfterValidator(_check_not_tiny),
 ]
+Graded = Annotated[bool, Field(strict=True)]
 AboveOne = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=1), AfterValidator(_check_size)]
 TableName = Literal["helpful_ties"]
 
@@ -138,6 +139,9 @@ class BFPOSection(Section):
     label_errors: LabelErrorRates | None = None
     """Rates of the judge that labeled the pairs, `{sensitivity: .., specificity: ..}`, or the results of `bfpo judge
     eval` with that judge: labels are corrected for its errors."""
+    graded: Graded = False
+    """Whether the label of two versions of one answer (`bfpo data degrade`) is multiplied by the difference of their
+    degrees; needs the column `degree_difference`."""
 
     @model_validator(mode="after")
     def _check_weight(self) -> "BFPOSection":
@@ -154,7 +158,7 @@ class BFPOSection(Section):
     @model_serializer(mode="wrap")
     def _dump_labels_once(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         unused = ["table"] if self.table is None else ["b1", "b2", "alpha"]
-        unused += [key for key in ("safety_weight", "multiplier", "label_errors") if not getattr(self, key)]
+        unused += [key for key in ("safety_weight", "multiplier", "label_errors", "graded") if not getattr(self, key)]
         return {key: value for key, value in dump(self).items() if key not in unused}
 
 
@@ -178,6 +182,8 @@ class IPOSection(Section):
     """Identity preference optimization on token sums; ignores safety."""
     beta: Positive = 0.01
     """Strength of the pull towards the reference: the target margin is 1/(2·beta) nats."""
+    graded: Graded = False
+    """As in `bfpo`, for the target."""
 
 
 class IPOAvgSection(Section):
@@ -198,6 +204,8 @@ class DPOSection(Section):
     """Inverse temperature of the implicit reward."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of flipped preferences (conservative DPO)."""
+    graded: Graded = False
+    """Whether beta·h of two versions of one answer must exceed the difference of their degrees."""
 
 
 class SafeDPOSection(Section):

@@ -38,6 +38,9 @@ def make_loss(options: Mapping[str, Any]) -> PairLoss:
             values[key] = _labeling_table(value)
         elif key == "label_errors":
             values[key] = None if value is None else _label_errors(value)
+        elif key == "graded":
+            if not isinstance(value, bool):
+                raise RecipeError(f"loss.graded is {value!r} ({type(value).__name__}); expected true or false")
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"loss.{key} is {value!r} ({type(value).__name__}); expected a number")
     loss = loss_class(**values)

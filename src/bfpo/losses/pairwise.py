@@ -41,6 +41,8 @@ class PairLogps:
         rejected_win_rate: Same for the rejected answer.
         reward_margin: Reward by another objective, chosen minus rejected; None if unknown.
         score_margin: Reward less multiplied cost, chosen minus rejected; None if unknown.
+        degree_difference: Degree of the chosen version of an answer less that of the rejected one, in [-1, 1]; NaN
+            for pairs of other answers, None if there are only those.
         judged: 1 if the safety labels are those of a judge, which errs, 0 if they are assumed or a person's; None if
             unknown.
 
@@ -61,6 +63,7 @@ class PairLogps:
     rejected_win_rate: Tensor | None = None
     reward_margin: Tensor | None = None
     score_margin: Tensor | None = None
+    degree_difference: Tensor | None = None
     judged: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -84,7 +87,7 @@ class PairLogps:
             if "chosen" in name:
                 other = name.replace("chosen", "rejected")
                 columns[name], columns[other] = columns[other], columns[name]
-        for name in ("reward_margin", "score_margin"):
+        for name in ("reward_margin", "score_margin", "degree_difference"):
             columns[name] = None if columns[name] is None else -columns[name]
         return PairLogps(**columns)
 
@@ -152,6 +155,7 @@ class BFPO(PairLoss):
             `bfpo.losses.labeling.TABLES`.
         safety_weight: λ, at least 0: λ·(s_c - s_r) is added to every label. It is the multiplier of a constraint on
             P(unsafe), and multiplies the optimal policy by exp(λ·safe / beta).
+        graded: Whether the label of two versions of one answer is multiplied by the difference of their degrees.
         label_errors: Errors of the judge that labeled the pairs; None for labels without errors. The labels of pairs
             with `judged` are corrected, so that on average the gradient is that of the true labels.
 
@@ -175,11 +179,12 @@ class BFPO(PairLoss):
     table: LabelingFunction | None = None
     safety_weight: float = 0.0
     label_errors: LabelErrors | None = None
+    graded: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label_errors is not None:
-            object.__setattr__(self, "needs", ("judged",))
+        needs = {"judged": self.label_errors is not None, "degree_difference": self.graded}
+        object.__setattr__(self, "needs", tuple(name for name, is_needed in needs.items() if is_needed))
         _check(self, "safety_weight", self.safety_weight >= 0, "a number from 0 to 1e9")
         if self.table is not None and (self.b1, self.b2, self.alpha) != (3.0, 0.0, 0.5):
             raise RecipeError("loss: 'table' replaces b1, b2 and alpha; give either the table or these")
@@ -197,6 +202,8 @@ class BFPO(PairLoss):
         if self.label_errors is not None:
             corrected = self.labeling.corrected(self.label_errors)(pairs.chosen_safe, pairs.rejected_safe)
             label = torch.where(pairs.require("judged") > 0, corrected, label)
+        if self.graded:
+            label = label * pairs.require("degree_difference").nan_to_num(nan=1.0)
         return label / self.beta
 
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -208,15 +215,25 @@ class BFPO(PairLoss):
 class IPO(PairLoss):
     """Identity preference optimization on token sums: `(h - 1/(2·beta))²`; ignores safety.
 
+    Args:
+        beta: Strength of the pull towards the reference; above 0.
+        graded: As in BFPO.
+
     Source:
         Azar et al., arXiv 2310.12036, eq. 17; the summed form is that of TRL 0.7.7 and of the official BFPO code.
     """
 
     beta: float = 0.01
+    graded: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "needs", ("degree_difference",) if self.graded else ())
 
     def target(self, pairs: PairLogps) -> Tensor:
-        """Return 1/(2·beta)."""
-        return torch.full_like(pairs.margin, 1 / (2 * self.beta))
+        """Return 1/(2·beta), for two versions of one answer times the difference of their degrees."""
+        target = torch.full_like(pairs.margin, 1 / (2 * self.beta))
+        return target * pairs.require("degree_difference").nan_to_num(nan=1.0) if self.graded else target
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return `(h - 1/(2·beta))²`."""
@@ -247,6 +264,7 @@ class DPO(PairLoss):
     Args:
         beta: Inverse temperature of the implicit reward; above 0.
         label_smoothing: Assumed share of flipped preferences, in [0, 0.5) (conservative DPO).
+        graded: Whether beta·h of two versions of one answer must exceed the difference of their degrees.
 
     Source:
         Rafailov et al., arXiv 2305.18290, eq. 7; smoothing as in `eric-mitchell/direct-preference-optimization`
@@ -254,14 +272,18 @@ class DPO(PairLoss):
     """
 
     label_smoothing: float = 0.0
+    graded: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "needs", ("degree_difference",) if self.graded else ())
         _check(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "a number from 0 to below 0.5")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        """Return `-(1-ε)·log σ(beta·h) - ε·log σ(-beta·h)`."""
+        """Return `-(1-ε)·log σ(z) - ε·log σ(-z)`; z is beta·h, less the difference of degrees if graded."""
         z = self.beta * pairs.margin
+        if self.graded:
+            z = z - pairs.require("degree_difference").nan_to_num(nan=0.0)
         return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
 
 
