@@ -81,7 +81,8 @@ def test_ranges_are_those_of_the_loss(name, key):
         {"table": "helpful_ties", "safety_weight": 1},
         {"label_errors": {"sensitivity": 0.9, "specificity": 0.75}},
         {"name": "dpo", "label_smoothing": 0.1, "graded": True},
-        {"graded": True},
+        {"graded": True, "tail": 0.2},
+        {"name": "modpo", "tail": 0.5},
         {"name": "my_losses:Hinge", "edge": 2, "beta": 0.3},
     ],
 )
@@ -115,9 +116,12 @@ WRONG = [
     (
         {"bta": 1},
         "loss.bta: unknown key of 'bfpo'; did you mean 'beta'\\? known: alpha, b1, b2, beta, graded, label_errors, "
-        "multiplier, name, safety_weight, table",
+        "multiplier, name, safety_weight, table, tail",
     ),
-    ({"name": "dpo", "alpha": 0.5}, "loss.alpha: unknown key of 'dpo'; known: beta, graded, label_smoothing, name"),
+    (
+        {"name": "dpo", "alpha": 0.5},
+        "loss.alpha: unknown key of 'dpo'; known: beta, graded, label_smoothing, name, tail",
+    ),
     ({"name": "bpfo"}, r"loss: name is 'bpfo'; did you mean 'bfpo'\? known: .*safe_dpo, or 'module:Class'"),
     ({"name": 3}, "loss: name is 3; expected one of bfpo, bfpo_soft, .*, or 'module:Class'"),
     ({"b1": 1}, r"loss.b1: Input should be greater than 1 \(got 1\)"),
@@ -142,6 +146,7 @@ WRONG = [
         r"loss.label_errors: sensitivity and specificity add up to 1; expected at least 1.1",
     ),
     ({"name": "dpo", "multiplier": "dual.json"}, "loss.multiplier: unknown key of 'dpo'"),
+    ({"name": "additive", "tail": 0}, r"loss.tail: .*greater than 0 \(got 0\)"),
     ({"name": "dpo", "label_smoothing": 0.5}, r"loss.label_smoothing: .*less than 0.5 \(got 0.5\)"),
     ({"name": "modpo", "weight": 0}, r"loss.weight: .*greater than 0 \(got 0\)"),
     ({"name": "safe_dpo", "delta": -1}, r"loss.delta: .*greater than or equal to 0 \(got -1\)"),

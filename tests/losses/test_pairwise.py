@@ -50,6 +50,15 @@ def test_four_losses_at_step_zero_with_the_shipped_beta():
     assert BFPO()(batch([0, 0, 0, 0])).tolist() == pytest.approx([2500, 10000, 10000, 2500])
 
 
+def test_a_tail_is_of_the_step_and_changes_no_pair():
+    pairs = batch([0.3, -0.7, 1.1, 0.2], **OPTIONAL)
+    assert torch.equal(DPO(tail=0.1)(pairs), DPO()(pairs))
+    assert SoftLabels(0.5, IPO(beta=0.5, tail=0.2)).tail == 0.2
+    for tail in (0, 1.1, math.nan):
+        with pytest.raises(RecipeError, match=r"DPO.tail is .*; expected a share above 0, at most 1"):
+            DPO(tail=tail)
+
+
 def test_graded_losses_by_hand():
     pairs = batch([0.5, 0.5], [(1, 1), (1, 0)], degree_difference=[0.25, math.nan])
     # beta 0.5: the targets 1 and 2 nats; a quarter of the first

@@ -240,6 +240,48 @@ def test_a_buffer_equal_to_the_main_set_doubles_the_loss(make_trainer, make_argu
     assert losses(double)[0] == pytest.approx(2 * losses(plain)[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("layout", [LayoutSection(kind="padded"), LayoutSection(max_tokens_per_pack=1)])
+def test_the_tail_of_a_step_is_the_same_however_its_pairs_are_packed(make_trainer, layout):
+    loss = BFPO(beta=0.5, tail=0.4)
+    whole, split = make_trainer(loss=loss), make_trainer(loss=loss, layout=layout)
+    start = weights(whole)
+    whole.train()
+    split.train()
+    assert relative_difference(weights(whole), weights(split), start) < 1e-4
+    assert losses(whole) == pytest.approx(losses(split), rel=1e-5)
+    everything = make_trainer()
+    everything.train()
+    assert relative_difference(weights(whole), weights(everything), start) > 0.05
+
+
+def test_the_loss_of_a_tail_is_the_mean_of_the_largest_losses_of_each_stream(
+    make_trainer, make_arguments, main_pairs
+):
+    args = make_arguments(max_steps=1, per_device_train_batch_size=12)
+    trainer = make_trainer(loss=BFPO(beta=0.5, tail=0.75), args=args, buffer_weight=0.3)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    # Margins are 0: of the 12 main pairs 6 have the loss (1/0.5)² = 4 and 6 have 1; the worst 9 are 6 of the first
+    # and 3 of the second. All buffer pairs have 1.
+    assert log["loss"] == pytest.approx((6 * 4 + 3 * 1) / 9 + 0.3, rel=1e-6)
+    # The metrics are those of all pairs.
+    assert log["stream/main/loss"] == pytest.approx(2.5, rel=1e-6)
+
+
+def test_a_tail_of_everything_is_the_plain_loss_to_the_bit(baseline, make_trainer):
+    trainer = make_trainer(loss=BFPO(beta=0.5, tail=1.0))
+    trainer.train()
+    assert torch.equal(weights(trainer), weights(baseline))
+
+
+def test_a_tail_of_accumulated_steps_is_refused(make_trainer, make_arguments):
+    args = make_arguments(gradient_accumulation_steps=2)
+    with pytest.raises(
+        RecipeError, match=r"loss.tail is 0.2 and gradient_accumulation_steps is 2; .* raise per_device"
+    ):
+        make_trainer(loss=BFPO(beta=0.5, tail=0.2), args=args)
+
+
 def test_training_everything_by_pattern_is_full_training(baseline, make_trainer):
     by_pattern = make_trainer(train_only=[".*"])
     by_pattern.train()
@@ -350,12 +392,13 @@ def test_several_evaluation_sets_are_named(make_trainer, main_pairs, buffer_pair
     assert metrics["eval_main_loss"] == pytest.approx((1 + 4 + 4 + 1) / 4)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_row(make_trainer, main_pairs):
+@pytest.mark.parametrize("tail", [1.0, 0.5])
+def test_a_loss_that_is_not_finite_stops_and_names_the_row(make_trainer, main_pairs, tail):
     class Broken(BFPO):
         def __call__(self, pairs):
             return torch.where(pairs.chosen_safe > pairs.rejected_safe, torch.nan, super().__call__(pairs))
 
-    trainer = make_trainer(loss=Broken(beta=0.5), buffer=[])
+    trainer = make_trainer(loss=Broken(beta=0.5, tail=tail), buffer=[])
     with pytest.raises(TrainingError, match="step 0: the loss is not finite for rows") as caught:
         trainer.train()
     bad = {pair.row_id for pair in main_pairs if pair.cell == "su"}

@@ -98,6 +98,22 @@ LabelErrorRates = Annotated[
 ]
 
 
+class PairLossSection(Section):
+    """What all losses have."""
+
+    tail: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Share of the pairs of a step, in each stream, that are trained on: those with the largest losses (CVaR)."""
+
+    @model_serializer(mode="wrap")
+    def _dump_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = self._unused()
+        return {key: value for key, value in dump(self).items() if key not in unused}
+
+    def _unused(self) -> list[str]:
+        """Return the keys that a resolved recipe leaves out."""
+        return ["tail"] if self.tail == 1 else []
+
+
 def _table_kind(value: object) -> str | None:
     if isinstance(value, str):
         return "name" if value in get_args(TableName) else None
@@ -117,7 +133,7 @@ LabelTable = Annotated[
 ]
 
 
-class BFPOSection(Section):
+class BFPOSection(PairLossSection):
     """Squared distance of the margin from label / beta."""
 
     name: Literal["bfpo"] = "bfpo"
@@ -155,14 +171,13 @@ class BFPOSection(Section):
             raise ValueError("'table' replaces b1, b2 and alpha; give either the table or these")
         return self
 
-    @model_serializer(mode="wrap")
-    def _dump_labels_once(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _unused(self) -> list[str]:
         unused = ["table"] if self.table is None else ["b1", "b2", "alpha"]
-        unused += [key for key in ("safety_weight", "multiplier", "label_errors", "graded") if not getattr(self, key)]
-        return {key: value for key, value in dump(self).items() if key not in unused}
+        options = ("safety_weight", "multiplier", "label_errors", "graded")
+        return [*super()._unused(), *unused, *(key for key in options if not getattr(self, key))]
 
 
-class BFPOSoftSection(Section):
+class BFPOSoftSection(PairLossSection):
     """Squared distance of the margin from the difference of the RL rewards / beta."""
 
     name: Literal["bfpo_soft"] = "bfpo_soft"
@@ -175,7 +190,7 @@ class BFPOSoftSection(Section):
     """Lowers the safety offset: A1 = E_s - 2·alpha. 0 is the paper's objective."""
 
 
-class IPOSection(Section):
+class IPOSection(PairLossSection):
     """Squared distance of the margin from 1/(2·beta)."""
 
     name: Literal["ipo"] = "ipo"
@@ -186,7 +201,7 @@ class IPOSection(Section):
     """As in `bfpo`, for the target."""
 
 
-class IPOAvgSection(Section):
+class IPOAvgSection(PairLossSection):
     """Squared distance of the mean margin per token from 1/(2·beta)."""
 
     name: Literal["ipo_avg"] = "ipo_avg"
@@ -195,7 +210,7 @@ class IPOAvgSection(Section):
     """As in `ipo`, for margins in nats per token."""
 
 
-class DPOSection(Section):
+class DPOSection(PairLossSection):
     """Logistic loss of the margin."""
 
     name: Literal["dpo"] = "dpo"
@@ -208,7 +223,7 @@ class DPOSection(Section):
     """Whether beta·h of two versions of one answer must exceed the difference of their degrees."""
 
 
-class SafeDPOSection(Section):
+class SafeDPOSection(PairLossSection):
     """Logistic loss of the margin of pairs reordered by safety."""
 
     name: Literal["safe_dpo"] = "safe_dpo"
@@ -219,7 +234,7 @@ class SafeDPOSection(Section):
     """Offset added when the preferred answer is safe and the other is not."""
 
 
-class AdditiveSection(Section):
+class AdditiveSection(PairLossSection):
     """Squared distance of the margin from an additive label / beta."""
 
     name: Literal["additive"] = "additive"
@@ -230,7 +245,7 @@ class AdditiveSection(Section):
     """Weight of a difference in safety against one in helpfulness."""
 
 
-class MODPOSection(Section):
+class MODPOSection(PairLossSection):
     """Logistic loss of the margin less another reward's margin."""
 
     name: Literal["modpo"] = "modpo"

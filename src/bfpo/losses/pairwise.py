@@ -111,18 +111,22 @@ class PairLoss(ABC):
     Args:
         beta: Strength of the pull towards the reference; above 0. The target margin of a squared loss on sums over
             tokens is label / beta nats.
+        tail: Share of the pairs of a step that are trained on, those with the largest losses, in (0, 1]; 1 for all.
+            A call returns the loss of each pair for any share.
 
     Raises:
-        RecipeError: If beta isn't from 1e-9 to 1e9: beyond, targets overflow in float32.
+        RecipeError: If a number is out of its range: beta from 1e-9 to 1e9, beyond which targets overflow in float32.
     """
 
     beta: float = 0.1
+    tail: float = field(default=1.0, kw_only=True)
 
     # Optional columns of a pair file that the loss needs.
     needs: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         _check(self, "beta", 1e-9 <= self.beta <= 1e9, "a number above 0, from 1e-9 to 1e9")
+        _check(self, "tail", 0 < self.tail <= 1, "a share above 0, at most 1")
 
     @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -439,6 +443,7 @@ class SoftLabels(PairLoss):
         if self.beta != self.loss.beta:
             raise RecipeError(f"SoftLabels.beta is {self.beta}; expected that of its loss, {self.loss.beta}")
         object.__setattr__(self, "needs", ("score_margin", *self.loss.needs))
+        object.__setattr__(self, "tail", self.loss.tail)
 
     def keeps(self, labels: SafetyLabels) -> bool:
         """Keep the pairs that the loss keeps."""

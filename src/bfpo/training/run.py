@@ -21,6 +21,7 @@ from bfpo.data.score_labels import score_margins
 from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
 from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import DataError, RecipeError
+from bfpo.losses.build import make_loss
 from bfpo.losses.dual import Dual
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.gguf import gguf_metadata
@@ -36,7 +37,7 @@ from bfpo.training.probe import Answers, Probe, show_probe
 from bfpo.training.reference_pass import on_device
 from bfpo.training.run_sft import load_or_train_sft
 from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
-from bfpo.training.trainer import BFPOTrainer
+from bfpo.training.trainer import BFPOTrainer, check_tail
 
 
 class Tables(NamedTuple):
@@ -99,6 +100,7 @@ def run_training(
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
+    check_tail(make_loss(recipe.loss.model_dump()), args)
     check_against_model(recipe)
     if dry_run:
         manifest = _prepare_inputs(recipe, args, resume, dry_run=True, limit=limit).manifest

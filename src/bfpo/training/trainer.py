@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -13,12 +14,13 @@ from transformers.trainer_utils import TrainOutput
 
 from bfpo.config.recipes import LayoutSection, ReferenceKind, TextSection
 from bfpo.data.table import PairTable, TokenTable
-from bfpo.errors import DataError, TrainingError
+from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.losses.pairwise import BFPO, PairLogps, PairLoss
 from bfpo.model.layout import padded_layout
 from bfpo.model.logps import check_against_plain_forward
 from bfpo.model.lora import add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
+from bfpo.stats.tail import tail_factors
 from bfpo.training.batches import Batch, Collator
 from bfpo.training.encode import Pairs, as_buffer, as_pairs, encode_pairs, named_datasets, require_signals
 from bfpo.training.inputs import ModelOrPath, resolve_inputs
@@ -56,6 +58,20 @@ class StartCheck(NamedTuple):
             f"targets of up to {self.largest_target:.3g} nats are larger than the log-probability of a typical "
             f"completion ({self.typical_logp:.3g} nats) and can't be reached; raise loss.beta, or lower "
             "loss.safety_weight if it is set"
+        )
+
+
+def check_tail(loss: PairLoss, args: TrainingArguments) -> None:
+    """Check that all pairs of a step are fed at once if only those with the largest losses count.
+
+    Raises:
+        RecipeError: If gradients are accumulated.
+    """
+    if loss.tail < 1 and args.gradient_accumulation_steps > 1:
+        raise RecipeError(
+            f"loss.tail is {loss.tail:g} and gradient_accumulation_steps is {args.gradient_accumulation_steps}; the "
+            "largest losses of a step are known only if its pairs are fed at once: raise per_device_train_batch_size "
+            "instead, whose rows are fed in packs of at most layout.max_tokens_per_pack"
         )
 
 
@@ -136,6 +152,7 @@ class BFPOTrainer(StreamTrainer):
         if peft_config is not None:
             model = add_adapter(model, peft_config, seed=args.seed)
         self.loss = loss or BFPO()
+        check_tail(self.loss, args)
         self.buffer_weight = buffer_weight
 
         def as_table(dataset: Any, name: str, buffer: Any = ()) -> PairTable:
@@ -257,6 +274,33 @@ class BFPOTrainer(StreamTrainer):
             np.full(len(main), 1 / max(len(main), 1)),
             np.full(len(buffer), self.buffer_weight / max(len(buffer), 1)),
         )
+
+    def reweighted(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
+        """Return the packs with the weights of the largest losses of each stream's step; see `PairLoss.tail`.
+
+        The losses of all packs of all processes are needed first, which costs a forward pass.
+        """
+        if self.loss.tail == 1:
+            return packs
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = [self.loss(self.pair_logps(model, pack.to(self.args.device))) for pack in packs]
+        columns = (
+            torch.cat(losses).double().cpu().numpy(),
+            torch.cat([pack.weights for pack in packs]).numpy(),
+            torch.cat([pack.columns["is_buffer"] for pack in packs]).numpy(),
+        )
+        by_process: list[tuple[np.ndarray[Any, Any], ...]] = gather_object([columns])
+        all_losses, weights, is_buffer = (np.concatenate(column) for column in zip(*by_process, strict=True))
+        if not np.isfinite(all_losses).all():
+            # The check of the step names the rows.
+            return packs
+        factors = np.ones_like(all_losses)
+        for stream in (is_buffer, ~is_buffer):
+            factors[stream] = tail_factors(all_losses[stream], weights[stream], share=self.loss.tail)
+        sizes = [len(process_losses) for process_losses, *_ in by_process]
+        own = np.split(factors, np.cumsum(sizes)[:-1])[self.accelerator.process_index]
+        of_packs = torch.from_numpy(own).split([len(pack_losses) for pack_losses in losses])
+        return [replace(pack, weights=pack.weights * of_pack) for pack, of_pack in zip(packs, of_packs, strict=True)]
 
     def example_losses(self, model: nn.Module, batch: Batch, sums: MetricSums, *, training: bool) -> Tensor:
         """Return the loss of each pair, (n,)."""
