@@ -17,6 +17,7 @@ from bfpo.losses.pairwise import (
     IPO,
     LOSSES,
     MODPO,
+    TDPO,
     Additive,
     BFPOSoft,
     IPOAvg,
@@ -57,6 +58,25 @@ def test_a_tail_is_of_the_step_and_changes_no_pair():
     for tail in (0, 1.1, math.nan):
         with pytest.raises(RecipeError, match=r"DPO.tail is .*; expected a share above 0, at most 1"):
             DPO(tail=tail)
+
+
+def test_token_level_dpo_by_hand():
+    pairs = batch([0.5, 0.5], [(1, 1), (1, 0)], chosen_divergence=[1.0, 0.0], rejected_divergence=[3.0, 0.0])
+    # z = 0.5·(0.5 - 0.25·(3 - 1)) = 0, and 0.5·0.5
+    expected = [math.log(2), math.log1p(math.exp(-0.25))]
+    assert TDPO(beta=0.5, alpha=0.25)(pairs).tolist() == pytest.approx(expected)
+    assert torch.equal(TDPO(beta=0.5, alpha=0)(pairs), DPO(beta=0.5)(pairs))
+    assert (TDPO(token_tail=0.3).divergence_share, DPO().divergence_share) == (0.3, None)
+    assert SoftLabels(0.1, TDPO()).divergence_share == 1.0
+
+
+def test_the_divergence_of_the_chosen_answer_has_no_gradient():
+    pairs = batch([0.5], [(1, 1)], chosen_divergence=[1.0], rejected_divergence=[3.0])
+    chosen, rejected = (getattr(pairs, f"{side}_divergence").requires_grad_() for side in ("chosen", "rejected"))
+    TDPO(beta=0.5, alpha=0.25)(pairs).sum().backward()
+    # A larger divergence of the rejected answer raises the loss: beta·alpha·σ(0) = 1/16
+    assert chosen.grad is None
+    assert rejected.grad.item() == pytest.approx(1 / 16)
 
 
 def test_graded_losses_by_hand():
@@ -154,6 +174,8 @@ OPTIONAL = {
     "reward_margin": [1.0, -2.0, 0.5, 0.0],
     "score_margin": [0.5, 1.0, -2.0, 0.0],
     "judged": [1, 0, 1, 1],
+    "chosen_divergence": [0.5, 0.1, 0.0, 2.0],
+    "rejected_divergence": [0.25, 0.7, 1.0, 0.1],
     "degree_difference": [0.5, math.nan, math.nan, -0.25],
 }
 

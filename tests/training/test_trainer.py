@@ -15,7 +15,7 @@ from bfpo.config.recipes import LayoutSection
 from bfpo.core.pairs import CELLS, PairSignals
 from bfpo.data.table import token_table
 from bfpo.errors import DataError, ModelError, RecipeError, TrainingError
-from bfpo.losses.pairwise import BFPO, DPO, MODPO, BFPOSoft, SafeDPO
+from bfpo.losses.pairwise import BFPO, DPO, MODPO, TDPO, BFPOSoft, SafeDPO
 from bfpo.model import attention
 from bfpo.model.layout import Span
 from bfpo.training.encode import encode_pairs
@@ -280,6 +280,45 @@ def test_a_tail_of_accumulated_steps_is_refused(make_trainer, make_arguments):
         RecipeError, match=r"loss.tail is 0.2 and gradient_accumulation_steps is 2; .* raise per_device"
     ):
         make_trainer(loss=BFPO(beta=0.5, tail=0.2), args=args)
+
+
+def test_token_level_dpo_without_divergences_is_dpo(make_trainer):
+    plain, token_level = (
+        make_trainer(loss=DPO(beta=0.5)),
+        make_trainer(loss=TDPO(beta=0.5, alpha=0), reference="shared"),
+    )
+    start = weights(plain)
+    plain.train()
+    token_level.train()
+    assert relative_difference(weights(plain), weights(token_level), start) < 1e-4
+    assert losses(plain) == pytest.approx(losses(token_level), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}]
+)
+def test_token_level_dpo_trains_alike_on_packed_and_padded_rows(make_trainer, make_arguments, changes):
+    loss, layouts = TDPO(beta=0.5, alpha=5, token_tail=0.3), (None, LayoutSection(kind="padded"))
+    args = {"learning_rate": 1e-2}
+    packed, padded = (
+        make_trainer(loss=loss, layout=layout, args=make_arguments(**args), **changes) for layout in layouts
+    )
+    start = weights(packed)
+    packed.train()
+    padded.train()
+    assert packed.reference_kind == ("adapter" if changes else "shared")
+    assert packed.start_check.largest_margin == 0
+    assert relative_difference(weights(packed), weights(padded), start) < 1e-3
+    plain = make_trainer(loss=DPO(beta=0.5), args=make_arguments(**args), **changes)
+    plain.train()
+    assert relative_difference(weights(packed), weights(plain), start) > 1e-3
+
+
+def test_token_level_dpo_is_refused_with_the_cache(make_trainer):
+    with pytest.raises(
+        RecipeError, match=r"probabilities of all tokens, and reference is cache, .* use reference: shared"
+    ):
+        make_trainer(loss=TDPO(), reference="cache")
 
 
 def test_training_everything_by_pattern_is_full_training(baseline, make_trainer):

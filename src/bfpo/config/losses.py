@@ -223,6 +223,20 @@ class DPOSection(PairLossSection):
     """Whether beta·h of two versions of one answer must exceed the difference of their degrees."""
 
 
+class TDPOSection(PairLossSection):
+    """Logistic loss of the margin less the difference of the answers' divergences from the reference."""
+
+    name: Literal["tdpo"] = "tdpo"
+    """Token-level DPO (TDPO2); ignores safety. Not with `reference: cache`."""
+    beta: Positive = 0.1
+    """As in `dpo`."""
+    alpha: Annotated[Number, Field(ge=0)] = 0.5
+    """Weight of the divergences."""
+    token_tail: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Share of the reference's probability at a position whose tokens count, those that the policy lowered most; 1 is
+    the KL divergence."""
+
+
 class SafeDPOSection(PairLossSection):
     """Logistic loss of the margin of pairs reordered by safety."""
 
@@ -271,6 +285,7 @@ LOSS_SECTIONS: dict[str, type[Section]] = {
     "ipo": IPOSection,
     "ipo_avg": IPOAvgSection,
     "dpo": DPOSection,
+    "tdpo": TDPOSection,
     "safe_dpo": SafeDPOSection,
     "additive": AdditiveSection,
     "modpo": MODPOSection,
@@ -301,6 +316,7 @@ LossSection = Annotated[
     | Annotated[IPOSection, Tag("ipo")]
     | Annotated[IPOAvgSection, Tag("ipo_avg")]
     | Annotated[DPOSection, Tag("dpo")]
+    | Annotated[TDPOSection, Tag("tdpo")]
     | Annotated[SafeDPOSection, Tag("safe_dpo")]
     | Annotated[AdditiveSection, Tag("additive")]
     | Annotated[MODPOSection, Tag("modpo")]

@@ -43,6 +43,9 @@ class PairLogps:
         score_margin: Reward less multiplied cost, chosen minus rejected; None if unknown.
         degree_difference: Degree of the chosen version of an answer less that of the rejected one, in [-1, 1]; NaN
             for pairs of other answers, None if there are only those.
+        chosen_divergence: Divergence of the policy from the reference over the vocabulary, summed over the positions
+            of the chosen completion, nats; None if the loss doesn't use it.
+        rejected_divergence: Same for the rejected completion.
         judged: 1 if the safety labels are those of a judge, which errs, 0 if they are assumed or a person's; None if
             unknown.
 
@@ -64,6 +67,8 @@ class PairLogps:
     reward_margin: Tensor | None = None
     score_margin: Tensor | None = None
     degree_difference: Tensor | None = None
+    chosen_divergence: Tensor | None = None
+    rejected_divergence: Tensor | None = None
     judged: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -123,6 +128,8 @@ class PairLoss(ABC):
 
     # Optional columns of a pair file that the loss needs.
     needs: ClassVar[tuple[str, ...]] = ()
+    # Share of the reference's probability in the divergence of a position; None if the loss needs no divergences.
+    divergence_share: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
         _check(self, "beta", 1e-9 <= self.beta <= 1e9, "a number above 0, from 1e-9 to 1e9")
@@ -292,6 +299,39 @@ class DPO(PairLoss):
 
 
 @dataclass(frozen=True)
+class TDPO(PairLoss):
+    """Token-level DPO: `-log σ(beta·(h - alpha·(D_r - sg(D_c))))`; ignores safety.
+
+    D is the sum over the positions of an answer of the mean of log π_ref/π under π_ref, over the tokens on which it
+    is largest: their share of the probability is `token_tail`. sg stops the gradient. A share of 1 gives
+    KL(π_ref ‖ π) and TDPO; below it is a risk-aware form of our own, in which D is a conditional value at risk.
+
+    Args:
+        beta: As in DPO.
+        alpha: Weight of the divergences; at least 0. 0 is DPO.
+        token_tail: Share of the reference's probability in the tail of a position, in (0, 1].
+
+    Source:
+        Zeng et al., arXiv 2404.11999, TDPO2; the idea of a risk measure per position is that of Ra-DPO, arXiv
+        2505.20359, whose code takes quantiles of the vocabulary instead of the reference's distribution.
+    """
+
+    alpha: float = 0.5
+    token_tail: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self, "alpha", self.alpha >= 0, "a number of at least 0")
+        _check(self, "token_tail", 0 < self.token_tail <= 1, "a share above 0, at most 1")
+        object.__setattr__(self, "divergence_share", self.token_tail)
+
+    def __call__(self, pairs: PairLogps) -> Tensor:
+        """Return `-log σ(beta·(h - alpha·(D_r - sg(D_c))))`."""
+        chosen, rejected = pairs.require("chosen_divergence"), pairs.require("rejected_divergence")
+        return -logsigmoid(self.beta * (pairs.margin - self.alpha * (rejected - chosen.detach())))
+
+
+@dataclass(frozen=True)
 class SafeDPO(PairLoss):
     """SafeDPO: DPO on pairs reordered by safety, with an offset between safe and unsafe answers.
 
@@ -444,6 +484,7 @@ class SoftLabels(PairLoss):
             raise RecipeError(f"SoftLabels.beta is {self.beta}; expected that of its loss, {self.loss.beta}")
         object.__setattr__(self, "needs", ("score_margin", *self.loss.needs))
         object.__setattr__(self, "tail", self.loss.tail)
+        object.__setattr__(self, "divergence_share", self.loss.divergence_share)
 
     def keeps(self, labels: SafetyLabels) -> bool:
         """Keep the pairs that the loss keeps."""
@@ -522,6 +563,7 @@ LOSSES: dict[str, type[PairLoss]] = {
     "ipo": IPO,
     "ipo_avg": IPOAvg,
     "dpo": DPO,
+    "tdpo": TDPO,
     "safe_dpo": SafeDPO,
     "additive": Additive,
     "modpo": MODPO,

@@ -1,6 +1,7 @@
 """Preference training with safety labels, on two streams."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from bfpo.config.recipes import LayoutSection, ReferenceKind, TextSection
 from bfpo.data.table import PairTable, TokenTable
 from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.losses.pairwise import BFPO, PairLogps, PairLoss
+from bfpo.model.divergence import logps_and_divergences, reference_logps, vocabulary_logps
 from bfpo.model.layout import padded_layout
 from bfpo.model.logps import check_against_plain_forward
 from bfpo.model.lora import add_adapter
@@ -184,7 +186,11 @@ class BFPOTrainer(StreamTrainer):
         )
         # Taken before any checkpoint is loaded, so that the reference of a resumed run is the model of step 0.
         self.reference_kind = resolve_reference(
-            reference, model, new_adapter=peft_config is not None, shards_weights=self.shards_weights
+            reference,
+            model,
+            new_adapter=peft_config is not None,
+            shards_weights=self.shards_weights,
+            whole_vocabulary=self.loss.divergence_share is not None,
         )
         self.reference: Reference | None = None
         if self.reference_kind == "cache":
@@ -320,11 +326,21 @@ class BFPOTrainer(StreamTrainer):
     def pair_logps(self, model: nn.Module, batch: Batch) -> PairLogps:
         """Return log-probabilities of policy and reference for a batch, with all columns that losses use."""
         columns = {name: values for name, values in batch.columns.items() if name not in ("cells", "is_buffer")}
+        if (share := self.loss.divergence_share) is not None:
+            assert self.reference is not None
+            unwrapped = self.accelerator.unwrap_model(model)
+            of_tokens = self.reference.logps(unwrapped, batch.layout, vocabulary_logps)
+            reference = reference_logps(of_tokens, batch.layout)
+            score = partial(logps_and_divergences, reference=of_tokens, share=share)
+            policy, divergence = model(layout=batch.layout, score=score).unbind(-1)
+            columns |= {"chosen_divergence": divergence[0::2], "rejected_divergence": divergence[1::2]}
+        else:
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference = self.reference.logps(self.accelerator.unwrap_model(model), batch.layout)
+            policy = model(layout=batch.layout)
         if self.reference is not None:
-            with torch.no_grad():
-                reference = self.reference.logps(self.accelerator.unwrap_model(model), batch.layout)
             columns |= {"ref_chosen_logps": reference[0::2], "ref_rejected_logps": reference[1::2]}
-        policy = model(layout=batch.layout)
         lengths = torch.tensor(batch.layout.lengths, dtype=policy.dtype, device=policy.device)
         return PairLogps(
             chosen_logps=policy[0::2],
