@@ -91,8 +91,8 @@ def train_recipe(
             "text": {"max_length": 128},
             "loss": method.loss,
             "train_only": method.train_only,
-            # A single run uses each pair about once, so a cache pays off only for several runs of one base. Token-level
-            # DPO can't use it.
+            # A single run uses each pair about once, so a cache pays off only for several runs of one base.
+            # Token-level DPO can't use it.
             "reference": "shared" if save or method.loss.get("name") == "tdpo" else "cache",
             "trainer": {
                 "output_dir": str(out),

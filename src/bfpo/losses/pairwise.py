@@ -135,6 +135,11 @@ class PairLoss(ABC):
         _check(self, "beta", 1e-9 <= self.beta <= 1e9, "a number above 0, from 1e-9 to 1e9")
         _check(self, "tail", 0 < self.tail <= 1, "a share above 0, at most 1")
 
+    def _add_needs(self, **columns: bool) -> None:
+        """Add the columns that an option needs to those of the class, by whether it is used."""
+        added = (name for name, is_needed in columns.items() if is_needed)
+        object.__setattr__(self, "needs", (*type(self).needs, *added))
+
     @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return the loss of each pair, unreduced, (B,)."""
@@ -194,8 +199,7 @@ class BFPO(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        needs = {"judged": self.label_errors is not None, "degree_difference": self.graded}
-        object.__setattr__(self, "needs", tuple(name for name, is_needed in needs.items() if is_needed))
+        self._add_needs(judged=self.label_errors is not None, degree_difference=self.graded)
         _check(self, "safety_weight", self.safety_weight >= 0, "a number from 0 to 1e9")
         if self.table is not None and (self.b1, self.b2, self.alpha) != (3.0, 0.0, 0.5):
             raise RecipeError("loss: 'table' replaces b1, b2 and alpha; give either the table or these")
@@ -239,7 +243,7 @@ class IPO(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "needs", ("degree_difference",) if self.graded else ())
+        self._add_needs(degree_difference=self.graded)
 
     def target(self, pairs: PairLogps) -> Tensor:
         """Return 1/(2·beta), for two versions of one answer times the difference of their degrees."""
@@ -287,7 +291,7 @@ class DPO(PairLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "needs", ("degree_difference",) if self.graded else ())
+        self._add_needs(degree_difference=self.graded)
         _check(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "a number from 0 to below 0.5")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
