@@ -11,28 +11,23 @@ resumes.
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import numpy as np
+from testbed_runs import compare, slug, train_and_evaluate
 
-from bfpo.config.recipes import Source
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.pairs import PreferencePair, SafetyLabels
-from bfpo.evaluation.comparisons import verdict_on
-from bfpo.evaluation.results import FILE_NAME, read_results
-from bfpo.experiments.methods import Method, train_recipe
+from bfpo.experiments.methods import Method
 from bfpo.experiments.results import METRICS, PRIMARY
-from bfpo.experiments.steps import evaluate_run, make_base, run_once, write_world
+from bfpo.experiments.steps import make_base, write_world
 from bfpo.losses.label_errors import LabelErrors
-from bfpo.stats.intervals import holm, paired_p_value, t_interval
 from bfpo.stats.judge_error import judge_errors
 from bfpo.testbed.language import ACTION_CLASS
-from bfpo.testbed.oracle import Oracle, parse_prompt
+from bfpo.testbed.oracle import parse_prompt
 from bfpo.testbed.world import World, WorldOptions
 from bfpo.training.manifest import hardware, versions
 
@@ -113,6 +108,12 @@ def main() -> None:
     if options.seeds < 2:
         print("intervals need at least two seeds; nothing was written")
         return
+    values = [{run: result["metrics"] for run, result in seed["runs"].items()} for seed in seeds]
+    plain = {run.name: Run(run.judge).name for run in RUNS if run.rates is not None and run.table is None}
+    rows = {
+        metric: compare("/".join(metric), values, plain, higher_is_better=higher_is_better)
+        for metric, higher_is_better in METRICS.items()
+    }
     write_json(
         RESULTS,
         {
@@ -122,11 +123,12 @@ def main() -> None:
             "versions": versions(),
             "hardware": hardware(),
             "labeled_answers": LABELED,
-            "runs": [row for metric in METRICS for row in compare(metric, seeds)],
+            "runs": [row for of_metric in rows.values() for row in of_metric],
             "seeds": seeds,
         },
     )
-    print(f"written to {RESULTS}")
+    for row in rows[PRIMARY]:
+        print(f"{row['run']}: {row['mean'].value:.3f} {row.get('verdict', '')}")
 
 
 def run_seed(seed: int, folder: Path) -> dict[str, Any]:
@@ -144,7 +146,8 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
         errors = (
             None if run.rates is None else rates_of(run.rates, pairs, labels[run.judge], Random(f"{seed} sample"))
         )
-        metrics = train_and_evaluate(run, errors, folder, seed)
+        data = [folder / f"{slug(run.judge)}.jsonl"]
+        metrics = train_and_evaluate(folder / slug(run.name), method_of(run, errors), data, seed=seed)
         results["runs"][run.name] = {"rates": None if errors is None else asdict(errors), "metrics": metrics}
         shown = {name: round(metrics[name], 3) for name in ("all/harmonic_mean", "harmful/safety")}
         print(f"seed {seed}, {run.name}: {json.dumps(shown)}", flush=True)
@@ -174,52 +177,11 @@ def rates_of(kind: str, pairs: list[PreferencePair], labels: list[SafetyLabels],
     return LabelErrors(errors.sensitivity + shift, errors.specificity + shift)
 
 
-def train_and_evaluate(run: Run, errors: LabelErrors | None, folder: Path, seed: int) -> dict[str, float]:
-    """Train and evaluate a run unless it is done, and return its metrics by `task/metric`."""
+def method_of(run: Run, errors: LabelErrors | None) -> Method:
+    """Return the method of a run."""
     loss: dict[str, Any] = {"name": "bfpo", "beta": 0.3}
     loss |= {} if errors is None else {"label_errors": asdict(errors)}
-    loss |= {} if run.table is None else {"table": run.table}
-    out = folder / slug(run.name)
-    if not (out / "evaluation" / FILE_NAME).exists():
-        recipe = train_recipe(
-            Method(loss=loss), world=folder / "world", base=folder / "base", out=out, seed=seed, save=False
-        )
-        # A killed run is short enough to start again.
-        shutil.rmtree(out, ignore_errors=True)
-        run_once(recipe.model_copy(update={"data": [Source(path=str(folder / f"{slug(run.judge)}.jsonl"))]}))
-        evaluate_run(out, folder / "world" / "prompts.jsonl", Oracle(WorldOptions().skills))
-        for file in out.glob("*.safetensors"):
-            file.unlink()
-    return {
-        f"{metric.task}/{metric.metric}": metric.value
-        for metric in read_results(out / "evaluation").metrics
-        if metric.value is not None and (metric.task, metric.metric) in METRICS
-    }
-
-
-def slug(name: str) -> str:
-    """Return a name for a file."""
-    return name.replace("%", "").replace(":", "").replace(",", "").replace(" ", "-")
-
-
-def compare(metric: tuple[str, str], seeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a metric of all runs, each with the difference from the plain run on the same labels and table."""
-    key = "/".join(metric)
-    values = {run: np.array([seed["runs"][run.name]["metrics"][key] for seed in seeds]) for run in RUNS}
-    plain = {run: Run(run.judge) for run in RUNS if run.rates is not None and run.table is None}
-    adjusted = holm([paired_p_value(values[run], values[baseline]) for run, baseline in plain.items()])
-    p_values = dict(zip(plain, adjusted, strict=True))
-    rows = []
-    for run in RUNS:
-        row: dict[str, Any] = {"run": run.name, "metric": key, "mean": t_interval(values[run])}
-        if run in plain:
-            difference = t_interval(values[run] - values[plain[run]])
-            verdict = verdict_on(difference, higher_is_better=METRICS[metric], p_value=p_values[run])
-            row |= {"against_plain": difference, "p_value": p_values[run], "verdict": verdict}
-        rows.append(row)
-        if metric == PRIMARY:
-            print(f"{run.name}: {row['mean'].value:.3f} {row.get('verdict', '')}")
-    return rows
+    return Method(loss=loss | ({} if run.table is None else {"table": run.table}))
 
 
 if __name__ == "__main__":
