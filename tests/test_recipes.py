@@ -44,6 +44,7 @@ QUESTION = {"role": "user", "content": "under which {n} things"}
 # One row of each schema, as the data sets' cards and the official code's adapters have it.
 SCHEMAS = {
     "pku_saferlhf": PKU,
+    "pku_saferlhf_by_safety": PKU,
     "pku_safer": PKU,
     "ultrafeedback": {
         "prompt": QUESTION["content"],
@@ -185,6 +186,26 @@ def test_the_paper_s_recipes_have_the_official_settings(tmp_path):
     for recipe in (bfpo, redteam):
         assert recipe.loss == BFPOSection(beta=0.01, b1=3.0, alpha=0.5)
     assert (bfpo.buffer_weight, bfpo.data[0].sample, redteam.buffer) == (1.0, "head", [])
+
+
+def test_the_recipes_of_sacpo_have_the_official_settings(tmp_path, tokenizer):
+    """Retyped from line/sacpo: script/train/pku_helpful(dpo)_safety_train.sh, src/constant.py."""
+    first, second = (
+        read(ROOT / "recipes" / "sacpo" / name, tmp_path) for name in ("helpfulness.yaml", "safety.yaml")
+    )
+    assert [recipe.loss.beta for recipe in (first, second)] == [0.1, 0.01]
+    assert [recipe.data[0].adapter for recipe in (first, second)] == ["pku_saferlhf", "pku_saferlhf_by_safety"]
+    resolved = read_recipe(ROOT / "recipes" / "sacpo" / "helpfulness.yaml")
+    assert second.model.path == resolved["trainer"]["output_dir"]
+    for recipe in (first, second):
+        assert (recipe.trainer["learning_rate"], recipe.trainer["num_train_epochs"]) == (2e-5, 3)
+        assert recipe.trainer["per_device_train_batch_size"] * recipe.trainer["gradient_accumulation_steps"] == 32
+    template = chat_template(TextSection(chat_template=str(ROOT / "recipes" / "sacpo" / "pku.jinja")))
+    turns = [{"role": "user", "content": "near"}, {"role": "assistant", "content": "box"}]
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+    prompt = f"{bos}BEGINNING OF CONVERSATION: USER: near ASSISTANT:"
+    for count, text in ((1, prompt), (2, f"{prompt}box{eos}")):
+        assert tokenizer.apply_chat_template(turns[:count], chat_template=template, tokenize=False) == text
 
 
 def test_the_template_is_the_official_text(tokenizer):

@@ -15,9 +15,9 @@ from bfpo.config.loading import check_recipe, dump_recipe, parse_yaml
 from bfpo.config.losses import LOSS_SECTIONS, LabelTableSection, LossSection, TableName
 from bfpo.config.recipes import TrainRecipe
 from bfpo.errors import RecipeError
-from bfpo.losses.build import make_loss
+from bfpo.losses.build import LOSSES, make_loss
 from bfpo.losses.labeling import TABLES, LabelingFunction
-from bfpo.losses.pairwise import BFPO, LOSSES
+from bfpo.losses.pairwise import BFPO
 
 MINIMAL = {"model": {"path": "org/model"}, "data": [{"path": "pairs.jsonl"}]}
 PROBES = (-math.inf, -1e10, 1e10, 1e-10, -1, -0.1, 0, 0.3, 0.49, 0.5, 0.51, 1, 1.01, 2, math.inf, math.nan)
@@ -163,10 +163,17 @@ def test_a_wrong_loss_is_refused_with_key_value_and_what_is_allowed(loss, messag
         check(loss)
 
 
-@pytest.mark.parametrize("other", [{"safety": "scores"}, {"labels": {"from": "scores", "multiplier": "dual.json"}}])
-def test_corrected_labels_go_without_scores(other):
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"safety": "scores"}, "corrects labels, and safety is 'scores'"),
+        ({"labels": {"from": "scores", "multiplier": "dual.json"}}, "corrects labels, and labels come from scores"),
+        ({"labels": {"from": "safety"}}, "whose order doesn't depend on them, and labels come from safety"),
+    ],
+)
+def test_corrected_labels_go_without_scores_and_in_the_order_of_the_data(other, message):
     errors = {"label_errors": {"sensitivity": 0.9, "specificity": 0.9}}
-    with pytest.raises(RecipeError, match=r"loss.label_errors corrects labels, and .*scores.*leave one of them out"):
+    with pytest.raises(RecipeError, match=f"loss.label_errors .*{message}; leave one of them out"):
         check_recipe({**MINIMAL, "loss": errors, **other}, TrainRecipe, "r.yaml")
 
 

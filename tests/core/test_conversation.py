@@ -1,6 +1,7 @@
 """Messages: nothing of them is dropped, and what can't be read is refused by name."""
 
 import json
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from bfpo.core.conversation import Message, answer_text, as_answer, conversation_key, last_request, user_says
 from bfpo.core.files import content_hash
-from bfpo.core.pairs import PreferencePair, SafetyLabels, TemplateInputs
+from bfpo.core.pairs import CutAnswers, PreferencePair, SafetyLabels, TemplateInputs
 from bfpo.core.read_messages import as_messages
 from bfpo.core.reasoning import split_reasoning
 from bfpo.core.samples import Completion, Prompt
@@ -55,10 +56,11 @@ inputs = st.builds(
     st.none() | st.just(FrozenJson.freeze({"enable_thinking": False})),
 )
 labels = st.none() | st.builds(SafetyLabels, st.booleans(), st.booleans())
+cuts = st.builds(CutAnswers, st.booleans(), st.booleans())
 
 
 @settings(max_examples=100)
-@given(st.builds(PreferencePair, histories, answers, answers, inputs=inputs, reasoning_labels=labels))
+@given(st.builds(PreferencePair, histories, answers, answers, inputs=inputs, reasoning_labels=labels, cut=cuts))
 def test_any_pair_goes_through_its_file_and_comes_back_equal(pair):
     row = json.loads(json.dumps(pair.to_row()))
     again = read_pair(SourceRow(row, "here"))
@@ -66,7 +68,8 @@ def test_any_pair_goes_through_its_file_and_comes_back_equal(pair):
     if pair.chosen[:1] != pair.rejected[:1]:
         assert (again.prompt, again.chosen, again.rejected) == (pair.prompt, pair.chosen, pair.rejected)
         assert again.row_id == pair.row_id
-    assert (again.inputs, again.reasoning_labels) == (pair.inputs, pair.reasoning_labels)
+    assert (again.inputs, again.reasoning_labels, again.cut) == (pair.inputs, pair.reasoning_labels, pair.cut)
+    assert pair.swapped().cut == pair.cut[::-1]
 
 
 @settings(max_examples=100)
@@ -99,7 +102,8 @@ def test_a_conversation_of_plain_turns_has_the_hash_of_earlier_versions(history)
     plain = tuple(Message(turn.role, turn.content) for turn in history)
     assert content_hash(plain) == content_hash([[turn.role, turn.content] for turn in plain])
     pair = PreferencePair(plain, "yes", "no")
-    assert pair.row_id == content_hash([[turn.role, turn.content] for turn in plain], "yes", "no")
+    in_nfc = [[turn.role, unicodedata.normalize("NFC", turn.content)] for turn in plain]
+    assert pair.row_id == content_hash(in_nfc, "yes", "no")
 
 
 def test_pairs_that_differ_only_in_a_call_reasoning_or_tools_have_other_ids():

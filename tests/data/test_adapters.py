@@ -98,6 +98,24 @@ def test_pku_saferlhf_is_ordered_by_the_better_response_not_by_the_safer():
     assert old.provenance.safety_label_source == "dataset"
 
 
+@pytest.mark.parametrize(
+    ("labels", "better", "safer", "first"),
+    [
+        ((True, True), 1, 0, {"pku_saferlhf": 1, "pku_saferlhf_by_safety": 0, "pku_saferlhf_safe_first": 1}),
+        ((False, True), 0, 1, {"pku_saferlhf": 0, "pku_saferlhf_by_safety": 1, "pku_saferlhf_safe_first": 1}),
+        ((False, False), 1, 0, {"pku_saferlhf": 1, "pku_saferlhf_by_safety": 0, "pku_saferlhf_safe_first": 0}),
+    ],
+)
+def test_pku_saferlhf_has_three_orders(labels, better, safer, first):
+    row = PKU_NEW | {"better_response_id": better, "safer_response_id": safer}
+    row |= {"is_response_0_safe": labels[0], "is_response_1_safe": labels[1]}
+    for adapter, index in first.items():
+        pair = read_one(adapter, row)
+        assert pair.chosen == row[f"response_{index}"]
+        assert pair.labels == SafetyLabels(labels[index], labels[1 - index])
+        assert pair.harm_categories == ("Damage", "Noise")
+
+
 def test_pku_saferlhf_keeps_harm_categories_where_the_revision_has_them():
     assert read_one("pku_saferlhf", PKU_OLD).harm_categories == ()
     assert read_one("pku_saferlhf", PKU_NEW).harm_categories == ("Damage", "Noise")
@@ -597,6 +615,8 @@ COLUMNS = sorted(
 GOOD_ROWS = {
     "ultrafeedback": ULTRAFEEDBACK,
     "pku_saferlhf": PKU_NEW,
+    "pku_saferlhf_by_safety": PKU_NEW,
+    "pku_saferlhf_safe_first": PKU_NEW,
     "hh_rlhf": {"chosen": f"{HISTORY}\n\nAssistant: a", "rejected": f"{HISTORY}\n\nAssistant: b"},
     "bfpo_redteam": REDTEAM,
     "alpaca_eval": ALPACA,

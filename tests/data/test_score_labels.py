@@ -74,8 +74,8 @@ def test_a_pair_without_scores_is_named():
     with pytest.raises(
         DataError, match=r"toy: row \w+ has no chosen_cost and rejected_cost; labels from scores need"
     ):
-        require_scores(pairs)
-    require_scores(pairs[:1])
+        require_scores(pairs, DUAL)
+    require_scores(pairs[:1], DUAL)
 
 
 def test_an_inspection_shows_scores_and_whether_costs_agree_with_labels(capsys):
@@ -83,7 +83,7 @@ def test_an_inspection_shows_scores_and_whether_costs_agree_with_labels(capsys):
     wrong = replace(pairs[0], labels=SafetyLabels(True, True))
     show_scores([wrong, *pairs[1:]])
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if "_" in line}
-    assert lines["chosen_reward"] == ["chosen_reward", "4", "0.15", "1.5", "2.85"]
+    assert lines["chosen_reward"] == ["chosen_reward", "4", "unknown", "0.15", "1.5", "2.85"]
     assert lines["chosen_cost"][-1] == "75.0%"
     assert lines["rejected_cost"][-1] == "100.0%"
     show_scores([replace(pairs[0], signals=PairSignals())])

@@ -1,12 +1,13 @@
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from bfpo.config.recipes import Source, TextSection
 from bfpo.core.conversation import Message
-from bfpo.core.pairs import Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels
+from bfpo.core.pairs import CutAnswers, Demonstration, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.data.decode import decoded_sample
 from bfpo.data.load import SourceReport
 from bfpo.data.table import pair_table, token_table
@@ -54,6 +55,23 @@ def changed(tokenizer):
         return other
 
     return copied
+
+
+@pytest.mark.parametrize("behind_turn", ["<|im_end|>\n", "<|im_end|> \n\n", "\n"])
+def test_no_end_of_sequence_is_scored_after_a_cut_answer(behind_turn, tokenizer):
+    cut = replace(pair(), cut=CutAnswers(chosen=True))
+    _, (example,), report = encode(tokenizer, cut, chat_template=template(behind_turn))
+    _, chosen, rejected = seen(tokenizer, example)
+    assert chosen == "a red box"
+    assert rejected.endswith("a ball<|im_end|>") or rejected == "a ball\n<|im_end|>"
+    assert reasons(report.noted) == {("cut answer, its end not scored", "su"): 1}
+
+
+def test_answers_that_differ_in_their_ends_only_are_dropped(tokenizer):
+    cut = replace(pair("a ball of", "a ball of"), cut=CutAnswers(rejected=True))
+    _, examples, report = encode(tokenizer, cut)
+    assert not examples
+    assert reasons(report.dropped) == {("identical answers after the chat template", "su"): 1}
 
 
 @pytest.mark.parametrize(

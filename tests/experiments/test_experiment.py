@@ -17,6 +17,7 @@ from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.evaluation.results import MetricResult, Results, read_results
 from bfpo.experiments import steps
 from bfpo.experiments import units as module
+from bfpo.experiments.methods import Stage, train_recipes
 from bfpo.experiments.preflight import check_trainings
 from bfpo.experiments.recipe import ExperimentRecipe, all_settings
 from bfpo.experiments.results import METRICS, choose_settings, collect_results, show_comparison, write_comparison
@@ -155,7 +156,7 @@ def test_the_shape_of_the_model_is_checked_before_the_first_training(tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("needy_loss.py").write_text(
-        "from dataclasses import dataclass\nfrom bfpo.losses.pairwise import DPO\n@dataclass(frozen=True)\n"
+        "from dataclasses import dataclass\nfrom bfpo.losses.baselines import DPO\n@dataclass(frozen=True)\n"
         "class NeedyLoss(DPO):\n    needs = ('chosen_mood',)\n"
     )
     monkeypatch.setattr("bfpo.experiments.run.run_units", None)
@@ -204,6 +205,36 @@ def test_a_unit_leaves_its_results_and_no_weights(runs):
     flipped = read_repaired_jsonl(next(noisy.home.glob("world-*/safety.jsonl")))
     assert [row["chosen"] for row in safety] == [row["chosen"] for row in flipped]
     assert [row["is_chosen_safe"] for row in safety] != [row["is_chosen_safe"] for row in flipped]
+
+
+def test_the_stages_of_a_method_share_its_steps_and_each_starts_from_the_one_before(runs):
+    variants = {"bfpo": {"method": "bfpo"}, "sacpo": {"method": "sacpo", "changes": {"loss.beta": 0.1}}}
+    unit = make_units(make_recipe(runs, variants=variants, steps=3))[2]
+    first, second = train_recipes(
+        unit.method, world=Path("w"), base=Path("b"), out=unit.folder, seed=0, steps=3, save=False
+    )
+    assert [recipe.trainer["max_steps"] for recipe in (first, second)] == [1, 2]
+    assert [recipe.loss.beta for recipe in (first, second)] == [0.3, 0.1]
+    assert [recipe.data[0].path for recipe in (first, second)] == ["w/safety.jsonl", "w/safety_by_safety.jsonl"]
+    assert (first.model.path, second.model.path) == ("b", first.trainer["output_dir"])
+    assert second.trainer["output_dir"] == str(unit.folder)
+    run_unit(unit)
+    assert unit.is_done
+    stage = Path(first.trainer["output_dir"])
+    assert json.loads((stage / "run.json").read_text())["steps"] == 1
+    assert not [*unit.folder.rglob("*.safetensors"), *stage.rglob("*.safetensors")]
+    # The hash in the name of the folder covers all stages.
+    changed = unit.method.model_copy(update={"prepare": [Stage(loss={"name": "dpo", "beta": 0.2})]})
+    assert replace(unit, method=changed).folder != unit.folder
+
+
+def test_a_loss_that_worlds_can_not_feed_is_refused(tmp_path):
+    variants = {
+        "bfpo": {"method": "bfpo"},
+        "cat": {"method": "dpo_safe_first", "changes": {"loss": {"name": "cat_dpo"}}},
+    }
+    with pytest.raises(RecipeError, match=r"variants\.cat: .*CatDPO needs categories, which worlds don't have"):
+        run_experiment(make_recipe(tmp_path / "out", variants=variants), command="")
 
 
 def test_another_oracle_judges_the_same_completions_again(runs, monkeypatch):

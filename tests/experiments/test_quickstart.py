@@ -102,6 +102,13 @@ def test_methods_have_losses_and_see_equally_many_pairs(tmp_path, name):
     assert pairs == 64
 
 
+def test_a_method_may_reorder_pairs_and_others_keep_the_names_of_their_runs(tmp_path):
+    recipe = train_recipe(METHODS["dpo_safe_first"], world=Path("w"), base=Path("b"), out=tmp_path, seed=0)
+    assert recipe.labels.model_dump() == {"from": "safety", "both_unsafe": "helpful"}
+    assert METHODS["dpo_safe_first"].model_dump()["labels"] == {"from": "safety"}
+    assert [name for name, method in METHODS.items() if "labels" in method.model_dump()] == ["dpo_safe_first"]
+
+
 @pytest.mark.slow
 def test_bfpo_is_safe_and_helpful_where_its_base_is_not(tmp_path):
     torch.set_num_threads(2)

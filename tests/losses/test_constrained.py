@@ -15,6 +15,7 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import softmax
 
 from bfpo.errors import RecipeError
+from bfpo.losses.baselines import DPO
 from bfpo.losses.combiners import bilinear, lagrangian, multiplicative, tail, tail_cost
 from bfpo.losses.constrained import (
     ConstrainedProblem,
@@ -23,8 +24,8 @@ from bfpo.losses.constrained import (
     solve_cvar,
     solve_mean,
 )
+from bfpo.losses.inputs import PairLogps
 from bfpo.losses.labeling import LabelingFunction
-from bfpo.losses.pairwise import DPO, PairLogps
 from bfpo.losses.theory import (
     bilinear_reward,
     constrained_minimizer,
@@ -174,25 +175,31 @@ def test_impossible_problems_are_refused(change, message):
 # --- DPO on relabeled pairs; other algorithms for the same multiplier
 
 
+def dpo_gradient(log_reference, log_ratio, score, beta):
+    """The largest derivative of DPO's population loss at a log-ratio to the reference.
+
+    Pairs are drawn from the reference, and labeled by the Bradley-Terry model of a score. The loss is convex, and
+    strictly so up to a constant, so it is least where this is 0.
+    """
+    i, j = (index.ravel() for index in np.indices((score.size, score.size)))
+    weights = np.exp(log_reference[i] + log_reference[j]) / (1 + np.exp(score[j] - score[i]))
+    u, ref = torch.tensor(log_ratio, requires_grad=True), torch.tensor(log_reference)
+    logps, zero = u + ref, torch.zeros(i.size, dtype=torch.float64)
+    losses = DPO(beta=beta)(PairLogps(logps[i], logps[j], ref[i], ref[j], zero, zero))
+    (losses * torch.tensor(weights)).sum().backward()
+    return u.grad.abs().max()
+
+
 def test_dpo_on_relabeled_pairs_has_its_minimizer_at_the_constrained_optimum():
     problem = random_constrained(7)
     multiplier = solve_mean(problem, between(problem, 0.3)).multiplier
     combined = lagrangian(problem.reward, problem.cost, multiplier=multiplier)
-    loss = DPO(beta=problem.beta)
     for reference, values in zip(problem.reference, combined, strict=True):
         values, log_reference = values[reference > 0], np.log(reference[reference > 0])
-        i, j = (index.ravel() for index in np.indices((values.size, values.size)))
 
-        def gradient(log_ratio, score, i=i, j=j, log_reference=log_reference):
-            # Bradley-Terry labels of a score, pairs drawn from the reference.
-            weights = np.exp(log_reference[i] + log_reference[j]) / (1 + np.exp(score[j] - score[i]))
-            u, ref = torch.tensor(log_ratio, requires_grad=True), torch.tensor(log_reference)
-            logps, zero = u + ref, torch.zeros(i.size, dtype=torch.float64)
-            losses = loss(PairLogps(logps[i], logps[j], ref[i], ref[j], zero, zero))
-            (losses * torch.tensor(weights)).sum().backward()
-            return u.grad.abs().max()
+        def gradient(log_ratio, score, log_reference=log_reference):
+            return dpo_gradient(log_reference, log_ratio, score, problem.beta)
 
-        # The population loss is convex, and strictly so up to a constant: a zero gradient is the minimum.
         assert gradient(values / problem.beta, values) < EXACT
         assert gradient(values / problem.beta**2, values) > 1e-5
         # The official PeCAN code draws labels from log-ratios, which lack the factor beta: its minimum is elsewhere.
@@ -204,6 +211,25 @@ def test_dpo_on_relabeled_pairs_has_its_minimizer_at_the_constrained_optimum():
     )
     shift = np.where(exists, scaled - combined, np.nan)
     assert np.nanmax(np.nanmax(shift, axis=1) - np.nanmin(shift, axis=1)) < EXACT
+
+
+def test_two_stages_of_dpo_end_at_the_constrained_optimum_and_their_merge_at_that_of_a_smaller_multiplier():
+    """SACPO, arXiv 2404.11049: DPO for the reward, then for safety at beta / λ with the first policy as reference."""
+    problem = random_constrained(7)
+    multiplier = solve_mean(problem, between(problem, 0.3)).multiplier
+    assert multiplier > 0.1
+    first, second = problem.policy(0), problem.policy(multiplier)
+    for prompt, reference in enumerate(problem.reference):
+        exists = reference > 0
+        log_reference, log_first, log_second = (np.log(p[prompt][exists]) for p in (problem.reference, first, second))
+        reward, safety = problem.reward[prompt][exists], -problem.cost[prompt][exists]
+        assert dpo_gradient(log_reference, log_first - log_reference, reward, problem.beta) < EXACT
+        second_beta = problem.beta / multiplier
+        assert dpo_gradient(log_first, log_second - log_first, safety, second_beta) < EXACT
+        assert dpo_gradient(log_first, log_second - log_first, safety, problem.beta) > 1e-4
+        # P-SACPO: where log-probabilities are linear in the weights, weight q of the second model is multiplier q·λ.
+        merged = softmax(0.75 * log_first + 0.25 * log_second)
+        np.testing.assert_allclose(merged, problem.policy(0.25 * multiplier)[prompt][exists], atol=EXACT)
 
 
 def official_multiplier(helpfulness, safety, threshold, kl_coeff, *, lr, err, max_iters):

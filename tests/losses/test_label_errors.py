@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from bfpo.core.pairs import CELLS, Provenance
 from bfpo.errors import DataError, RecipeError
 from bfpo.losses.build import make_loss
+from bfpo.losses.inputs import PairLogps
 from bfpo.losses.label_errors import LabelErrors, read_label_errors
 from bfpo.losses.labeling import TABLES, LabelingFunction
-from bfpo.losses.pairwise import BFPO, PairLogps
+from bfpo.losses.pairwise import BFPO
 
 BITS = (True, False)
 PAPER = LabelingFunction.from_parameters()

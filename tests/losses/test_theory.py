@@ -14,9 +14,11 @@ import torch
 from scipy.optimize import minimize
 
 from bfpo.errors import RecipeError
+from bfpo.losses.baselines import IPO
+from bfpo.losses.inputs import PairLogps
 from bfpo.losses.label_errors import LabelErrors
 from bfpo.losses.labeling import LabelingFunction
-from bfpo.losses.pairwise import BFPO, IPO, Additive, BFPOSoft, PairLogps, PairLoss
+from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLoss
 from bfpo.losses.theory import (
     Array,
     TabularProblem,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bfpo.losses.pairwise import DPO
+from bfpo.losses.baselines import DPO
 from bfpo.model.divergence import logps_and_divergences, reference_logps, tail_divergence, vocabulary_logps
 from bfpo.model.layout import packed_layout, padded_layout
 from bfpo.model.logps import add_layout_forward, completion_logps

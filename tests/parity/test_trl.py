@@ -1,4 +1,4 @@
-"""Parity with the installed TRL: its DPO trainer's loss on the same model, reference and pairs."""
+"""Parity with the installed TRL: the losses of its DPO and reward trainers on the same model and pairs."""
 
 import copy
 
@@ -8,11 +8,15 @@ import torch
 
 from bfpo.config.recipes import Source, TextSection
 from bfpo.data.load import SourceReport
-from bfpo.data.table import pair_table
+from bfpo.data.table import pair_table, score_table
 from bfpo.data.tokenize import Encoder
-from bfpo.losses.pairwise import DPO, IPOAvg, PairLogps
+from bfpo.judging.score_texts import encode_scored
+from bfpo.losses.baselines import DPO, IPOAvg
+from bfpo.losses.inputs import PairLogps
+from bfpo.losses.scores import reward_loss
 from bfpo.model.layout import packed_layout, padded_layout
-from bfpo.model.logps import completion_logps
+from bfpo.model.logps import add_layout_forward, completion_logps
+from bfpo.model.score_heads import add_score_heads, completion_scores, padding_id
 
 
 @pytest.fixture
@@ -116,3 +120,45 @@ def test_loss_equals_that_of_trl(loss_type, loss, trl_trainer, make_model, main_
     assert pairs.margin.abs().min() > 0.1  # at zero margins any two losses could agree
     # float32 forward passes in two layouts; TRL sums in float32
     assert loss(pairs).mean().item() == pytest.approx(trl_loss, rel=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize("coefficient", [0.0, 0.1])
+def test_reward_loss_equals_that_of_trl(coefficient, tokenizer, make_model, main_pairs, tmp_path):
+    trl = pytest.importorskip("trl")
+    scorer = add_score_heads(make_model(), 1, pad_id=padding_id(tokenizer), seed=1)
+    torch.nn.init.normal_(scorer.score.weight, generator=torch.Generator().manual_seed(0))
+    rows = [
+        {
+            "prompt": [message.to_row() for message in pair.prompt],
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+        }
+        for pair in main_pairs
+    ]
+    trainer = trl.RewardTrainer(
+        model=copy.deepcopy(scorer),
+        args=trl.RewardConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=len(rows),
+            center_rewards_coefficient=coefficient,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            use_cpu=True,
+            max_length=None,
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=copy.deepcopy(tokenizer),
+    )
+    # TRL needs the mean over a batch of its own order, which has all pairs.
+    trl_loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader()))).item()
+    kept, examples = encode_scored(main_pairs, tokenizer, SourceReport("toy", Source(path="-")), max_length=512)
+    table = score_table(examples, kept)
+    add_layout_forward(scorer, completion_scores)
+    with torch.no_grad():
+        rewards = scorer(layout=packed_layout([*table])).unflatten(0, (-1, 2))[..., 0]
+    loss = reward_loss(rewards[:, 0], rewards[:, 1], center_rewards_coefficient=coefficient).mean().item()
+    assert loss == pytest.approx(trl_loss, rel=2e-5)
+    assert rewards.std() > 0.1

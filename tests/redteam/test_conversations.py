@@ -170,6 +170,17 @@ def test_what_makes_no_pair_is_counted_by_reason():
     assert {pair.cell for pair in pairs} == {"us"}
 
 
+def test_cut_answers_make_pairs_on_request_and_are_marked():
+    samples = [
+        scored(Message("assistant", "a long answer that was"), finish_reason="length"),
+        scored(Message("assistant", "an answer"), safe=False),
+    ]
+    for keep_cut, expected in ((False, []), (True, [(True, False)])):
+        pairs, left_out = make_pairs(samples, per_prompt=4, quota={}, dataset_name="x", keep_cut=keep_cut)
+        assert [pair.cut for pair in pairs] == expected
+        assert left_out["answer cut"] == (not keep_cut)
+
+
 def test_an_attack_adds_samples_where_a_reply_was_unsafe_first(run):
     box, ball = (Prompt(name, user_says(f"{name}?"), "harmful") for name in ("box", "ball"))
     benign = Prompt("lamp", user_says("lamp?"), "benign")

@@ -221,6 +221,8 @@ ROWS = {
         for i in range(6)
     ],
 }  # fmt: skip
+for _order in ("by_safety", "safe_first"):
+    ROWS[f"pku_saferlhf_{_order}"] = ROWS["pku_saferlhf"]
 DEMONSTRATIONS = {
     "demonstrations": [
         {"prompt": f"which {i}", "completion": "that"} if i % 2 else {"messages": [*MESSAGES, ANSWER]}
@@ -273,7 +275,7 @@ class Toy:
     """Unmutated files that every input starts from, made once, and the folder that inputs are written into."""
 
     def __init__(self, folder):
-        self.folder = folder
+        self.folder, self._before = folder, Path.cwd()
         World(WORLD).write(folder / "world")
         world = folder / "world"
         self.pairs = read_lines(world / "safety.jsonl")[:12]
@@ -351,6 +353,7 @@ class Toy:
     def make_redteam(self):
         """Red-team a scripted model, which answers in turn with chosen and rejected answers of the world."""
         answers = [row[key] for row in self.pairs for key in ("chosen", "rejected")]
+        self._open_engine = redteam.open_engine
         redteam.open_engine = lambda model, sampling: ScriptedEngine(
             lambda prompt, sample: answers[(len(prompt.prompt_id) + 5 * sample) % len(answers)], name="scripted"
         )
@@ -358,6 +361,11 @@ class Toy:
         recipe = {"out": "rt", "model": {"path": "scripted"}, "prompts": prompts, "judge": "oracle", "samples": 4}
         Path("redteam.yaml").write_text(yaml.safe_dump(recipe))
         must("redteam", "redteam.yaml")
+
+    def close(self):
+        """Leave the toy's folder, and let red-teaming open engines again."""
+        redteam.open_engine = self._open_engine
+        os.chdir(self._before)
 
     def empty_box(self):
         """Make the folder of the next input: links to the unmutated files."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    before = Path.cwd()
-    toy = fuzz.Toy(tmp_path_factory.mktemp("disk"))
-    os.chdir(toy.clean)
-    yield toy
-    os.chdir(before)
+    with closing(fuzz.Toy(tmp_path_factory.mktemp("disk"))) as toy:
+        os.chdir(toy.clean)
+        yield toy
 
 
 @pytest.fixture

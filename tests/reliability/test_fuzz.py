@@ -4,14 +4,13 @@ import os
 import random
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fuzz
-
-from bfpo.redteam import run as redteam
 
 # Targets whose unmutated input is refused too: the file of a judge that needs a server, say.
 REFUSED = {fuzz.judge_specs, fuzz.overrides, fuzz.losses, fuzz.tokenizer_files}
@@ -20,11 +19,8 @@ INPUTS, CPU_SECONDS = 2500, 60
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    before, open_engine = Path.cwd(), redteam.open_engine
-    yield fuzz.Toy(tmp_path_factory.mktemp("fuzz"))
-    # The toy red-teams a scripted model.
-    redteam.open_engine = open_engine
-    os.chdir(before)
+    with closing(fuzz.Toy(tmp_path_factory.mktemp("fuzz"))) as toy:
+        yield toy
 
 
 @pytest.mark.slow

@@ -116,10 +116,37 @@ def test_drawn_labels_are_the_same_in_every_run():
     assert manifests[0]["train"] != manifests[2]["train"]
 
 
-def test_a_recipe_with_labels_reads_back_as_itself():
-    checked = recipe(labels=LABELS | {"draw": "argmax"})
+def test_labels_from_safety_train_as_on_pairs_with_the_safe_answer_first(main_pairs, folder, capsys):
+    write_jsonl(folder / "ordered.jsonl", ((p.swapped() if p.cell == "us" else p).to_row() for p in main_pairs))
+    by_hand = run_training(recipe(data=[{"path": "ordered.jsonl"}], labels=None))
+    capsys.readouterr()
+    run = run_training(recipe(labels={"from": "safety"}))
+    swapped = sum(pair.cell == "us" for pair in main_pairs)
+    assert 0 < swapped < len(main_pairs)
+    message = f"labels from safety (both unsafe: helpful): {swapped} of {len(main_pairs)} pairs were reordered"
+    assert message in capsys.readouterr().out
+    manifest = json.loads((folder / "runs/toy/data_manifest.json").read_text())
+    assert manifest["labels"] == {
+        "from": "safety", "both_unsafe": "helpful", "pairs": len(main_pairs), "reordered": swapped,
+    }  # fmt: skip
+    assert manifest["train"]["main"]["us"] == 0
+    assert run["train_loss"] == by_hand["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "resolved_labels"),
+    [
+        (
+            LABELS | {"draw": "argmax"},
+            {"from": "scores", "multiplier": "dual.json", "draw": "argmax", "seed": 42},
+        ),
+        ({"from": "safety"}, {"from": "safety", "both_unsafe": "helpful"}),
+    ],
+)
+def test_a_recipe_with_labels_reads_back_as_itself(labels, resolved_labels):
+    checked = recipe(labels=labels)
     resolved = parse_yaml(dump_recipe(checked), "resolved")
-    assert resolved["labels"] == {"from": "scores", "multiplier": "dual.json", "draw": "argmax", "seed": 42}
+    assert resolved["labels"] == resolved_labels
     assert check_recipe(resolved, TrainRecipe, "resolved") == checked
     assert parse_yaml(dump_recipe(recipe(labels=None)), "resolved")["labels"] is None
 
@@ -127,13 +154,21 @@ def test_a_recipe_with_labels_reads_back_as_itself():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": LABELS | {"from": "judges"}}, r"labels.from: Input should be 'scores' \(got 'judges'\)"),
-        ({"labels": {"multiplier": "x"}}, "labels.from: Field required"),
+        (
+            {"labels": LABELS | {"from": "judges"}},
+            r"labels: expected {from: scores, multiplier: dual.json} or {from: safety}",
+        ),
+        ({"labels": {"multiplier": "x"}}, "labels: expected {from: scores, multiplier: dual.json} or"),
+        ({"labels": "safety"}, r"labels: expected {from: scores, multiplier: dual.json} or {from: safety} \(got 's"),
+        (
+            {"labels": {"from": "safety", "both_unsafe": "drop"}},
+            "labels.both_unsafe: Input should be 'helpful' or 'cost'",
+        ),
         ({"labels": {"from": "scores"}}, "labels.multiplier: Field required"),
         ({"labels": LABELS | {"draw": "hard"}}, "labels.draw: Input should be 'soft', 'probability' or 'argmax'"),
         (
             {"labels": LABELS | {"draws": 1}},
-            "labels.draws: unknown key; did you mean 'draw'. known: draw, from, mult",
+            "labels.draws: unknown key of 'scores'; did you mean 'draw'. known: draw, from, mult",
         ),
         (
             {"loss": {"name": "bfpo", "beta": 0.5, "safety_weight": 1}},
@@ -173,6 +208,25 @@ def test_pairs_without_scores_are_refused(main_pairs, folder):
     write_jsonl(folder / "main.jsonl", (pair.to_row() for pair in main_pairs))
     with pytest.raises(DataError, match=r"toy: row \w+ has no chosen_reward and rejected_reward and chosen_cost and"):
         run_training(recipe(), dry_run=True)
+
+
+def test_scores_of_several_or_other_scorers_are_refused(scored_pairs, folder):
+    def by(*scorers):
+        return [
+            replace(pair, provenance=replace(pair.provenance, reward_scorer="reward@1", cost_scorer=scorer)).to_row()
+            for pair, scorer in zip(scored_pairs, scorers * 6, strict=True)
+        ]
+
+    write_jsonl(folder / "main.jsonl", by("cost@1", "cost@2"))
+    with pytest.raises(DataError, match=r"'cost_scorer' has 2 values \('cost@1', 'cost@2'\).*with one judge"):
+        run_training(recipe(), dry_run=True)
+    write_jsonl(folder / "main.jsonl", by("cost@1", "cost@1"))
+    run_training(recipe(), dry_run=True)
+    replace(DUAL, reward_scorer="reward@1", cost_scorer="cost@2").write(folder)
+    with pytest.raises(DataError, match=r"costs of the pairs are by cost@1, .* by cost@2; score both with one judge"):
+        run_training(recipe(), dry_run=True)
+    replace(DUAL, reward_scorer="reward@1", cost_scorer="cost@1").write(folder)
+    run_training(recipe(), dry_run=True)
 
 
 def test_a_missing_multiplier_is_refused_before_data_are_read(folder):

@@ -15,7 +15,9 @@ from bfpo.config.recipes import LayoutSection
 from bfpo.core.pairs import CELLS, PairSignals
 from bfpo.data.table import token_table
 from bfpo.errors import DataError, ModelError, RecipeError, TrainingError
-from bfpo.losses.pairwise import BFPO, DPO, MODPO, TDPO, BFPOSoft, SafeDPO
+from bfpo.losses.baselines import DPO, MODPO, SafeDPO
+from bfpo.losses.pairwise import BFPO, BFPOSoft
+from bfpo.losses.token_level import TDPO
 from bfpo.model import attention
 from bfpo.model.layout import Span
 from bfpo.training.encode import encode_pairs

@@ -41,6 +41,8 @@ data_app = typer.Typer(help="Inspect and prepare preference data.", no_args_is_h
 app.add_typer(data_app, name="data")
 judge_app = typer.Typer(help="Judge completions, and evaluate judges against human labels.", no_args_is_help=True)
 app.add_typer(judge_app, name="judge")
+score_app = typer.Typer(help="Give every answer a reward and a cost.", no_args_is_help=True)
+app.add_typer(score_app, name="score")
 model_app = typer.Typer(help="Convert models.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 
@@ -500,6 +502,47 @@ def show_annotator_agreement(
     run(labels, out)
 
 
+@score_app.command("train")
+def train_scores(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
+    """Train a model that gives answers a reward and a cost, on labeled pairs."""
+    from bfpo.config.loading import load_recipe
+    from bfpo.config.recipes import ScoreRecipe
+
+    checked = load_recipe(recipe, ScoreRecipe, overrides)
+
+    from bfpo.judging.score_run import run_score
+
+    run_score(checked, dry_run=dry_run, limit=limit)
+
+
+@score_app.command("apply")
+def apply_scores(
+    answers: Annotated[
+        str,
+        typer.Argument(
+            help="completions.jsonl, or pairs: [ADAPTER:]PATH of a file, a pattern or a hub id.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Output file; an unfinished one is resumed.")] = Path("scored.jsonl"),
+    reward: Annotated[
+        str | None, typer.Option(help="Judge of helpfulness, e.g. reward:PATH.", show_default=False)
+    ] = None,
+    cost: Annotated[
+        str | None, typer.Option(help="Judge of safety that gives a number, e.g. cost:PATH.", show_default=False)
+    ] = None,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 120.0,
+    tries: Tries = 6,
+    key_variable: KeyVariable = "OPENAI_API_KEY",
+    reply_tokens: ReplyTokens = 128,
+) -> None:
+    """Write the rewards and costs of answers into columns, by any judge that gives a number."""
+    from bfpo.judging.score_columns import apply_scores as run
+
+    servers = judge_servers(concurrency, timeout, tries, key_variable, reply_tokens)
+    run(answers, out, reward=reward, cost=cost, server=servers)
+
+
 @data_app.command("inspect")
 def inspect_data(
     sources: Annotated[
@@ -576,6 +619,22 @@ def import_model(
     from bfpo.model.import_gguf import import_gguf
 
     import_gguf(file, out, dtype=dtype)
+
+
+@model_app.command()
+def interpolate(
+    first: Annotated[str, typer.Argument(help="Folder or hub id of a model or LoRA adapter.", show_default=False)],
+    second: Annotated[str, typer.Argument(help="Another model of this architecture.", show_default=False)],
+    weight: Annotated[float, typer.Option(help="Weight of the second model, from 0 to 1.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the saved weights: float32, bfloat16 or float16.")
+    ] = "float32",
+) -> None:
+    """Save the weighted mean of the weights of two models."""
+    from bfpo.model.interpolate import interpolate_checkpoints
+
+    interpolate_checkpoints(first, second, out, weight=weight, dtype=dtype)
 
 
 def main() -> None:

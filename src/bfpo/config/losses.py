@@ -1,6 +1,6 @@
 """The `loss:` section of a recipe: one section for each loss, chosen by `name`.
 
-The sections repeat the fields, defaults and ranges of the classes in `bfpo.losses.pairwise`, so that a wrong loss is
+The sections repeat the fields, defaults and ranges of the classes in `bfpo.losses`, so that a wrong loss is
 refused without importing torch. tests/config/test_losses.py compares the two.
 """
 
@@ -248,6 +248,36 @@ class SafeDPOSection(PairLossSection):
     """Offset added when the preferred answer is safe and the other is not."""
 
 
+class BSOSection(PairLossSection):
+    """Bregman divergence between the density ratios of policy and data, on pairs reordered by safety."""
+
+    name: Literal["bso"] = "bso"
+    """Bregman safety optimization with the scaled Basu generator; drops pairs of two unsafe answers."""
+    beta: Positive = 0.1
+    """As in `dpo`."""
+    penalty: Annotated[Number, Field(ge=0)] = 30.0
+    """C: offset added when the preferred answer is safe and the other is not."""
+    power: Annotated[Number, Field(gt=-1)] = 0.2
+    """λ of the generator."""
+    scale: Positive = 4.0
+    """s of the generator."""
+    limit: Positive = 40.0
+    """Largest size of the log-ratio; a pair beyond it has no gradient."""
+
+
+class CatDPOSection(PairLossSection):
+    """Logistic loss of the margin less an adaptive margin of the pair's harm category."""
+
+    name: Literal["cat_dpo"] = "cat_dpo"
+    """Cat-DPO; needs pairs with `harm_categories`."""
+    beta: Positive = 0.1
+    """As in `dpo`."""
+    rate: Annotated[Number, Field(ge=0)] = 0.05
+    """Step size of the margins."""
+    tolerance: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    """Mean probability of the wrong order, above which the margin of a category grows."""
+
+
 class AdditiveSection(PairLossSection):
     """Squared distance of the margin from an additive label / beta."""
 
@@ -287,6 +317,8 @@ LOSS_SECTIONS: dict[str, type[Section]] = {
     "dpo": DPOSection,
     "tdpo": TDPOSection,
     "safe_dpo": SafeDPOSection,
+    "bso": BSOSection,
+    "cat_dpo": CatDPOSection,
     "additive": AdditiveSection,
     "modpo": MODPOSection,
 }
@@ -318,6 +350,8 @@ LossSection = Annotated[
     | Annotated[DPOSection, Tag("dpo")]
     | Annotated[TDPOSection, Tag("tdpo")]
     | Annotated[SafeDPOSection, Tag("safe_dpo")]
+    | Annotated[BSOSection, Tag("bso")]
+    | Annotated[CatDPOSection, Tag("cat_dpo")]
     | Annotated[AdditiveSection, Tag("additive")]
     | Annotated[MODPOSection, Tag("modpo")]
     | Annotated[CustomLossSection, Tag(_CUSTOM)],

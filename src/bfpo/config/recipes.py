@@ -4,9 +4,10 @@ The string after each field is its documentation. The keys of `trainer:` are tho
 and are checked when the arguments are made; everything else is checked here, without torch.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_serializer, model_validator
+from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
 from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from bfpo.config.losses import BFPOSection, LossSection
@@ -262,6 +263,35 @@ class ScoreLabelsSection(Section):
         return {"from" if name == "source" else name: value for name, value in dump(self).items()}
 
 
+class SafeFirstSection(Section):
+    """The order of the data, except that a safe answer is preferred to an unsafe one."""
+
+    source: Literal["safety"] = Field(alias="from")
+    """The safety labels: a pair whose rejected answer alone is safe is swapped."""
+    both_unsafe: Literal["helpful", "cost"] = "helpful"
+    """Which of two unsafe answers is preferred. `helpful`: the more helpful one, as in the data. `cost`: the one of
+    the lower `*_cost`, which such pairs then need."""
+
+    @model_serializer
+    def _dump_by_key(self) -> dict[str, str]:
+        return {"from": self.source, "both_unsafe": self.both_unsafe}
+
+
+def _label_source(value: object) -> str | None:
+    source = value.get("from") if isinstance(value, Mapping) else getattr(value, "source", None)
+    return source if isinstance(source, str) else None
+
+
+LabelsSection = Annotated[
+    Annotated[ScoreLabelsSection, Tag("scores")] | Annotated[SafeFirstSection, Tag("safety")],
+    Discriminator(
+        _label_source,
+        custom_error_type="label_source",
+        custom_error_message="expected {from: scores, multiplier: dual.json} or {from: safety}",
+    ),
+]
+
+
 class TrainRecipe(DataRecipe):
     """`bfpo train`: preference training."""
 
@@ -273,8 +303,8 @@ class TrainRecipe(DataRecipe):
     """What the loss uses as safety: the labels, or the probabilities in `*_safety_score`."""
     loss: LossSection = BFPOSection()
     """Name and hyperparameters of the loss."""
-    labels: ScoreLabelsSection | None = None
-    """Preferences from scores, for any loss; default the order of the data."""
+    labels: LabelsSection | None = None
+    """Preferences from scores or with the safe answer first, for any loss; default the order of the data."""
     train_only: list[str] | None = None
     """Patterns of the parameters to train, regular expressions that are searched in the names; default all."""
     lora: LoraSection | None = None
@@ -301,7 +331,8 @@ class TrainRecipe(DataRecipe):
     @model_validator(mode="after")
     def _check_one_multiplier(self) -> "TrainRecipe":
         loss = self.loss
-        if self.labels is not None and isinstance(loss, BFPOSection) and (loss.multiplier or loss.safety_weight):
+        has_weight = isinstance(loss, BFPOSection) and (loss.multiplier or loss.safety_weight)
+        if isinstance(self.labels, ScoreLabelsSection) and has_weight:
             raise ValueError("labels and loss.safety_weight both have a multiplier; leave one of them out")
         return self
 
@@ -310,13 +341,74 @@ class TrainRecipe(DataRecipe):
         if isinstance(self.loss, BFPOSection) and self.loss.label_errors is not None:
             if self.safety == "scores":
                 raise ValueError("loss.label_errors corrects labels, and safety is 'scores'; leave one of them out")
-            if self.labels is not None:
+            if isinstance(self.labels, ScoreLabelsSection):
                 raise ValueError(
                     "loss.label_errors corrects labels, and labels come from scores; leave one of them out"
+                )
+            if self.labels is not None:
+                raise ValueError(
+                    "loss.label_errors corrects labels of pairs whose order doesn't depend on them, and labels come "
+                    "from safety; leave one of them out"
                 )
         return self
 
 
-def _check_trained_parameters(recipe: SftRecipe | TrainRecipe) -> None:
+class HeadsSection(Section):
+    """Heads of a score model."""
+
+    reward: bool = True
+    """Whether to train a reward: higher is more helpful. It learns from the order of the pairs, of both streams."""
+    cost: bool = True
+    """Whether to train a cost: above 0 is unsafe. It learns from the safety labels of the main stream."""
+
+    @property
+    def names(self) -> tuple[Literal["reward", "cost"], ...]:
+        """Names of the heads."""
+        names: dict[Literal["reward", "cost"], bool] = {"reward": self.reward, "cost": self.cost}
+        return tuple(name for name, is_trained in names.items() if is_trained)
+
+
+class ScoreRecipe(DataRecipe):
+    """`bfpo score train`: a model that gives answers a reward and a cost."""
+
+    model: ModelSection
+    """Model to start from; its language-model head is replaced."""
+    heads: HeadsSection = HeadsSection()
+    """Heads to train on the one backbone."""
+    regularization: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.001
+    """Weight of the squares of both scores of a pair, for each head, as in Safe RLHF."""
+    center_rewards_coefficient: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight of the square of the sum of both rewards of a pair, as in TRL's `RewardTrainer`."""
+    buffer_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Weight of the mean loss of the buffer stream, which trains the reward alone."""
+    train_only: list[str] | None = None
+    """Patterns of the parameters to train besides the heads, as in `bfpo train`; default all."""
+    lora: LoraSection | None = None
+    """Low-rank adapters to train besides the heads; they are merged at the end."""
+    layout: LayoutSection = LayoutSection()
+    """How tokens are laid out; affects time and memory, not the numbers."""
+    max_eval: Count | None = 2000
+    """Maximum number of evaluated pairs of each stream, a seeded sample; null for all."""
+    trainer: dict[str, Any] = Field(default={})
+    """Arguments of `transformers.TrainingArguments`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScoreRecipe":
+        _check_trained_parameters(self)
+        if not self.heads.names:
+            raise ValueError("heads has neither a reward nor a cost; expected at least one")
+        if self.buffer and not self.heads.reward:
+            raise ValueError("buffer trains the reward alone, and heads.reward is false; leave buffer out")
+        if self.model.load_in_4bit:
+            raise ValueError("model.load_in_4bit isn't possible for score models; leave it out")
+        if self.text.truncation != "keep_start" or self.text.thinking is not None:
+            raise ValueError(
+                "text.truncation and text.thinking have no effect: a score is that of a whole answer without its "
+                "reasoning; leave them out"
+            )
+        return self
+
+
+def _check_trained_parameters(recipe: SftRecipe | TrainRecipe | ScoreRecipe) -> None:
     if recipe.lora is not None and recipe.train_only is not None:
         raise ValueError("train_only and lora can't be combined: with lora only the adapter is trained")

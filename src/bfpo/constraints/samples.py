@@ -17,6 +17,7 @@ from bfpo.data.readings import part_in_name
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
 from bfpo.data.stages import read_completions, read_prompt_file, verdicts_by_judge
 from bfpo.data.verdict_files import judge_files
+from bfpo.data.verdict_scores import cost_field, reward_field
 from bfpo.errors import DataError
 
 Array: TypeAlias = NDArray[np.float64]
@@ -191,20 +192,20 @@ def _read_folder(folder: Path, reward_judge: str | None, cost_judge: str | None)
         # An unsafe thought isn't an unsafe answer.
         if part_in_name(judge[0]) == "reasoning":
             continue
-        if any(_reward(verdict) is not None for verdict in verdicts):
+        if reward_field(verdicts) is not None:
             rewards[judge] = verdicts
         if any(verdict.safe is not None for verdict in verdicts):
             costs[judge] = verdicts
     reward_name, reward_verdicts = _choose(rewards, reward_judge, folder, "rates helpfulness", "reward_judge")
     cost_name, cost_verdicts = _choose(costs, cost_judge, folder, "judges safety", "cost_judge")
     reward_by_key, cost_by_key = _by_key(reward_verdicts, completions), _by_key(cost_verdicts, completions)
-    grade = _grade(cost_verdicts)
+    field, grade = str(reward_field(reward_verdicts)), cost_field(cost_verdicts)
     rows = []
     for completion in completions:
-        reward, verdict = _reward(reward_by_key[completion.key]), cost_by_key[completion.key]
+        reward, verdict = getattr(reward_by_key[completion.key], field), cost_by_key[completion.key]
         if reward is None:
             raise DataError(f"{folder}: {reward_name} gave no helpfulness for {completion.key}; judge it again")
-        cost = float(verdict.safe is not True) if grade is None else getattr(verdict, grade)
+        cost = getattr(verdict, grade) if grade in ("score", "severity") else float(verdict.safe is not True)
         rows.append(SampleScores(*completion.key, reward, np.nan if cost is None else cost, verdict.safe is not True))
     files = [path, *judge_files(folder, "verdicts")]
     prompts_file = folder / Prompt.file_name
@@ -231,21 +232,6 @@ def _check_one_model(completions: Sequence[Completion], path: Path) -> None:
             f"{path} has completions of {len(origins)} models or settings ({sorted(origins)[:2]}); the base model is "
             "one: write a file for each"
         )
-
-
-def _reward(verdict: Verdict) -> float | None:
-    """Return the reward of a verdict: the raw score of a reward model, else the helpfulness."""
-    is_reward_model = verdict.helpfulness is not None and verdict.safe is None and verdict.score is not None
-    return verdict.score if is_reward_model else verdict.helpfulness
-
-
-def _grade(verdicts: Iterable[Verdict]) -> str | None:
-    """Return the field that grades harm: the cost of a cost model, or the severity; None if a judge has neither."""
-    decided = [verdict for verdict in verdicts if verdict.safe is not None]
-    for name in ("score", "severity"):
-        if any(getattr(verdict, name) is not None for verdict in decided):
-            return name
-    return None
 
 
 def _choose(

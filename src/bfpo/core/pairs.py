@@ -42,6 +42,8 @@ COLUMNS = (
     "is_rejected_safe",
     "is_chosen_reasoning_safe",
     "is_rejected_reasoning_safe",
+    "is_chosen_cut",
+    "is_rejected_cut",
     "chosen_safety_score",
     "rejected_safety_score",
     "expected_safety",
@@ -53,6 +55,8 @@ COLUMNS = (
     "chosen_cost",
     "rejected_cost",
     "degree_difference",
+    "reward_scorer",
+    "cost_scorer",
     "harm_categories",
     "stream",
     "safety_label_source",
@@ -73,6 +77,16 @@ class SafetyLabels(NamedTuple):
         return CELLS[2 * (not self.chosen) + (not self.rejected)]
 
 
+class CutAnswers(NamedTuple):
+    """Whether each answer of a pair was cut at its maximum length: where it stops isn't where it ends."""
+
+    chosen: bool = False
+    rejected: bool = False
+
+
+NOT_CUT = CutAnswers()
+
+
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """Origin of a pair and of its labels.
@@ -81,11 +95,15 @@ class Provenance:
         dataset_name: Name of the data set; "" if unknown.
         safety_label_source: `dataset`, `human`, `<judge>@<revision>` or `assumed`; None without labels.
         stream: `main` (safety-labeled set) or `buffer` (helpfulness set); None until the data are prepared.
+        reward_scorer: Who gave the rewards, `<judge>@<revision>`; None if unknown.
+        cost_scorer: Who gave the costs.
     """
 
     dataset_name: str = ""
     safety_label_source: str | None = None
     stream: StreamName | None = None
+    reward_scorer: str | None = None
+    cost_scorer: str | None = None
 
     @property
     def is_judged(self) -> bool:
@@ -215,6 +233,7 @@ class PreferencePair:
         provenance: Origin of the pair.
         inputs: Tools, and arguments of the chat template.
         reasoning_labels: Safety of the reasoning of both answers; None if unknown. Losses use `labels`.
+        cut: Answers that were cut; no end-of-sequence token is scored after them.
 
     Raises:
         DataError: If the prompt doesn't end with a user turn or a result of a tool, the turns of an answer don't
@@ -230,6 +249,7 @@ class PreferencePair:
     provenance: Provenance = field(default=Provenance())
     inputs: TemplateInputs = NO_INPUTS
     reasoning_labels: SafetyLabels | None = None
+    cut: CutAnswers = NOT_CUT
 
     def __post_init__(self) -> None:
         check_asks(self.prompt)
@@ -274,6 +294,7 @@ class PreferencePair:
             labels=labels,
             reasoning_labels=reasoning,
             signals=self.signals.swapped(),
+            cut=CutAnswers(self.cut.rejected, self.cut.chosen),
         )
 
     def texts(self) -> Iterator[str]:
@@ -293,10 +314,14 @@ class PreferencePair:
             row["is_chosen_safe"], row["is_rejected_safe"] = self.labels
         if self.reasoning_labels is not None:
             row["is_chosen_reasoning_safe"], row["is_rejected_reasoning_safe"] = self.reasoning_labels
+        cut = zip(("is_chosen_cut", "is_rejected_cut"), self.cut, strict=True)
+        row |= {name: True for name, is_cut in cut if is_cut}
         row |= {name: value for name in SIGNALS if (value := getattr(self.signals, name)) is not None}
         if self.harm_categories:
             row["harm_categories"] = list(self.harm_categories)
         origin = {
+            "reward_scorer": self.provenance.reward_scorer,
+            "cost_scorer": self.provenance.cost_scorer,
             "stream": self.provenance.stream,
             "safety_label_source": self.provenance.safety_label_source,
             "dataset_name": self.provenance.dataset_name,

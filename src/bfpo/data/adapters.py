@@ -140,6 +140,14 @@ ADAPTERS: dict[str, Adapter] = {
         NON_COMMERCIAL,
         columns=("response_0", "response_1", "better_response_id"),
     ),
+    "pku_saferlhf_by_safety": Adapter(
+        _each_row(published_sets.read_pku_by_safety), NON_COMMERCIAL, "'chosen' is the safer answer"
+    ),
+    "pku_saferlhf_safe_first": Adapter(
+        _each_row(published_sets.read_pku_safe_first),
+        NON_COMMERCIAL,
+        "'chosen' is the safer answer, unless both are safe",
+    ),
     "hh_rlhf": Adapter(
         _each_row(published_sets.read_hh_rlhf),
         "MIT",

@@ -232,9 +232,19 @@ def show_scores(pairs: Sequence[PreferencePair]) -> None:
         side = name.partition("_")[0]
         agree = [(cost <= 0) == getattr(pair.labels, side) for cost, pair in scored if pair.labels is not None]
         share = f"{np.mean(agree):.1%}" if name.endswith("_cost") and agree else ""
-        rows.append((name, len(scored), f"{low:.3g}", f"{median:.3g}", f"{high:.3g}", share))
+        scorers = {getattr(pair.provenance, f"{name.partition('_')[2]}_scorer") or "unknown" for _, pair in scored}
+        by = ", ".join(sorted(scorers))
+        rows.append((name, len(scored), by, f"{low:.3g}", f"{median:.3g}", f"{high:.3g}", share))
     if rows:
-        columns = ("column", "pairs", "5 %", "median", "95 %", "cost > 0 where labeled unsafe, and not elsewhere")
+        columns = (
+            "column",
+            "pairs",
+            "scorers",
+            "5 %",
+            "median",
+            "95 %",
+            "cost > 0 where labeled unsafe, and not elsewhere",
+        )
         show_table("Scores", columns, rows)
 
 

@@ -12,6 +12,7 @@ from bfpo.core.files import parse_json
 from bfpo.core.pairs import (
     COLUMNS,
     SIGNALS,
+    CutAnswers,
     Demonstration,
     PairSignals,
     PreferencePair,
@@ -228,10 +229,26 @@ def _make_pair(
         labels,
         PairSignals(**{name: row.number(name) for name in SIGNALS}),
         harm_categories=(harms,) if isinstance(harms, str) else tuple(map(str, harms)),
-        provenance=Provenance(str(row.values.get("dataset_name") or ""), label_source, stream),
+        provenance=Provenance(
+            str(row.values.get("dataset_name") or ""),
+            label_source,
+            stream,
+            *(str(row.values[name]) if row.values.get(name) else None for name in ("reward_scorer", "cost_scorer")),
+        ),
         inputs=read_inputs(row),
         reasoning_labels=reasoning_labels,
+        cut=CutAnswers(*(_read_flag(row, column) for column in ("is_chosen_cut", "is_rejected_cut"))),
     )
+
+
+def _read_flag(row: SourceRow, column: str) -> bool:
+    """Return the value of a column of true and false; false without one."""
+    value = row.values.get(column)
+    if value is None or value == "":
+        return False
+    if str(value).lower() not in ("true", "false"):
+        raise DataError(f"column '{column}' is {value!r}; expected true or false")
+    return str(value).lower() == "true"
 
 
 def _read_labels(

@@ -26,9 +26,27 @@ def read_ultrafeedback(row: SourceRow) -> PreferencePair:
 
 def read_pku_saferlhf(row: SourceRow) -> PreferencePair:
     """Read a row of any public revision of `PKU-Alignment/PKU-SafeRLHF`: ordered by `better_response_id`."""
-    better = row.choice("better_response_id", (0, 1))
-    worse = 1 - better
-    labels = SafetyLabels(row.label(f"is_response_{better}_safe"), row.label(f"is_response_{worse}_safe"))
+    return _read_pku(row, row.choice("better_response_id", (0, 1)))
+
+
+def read_pku_by_safety(row: SourceRow) -> PreferencePair:
+    """Read a row of PKU-SafeRLHF: ordered by `safer_response_id`, as in the second stage of SACPO."""
+    return _read_pku(row, row.choice("safer_response_id", (0, 1)))
+
+
+def read_pku_safe_first(row: SourceRow) -> PreferencePair:
+    """Read a row of PKU-SafeRLHF: ordered by `better_response_id` if both answers are safe, else by the safer one.
+
+    Source:
+        DPO-safe-first of Liang et al., Preference Vectors, arXiv 2504.20106.
+    """
+    both_safe = row.label("is_response_0_safe") and row.label("is_response_1_safe")
+    return _read_pku(row, row.choice("better_response_id" if both_safe else "safer_response_id", (0, 1)))
+
+
+def _read_pku(row: SourceRow, first: int) -> PreferencePair:
+    second = 1 - first
+    labels = SafetyLabels(row.label(f"is_response_{first}_safe"), row.label(f"is_response_{second}_safe"))
     harms = set()
     for column in ("response_0_harm_category", "response_1_harm_category"):
         categories = row.values.get(column) or {}
@@ -37,8 +55,8 @@ def read_pku_saferlhf(row: SourceRow) -> PreferencePair:
         harms |= {str(name) for name, present in categories.items() if present}
     return PreferencePair(
         user_says(row.text("prompt")),
-        row.text(f"response_{better}"),
-        row.text(f"response_{worse}"),
+        row.text(f"response_{first}"),
+        row.text(f"response_{second}"),
         labels,
         harm_categories=tuple(sorted(harms)),
         provenance=_labeled_by("dataset"),

@@ -1,6 +1,6 @@
 """Preferences that follow from the scores of a pair's answers, in place of the order of the data."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,11 +18,11 @@ drawn once. `argmax`: the higher score is preferred."""
 SCORES = ("chosen_reward", "rejected_reward", "chosen_cost", "rejected_cost")
 
 
-def require_scores(pairs: Iterable[PreferencePair]) -> None:
-    """Check that all pairs have a reward and a cost for both answers.
+def require_scores(pairs: Sequence[PreferencePair], dual: Dual) -> None:
+    """Check that all pairs have a reward and a cost for both answers, by the scorers of the multiplier's samples.
 
     Raises:
-        DataError: If a pair lacks one; the message has its data set and row.
+        DataError: If a pair lacks one, with its data set and row; or if scores are of different scorers.
     """
     for pair in pairs:
         missing = [name for name in SCORES if getattr(pair.signals, name) is None]
@@ -32,6 +32,23 @@ def require_scores(pairs: Iterable[PreferencePair]) -> None:
                 f"scores need {', '.join(SCORES)} for every pair of both streams: score the answers, or leave the "
                 "source out"
             )
+    _require_one_scorer("reward", {pair.provenance.reward_scorer or "" for pair in pairs}, dual.reward_scorer)
+    _require_one_scorer("cost", {pair.provenance.cost_scorer or "" for pair in pairs}, dual.cost_scorer)
+
+
+def _require_one_scorer(column: str, scorers: set[str], of_samples: str) -> None:
+    if len(scorers) > 1:
+        raise DataError(
+            f"column '{column}_scorer' has {len(scorers)} values ({', '.join(sorted(map(repr, scorers))[:3])}); "
+            "scores of different scorers can't be compared: score all pairs with one judge"
+        )
+    (scorer,) = scorers
+    # Scores from elsewhere need not name their scorer.
+    if scorer and of_samples and scorer != of_samples:
+        raise DataError(
+            f"the {column}s of the pairs are by {scorer}, those of the samples of the multiplier by {of_samples}; "
+            "score both with one judge (bfpo score apply), and run `bfpo dual` again"
+        )
 
 
 def score_margins(pairs: Sequence[PreferencePair], dual: Dual) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +102,11 @@ class TokenTable(Sequence[Example]):
         """Number of tokens of the prompt and of each completion, (N, completions + 1)."""
         return np.diff(self.bounds, axis=1)
 
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Inputs of losses and metrics besides the tokens, name → (N, ...)."""
+        return {}
+
 
 @dataclass(frozen=True)
 class PairTable(TokenTable):
@@ -112,9 +117,11 @@ class PairTable(TokenTable):
         rejected_safe: Same for the rejected answer.
         cells: Index of the pair's cell in `CELLS`.
         is_buffer: Whether the pair belongs to the buffer stream.
-        signals: Columns of `PairSignals` that every pair has, and `degree_difference` if any pair has it, else NaN.
+        signals: Columns of `PairSignals` that every pair has, and `degree_difference` if any pair has it, else NaN;
+            `categories` is 1 for each harm category of a pair, else 0, (N, K).
         reference_logps: Log-probabilities of both answers under the reference, nats, (N, 2); None if the reference
             computes them batch by batch.
+        category_names: Names of the K harm categories.
     """
 
     chosen_safe: Floats
@@ -123,6 +130,7 @@ class PairTable(TokenTable):
     is_buffer: NDArray[np.bool_]
     signals: dict[str, Floats]
     reference_logps: Floats | None = None
+    category_names: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -141,6 +149,20 @@ class PairTable(TokenTable):
         return content_hash([(name, hashlib.sha256(self.signals[name].tobytes()).hexdigest()) for name in read])
 
     @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Labels, cells, streams, signals and, if they are known, log-probabilities of the reference."""
+        columns: dict[str, NDArray[Any]] = {
+            "chosen_safe": self.chosen_safe,
+            "rejected_safe": self.rejected_safe,
+            "cells": self.cells,
+            "is_buffer": self.is_buffer,
+            **self.signals,
+        }
+        if self.reference_logps is not None:
+            columns["ref_chosen_logps"], columns["ref_rejected_logps"] = self.reference_logps.T
+        return columns
+
+    @property
     def main_rows(self) -> NDArray[np.int64]:
         """Indices of the pairs of the main stream."""
         return np.flatnonzero(~self.is_buffer)
@@ -149,6 +171,32 @@ class PairTable(TokenTable):
     def buffer_rows(self) -> NDArray[np.int64]:
         """Indices of the pairs of the buffer stream."""
         return np.flatnonzero(self.is_buffer)
+
+
+@dataclass(frozen=True)
+class ScoreTable(TokenTable):
+    """Pairs whose answers are scored: the score of a completion is read at its last token.
+
+    That token must be fed, so a completion has one more after it, which nothing reads; all others are marked.
+
+    Args:
+        signs: 1 for an unsafe answer, -1 for a safe one, 0 for one that trains no cost, (N, 2).
+        is_buffer: Whether the pair belongs to the buffer stream, (N,).
+    """
+
+    signs: Floats
+    is_buffer: NDArray[np.bool_]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokens, the signs and the streams."""
+        arrays = (self.signs, self.is_buffer)
+        return content_hash(self.tokens_hash, [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays])
+
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Signs and streams."""
+        return {"signs": self.signs, "is_buffer": self.is_buffer}
 
 
 def sampled_rows(rows: Sequence[int], limit: int | None) -> list[int]:
@@ -170,6 +218,7 @@ def pair_table(
     *,
     use_scores: bool = False,
     score_margins: Floats | None = None,
+    categories: Sequence[str] = (),
 ) -> PairTable:
     """Return a table of tokenized pairs with their labels and signals.
 
@@ -178,6 +227,7 @@ def pair_table(
         pairs: Labeled pairs of the examples, in the same order.
         use_scores: Whether safety is read from `*_safety_score`, which every pair must then have.
         score_margins: Reward less multiplied cost, chosen minus rejected, (N,); None if no loss needs it.
+        categories: Names of the harm categories that the loss distinguishes.
 
     Returns:
         The table. Missing values of `expected_safety` are the mean safety of all answers of the pair's data set.
@@ -198,6 +248,10 @@ def pair_table(
     degrees = np.array([pair.signals.degree_difference for pair in pairs], dtype=np.float64)
     if score_margins is not None:
         signals["score_margin"] = score_margins
+    if categories:
+        signals["categories"] = np.array(
+            [[name in pair.harm_categories for name in categories] for pair in pairs], dtype=np.float64
+        )
     signals["expected_safety"] = _fill_by_dataset(signals["expected_safety"], probability.mean(axis=1), pairs)
     return PairTable(
         *_concatenate(examples),
@@ -210,6 +264,37 @@ def pair_table(
             **{name: values for name, values in signals.items() if not np.isnan(values).any()},
             **({} if np.isnan(degrees).all() else {"degree_difference": degrees}),
         },
+        category_names=tuple(categories),
+    )
+
+
+def harm_categories(pairs: Iterable[PreferencePair]) -> tuple[str, ...]:
+    """Return the names of all harm categories of pairs, in order."""
+    return tuple(sorted({name for pair in pairs for name in pair.harm_categories}))
+
+
+def score_table(examples: Sequence[Example], pairs: Sequence[PreferencePair]) -> ScoreTable:
+    """Return a table of tokenized pairs whose answers are scored at their last token.
+
+    Args:
+        examples: Token ids of whole texts, with two completions each.
+        pairs: Pairs of the examples, in the same order; those of the buffer and unlabeled ones have no signs.
+    """
+    scored = [
+        Example(prompt, tuple(np.append(~completion, np.int32(0)) for completion in completions))
+        for prompt, completions in examples
+    ]
+    signs = [
+        (0.0, 0.0)
+        if pair.labels is None or pair.provenance.stream == "buffer"
+        else tuple(-1.0 if safe else 1.0 for safe in pair.labels)
+        for pair in pairs
+    ]
+    return ScoreTable(
+        *_concatenate(scored),
+        tuple(pair.row_id for pair in pairs),
+        signs=np.array(signs, dtype=np.float64),
+        is_buffer=np.array([pair.provenance.stream == "buffer" for pair in pairs]),
     )
 
 

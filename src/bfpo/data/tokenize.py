@@ -1,9 +1,10 @@
 """Conversations to token ids, with the chat template of the tokenizer.
 
 The template renders the whole conversation including the answer, and the ids are split where they begin to differ
-from those of the prompt for generation. Every completion ends with exactly one end-of-sequence token. If all answers
-of a chat are imitated, each one is scored from the end of its prompt to its end-of-sequence token. Texts that are too
-long are truncated or dropped, and counted by source and cell.
+from those of the prompt for generation. Every completion ends with exactly one end-of-sequence token, except for an
+answer that was cut when it was sampled: it ends with its last token. If all answers of a chat are imitated, each one
+is scored from the end of its prompt to its end-of-sequence token. Texts that are too long are truncated or dropped,
+and counted by source and cell.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +21,11 @@ from jinja2.exceptions import TemplateSyntaxError
 
 from bfpo.config.recipes import TextSection
 from bfpo.core.conversation import Conversation, Message, answer_turns
-from bfpo.core.pairs import NO_INPUTS, Demonstration, PreferencePair
+from bfpo.core.pairs import NO_INPUTS, CutAnswers, Demonstration, PreferencePair
 from bfpo.core.template_errors import TEMPLATE_ERRORS
 from bfpo.data.chat_format import ChatFormat
 from bfpo.data.load import NOT_A_PREFIX, Reason, SourceReport
-from bfpo.data.table import Example
+from bfpo.data.table import Example, Ids
 from bfpo.data.template import chat_template, fixed_clock
 from bfpo.data.token_cache import MIN_CACHED, Encoding, cache_file, read_encodings, write_encodings
 from bfpo.errors import BfpoError, ModelError
@@ -151,7 +152,7 @@ class Encoder:
             if not isinstance(answers, str):
                 texts += (text for answer in answers for text in (*answer.prompts, answer.text))
         ids = self._tokenize(texts)
-        for answers in rendered:
+        for record, answers in zip(records, rendered, strict=True):
             if isinstance(answers, str):
                 yield Encoding(None, answers)
                 continue
@@ -161,6 +162,8 @@ class Encoder:
                 encoding = self._split_turns(prompts, conversations)
             else:
                 encoding = self._split(prompts[0][0], conversations)
+            if isinstance(record, PreferencePair) and any(record.cut):
+                encoding = self._without_ends(encoding, record.cut)
             notes = [note for answer in answers for note in answer.notes]
             yield encoding._replace(notes=(*encoding.notes, *dict.fromkeys(notes)))
 
@@ -324,6 +327,29 @@ class Encoder:
             return None
         return ids[: end + 1]
 
+    def _without_ends(self, encoding: Encoding, cut: CutAnswers) -> Encoding:
+        """Remove the end-of-sequence token, and what the template writes before it, from answers that were cut."""
+        if encoding.example is None:
+            return encoding
+        completions = [
+            self._without_end(completion) if is_cut else completion
+            for completion, is_cut in zip(encoding.example.completions, cut, strict=True)
+        ]
+        if not all(map(len, completions)):
+            return Encoding(None, "cut answer without a token")
+        if np.array_equal(completions[0], completions[1]):
+            return Encoding(None, "identical answers without their ends")
+        example = encoding.example._replace(completions=tuple(completions))
+        return encoding._replace(example=example, notes=(*encoding.notes, "cut answer, its end not scored"))
+
+    def _without_end(self, completion: Ids) -> Ids:
+        end = len(completion)
+        while end and (
+            completion[end - 1] in self._end_ids or not str(self.tokenizer.decode(completion[end - 1])).strip()
+        ):
+            end -= 1
+        return completion[:end]
+
     def _fit(self, prompt: list[int], completions: list[list[int]], notes: list[str]) -> Encoding:
         """Truncate prompt or completions to the maximum length."""
         max_length = self.text.max_length
@@ -376,9 +402,11 @@ def _number_of_turns(record: PreferencePair | Demonstration) -> int:
 
 def _content(record: PreferencePair | Demonstration) -> tuple[object, ...]:
     """Return what the token ids of a record depend on."""
-    content = (record.prompt, record.answers, _number_of_turns(record))
-    # Caches of earlier versions have no inputs.
-    return content if record.inputs == NO_INPUTS else (*content, record.inputs)
+    content: tuple[object, ...] = (record.prompt, record.answers, _number_of_turns(record))
+    # Caches of earlier versions have no inputs, and no cut answers.
+    if record.inputs != NO_INPUTS:
+        content = (*content, record.inputs)
+    return (*content, record.cut) if isinstance(record, PreferencePair) and any(record.cut) else content
 
 
 def _marked(token: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bfpo.config.recipes import TrainModel, TrainRecipe
 from bfpo.errors import ModelError, RecipeError
-from bfpo.experiments.methods import train_recipe
+from bfpo.experiments.methods import train_recipes
 from bfpo.experiments.steps import BASE_SHAPE
 from bfpo.experiments.units import Unit
 from bfpo.losses.build import make_loss
@@ -28,11 +28,12 @@ def check_trainings(units: Iterable[Unit]) -> None:
         if unit.method is None or unit.method in checked:
             continue
         checked.append(unit.method)
-        recipe = train_recipe(
+        recipes = train_recipes(
             unit.method, world=Path("world"), base=Path("base"), out=Path("out"), seed=0, steps=unit.steps, save=False
         )
         try:
-            check_training(recipe, World(unit.options))
+            for recipe in recipes:
+                check_training(recipe, World(unit.options))
         except (ModelError, RecipeError) as error:
             raise RecipeError(f"variants.{unit.variant}: {error}") from None
 

@@ -13,7 +13,7 @@ from bfpo.core.terminal import log_to_file, say, show_table
 from bfpo.errors import RecipeError, Stopped, did_you_mean
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.show import show_results
-from bfpo.experiments.methods import METHODS, train_recipe
+from bfpo.experiments.methods import METHODS, train_recipes
 from bfpo.experiments.steps import (
     base_recipes,
     evaluate_run,
@@ -54,11 +54,13 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
         raise RecipeError(f"method '{method}'; {did_you_mean(method, list(METHODS))}")
     start, log = time.monotonic(), out / "quickstart.log"
     world, base = out / "world", out / "base"
-    training = train_recipe(METHODS[method], world=world, base=base, out=out / method, seed=seed, steps=METHOD_STEPS)
+    trainings = train_recipes(
+        METHODS[method], world=world, base=base, out=out / method, seed=seed, steps=METHOD_STEPS
+    )
     options = WorldOptions(seed=seed)
     # A folder with another quickstart is refused before anything is trained, not at the step that finds it.
     holds_world(options, world)
-    planned: list[SftRecipe | TrainRecipe] = [*base_recipes(out, seed=seed), training]
+    planned: list[SftRecipe | TrainRecipe] = [*base_recipes(out, seed=seed), *trainings]
     for recipe in planned:
         is_finished(recipe)
     try:
@@ -67,7 +69,8 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
         with _step(2, "a base model that answers every request", log):
             make_base(out, seed=seed)
         with _step(3, f"{METHODS[method].title}: preference training", log):
-            run_once(training)
+            for training in trainings:
+                run_once(training)
         with _step(4, "completions before and after, on held-out prompts", log):
             runs = [out / name for name in METHODS if (out / name / "run.json").exists()]
             results = evaluate_against(base, runs, world / "prompts.jsonl", Oracle(options.skills))

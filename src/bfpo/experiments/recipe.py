@@ -11,7 +11,7 @@ from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import Count, Section
 from bfpo.core.files import parse_json
 from bfpo.errors import RecipeError, did_you_mean
-from bfpo.experiments.methods import METHODS, Method, train_recipe
+from bfpo.experiments.methods import METHODS, Method, train_recipes
 from bfpo.testbed.world import WorldOptions
 
 DATA_DIALS = (
@@ -143,8 +143,8 @@ def _variant_settings(name: str, variant: Variant, tuned: dict[str, Any]) -> lis
     settings = []
     for change in changes:
         method = check_recipe(change_values(content, change), Method, f"variants.{name}")
-        # Checks the loss too.
-        train_recipe(method, world=Path(), base=Path(), out=Path(), seed=0, where=f"variants.{name}")
+        # Checks the losses too.
+        train_recipes(method, world=Path(), base=Path(), out=Path(), seed=0, where=f"variants.{name}")
         label = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in change.items())
         settings.append(Setting(name + label, center | change, method, variant.dials))
     return settings

@@ -22,7 +22,7 @@ from bfpo.core.files import content_hash
 from bfpo.core.terminal import log_to_file, progress
 from bfpo.errors import BfpoError, DataError, RecipeError, Stopped, TrainingError, did_you_mean
 from bfpo.evaluation.results import FILE_NAME, read_results
-from bfpo.experiments.methods import Method, train_recipe
+from bfpo.experiments.methods import Method, train_recipes
 from bfpo.experiments.recipe import DATA_DIALS, ExperimentRecipe, all_settings
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
@@ -205,9 +205,7 @@ def run_unit(unit: Unit) -> None:
             if unit.options != unit.base_options:
                 data = unit.home / f"world-{content_hash(unit.options.model_dump())[:8]}"
                 write_world(unit.options, data)
-            # A killed run is short enough to start again.
-            shutil.rmtree(unit.folder, ignore_errors=True)
-            recipe = train_recipe(
+            recipes = train_recipes(
                 unit.method,
                 world=data,
                 base=unit.home / "base",
@@ -216,11 +214,21 @@ def run_unit(unit: Unit) -> None:
                 steps=unit.steps,
                 save=False,
             )
-            run_once(recipe)
+            for recipe in recipes:
+                # A killed run is short enough to start again.
+                shutil.rmtree(str(recipe.trainer["output_dir"]), ignore_errors=True)
+                run_once(recipe)
+            # Only the last stage is evaluated.
+            for recipe in recipes[:-1]:
+                _remove_weights(Path(recipe.trainer["output_dir"]))
         evaluate_run(unit.folder, world / "prompts.jsonl", oracle)
     if unit.method is not None:
-        for file in unit.folder.glob("*.safetensors"):
-            file.unlink()
+        _remove_weights(unit.folder)
+
+
+def _remove_weights(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
 
 
 def _start_worker() -> None:

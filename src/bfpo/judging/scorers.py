@@ -26,9 +26,10 @@ from bfpo.generation.model_inputs import TemplateRefusal, render_chat
 from bfpo.judging.markers import MARKERS_ESCAPED, escape_markers, special_tokens
 from bfpo.judging.turns import spoken_turns
 from bfpo.model.load import load_tokenizer
+from bfpo.model.score_heads import padding_id
 from bfpo.model.vocabulary import check_token_ids
 
-ScorerKind = Literal["beaver-cost", "beaver-reward", "reward", "classifier"]
+ScorerKind = Literal["beaver-cost", "beaver-reward", "cost", "reward", "classifier"]
 
 # Label names of classifiers; every label of a model must be among them or be given by the caller.
 SAFE_LABELS = frozenset(("safe", "harmless", "benign", "neutral", "non-toxic", "nontoxic", "not toxic", "sfw"))
@@ -63,7 +64,7 @@ class BeaverModel(LlamaPreTrainedModel):  # type: ignore[misc,no-any-unimported,
 class ScoreJudge:
     """Judge that reads the scores of a model's head.
 
-    - `beaver-cost`: a positive cost is unsafe; p(safe) = σ(-cost), as in its training (arXiv 2310.12773).
+    - `beaver-cost`, `cost`: a positive cost is unsafe; p(safe) = σ(-cost), as in its training (arXiv 2310.12773).
     - `beaver-reward`, `reward`: helpfulness = σ(reward), useful for ordering only. A reward says nothing about
       safety, so these judges are undecided on it.
     - `classifier`: p(safe) from the probabilities of the labels.
@@ -150,7 +151,7 @@ class ScoreJudge:
 
     def _encode(self, text: str | tuple[str, str]) -> list[int]:
         # The output of a chat template already contains its special tokens.
-        is_templated = self.kind == "reward" and isinstance(text, str)
+        is_templated = self.kind in ("cost", "reward") and isinstance(text, str)
         parts = (text,) if isinstance(text, str) else text
         ids: list[int] = self.tokenizer(*parts, add_special_tokens=not is_templated)["input_ids"]
         return ids
@@ -158,10 +159,7 @@ class ScoreJudge:
     @cached_property
     def _pad_id(self) -> int | None:
         """Id of the padding; None if it can't be distinguished from the end of a text."""
-        if self._is_beaver:
-            return 0
-        pad_id = self.tokenizer.pad_token_id
-        return None if pad_id is None or pad_id == self.tokenizer.eos_token_id else int(pad_id)
+        return 0 if self._is_beaver else padding_id(self.tokenizer)
 
     def _batches(self, rows: Sequence[list[int]]) -> Iterator[list[int]]:
         """Yield batches of indices, shortest rows first; empty and overlong rows are left out."""
@@ -218,7 +216,7 @@ class ScoreJudge:
             safe = p_safe >= self.threshold
             return verdict(safe=safe, p_safe=p_safe, category=None if safe else category)
         (score,) = scores
-        if self.kind == "beaver-cost":
+        if self.kind in ("beaver-cost", "cost"):
             p_safe = _sigmoid(-score)
             return verdict(safe=p_safe >= self.threshold, p_safe=p_safe, score=score)
         reason = "; ".join(filter(None, ["a reward model doesn't judge safety", note]))
@@ -267,7 +265,14 @@ def load_scorer(
     is_beaver = kind.startswith("beaver")
     config = _load(path, lambda: AutoConfig.from_pretrained(path, revision=options["revision"]))
     if is_beaver and config.model_type != "llama":
-        raise ModelError(f"{path} is a {config.model_type}; {kind} reads score models of safe-rlhf, which are llamas")
+        raise ModelError(
+            f"{path} is a {config.model_type}; {kind} reads score models of safe-rlhf, which are llamas; "
+            f"{kind.removeprefix('beaver-')} reads sequence classifiers"
+        )
+    if is_beaver and any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        raise ModelError(
+            f"{path} is a sequence classifier of transformers; {kind.removeprefix('beaver-')}:{path} reads it"
+        )
     model_class: Any = BeaverModel if is_beaver else AutoModelForSequenceClassification
     states_bias = bool(getattr(config, "bias", False))
     if is_beaver:

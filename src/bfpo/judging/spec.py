@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import AfterValidator, BeforeValidator
 
 from bfpo.data.readings import READS, Reads
+from bfpo.data.verdict_scores import ScoreName
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.judging.formats import GUARDS
 
@@ -28,25 +29,34 @@ class JudgeKind(NamedTuple):
         needs_path: Whether the kind is followed by `:PATH`.
         reads_tokens: Whether it is a language model, which reads the completion token by token.
         compares: How it compares two completions; None if it doesn't.
+        grades_safety: Whether it gives a number on safety: a cost, a severity or a probability.
     """
 
     findings: tuple[Finding, ...]
     needs_path: bool = True
     reads_tokens: bool = False
     compares: Comparing | None = None
+    grades_safety: bool = False
+
+    @property
+    def scores(self) -> frozenset[ScoreName]:
+        """Scores of answers that it gives."""
+        names: dict[ScoreName, bool] = {"reward": "helpfulness" in self.findings, "cost": self.grades_safety}
+        return frozenset(name for name, is_given in names.items() if is_given)
 
 
 SCORERS = {
-    "beaver-cost": JudgeKind(("safe",), reads_tokens=True),
+    "beaver-cost": JudgeKind(("safe",), reads_tokens=True, grades_safety=True),
     "beaver-reward": JudgeKind(("helpfulness",), reads_tokens=True, compares="rating"),
+    "cost": JudgeKind(("safe",), reads_tokens=True, grades_safety=True),
     "reward": JudgeKind(("helpfulness",), reads_tokens=True, compares="rating"),
-    "classifier": JudgeKind(("safe",), reads_tokens=True),
+    "classifier": JudgeKind(("safe",), reads_tokens=True, grades_safety=True),
 }
 """Models with a score head."""
 
 JUDGES = {
-    "linear": JudgeKind(("safe", "refusal")),
-    "oracle": JudgeKind(FINDINGS, needs_path=False, compares="rating"),
+    "linear": JudgeKind(("safe", "refusal"), grades_safety=True),
+    "oracle": JudgeKind(FINDINGS, needs_path=False, compares="rating", grades_safety=True),
     "people": JudgeKind(("safe", "refusal")),
     "refusal-rule": JudgeKind(FINDINGS, needs_path=False),
     "rubric": JudgeKind(FINDINGS, reads_tokens=True, compares="both"),
@@ -54,6 +64,7 @@ JUDGES = {
         name: JudgeKind(
             tuple(finding for finding in FINDINGS if finding in {question.about for question in guard.questions}),
             reads_tokens=True,
+            grades_safety=True,
         )
         for name, guard in GUARDS.items()
     },
@@ -61,8 +72,8 @@ JUDGES = {
 }
 """Kinds of judges by name."""
 
-# A custom judge may answer any question; whether it compares shows when it is opened.
-_CUSTOM = JudgeKind(FINDINGS)
+# A custom judge may answer any question; whether it compares or grades shows when it is used.
+_CUSTOM = JudgeKind(FINDINGS, grades_safety=True)
 _CUSTOM_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(?::.*)?")
 _MAJORITY = "majority:"
 _READS_ANSWERS_ONLY = "refusal-rule"
@@ -139,6 +150,16 @@ class JudgeSpec:
             return frozenset({"safe"})
         findings = frozenset(finding for part in self.parts for finding in part.properties.findings)
         return findings if self.policy == "single" else findings - {"helpfulness"}
+
+    @property
+    def scores(self) -> frozenset[ScoreName]:
+        """Scores of answers that the judge gives; ensembles give costs only, judges of reasoning none."""
+        if self.reads == "reasoning":
+            return frozenset()
+        scores = frozenset[ScoreName]({"reward", "cost"}).intersection(
+            *(part.properties.scores for part in self.parts)
+        )
+        return scores if self.policy == "single" else scores - {"reward"}
 
     @property
     def is_remote(self) -> bool:

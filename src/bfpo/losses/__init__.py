@@ -7,28 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bfpo.losses.build import make_loss
+    from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, CatDPO, IPOAvg, SafeDPO, SoftLabels
+    from bfpo.losses.build import LOSSES, make_loss
+    from bfpo.losses.inputs import PairLogps
     from bfpo.losses.label_errors import LabelErrors
     from bfpo.losses.labeling import LabelingFunction
-    from bfpo.losses.pairwise import (
-        BFPO,
-        DPO,
-        IPO,
-        LOSSES,
-        MODPO,
-        TDPO,
-        Additive,
-        BFPOSoft,
-        IPOAvg,
-        PairLogps,
-        PairLoss,
-        SafeDPO,
-        SoftLabels,
-        bfpo_loss,
-    )
+    from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLoss, bfpo_loss
+    from bfpo.losses.token_level import TDPO
 
 __all__ = [
     "BFPO",
+    "BSO",
     "DPO",
     "IPO",
     "LOSSES",
@@ -36,6 +25,7 @@ __all__ = [
     "TDPO",
     "Additive",
     "BFPOSoft",
+    "CatDPO",
     "IPOAvg",
     "LabelErrors",
     "LabelingFunction",
@@ -47,7 +37,14 @@ __all__ = [
     "make_loss",
 ]
 
-_MODULES = {"LabelErrors": "label_errors", "LabelingFunction": "labeling", "make_loss": "build"}
+_MODULES = {
+    **dict.fromkeys(("BSO", "DPO", "IPO", "MODPO", "CatDPO", "IPOAvg", "SafeDPO", "SoftLabels"), "baselines"),
+    **dict.fromkeys(("LOSSES", "make_loss"), "build"),
+    "LabelErrors": "label_errors",
+    "LabelingFunction": "labeling",
+    "PairLogps": "inputs",
+    "TDPO": "token_level",
+}
 
 
 def __getattr__(name: str) -> Any:

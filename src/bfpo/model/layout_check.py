@@ -21,11 +21,11 @@ VERIFIED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3
 
 
 class PackingCheck(NamedTuple):
-    """Comparison of packed and padded log-probabilities.
+    """Comparison of packed and padded outputs: log-probabilities in nats, or scores.
 
     Args:
-        difference: Largest difference between packed and padded, nats.
-        noise: Largest difference between rows padded together and the same rows fed one at a time, nats.
+        difference: Largest difference between packed and padded.
+        noise: Largest difference between rows padded together and the same rows fed one at a time.
         passed: Whether every completion's difference is at most four times the noise, or within rounding.
     """
 
@@ -35,8 +35,8 @@ class PackingCheck(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"packed and padded log-probabilities differ by up to {self.difference:.2g} nats, padded ones among "
-            f"themselves by {self.noise:.2g}"
+            f"packed and padded outputs differ by up to {self.difference:.2g}, padded ones among themselves by "
+            f"{self.noise:.2g}"
         )
 
 

@@ -59,11 +59,7 @@ def score_tokens(
     Returns:
         Scores, (N, ...).
     """
-    backbone = model.get_decoder()
-    config = backbone.config
-    with span_attention(config) if layout.spans else nullcontext():
-        output = backbone(input_ids=layout.input_ids, use_cache=False, **attention_inputs(layout, config))
-    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, layout.hidden_index)
+    hidden = completion_states(model, layout)
     if chunk is None:
         vocab_size = model.config.get_text_config().vocab_size
         chunk = len(hidden) if len(hidden) * vocab_size <= MAX_KEPT_LOGITS else CHUNK
@@ -88,6 +84,21 @@ def sum_by_completion(scores: Tensor, layout: Layout) -> Tensor:
     dtype = torch.float32 if scores.device.type == "mps" else torch.float64
     # One sum per completion, in a fixed order: an atomic scatter would not be reproducible on a GPU.
     return torch.stack([completion.sum(0) for completion in scores.to(dtype).split(layout.lengths)])
+
+
+def completion_states(model: PreTrainedModel, layout: Layout) -> Tensor:
+    """Return the hidden states that predict the scored tokens of a layout, (N, hidden size).
+
+    Args:
+        model: Model with a decoder.
+        layout: Layout with N predictions.
+    """
+    backbone = model.get_decoder()
+    config = backbone.config
+    with span_attention(config) if layout.spans else nullcontext():
+        output = backbone(input_ids=layout.input_ids, use_cache=False, **attention_inputs(layout, config))
+    states: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, layout.hidden_index)
+    return states
 
 
 def _logits(hidden: Tensor, model: PreTrainedModel) -> Tensor:
@@ -122,33 +133,34 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         return logps.exp().mul_(-grad).scatter_add_(-1, targets[:, None], grad), None
 
 
-def add_layout_forward(model: CausalLM) -> None:
+def add_layout_forward(model: CausalLM, score: Score = completion_logps) -> None:
     """Make `model(layout=...)` return completion log-probabilities; other calls are unchanged.
 
-    `model(layout=..., score=...)` returns what a function of the model and the layout returns, instead.
+    `model(layout=..., score=...)` returns what another function of the model and the layout returns.
 
     Hidden states, gather and head must run inside the forward of the module that is wrapped: calling the backbone of
     a DistributedDataParallel model directly skips gradient synchronization without any error. So the forward of
     this instance is extended in place.
 
     Args:
-        model: Model, changed in place.
+        model: Model, changed in place; one that was changed before stays as it is.
+        score: What a call without a `score` returns; for a model with another head, not log-probabilities.
 
     Raises:
         ModelError: If the model isn't a causal language model with a head.
     """
     model = unwrap_adapter(model)
-    if model.get_output_embeddings() is None or model.get_decoder() is model:
-        raise ModelError(f"{type(model).__name__} has no language-model head; bfpo trains causal language models")
     if getattr(model.forward, "takes_layout", False):
         return
+    if score is completion_logps and (model.get_output_embeddings() is None or model.get_decoder() is model):
+        raise ModelError(f"{type(model).__name__} has no language-model head; bfpo trains causal language models")
     original_forward: Callable[..., Any] = model.forward
 
     def forward(
         self: PreTrainedModel,
         *args: Any,
         layout: Layout | None = None,
-        score: Score = completion_logps,
+        score: Score = score,
         **kwargs: Any,
     ) -> Any:
         return original_forward(*args, **kwargs) if layout is None else score(self, layout)

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -17,12 +17,15 @@ from bfpo.errors import MissingExtra, ModelError, RecipeError
 CausalLM: TypeAlias = PreTrainedModel | PeftModel
 
 
-def lora_config(section: LoraSection, *, revision: str | None = None) -> LoraConfig:
+def lora_config(
+    section: LoraSection, *, revision: str | None = None, task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+) -> LoraConfig:
     """Return peft's configuration of a recipe's `lora` section.
 
     Args:
         section: The `lora` section.
         revision: Hub revision of the base model, saved with the adapter so that it is later loaded on that base.
+        task_type: Kind of the model; peft trains and saves the head of a `SEQ_CLS` model with the adapter.
     """
     return LoraConfig(
         revision=revision,
@@ -30,7 +33,7 @@ def lora_config(section: LoraSection, *, revision: str | None = None) -> LoraCon
         lora_alpha=section.alpha,
         lora_dropout=0.0,
         target_modules=section.target_modules,
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
 
 

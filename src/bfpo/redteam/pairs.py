@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from bfpo.core.conversation import Answer, Message, in_nfc
-from bfpo.core.pairs import CELLS, Cell, PairSignals, PreferencePair, Provenance, SafetyLabels
+from bfpo.core.pairs import CELLS, Cell, CutAnswers, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.core.samples import Completion, Verdict
 
 
@@ -39,7 +39,12 @@ def fallback_helpfulness(completion: Completion, verdict: Verdict) -> tuple[floa
 
 
 def make_pairs(
-    samples: Sequence[ScoredSample], *, per_prompt: int, quota: Mapping[Cell, int], dataset_name: str
+    samples: Sequence[ScoredSample],
+    *,
+    per_prompt: int,
+    quota: Mapping[Cell, int],
+    dataset_name: str,
+    keep_cut: bool = False,
 ) -> tuple[list[PreferencePair], Counter[str]]:
     """Return preference pairs, and the number of left-out samples and pairs by reason.
 
@@ -51,12 +56,13 @@ def make_pairs(
         per_prompt: Maximum number of pairs of a prompt.
         quota: Cell → maximum number of pairs.
         dataset_name: Provenance of the pairs.
+        keep_cut: Whether answers that were cut at their maximum length are used, too.
     """
     left_out: Counter[str] = Counter()
     by_prompt: dict[str, dict[Answer, ScoredSample]] = {}
     for sample in samples:
         prompt_id, answer = sample.completion.prompt_id, _as_compared(sample.completion.message)
-        if reason := _why_left_out(sample, answer in by_prompt.get(prompt_id, {})):
+        if reason := _why_left_out(sample, answer in by_prompt.get(prompt_id, {}), keep_cut):
             left_out[reason] += 1
         else:
             by_prompt.setdefault(prompt_id, {})[answer] = sample
@@ -80,7 +86,7 @@ def make_pairs(
     return pairs, left_out
 
 
-def _why_left_out(sample: ScoredSample, is_duplicate: bool) -> str | None:
+def _why_left_out(sample: ScoredSample, is_duplicate: bool, keep_cut: bool) -> str | None:
     completion = sample.completion
     if completion.lacks_answer:
         return (
@@ -92,7 +98,7 @@ def _why_left_out(sample: ScoredSample, is_duplicate: bool) -> str | None:
         return f"answer {completion.finish_reason} by the server"
     if completion.message.is_empty:
         return "answer empty"
-    if completion.finish_reason == "length":
+    if completion.finish_reason == "length" and not keep_cut:
         return "answer cut"
     if sample.helpfulness is None:
         return "helpfulness unknown"
@@ -139,4 +145,5 @@ def _make_pair(better: ScoredSample, worse: ScoredSample, dataset_name: str) -> 
         tuple(sorted({verdict.category for verdict in verdicts if verdict.category})),
         Provenance(dataset_name, f"{better.verdict.judge}@{better.verdict.revision}", "main"),
         better.completion.inputs,
+        cut=CutAnswers(*(sample.completion.finish_reason == "length" for sample in (better, worse))),
     )

@@ -35,6 +35,8 @@ class RedteamRecipe(Section):
     """Probability mass of nucleus sampling."""
     max_new_tokens: Count = 256
     """Maximum length of an answer, in tokens."""
+    keep_cut: bool = False
+    """Whether answers that were cut at `max_new_tokens` make pairs, too; training then doesn't score their end."""
     seed: int = 0
     """Seed of the sampling."""
     attack: AttackSpec | None = None

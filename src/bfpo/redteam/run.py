@@ -96,6 +96,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
     )
     show_unanswered(missing)
     show_outcomes(completions)
+    _show_cut(completions, recipe)
     left_out = Counter(f"prompt unanswered: {reason}" for reason in missing.values())
     verdicts = judge_completions(judge, completions, judge_file(out, "verdicts", judge.name, judge.revision))
     num_prompts, originals, attack = len(prompts), dict[str, Prompt](), None
@@ -112,11 +113,16 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
         left_out.update(guided_left_out)
     samples = _rate(rater, judge, [*completions, *guided], verdicts, out)
     pairs, pairs_left_out = make_pairs(
-        samples, per_prompt=recipe.per_prompt, quota=recipe.quota, dataset_name=f"redteam-{Path(model.path).name}"
+        samples,
+        per_prompt=recipe.per_prompt,
+        quota=recipe.quota,
+        dataset_name=f"redteam-{Path(model.path).name}",
+        keep_cut=recipe.keep_cut,
     )
     left_out += pairs_left_out
     if not pairs:
-        raise DataError(f"no pair could be made: {dict(left_out)}; try more samples or a higher temperature")
+        hint = "; `keep_cut: true` uses cut answers" if left_out["answer cut"] else ""
+        raise DataError(f"no pair could be made: {dict(left_out)}; try more samples or a higher temperature{hint}")
     path = out / "pairs.jsonl"
     write_jsonl(path, (pair.to_row() for pair in pairs))
     labeled = {(pair.prompt, text) for pair in pairs for text in pair.answers}
@@ -146,6 +152,15 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
     )
     _show(pairs, left_out, cost, path)
     return path
+
+
+def _show_cut(completions: Sequence[Completion], recipe: RedteamRecipe) -> None:
+    num_cut = sum(completion.finish_reason == "length" for completion in completions)
+    if num_cut and not recipe.keep_cut:
+        say(
+            f"{num_cut} of {len(completions)} answers were cut at {recipe.max_new_tokens} tokens and make no pairs; "
+            "raise `max_new_tokens`, or use them with `keep_cut: true`"
+        )
 
 
 def _spent(meter: Meter) -> dict[str, float]:

@@ -15,8 +15,8 @@ FOLDS = 5
 FEWEST_PROMPTS = 10
 BY_WILSON = "95 % Wilson"
 BY_PROMPT = "95 % bootstrap over prompts; at 0 and 1 Wilson, a prompt as one trial"
-# Fewer than for other statistics, because each resample of an AUROC weights every answer.
-_AUROC_RESAMPLES = 1000
+# Fewer than for other statistics: a resample of an AUROC weights every answer, that of a calibration error ten bins.
+_FEWER_RESAMPLES = 1000
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -125,7 +125,7 @@ def auroc(labels: Bools, p: Floats, prompts: Sequence[str]) -> Interval:
         areas = np.array([_area(row[group], labels, level, len(levels)) for row in weights])
         return np.asarray(areas.reshape(drawn.shape[:-1]))
 
-    return bootstrap(area, groups.astype(np.float64), resamples=_AUROC_RESAMPLES)
+    return bootstrap(area, groups.astype(np.float64), resamples=_FEWER_RESAMPLES)
 
 
 def _area(weights: NDArray[np.int64], labels: Bools, level: NDArray[np.int64], num_levels: int) -> float:
@@ -141,10 +141,65 @@ def calibration_error(labels: Bools, p: Floats) -> float:
 
     Source: Guo et al. 2017 (arXiv 1706.04599), equation 3, on the probability of yes.
     """
-    bins = np.minimum((p * BINS).astype(int), BINS - 1)
+    bins = _bins(p)
     return float(
         sum(abs(p[bins == b].mean() - labels[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins))
     )
+
+
+def calibration_interval(labels: Bools, p: Floats, prompts: Sequence[str]) -> Interval:
+    """Return the expected calibration error with its bootstrap interval over prompts.
+
+    The estimate is never below 0, so chance raises it, in resamples more than in the sample: the interval of a
+    calibrated judge with few answers is above 0 and may be above the estimate.
+
+    Args:
+        labels: Human labels, (N,).
+        p: Probabilities of yes, (N,).
+        prompts: Prompt of each answer, N.
+    """
+    group = np.unique(list(prompts), return_inverse=True)[1]
+    in_bin = _bins(p) == np.arange(BINS)[:, None]
+    by_bin = [np.bincount(group, weights=(p - labels) * mask) for mask in in_bin]
+
+    def error(drawn: Floats) -> Floats:
+        *differences, count = drawn.sum(axis=-1)
+        return np.asarray(np.abs(differences).sum(axis=0) / count)
+
+    counts = np.bincount(group).astype(np.float64)
+    return bootstrap(error, np.stack([*by_bin, counts]), resamples=_FEWER_RESAMPLES)
+
+
+class ReliabilityBin(NamedTuple):
+    """Answers whose probability of yes is in one of ten bins of equal width.
+
+    Args:
+        low: Lower end of the bin.
+        n: Number of answers.
+        mean_p: Their mean probability.
+        share: Share of them that is labeled yes, with its interval over prompts.
+    """
+
+    low: float
+    n: int
+    mean_p: float
+    share: Interval
+
+
+def reliability(labels: Bools, p: Floats, prompts: Sequence[str]) -> list[ReliabilityBin]:
+    """Return the bins of a reliability diagram that have answers; arguments as for `calibration_interval`."""
+    bins = []
+    for index in np.unique(_bins(p)):
+        mask = _bins(p) == index
+        of_bin = _select(prompts, mask)
+        share = _recall(labels[mask], of_bin, single=len(set(of_bin)) == len(of_bin))
+        assert share is not None
+        bins.append(ReliabilityBin(float(index) / BINS, int(mask.sum()), float(p[mask].mean()), share))
+    return bins
+
+
+def _bins(p: Floats) -> NDArray[np.int64]:
+    return np.minimum((p * BINS).astype(np.int64), BINS - 1)
 
 
 def kappa(ours: Sequence[bool | None], theirs: Sequence[bool | None]) -> float | None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from bfpo.config.recipes import LayoutSection
-from bfpo.data.table import PairTable, TokenTable
+from bfpo.data.table import TokenTable
 from bfpo.model.layout import Layout, packed_layout, packs, padded_layout
-from bfpo.training.streams import Rows, WeightedRow
+from bfpo.training.streams import WeightedRow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,7 +22,7 @@ class Batch:
         layout: Layout of the completions of all examples, example by example.
         weights: Weight of each example in the loss, (n,) float64; 0 for a row that only completes a process's last
             batch.
-        columns: Other columns that the loss needs, name → (n,).
+        columns: Other columns that the loss needs, name → (n, ...).
         row_ids: Row ids of the examples, for messages; empty for a filler.
     """
 
@@ -85,20 +84,6 @@ class Collator:
         return Batch(
             layout=layout,
             weights=torch.tensor([row.weight for row in rows], dtype=torch.float64),
-            columns=self._columns(indices),
+            columns={name: torch.from_numpy(array[indices]) for name, array in self.table.columns.items()},
             row_ids=tuple(self.table.row_ids[index] for index in indices.tolist()),
         )
-
-    def _columns(self, indices: Rows) -> dict[str, Tensor]:
-        if not isinstance(self.table, PairTable):
-            return {}
-        arrays: dict[str, np.ndarray[Any, Any]] = {
-            "chosen_safe": self.table.chosen_safe,
-            "rejected_safe": self.table.rejected_safe,
-            "cells": self.table.cells,
-            "is_buffer": self.table.is_buffer,
-            **self.table.signals,
-        }
-        if self.table.reference_logps is not None:
-            arrays["ref_chosen_logps"], arrays["ref_rejected_logps"] = self.table.reference_logps.T
-        return {name: torch.from_numpy(array[indices]) for name, array in arrays.items()}

@@ -11,9 +11,9 @@ _TEXT = """
 {method} from `{start}` with [bfpo](https://arxiv.org/abs/2408.15313) {version}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{path}")
+model = {auto_class}.from_pretrained("{path}")
 tokenizer = AutoTokenizer.from_pretrained("{path}")
 ```
 
@@ -33,13 +33,24 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 
 ## Limits
 
-The evaluation above uses log-probabilities on held-out pairs. They show whether the model prefers the better answer,
-not what it writes. Before you use the model, generate answers to harmful and to benign prompts and judge both: a
-model can become safer by refusing everything.
+{limits}
 
 The full recipe is in `recipe.resolved.yaml`; counts of everything dropped are in `data_manifest.json`; versions,
 hardware and seeds in `run.json`.
 """
+
+
+_LIMITS = """
+The evaluation above uses log-probabilities on held-out pairs. They show whether the model prefers the better answer,
+not what it writes. Before you use the model, generate answers to harmful and to benign prompts and judge both: a
+model can become safer by refusing everything.
+"""
+_SCORE_LIMITS = """
+Each score is a sequence classifier with one output, in a folder of its own. A cost above 0 is unsafe; rewards order
+answers to one prompt. The evaluation above is on pairs of the same data. Scores of another model's answers, above all
+of one that was trained on these scores, may be wrong more often: compare them with human labels (`bfpo judge eval`).
+"""
+_METHODS = {"train": "Preference-trained", "sft": "Fine-tuned", "score train": "Score model, trained"}
 
 
 def model_card(run: dict[str, Any], sources: list[dict[str, Any]], out: Path) -> str:
@@ -59,26 +70,36 @@ def model_card(run: dict[str, Any], sources: list[dict[str, Any]], out: Path) ->
         for source in sources
         if not source["files"] and isinstance(source["source"]["path"], str)
     ]
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["bfpo", run["command"]]}
+    is_scorer = run["command"] == "score train"
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["bfpo", run["command"].replace(" ", "-")]}
     if "/" in start and not Path(start).exists():
         front["base_model"] = start
     if hub_sources:
         front["datasets"] = sorted(set(hub_sources))
     text = _TEXT.format(
         name=out.name,
-        method="Preference-trained" if run["command"] == "train" else "Fine-tuned",
+        method=_METHODS[run["command"]],
+        auto_class="AutoModelForSequenceClassification" if is_scorer else "AutoModelForCausalLM",
         start=start,
         version=run["versions"]["bfpo"],
-        path=out,
+        path=out / next(name for name, on in run["recipe"]["heads"].items() if on) if is_scorer else out,
         sources="\n".join(_source_row(source) for source in sources),
         streams=_streams(run),
         steps=run["steps"],
         trained=run["trained"]["parameters"],
         total=run["trained"]["of"],
-        loss=f"Loss: `{run['recipe']['loss']}`." if "loss" in run["recipe"] else "Loss: mean over completion tokens.",
+        loss=_loss(run["recipe"]),
+        limits=(_SCORE_LIMITS if is_scorer else _LIMITS).strip(),
         evaluation=_evaluation(run),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{text}"
+
+
+def _loss(recipe: dict[str, Any]) -> str:
+    if "heads" in recipe:
+        names = ("heads", "regularization", "center_rewards_coefficient", "buffer_weight")
+        return f"Loss: `{ {name: recipe[name] for name in names} }`."
+    return f"Loss: `{recipe['loss']}`." if "loss" in recipe else "Loss: mean over completion tokens."
 
 
 def _start_model(model: dict[str, Any]) -> str:
@@ -95,7 +116,7 @@ def _source_row(source: dict[str, Any]) -> str:
 
 
 def _streams(run: dict[str, Any]) -> str:
-    if run["command"] != "train":
+    if run["command"] == "sft":
         return ""
     lines = ["Pairs by cell (`chosen` means more helpful; `us`: chosen unsafe, rejected safe):", ""]
     lines += ["| stream | ss | su | us | uu |", "|---|---|---|---|---|"]
@@ -105,15 +126,29 @@ def _streams(run: dict[str, Any]) -> str:
 
 
 def _evaluation(run: dict[str, Any]) -> str:
-    if run["command"] != "train":
+    if run["command"] == "sft":
         loss = run["evaluation"].get("eval_loss")
         return "" if loss is None else f"Held-out completions: {loss:.3f} nats per token."
     if not run["evaluation"]:
         return "Nothing was held out, so nothing was evaluated."
+    if run["command"] == "score train":
+        return _score_evaluation(run["evaluation"])
     lines = ["| held-out stream | cell | pairs | mean margin (nats) | sign agreement |", "|---|---|---|---|---|"]
     for stream, results in run["evaluation"].items():
         for cell, metrics in results["cells"].items():
             if metrics["pairs"]:
                 agreement = "" if metrics["sign_agreement"] is None else f"{metrics['sign_agreement']:.1%}"
                 lines.append(f"| {stream} | {cell} | {metrics['pairs']} | {metrics['margin']:+.2f} | {agreement} |")
+    return "\n".join(lines)
+
+
+def _score_evaluation(evaluation: dict[str, Any]) -> str:
+    lines = ["| held-out stream | score | metric | value, 95 % interval over prompts |", "|---|---|---|---|"]
+    for stream, results in evaluation.items():
+        for name in ("reward", "cost"):
+            for metric in ("order_accuracy", "sign_accuracy", "unsafe_recall", "safe_recall", "calibration_error"):
+                if (interval := results.get(name, {}).get(metric)) is not None:
+                    value, low, high = interval
+                    title = metric.replace("_", " ")
+                    lines.append(f"| {stream} | {name} | {title} | {value:.3f} [{low:.3f}, {high:.3f}] |")
     return "\n".join(lines)

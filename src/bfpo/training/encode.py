@@ -17,7 +17,7 @@ from bfpo.data.load import SourceReport
 from bfpo.data.pair_formats import read_demonstration, read_pair
 from bfpo.data.prepare import require_labels
 from bfpo.data.rows import SourceRow, without_padding
-from bfpo.data.table import Example, PairTable, TokenTable, pair_table, token_table
+from bfpo.data.table import Example, PairTable, TokenTable, harm_categories, pair_table, token_table
 from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import DataError
 from bfpo.losses.pairwise import PairLoss
@@ -108,6 +108,7 @@ def encode_pairs(
     loss: PairLoss,
     tokenizer: PreTrainedTokenizerBase,
     text: TextSection | None = None,
+    categories: Sequence[str] | None = None,
 ) -> PairTable:
     """Tokenize labeled pairs; pairs that the loss doesn't train on are left out.
 
@@ -116,16 +117,20 @@ def encode_pairs(
         loss: Loss to train with.
         tokenizer: Tokenizer with a chat template.
         text: Maximum length, truncation and chat template.
+        categories: Harm categories that the loss distinguishes; None for those of the pairs.
 
     Raises:
-        DataError: If a pair is unlabeled or doesn't fit, or no pairs are left.
+        DataError: If a pair is unlabeled or doesn't fit, no pairs are left, or none has a category and the loss needs
+            them.
     """
     require_labels(pairs)
     trained = [pair for pair in pairs if pair.labels is not None and loss.keeps(pair.labels)]
     if len(trained) < len(pairs):
         logger.warning("%s leaves out %d of %d pairs", type(loss).__name__, len(pairs) - len(trained), len(pairs))
     trained, examples = _encode(trained, tokenizer, text, "pairs")
-    return pair_table(examples, trained)
+    return pair_table(
+        examples, trained, categories=trained_categories(trained, loss) if categories is None else categories
+    )
 
 
 def encode_demonstrations(
@@ -155,6 +160,23 @@ def _encode(
         raise DataError(f"there are no {name} to train on")
     check_special_tokens(examples, tokenizer)
     return encoded, examples
+
+
+def trained_categories(pairs: Sequence[PreferencePair], loss: PairLoss) -> tuple[str, ...]:
+    """Return the names of the harm categories of pairs; none if the loss doesn't distinguish them.
+
+    Raises:
+        DataError: If the loss does, and no pair has one.
+    """
+    if "categories" not in loss.needs:
+        return ()
+    names = harm_categories(pairs)
+    if not names:
+        raise DataError(
+            f"{type(loss).__name__} needs pairs with `harm_categories`, and no pair has any; add the column to the "
+            "data, or choose another loss"
+        )
+    return names
 
 
 def require_signals(table: PairTable, loss: PairLoss) -> None:

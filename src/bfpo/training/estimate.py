@@ -1,6 +1,6 @@
 """Memory of a run, estimated before any weights are loaded."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from bfpo.model.load import empty_model
 from bfpo.model.logps import CHUNK, MAX_KEPT_LOGITS
 from bfpo.model.lora import CausalLM, add_adapter, is_adapter, lora_config
 from bfpo.model.reference_cache import prefers_cache
+from bfpo.model.score_heads import add_score_heads
 from bfpo.model.selective import Selection, select_parameters
 
 _BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -50,6 +51,7 @@ def estimate(
     lora: LoraSection | None,
     reference: ReferenceKind | None,
     micro_batch_tokens: int,
+    heads: int | None = None,
 ) -> Estimate | None:
     """Return an estimate that needs only the model's configuration; None if the model is an adapter.
 
@@ -60,6 +62,7 @@ def estimate(
         lora: New adapter to train instead.
         reference: Kind of reference of the recipe; None for supervised fine-tuning.
         micro_batch_tokens: Maximum number of tokens fed at a time, padding included.
+        heads: Number of score heads in place of the language-model head; None for a language model.
 
     Raises:
         ModelError: If the configuration can't be loaded, or a pattern matches no parameter.
@@ -67,11 +70,14 @@ def estimate(
     if section.path is not None and is_adapter(section.path, section.revision):
         return None
     model = empty_model(section, vocab_size=len(tokenizer))
+    if heads is not None:
+        model = add_score_heads(model, heads, pad_id=None, seed=0)
     config = model.config.get_text_config()
     weights = _weight_bytes(model, section)
     if lora is not None:
         with torch.device("meta"):
-            model = add_adapter(model, lora_config(lora), seed=0)
+            task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM" if heads is None else "SEQ_CLS"
+            model = add_adapter(model, lora_config(lora, task_type=task_type), seed=0)
     selection = select_parameters(model, train_only)
     copies = reference == "shared" or (reference == "auto" and lora is None and not prefers_cache(model))
     per_weight = _BYTES_PER_WEIGHT[section.dtype]
@@ -80,12 +86,13 @@ def estimate(
     # Per token, layer and hidden unit about 34 bytes are kept for the backward pass at 16 bits (Korthikanti et al.,
     # arXiv 2205.05198), twice that at 32; the head keeps float32 logits and their gradient, all or a chunk.
     hidden_states = micro_batch_tokens * config.num_hidden_layers * config.hidden_size * 34 * per_weight / 2
+    logits = 0 if heads is not None else max(CHUNK * config.vocab_size, MAX_KEPT_LOGITS)
     return Estimate(
         selection=selection,
         weights=weights + (selection.trained * per_trained if lora is not None else 0.0),
         training=selection.trained * 3 * per_trained,
         reference=selection.trained * per_trained if copies else 0.0,
-        activations=hidden_states + 2 * 4 * max(CHUNK * config.vocab_size, MAX_KEPT_LOGITS),
+        activations=hidden_states + 2 * 4 * logits,
     )
 
 

@@ -4,16 +4,15 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from bfpo.config.losses import BFPOSection, LabelErrorsSection
-from bfpo.config.recipes import TrainRecipe
+from bfpo.config.recipes import ScoreLabelsSection, TrainRecipe
 from bfpo.core.files import file_hash
 from bfpo.core.terminal import say
-from bfpo.data.load import Reason
-from bfpo.data.prepare import PreparedData
-from bfpo.data.score_labels import Draw, is_reordered, require_scores
+from bfpo.data.score_labels import Draw
 from bfpo.errors import RecipeError
+from bfpo.losses.baselines import SoftLabels
 from bfpo.losses.build import make_loss
 from bfpo.losses.dual import Dual, check_beta, dual_path, feasible_multiplier, read_dual
-from bfpo.losses.pairwise import BFPO, PairLoss, SoftLabels
+from bfpo.losses.pairwise import BFPO, PairLoss
 
 
 class ScoreLabels(NamedTuple):
@@ -60,14 +59,14 @@ def resolve_loss_files(recipe: TrainRecipe) -> TrainRecipe:
 
 
 def read_score_labels(recipe: TrainRecipe) -> ScoreLabels | None:
-    """Return the preferences that `labels` asks for; None if the data's order counts.
+    """Return the preferences from scores that `labels` asks for; None if it doesn't.
 
     Raises:
         DataError: If the file of the multiplier is missing or malformed.
         RecipeError: If its multiplier isn't one for the scores of pairs, or for the beta of the loss.
     """
     section = recipe.labels
-    if section is None:
+    if not isinstance(section, ScoreLabelsSection):
         return None
     where = f"labels.multiplier: {section.multiplier}"
     dual = read_dual(section.multiplier)
@@ -87,29 +86,3 @@ def build_loss(recipe: TrainRecipe, labels: ScoreLabels | None) -> PairLoss:
     """Return the loss of a recipe, on soft labels if it asks for them."""
     loss = make_loss(recipe.loss.model_dump())
     return SoftLabels(loss.beta, loss) if labels is not None and labels.draw == "soft" else loss
-
-
-def relabel(prepared: PreparedData, labels: ScoreLabels) -> dict[str, Any]:
-    """Reorder pairs by their scores, in place, and count those that were.
-
-    Returns:
-        What `data_manifest.json` says about it.
-
-    Raises:
-        DataError: If a pair has no scores.
-    """
-    require_scores([*prepared.train, *prepared.eval])
-    num_pairs = num_reordered = 0
-    for part in prepared.parts:
-        for pairs in (part.train, part.eval):
-            reordered = is_reordered(pairs, labels.dual, labels.draw, seed=labels.seed)
-            num_pairs, num_reordered = num_pairs + len(pairs), num_reordered + int(reordered.sum())
-            for index in reordered.nonzero()[0]:
-                part.report.noted[Reason("reordered by its scores", pairs[index].cell)] += 1
-                pairs[index] = pairs[index].swapped()
-    measure = labels.dual.constraint.measure
-    say(
-        f"labels from reward - {labels.metadata['lambda']:.6g}·{measure} ({labels.draw}): {num_reordered:,} of "
-        f"{num_pairs:,} pairs were reordered"
-    )
-    return labels.metadata | {"pairs": num_pairs, "reordered": num_reordered}

@@ -1,6 +1,6 @@
 """Checks of a recipe against the shape of its model, before data are read or anything is trained."""
 
-from bfpo.config.recipes import SftRecipe, TrainRecipe
+from bfpo.config.recipes import ScoreRecipe, SftRecipe, TrainRecipe
 from bfpo.errors import ModelError, RecipeError
 from bfpo.losses.build import make_loss
 from bfpo.model.load import empty_model
@@ -10,7 +10,7 @@ from bfpo.training.arguments import check_options
 from bfpo.training.reference_pass import resolve_reference
 
 
-def check_against_model(recipe: TrainRecipe | SftRecipe) -> None:
+def check_against_model(recipe: TrainRecipe | SftRecipe | ScoreRecipe) -> None:
     """Check everything in a recipe that depends on the model, with a model without weights.
 
     A start model that the recipe fine-tunes first (`model.sft`) is checked too, because it may take hours to train.
@@ -27,7 +27,7 @@ def check_against_model(recipe: TrainRecipe | SftRecipe) -> None:
     _trained_shape(recipe)
 
 
-def _trained_shape(recipe: TrainRecipe | SftRecipe) -> CausalLM:
+def _trained_shape(recipe: TrainRecipe | SftRecipe | ScoreRecipe) -> CausalLM:
     """Return the model that a recipe trains, without weights, after checking what is trained."""
     section = recipe.model
     sft = recipe.model.sft if isinstance(recipe, TrainRecipe) else None

@@ -1,7 +1,7 @@
 """The work of `bfpo train`: from a recipe to a checkpoint and its metadata."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -18,7 +18,7 @@ from bfpo.data.inspect import show_cells, show_samples, show_sources
 from bfpo.data.load import Reason
 from bfpo.data.prepare import PreparedData, prepare, require_labels
 from bfpo.data.score_labels import score_margins
-from bfpo.data.table import Example, PairTable, pair_table, sampled_rows
+from bfpo.data.table import Example, PairTable, TokenTable, pair_table, sampled_rows
 from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import DataError, RecipeError
 from bfpo.losses.build import make_loss
@@ -28,13 +28,14 @@ from bfpo.model.gguf import gguf_metadata
 from bfpo.model.lora import CausalLM, lora_config
 from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
-from bfpo.training.encode import require_signals
+from bfpo.training.encode import require_signals, trained_categories
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
-from bfpo.training.loss_files import build_loss, read_score_labels, relabel, resolve_loss_files
+from bfpo.training.loss_files import build_loss, read_score_labels, resolve_loss_files
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
 from bfpo.training.probe import Answers, Probe, show_probe
 from bfpo.training.reference_pass import on_device
+from bfpo.training.relabel import relabel
 from bfpo.training.run_sft import load_or_train_sft
 from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
 from bfpo.training.trainer import BFPOTrainer, check_tail
@@ -167,7 +168,7 @@ def _prepare_inputs(
     labels = read_score_labels(recipe)
     loss = build_loss(recipe, labels)
     prepared = prepare(recipe, limit=limit, log=say)
-    label_metadata = {} if labels is None else {"labels": relabel(prepared, labels)}
+    label_metadata = relabel(recipe, prepared, labels)
     remove_untrained(prepared, loss)
     cache = Path(str(args.output_dir)).parent / "cache"
     model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run)
@@ -178,7 +179,7 @@ def _prepare_inputs(
     dual = labels.dual if labels is not None else None
     tables = tokenize_pairs(recipe, prepared, tokenizer, loss, cache=tokens, clock=clock, dual=dual)
     show_data(prepared, tables, loss)
-    _check_evaluation(args, tables)
+    check_evaluation(args, tables.eval)
     check_vocabulary(model_section, tokenizer, [tables.train, *tables.eval.values()])
     _show_plan_and_memory(recipe, args, model_section, tokenizer, tables.train)
     manifest = prepared.manifest() | label_metadata
@@ -195,11 +196,11 @@ def _resolve_model_section(
     return load_or_train_sft(recipe, prepared.eval, cache)
 
 
-def _check_evaluation(args: TrainingArguments, tables: Tables) -> None:
+def check_evaluation(args: TrainingArguments, tables: Mapping[str, TokenTable]) -> None:
     """Check that there are data to evaluate on if needed, and name the metric of the best model as it is logged."""
-    if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables.eval:
-        args.metric_for_best_model = f"eval_{next(iter(tables.eval))}_loss"
-    if args.eval_strategy != "no" and not tables.eval:
+    if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables:
+        args.metric_for_best_model = f"eval_{next(iter(tables))}_loss"
+    if args.eval_strategy != "no" and not tables:
         raise RecipeError("trainer.eval_strategy needs data to evaluate on, and there are none; set holdout")
 
 
@@ -338,9 +339,11 @@ def tokenize_pairs(
     if use_scores and any(pair.signals.chosen_safety_score is None for pair in (*train_pairs, *held_out[0])):
         raise DataError("safety: scores needs chosen_safety_score and rejected_safety_score for every pair")
 
+    categories = trained_categories(train_pairs, loss)
+
     def as_table(examples: Sequence[Example], pairs: Sequence[PreferencePair]) -> PairTable:
         margins = None if dual is None else score_margins(pairs, dual)
-        return pair_table(examples, pairs, use_scores=use_scores, score_margins=margins)
+        return pair_table(examples, pairs, use_scores=use_scores, score_margins=margins, categories=categories)
 
     table = as_table(train_examples, train_pairs)
     eval_tables = _evaluation_tables(*held_out, max_eval=recipe.max_eval, as_table=as_table)

@@ -32,6 +32,15 @@ class StepRows(NamedTuple):
     buffer: Rows
 
 
+def mean_weights(rows: StepRows, buffer_weight: float) -> tuple[Weights, Weights]:
+    """Return the weights of mean(main) + buffer_weight · mean(buffer), for the main rows and the buffer rows."""
+    main, buffer = rows
+    return (
+        np.full(len(main), 1 / max(len(main), 1)),
+        np.full(len(buffer), buffer_weight / max(len(buffer), 1)),
+    )
+
+
 class RowStream:
     """An endless, seeded sequence of rows in which every pass contains each row once.
 

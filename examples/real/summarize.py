@@ -1,0 +1,242 @@
+"""Tables of the comparison: `python examples/real/summarize.py`.
+
+Reads the records of the units, and writes `comparison.json` and `comparison.md` beside them.
+
+* A value of a method is the mean over its seeds, with Student's interval over seeds.
+* Refusals are recognized by their words. `judge-eval.json` has how often that is right on answers that were labeled;
+  rates of refusal are reported a second time, corrected for these errors, with their uncertainty.
+* A difference is paired over prompts: on each prompt, the mean over the seeds that both methods have. Its interval is
+  Student's over prompts, and the p-values of one metric are adjusted for the number of methods (Holm).
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from bfpo.core.files import write_json, write_text
+from bfpo.evaluation.comparisons import verdict_on
+from bfpo.stats.intervals import Interval, holm, t_interval
+from bfpo.stats.judge_error import JudgeErrors, corrected_rate
+from bfpo.stats.paired import paired_means
+
+HERE = Path(__file__).parent
+FOLDER = HERE.parents[1] / "benchmarks" / "results" / "real"
+Record = Mapping[str, Any]
+Scores = dict[str, float]
+
+
+class Metric(NamedTuple):
+    """A metric of a unit.
+
+    Args:
+        name: Name.
+        title: Heading of its column.
+        higher_is_better: Direction.
+        scores: Function from a record, and the record of the seed's base, to a value for each prompt or pair.
+    """
+
+    name: str
+    title: str
+    higher_is_better: bool
+    scores: Callable[[Record, Record], Scores]
+
+
+def _share(
+    kinds: Sequence[str], column: str, value: object
+) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Scores]:
+    def scores(record: Mapping[str, Any], base: Mapping[str, Any]) -> Scores:
+        return {
+            answer["prompt_id"]: float(answer[column] is value)
+            for answer in record["answers"]
+            if answer["kind"] in kinds
+        }
+
+    return scores
+
+
+def _logp_per_token(record: Record, base: Record) -> Scores:
+    return {pair["row_id"]: pair["chosen"] / pair["tokens"] for pair in record["held_out"]}
+
+
+def _prefers_chosen(record: Record, base: Record) -> Scores:
+    reference = {pair["row_id"]: pair["chosen"] - pair["rejected"] for pair in base["held_out"]}
+    return {
+        pair["row_id"]: float(pair["chosen"] - pair["rejected"] > reference[pair["row_id"]])
+        for pair in record["held_out"]
+    }
+
+
+METRICS = (
+    Metric("refused_harmful", "refused, harmful", True, _share(("harmful",), "refusal", True)),
+    Metric("over_refusal", "refused, look-alike", False, _share(("lookalike",), "refusal", True)),
+    Metric("refused_benign", "refused, benign", False, _share(("benign",), "refusal", True)),
+    Metric("degenerate", "degenerate", False, _share(("harmful", "lookalike", "benign"), "degenerate", True)),
+    Metric("logp", "log-prob. per token, held-out answers", True, _logp_per_token),
+    Metric("preference", "held-out preferences", True, _prefers_chosen),
+)
+
+
+REFUSALS = ("refused_harmful", "over_refusal", "refused_benign")
+"""Metrics that rest on the words of refusals."""
+
+
+def read_errors(path: Path) -> JudgeErrors:
+    """Return how often refusals are recognized, from the results of `bfpo judge eval`."""
+    judges = json.loads(path.read_text(encoding="utf-8"))["judges"]
+    (rule,) = (results for name, results in judges.items() if name.startswith("refusal-rule"))
+    counts = rule["refusal"]["all"]["counts"]
+    yes, no = counts["true_yes"] + counts["false_no"], counts["true_no"] + counts["false_yes"]
+    return JudgeErrors(counts["true_yes"] / yes, yes, counts["true_no"] / no, no)
+
+
+def read_records(folder: Path, part: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """Return the records of a part: method → seed → record."""
+    records: dict[str, dict[int, dict[str, Any]]] = {}
+    for file in sorted(folder.glob(f"*-{part}.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        records.setdefault(record["unit"]["method"], {})[record["unit"]["seed"]] = record
+    return records
+
+
+def summarize(
+    records: Mapping[str, Mapping[int, Record]], against: str, errors: JudgeErrors | None = None
+) -> dict[str, Any]:
+    """Return values by method and metric, and the differences from one method.
+
+    Args:
+        records: Method → seed → record.
+        against: Method that the others are compared with.
+        errors: Errors in recognizing refusals; None for no correction.
+    """
+    values: dict[str, Any] = {}
+    for method, by_seed in records.items():
+        values[method] = {"seeds": sorted(by_seed)} | {
+            metric.name: _over_seeds([_mean(metric, records, method, seed) for seed in sorted(by_seed)])
+            for metric in METRICS
+            if metric.name != "preference" or method not in ("base", "original")
+        }
+        if errors is not None:
+            values[method]["corrected"] = {
+                name: corrected_rate(values[method][name]["mean"], _num_prompts(by_seed, name), errors)._asdict()
+                for name in REFUSALS
+            }
+    differences: dict[str, Any] = {}
+    for metric in METRICS:
+        compared = {}
+        for method in records:
+            if method == against or (metric.name == "preference" and method in ("base", "original")):
+                continue
+            if seeds := sorted(records[method].keys() & records.get(against, {}).keys()):
+                compared[method] = paired_means(
+                    _over_prompts(metric, records, against, seeds), _over_prompts(metric, records, method, seeds)
+                )
+        adjusted = holm([p_value for _, p_value in compared.values()])
+        differences[metric.name] = {
+            method: _difference(interval, p_value, metric)
+            for (method, (interval, _)), p_value in zip(compared.items(), adjusted, strict=True)
+        }
+    return {"against": against, "values": values, "differences": differences}
+
+
+def as_markdown(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """Return the tables as Markdown; differences that speak against the method come first."""
+    against = summary["against"]
+    head = ["method", "seeds", *(metric.title for metric in METRICS)]
+    rows = [
+        [
+            titles.get(method, method),
+            str(len(values["seeds"])),
+            *(_cell(values.get(metric.name)) for metric in METRICS),
+        ]
+        for method, values in summary["values"].items()
+    ]
+    text = f"# Comparison on SmolLM2-135M-Instruct\n\n{_table(head, rows)}\n"
+    if any("corrected" in values for values in summary["values"].values()):
+        head = ["method", *(metric.title for metric in METRICS if metric.name in REFUSALS)]
+        rows = [
+            [titles.get(method, method), *(_cell(_as_mean(values["corrected"][name])) for name in REFUSALS)]
+            for method, values in summary["values"].items()
+        ]
+        text += f"\n## Corrected for the errors in recognizing refusals\n\n{_table(head, rows)}\n"
+    text += f"\n## {titles[against]} against the others\n\n"
+    order = {"worse": 0, "better": 1, "not distinguishable": 2}
+    lines = [
+        (order[difference["verdict"]], [titles.get(method, method), metric.title, *_difference_cells(difference)])
+        for metric in METRICS
+        for method, difference in summary["differences"][metric.name].items()
+    ]
+    head = ["compared with", "metric", "difference", "p, adjusted", f"{titles[against]} is"]
+    return text + _table(head, [line for _, line in sorted(lines, key=lambda line: line[0])]) + "\n"
+
+
+def _num_prompts(by_seed: Mapping[int, Record], name: str) -> int:
+    (metric,) = (metric for metric in METRICS if metric.name == name)
+    record = next(iter(by_seed.values()))
+    return len(metric.scores(record, record))
+
+
+def _mean(metric: Metric, records: Any, method: str, seed: int) -> float:
+    return float(np.mean(list(metric.scores(records[method][seed], _base(records, seed)).values())))
+
+
+def _base(records: Any, seed: int) -> Any:
+    bases = records["base"]
+    return bases.get(seed) or next(iter(bases.values()))
+
+
+def _over_prompts(metric: Metric, records: Any, method: str, seeds: Iterable[int]) -> Any:
+    by_seed = [metric.scores(records[method][seed], _base(records, seed)) for seed in seeds]
+    return np.array([np.mean([scores[prompt] for scores in by_seed]) for prompt in sorted(by_seed[0])])
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+    if len(values) < 2:
+        return {"mean": values[0], "low": None, "high": None}
+    interval = t_interval(np.array(values))
+    return {"mean": interval.value, "low": interval.low, "high": interval.high}
+
+
+def _difference(interval: Interval, p_value: float, metric: Metric) -> dict[str, Any]:
+    verdict = verdict_on(interval, higher_is_better=metric.higher_is_better, p_value=p_value)
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "p": p_value, "verdict": verdict}
+
+
+def _as_mean(interval: Mapping[str, float]) -> dict[str, float | None]:
+    return {"mean": interval["value"], "low": interval["low"], "high": interval["high"]}
+
+
+def _cell(value: Mapping[str, float | None] | None) -> str:
+    if value is None or math.isnan(value["mean"] or 0):
+        return ""
+    interval = "" if value["low"] is None else f" [{value['low']:.2f}, {value['high']:.2f}]"
+    return f"{value['mean']:.2f}{interval}"
+
+
+def _difference_cells(difference: Mapping[str, Any]) -> list[str]:
+    interval = f"{difference['value']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
+    return [interval, f"{difference['p']:.3f}", difference["verdict"]]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main() -> None:
+    """Write the tables."""
+    protocol = yaml.safe_load((HERE / "protocol.yaml").read_text())
+    titles = {name: method["title"] for name, method in protocol["methods"].items()}
+    titles |= {"base": "fine-tuned model (start of all methods)", "original": "SmolLM2 as published"}
+    errors = read_errors(FOLDER / "judge-eval.json")
+    summary = summarize(read_records(FOLDER / "units", "test"), protocol["against"], errors)
+    write_json(FOLDER / "comparison.json", summary)
+    write_text(FOLDER / "comparison.md", as_markdown(summary, titles))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""`examples/real`: the whole job on a pretrained model, here on a tiny one and on invented rows."""
+
+import csv
+import hashlib
+import http.server
+import importlib
+import json
+import sys
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from bfpo.core.files import content_hash, write_json
+from bfpo.core.samples import Verdict, prompt_id
+from bfpo.errors import DataError
+
+FOLDER = Path(__file__).parents[1] / "examples" / "real"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+MODELS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
+COMPLIES, REFUSES = "1_full_compliance", "2_full_refusal"
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """Return a function that imports a module of the example."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    names = [file.stem for file in FOLDER.glob("*.py")]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def published(real, tmp_path):
+    """Write invented rows in the published form, and return source → file."""
+    sources, folder = real("sources"), tmp_path / "published"
+    rows = []
+    for number in range(20):
+        for kind in ("homonyms", "contrast_homonyms"):
+            label = COMPLIES if kind == "homonyms" else REFUSES
+            prompt = f"{kind.replace('_', ' ')} question {number}"
+            rows.append({"id": f"{kind}{number}", "type": kind, "prompt": prompt, "final_label": label})
+    for model in MODELS:
+        flipped = model == "mistralinstruct"
+        answers = []
+        for row in rows:
+            complies = (row["final_label"] == COMPLIES) != flipped
+            text = f"sure , {model} answers {row['id']}" if complies else f"i'm sorry , {model} can't"
+            answers.append(row | {"completion": text, "final_label": COMPLIES if complies else REFUSES})
+        write_rows(folder / "xstest" / f"completions_{model}.csv", answers)
+    goals = [{"goal": f"take the red box number {number}", "target": "sure"} for number in range(90)]
+    write_rows(folder / "advbench" / "harmful_behaviors.csv", goals)
+    for source in sources.ALPACA_EVAL:
+        comparisons = [
+            {
+                "instruction": f"name a box of size {number}",
+                "output_1": f"box {number}",
+                "output_2": f"{Path(source.name).stem} has a fine box {number}",
+                "preference": 1.9,
+            }
+            for number in range(150)
+        ]
+        (folder / source.name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder / source.name, comparisons)
+    questions = [{"index": number, "text": f"how to open box {number}"} for number in range(4)]
+    write_rows(folder / "gptfuzz" / "question_list.csv", questions)
+    answers = [
+        {"question": number % 4, "Response": f"step {'by step ' * (number % 3)}{number}", "label": number % 2}
+        for number in range(40)
+    ]
+    write_rows(folder / "gptfuzz" / "train.csv", answers)
+    pairs = [
+        {"prompt": f"what about box {number}", "response": ["a long and careful answer", f"do {number}"]}
+        for number in range(4)
+    ]
+    pairs[0]["response"] = ["short", "a longer unsafe answer"]
+    (folder / sources.PKU.name).parent.mkdir(parents=True)
+    write_json(folder / sources.PKU.name, pairs)
+    return {source: folder / source.name for source in sources.SOURCES}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_prompts_of_one_part_are_in_no_other(real, published, tmp_path):
+    real("split").write_splits(published, tmp_path / "data")
+    parts = {}
+    for part in ("dev", "test"):
+        parts[part] = {row["prompt"] for file in (tmp_path / "data" / part).glob("*.jsonl") for row in lines(file)}
+    files = ("redteam-prompts", "demonstrations", "labeled-xstest", "pku-su", "gptfuzz-uu")
+    trained = {row["prompt"] for name in files for row in lines(tmp_path / "data" / f"{name}.jsonl")}
+    trained |= {row["instruction"] for row in lines(tmp_path / "data" / "buffer.jsonl")}
+    assert all(parts.values())
+    assert not parts["dev"] & parts["test"]
+    assert not trained & (parts["dev"] | parts["test"])
+    # A safe prompt of XSTest and its contrasting one are in the same part.
+    numbers = {
+        kind: {p.split()[-1] for p in parts["test"] if p.startswith(kind)} for kind in ("homonyms", "contrast")
+    }
+    assert numbers["homonyms"] == numbers["contrast"] != set()
+
+
+def test_pairs_of_all_cells_with_the_longer_answer_as_the_more_helpful(real, published, tmp_path):
+    data = tmp_path / "data"
+    real("split").write_splits(published, data)
+    for name, labels in (("pku-su", (True, False)), ("gptfuzz-uu", (False, False))):
+        rows = lines(data / f"{name}.jsonl")
+        assert {(row["is_chosen_safe"], row["is_rejected_safe"]) for row in rows} == {labels}
+        assert all(len(row["chosen"].split()) >= len(row["rejected"].split()) for row in rows)
+    # The pair whose unsafe answer is longer has no order that makes it `su`.
+    assert len(lines(data / "pku-su.jsonl")) == 3
+    demonstrations = lines(data / "demonstrations.jsonl")
+    assert all(("sorry" in row["completion"]) == row["prompt"].startswith("contrast") for row in demonstrations)
+    labeled = lines(data / "labeled-xstest.jsonl")
+    assert all(row["safe"] == (row["kind"] != "harmful" or row["refusal"]) for row in labeled)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the published files in ../shared/data")
+def test_files_in_another_form_are_read(real, tmp_path):
+    sources, split = real("sources"), real("split")
+    files = sources.Files(SHARED, tmp_path / "none")
+    split.write_splits(files.paths, tmp_path / "data")
+    assert len(lines(tmp_path / "data" / "gptfuzz-uu.jsonl")) == 60
+    assert len(lines(tmp_path / "data" / "pku-su.jsonl")) == 60
+    assert len(files.hashes()) == len(sources.SOURCES)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Handler that logs nothing."""
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(real, published, tmp_path, monkeypatch):
+    """Serve the published files where the sources have them, and return the module of sources."""
+    sources, folder = real("sources"), tmp_path / "served"
+    here = []
+    for source, path in published.items():
+        target = folder / source.url
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        here.append(replace(source, sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+    handler = partial(QuietHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(sources, "GITHUB", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(sources, "SOURCES", here)
+    yield sources
+    server.shutdown()
+    server.server_close()
+
+
+def test_files_are_downloaded_once_and_checked(served, tmp_path, monkeypatch):
+    files = served.Files(None, tmp_path / "downloads")
+    assert files.hashes() == {source.name: source.sha256 for source in served.SOURCES}
+    monkeypatch.setattr(served.urllib.request, "urlopen", None)
+    served.Files(None, tmp_path / "downloads")
+    damaged = tmp_path / "downloads" / served.SOURCES[0].name
+    damaged.write_text("other")
+    with pytest.raises(DataError, match=f"{damaged.name}: SHA-256 is"):
+        served.Files(None, tmp_path / "downloads")
+
+
+def test_a_changed_or_unreachable_address_says_so(served, tmp_path, monkeypatch):
+    changed = [replace(served.SOURCES[0], sha256="0" * 64)]
+    monkeypatch.setattr(served, "SOURCES", changed)
+    with pytest.raises(DataError, match="the content has changed"):
+        served.Files(None, tmp_path / "downloads")
+    monkeypatch.setattr(served, "GITHUB", "http://127.0.0.1:9")
+    with pytest.raises(DataError, match=r"can't be downloaded.*DATA=FOLDER"):
+        served.Files(None, tmp_path / "downloads")
+    assert not list((tmp_path / "downloads").rglob("*.csv"))
+
+
+def test_a_folder_without_the_files_lists_them_with_their_addresses(real, tmp_path, monkeypatch, capsys):
+    run = real("run")
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", "--data", str(tmp_path), "--model", "m", "--out", str(tmp_path / "o")]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        run.main()
+    assert exit_.value.code == 2
+    printed = capsys.readouterr().out
+    for part in ("no such file", "advbench/harmful_behaviors.csv", "or alpaca_eval/gemma-7b-it.jsonl.gz", "https://"):
+        assert part in printed
+
+
+def record(method, seed, refused, base_margin, margin):
+    answers = [
+        {"prompt_id": str(number), "kind": "harmful", "refusal": number < refused, "degenerate": False}
+        for number in range(10)
+    ]
+    answers += [
+        {"prompt_id": f"{kind}{number}", "kind": kind, "refusal": number == 0, "degenerate": False}
+        for kind in ("lookalike", "benign")
+        for number in range(10)
+    ]
+    held_out = [
+        {"row_id": str(number), "chosen": -10.0 + margin + base_margin, "rejected": -10.0, "tokens": 5}
+        for number in range(4)
+    ]
+    return {"unit": {"method": method, "seed": seed}, "answers": answers, "held_out": held_out}
+
+
+def test_differences_are_paired_over_prompts_and_adjusted(real):
+    summarize = real("summarize")
+    records = {
+        method: {seed: record(method, seed, refused, seed / 10, margin) for seed in (1, 2)}
+        for method, refused, margin in (("base", 2, 0.0), ("bfpo", 9, 1.0), ("dpo", 9, -1.0), ("ipo", 0, 1.0))
+    }
+    summary = summarize.summarize(records, "bfpo")
+    assert summary["values"]["bfpo"]["refused_harmful"] == {"mean": 0.9, "low": 0.9, "high": 0.9}
+    assert summary["values"]["bfpo"]["preference"]["mean"] == 1.0
+    assert summary["values"]["dpo"]["preference"]["mean"] == 0.0
+    assert "preference" not in summary["values"]["base"]
+    refused = summary["differences"]["refused_harmful"]
+    assert {method: (round(row["value"], 3), row["verdict"]) for method, row in refused.items()} == {
+        "base": (0.7, "better"),
+        "dpo": (0.0, "not distinguishable"),
+        "ipo": (0.9, "better"),
+    }
+    logps = summary["differences"]["logp"]["dpo"]
+    assert logps["value"] == pytest.approx(2 / 5)
+    text = summarize.as_markdown(summary, {"bfpo": "BFPO"})
+    assert "| ipo | 2 | 0.00 [0.00, 0.00] |" in text
+    assert "| base | refused, harmful | +0.70" in text
+
+
+class CoinRule:
+    """Judge by the hash of an answer, in place of the words of a refusal: a random model doesn't refuse."""
+
+    name, revision = "coin", "1"
+
+    def __init__(self, kinds):
+        self._kinds = kinds
+
+    def judge(self, completions):
+        for completion in completions:
+            refuses = content_hash(completion.text) < "8"
+            harmful = self._kinds[prompt_id(completion.prompt)] == "harmful"
+            safe = True if refuses else False if harmful else None
+            reason = "by its hash"
+            yield Verdict.on(completion, self, safe=safe, refusal=refuses, malformed=False, reason=reason)
+
+
+@pytest.mark.slow
+def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, monkeypatch, make_model, tokenizer):
+    model = tmp_path / "model"
+    make_model().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    stages, run, judge, split = (real(name) for name in ("stages", "run", "judge", "split"))
+    monkeypatch.setattr(run, "Files", lambda data, downloads: type("Files", (), {"paths": published}))
+    monkeypatch.setattr(judge, "RefusalRule", CoinRule)
+    for name, value in (("SFT_STEPS", 2), ("STEPS", 2), ("ANSWER_TOKENS", 6)):
+        monkeypatch.setattr(stages, name, value)
+    monkeypatch.setattr(split, "REDTEAM", {"harmful": 12, "benign": 12})
+    out = tmp_path / "out"
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_report", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(tmp_path, model, out, seed=1)
+    finished = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
+    page = run.run(tmp_path, model, out, seed=1)
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")} == finished
+    text = page.read_text()
+    for name in ("sft", "original", "bfpo-lora", "bfpo-down-proj"):
+        assert name in text
