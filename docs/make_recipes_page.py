@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from bfpo.config.combine import COMBINE_SECTIONS, CustomCombinerSection
 from bfpo.config.loading import DEPRECATED, RENAMED
-from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection
+from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection, PairLossSection
 from bfpo.config.recipes import ScoreRecipe, Section, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.experiments.recipe import ExperimentRecipe
@@ -67,7 +67,7 @@ def page() -> str:
         parts.append(f"## {kind.__doc__.partition(':')[0]}\n\n{table(kind)}")
     parts += [f"## {heading(name, kind)}\n\n{table(kind)}" for name, kind in sections()]
     parts += [
-        named_sections(LOSS, LOSS_SECTIONS.values()),
+        named_sections(LOSS, LOSS_SECTIONS.values(), PairLossSection),
         named_sections(COMBINE, COMBINE_SECTIONS.values()),
         trainer(),
         online_trainer(),
@@ -109,11 +109,14 @@ def heading(name: str, kind: type[Section]) -> str:
 def table(kind: type[Section]) -> str:
     """Return the keys of a section as a table."""
     lines = ["| key | value | default | |", "|---|---|---|---|"]
-    for name, field in kind.model_fields.items():
-        # `from` is a key, but no name in Python.
-        key = field.alias or name
-        lines.append(f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |")
+    # `from` is a key, but no name in Python.
+    lines += [row(field.alias or name, field) for name, field in kind.model_fields.items()]
     return "\n".join(lines)
+
+
+def row(key: str, field: FieldInfo) -> str:
+    """Return a key as a row of a table."""
+    return f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |"
 
 
 def in_table(text: str | None) -> str:
@@ -193,15 +196,20 @@ def shipped() -> str:
     return "\n".join(lines)
 
 
-def named_sections(text: str, kinds: Iterable[type[Section]]) -> str:
-    """Return a table of the sections of which a key has one, by its name: losses, combiners."""
-    lines = [text, "", "| key | value | default | |", "|---|---|---|---|"]
+def named_sections(text: str, kinds: Iterable[type[Section]], common: type[Section] = Section) -> str:
+    """Return a table of the sections of which a key has one, by its name: losses, combiners.
+
+    Args:
+        text: Text above the table.
+        kinds: The sections.
+        common: Section of the keys that all of them have; they come first.
+    """
+    lines = [text, "", table(common)]
     for section in kinds:
-        for key, field in section.model_fields.items():
-            if key == "name":
-                lines.append(f"| **`name: {field.default}`** | | | **{in_table(field.description)}** |")
-            else:
-                lines.append(f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |")
+        own = {key: field for key, field in section.model_fields.items() if key not in common.model_fields}
+        name = own.pop("name")
+        lines.append(f"| **`name: {name.default}`** | | | **{in_table(name.description)}** |")
+        lines += [row(key, field) for key, field in own.items()]
     return "\n".join(lines)
 
 
@@ -243,10 +251,11 @@ Relative paths start at the working directory. `--dry-run` does everything excep
 LOSS = """
 ## `loss:`
 
-The `name` of a loss (default `bfpo`) and its hyperparameters. `name: package.module:Class` is your own subclass of
-`bfpo.losses.PairLoss`, with its fields as keys. The equations are in [method.md](method.md). For `bfpo` the four
-labels can be given directly, `table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`, or by name: `table: helpful_ties` is
-(0.5, 1, -0.5, 0.5); [testbed.md](testbed.md) compares it with the default.
+The `name` of a loss (default `bfpo`) and its hyperparameters; those before the first name are hyperparameters of all
+losses. `name: package.module:Class` is your own subclass of `bfpo.losses.PairLoss`, with its fields as keys. The
+equations are in [method.md](method.md). For `bfpo` the four labels can be given directly,
+`table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`, or by name: `table: helpful_ties` is (0.5, 1, -0.5, 0.5);
+[testbed.md](testbed.md) compares it with the default.
 """.strip()
 TRAINER = """
 ## `trainer:`

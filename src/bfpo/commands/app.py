@@ -617,6 +617,22 @@ def prepare_data(
     prepare_recipe(recipe, overrides or [], out, limit=limit)
 
 
+@data_app.command("degrade")
+def degrade_data(
+    source: Annotated[
+        str,
+        typer.Argument(help="[ADAPTER:]PATH of a file, a pattern or a hub id.", metavar="SRC", show_default=False),
+    ],
+    versions: Annotated[int, typer.Option(min=1, help="Number of degraded versions of an answer.")] = 2,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("degraded"),
+    limit: Limit = None,
+) -> None:
+    """Make graded pairs of safe answers and versions without some of their key words: pairs.jsonl, degrade.json."""
+    from bfpo.commands.data import degrade_source
+
+    degrade_source(source, out, versions=versions, limit=limit)
+
+
 @model_app.command("import")
 def import_model(
     file: Annotated[str, typer.Argument(help="GGUF file, or org/name/file.gguf on the hub.", show_default=False)],

@@ -49,6 +49,8 @@ def check_training(recipe: TrainRecipe, world: World) -> None:
     training_arguments(options)
     loss = make_loss(recipe.loss.model_dump())
     signals = next(iter(world.safety_set())).signals
-    if missing := [name for name in loss.needs if getattr(signals, name, None) is None]:
+    # Whether a pair is judged follows from the source of its labels.
+    columns = [name for name in loss.needs if name != "judged"]
+    if missing := [name for name in columns if getattr(signals, name, None) is None]:
         raise RecipeError(f"loss.name: {type(loss).__name__} needs {' and '.join(missing)}, which worlds don't have")
     check_against_model(recipe.model_copy(update={"model": TrainModel.model_validate({"new": BASE_SHAPE})}))
