@@ -242,6 +242,16 @@ def test_differences_are_paired_over_prompts_and_adjusted(real):
     assert "| base | refused, harmful | +0.70" in text
 
 
+class PublishedFiles:
+    """Stand-in for `sources.Files`."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def hashes(self):
+        return {source.name: "0" for source in self.paths}
+
+
 class CoinRule:
     """Judge by the hash of an answer, in place of the words of a refusal: a random model doesn't refuse."""
 
@@ -265,7 +275,7 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     make_model().save_pretrained(model)
     tokenizer.save_pretrained(model)
     stages, run, judge, split = (real(name) for name in ("stages", "run", "judge", "split"))
-    monkeypatch.setattr(run, "Files", lambda data, downloads: type("Files", (), {"paths": published}))
+    monkeypatch.setattr(run, "Files", lambda data, downloads: PublishedFiles(published))
     monkeypatch.setattr(judge, "RefusalRule", CoinRule)
     for name, value in (("SFT_STEPS", 2), ("STEPS", 2), ("ANSWER_TOKENS", 6)):
         monkeypatch.setattr(stages, name, value)
@@ -282,6 +292,9 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     finished = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
     page = run.run(tmp_path, model, out, seed=1)
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")} == finished
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["runs"]["bfpo-lora"]["against"][0]["run"] == "sft"
+    assert not any("sorry" in json.dumps(run) for run in summary["runs"].values())
     text = page.read_text()
     for name in ("sft", "original", "bfpo-lora", "bfpo-down-proj"):
         assert name in text

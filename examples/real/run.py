@@ -8,6 +8,7 @@ with `train_only: [down_proj]`. The page shows the models side by side. A stoppe
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -19,13 +20,16 @@ from sources import Files
 from split import write_splits
 from stages import eval_recipe, import_model, pair_sources, redteam_recipe, sft_recipe, train_recipe
 
+from bfpo.core.files import write_json
 from bfpo.core.terminal import log_to_file, say
 from bfpo.errors import BfpoError
 from bfpo.evaluation.pipeline import run_eval
+from bfpo.evaluation.results import read_results
 from bfpo.experiments.steps import run_once
 from bfpo.model.merge import merge_checkpoint
 from bfpo.redteam.run import run_redteam
 from bfpo.report.html import write_report
+from bfpo.training.manifest import hardware, versions
 
 HERE = Path(__file__).parent
 JUDGES = ["refusal-rule"]
@@ -63,7 +67,8 @@ def run(data: Path | None, model: Path | None, out: Path, *, seed: int) -> Path:
         if model is None:
             import_model(start)
     with _stage("published prompts, pairs and labels, split by prompt", log):
-        write_splits(Files(data, out / "downloads").paths, splits)
+        files = Files(data, out / "downloads")
+        write_splits(files.paths, splits)
     suite = splits / "test" / "suite.yaml"
 
     def evaluate(path: Path, name: str, *, compare: bool) -> None:
@@ -96,7 +101,41 @@ def run(data: Path | None, model: Path | None, out: Path, *, seed: int) -> Path:
             evaluate(folder, name, compare=True)
     with _stage("the page", log):
         runs = [out / "runs" / name for name in ("sft", "original", *METHODS)]
+        write_json(out / "summary.json", summarize(runs, files, seed=seed))
         return write_report(out, runs, title="BFPO on SmolLM2-135M-Instruct", note=NOTE)
+
+
+def summarize(runs: list[Path], files: Files, *, seed: int) -> dict[str, Any]:
+    """Return the numbers of all runs without any text, for a results file."""
+    content: dict[str, Any] = {
+        "schema": 1,
+        "command": "make real",
+        "seed": seed,
+        "versions": versions(),
+        "hardware": hardware(),
+        "data": files.hashes(),
+        "runs": {},
+    }
+    for run in runs:
+        results = read_results(run / "evaluation")
+        training = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else {}
+        content["runs"][run.name] = {
+            "minutes_of_training": round(training.get("wall_seconds", 0) / 60, 1),
+            "pairs": training.get("data", {}).get("train"),
+            "probe": training.get("probe"),
+            "metrics": [
+                {"task": metric.task, "metric": metric.metric, "value": metric.value}
+                | {"low": metric.low, "high": metric.high, "n": metric.n}
+                for metric in results.metrics
+                if metric.category is None
+            ],
+            "against": [
+                {"run": other.against, "task": other.task, "metric": other.metric, "difference": other.difference}
+                | {"low": other.low, "high": other.high, "verdict": other.verdict}
+                for other in results.comparisons
+            ],
+        }
+    return content
 
 
 @contextmanager

@@ -117,11 +117,11 @@ WRONG = [
     (
         {"bta": 1},
         "loss.bta: unknown key of 'bfpo'; did you mean 'beta'\\? known: alpha, b1, b2, beta, graded, label_errors, "
-        "multiplier, name, safety_weight, table, tail",
+        "multiplier, name, safety_weight, sft_weight, table, tail",
     ),
     (
         {"name": "dpo", "alpha": 0.5},
-        "loss.alpha: unknown key of 'dpo'; known: beta, graded, label_smoothing, name, tail",
+        "loss.alpha: unknown key of 'dpo'; known: beta, graded, label_smoothing, name, sft_weight, tail",
     ),
     ({"name": "bpfo"}, r"loss: name is 'bpfo'; did you mean 'bfpo'\? known: .*tdpo, or 'module:Class'"),
     ({"name": 3}, "loss: name is 3; expected one of bfpo, bfpo_soft, .*, or 'module:Class'"),

@@ -47,6 +47,30 @@ def test_a_tail_is_of_the_step_and_changes_no_pair():
             DPO(tail=tail)
 
 
+def test_only_a_safe_preferred_answer_is_imitated():
+    pairs = batch([0.5] * 4, chosen_lengths=[10.0] * 4, rejected_lengths=[20.0] * 4)
+    for loss in (BFPO(beta=0.5, sft_weight=3), IPO(beta=0.5, sft_weight=3)):
+        extra = (loss.total(pairs) - loss(pairs)).tolist()
+        # In `us` BFPO prefers the rejected answer, which is safe; IPO the chosen one, which isn't.
+        us = float(-3 * pairs.rejected_logps[2] / 20) if isinstance(loss, BFPO) else 0
+        assert extra == pytest.approx([*(-3 * pairs.chosen_logps[:2] / 10).tolist(), us, 0])
+    assert torch.equal(BFPO(beta=0.5).total(pairs), BFPO(beta=0.5)(pairs))
+    assert SoftLabels(0.5, IPO(beta=0.5, sft_weight=2)).sft_weight == 2
+    with pytest.raises(RecipeError, match=r"DPO.sft_weight is -1; expected a number from 0"):
+        DPO(sft_weight=-1)
+
+
+def test_imitation_keeps_both_log_probabilities_from_falling_together():
+    chosen, rejected = (torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    zeros, ones = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    lengths = {"chosen_lengths": 4 * ones, "rejected_lengths": 4 * ones}
+    pairs = PairLogps(chosen, rejected, zeros, zeros, ones, zeros, **lengths)
+    loss = BFPO(beta=0.5, sft_weight=8)
+    gradients = torch.autograd.grad(loss.total(pairs).sum(), (chosen, rejected))
+    # The squared loss alone has gradients -4 and 4: what one answer gains, the other loses.
+    assert [float(gradient) for gradient in gradients] == [-4 - 2, 4]
+
+
 def test_graded_losses_by_hand():
     pairs = batch([0.5, 0.5], [(1, 1), (1, 0)], degree_difference=[0.25, math.nan])
     # beta 0.5: the targets 1 and 2 nats; a quarter of the first

@@ -103,6 +103,9 @@ class PairLossSection(Section):
 
     tail: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Share of the pairs of a step, in each stream, that are trained on: those with the largest losses (CVaR)."""
+    sft_weight: Annotated[Number, Field(ge=0)] = 0.0
+    """Weight of the negative log-likelihood, per token, of the preferred answer of each pair if it is safe. It keeps
+    the probability of that answer from falling together with the other one's."""
 
     @model_serializer(mode="wrap")
     def _dump_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -111,7 +114,7 @@ class PairLossSection(Section):
 
     def _unused(self) -> list[str]:
         """Return the keys that a resolved recipe leaves out."""
-        return ["tail"] if self.tail == 1 else []
+        return [key for key, default in (("tail", 1), ("sft_weight", 0)) if getattr(self, key) == default]
 
 
 def _table_kind(value: object) -> str | None:

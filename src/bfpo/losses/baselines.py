@@ -266,6 +266,7 @@ class SoftLabels(PairLoss):
             raise RecipeError("soft labels have no order for CatDPO's violations; use another `draw`")
         object.__setattr__(self, "needs", ("score_margin", *self.loss.needs))
         object.__setattr__(self, "tail", self.loss.tail)
+        object.__setattr__(self, "sft_weight", self.loss.sft_weight)
         object.__setattr__(self, "divergence_share", self.loss.divergence_share)
 
     def keeps(self, labels: SafetyLabels) -> bool:

@@ -33,6 +33,7 @@ class PairLoss(ABC):
             tokens is label / beta nats.
         tail: Share of the pairs of a step that are trained on, those with the largest losses, in (0, 1]; 1 for all.
             A call returns the loss of each pair for any share.
+        sft_weight: Weight of the negative log-likelihood in `total`, at least 0.
 
     Raises:
         RecipeError: If a number is out of its range: beta from 1e-9 to 1e9, beyond which targets overflow in float32.
@@ -40,6 +41,7 @@ class PairLoss(ABC):
 
     beta: float = 0.1
     tail: float = field(default=1.0, kw_only=True)
+    sft_weight: float = field(default=0.0, kw_only=True)
 
     # Optional columns of a pair file that the loss needs.
     needs: ClassVar[tuple[str, ...]] = ()
@@ -49,6 +51,7 @@ class PairLoss(ABC):
     def __post_init__(self) -> None:
         check_range(self, "beta", 1e-9 <= self.beta <= 1e9, "a number above 0, from 1e-9 to 1e9")
         check_range(self, "tail", 0 < self.tail <= 1, "a share above 0, at most 1")
+        check_range(self, "sft_weight", self.sft_weight >= 0, "a number from 0 to 1e9")
 
     def _add_needs(self, **columns: bool) -> None:
         """Add the columns that an option needs to those of the class, by whether it is used."""
@@ -58,6 +61,25 @@ class PairLoss(ABC):
     @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return the loss of each pair, unreduced, (B,)."""
+
+    def total(self, pairs: PairLogps) -> Tensor:
+        """Return the loss of each pair with the weighted negative log-likelihood of its preferred answer, (B,).
+
+        The preferred answer is the one that the loss makes more probable than the other: the rejected one where the
+        target is negative. Its log-likelihood is a mean over its tokens, times the probability that it is safe: an
+        unsafe answer is never imitated.
+
+        Source:
+            RPO (Pang et al., arXiv 2404.19733), equation 2, for the safe answers.
+        """
+        losses = self(pairs)
+        if self.sft_weight == 0:
+            return losses
+        prefers_chosen = self.direction(pairs) >= 0
+        logps = torch.where(prefers_chosen, pairs.chosen_logps, pairs.rejected_logps)
+        lengths = torch.where(prefers_chosen, pairs.require("chosen_lengths"), pairs.require("rejected_lengths"))
+        safe = torch.where(prefers_chosen, pairs.chosen_safe, pairs.rejected_safe)
+        return losses - self.sft_weight * safe * logps / lengths
 
     def target(self, pairs: PairLogps) -> Tensor | None:
         """Return the margin that minimizes each pair's loss, nats, (B,); None if there is none."""

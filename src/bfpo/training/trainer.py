@@ -296,7 +296,7 @@ class BFPOTrainer(StreamTrainer):
         if self.loss.tail == 1:
             return packs
         with torch.no_grad(), self.compute_loss_context_manager():
-            losses = [self.loss(self.pair_logps(model, pack.to(self.args.device))) for pack in packs]
+            losses = [self.loss.total(self.pair_logps(model, pack.to(self.args.device))) for pack in packs]
         columns = (
             torch.cat(losses).double().cpu().numpy(),
             torch.cat([pack.weights for pack in packs]).numpy(),
@@ -318,7 +318,7 @@ class BFPOTrainer(StreamTrainer):
     def example_losses(self, model: nn.Module, batch: Batch, sums: MetricSums, *, training: bool) -> Tensor:
         """Return the loss of each pair, (n,)."""
         pairs = self.pair_logps(model, batch)
-        losses = self.loss(pairs)
+        losses = self.loss.total(pairs)
         cells, is_buffer = batch.columns["cells"], batch.columns["is_buffer"]
         if training:
             metrics = pair_metrics(pairs, losses, self.loss, cells=cells, counted=~is_buffer)
