@@ -9,7 +9,7 @@ from bfpo.experiments.methods import train_recipes
 from bfpo.experiments.steps import BASE_SHAPE
 from bfpo.experiments.units import Unit
 from bfpo.losses.build import make_loss
-from bfpo.testbed.world import World
+from bfpo.testbed.world import World, with_reward_margin
 from bfpo.training.arguments import training_arguments
 from bfpo.training.preflight import check_against_model
 
@@ -47,8 +47,9 @@ def check_training(recipe: TrainRecipe, world: World) -> None:
     """
     options = {name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"}
     training_arguments(options)
-    loss = make_loss(recipe.loss.model_dump())
-    signals = next(iter(world.safety_set())).signals
+    # The file of a multiplier doesn't exist yet.
+    loss = make_loss({key: value for key, value in recipe.loss.model_dump().items() if key != "multiplier"})
+    signals = with_reward_margin(next(iter(world.safety_set()))).signals
     if missing := [name for name in loss.needs if getattr(signals, name, None) is None]:
         raise RecipeError(f"loss.name: {type(loss).__name__} needs {' and '.join(missing)}, which worlds don't have")
     check_against_model(recipe.model_copy(update={"model": TrainModel.model_validate({"new": BASE_SHAPE})}))
