@@ -185,7 +185,7 @@ def _run_all(waiting: list[Unit], ready: set[Path], jobs: int) -> None:
 
 
 def run_unit(unit: Unit) -> None:
-    """Run a unit: its world, its base or its training, its evaluation. Only the weights of bases are kept.
+    """Run a unit: its world, its base or its stages, its evaluation. Of policies only the weights of bases are kept.
 
     The completions of a unit that was evaluated by another revision of the oracle are judged again.
     """
