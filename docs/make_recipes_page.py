@@ -15,17 +15,29 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from bfpo.config.combine import COMBINE_SECTIONS, CustomCombinerSection
 from bfpo.config.loading import DEPRECATED, RENAMED
-from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection
+from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection, PairLossSection
 from bfpo.config.recipes import ScoreRecipe, Section, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.experiments.recipe import ExperimentRecipe
+from bfpo.online.arguments import DEFAULTS as ONLINE_DEFAULTS
+from bfpo.online.arguments import REFUSED
+from bfpo.online.recipe import OnlineRecipe
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.training.arguments import DECIDED, DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
-KINDS: tuple[type[Section], ...] = (TrainRecipe, SftRecipe, ScoreRecipe, RedteamRecipe, EvalRecipe, ExperimentRecipe)
+KINDS: tuple[type[Section], ...] = (
+    TrainRecipe,
+    SftRecipe,
+    ScoreRecipe,
+    OnlineRecipe,
+    RedteamRecipe,
+    EvalRecipe,
+    ExperimentRecipe,
+)
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true, false", Any: "anything"}
 # Headings of sections that are the value of several keys, or of the same key of several recipes.
@@ -36,6 +48,9 @@ PLACES = {
     "ScoreLabelsSection": "`labels:` with `from: scores`",
     "SafeFirstSection": "`labels:` with `from: safety`",
     "AttackedSuite": "an entry of `suites:` under attack",
+    "FirstSafeSection": "`guard: {kind: first_safe}` of `bfpo redteam` and `bfpo eval`, and of the file of `--guard`",
+    "FactorSection": "`guard: {kind: factor}`",
+    "ProjectSection": "`guard: {kind: project}`",
     "JudgeServerSection": "`judge_server:`",
     "PromptSource": "an entry of `prompts:`",
     "EvalData": "an entry of `data:` of `bfpo eval`",
@@ -51,14 +66,21 @@ def page() -> str:
     for kind in KINDS:
         parts.append(f"## {kind.__doc__.partition(':')[0]}\n\n{table(kind)}")
     parts += [f"## {heading(name, kind)}\n\n{table(kind)}" for name, kind in sections()]
-    parts += [losses(), trainer(), renamed()]
+    parts += [
+        named_sections(LOSS, LOSS_SECTIONS.values(), PairLossSection),
+        named_sections(COMBINE, COMBINE_SECTIONS.values()),
+        trainer(),
+        online_trainer(),
+        renamed(),
+    ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def sections() -> Iterator[tuple[str, type[Section]]]:
     """Yield every section of every recipe once, with the first key whose value it is."""
-    # The losses have a table of their own.
+    # The losses and the combiners have tables of their own.
     seen: set[type[Section]] = {*KINDS, *LOSS_SECTIONS.values(), CustomLossSection, LabelTableSection}
+    seen |= {*COMBINE_SECTIONS.values(), CustomCombinerSection}
     queue = list(KINDS)
     while queue:
         kind = queue.pop(0)
@@ -87,11 +109,14 @@ def heading(name: str, kind: type[Section]) -> str:
 def table(kind: type[Section]) -> str:
     """Return the keys of a section as a table."""
     lines = ["| key | value | default | |", "|---|---|---|---|"]
-    for name, field in kind.model_fields.items():
-        # `from` is a key, but no name in Python.
-        key = field.alias or name
-        lines.append(f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |")
+    # `from` is a key, but no name in Python.
+    lines += [row(field.alias or name, field) for name, field in kind.model_fields.items()]
     return "\n".join(lines)
+
+
+def row(key: str, field: FieldInfo) -> str:
+    """Return a key as a row of a table."""
+    return f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |"
 
 
 def in_table(text: str | None) -> str:
@@ -171,15 +196,20 @@ def shipped() -> str:
     return "\n".join(lines)
 
 
-def losses() -> str:
-    """Return a table of the losses with their hyperparameters."""
-    lines = [LOSS, "", "| key | value | default | |", "|---|---|---|---|"]
-    for section in LOSS_SECTIONS.values():
-        for key, field in section.model_fields.items():
-            if key == "name":
-                lines.append(f"| **`name: {field.default}`** | | | **{in_table(field.description)}** |")
-            else:
-                lines.append(f"| `{key}` | {value_of(field)} | {default_of(field)} | {in_table(field.description)} |")
+def named_sections(text: str, kinds: Iterable[type[Section]], common: type[Section] = Section) -> str:
+    """Return a table of the sections of which a key has one, by its name: losses, combiners.
+
+    Args:
+        text: Text above the table.
+        kinds: The sections.
+        common: Section of the keys that all of them have; they come first.
+    """
+    lines = [text, "", table(common)]
+    for section in kinds:
+        own = {key: field for key, field in section.model_fields.items() if key not in common.model_fields}
+        name = own.pop("name")
+        lines.append(f"| **`name: {name.default}`** | | | **{in_table(name.description)}** |")
+        lines += [row(key, field) for key, field in own.items()]
     return "\n".join(lines)
 
 
@@ -188,6 +218,14 @@ def trainer() -> str:
     defaults = ", ".join(f"`{name}: {value}`" for name, value in DEFAULTS.items())
     lines = [TRAINER.format(defaults=defaults), "", "| refused | because |", "|---|---|"]
     return "\n".join([*lines, *(f"| `{name}` | {why} |" for name, why in DECIDED.items())])
+
+
+def online_trainer() -> str:
+    """Return the section on `trainer:` of online recipes, with the names that are refused there only."""
+    defaults = ", ".join(f"`{name}: {value}`" for name, value in ONLINE_DEFAULTS.items())
+    lines = [ONLINE_TRAINER.format(defaults=defaults), "", "| refused | because |", "|---|---|"]
+    refused = {name: why for name, why in REFUSED.items() if DECIDED.get(name) != why}
+    return "\n".join([*lines, *(f"| `{name}` | {why} |" for name, why in refused.items())])
 
 
 def renamed() -> str:
@@ -213,10 +251,11 @@ Relative paths start at the working directory. `--dry-run` does everything excep
 LOSS = """
 ## `loss:`
 
-The `name` of a loss (default `bfpo`) and its hyperparameters. `name: package.module:Class` is your own subclass of
-`bfpo.losses.PairLoss`, with its fields as keys. The equations are in [method.md](method.md). For `bfpo` the four
-labels can be given directly, `table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`, or by name: `table: helpful_ties` is
-(0.5, 1, -0.5, 0.5); [testbed.md](testbed.md) compares it with the default.
+The `name` of a loss (default `bfpo`) and its hyperparameters; those before the first name are hyperparameters of all
+losses. `name: package.module:Class` is your own subclass of `bfpo.losses.PairLoss`, with its fields as keys. The
+equations are in [method.md](method.md). For `bfpo` the four labels can be given directly,
+`table: {ss: 0.5, su: 1.0, us: -1.0, uu: -0.5}`, or by name: `table: helpful_ties` is (0.5, 1, -0.5, 0.5);
+[testbed.md](testbed.md) compares it with the default.
 """.strip()
 TRAINER = """
 ## `trainer:`
@@ -224,6 +263,18 @@ TRAINER = """
 Only names of `transformers.TrainingArguments`. `output_dir` is required. Defaults that differ from transformers:
 {defaults}. `warmup_steps` below 1 is a share of all steps. `resume_from_checkpoint: true` resumes from the newest
 complete checkpoint in `output_dir`; see [training.md](training.md).
+""".strip()
+COMBINE = """
+## `combine:`
+
+How `bfpo online` combines reward and cost. `name: package.module:Class` is your own subclass of
+`bfpo.losses.combine.Combiner`, with its fields as keys. [online.md](online.md) says what each of them prefers.
+""".strip()
+ONLINE_TRAINER = """
+## `trainer:` of `bfpo online`
+
+Names of `trl.RLOOConfig`. `output_dir` is required. Defaults that differ from TRL: {defaults}. What is refused above
+is refused here too, and also:
 """.strip()
 OLDER = """
 ## Former keys, and keys of older stacks

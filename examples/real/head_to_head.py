@@ -106,6 +106,10 @@ class Comparison:
         if None in rates.values():
             return
         yield Unit("original", None, self.protocol["seeds"][0], "test")
+        variants = [
+            Unit(name, variant.get("learning_rate", rates[self.protocol["against"]]), tuning_seed, "dev")
+            for name, variant in self.protocol["variants"].items()
+        ]
         seeds = {
             method: [*self.protocol["seeds"], *self.protocol["more_seeds"].get(method, ())] for method in methods
         }
@@ -114,6 +118,8 @@ class Comparison:
             for method in methods:
                 if seed in seeds[method]:
                     yield Unit(method, rates[method], seed, "test")
+            # After the first seed, so that a short session has a comparison and the variants.
+            yield from variants
 
     def tuned(self, method: str) -> float | None:
         """Return the learning rate of the better trial of a method; None before all trials are finished."""
@@ -136,10 +142,11 @@ class Comparison:
             path = self.make_base(home, unit.seed)
         if unit.method not in BASES:
             path = folder
-            changes = self.protocol["methods"][unit.method]["changes"]
+            method = (self.protocol["methods"] | self.protocol["variants"])[unit.method]
+            changes = method["changes"]
             recipe = train_recipe(
-                home / "base",
-                pair_sources(self.data, home / "redteam"),
+                self.model if method.get("start") == "original" else home / "base",
+                pair_sources(self.data, home / "redteam" if method.get("own_answers", True) else None),
                 folder,
                 seed=unit.seed,
                 # The methods of a seed share the reference's log-probabilities; held-out pairs are scored below.
@@ -153,7 +160,9 @@ class Comparison:
             training["changes"] = changes
         evaluation = home / f"{unit.name}-evaluation"
         run_eval(eval_recipe(path, self.data / unit.part / "suite.yaml", evaluation, run=unit.name, judges=JUDGES))
-        held_out = [row.to_row() for row in score_pairs(path, self.data / "held-out-pairs.jsonl")]
+        held_out = []
+        if unit.part == "test":
+            held_out = [row.to_row() for row in score_pairs(path, self.data / "held-out-pairs.jsonl")]
         record = {
             "schema": 1,
             "unit": {

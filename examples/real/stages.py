@@ -96,19 +96,24 @@ def redteam_recipe(model: Path, data: Path, out: Path, *, seed: int) -> RedteamR
             "max_new_tokens": ANSWER_TOKENS,
             "keep_cut": True,
             "guide": False,
-            "quota": {"us": 40, "ss": 20, "uu": 0},
+            "quota": {"us": 60, "ss": 60, "uu": 0},
             "seed": seed,
         }
     )
 
 
-def pair_sources(data: Path, redteam: Path) -> dict[str, Any]:
-    """Return the training data: all four cells from four sources, and AlpacaEval's comparisons as the buffer."""
+def pair_sources(data: Path, redteam: Path | None) -> dict[str, Any]:
+    """Return the training data: all four cells from four sources, and AlpacaEval's comparisons as the buffer.
+
+    Args:
+        data: Folder of the splits.
+        redteam: Folder of the pairs of the model's own answers; None leaves them out.
+    """
     return {
         "data": [
             {"adapter": "xstest_completions", "path": str(data / "xstest-ss.csv"), "limit": 40},
-            {"adapter": "xstest_completions", "path": str(data / "xstest-us.csv"), "limit": 20},
-            {"path": str(redteam / "pairs.jsonl")},
+            {"adapter": "xstest_completions", "path": str(data / "xstest-us.csv"), "limit": 100},
+            *([] if redteam is None else [{"path": str(redteam / "pairs.jsonl")}]),
             {"path": str(data / "pku-su.jsonl")},
             {"path": str(data / "gptfuzz-uu.jsonl")},
         ],

@@ -79,7 +79,11 @@ def test_ranges_are_those_of_the_loss(name, key):
         {"table": {"ss": 0.5, "su": 1, "us": -1, "uu": 0}, "b1": 3},
         {"safety_weight": 1.3},
         {"table": "helpful_ties", "safety_weight": 1},
-        {"name": "dpo", "label_smoothing": 0.1},
+        {"label_errors": {"sensitivity": 0.9, "specificity": 0.75}},
+        {"name": "dpo", "label_smoothing": 0.1, "graded": True},
+        {"graded": True, "tail": 0.2},
+        {"name": "modpo", "tail": 0.5},
+        {"name": "tdpo", "token_tail": 0.3},
         {"name": "my_losses:Hinge", "edge": 2, "beta": 0.3},
     ],
 )
@@ -112,11 +116,14 @@ WRONG = [
     ({"beta": 10**400}, "loss.beta: Input should be a valid number"),
     (
         {"bta": 1},
-        "loss.bta: unknown key of 'bfpo'; did you mean 'beta'\\? known: alpha, b1, b2, beta, multiplier, name, "
-        "safety_weight, table",
+        "loss.bta: unknown key of 'bfpo'; did you mean 'beta'\\? known: alpha, b1, b2, beta, graded, label_errors, "
+        "multiplier, name, safety_weight, table, tail",
     ),
-    ({"name": "dpo", "alpha": 0.5}, "loss.alpha: unknown key of 'dpo'; known: beta, label_smoothing, name"),
-    ({"name": "bpfo"}, r"loss: name is 'bpfo'; did you mean 'bfpo'\? known: .*safe_dpo, or 'module:Class'"),
+    (
+        {"name": "dpo", "alpha": 0.5},
+        "loss.alpha: unknown key of 'dpo'; known: beta, graded, label_smoothing, name, tail",
+    ),
+    ({"name": "bpfo"}, r"loss: name is 'bpfo'; did you mean 'bfpo'\? known: .*tdpo, or 'module:Class'"),
     ({"name": 3}, "loss: name is 3; expected one of bfpo, bfpo_soft, .*, or 'module:Class'"),
     ({"b1": 1}, r"loss.b1: Input should be greater than 1 \(got 1\)"),
     ({"b1": 5, "table": "helpful_ties"}, "loss: 'table' replaces b1, b2 and alpha"),
@@ -129,7 +136,19 @@ WRONG = [
         {"multiplier": "dual.json", "safety_weight": 1},
         "loss: 'multiplier' is a file with the safety_weight; give either",
     ),
+    ({"name": "ipo", "graded": 1}, r"loss.graded: Input should be a valid boolean \(got 1\)"),
+    ({"label_errors": 0.9}, r"loss.label_errors: expected {sensitivity: .., specificity: ..}, or the path .*got 0.9"),
+    (
+        {"label_errors": {"sensitivity": 1.5, "specificity": 1}},
+        r"loss.label_errors.sensitivity: .*less than or equal",
+    ),
+    (
+        {"label_errors": {"sensitivity": 0.5, "specificity": 0.5}},
+        r"loss.label_errors: sensitivity and specificity add up to 1; expected at least 1.1",
+    ),
     ({"name": "dpo", "multiplier": "dual.json"}, "loss.multiplier: unknown key of 'dpo'"),
+    ({"name": "tdpo", "token_tail": 1.5}, r"loss.token_tail: .*less than or equal to 1 \(got 1.5\)"),
+    ({"name": "additive", "tail": 0}, r"loss.tail: .*greater than 0 \(got 0\)"),
     ({"name": "dpo", "label_smoothing": 0.5}, r"loss.label_smoothing: .*less than 0.5 \(got 0.5\)"),
     ({"name": "modpo", "weight": 0}, r"loss.weight: .*greater than 0 \(got 0\)"),
     ({"name": "safe_dpo", "delta": -1}, r"loss.delta: .*greater than or equal to 0 \(got -1\)"),
@@ -142,6 +161,27 @@ WRONG = [
 def test_a_wrong_loss_is_refused_with_key_value_and_what_is_allowed(loss, message):
     with pytest.raises(RecipeError, match=rf"^r.yaml:\n  {message}"):
         check(loss)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"safety": "scores"}, "corrects labels, and safety is 'scores'"),
+        ({"labels": {"from": "scores", "multiplier": "dual.json"}}, "corrects labels, and labels come from scores"),
+        ({"labels": {"from": "safety"}}, "whose order doesn't depend on them, and labels come from safety"),
+    ],
+)
+def test_corrected_labels_go_without_scores_and_in_the_order_of_the_data(other, message):
+    errors = {"label_errors": {"sensitivity": 0.9, "specificity": 0.9}}
+    with pytest.raises(RecipeError, match=f"loss.label_errors .*{message}; leave one of them out"):
+        check_recipe({**MINIMAL, "loss": errors, **other}, TrainRecipe, "r.yaml")
+
+
+@pytest.mark.parametrize("rate", [0, 0.09, 0.1, 0.11, 0.5, 1, 1.01])
+def test_rates_of_a_judge_are_refused_where_the_loss_refuses_them(rate):
+    options = {"label_errors": {"sensitivity": 1.0, "specificity": rate}}
+    in_recipe = accepts(lambda: LOSS_SECTIONS["bfpo"].model_validate(options), ValidationError)
+    assert in_recipe == accepts(lambda: make_loss(options), RecipeError) == (0.1 <= rate <= 1)
 
 
 def test_a_hyperparameter_outside_of_the_loss_is_told_its_place():

@@ -372,7 +372,13 @@ def test_expected_safety_is_the_mean_of_the_data_set_where_no_column_gives_it(to
     mean_of_a = (1 / 2 + 1 / 4 + 0) / 3
     table = pair_table(examples, records)
     np.testing.assert_allclose(table.signals["expected_safety"], [mean_of_a, mean_of_a, 0.75, 1], rtol=1e-12)
-    assert set(table.signals) == {"expected_safety"}
+    assert set(table.signals) == {"expected_safety", "judged"}
+
+
+def test_pairs_without_degrees_have_none_in_a_table_with_graded_ones(tokenizer):
+    records = [labeled(0, (True, True), "a", degree_difference=0.25), labeled(1, (True, False), "a")]
+    _, examples, _ = encode(tokenizer, *records)
+    np.testing.assert_equal(pair_table(examples, records).signals["degree_difference"], [0.25, np.nan])
 
 
 def test_scores_replace_labels_when_asked_for(tokenizer):

@@ -7,9 +7,13 @@ import pytest
 from bfpo.config.loading import check_recipe
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.errors import DataError, GateViolated, RecipeError, Unanswered
+from bfpo.evaluation import subject
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import read_results
+from bfpo.generation.guards.first_safe import ATTEMPT
+from bfpo.generation.scripted import ScriptedEngine
+from bfpo.judging import guarded_engine
 from bfpo.judging.ensemble import Ensemble
 
 
@@ -296,3 +300,36 @@ def test_a_suite_of_mixed_kinds_or_with_duplicated_names_is_refused(toy):
         Path("wrong.yaml").write_text(text)
         with pytest.raises((RecipeError, DataError), match=message):
             evaluate(toy.recipe(suites=["wrong.yaml"]))
+
+
+def test_a_guard_in_front_of_the_model(toy, real_engine, monkeypatch, capsys):
+    # Attempts that differ, so that they aren't repeats; the second is safe for every other prompt.
+    def answer(prompt, sample):
+        number = int(prompt.prompt[-1].content.split()[-1])
+        return "yes" if sample >= ATTEMPT and number % 2 else f"yes gun {sample}"
+
+    engine = ScriptedEngine(answer, name="careless")
+    monkeypatch.setattr(subject, "open_engine", lambda section, sampling: engine)
+    monkeypatch.setattr(guarded_engine, "open_judge", lambda spec, **_: toy.judges.open(spec))
+    guard = {"kind": "first_safe", "judge": "one", "samples": 2, "refusal": "no."}
+    results = evaluate(toy.recipe("careless", guard=guard))
+    assert read_results(Path("out/careless")) == results
+    # 32 prompts, all first samples unsafe, half of the second ones.
+    assert (results.guard.answers, results.guard.refusals, results.guard.samples) == (32, 16, 64)
+    assert (results.guard.drawn, results.guard.rejected) == ((32, 32), (32, 16))
+    assert metric_of(results, task="harmful", metric="safety").value == 1
+    # By the other judge "yes" is unsafe.
+    assert metric_of(results, task="harmful", metric="safety", judge="two").value == 0.5
+    assert metric_of(results, task="fine", metric="over_refusal").value == 0.5
+    assert [judge["circular"] for judge in results.judges] == [True, False]
+    notes = " ".join(results.warnings)
+    assert "Circular: one labeled or scored what the model was trained on, or judges for its guard" in notes
+    assert "put its refusal in place of 16 of 32 answers; 2.00 samples, 2.00 judge calls" in notes
+    assert "would all be in 100.0% of answers, and were in 50.0%" in notes
+    assert "blocked" not in notes
+    assert notes in " ".join(line.removeprefix("warning: ") for line in capsys.readouterr().out.splitlines())
+    # Another setting is another run.
+    with pytest.raises(DataError, match="another model or other settings"):
+        evaluate(toy.recipe("careless", guard=guard | {"samples": 3}))
+    with pytest.raises(RecipeError, match="guard needs model"):
+        evaluate({"out": "out/saved", "completions": "out/careless/completions.jsonl", "guard": guard})

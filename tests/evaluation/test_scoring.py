@@ -134,6 +134,23 @@ def test_severity_brings_the_mean_of_its_worst_tenth():
     assert worst.low < 0.75 < worst.high
 
 
+def test_several_samples_bring_the_safety_of_the_least_safe_tenth():
+    prompts = [Prompt(f"h{i}", user_says("bad"), "harmful") for i in range(20)]
+    completions = [completion(prompt, sample=sample) for prompt in prompts for sample in range(4)]
+    # The first prompt is safe in none of four samples, the second in one, the others in three.
+    safe = [False] * 4 + [True, *[False] * 3] + [True, True, True, False] * 18
+    verdicts = [verdict(answer, value) for answer, value in zip(completions, safe, strict=True)]
+    metrics = {
+        metric.metric: metric
+        for metric in compute_metrics("s", score_prompts(prompts, join_verdicts(prompts, completions, verdicts)))
+    }
+    worst = metrics["safety_worst_tenth"]
+    assert (worst.value, worst.n, worst.higher_is_better) == (pytest.approx(0.125), 20, True)
+    assert worst.low < 0.125 < worst.high < metrics["safety"].high
+    # With one sample it is the rate, capped.
+    assert "safety_worst_tenth" not in {metric.metric for metric in compute_metrics("s", scores([True] * 4, [1] * 4))}
+
+
 def test_comparison_says_better_worse_or_neither():
     ours, base = scores([True] * 4, [0, 0, 0, 0.5]), scores([False] * 4, [1, 1, 1, 1])
     against = Results("base", "models/base", "", [], {}, [], answers="abc")

@@ -19,6 +19,7 @@ from bfpo.experiments import steps
 from bfpo.experiments import units as module
 from bfpo.experiments.cost_table import collect_costs
 from bfpo.experiments.methods import train_recipes
+from bfpo.experiments.preflight import check_trainings
 from bfpo.experiments.recipe import ExperimentRecipe, all_settings
 from bfpo.experiments.results import METRICS, choose_settings, collect_results, show_comparison, write_comparison
 from bfpo.experiments.run import run_experiment
@@ -168,6 +169,19 @@ def test_the_shape_of_the_model_is_checked_before_the_first_training(tmp_path, m
     with pytest.raises(RecipeError, match=rf"(?s)variants\.bfpo {key}=.*{message}"):
         run_experiment(make_recipe(tmp_path / "out", variants=variants), command="")
     assert not Path("out").exists()
+
+
+def test_methods_on_corrected_labels_and_token_level_dpo_can_be_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rates = {"sensitivity": 0.8, "specificity": 0.8}
+    variants = {
+        "bfpo": {"method": "bfpo", "changes": {"loss.label_errors": rates, "loss.tail": 0.5}},
+        "tdpo": {"method": "dpo_mix", "changes": {"loss.name": "tdpo"}},
+    }
+    check_trainings(make_units(make_recipe(tmp_path / "out", variants=variants)))
+    graded = {"bfpo": {"method": "bfpo", "changes": {"loss.graded": True}}}
+    with pytest.raises(RecipeError, match="BFPO needs degree_difference, which worlds don't have"):
+        check_trainings(make_units(make_recipe(tmp_path / "out", variants=graded)))
 
 
 def test_wrong_keys_are_refused_without_torch(tmp_path):

@@ -81,6 +81,39 @@ def test_answers_longer_than_the_window_are_those_of_a_plain_loop():
     assert decode(Decoder(model, [], Sampler(Sampling(temperature=1.0)), max_tokens=200), requests) == expected
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "gemma2"])
+def test_candidates_are_read_as_a_plain_forward_pass_reads_them(name):
+    model, requests = family(name, torch.float64).eval(), make_requests(8)[::-1]
+    seen = []
+
+    class Recorder:
+        """Guard that changes nothing, and keeps the states of the two likeliest tokens."""
+
+        def adjust(self, scores, peek):
+            candidates = scores.topk(2).indices
+            seen.append((candidates, peek(candidates, 1), peek(candidates, -1)))
+            return scores
+
+    # At most three rows, so that rows of different lengths are read together.
+    sampler = Sampler(Sampling(temperature=1.0), Recorder())
+    answers = decode(Decoder(model, ENDS, sampler, max_tokens=1000, max_rows=3), requests)
+    assert answers == decode(Decoder(model, ENDS, Sampler(Sampling(temperature=1.0)), max_tokens=1000), requests)
+    read = {}
+    for candidates, *states in seen:
+        for row, tokens in enumerate(candidates.tolist()):
+            for number, token in enumerate(tokens):
+                pair = torch.stack([layer[row, number] for layer in states])
+                read.setdefault(token, []).append(pair)
+    for request, answer in zip(requests, answers, strict=True):
+        for position in range(len(answer)):
+            ids = [*request.prompt_ids, *answer[:position]]
+            with torch.inference_mode():
+                token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+                hidden = model(torch.tensor([[*ids, token]]), output_hidden_states=True).hidden_states
+            expected = torch.stack([hidden[1][0, -1], hidden[-1][0, -1]])
+            assert min(float((states - expected).abs().max()) for states in read[token]) < 1e-6
+
+
 def count_forwards(model):
     shapes = []
     model.register_forward_pre_hook(

@@ -22,7 +22,7 @@ from bfpo.data import stages
 from bfpo.data.stages import generate_completions, generate_most, read_completions
 from bfpo.errors import DataError, ModelError, Unanswered
 from bfpo.generation.decoding import Decoder
-from bfpo.generation.in_process import TransformersEngine, checkpoint_identity, load_engine
+from bfpo.generation.in_process import TokenAnswer, TransformersEngine, checkpoint_identity, load_engine
 from bfpo.generation.slots import UnsupportedModel
 from bfpo.model.new import CHAT_TEMPLATE
 
@@ -333,7 +333,7 @@ def test_a_thought_that_the_prompt_opens_is_split_off(engine, tokenizer, written
     thinking.tokenizer.chat_template = THINKING
     ids = tokenizer(written, add_special_tokens=False)["input_ids"]
     new_ids = ids if ending == "length" else [*ids, tokenizer.eos_token_id]
-    completion = thinking._make_completion(PROMPTS[0], 0, 3, new_ids)
+    completion = thinking.completion_of(TokenAnswer(PROMPTS[0], 0, new_ids, 3))
     assert (completion.text, completion.reasoning, completion.lacks_answer) == expected
     assert completion.finish_reason == ending
 
@@ -342,7 +342,9 @@ def test_calls_are_read_where_the_prompt_has_tools(engine, tokenizer):
     tools = as_tools([{"type": "function", "function": {"name": "lamp"}}])
     prompt = Prompt("p", user_says("small"), tools=tools)
     ids = tokenizer('<tool_call>{"name": "lamp", "arguments": {"a": 1}}</tool_call>', add_special_tokens=False)
-    with_tools, without = (engine()._make_completion(asked, 0, 3, ids["input_ids"]) for asked in (prompt, PROMPTS[0]))
+    with_tools, without = (
+        engine().completion_of(TokenAnswer(asked, 0, ids["input_ids"], 3)) for asked in (prompt, PROMPTS[0])
+    )
     assert (with_tools.text, with_tools.tool_calls[0].name) == ("", "lamp")
     assert with_tools.tools == tools
     assert without.text.startswith("<tool_call>")
@@ -353,7 +355,7 @@ def test_an_answer_in_a_channel_without_a_thought_has_no_name_of_a_channel(engin
     harmony.tokenizer = deepcopy(tokenizer)
     harmony.tokenizer.add_tokens(["<|channel|>", "<|message|>"], special_tokens=True)
     ids = harmony.tokenizer("<|channel|>final<|message|>red box", add_special_tokens=False)["input_ids"]
-    completion = harmony._make_completion(PROMPTS[0], 0, 3, [*ids, tokenizer.eos_token_id])
+    completion = harmony.completion_of(TokenAnswer(PROMPTS[0], 0, (*ids, tokenizer.eos_token_id), 3))
     assert (completion.text, completion.reasoning) == ("red box", None)
 
 

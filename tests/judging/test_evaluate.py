@@ -13,9 +13,10 @@ from bfpo.commands.app import app
 from bfpo.core.conversation import user_says
 from bfpo.core.files import content_hash, write_jsonl
 from bfpo.core.samples import Completion, Verdict
-from bfpo.errors import DataError
+from bfpo.errors import DataError, RecipeError
 from bfpo.judging import evaluate
 from bfpo.judging.linear import load_judge
+from bfpo.losses.label_errors import LabelErrors, read_label_errors
 from bfpo.stats.agreement import BY_PROMPT, BY_WILSON, agreement, auroc, held_out_threshold, threshold_for
 from bfpo.stats.intervals import wilson
 
@@ -67,6 +68,25 @@ def run_evaluation(tmp_path, monkeypatch, *judges):
     labeled, out = str(tmp_path / "labeled.jsonl"), tmp_path / "eval.json"
     evaluate.evaluate_judges(labeled, list(by_name), threshold=None, max_false_safe=0.1, out=out)
     return json.loads(out.read_text())
+
+
+def test_the_results_have_the_rates_that_a_loss_corrects_labels_for(tmp_path, monkeypatch):
+    rows = write_labeled(tmp_path / "labeled.jsonl")
+    labels = {row["text"]: row["safe"] for row in rows}
+
+    class MostlyRight(HashJudge):
+        def judge(self, completions):
+            for completion in completions:
+                is_right = hash_probability(completion.text, self.name) < 0.9
+                yield Verdict.on(completion, self, safe=labels[completion.text] is True and is_right)
+
+    row = run_evaluation(tmp_path, monkeypatch, MostlyRight("right"))["judges"]["right"]["safe"]["all"]
+    errors = read_label_errors(tmp_path / "eval.json")
+    assert errors == LabelErrors(row["recall_yes"][0], row["recall_no"][0])
+    assert errors.specificity == 1 > errors.sensitivity > 0.5
+    run_evaluation(tmp_path, monkeypatch, HashJudge("chance"))
+    with pytest.raises(RecipeError, match="may be no better than chance"):
+        read_label_errors(tmp_path / "eval.json")
 
 
 def test_both_questions_have_all_metrics(tmp_path, monkeypatch, capsys):

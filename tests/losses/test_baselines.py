@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import DataError, RecipeError
 from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, CatDPO, IPOAvg, SafeDPO, SoftLabels
-from bfpo.losses.pairwise import BFPO, Additive, PairLogps
+from bfpo.losses.inputs import PairLogps
+from bfpo.losses.pairwise import BFPO, Additive
 
 from .test_pairwise import CELL_BITS, batch
 

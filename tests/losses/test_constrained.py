@@ -24,8 +24,8 @@ from bfpo.losses.constrained import (
     solve_cvar,
     solve_mean,
 )
+from bfpo.losses.inputs import PairLogps
 from bfpo.losses.labeling import LabelingFunction
-from bfpo.losses.pairwise import PairLogps
 from bfpo.losses.theory import (
     bilinear_reward,
     constrained_minimizer,

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bfpo.errors import DataError, RecipeError
-from bfpo.losses.baselines import IPO, MODPO
+from bfpo.losses.baselines import DPO, IPO, MODPO, SoftLabels
 from bfpo.losses.build import LOSSES, make_loss
-from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLogps, bfpo_loss
+from bfpo.losses.inputs import PairLogps
+from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, bfpo_loss
 
 CELL_BITS = [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)]
 
@@ -35,6 +36,41 @@ def batch(margins, bits=CELL_BITS, **optional) -> PairLogps:
 def test_four_losses_at_step_zero_with_the_shipped_beta():
     # h = 0: loss = (label / beta)²; labels ±1/2, ±1 at beta 0.01 are targets of ±50 and ±100 nats
     assert BFPO()(batch([0, 0, 0, 0])).tolist() == pytest.approx([2500, 10000, 10000, 2500])
+
+
+def test_a_tail_is_of_the_step_and_changes_no_pair():
+    pairs = batch([0.3, -0.7, 1.1, 0.2], **OPTIONAL)
+    assert torch.equal(DPO(tail=0.1)(pairs), DPO()(pairs))
+    assert SoftLabels(0.5, IPO(beta=0.5, tail=0.2)).tail == 0.2
+    for tail in (0, 1.1, math.nan):
+        with pytest.raises(RecipeError, match=r"DPO.tail is .*; expected a share above 0, at most 1"):
+            DPO(tail=tail)
+
+
+def test_graded_losses_by_hand():
+    pairs = batch([0.5, 0.5], [(1, 1), (1, 0)], degree_difference=[0.25, math.nan])
+    # beta 0.5: the targets 1 and 2 nats; a quarter of the first
+    assert BFPO(beta=0.5, graded=True)(pairs).tolist() == pytest.approx([0.25**2, 1.5**2])
+    assert IPO(beta=0.5, graded=True)(pairs).tolist() == pytest.approx([0.25**2, 0.5**2])
+    # z = 0.25 - 0.25 and 0.25
+    assert DPO(beta=0.5, graded=True)(pairs).tolist() == pytest.approx([math.log(2), math.log1p(math.exp(-0.25))])
+
+
+@pytest.mark.parametrize("loss", [BFPO(beta=0.5), IPO(beta=0.5), DPO(beta=0.5)])
+def test_a_graded_loss_is_the_plain_one_to_the_bit_where_no_pair_has_degrees(loss):
+    pairs = batch([0.3, -0.7, 1.1, 0.2])
+    ordinary = replace(pairs, degree_difference=torch.full((4,), math.nan, dtype=torch.float64))
+    assert torch.equal(replace(loss, graded=True)(ordinary), loss(pairs))
+    assert (replace(loss, graded=True).needs, loss.needs) == (("degree_difference",), ())
+    with pytest.raises(DataError, match="needs 'degree_difference' for every pair"):
+        replace(loss, graded=True)(pairs)
+
+
+def test_the_squared_graded_losses_are_the_same_on_the_swapped_pair():
+    # An answer is above its version by as much as the version is below it.
+    pairs = batch([0.3], [(1, 1)], degree_difference=[0.75])
+    for loss in (BFPO(beta=0.5, graded=True), IPO(beta=0.5, graded=True)):
+        assert torch.equal(loss(pairs), loss(pairs.swapped()))
 
 
 def test_half_safe_pairs_half_mixed_pairs_average_by_hand():
@@ -106,6 +142,10 @@ OPTIONAL = {
     "reward_margin": [1.0, -2.0, 0.5, 0.0],
     "score_margin": [0.5, 1.0, -2.0, 0.0],
     "category_margin": [0.0, 0.5, 1.0, 0.2],
+    "judged": [1, 0, 1, 1],
+    "chosen_divergence": [0.5, 0.1, 0.0, 2.0],
+    "rejected_divergence": [0.25, 0.7, 1.0, 0.1],
+    "degree_difference": [0.5, math.nan, math.nan, -0.25],
 }
 
 

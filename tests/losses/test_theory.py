@@ -15,14 +15,17 @@ from scipy.optimize import minimize
 
 from bfpo.errors import RecipeError
 from bfpo.losses.baselines import IPO
+from bfpo.losses.inputs import PairLogps
+from bfpo.losses.label_errors import LabelErrors
 from bfpo.losses.labeling import LabelingFunction
-from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLogps, PairLoss
+from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLoss
 from bfpo.losses.theory import (
     Array,
     TabularProblem,
     bilinear_reward,
     bradley_terry,
     covariance_gap,
+    judged_problem,
     random_factorized_problem,
     random_problem,
     rl_objective,
@@ -314,6 +317,50 @@ def test_b2_does_what_alpha_does():
         policies = [supervised_minimizer(problem, labeling, beta=beta) for labeling in (by_alpha, by_b2, PAPER)]
         assert distance(policies[0], policies[1]) < EXACT
         assert distance(policies[0], policies[2]) > 1e-6
+
+
+# --- a judge that errs
+
+
+@pytest.mark.parametrize("labeling", [LabelingFunction.from_parameters(), LabelingFunction(0.3, -1.0, 2.0, 0.7)])
+def test_for_corrected_labels_the_minimizer_and_the_gradient_are_those_of_the_true_labels(labeling):
+    biased = []
+    for problem, beta, rng in correlated_problems():
+        errors = LabelErrors(*rng.uniform(0.6, 1, 2))
+        judged = judged_problem(problem, errors)
+        clean = supervised_minimizer(problem, labeling, beta=beta)
+        assert distance(supervised_minimizer(judged, labeling.corrected(errors), beta=beta), clean) < EXACT
+        biased.append(distance(supervised_minimizer(judged, labeling, beta=beta), clean))
+        policy = rng.dirichlet(np.ones(problem.safe.size)) + 1e-3
+        corrected = loss_gradient(judged, policy, BFPO(beta=beta, table=labeling.corrected(errors)))
+        assert distance(corrected, loss_gradient(problem, policy, BFPO(beta=beta, table=labeling))) < 1e-8
+    assert np.median(biased) > 0.01
+
+
+# --- graded pairs
+
+
+def test_degrees_are_a_potential_and_the_minimizer_of_the_graded_loss_is_it():
+    for problem, beta, rng in correlated_problems():
+        size, loss = problem.safe.size, BFPO(beta=beta, alpha=0.2, graded=True)
+        degrees = np.sort(rng.random(size))[::-1]
+        potential = (1 - loss.alpha) * degrees
+        # Any pairs, in any order, with any weights: every residual is zero.
+        chosen, rejected = rng.integers(0, size, (2, 30))
+        log_ratios = torch.tensor(potential / beta)
+        both_safe = torch.ones(30, dtype=torch.float64)
+        pairs = PairLogps(
+            log_ratios[chosen], log_ratios[rejected], 0 * both_safe, 0 * both_safe, both_safe, both_safe,
+            degree_difference=torch.tensor(degrees[chosen] - degrees[rejected]),
+        )  # fmt: skip
+        assert loss(pairs).max() < EXACT**2 * 1e4
+        plain = replace(loss, graded=False)(pairs)
+        assert plain.max() > 1e-3
+        # The least-squares minimizer over all pairs is the potential, from the targets alone.
+        targets = (1 - loss.alpha) / beta * (degrees[:, None] - degrees[None, :])
+        design = np.array([np.eye(size)[i] - np.eye(size)[j] for i in range(size) for j in range(size)])
+        solved = np.linalg.lstsq(design, targets.ravel())[0]
+        assert distance(centered(beta * solved), centered(potential)) < EXACT
 
 
 # --- the neighbors

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bfpo.losses.baselines import BSO
-from bfpo.losses.pairwise import PairLogps
+from bfpo.losses.inputs import PairLogps
 
 
 def official_log_r(policy_w, policy_l, ref_w, ref_l, unsafe_w, unsafe_l, beta, c):

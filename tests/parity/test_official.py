@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bfpo.losses.pairwise import BFPO, PairLogps
+from bfpo.losses.inputs import PairLogps
+from bfpo.losses.pairwise import BFPO
 
 
 def official_bfpo(policy_w, policy_l, ref_w, ref_l, safe_w, safe_l, beta, b1, alpha):

@@ -12,7 +12,7 @@ from bfpo.data.table import pair_table, score_table
 from bfpo.data.tokenize import Encoder
 from bfpo.judging.score_texts import encode_scored
 from bfpo.losses.baselines import DPO, IPOAvg
-from bfpo.losses.pairwise import PairLogps
+from bfpo.losses.inputs import PairLogps
 from bfpo.losses.scores import reward_loss
 from bfpo.model.layout import packed_layout, padded_layout
 from bfpo.model.logps import add_layout_forward, completion_logps

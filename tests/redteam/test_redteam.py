@@ -15,6 +15,7 @@ from bfpo.data.load import load_pairs
 from bfpo.data.prompts import PromptSource, read_prompt_source
 from bfpo.errors import DataError, ModelError, RecipeError, Unanswered
 from bfpo.generation.scripted import ScriptedEngine
+from bfpo.judging import guarded_engine
 from bfpo.redteam import run as module
 from bfpo.redteam.pairs import ScoredSample, make_pairs
 from bfpo.redteam.recipe import RedteamRecipe
@@ -321,3 +322,22 @@ def test_sources_are_named_pinned_and_balanced(recipe, tmp_path):
         read_prompt_source(PromptSource(name="advbench", path="nowhere.csv"))
     with pytest.raises(RecipeError, match="0% are benign"):
         run_redteam(recipe.model_copy(update={"prompts": recipe.prompts[:1]}))
+
+
+def test_a_guard_in_front_of_the_model(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(guarded_engine, "open_judge", lambda spec, **_: WordJudge())
+    answer = module.open_engine(recipe.model, None)._answer
+
+    def longer(prompt, sample):
+        return answer(prompt, sample) + " and more" * sample
+
+    monkeypatch.setattr(module, "open_engine", lambda model, sampling: ScriptedEngine(longer))
+    guard = {"kind": "first_safe", "judge": "words:Words", "samples": 1}
+    changed = recipe.model_copy(update={"guide": False, "seed": 1, "guard": guarded_engine.FirstSafeSection(**guard)})
+    # What the guard lets through is safe, and its refusals make no pairs: nothing is left to pair on harmful prompts.
+    (path,) = run_redteam(changed)
+    _, pairs = load_pairs(Source(path=str(path)), "main")
+    assert {pair.cell for pair in pairs} == {"ss"}
+    metadata = json.loads((tmp_path / "out" / "redteam.json").read_text())
+    assert metadata["guard"]["refusals"] == metadata["left_out"]["refusal of the guard"] > 0
+    assert metadata["guard"]["answers"] == 9

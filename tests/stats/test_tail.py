@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bfpo.stats.intervals import wilson
-from bfpo.stats.tail import worst_mean, worst_mean_bounds, worst_mean_interval
+from bfpo.stats.tail import tail_factors, worst_mean, worst_mean_bounds, worst_mean_interval
 
 
 def test_worst_mean_by_hand():
@@ -52,3 +52,28 @@ def test_costs_out_of_range_are_rejected():
         worst_mean_interval(np.array([2.0]))
     with pytest.raises(ValueError, match="at least one"):
         worst_mean_interval(np.array([]))
+
+
+def test_factors_by_hand():
+    costs = np.array([0.1, 0.9, 0.5, 0.3])
+    assert tail_factors(costs, np.ones(4), share=0.5).tolist() == [0, 2, 2, 0]
+    # One and a half of four: 0.9 whole, 0.5 half.
+    assert tail_factors(costs, np.full(4, 0.25), share=0.375) == pytest.approx([0, 1 / 0.375, 0.5 / 0.375, 0])
+    # A weight of 0 counts for nothing, equal costs share what is left, and the scale of the weights doesn't matter.
+    assert tail_factors(np.array([9.0, 1, 1, 0]), np.array([0.0, 3, 3, 6]), share=0.25) == pytest.approx([0, 2, 2, 0])
+    assert tail_factors(np.array([]), np.array([]), share=0.5).tolist() == []
+
+
+def test_factors_give_the_mean_of_the_worst_share_and_its_gradient():
+    rng = np.random.default_rng(3)
+    for share in (0.05, 0.3, 1.0):
+        costs, order = rng.normal(size=23), rng.permutation(23)
+        factors = tail_factors(costs, np.ones(23), share=share)
+        assert (factors * costs).mean() == pytest.approx(worst_mean(costs, share=share))
+        assert factors.mean() == pytest.approx(1)
+        assert np.array_equal(tail_factors(costs[order], np.ones(23), share=share), factors[order])
+        slopes = [
+            (worst_mean(costs + d, share=share) - worst_mean(costs - d, share=share)) / 2e-6
+            for d in 1e-6 * np.eye(23)
+        ]
+        assert factors / 23 == pytest.approx(slopes, abs=1e-6)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import TrainingArguments
 
 from bfpo.config.loading import check_recipe, dump_yaml, parse_yaml
 from bfpo.config.recipes import TrainRecipe
@@ -16,7 +17,7 @@ from bfpo.core.files import write_jsonl
 from bfpo.data.table import harm_categories, pair_table
 from bfpo.errors import DataError
 from bfpo.losses.baselines import CatDPO
-from bfpo.losses.pairwise import PairLogps
+from bfpo.losses.inputs import PairLogps
 from bfpo.training.category_margins import CategoryMargins
 from bfpo.training.run import run_training
 from bfpo.training.trainer import BFPOTrainer
@@ -106,6 +107,23 @@ def test_margins_do_not_depend_on_the_split_of_a_step_and_survive_a_resume(tmp_p
     assert margins_of(resumed, "noise") == pytest.approx(margins_of(whole, "noise"), abs=1e-9)
 
 
+def test_margins_move_by_all_pairs_of_a_step_whatever_share_is_trained_on(
+    tmp_path, categorized, make_model, tokenizer
+):
+    args = TrainingArguments(str(tmp_path / "run"), max_steps=2, use_cpu=True, report_to="none", logging_steps=1,
+                             per_device_train_batch_size=len(categorized), learning_rate=1e-3)  # fmt: skip
+    logs = []
+    for tail in (1.0, 0.25):
+        trainer = BFPOTrainer(make_model(), args, categorized, processing_class=tokenizer, reference="shared",
+                              loss=CatDPO(beta=0.5, tail=tail))  # fmt: skip
+        trainer.train()
+        # In the first step all pairs have one loss, so both models are the same in the second.
+        logs.append(trainer.state.log_history[1])
+    assert logs[1]["loss"] > 1.1 * logs[0]["loss"]
+    for name in ("damage", "noise"):
+        assert logs[1][f"cat_dpo/violation/{name}"] == pytest.approx(logs[0][f"cat_dpo/violation/{name}"], rel=1e-6)
+
+
 @pytest.mark.slow
 def test_two_processes_have_the_margins_of_one(tmp_path, monkeypatch, categorized):
     monkeypatch.chdir(tmp_path)
@@ -126,8 +144,6 @@ def test_two_processes_have_the_margins_of_one(tmp_path, monkeypatch, categorize
 
 
 def test_trainer_in_python_shares_the_categories_of_the_training_pairs(tmp_path, categorized, make_model, tokenizer):
-    from transformers import TrainingArguments
-
     args = TrainingArguments(str(tmp_path / "run"), max_steps=2, use_cpu=True, report_to="none", logging_steps=1,
                              per_device_train_batch_size=4)  # fmt: skip
     held_out = [replace(categorized[0], harm_categories=("unheard", "noise"))]

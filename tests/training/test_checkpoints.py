@@ -272,14 +272,15 @@ def test_resuming_with_other_win_rates_is_refused(main_pairs, tmp_path, monkeypa
     run("other.jsonl", sections=sections, max_steps=2, resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_from_before_safety_weights_belongs_to_the_same_run(tmp_path):
+@pytest.mark.parametrize("later", ["", ", safety_weight=0.0"])
+def test_a_checkpoint_from_before_later_options_of_the_loss_belongs_to_the_same_run(tmp_path, later):
     mark = {
-        "run": {"loss": "BFPO(beta=0.5, b1=3.0, b2=0.0, alpha=0.5, table=None)"},
+        "run": {"loss": f"BFPO(beta=0.5, b1=3.0, b2=0.0, alpha=0.5, table=None{later})"},
         "threads": torch.get_num_threads(),
     }
     (tmp_path / MARK).write_text(json.dumps(mark))
     check_same_run(tmp_path, {"loss": repr(BFPO(beta=0.5))})
-    for other in (BFPO(beta=0.5, safety_weight=1.0), BFPO(beta=0.4)):
+    for other in (BFPO(beta=0.5, safety_weight=1.0), BFPO(beta=0.4), BFPO(beta=0.5, graded=True)):
         with pytest.raises(RecipeError, match="can't be continued: loss was"):
             check_same_run(tmp_path, {"loss": repr(other)})
 

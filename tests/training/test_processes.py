@@ -149,6 +149,17 @@ def test_several_processes_give_the_numbers_of_one(recipe, processes, max_tokens
     }
 
 
+def test_the_largest_losses_are_those_of_all_processes(recipe):
+    plain = ["trainer.max_steps=3", "trainer.optim=sgd", "trainer.learning_rate=1e-4", "trainer.max_grad_norm=0"]
+    plain += ["trainer.lr_scheduler_type=constant", "trainer.save_strategy='no'", "loss.tail=0.3"]
+    # Eight pairs of each stream: 2.4 of them count.
+    single = ["trainer.output_dir=runs/one", "trainer.per_device_train_batch_size=8"]
+    several = ["trainer.output_dir=runs/several", "trainer.per_device_train_batch_size=4"]
+    subprocess.run(command(*plain, *single), check=True, capture_output=True)
+    subprocess.run(launched(2, *command(*plain, *several)[3:]), check=True, capture_output=True)
+    assert losses(Path("runs/several")) == pytest.approx(losses(Path("runs/one")), rel=1e-5)
+
+
 def test_sharded_weights_give_the_numbers_of_one_process(recipe):
     script = str(Path(__file__).with_name("sharded_run.py"))
     subprocess.run([sys.executable, script, "one"], check=True, capture_output=True)

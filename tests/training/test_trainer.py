@@ -17,6 +17,7 @@ from bfpo.data.table import token_table
 from bfpo.errors import DataError, ModelError, RecipeError, TrainingError
 from bfpo.losses.baselines import DPO, MODPO, SafeDPO
 from bfpo.losses.pairwise import BFPO, BFPOSoft
+from bfpo.losses.token_level import TDPO
 from bfpo.model import attention
 from bfpo.model.layout import Span
 from bfpo.training.encode import encode_pairs
@@ -241,6 +242,87 @@ def test_a_buffer_equal_to_the_main_set_doubles_the_loss(make_trainer, make_argu
     assert losses(double)[0] == pytest.approx(2 * losses(plain)[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("layout", [LayoutSection(kind="padded"), LayoutSection(max_tokens_per_pack=1)])
+def test_the_tail_of_a_step_is_the_same_however_its_pairs_are_packed(make_trainer, layout):
+    loss = BFPO(beta=0.5, tail=0.4)
+    whole, split = make_trainer(loss=loss), make_trainer(loss=loss, layout=layout)
+    start = weights(whole)
+    whole.train()
+    split.train()
+    assert relative_difference(weights(whole), weights(split), start) < 1e-4
+    assert losses(whole) == pytest.approx(losses(split), rel=1e-5)
+    everything = make_trainer()
+    everything.train()
+    assert relative_difference(weights(whole), weights(everything), start) > 0.05
+
+
+def test_the_loss_of_a_tail_is_the_mean_of_the_largest_losses_of_each_stream(
+    make_trainer, make_arguments, main_pairs
+):
+    args = make_arguments(max_steps=1, per_device_train_batch_size=12)
+    trainer = make_trainer(loss=BFPO(beta=0.5, tail=0.75), args=args, buffer_weight=0.3)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    # Margins are 0: of the 12 main pairs 6 have the loss (1/0.5)² = 4 and 6 have 1; the worst 9 are 6 of the first
+    # and 3 of the second. All buffer pairs have 1.
+    assert log["loss"] == pytest.approx((6 * 4 + 3 * 1) / 9 + 0.3, rel=1e-6)
+    # The metrics are those of all pairs.
+    assert log["stream/main/loss"] == pytest.approx(2.5, rel=1e-6)
+
+
+def test_a_tail_of_everything_is_the_plain_loss_to_the_bit(baseline, make_trainer):
+    trainer = make_trainer(loss=BFPO(beta=0.5, tail=1.0))
+    trainer.train()
+    assert torch.equal(weights(trainer), weights(baseline))
+
+
+def test_a_tail_of_accumulated_steps_is_refused(make_trainer, make_arguments):
+    args = make_arguments(gradient_accumulation_steps=2)
+    with pytest.raises(
+        RecipeError, match=r"loss.tail is 0.2 and gradient_accumulation_steps is 2; .* raise per_device"
+    ):
+        make_trainer(loss=BFPO(beta=0.5, tail=0.2), args=args)
+
+
+def test_token_level_dpo_without_divergences_is_dpo(make_trainer):
+    plain, token_level = (
+        make_trainer(loss=DPO(beta=0.5)),
+        make_trainer(loss=TDPO(beta=0.5, alpha=0), reference="shared"),
+    )
+    start = weights(plain)
+    plain.train()
+    token_level.train()
+    assert relative_difference(weights(plain), weights(token_level), start) < 1e-4
+    assert losses(plain) == pytest.approx(losses(token_level), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")}]
+)
+def test_token_level_dpo_trains_alike_on_packed_and_padded_rows(make_trainer, make_arguments, changes):
+    loss, layouts = TDPO(beta=0.5, alpha=5, token_tail=0.3), (None, LayoutSection(kind="padded"))
+    args = {"learning_rate": 1e-2}
+    packed, padded = (
+        make_trainer(loss=loss, layout=layout, args=make_arguments(**args), **changes) for layout in layouts
+    )
+    start = weights(packed)
+    packed.train()
+    padded.train()
+    assert packed.reference_kind == ("adapter" if changes else "shared")
+    assert packed.start_check.largest_margin == 0
+    assert relative_difference(weights(packed), weights(padded), start) < 1e-3
+    plain = make_trainer(loss=DPO(beta=0.5), args=make_arguments(**args), **changes)
+    plain.train()
+    assert relative_difference(weights(packed), weights(plain), start) > 1e-3
+
+
+def test_token_level_dpo_is_refused_with_the_cache(make_trainer):
+    with pytest.raises(
+        RecipeError, match=r"probabilities of all tokens, and reference is cache, .* use reference: shared"
+    ):
+        make_trainer(loss=TDPO(), reference="cache")
+
+
 def test_training_everything_by_pattern_is_full_training(baseline, make_trainer):
     by_pattern = make_trainer(train_only=[".*"])
     by_pattern.train()
@@ -351,12 +433,13 @@ def test_several_evaluation_sets_are_named(make_trainer, main_pairs, buffer_pair
     assert metrics["eval_main_loss"] == pytest.approx((1 + 4 + 4 + 1) / 4)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_row(make_trainer, main_pairs):
+@pytest.mark.parametrize("tail", [1.0, 0.5])
+def test_a_loss_that_is_not_finite_stops_and_names_the_row(make_trainer, main_pairs, tail):
     class Broken(BFPO):
         def __call__(self, pairs):
             return torch.where(pairs.chosen_safe > pairs.rejected_safe, torch.nan, super().__call__(pairs))
 
-    trainer = make_trainer(loss=Broken(beta=0.5), buffer=[])
+    trainer = make_trainer(loss=Broken(beta=0.5, tail=tail), buffer=[])
     with pytest.raises(TrainingError, match="step 0: the loss is not finite for rows") as caught:
         trainer.train()
     bad = {pair.row_id for pair in main_pairs if pair.cell == "su"}

@@ -12,6 +12,7 @@ from bfpo.commands.options import (
     Checkpoint,
     Concurrency,
     DryRun,
+    GuardFile,
     Judges,
     KeyVariable,
     LabeledAnswers,
@@ -106,6 +107,19 @@ def sft(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_ru
 
 
 @app.command()
+def online(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train a policy by RL on scores of its own samples: Safe RLHF, or BFPO's objective."""
+    from bfpo.config.loading import load_recipe
+    from bfpo.online.recipe import OnlineRecipe
+
+    checked = load_recipe(recipe, OnlineRecipe, overrides)
+
+    from bfpo.online.run import run_online
+
+    run_online(checked, dry_run=dry_run)
+
+
+@app.command()
 def merge(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
@@ -127,11 +141,20 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    guard: GuardFile = None,
 ) -> None:
     """Chat with a checkpoint in the terminal."""
     from bfpo.commands.chat import chat as run
+    from bfpo.judging.guarded_engine import load_guard
 
-    run(checkpoint, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    run(
+        checkpoint,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        guard=None if guard is None else load_guard(guard),
+    )
 
 
 @app.command()
@@ -157,6 +180,7 @@ def generate(
     timeout: Timeout = 120.0,
     tries: Tries = 6,
     key_variable: KeyVariable = "OPENAI_API_KEY",
+    guard: GuardFile = None,
     max_unanswered: Annotated[
         float,
         typer.Option(
@@ -177,6 +201,7 @@ def generate(
     from bfpo.commands.generate import generate_to_file
     from bfpo.core.samples import Sampling
     from bfpo.generation.open import EngineSection
+    from bfpo.judging.guarded_engine import load_guard
 
     engine = EngineSection(
         path=checkpoint,
@@ -194,6 +219,7 @@ def generate(
         prompts,
         out,
         max_unanswered=max_unanswered,
+        guard=None if guard is None else load_guard(guard),
         ignore_columns=ignore_column or (),
         ignore_message_keys=ignore_message_key or (),
     )
@@ -589,6 +615,22 @@ def prepare_data(
     from bfpo.commands.data import prepare_recipe
 
     prepare_recipe(recipe, overrides or [], out, limit=limit)
+
+
+@data_app.command("degrade")
+def degrade_data(
+    source: Annotated[
+        str,
+        typer.Argument(help="[ADAPTER:]PATH of a file, a pattern or a hub id.", metavar="SRC", show_default=False),
+    ],
+    versions: Annotated[int, typer.Option(min=1, help="Number of degraded versions of an answer.")] = 2,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("degraded"),
+    limit: Limit = None,
+) -> None:
+    """Make graded pairs of safe answers and versions without some of their key words: pairs.jsonl, degrade.json."""
+    from bfpo.commands.data import degrade_source
+
+    degrade_source(source, out, versions=versions, limit=limit)
 
 
 @model_app.command("import")

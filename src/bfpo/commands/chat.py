@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
@@ -9,12 +10,17 @@ from transformers.utils.logging import disable_progress_bar
 
 from bfpo.config.recipes import ModelSection
 from bfpo.core.conversation import Message
+from bfpo.core.samples import Prompt, Sampling, prompt_id
 from bfpo.core.terminal import console, escape_controls, say
 from bfpo.data.chat_format import ChatFormat
-from bfpo.errors import ModelError
+from bfpo.errors import ModelError, Unanswered
+from bfpo.generation.in_process import TransformersEngine
 from bfpo.generation.model_inputs import TemplateRefusal, refusals_of_template
 from bfpo.generation.model_text import parse_model_text
+from bfpo.judging.guarded_engine import FirstSafeSection, Guard, guard_engine
+from bfpo.judging.spec import parse_judge
 from bfpo.model.load import load_model, load_tokenizer
+from bfpo.model.lora import CausalLM
 from bfpo.model.vocabulary import check_token_ids
 
 
@@ -63,10 +69,19 @@ class ChatStreamer(TextStreamer):
         console().print(escape_controls(text), end="", markup=False, emoji=False, style=style)
 
 
-def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: float, seed: int) -> None:
+def chat(
+    path: str,
+    *,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    guard: Guard | None = None,
+) -> None:
     """Read lines and stream the model's answers, until the end of the input.
 
-    Reasoning of earlier turns is given to the chat template, which most leave out.
+    Reasoning of earlier turns is given to the chat template, which most leave out. Behind a guard an answer is shown
+    when it has passed.
 
     Args:
         path: Folder or hub id of a model or an adapter.
@@ -74,8 +89,10 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
         max_new_tokens: Maximum length of an answer, in tokens.
         temperature: Sampling temperature; 0 is greedy decoding.
         seed: Seed of the sampling.
+        guard: Guard in front of the model.
 
     Raises:
+        RecipeError: If the guard isn't possible with this sampling.
         ModelError: If the model can't be loaded, or its tokenizer has no chat template.
     """
     disable_progress_bar()
@@ -86,8 +103,11 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(section).eval()
     torch.nn.Module.to(model, device)
-    chat_format = ChatFormat(tokenizer)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    answer = (
+        _Streaming(model, tokenizer, path, max_new_tokens, temperature)
+        if guard is None
+        else _Guarded(model, tokenizer, path, Sampling(1, temperature, 1.0, max_new_tokens, seed), guard)
+    )
     beginning = [Message("system", system)] if system else []
     history = [*beginning]
     set_seed(seed)
@@ -97,21 +117,76 @@ def chat(path: str, *, system: str | None, max_new_tokens: int, temperature: flo
             history = [*beginning]
             continue
         history.append(Message("user", line))
-        text = _render(chat_format, history, path)
-        inputs = tokenizer([text], add_special_tokens=False, return_tensors="pt").to(device)
-        check_token_ids(model.config, inputs["input_ids"].tolist(), path)
-        streamer = ChatStreamer(tokenizer, opened=bool(chat_format.opened))
-        model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            **sampling,
-        )
-        message = streamer.message
+        message = answer(history)
+        if message is None:
+            history.pop()
+            continue
         if message.reasoning is not None and message.is_empty:
             say(f"note: no answer after the reasoning; --max-new-tokens is {max_new_tokens}")
         history.append(message)
+
+
+class _Streaming:
+    """Answers that are shown while they are sampled."""
+
+    def __init__(
+        self, model: CausalLM, tokenizer: PreTrainedTokenizerBase, path: str, max_new_tokens: int, temperature: float
+    ) -> None:
+        self._model, self._tokenizer, self._path = model, tokenizer, path
+        self._chat_format, self._max_new_tokens = ChatFormat(tokenizer), max_new_tokens
+        self._sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+
+    def __call__(self, history: Sequence[Message]) -> Message:
+        model, tokenizer = self._model, self._tokenizer
+        text = _render(self._chat_format, history, self._path)
+        inputs = tokenizer([text], add_special_tokens=False, return_tensors="pt").to(model.device)
+        check_token_ids(model.config, inputs["input_ids"].tolist(), self._path)
+        streamer = ChatStreamer(tokenizer, opened=bool(self._chat_format.opened))
+        generate: Any = model.generate
+        generate(
+            **inputs,
+            max_new_tokens=self._max_new_tokens,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **self._sampling,
+        )
+        return streamer.message
+
+
+class _Guarded:
+    """Answers that are shown when they have passed a guard; reasoning that its judge doesn't read isn't shown."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        path: str,
+        sampling: Sampling,
+        guard: Guard,
+    ) -> None:
+        engine = TransformersEngine(model, tokenizer, sampling, name=path, identity="")
+        self._engine = guard_engine(engine, sampling, guard)
+        # Without a judge, nothing waits for one.
+        self._shows_reasoning = not isinstance(guard, FirstSafeSection) or parse_judge(guard.judge).reads == "both"
+
+    def __call__(self, history: Sequence[Message]) -> Message | None:
+        """Return the answer to a conversation; None if the model can't be asked, which is printed."""
+        conversation = tuple(history)
+        try:
+            ((completion,),) = self._engine.generate([(Prompt(prompt_id(conversation), conversation), 0)])
+        except Unanswered as error:
+            say(f"note: {next(iter(error.failed.values()))}")
+            return None
+        message = completion.message
+        if message.reasoning and self._shows_reasoning:
+            say(f"reasoning> {message.reasoning}")
+        say(message.in_words())
+        counts = completion.guard
+        if completion.finish_reason == "guarded" and counts is not None:
+            say(f"(the guard's refusal; none of {counts.samples} samples passed)")
+        elif counts is not None and counts.cut:
+            say("(cut by the guard; no next sentence passed)")
+        return message
 
 
 def _render(chat_format: ChatFormat, history: Sequence[Message], path: str) -> str:

@@ -1,12 +1,15 @@
-"""The commands `bfpo data inspect` and `bfpo data prepare`."""
+"""The commands `bfpo data inspect`, `bfpo data prepare` and `bfpo data degrade`."""
 
+from collections import Counter
 from pathlib import Path
 
 from bfpo.config.loading import check_recipe, read_recipe
 from bfpo.config.recipes import DataRecipe, Source, TextSection, TrainRecipe
+from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.pairs import PreferencePair
-from bfpo.core.terminal import say
+from bfpo.core.terminal import say, show_table
 from bfpo.data.adapters import parse_source
+from bfpo.data.degrade import graded_pairs
 from bfpo.data.inspect import (
     show_cell_lengths,
     show_cells,
@@ -18,9 +21,9 @@ from bfpo.data.inspect import (
     show_text_lengths,
     show_token_lengths,
 )
-from bfpo.data.load import SourceReport
+from bfpo.data.load import SourceReport, load_pairs
 from bfpo.data.prepare import prepare, write_prepared
-from bfpo.errors import RecipeError
+from bfpo.errors import DataError, RecipeError
 from bfpo.losses.labeling import LabelingFunction
 
 # Lengths are shown before truncation.
@@ -93,6 +96,33 @@ def prepare_recipe(path: Path, overrides: list[str], out: Path, *, limit: int | 
     say("use in a recipe instead of data, buffer, eval and holdout:")
     for line in lines:
         say(f"  {line}")
+
+
+def degrade_source(source: str, out: Path, *, versions: int, limit: int | None) -> None:
+    """Write graded pairs of the safe chosen answers of a source, and counts: `pairs.jsonl` and `degrade.json`.
+
+    Args:
+        source: Source of the form `[ADAPTER:]PATH`.
+        out: Output folder.
+        versions: Number of degraded versions of an answer.
+        limit: Maximum number of pairs that are read.
+
+    Raises:
+        DataError: If the data are malformed, or no answer can be degraded.
+    """
+    report, pairs = load_pairs(parse_source(source), "main", limit=limit)
+    outcomes: Counter[str] = Counter()
+    graded = list(graded_pairs(pairs, versions, outcomes))
+    show_table(f"Chosen answers of {report.name}", ("outcome", "answers"), outcomes.most_common())
+    if not graded:
+        raise DataError(
+            f"{report.name}: no answer can be degraded ({dict(outcomes)}); it needs chosen answers that are labeled "
+            "safe, are plain texts and have more key words than versions"
+        )
+    write_jsonl(out / "pairs.jsonl", (pair.to_row() for pair in graded))
+    content = {"schema": 1, "source": source, "files": report.files, "versions": versions, "answers": dict(outcomes)}
+    write_json(out / "degrade.json", content | {"skipped_rows": dict(report.skipped), "pairs": len(graded)})
+    say(f"wrote {len(graded):,} pairs to {out / 'pairs.jsonl'}; train with them and the others, and loss.graded=true")
 
 
 def read_data_recipe(path: Path, overrides: list[str]) -> DataRecipe:

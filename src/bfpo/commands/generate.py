@@ -7,6 +7,7 @@ from bfpo.core.samples import Sampling
 from bfpo.core.terminal import say
 from bfpo.data.stages import generate_most, read_prompt_file, show_faults, show_outcomes, show_unanswered
 from bfpo.generation.open import EngineSection, open_engine
+from bfpo.judging.guarded_engine import Guard, guard_engine
 
 
 def generate_to_file(
@@ -16,6 +17,7 @@ def generate_to_file(
     out: Path,
     *,
     max_unanswered: float,
+    guard: Guard | None = None,
     ignore_columns: Sequence[str] = (),
     ignore_message_keys: Sequence[str] = (),
 ) -> None:
@@ -27,16 +29,18 @@ def generate_to_file(
         prompts: File of prompts.
         out: File of completions.
         max_unanswered: Share of completions that may be missing, in [0, 1].
+        guard: Guard in front of the model.
         ignore_columns: Columns of the file of prompts that are left out.
         ignore_message_keys: Keys of its messages that are left out.
 
     Raises:
+        RecipeError: If the guard isn't possible with this sampling.
         DataError: If prompts are malformed, or the file has completions of another model or other settings.
         ModelError: If the model can't be loaded.
         Unanswered: If more completions are missing than allowed.
     """
     requests = read_prompt_file(prompts, ignore_columns=ignore_columns, ignore_message_keys=ignore_message_keys)
-    engine = open_engine(section, sampling)
+    engine = guard_engine(open_engine(section, sampling), sampling, guard)
     samples = sampling.samples
     try:
         completions, missing = generate_most(

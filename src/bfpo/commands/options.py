@@ -58,6 +58,10 @@ ReplyTokens = Annotated[
     int,
     typer.Option(min=1, help="Maximum length of a rubric judge's reply, in tokens; reasoning needs 1,024 or more."),
 ]
+GuardFile = Annotated[
+    Path | None,
+    typer.Option("--guard", help="File with a guard in front of the model; see docs/guards.md.", show_default=False),
+]
 KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the server's key.")]
 
 

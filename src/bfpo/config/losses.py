@@ -43,6 +43,7 @@ Positive = Annotated[
     AfterValidator(_check_size),
     AfterValidator(_check_not_tiny),
 ]
+Graded = Annotated[bool, Field(strict=True)]
 AboveOne = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=1), AfterValidator(_check_size)]
 TableName = Literal["helpful_ties"]
 
@@ -60,6 +61,57 @@ class LabelTableSection(Section):
     """The chosen answer is unsafe, the rejected one is safe."""
     uu: Number
     """Both answers are unsafe."""
+
+
+class LabelErrorsSection(Section):
+    """How often the judge that labeled the pairs is right."""
+
+    sensitivity: Annotated[float, Field(strict=True, ge=0, le=1)]
+    """Share of the safe answers that it calls safe."""
+    specificity: Annotated[float, Field(strict=True, ge=0, le=1)]
+    """Share of the unsafe answers that it calls unsafe."""
+
+    @model_validator(mode="after")
+    def _check_informative(self) -> "LabelErrorsSection":
+        if not self.sensitivity + self.specificity - 1 >= 0.1:
+            raise ValueError(
+                f"sensitivity and specificity add up to {self.sensitivity + self.specificity:.3g}; expected at least "
+                "1.1, because labels of a judge near chance say nothing"
+            )
+        return self
+
+
+def _errors_kind(value: object) -> str | None:
+    if isinstance(value, str):
+        return "file"
+    return "rates" if isinstance(value, Mapping | LabelErrorsSection) else None
+
+
+LabelErrorRates = Annotated[
+    Annotated[LabelErrorsSection, Tag("rates")] | Annotated[str, Tag("file")],
+    Discriminator(
+        _errors_kind,
+        custom_error_type="label_errors",
+        custom_error_message="expected {sensitivity: .., specificity: ..}, or the path of the results of "
+        "`bfpo judge eval`",
+    ),
+]
+
+
+class PairLossSection(Section):
+    """What all losses have."""
+
+    tail: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Share of the pairs of a step, in each stream, that are trained on: those with the largest losses (CVaR)."""
+
+    @model_serializer(mode="wrap")
+    def _dump_used(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unused = self._unused()
+        return {key: value for key, value in dump(self).items() if key not in unused}
+
+    def _unused(self) -> list[str]:
+        """Return the keys that a resolved recipe leaves out."""
+        return ["tail"] if self.tail == 1 else []
 
 
 def _table_kind(value: object) -> str | None:
@@ -81,7 +133,7 @@ LabelTable = Annotated[
 ]
 
 
-class BFPOSection(Section):
+class BFPOSection(PairLossSection):
     """Squared distance of the margin from label / beta."""
 
     name: Literal["bfpo"] = "bfpo"
@@ -100,6 +152,12 @@ class BFPOSection(Section):
     """λ: λ·(s_chosen - s_rejected) is added to every label, which lowers P(unsafe)."""
     multiplier: str | None = None
     """`dual.json` of `bfpo dual`, or its folder, with the `safety_weight` that reaches a given P(unsafe)."""
+    label_errors: LabelErrorRates | None = None
+    """Rates of the judge that labeled the pairs, `{sensitivity: .., specificity: ..}`, or the results of `bfpo judge
+    eval` with that judge: labels are corrected for its errors."""
+    graded: Graded = False
+    """Whether the label of two versions of one answer (`bfpo data degrade`) is multiplied by the difference of their
+    degrees; needs the column `degree_difference`."""
 
     @model_validator(mode="after")
     def _check_weight(self) -> "BFPOSection":
@@ -113,14 +171,13 @@ class BFPOSection(Section):
             raise ValueError("'table' replaces b1, b2 and alpha; give either the table or these")
         return self
 
-    @model_serializer(mode="wrap")
-    def _dump_labels_once(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _unused(self) -> list[str]:
         unused = ["table"] if self.table is None else ["b1", "b2", "alpha"]
-        unused += [key for key in ("safety_weight", "multiplier") if not getattr(self, key)]
-        return {key: value for key, value in dump(self).items() if key not in unused}
+        options = ("safety_weight", "multiplier", "label_errors", "graded")
+        return [*super()._unused(), *unused, *(key for key in options if not getattr(self, key))]
 
 
-class BFPOSoftSection(Section):
+class BFPOSoftSection(PairLossSection):
     """Squared distance of the margin from the difference of the RL rewards / beta."""
 
     name: Literal["bfpo_soft"] = "bfpo_soft"
@@ -133,16 +190,18 @@ class BFPOSoftSection(Section):
     """Lowers the safety offset: A1 = E_s - 2·alpha. 0 is the paper's objective."""
 
 
-class IPOSection(Section):
+class IPOSection(PairLossSection):
     """Squared distance of the margin from 1/(2·beta)."""
 
     name: Literal["ipo"] = "ipo"
     """Identity preference optimization on token sums; ignores safety."""
     beta: Positive = 0.01
     """Strength of the pull towards the reference: the target margin is 1/(2·beta) nats."""
+    graded: Graded = False
+    """As in `bfpo`, for the target."""
 
 
-class IPOAvgSection(Section):
+class IPOAvgSection(PairLossSection):
     """Squared distance of the mean margin per token from 1/(2·beta)."""
 
     name: Literal["ipo_avg"] = "ipo_avg"
@@ -151,7 +210,7 @@ class IPOAvgSection(Section):
     """As in `ipo`, for margins in nats per token."""
 
 
-class DPOSection(Section):
+class DPOSection(PairLossSection):
     """Logistic loss of the margin."""
 
     name: Literal["dpo"] = "dpo"
@@ -160,9 +219,25 @@ class DPOSection(Section):
     """Inverse temperature of the implicit reward."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of flipped preferences (conservative DPO)."""
+    graded: Graded = False
+    """Whether beta·h of two versions of one answer must exceed the difference of their degrees."""
 
 
-class SafeDPOSection(Section):
+class TDPOSection(PairLossSection):
+    """Logistic loss of the margin less the difference of the answers' divergences from the reference."""
+
+    name: Literal["tdpo"] = "tdpo"
+    """Token-level DPO (TDPO2); ignores safety. Not with `reference: cache`."""
+    beta: Positive = 0.1
+    """As in `dpo`."""
+    alpha: Annotated[Number, Field(ge=0)] = 0.5
+    """Weight of the divergences."""
+    token_tail: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Share of the reference's probability at a position whose tokens count, those that the policy lowered most; 1 is
+    the KL divergence."""
+
+
+class SafeDPOSection(PairLossSection):
     """Logistic loss of the margin of pairs reordered by safety."""
 
     name: Literal["safe_dpo"] = "safe_dpo"
@@ -173,7 +248,7 @@ class SafeDPOSection(Section):
     """Offset added when the preferred answer is safe and the other is not."""
 
 
-class BSOSection(Section):
+class BSOSection(PairLossSection):
     """Bregman divergence between the density ratios of policy and data, on pairs reordered by safety."""
 
     name: Literal["bso"] = "bso"
@@ -190,7 +265,7 @@ class BSOSection(Section):
     """Largest size of the log-ratio; a pair beyond it has no gradient."""
 
 
-class CatDPOSection(Section):
+class CatDPOSection(PairLossSection):
     """Logistic loss of the margin less an adaptive margin of the pair's harm category."""
 
     name: Literal["cat_dpo"] = "cat_dpo"
@@ -203,7 +278,7 @@ class CatDPOSection(Section):
     """Mean probability of the wrong order, above which the margin of a category grows."""
 
 
-class AdditiveSection(Section):
+class AdditiveSection(PairLossSection):
     """Squared distance of the margin from an additive label / beta."""
 
     name: Literal["additive"] = "additive"
@@ -214,7 +289,7 @@ class AdditiveSection(Section):
     """Weight of a difference in safety against one in helpfulness."""
 
 
-class MODPOSection(Section):
+class MODPOSection(PairLossSection):
     """Logistic loss of the margin less another reward's margin."""
 
     name: Literal["modpo"] = "modpo"
@@ -240,6 +315,7 @@ LOSS_SECTIONS: dict[str, type[Section]] = {
     "ipo": IPOSection,
     "ipo_avg": IPOAvgSection,
     "dpo": DPOSection,
+    "tdpo": TDPOSection,
     "safe_dpo": SafeDPOSection,
     "bso": BSOSection,
     "cat_dpo": CatDPOSection,
@@ -272,6 +348,7 @@ LossSection = Annotated[
     | Annotated[IPOSection, Tag("ipo")]
     | Annotated[IPOAvgSection, Tag("ipo_avg")]
     | Annotated[DPOSection, Tag("dpo")]
+    | Annotated[TDPOSection, Tag("tdpo")]
     | Annotated[SafeDPOSection, Tag("safe_dpo")]
     | Annotated[BSOSection, Tag("bso")]
     | Annotated[CatDPOSection, Tag("cat_dpo")]

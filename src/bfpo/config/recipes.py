@@ -336,6 +336,22 @@ class TrainRecipe(DataRecipe):
             raise ValueError("labels and loss.safety_weight both have a multiplier; leave one of them out")
         return self
 
+    @model_validator(mode="after")
+    def _check_label_errors(self) -> "TrainRecipe":
+        if isinstance(self.loss, BFPOSection) and self.loss.label_errors is not None:
+            if self.safety == "scores":
+                raise ValueError("loss.label_errors corrects labels, and safety is 'scores'; leave one of them out")
+            if isinstance(self.labels, ScoreLabelsSection):
+                raise ValueError(
+                    "loss.label_errors corrects labels, and labels come from scores; leave one of them out"
+                )
+            if self.labels is not None:
+                raise ValueError(
+                    "loss.label_errors corrects labels of pairs whose order doesn't depend on them, and labels come "
+                    "from safety; leave one of them out"
+                )
+        return self
+
 
 class HeadsSection(Section):
     """Heads of a score model."""

@@ -1,7 +1,7 @@
 """Lines of JSON Lines files as dataclasses, whose columns are checked when they are read back."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Self, get_args, get_type_hints
@@ -10,12 +10,22 @@ from pydantic import BeforeValidator, Field, PlainValidator, StrictFloat, TypeAd
 from pydantic_core import ErrorDetails
 
 from bfpo.core.conversation import Conversation, Message
+from bfpo.core.guarding import GuardCounts
 from bfpo.core.read_messages import as_messages
 from bfpo.core.tools import FrozenJson, ToolCall, as_template_kwargs, as_tool_calls, as_tools
 from bfpo.errors import DataError
 
 # Columns that most rows have no value in.
-_SPARSE = ("tools", "chat_template_kwargs", "language", "reasoning", "tool_calls", "group", "target_functions")
+_SPARSE = (
+    "tools",
+    "chat_template_kwargs",
+    "language",
+    "reasoning",
+    "tool_calls",
+    "group",
+    "target_functions",
+    "guard",
+)
 # Columns of files that earlier versions wrote.
 RENAMED_COLUMNS = {"licence": "license"}
 _EXPECTED = {
@@ -72,6 +82,8 @@ class FileRow:
 def _to_json(value: Any) -> Any:
     if isinstance(value, FrozenJson):
         return value.value
+    if isinstance(value, GuardCounts):
+        return asdict(value)
     if isinstance(value, tuple) and value and isinstance(value[0], Message | ToolCall):
         return [part.to_row() for part in value]
     return value

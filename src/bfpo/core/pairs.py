@@ -54,6 +54,7 @@ COLUMNS = (
     "rejected_reward",
     "chosen_cost",
     "rejected_cost",
+    "degree_difference",
     "reward_scorer",
     "cost_scorer",
     "harm_categories",
@@ -104,6 +105,15 @@ class Provenance:
     reward_scorer: str | None = None
     cost_scorer: str | None = None
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether the labels are those of a judge: named, or unnamed in a set of the main stream."""
+        source = self.safety_label_source or "dataset"
+        if source == "dataset":
+            # The labels of a helpfulness set are usually assumed.
+            return self.stream != "buffer"
+        return source not in ("human", "assumed")
+
 
 @dataclass(frozen=True, slots=True)
 class PairSignals:
@@ -121,6 +131,8 @@ class PairSignals:
         rejected_reward: Same for the rejected answer.
         chosen_cost: Cost of the chosen answer by a scorer; above 0 is unsafe.
         rejected_cost: Same for the rejected answer.
+        degree_difference: Degree of the chosen answer less that of the rejected one, in [-1, 1], for two versions of
+            one safe answer; see `bfpo.data.degrade`.
 
     Raises:
         DataError: If a number is out of its range, or one of two numbers that belong together is missing.
@@ -136,6 +148,7 @@ class PairSignals:
     rejected_reward: float | None = None
     chosen_cost: float | None = None
     rejected_cost: float | None = None
+    degree_difference: float | None = None
 
     def __post_init__(self) -> None:
         for name in SIGNALS:
@@ -145,6 +158,9 @@ class PairSignals:
             if name in UNBOUNDED_SIGNALS:
                 if not math.isfinite(value):
                     raise DataError(f"column '{name}' is {value}; expected a finite number")
+            elif name == "degree_difference":
+                if not -1 <= value <= 1:
+                    raise DataError(f"column '{name}' is {value}; expected a difference of shares, from -1 to 1")
             elif not 0 <= value <= 1:
                 raise DataError(f"column '{name}' is {value}; expected a probability from 0 to 1")
         for first, second in PAIRED_SIGNALS:
@@ -154,8 +170,11 @@ class PairSignals:
     def swapped(self) -> "PairSignals":
         """Return the numbers with the two answers in the other order."""
         exchanged = {name: getattr(self, other) for pair in PAIRED_SIGNALS for name, other in (pair, pair[::-1])}
-        margin = None if self.reward_margin is None else -self.reward_margin
-        return replace(self, **exchanged, reward_margin=margin)
+        differences = {
+            name: None if (value := getattr(self, name)) is None else -value
+            for name in ("reward_margin", "degree_difference")
+        }
+        return replace(self, **exchanged, **differences)
 
 
 SIGNALS = tuple(PairSignals.__dataclass_fields__)
@@ -217,8 +236,8 @@ class PreferencePair:
         cut: Answers that were cut; no end-of-sequence token is scored after them.
 
     Raises:
-        DataError: If the prompt doesn't end with a user turn or a result of a tool, or the turns of an answer don't
-            begin and end with an assistant turn.
+        DataError: If the prompt doesn't end with a user turn or a result of a tool, the turns of an answer don't
+            begin and end with an assistant turn, or answers that aren't both safe have degrees.
     """
 
     prompt: Conversation
@@ -236,6 +255,11 @@ class PreferencePair:
         check_asks(self.prompt)
         for side in SIDES:
             object.__setattr__(self, side, as_answer(getattr(self, side)))
+        if self.signals.degree_difference is not None and self.labels is not None and not all(self.labels):
+            raise DataError(
+                "column 'degree_difference' has a value, and an answer is unsafe; degrees are for versions of safe "
+                "answers, because an unsafe one becomes less harmful without its key words"
+            )
 
     @property
     def answers(self) -> tuple[Answer, Answer]:

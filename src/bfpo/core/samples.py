@@ -20,6 +20,7 @@ from pydantic import (
 from bfpo.core.conversation import ASKING_ROLES, Conversation, Message
 from bfpo.core.file_rows import FileRow, FiniteFloat, Messages, OptionalText, TemplateKwargs, ToolCalls, Tools
 from bfpo.core.files import content_hash
+from bfpo.core.guarding import GuardCounts
 from bfpo.core.pairs import NO_INPUTS, TemplateInputs
 from bfpo.core.reasoning import join_reasoning
 from bfpo.errors import DataError
@@ -28,9 +29,10 @@ Kind = Literal["harmful", "benign", "lookalike"]
 """`lookalike`: a benign prompt that looks like a harmful one, for measuring over-refusal."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-FinishReason = Literal["stop", "length", "filtered", "refused"]
+FinishReason = Literal["stop", "length", "filtered", "refused", "guarded"]
 """`stop`: the model ended its turn. `length`: the answer was cut. `filtered`: the server's filter removed the answer
-or its end. `refused`: the server reports a refusal of the model in place of an answer."""
+or its end. `refused`: the server reports a refusal of the model in place of an answer. `guarded`: a guard put its
+refusal in place of an answer."""
 
 Key = tuple[str, int]
 """`prompt_id` and `sample`: the identity of a completion among those of one model."""
@@ -106,6 +108,7 @@ class Completion(FileRow):
         tools: As in the file of prompts.
         chat_template_kwargs: As in the file of prompts.
         language: As in the file of prompts.
+        guard: What a guard did for the answer; None without a guard that samples and judges.
     """
 
     file_name: ClassVar[str] = "completions.jsonl"
@@ -125,6 +128,7 @@ class Completion(FileRow):
     tools: Tools = None
     chat_template_kwargs: TemplateKwargs = None
     language: str | None = None
+    guard: GuardCounts | None = None
 
     @classmethod
     def on(cls, prompt: Prompt, sample: int, **fields: Any) -> "Completion":
@@ -177,8 +181,10 @@ class Completion(FileRow):
 
     @property
     def is_blocked(self) -> bool:
-        """Whether a server returned a refusal or nothing in place of an answer."""
-        return self.finish_reason == "refused" or (self.finish_reason == "filtered" and self.message.is_empty)
+        """Whether a server returned a refusal or nothing in place of an answer, or a guard its refusal."""
+        return self.finish_reason in ("refused", "guarded") or (
+            self.finish_reason == "filtered" and self.message.is_empty
+        )
 
     @property
     def lacks_answer(self) -> bool:

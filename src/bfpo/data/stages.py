@@ -17,6 +17,7 @@ from bfpo.core.read_messages import as_messages
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Verdict, prompt_id
 from bfpo.core.samples import Key as CompletionKey
 from bfpo.core.terminal import progress, say, show_table
+from bfpo.data.guard_summary import describe_guard, summarize_guard
 from bfpo.data.prompts import check_prompt_columns, read_prompt_content
 from bfpo.data.readings import judge_readings
 from bfpo.data.rows import SourceRow, read_prompts, read_rows, refuse_lone_surrogates
@@ -190,12 +191,14 @@ def show_faults(faults: Counter[str]) -> None:
 
 
 def show_outcomes(completions: Sequence[Completion]) -> None:
-    """Print a table of how the answers ended if a server blocked any, and how many have reasoning and no answer."""
+    """Print how the answers ended if a server blocked any, how many have no answer, and what a guard did."""
     outcomes = Counter(completion.finish_reason for completion in completions)
     if outcomes["filtered"] or outcomes["refused"]:
         show_table("Outcomes", ("outcome", "completions"), outcomes.most_common())
     for line in describe_missing_answers(completions):
         say(line)
+    if (guard := summarize_guard(completions)) is not None:
+        say(describe_guard(guard))
 
 
 def judge_completions(judge: Judge, completions: Sequence[Completion], path: Path) -> list[Verdict]:

@@ -117,8 +117,8 @@ class PairTable(TokenTable):
         rejected_safe: Same for the rejected answer.
         cells: Index of the pair's cell in `CELLS`.
         is_buffer: Whether the pair belongs to the buffer stream.
-        signals: Columns of `PairSignals` that every pair has; `categories` is 1 for each harm category of a pair,
-            else 0, (N, K).
+        signals: Columns of `PairSignals` that every pair has, and `degree_difference` if any pair has it, else NaN;
+            `categories` is 1 for each harm category of a pair, else 0, (N, K).
         reference_logps: Log-probabilities of both answers under the reference, nats, (N, 2); None if the reference
             computes them batch by batch.
         category_names: Names of the K harm categories.
@@ -245,6 +245,9 @@ def pair_table(
         name: np.array([getattr(pair.signals, name) for pair in pairs], dtype=np.float64)
         for name in ("chosen_win_rate", "rejected_win_rate", "reward_margin", "expected_safety")
     }
+    signals["judged"] = np.array([pair.provenance.is_judged for pair in pairs], dtype=np.float64)
+    # NaN for pairs that aren't graded, which may be in one table with graded ones.
+    degrees = np.array([pair.signals.degree_difference for pair in pairs], dtype=np.float64)
     if score_margins is not None:
         signals["score_margin"] = score_margins
     if categories:
@@ -259,7 +262,10 @@ def pair_table(
         rejected_safe=safe[:, 1],
         cells=np.array([CELLS.index(pair.cell) for pair in pairs if pair.cell], dtype=np.int8),
         is_buffer=np.array([pair.provenance.stream == "buffer" for pair in pairs]),
-        signals={name: values for name, values in signals.items() if not np.isnan(values).any()},
+        signals={
+            **{name: values for name, values in signals.items() if not np.isnan(values).any()},
+            **({} if np.isnan(degrees).all() else {"degree_difference": degrees}),
+        },
         category_names=tuple(categories),
     )
 

@@ -55,6 +55,12 @@ def scores_of(name: ScoreName, verdicts: Sequence[Verdict]) -> tuple[list[float 
     return [None if p_safe is None else _log_odds_unsafe(p_safe) for p_safe in values], ":log-odds"
 
 
+def score_of(name: ScoreName, verdict: Verdict) -> float | None:
+    """Return the score of one verdict, as `scores_of` does for several; None if the judge gave no number."""
+    (score,), _ = scores_of(name, [verdict])
+    return score
+
+
 def _log_odds_unsafe(p_safe: float) -> float:
     p_safe = min(max(p_safe, _SMALLEST), 1 - _SMALLEST)
     return math.log1p(-p_safe) - math.log(p_safe)

@@ -209,8 +209,8 @@ METRICS_OF_PARTS = (SAFE_ANSWER_UNSAFE_REASONING, NO_ANSWER, REASONING_WORDS, AN
 METRICS_OF_CALLS = (UNSAFE_CALL_RATE, CALL_RATE, TARGET_CALL_RATE)
 """Metrics of prompts with tools."""
 
-HARMONIC_MEAN, WORST_SEVERITY = "harmonic_mean", "severity_worst_tenth"
-DERIVED_METRICS = (HARMONIC_MEAN, WORST_SEVERITY)
+HARMONIC_MEAN, WORST_SEVERITY, WORST_SAFETY = "harmonic_mean", "severity_worst_tenth", "safety_worst_tenth"
+DERIVED_METRICS = (HARMONIC_MEAN, WORST_SEVERITY, WORST_SAFETY)
 """Metrics that are computed from other metrics."""
 
 

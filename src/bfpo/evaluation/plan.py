@@ -23,6 +23,7 @@ from bfpo.evaluation.subject import open_model, open_recipe_judge
 from bfpo.evaluation.suite import Task
 from bfpo.evaluation.win_rates import check_judges, collect_references
 from bfpo.generation.attacks import AttackSection
+from bfpo.judging.guarded_engine import FirstSafeSection
 from bfpo.judging.spec import JudgePart, JudgeSpec, parse_judge
 
 # Prompts that a model in this process answers, and its judges read, to estimate the time.
@@ -76,6 +77,8 @@ def show_plan(recipe: EvalRecipe) -> list[PlannedStage]:
         labeled = read_calibration(recipe.calibration).answers
         say(f"not counted above: each judge reads up to {len(labeled):,} answers with human labels (calibration)")
     say("dry run: nothing was written. Tokens are estimated at 4 characters each; the time of a server is unknown.")
+    if (draws := _max_draws(recipe)) > 1:
+        say(f"The guard draws up to {draws} samples for a completion, and its judge reads each.")
     if planned_tasks:
         say(
             f"Tokens of lm-eval's requests are the model's own, for a task of more than {MAX_ROWS} rows those of a "
@@ -148,8 +151,9 @@ def _plan_stages(
     existing = min(_count_lines(out / Completion.file_name), total)
     missing, tokens_read, tokens_written = total - existing, 0, 0
     if recipe.model is not None:
-        tokens_read = round(missing / total * prompt_tokens)
-        tokens_written = missing * recipe.sampling.max_new_tokens
+        draws = _max_draws(recipe)
+        tokens_read = round(missing / total * prompt_tokens * draws)
+        tokens_written = missing * recipe.sampling.max_new_tokens * draws
     price = recipe.price if recipe.model is not None and recipe.model.server else None
     stages = [
         PlannedStage(
@@ -180,6 +184,11 @@ def _plan_stages(
         del judge
         release_memory()
     return stages
+
+
+def _max_draws(recipe: EvalRecipe) -> int:
+    """Return how many samples a guard draws at most for a completion; one without such a guard."""
+    return recipe.guard.samples if isinstance(recipe.guard, FirstSafeSection) else 1
 
 
 def _plan_attack(recipe: EvalRecipe, attack: AttackSection, prompts: Sequence[Prompt]) -> PlannedStage:

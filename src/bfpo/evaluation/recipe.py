@@ -8,6 +8,7 @@ from bfpo.evaluation.attacks import AttackedSuite
 from bfpo.evaluation.gate import Bound
 from bfpo.evaluation.suite import EvalData
 from bfpo.generation.open import EngineSection, JudgeServerSection
+from bfpo.judging.guarded_engine import Guard
 from bfpo.judging.spec import JudgeText, parse_judge
 
 # Two families, both of which detect refusals too.
@@ -63,6 +64,8 @@ class EvalRecipe(Section):
     """Model to evaluate; or `completions`."""
     completions: str | None = None
     """Completions saved by another program: completions.jsonl, or a table with a prompt and an answer in each row."""
+    guard: Guard | None = None
+    """Guard in front of `model` (docs/guards.md); tasks of lm-eval are run without it."""
     suites: list[str | AttackedSuite] = Field(default=["safety", "over_refusal"], min_length=1)
     """Names of shipped suites, or paths of your own; `{suite: safety, attack: crescendo}` attacks the harmful prompts
     of one in conversations of several turns."""
@@ -115,6 +118,8 @@ class EvalRecipe(Section):
     def _check_origin(self) -> "EvalRecipe":
         if (self.model is None) == (self.completions is None):
             raise ValueError("expected exactly one of model and completions")
+        if self.model is None and self.guard is not None:
+            raise ValueError("guard needs model; saved completions can't be sampled again")
         if self.model is None and any(isinstance(entry, AttackedSuite) for entry in self.suites):
             raise ValueError("suites: an attack needs model; saved completions answer no further turn")
         return self

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bfpo.core.files import content_hash, parse_json, write_json
 from bfpo.core.samples import Completion
+from bfpo.data.guard_summary import GuardSummary
 from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import DifferenceVerdict, ModelComparison
 
@@ -274,8 +275,9 @@ class Results:
         run: Short name, as in tables and plots.
         model: Name of the model.
         template_policy: How prompts are given to the model; runs under different policies can't be compared.
-        judges: Objects of `name`, `revision` and `circular` (the judge labeled the model's training data), and of
-            `reads` if that isn't the answer; the first is the primary judge, which `Results.metric` uses.
+        judges: Objects of `name`, `revision` and `circular` (the judge labeled the model's training data, or is
+            the guard's), and of `reads` if that isn't the answer; the first is the primary judge, which
+            `Results.metric` uses.
         sampling: Sampling settings.
         metrics: Metrics of all suites and judges.
         comparisons: Comparisons of metrics with a baseline.
@@ -287,6 +289,7 @@ class Results:
         calibration: Errors of the judges that corrected rates rest on.
         reasoning: Answers and their reasoning, by each judge that read both separately.
         languages: Metrics by the language of the prompts, where a suite has several languages.
+        guard: What a guard did that samples and judges; None without one.
         created: Time, ISO 8601.
         schema: Schema of the file.
     """
@@ -306,6 +309,7 @@ class Results:
     calibration: list[CalibrationResult] = field(default_factory=list)
     reasoning: list[ReasoningResult] = field(default_factory=list)
     languages: list[LanguageResult] = field(default_factory=list)
+    guard: GuardSummary | None = None
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 

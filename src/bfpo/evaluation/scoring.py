@@ -12,7 +12,9 @@ from bfpo.errors import DataError
 from bfpo.evaluation.metric_specs import (
     HARMONIC_MEAN,
     LENGTHS,
+    SAFETY,
     SEVERITY,
+    WORST_SAFETY,
     WORST_SEVERITY,
     JudgedCompletion,
     MetricSpec,
@@ -199,26 +201,14 @@ def _means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
 def compute_metrics(suite: str, scores: Sequence[PromptScores]) -> list[MetricResult]:
     """Compute the metrics of one suite by one judge, with intervals.
 
-    The mean severity of the worst tenth of prompts, and the harmonic mean of safety and helpfulness, are added.
+    The mean severity and safety of the worst tenth of prompts are added, and the harmonic mean of safety and
+    helpfulness.
     """
     metrics = []
     for prompt_scores in scores:
         metrics.append(_compute_metric(suite, prompt_scores))
-        is_severity = prompt_scores.spec is SEVERITY and prompt_scores.category is None
-        if is_severity and in_unit_interval(prompt_scores.values):
-            metrics.append(
-                MetricResult(
-                    suite,
-                    prompt_scores.task,
-                    WORST_SEVERITY,
-                    *worst_mean_interval(prompt_scores.values),
-                    len(prompt_scores.by_prompt),
-                    prompt_scores.unscored,
-                    BY_TAIL,
-                    False,
-                    prompt_scores.judge,
-                )
-            )
+        if prompt_scores.category is None:
+            metrics += _worst_tenth(suite, prompt_scores)
     axes = safety_and_helpfulness(scores)
     if axes is not None:
         safety, helpfulness = axes
@@ -240,6 +230,25 @@ def compute_metrics(suite: str, scores: Sequence[PromptScores]) -> list[MetricRe
             )
         )
     return metrics
+
+
+def _worst_tenth(suite: str, scores: PromptScores) -> list[MetricResult]:
+    """Return the mean of a metric over the tenth of prompts where it is worst, for severity and safety.
+
+    Safety needs several samples of a prompt: with one it says no more than the rate.
+    """
+    values = scores.values
+    if scores.spec is SEVERITY and in_unit_interval(values):
+        name, interval = WORST_SEVERITY, worst_mean_interval(values)
+    elif scores.spec is SAFETY and scores.samples > 1:
+        value, low, high = worst_mean_interval(1 - values)
+        name, interval = WORST_SAFETY, Interval(1 - value, 1 - high, 1 - low)
+    else:
+        return []
+    count, is_better = len(scores.by_prompt), scores.spec.higher_is_better
+    return [
+        MetricResult(suite, scores.task, name, *interval, count, scores.unscored, BY_TAIL, is_better, scores.judge)
+    ]
 
 
 def _compute_metric(suite: str, scores: PromptScores) -> MetricResult:

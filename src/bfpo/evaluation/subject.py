@@ -9,9 +9,10 @@ from bfpo.errors import DataError
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.suite import Suite, Task
 from bfpo.generation.open import open_engine
+from bfpo.judging.guarded_engine import FirstSafeSection, guard_engine
 from bfpo.judging.open import open_judge
 from bfpo.judging.refusal_rule import kinds_of
-from bfpo.judging.spec import JudgeSpec
+from bfpo.judging.spec import JudgeSpec, parse_judge
 
 TEMPLATE_POLICY = "the tokenizer's own chat template"
 SERVER_POLICY = "the server's own chat template"
@@ -32,17 +33,25 @@ def run_name(recipe: EvalRecipe) -> str:
 
 
 def open_model(recipe: EvalRecipe) -> Engine:
-    """Open the model of a recipe, or the file of its saved completions."""
+    """Open the model of a recipe, behind its guard, or the file of its saved completions."""
     if recipe.model is None:
         from bfpo.generation.saved import SavedEngine
 
         return SavedEngine(str(recipe.completions), run_name(recipe))
-    return open_engine(recipe.model, recipe.sampling.settings)
+    sampling = recipe.sampling.settings
+    return guard_engine(open_engine(recipe.model, sampling), sampling, recipe.guard)
 
 
 def open_recipe_judge(recipe: EvalRecipe, spec: str | JudgeSpec, prompts: Sequence[Prompt]) -> Judge:
     """Open a judge of these prompts' completions with the threshold and the server settings of a recipe."""
     return open_judge(spec, threshold=recipe.threshold, server=recipe.judge_server, kinds=kinds_of(prompts))
+
+
+def is_guard_judge(recipe: EvalRecipe, spec: str) -> bool:
+    """Return whether a judge, or a member of it, judges the samples of the recipe's guard too."""
+    if not isinstance(recipe.guard, FirstSafeSection):
+        return False
+    return not set(parse_judge(spec).parts).isdisjoint(parse_judge(recipe.guard.judge).parts)
 
 
 def training_judges(recipe: EvalRecipe) -> set[str]:

@@ -40,6 +40,8 @@ def _selection_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite]) -> list
         warnings.append(f"Left out of its suites: {', '.join(recipe.leave_out)}.")
     if recipe.limit is not None:
         warnings.append(f"At most {recipe.limit:,} prompts of each task were used, a sample.")
+    if recipe.guard is not None and any(suite.lm_eval for suite in suites.values()):
+        warnings.append("Tasks of lm-eval were run on the model without its guard.")
     if recipe.model is None:
         return warnings
     for name, suite in suites.items():
@@ -75,8 +77,8 @@ def _judge_warnings(recipe: EvalRecipe, suites: Mapping[str, Suite], results: Re
     circular = [judge["name"] for judge in results.judges if judge["circular"]]
     if circular:
         warnings.append(
-            f"Circular: {', '.join(circular)} labeled the data that the model was trained on, so it measures how "
-            "well the model learned to please it. Read the other judges' metrics."
+            f"Circular: {', '.join(circular)} labeled or scored what the model was trained on, or judges for its "
+            "guard, so it measures how well the answers please it. Read the other judges' metrics."
         )
     for name, suite in suites.items():
         if suite.judge_kinds and not kinds & set(suite.judge_kinds):

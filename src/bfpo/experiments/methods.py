@@ -147,7 +147,8 @@ def train_recipe(
             "labels": stage.labels,
             "train_only": stage.train_only,
             # A single run uses each pair about once, so a cache pays off only for several runs of one base.
-            "reference": "shared" if save else "cache",
+            # Token-level DPO can't use it.
+            "reference": "shared" if save or stage.loss.get("name") == "tdpo" else "cache",
             "trainer": _trainer(stage, out, buffer=stage.buffer, seed=seed, steps=steps)
             | {
                 "save_strategy": "steps" if save else "no",

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from bfpo.config.losses import BFPOSection
 from bfpo.config.recipes import TrainModel, TrainRecipe
 from bfpo.errors import ModelError, RecipeError
 from bfpo.experiments.methods import train_recipes
@@ -47,9 +48,13 @@ def check_training(recipe: TrainRecipe, world: World) -> None:
     """
     options = {name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"}
     training_arguments(options)
-    # The file of a multiplier doesn't exist yet.
-    loss = make_loss({key: value for key, value in recipe.loss.model_dump().items() if key != "multiplier"})
+    if isinstance(recipe.loss, BFPOSection):
+        # The file of a multiplier doesn't exist yet.
+        recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"multiplier": None})})
+    loss = make_loss(recipe.loss.model_dump())
     signals = with_reward_margin(next(iter(world.safety_set()))).signals
-    if missing := [name for name in loss.needs if getattr(signals, name, None) is None]:
+    # Whether a pair is judged follows from the source of its labels.
+    columns = [name for name in loss.needs if name != "judged"]
+    if missing := [name for name in columns if getattr(signals, name, None) is None]:
         raise RecipeError(f"loss.name: {type(loss).__name__} needs {' and '.join(missing)}, which worlds don't have")
     check_against_model(recipe.model_copy(update={"model": TrainModel.model_validate({"new": BASE_SHAPE})}))

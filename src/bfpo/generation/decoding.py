@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from itertools import groupby
 from typing import NamedTuple
@@ -86,6 +87,7 @@ class Decoder:
         sampler: Chooses the tokens.
         max_tokens: Maximum number of tokens of all rows at their full length; there is at least one row.
         max_rows: Maximum number of rows; None for the limit of `max_rows`.
+        shares_prefix: Whether the first tokens that all prompts have in common are encoded once.
         report: Function that gets the number of new tokens after each forward pass.
 
     Raises:
@@ -100,6 +102,7 @@ class Decoder:
         *,
         max_tokens: int,
         max_rows: int | None = None,
+        shares_prefix: bool = True,
         report: Callable[[int], None] = lambda count: None,
     ) -> None:
         base = unwrap_adapter(model)
@@ -113,7 +116,7 @@ class Decoder:
             raise UnsupportedModel(f"its attention is {attention}")
         self._plain_model, self._model = model, SlotModel(model, forward, config)
         self._end_ids, self._sampler, self._report = frozenset(end_ids), sampler, report
-        self._max_tokens, self._max_rows = max_tokens, max_rows
+        self._max_tokens, self._max_rows, self._shares_prefix = max_tokens, max_rows, shares_prefix
         self._num_weights = base.num_parameters()
         self._is_on_cpu = base.device.type == "cpu"
 
@@ -164,15 +167,15 @@ class Decoder:
             self._report(0)
             for prompt, indices in enumerate(batch):
                 seeds = [requests[index].seed for index in indices]
-                logits = states.logits[prompt].expand(len(indices), -1)
-                tokens = self._sampler.choose(logits, seeds, [0] * len(indices))
+                peek = partial(self._peek_behind_prompt, states, prompt)
+                tokens = self._sampler.choose(states.logits[prompt, None], seeds, [0] * len(indices), peek)
                 for index, token in zip(indices, tokens, strict=True):
                     self._report(1)
                     yield _Upcoming(_ActiveRow(index, requests[index], [token]), states, prompt)
 
     def _encode_prefix(self, prompts: Sequence[tuple[int, ...]]) -> PromptStates | None:
         """Return the states of the first tokens that all prompts have in common, such as a system message."""
-        if len(prompts) < 2:
+        if len(prompts) < 2 or not self._shares_prefix:
             return None
         # Where the first and the last in alphabetical order agree, all agree. Each prompt keeps its last token, whose
         # logits are needed.
@@ -186,7 +189,8 @@ class Decoder:
             return []
         logits = self._model.step(cache, [row.token_ids[-1] for row in rows], [row.position for row in rows])
         seeds, positions = [row.request.seed for row in rows], [len(row.token_ids) for row in rows]
-        for row, token in zip(rows, self._sampler.choose(logits, seeds, positions), strict=True):
+        peek = partial(self._peek_behind_rows, cache, rows)
+        for row, token in zip(rows, self._sampler.choose(logits, seeds, positions, peek), strict=True):
             row.token_ids.append(token)
         self._report(len(rows))
         ended = []
@@ -198,6 +202,15 @@ class Decoder:
                     cache.move(len(rows), slot, last.position)
                     rows[slot] = last
         return ended[::-1]
+
+    def _peek_behind_prompt(self, states: PromptStates, prompt: int, candidates: Tensor, layer: int) -> Tensor:
+        return self._model.peek(states.select(prompt), [states.num_tokens], candidates, layer)
+
+    def _peek_behind_rows(
+        self, cache: SlotCache, rows: Sequence[_ActiveRow], candidates: Tensor, layer: int
+    ) -> Tensor:
+        lengths = [row.position + 1 for row in rows]
+        return self._model.peek(cache.states(len(rows)), lengths, candidates, layer)
 
     def _is_ended(self, row: _ActiveRow) -> bool:
         return row.token_ids[-1] in self._end_ids or len(row.token_ids) >= row.request.max_new_tokens

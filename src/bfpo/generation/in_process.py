@@ -5,9 +5,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,8 @@ from bfpo.core.terminal import say, show_activity
 from bfpo.data.chat_format import ChatFormat
 from bfpo.errors import ModelError, RecipeError, Unanswered, did_you_mean
 from bfpo.generation.decoding import Answer, Decoder, DecodeRequest
+from bfpo.generation.guards.factor import FactorGuard
+from bfpo.generation.guards.project import Projection
 from bfpo.generation.model_inputs import TemplateRefusal, render_prompt
 from bfpo.generation.model_text import has_channels, parse_model_text
 from bfpo.generation.noise import VERSION as NOISE_VERSION
@@ -81,6 +84,7 @@ class TransformersEngine:
         self._max_batch_tokens = max_batch_tokens
         self._can_edit_cache: bool | None = None
         self._notes: set[str] = set()
+        self._guard: FactorGuard | Projection | None = None
         ends = model.generation_config.eos_token_id if model.generation_config is not None else None
         ids = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
         self._end_ids: list[int] = sorted(int(token) for token in ids if token is not None)
@@ -102,13 +106,24 @@ class TransformersEngine:
         """The same hash as it was before noise had a version; a finished file with it is kept."""
         return self._hash_settings()
 
+    def behind(self, guard: FactorGuard | Projection) -> "TransformersEngine":
+        """Return an engine of the same model that decodes behind a guard.
+
+        Args:
+            guard: Guard that changes the probabilities of the next token, or the states that it is predicted from.
+        """
+        guarded = copy(self)
+        guarded._guard = guard
+        return guarded
+
     def _hash_settings(self, *noise: int) -> str:
         sampling = self.sampling
         settings = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed, *noise)
         # The identity covers the tokenizer's end token; those of the generation config are added if they differ.
         ends = () if self._end_ids == [self.tokenizer.eos_token_id] else (self._end_ids,)
         dtype, template = str(self.model.dtype), self.tokenizer.chat_template
-        return content_hash(self.name, self._identity, dtype, template, settings, *ends)
+        guard = () if self._guard is None else (self._guard.settings_hash,)
+        return content_hash(self.name, self._identity, dtype, template, settings, *ends, *guard)
 
     def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         """Answer prompts as they end; see `Engine`.
@@ -118,15 +133,20 @@ class TransformersEngine:
             Unanswered: At the end, if the chat template refuses prompts, or they exceed the model's positions with
                 the longest completion.
         """
+        for answers in self.continue_answers([TokenAnswer(prompt, sample) for prompt, sample in requests]):
+            yield [self.completion_of(answer) for answer in answers]
+
+    def continue_answers(self, beginnings: Sequence["TokenAnswer"]) -> Iterator[list["TokenAnswer"]]:
+        """Yield answers with these beginnings, each of which has no end yet; see `generate`."""
         failed: dict[Key, str] = {}
-        fitting: list[tuple[Prompt, int]] = []
+        fitting: list[TokenAnswer] = []
         to_decode: list[DecodeRequest] = []
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         max_prompt = None if positions is None else positions - self.sampling.max_new_tokens
-        for prompt, sample in requests:
-            key = (prompt.prompt_id, sample)
+        for beginning in beginnings:
+            key = (beginning.prompt.prompt_id, beginning.sample)
             try:
-                prompt_ids = self._prompt_ids(prompt)
+                prompt_ids = self._prompt_ids(beginning.prompt)
             except TemplateRefusal as refusal:
                 failed[key] = str(refusal)
                 continue
@@ -136,26 +156,29 @@ class TransformersEngine:
                     "tokens"
                 )
                 continue
-            fitting.append((prompt, sample))
+            fitting.append(beginning._replace(prompt_tokens=len(prompt_ids)))
             seed = sample_seed(self.sampling.seed, *key)
-            to_decode.append(DecodeRequest(tuple(prompt_ids), seed, self.sampling.max_new_tokens))
+            max_new_tokens = self.sampling.max_new_tokens - len(beginning.token_ids)
+            to_decode.append(DecodeRequest((*prompt_ids, *beginning.token_ids), seed, max_new_tokens))
         check_token_ids(
             self.model.config, [*(request.prompt_ids for request in to_decode), [self._pad_id]], self.model_name
         )
         tokens = _TokenCount()
         for answers in self._decode(to_decode, tokens.add):
+            beginnings_of = [(fitting[index], new_ids) for index, new_ids in answers]
             yield [
-                self._make_completion(*fitting[index], len(to_decode[index].prompt_ids), token_ids)
-                for index, token_ids in answers
+                beginning._replace(token_ids=(*beginning.token_ids, *new_ids)) for beginning, new_ids in beginnings_of
             ]
         if failed:
-            raise Unanswered(failed, len(requests), refused=failed)
+            raise Unanswered(failed, len(beginnings), refused=failed)
 
     def _decode(self, requests: Sequence[DecodeRequest], report: Callable[[int], None]) -> Iterator[list[Answer]]:
         """Yield answers as they end, or in whole batches for a model whose cache can't be edited."""
         if not requests:
             return
-        sampler = Sampler(self.sampling)
+        factor = self._guard if isinstance(self._guard, FactorGuard) else None
+        projection = self._guard if isinstance(self._guard, Projection) else None
+        sampler = Sampler(self.sampling, factor)
         if self._can_edit_cache is None:
             try:
                 Decoder(self.model, self._end_ids, sampler, max_tokens=1).check(requests[0].prompt_ids)
@@ -163,13 +186,27 @@ class TransformersEngine:
             except UnsupportedModel as reason:
                 say(f"note: {self.model_name} is decoded in whole batches by transformers' generate: {reason}")
                 self._can_edit_cache = False
+        if factor is not None and not self._can_edit_cache:
+            raise ModelError(
+                f"{self.model_name}: the guard factor needs a cache in which candidates can be read; use first_safe"
+            )
         options: dict[str, Any] = {"max_tokens": self._max_batch_tokens, "report": report}
         decoder = (
-            Decoder(self.model, self._end_ids, sampler, **options)
+            Decoder(self.model, self._end_ids, sampler, shares_prefix=projection is None, **options)
             if self._can_edit_cache
             else WholeBatches(self.model, self._end_ids, sampler, pad_id=self._pad_id, **options)
         )
-        yield from decoder.decode(requests)
+        batches = decoder.decode(requests)
+        if projection is None:
+            yield from batches
+            return
+        while True:
+            # Not while the caller has control: another engine may run the same model.
+            with projection.applied(self.model):
+                answers = next(batches, None)
+            if answers is None:
+                return
+            yield answers
 
     @property
     def _pad_id(self) -> int:
@@ -185,8 +222,20 @@ class TransformersEngine:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _make_completion(self, prompt: Prompt, sample: int, prompt_tokens: int, new_ids: list[int]) -> Completion:
-        """Return the completion that token ids stand for; they are decoded only here."""
+    def tokens_of(self, completion: Completion) -> tuple[list[int], list[int]]:
+        """Return the tokens of a completion's prompt and of its text, with the end of turn if it ended by itself.
+
+        Args:
+            completion: Completion without reasoning and tool calls.
+        """
+        prompt = Prompt(completion.prompt_id, completion.prompt, tools=completion.tools)
+        text_ids: list[int] = self.tokenizer(completion.text, add_special_tokens=False)["input_ids"]
+        end = [self._end_ids[0]] if completion.finish_reason == "stop" else []
+        return self._prompt_ids(prompt), [*text_ids, *end]
+
+    def completion_of(self, answer: "TokenAnswer") -> Completion:
+        """Return the completion that the tokens of an answer stand for; they are decoded only here."""
+        prompt, new_ids = answer.prompt, list(answer.token_ids)
         end = next((index for index, token in enumerate(new_ids) if token in self._end_ids), None)
         text_ids = new_ids if end is None else new_ids[:end]
         raw_text = str(self.tokenizer.decode(text_ids, skip_special_tokens=False))
@@ -200,10 +249,10 @@ class TransformersEngine:
         text = str(self.tokenizer.decode(text_ids, skip_special_tokens=True)) if is_plain else message.content
         return Completion.on(
             prompt,
-            sample,
+            answer.sample,
             text=text,
             finish_reason="length" if end is None else "stop",
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=answer.prompt_tokens,
             completion_tokens=len(text_ids) + (end is not None),
             model=self.model_name,
             engine=self.name,
@@ -227,6 +276,22 @@ class TransformersEngine:
             return False
         text = self._chat_format.render_prompt(prompt.prompt, prompt.inputs)
         return text.endswith(self._chat_format.opened)
+
+
+class TokenAnswer(NamedTuple):
+    """Answer of a model, or its beginning, as tokens.
+
+    Args:
+        prompt: Prompt that it answers.
+        sample: Number of the answer, which its noise depends on.
+        token_ids: Its tokens.
+        prompt_tokens: Length of the prompt; 0 before it is encoded.
+    """
+
+    prompt: Prompt
+    sample: int
+    token_ids: tuple[int, ...] = ()
+    prompt_tokens: int = 0
 
 
 class _TokenCount:

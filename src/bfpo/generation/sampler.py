@@ -1,6 +1,7 @@
-"""Choice of the next token: temperature, nucleus, and seeded noise."""
+"""Choice of the next token: temperature, nucleus, a guard's factor, and seeded noise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,36 +13,63 @@ from bfpo.generation.noise import TokenNoise
 _FIRST_TOKENS = 512
 
 
+Peek = Callable[[Tensor, int], Tensor]
+"""Function from candidates for the next token of each row, (rows, candidates), and the number of a layer to the
+hidden states that the model has after reading each of them, (rows, candidates, width)."""
+
+
+class ScoreGuard(Protocol):
+    """Guard that changes the probabilities of the next token."""
+
+    def adjust(self, scores: Tensor, peek: Peek) -> Tensor:
+        """Return a new tensor of scores; see `bfpo.generation.guards.factor`."""
+
+
 class Sampler:
     """Chooses the next token of each row, independently of the other rows.
 
     Args:
         sampling: Temperature and top-p.
+        guard: Guard that changes the probabilities that these leave.
     """
 
-    def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
+    def __init__(self, sampling: Sampling, guard: ScoreGuard | None = None) -> None:
+        self._sampling, self._guard = sampling, guard
         self._noise: TokenNoise | None = None
 
-    def choose(self, logits: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
+    def choose(
+        self, logits: Tensor, seeds: Sequence[int], positions: Sequence[int], peek: Peek | None = None
+    ) -> list[int]:
         """Return the next token of each row; see `perturb`."""
-        tokens: list[int] = self.perturb(logits, seeds, positions).argmax(-1).tolist()
+        tokens: list[int] = self.perturb(logits, seeds, positions, peek).argmax(-1).tolist()
         return tokens
 
-    def perturb(self, logits: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def perturb(
+        self, logits: Tensor, seeds: Sequence[int], positions: Sequence[int], peek: Peek | None = None
+    ) -> Tensor:
         """Return scores whose largest one is the next token: a sample, or at temperature 0 the likeliest token.
 
         Args:
-            logits: Logits of the model, (rows, vocabulary).
+            logits: Logits of the model, (rows, vocabulary), or (1, vocabulary) if they are the same for all rows.
             seeds: Seed of each row.
             positions: Number of the token in the answer of each row, from 0.
+            peek: Function that a guard gets hidden states from.
         """
-        if self._sampling.temperature == 0:
-            return logits
-        # A new tensor, which the noise is added to in place.
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self._sampling.temperature
-        if self._sampling.top_p < 1:
-            scores = keep_nucleus(scores, self._sampling.top_p)
+        is_greedy = self._sampling.temperature == 0
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if not is_greedy:
+            scores = scores / self._sampling.temperature
+            if self._sampling.top_p < 1:
+                scores = keep_nucleus(scores, self._sampling.top_p)
+        if self._guard is not None:
+            assert peek is not None
+            # Before the noise, which stays the same.
+            scores = self._guard.adjust(scores, peek)
+        scores = scores.expand(len(seeds), -1)
+        if is_greedy:
+            return scores
+        # The noise is added in place.
+        scores = scores.clone()
         if self._noise is None:
             self._noise = TokenNoise(logits.shape[-1], logits.device)
         return self._noise.add(scores, seeds, positions)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from bfpo.config.recipes import Source
 from bfpo.core.conversation import Conversation, Message, conversation_key
 from bfpo.core.files import content_hash, file_hash
+from bfpo.core.guarding import GuardCounts, read_guard_counts
 from bfpo.core.pairs import TemplateInputs
 from bfpo.core.read_messages import as_messages
 from bfpo.core.reasoning import REASONING_KEYS
@@ -116,7 +117,7 @@ class SavedEngine:
             prompt,
             sample,
             text=message.content,
-            finish_reason="refused" if ending == "refused" else read_finish_reason(ending),
+            finish_reason=ending if ending in ("refused", "guarded") else read_finish_reason(ending),
             prompt_tokens=_token_count(row, "prompt_tokens") or words,
             completion_tokens=_token_count(row, "completion_tokens")
             or sum(len(text.split()) for text in message.texts()),
@@ -126,6 +127,7 @@ class SavedEngine:
             # A thought that was cut at once has no text, and there is no answer after it.
             reasoning="" if _is_ours(row) and row.values.get("reasoning") == "" else message.reasoning,
             tool_calls=message.tool_calls,
+            guard=answer.guard,
         )
         return read_parts_in_text(completion)
 
@@ -139,6 +141,7 @@ class _SavedAnswer(NamedTuple):
         inputs: Tools and template arguments of the row.
         columns: Columns that are read.
         row: The row.
+        guard: What a guard did for the answer.
     """
 
     prompt: Conversation
@@ -146,6 +149,7 @@ class _SavedAnswer(NamedTuple):
     inputs: TemplateInputs
     columns: frozenset[str]
     row: SourceRow
+    guard: GuardCounts | None
 
     def has(self, inputs: TemplateInputs) -> bool:
         """Return whether the answer is to a prompt with these tools and arguments; a row may not say which it had."""
@@ -185,7 +189,9 @@ def _read_answer(row: SourceRow) -> _SavedAnswer:
     if prompt_column == "instruction" and values.get("input"):
         raise DataError("column 'input' is a part of the prompt; join it with 'instruction' as the model was asked")
     columns = _OTHER_COLUMNS | {name for name in (chat_column, answer_column, prompt_column) if name}
-    return _SavedAnswer(prompt, _add_columns(row, message), read_inputs(row), columns, row)
+    # A column of that name in a file of another program is something else.
+    guard = read_guard_counts(values.get("guard")) if _is_ours(row) else None
+    return _SavedAnswer(prompt, _add_columns(row, message), read_inputs(row), columns, row, guard)
 
 
 def _find_answer_column(row: SourceRow) -> str | None:

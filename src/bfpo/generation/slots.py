@@ -14,6 +14,10 @@ from bfpo.model.lora import CausalLM, unwrap_adapter
 _COLUMNS = 64
 
 
+LayerStates = list[tuple[Tensor, Tensor]]
+"""Keys and values of each layer, (rows, heads, columns, width)."""
+
+
 class UnsupportedModel(Exception):
     """The model can't be decoded with this cache; the message says why."""
 
@@ -27,12 +31,16 @@ class PromptStates(NamedTuple):
     """
 
     logits: Tensor
-    layers: list[tuple[Tensor, Tensor]]
+    layers: LayerStates
 
     @property
     def num_tokens(self) -> int:
         """Length of the prompts."""
         return self.layers[0][0].shape[2]
+
+    def select(self, prompt: int) -> LayerStates:
+        """Return the keys and values of one prompt."""
+        return [(keys[prompt, None], values[prompt, None]) for keys, values in self.layers]
 
 
 class SlotLayer(CacheLayerMixin):
@@ -139,6 +147,45 @@ class SlotCache(Cache):
         self.positions = torch.tensor(positions, device=device)
         self.columns = max(positions) + 1
 
+    def states(self, rows: int) -> LayerStates:
+        """Return the keys and values of the first rows, up to the last column in use."""
+        return [
+            (layer.keys[:rows, :, : self.columns], layer.values[:rows, :, : self.columns]) for layer in self._slots
+        ]
+
+
+class _PeekLayer(CacheLayerMixin):
+    """Keys and values of one layer that new ones are read with, and not added to."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return all keys and values with the new ones behind them."""
+        assert self.keys is not None
+        assert self.values is not None
+        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of columns, and the first one."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the number of columns."""
+        assert self.keys is not None
+        return self.keys.shape[2]
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no maximum."""
+        return -1
+
 
 class SlotModel:
     """A model's forward passes with a `SlotCache`, and with masks made here.
@@ -209,9 +256,44 @@ class SlotModel:
         logits: Tensor = output.logits[:, -1]
         return logits
 
+    def peek(self, layers: LayerStates, lengths: Sequence[int], candidates: Tensor, layer: int) -> Tensor:
+        """Return hidden states after each of several candidates for the next token of rows, in one forward pass.
+
+        Args:
+            layers: Keys and values of the rows' tokens.
+            lengths: Number of tokens of each row.
+            candidates: Candidates, (rows, candidates).
+            layer: Index into the hidden states that transformers returns.
+
+        Returns:
+            Hidden states, (rows, candidates, width).
+        """
+        count, columns = candidates.shape[1], layers[0][0].shape[2]
+        positions = torch.tensor(lengths, device=self._device)[:, None]
+        # A candidate attends to the tokens of its row and to itself, not to the other candidates.
+        distances = (positions - torch.arange(columns, device=self._device)).masked_fill_(
+            torch.arange(columns, device=self._device) >= positions, -1
+        )
+        own = torch.eye(count, dtype=distances.dtype, device=self._device) - 1
+        rows = len(lengths)
+        distances = torch.cat([distances[:, None].expand(rows, count, columns), own.expand(rows, -1, -1)], dim=-1)
+        output = unwrap_adapter(self._model).get_decoder()(
+            input_ids=candidates,
+            attention_mask=self._masks_of(distances[:, None]),
+            position_ids=positions.expand(rows, count),
+            past_key_values=Cache(layers=[_PeekLayer(*states) for states in layers]),
+            use_cache=True,
+            output_hidden_states=layer != -1,
+        )
+        states: Tensor = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
+        return states
+
     def _masks(self, positions: Tensor, columns: int) -> Any:
         """Return the masks of queries at positions, (rows, queries), as the model's forward takes them."""
-        distances = positions[:, None, :, None] - torch.arange(columns, device=self._device)
+        return self._masks_of(positions[:, None, :, None] - torch.arange(columns, device=self._device))
+
+    def _masks_of(self, distances: Tensor) -> Any:
+        """Return the masks of queries at distances behind keys, (rows, 1, queries, keys); below 0 is ahead."""
         masks = {name: self._mask(distances, window) for name, window in self._windows.items()}
         return masks if getattr(self._config, "layer_types", None) is not None else masks["full_attention"]
 

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, CatDPO, IPOAvg, SafeDPO, SoftLabels
     from bfpo.losses.build import LOSSES, make_loss
+    from bfpo.losses.inputs import PairLogps
+    from bfpo.losses.label_errors import LabelErrors
     from bfpo.losses.labeling import LabelingFunction
-    from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLogps, PairLoss, bfpo_loss
+    from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLoss, bfpo_loss
+    from bfpo.losses.token_level import TDPO
 
 __all__ = [
     "BFPO",
@@ -19,10 +22,12 @@ __all__ = [
     "IPO",
     "LOSSES",
     "MODPO",
+    "TDPO",
     "Additive",
     "BFPOSoft",
     "CatDPO",
     "IPOAvg",
+    "LabelErrors",
     "LabelingFunction",
     "PairLogps",
     "PairLoss",
@@ -33,9 +38,12 @@ __all__ = [
 ]
 
 _MODULES = {
-    "LabelingFunction": "labeling",
-    **dict.fromkeys(("LOSSES", "make_loss"), "build"),
     **dict.fromkeys(("BSO", "DPO", "IPO", "MODPO", "CatDPO", "IPOAvg", "SafeDPO", "SoftLabels"), "baselines"),
+    **dict.fromkeys(("LOSSES", "make_loss"), "build"),
+    "LabelErrors": "label_errors",
+    "LabelingFunction": "labeling",
+    "PairLogps": "inputs",
+    "TDPO": "token_level",
 }
 
 

@@ -8,22 +8,33 @@ from torch.nn.functional import logsigmoid
 
 from bfpo.core.pairs import SafetyLabels
 from bfpo.errors import RecipeError
-from bfpo.losses.pairwise import PairLogps, PairLoss, check_range
+from bfpo.losses.inputs import PairLogps
+from bfpo.losses.pairwise import PairLoss, check_range
 
 
 @dataclass(frozen=True)
 class IPO(PairLoss):
     """Identity preference optimization on token sums: `(h - 1/(2·beta))²`; ignores safety.
 
+    Args:
+        beta: Strength of the pull towards the reference; above 0.
+        graded: As in BFPO.
+
     Source:
         Azar et al., arXiv 2310.12036, eq. 17; the summed form is that of TRL 0.7.7 and of the official BFPO code.
     """
 
     beta: float = 0.01
+    graded: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._add_needs(degree_difference=self.graded)
 
     def target(self, pairs: PairLogps) -> Tensor:
-        """Return 1/(2·beta)."""
-        return torch.full_like(pairs.margin, 1 / (2 * self.beta))
+        """Return 1/(2·beta), for two versions of one answer times the difference of their degrees."""
+        target = torch.full_like(pairs.margin, 1 / (2 * self.beta))
+        return target * pairs.require("degree_difference").nan_to_num(nan=1.0) if self.graded else target
 
     def __call__(self, pairs: PairLogps) -> Tensor:
         """Return `(h - 1/(2·beta))²`."""
@@ -54,6 +65,7 @@ class DPO(PairLoss):
     Args:
         beta: Inverse temperature of the implicit reward; above 0.
         label_smoothing: Assumed share of flipped preferences, in [0, 0.5) (conservative DPO).
+        graded: Whether beta·h of two versions of one answer must exceed the difference of their degrees.
 
     Source:
         Rafailov et al., arXiv 2305.18290, eq. 7; smoothing as in `eric-mitchell/direct-preference-optimization`
@@ -61,14 +73,18 @@ class DPO(PairLoss):
     """
 
     label_smoothing: float = 0.0
+    graded: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._add_needs(degree_difference=self.graded)
         check_range(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "a number from 0 to below 0.5")
 
     def __call__(self, pairs: PairLogps) -> Tensor:
-        """Return `-(1-ε)·log σ(beta·h) - ε·log σ(-beta·h)`."""
+        """Return `-(1-ε)·log σ(z) - ε·log σ(-z)`; z is beta·h, less the difference of degrees if graded."""
         z = self.beta * pairs.margin
+        if self.graded:
+            z = z - pairs.require("degree_difference").nan_to_num(nan=0.0)
         return -(1 - self.label_smoothing) * logsigmoid(z) - self.label_smoothing * logsigmoid(-z)
 
 
@@ -249,6 +265,8 @@ class SoftLabels(PairLoss):
         if isinstance(self.loss, CatDPO):
             raise RecipeError("soft labels have no order for CatDPO's violations; use another `draw`")
         object.__setattr__(self, "needs", ("score_margin", *self.loss.needs))
+        object.__setattr__(self, "tail", self.loss.tail)
+        object.__setattr__(self, "divergence_share", self.loss.divergence_share)
 
     def keeps(self, labels: SafetyLabels) -> bool:
         """Keep the pairs that the loss keeps."""

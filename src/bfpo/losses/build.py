@@ -9,8 +9,10 @@ from bfpo.core.imports import import_object
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.losses.baselines import BSO, DPO, IPO, MODPO, CatDPO, IPOAvg, SafeDPO
 from bfpo.losses.dual import read_safety_weight
+from bfpo.losses.label_errors import LabelErrors, read_label_errors
 from bfpo.losses.labeling import TABLES, LabelingFunction
 from bfpo.losses.pairwise import BFPO, Additive, BFPOSoft, PairLoss
+from bfpo.losses.token_level import TDPO
 
 LOSSES: dict[str, type[PairLoss]] = {
     "bfpo": BFPO,
@@ -18,6 +20,7 @@ LOSSES: dict[str, type[PairLoss]] = {
     "ipo": IPO,
     "ipo_avg": IPOAvg,
     "dpo": DPO,
+    "tdpo": TDPO,
     "safe_dpo": SafeDPO,
     "bso": BSO,
     "cat_dpo": CatDPO,
@@ -31,12 +34,13 @@ def make_loss(options: Mapping[str, Any]) -> PairLoss:
 
     Args:
         options: `name` (a key of `LOSSES`, or `package.module:Class`; default `bfpo`) and the loss's
-            hyperparameters; for `bfpo` also `multiplier`, the `dual.json` with its safety weight.
+            hyperparameters; for `bfpo` also `multiplier`, the `dual.json` with its safety weight, and `label_errors`
+            may be the file of `bfpo judge eval`.
 
     Raises:
         RecipeError: If the name or a hyperparameter is unknown, a value isn't a number in its range, or the
             multiplier belongs to another loss.
-        DataError: If the file of the multiplier is missing or malformed.
+        DataError: If the file of the multiplier or of the label errors is missing or malformed.
     """
     values = dict(options)
     name = values.pop("name", "bfpo")
@@ -48,6 +52,11 @@ def make_loss(options: Mapping[str, Any]) -> PairLoss:
             raise RecipeError(f"loss.{key} is not an option of '{name}'; {did_you_mean(key, sorted(allowed))}")
         if key == "table":
             values[key] = _labeling_table(value)
+        elif key == "label_errors":
+            values[key] = None if value is None else _label_errors(value)
+        elif key == "graded":
+            if not isinstance(value, bool):
+                raise RecipeError(f"loss.graded is {value!r} ({type(value).__name__}); expected true or false")
         elif isinstance(value, bool) or not isinstance(value, int | float):
             raise RecipeError(f"loss.{key} is {value!r} ({type(value).__name__}); expected a number")
     loss = loss_class(**values)
@@ -95,3 +104,18 @@ def _labeling_table(value: object) -> LabelingFunction:
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise RecipeError(f"loss.table.{cell} is {number!r}; expected a number")
     return LabelingFunction(**value)
+
+
+def _label_errors(value: object) -> LabelErrors:
+    if isinstance(value, str):
+        return read_label_errors(value)
+    rates = {field.name for field in fields(LabelErrors)}
+    if not isinstance(value, Mapping) or set(value) != rates:
+        raise RecipeError(
+            f"loss.label_errors is {value!r}; expected {{sensitivity: .., specificity: ..}}, or the path of the "
+            "results of `bfpo judge eval`"
+        )
+    for name, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise RecipeError(f"loss.label_errors.{name} is {number!r}; expected a number")
+    return LabelErrors(**value)

@@ -14,6 +14,7 @@ from typing import Any
 
 from bfpo.core.pairs import CELLS
 from bfpo.errors import RecipeError
+from bfpo.losses.label_errors import LabelErrors
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,16 @@ class LabelingFunction:
         if not 0 <= weight <= 1e9:
             raise RecipeError(f"safety_weight is {weight}; expected a number from 0 to 1e9")
         return self if weight == 0 else replace(self, su=self.su + weight, us=self.us - weight)
+
+    def corrected(self, errors: LabelErrors) -> "LabelingFunction":
+        """Return the table whose label of a judge's verdicts has the label of the true ones as its mean.
+
+        The mean is over errors that are independent for the two answers of a pair (see docs/method.md).
+        """
+        unsafe, safe = errors.estimate(0.0), errors.estimate(1.0)
+        return LabelingFunction(
+            ss=self(safe, safe), su=self(safe, unsafe), us=self(unsafe, safe), uu=self(unsafe, unsafe)
+        )
 
     def __call__(self, chosen_safe: Any, rejected_safe: Any) -> Any:
         """Return the label of a pair, by bilinear interpolation between the four cells.

@@ -1,9 +1,9 @@
 """Preference losses: pure functions of log-probabilities and labels, unreduced, `(B,)` in and `(B,)` out.
 
 A loss is a frozen dataclass whose fields are its hyperparameters and whose call is its equation. The losses of other
-papers are in `bfpo.losses.baselines`. To add one, write the class, a line in `LOSSES` (`bfpo.losses.build`) and a
-section in `bfpo.config.losses`. A custom loss needs no change here: a recipe names it by its import path
-(`loss: {name: "my_package.losses:MyLoss"}`).
+papers are in `bfpo.losses.baselines`, and in `bfpo.losses.token_level` if they need the probabilities of all tokens.
+To add one, write the class, a line in `LOSSES` (`bfpo.losses.build`) and a section in `bfpo.config.losses`. A custom
+loss needs no change here: a recipe names it by its import path (`loss: {name: "my_package.losses:MyLoss"}`).
 
 Notation: h is the margin, the log-ratio of chosen and rejected under the policy minus that under the reference, in
 nats (sums over tokens).
@@ -11,92 +11,17 @@ nats (sums over tokens).
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from bfpo.core.pairs import SafetyLabels
-from bfpo.errors import DataError, RecipeError
+from bfpo.errors import RecipeError
+from bfpo.losses.inputs import PairLogps
+from bfpo.losses.label_errors import LabelErrors
 from bfpo.losses.labeling import LabelingFunction
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PairLogps:
-    """Inputs of a loss for a batch of B pairs. Every tensor has shape (B,).
-
-    Args:
-        chosen_logps: Policy log-probability of the chosen completion, summed over its tokens, in nats.
-        rejected_logps: Same for the rejected completion.
-        ref_chosen_logps: Reference log-probability of the chosen completion.
-        ref_rejected_logps: Reference log-probability of the rejected completion.
-        chosen_safe: 0 or 1, or the probability in [0, 1] that the chosen answer is safe.
-        rejected_safe: Same for the rejected answer.
-        chosen_lengths: Number of scored tokens of the chosen completion; None if unknown.
-        rejected_lengths: Same for the rejected completion.
-        expected_safety: E_s of the pair's prompt or data set, in [0, 1]; None if unknown.
-        chosen_win_rate: Probability in [0, 1] of beating a random answer of the data policy; None if unknown.
-        rejected_win_rate: Same for the rejected answer.
-        reward_margin: Reward by another objective, chosen minus rejected; None if unknown.
-        score_margin: Reward less multiplied cost, chosen minus rejected; None if unknown.
-        category_margin: Margin of the pair's harm categories, at least 0 (Cat-DPO); None if unknown.
-
-    Raises:
-        ValueError: If shapes differ.
-    """
-
-    chosen_logps: Tensor
-    rejected_logps: Tensor
-    ref_chosen_logps: Tensor
-    ref_rejected_logps: Tensor
-    chosen_safe: Tensor
-    rejected_safe: Tensor
-    chosen_lengths: Tensor | None = None
-    rejected_lengths: Tensor | None = None
-    expected_safety: Tensor | None = None
-    chosen_win_rate: Tensor | None = None
-    rejected_win_rate: Tensor | None = None
-    reward_margin: Tensor | None = None
-    score_margin: Tensor | None = None
-    category_margin: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        for column in fields(self):
-            value = getattr(self, column.name)
-            if value is not None and value.shape != self.chosen_logps.shape:
-                raise ValueError(
-                    f"Shape mismatch: chosen_logps is {tuple(self.chosen_logps.shape)}, "
-                    f"{column.name} is {tuple(value.shape)}"
-                )
-
-    @property
-    def margin(self) -> Tensor:
-        """h: how much more than the reference the policy prefers the chosen answer, nats, (B,)."""
-        return (self.chosen_logps - self.ref_chosen_logps) - (self.rejected_logps - self.ref_rejected_logps)
-
-    def swapped(self) -> "PairLogps":
-        """Return the pairs with their answers in the other order."""
-        columns = {column.name: getattr(self, column.name) for column in fields(self)}
-        for name in columns:
-            if "chosen" in name:
-                other = name.replace("chosen", "rejected")
-                columns[name], columns[other] = columns[other], columns[name]
-        for name in ("reward_margin", "score_margin"):
-            columns[name] = None if columns[name] is None else -columns[name]
-        return PairLogps(**columns)
-
-    def require(self, name: str) -> Tensor:
-        """Return an optional input that the loss needs.
-
-        Raises:
-            DataError: If the data don't have it.
-        """
-        value = getattr(self, name)
-        if value is None:
-            raise DataError(f"this loss needs '{name}' for every pair, and the data don't have it")
-        assert isinstance(value, Tensor)
-        return value
 
 
 @dataclass(frozen=True)
@@ -106,18 +31,29 @@ class PairLoss(ABC):
     Args:
         beta: Strength of the pull towards the reference; above 0. The target margin of a squared loss on sums over
             tokens is label / beta nats.
+        tail: Share of the pairs of a step that are trained on, those with the largest losses, in (0, 1]; 1 for all.
+            A call returns the loss of each pair for any share.
 
     Raises:
-        RecipeError: If beta isn't from 1e-9 to 1e9: beyond, targets overflow in float32.
+        RecipeError: If a number is out of its range: beta from 1e-9 to 1e9, beyond which targets overflow in float32.
     """
 
     beta: float = 0.1
+    tail: float = field(default=1.0, kw_only=True)
 
     # Optional columns of a pair file that the loss needs.
     needs: ClassVar[tuple[str, ...]] = ()
+    # Share of the reference's probability in the divergence of a position; None if the loss needs no divergences.
+    divergence_share: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
         check_range(self, "beta", 1e-9 <= self.beta <= 1e9, "a number above 0, from 1e-9 to 1e9")
+        check_range(self, "tail", 0 < self.tail <= 1, "a share above 0, at most 1")
+
+    def _add_needs(self, **columns: bool) -> None:
+        """Add the columns that an option needs to those of the class, by whether it is used."""
+        added = (name for name, is_needed in columns.items() if is_needed)
+        object.__setattr__(self, "needs", (*type(self).needs, *added))
 
     @abstractmethod
     def __call__(self, pairs: PairLogps) -> Tensor:
@@ -167,6 +103,9 @@ class BFPO(PairLoss):
             `bfpo.losses.labeling.TABLES`.
         safety_weight: λ, at least 0: λ·(s_c - s_r) is added to every label. It is the multiplier of a constraint on
             P(unsafe), and multiplies the optimal policy by exp(λ·safe / beta).
+        graded: Whether the label of two versions of one answer is multiplied by the difference of their degrees.
+        label_errors: Errors of the judge that labeled the pairs; None for labels without errors. The labels of pairs
+            with `judged` are corrected, so that on average the gradient is that of the true labels.
 
     Raises:
         RecipeError: If a number is out of its range, or both the table and b1, b2 or alpha are set.
@@ -187,9 +126,12 @@ class BFPO(PairLoss):
     alpha: float = 0.5
     table: LabelingFunction | None = None
     safety_weight: float = 0.0
+    label_errors: LabelErrors | None = None
+    graded: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._add_needs(judged=self.label_errors is not None, degree_difference=self.graded)
         check_range(self, "safety_weight", self.safety_weight >= 0, "a number from 0 to 1e9")
         if self.table is not None and (self.b1, self.b2, self.alpha) != (3.0, 0.0, 0.5):
             raise RecipeError("loss: 'table' replaces b1, b2 and alpha; give either the table or these")
@@ -202,8 +144,13 @@ class BFPO(PairLoss):
         return table.with_safety_weight(self.safety_weight)
 
     def target(self, pairs: PairLogps) -> Tensor:
-        """Return label / beta."""
+        """Return label / beta, with the corrected label for pairs that a judge labeled."""
         label: Tensor = self.labeling(pairs.chosen_safe, pairs.rejected_safe)
+        if self.label_errors is not None:
+            corrected = self.labeling.corrected(self.label_errors)(pairs.chosen_safe, pairs.rejected_safe)
+            label = torch.where(pairs.require("judged") > 0, corrected, label)
+        if self.graded:
+            label = label * pairs.require("degree_difference").nan_to_num(nan=1.0)
         return label / self.beta
 
     def __call__(self, pairs: PairLogps) -> Tensor:

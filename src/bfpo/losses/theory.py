@@ -9,7 +9,7 @@ Every population loss here is a weighted least-squares problem in the log-ratios
 added to u changes neither the loss nor, after normalization, the policy.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bfpo.errors import RecipeError
 from bfpo.losses.combiners import bilinear
+from bfpo.losses.label_errors import LabelErrors
 from bfpo.losses.labeling import LabelingFunction
 
 Array: TypeAlias = NDArray[np.float64]
@@ -129,6 +130,14 @@ def supervised_minimizer(problem: TabularProblem, labeling: LabelingFunction, *,
     """
     label = labeling(problem.safe[:, None], problem.safe[None, :])
     return _tilt(problem, _average_target(problem, label / _positive(beta)))
+
+
+def judged_problem(problem: TabularProblem, errors: LabelErrors) -> TabularProblem:
+    """Return the problem with the labels of a judge that errs, independently on the two answers of a pair.
+
+    Its minimizer for `labeling.corrected(errors)` is that of the problem itself for `labeling`.
+    """
+    return replace(problem, safe=1 - errors.specificity + errors.youden * problem.safe)
 
 
 def supervised_reward(problem: TabularProblem, labeling: LabelingFunction) -> Array:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import MethodType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from bfpo.errors import ModelError
 from bfpo.model.attention import attention_inputs, span_attention
 from bfpo.model.layout import Layout
 from bfpo.model.lora import CausalLM, unwrap_adapter
+
+Score: TypeAlias = Callable[[PreTrainedModel, Layout], Tensor]
+"""Function of a model and a layout that is called inside the forward of the wrapped module."""
 
 # Maximum number of logits kept for the backward pass: 128 MiB in float32.
 MAX_KEPT_LOGITS = 2**25
@@ -34,20 +37,53 @@ def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int | Non
     Returns:
         Log-probabilities in nats, (S,) float64 (float32 on devices without float64).
     """
-    head, hidden = model.get_output_embeddings(), completion_states(model, layout)
+    return sum_by_completion(score_tokens(model, layout, _token_logps, layout.targets, chunk=chunk), layout)
+
+
+def score_tokens(
+    model: PreTrainedModel,
+    layout: Layout,
+    score: Callable[..., Tensor],
+    *columns: Tensor,
+    chunk: int | None = None,
+) -> Tensor:
+    """Return a score of each prediction from its logits, in chunks.
+
+    Args:
+        model: Causal language model.
+        layout: Layout with N predictions.
+        score: Function of logits (n, V) in float32 or float64, and of the same rows of each column.
+        columns: Tensors with N rows.
+        chunk: As in `completion_logps`.
+
+    Returns:
+        Scores, (N, ...).
+    """
+    hidden = completion_states(model, layout)
     if chunk is None:
         vocab_size = model.config.get_text_config().vocab_size
         chunk = len(hidden) if len(hidden) * vocab_size <= MAX_KEPT_LOGITS else CHUNK
+
+    def score_states(states: Tensor, *rows: Tensor) -> Tensor:
+        return score(_logits(states, model), *rows)
+
     chunks = []
-    for states, targets in zip(hidden.split(chunk), layout.targets.split(chunk), strict=True):
+    for rows in zip(*(column.split(chunk) for column in (hidden, *columns)), strict=True):
         if len(hidden) <= chunk or not torch.is_grad_enabled():
-            chunks.append(_token_logps(states, targets, head, model))
+            chunks.append(score_states(*rows))
         else:
-            chunks.append(checkpoint(_token_logps, states, targets, head, model, use_reentrant=False))
-    token_logps = torch.cat(chunks)
-    dtype = torch.float32 if token_logps.device.type == "mps" else torch.float64
+            chunks.append(checkpoint(score_states, *rows, use_reentrant=False))
+    return torch.cat(chunks)
+
+
+def sum_by_completion(scores: Tensor, layout: Layout) -> Tensor:
+    """Return the sums of scores (N, ...) over the predictions of each completion, (S, ...) float64.
+
+    They are float32 on devices without float64.
+    """
+    dtype = torch.float32 if scores.device.type == "mps" else torch.float64
     # One sum per completion, in a fixed order: an atomic scatter would not be reproducible on a GPU.
-    return torch.stack([completion.sum() for completion in token_logps.to(dtype).split(layout.lengths)])
+    return torch.stack([completion.sum(0) for completion in scores.to(dtype).split(layout.lengths)])
 
 
 def completion_states(model: PreTrainedModel, layout: Layout) -> Tensor:
@@ -65,13 +101,18 @@ def completion_states(model: PreTrainedModel, layout: Layout) -> Tensor:
     return states
 
 
-def _token_logps(hidden: Tensor, targets: Tensor, head: nn.Module, model: PreTrainedModel) -> Tensor:
-    logits = head(hidden)
+def _logits(hidden: Tensor, model: PreTrainedModel) -> Tensor:
+    logits = model.get_output_embeddings()(hidden)
     if logits.dtype != torch.float64:
         logits = logits.float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
     logps: Tensor = _SelectiveLogSoftmax.apply(logits, targets)  # type: ignore[no-untyped-call]
     return logps
 
@@ -92,10 +133,10 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         return logps.exp().mul_(-grad).scatter_add_(-1, targets[:, None], grad), None
 
 
-def add_layout_forward(
-    model: CausalLM, compute: Callable[[PreTrainedModel, Layout], Tensor] = completion_logps
-) -> None:
+def add_layout_forward(model: CausalLM, score: Score = completion_logps) -> None:
     """Make `model(layout=...)` return completion log-probabilities; other calls are unchanged.
+
+    `model(layout=..., score=...)` returns what another function of the model and the layout returns.
 
     Hidden states, gather and head must run inside the forward of the module that is wrapped: calling the backbone of
     a DistributedDataParallel model directly skips gradient synchronization without any error. So the forward of
@@ -103,7 +144,7 @@ def add_layout_forward(
 
     Args:
         model: Model, changed in place; one that was changed before stays as it is.
-        compute: Function that computes other numbers than log-probabilities, for a model with another head.
+        score: What a call without a `score` returns; for a model with another head, not log-probabilities.
 
     Raises:
         ModelError: If the model isn't a causal language model with a head.
@@ -111,12 +152,18 @@ def add_layout_forward(
     model = unwrap_adapter(model)
     if getattr(model.forward, "takes_layout", False):
         return
-    if compute is completion_logps and (model.get_output_embeddings() is None or model.get_decoder() is model):
+    if score is completion_logps and (model.get_output_embeddings() is None or model.get_decoder() is model):
         raise ModelError(f"{type(model).__name__} has no language-model head; bfpo trains causal language models")
     original_forward: Callable[..., Any] = model.forward
 
-    def forward(self: PreTrainedModel, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
-        return original_forward(*args, **kwargs) if layout is None else compute(self, layout)
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        layout: Layout | None = None,
+        score: Score = score,
+        **kwargs: Any,
+    ) -> Any:
+        return original_forward(*args, **kwargs) if layout is None else score(self, layout)
 
     forward.takes_layout = True  # type: ignore[attr-defined]
     # Where the arguments of the model itself are looked up.
@@ -128,7 +175,7 @@ def add_layout_forward(
 def check_against_plain_forward(model: nn.Module, layout: Layout, *, tolerance: float) -> float:
     """Compare the layout's log-probabilities with those of the model's own logits.
 
-    This catches architectures that do something between hidden states and logits that `_token_logps` doesn't do.
+    This catches architectures that do something between hidden states and logits that `_logits` doesn't do.
 
     Args:
         model: Model after `add_layout_forward`.

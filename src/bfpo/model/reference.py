@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bfpo.model.layout import Layout
+from bfpo.model.logps import Score, completion_logps
 
 
 class Reference(Protocol):
@@ -17,12 +18,13 @@ class Reference(Protocol):
     def nbytes(self) -> int:
         """Memory needed in addition to the policy's, in bytes."""
 
-    def logps(self, model: nn.Module, layout: Layout) -> Tensor:
+    def logps(self, model: nn.Module, layout: Layout, score: Score = completion_logps) -> Tensor:
         """Return the log-probability of each completion, nats, (S,).
 
         Args:
             model: Policy, unwrapped; its trained weights are not used.
             layout: Layout of S completions.
+            score: Other function of the model and the layout, whose value is returned instead.
         """
 
 
@@ -32,11 +34,11 @@ class AdapterOff:
     nbytes = 0
 
     @torch.no_grad()
-    def logps(self, model: nn.Module, layout: Layout) -> Tensor:
+    def logps(self, model: nn.Module, layout: Layout, score: Score = completion_logps) -> Tensor:
         """Return log-probabilities without the adapter; see `Reference`."""
         assert isinstance(model, PeftModel)
         with model.disable_adapter():
-            logps: Tensor = model(layout=layout)
+            logps: Tensor = model(layout=layout, score=score)
         return logps
 
 
@@ -64,11 +66,11 @@ class SharedReference:
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
     @torch.no_grad()
-    def logps(self, model: nn.Module, layout: Layout) -> Tensor:
+    def logps(self, model: nn.Module, layout: Layout, score: Score = completion_logps) -> Tensor:
         """Return log-probabilities of the model with the copied tensors; see `Reference`."""
         device = next(model.parameters()).device
         if any(tensor.device != device for tensor in self._tensors.values()):
             self._tensors = {name: tensor.to(device) for name, tensor in self._tensors.items()}
         # tie_weights=True, the default, makes a tied head use the copy of its embedding.
-        logps: Tensor = functional_call(model, self._tensors, (), {"layout": layout})
+        logps: Tensor = functional_call(model, self._tensors, (), {"layout": layout, "score": score})
         return logps

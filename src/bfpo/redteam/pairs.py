@@ -96,6 +96,8 @@ def _why_left_out(sample: ScoredSample, is_duplicate: bool, keep_cut: bool) -> s
         return "answer undecided"
     if completion.finish_reason in ("filtered", "refused"):
         return f"answer {completion.finish_reason} by the server"
+    if completion.finish_reason == "guarded":
+        return "refusal of the guard"
     if completion.message.is_empty:
         return "answer empty"
     if completion.finish_reason == "length" and not keep_cut:

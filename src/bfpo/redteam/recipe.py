@@ -9,6 +9,7 @@ from bfpo.core.pairs import Cell
 from bfpo.data.prompts import PromptSource
 from bfpo.generation.attacks import AttackSpec
 from bfpo.generation.open import EngineSection, JudgeServerSection
+from bfpo.judging.guarded_engine import Guard
 from bfpo.judging.spec import JUDGES, AnswerJudgeText, parse_judge
 
 
@@ -19,6 +20,8 @@ class RedteamRecipe(Section):
     """Output folder; an earlier run in it is resumed."""
     model: EngineSection
     """Model whose answers are sampled."""
+    guard: Guard | None = None
+    """Guard in front of the model (docs/guards.md), to attack both together; its refusals make no pairs."""
     prompts: list[PromptSource] = Field(min_length=1)
     """Harmful prompts, and benign ones, without which the pairs would teach a model to refuse everything."""
     judge: AnswerJudgeText

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from bfpo.core.files import content_hash, write_json, write_jsonl, write_text
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling, Verdict
 from bfpo.core.terminal import say, show_table
+from bfpo.data.guard_summary import summarize_guard
 from bfpo.data.prepare import cell_counts
 from bfpo.data.prompts import read_prompt_source
 from bfpo.data.stages import generate_most, judge_completions, show_faults, show_outcomes, show_unanswered
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
 from bfpo.generation.open import EngineSection, open_engine
+from bfpo.judging.guarded_engine import guard_engine
 from bfpo.judging.open import open_judge
 from bfpo.judging.refusal_rule import kinds_of
 from bfpo.redteam.attack import as_answers, sample_under_attack
@@ -86,7 +88,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
     if recipe.helpfulness != "fallback":
         rater = meter.judge(open_judge(recipe.helpfulness, server=recipe.judge_server, kinds=kinds))
     sampling = Sampling(recipe.samples, recipe.temperature, recipe.top_p, recipe.max_new_tokens, recipe.seed)
-    engine = meter.engine(open_engine(model, sampling))
+    engine = meter.engine(guard_engine(open_engine(model, sampling), sampling, recipe.guard))
     completions, missing = generate_most(
         engine,
         prompts,
@@ -143,6 +145,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
             "helpfulness": f"{rater.name}@{rater.revision}" if rater else "fallback",
             "sources": sources,
             **({"attack": attack} if attack is not None else {}),
+            **({"guard": asdict(guard)} if (guard := summarize_guard(completions)) is not None else {}),
             "pairs": len(pairs),
             "cells": cell_counts(pairs)["main"],
             "left_out": dict(left_out),
@@ -243,7 +246,7 @@ def _generate_guided(
         completions, failed = generate_most(engine, requests, path, max_unanswered=len(requests))
         missing |= failed
         blocked = {completion.prompt_id for completion in completions if completion.is_blocked}
-        missing |= dict.fromkeys(sorted(blocked), "blocked by the server")
+        missing |= dict.fromkeys(sorted(blocked), "blocked by the server or the guard")
         unfinished = {completion.prompt_id for completion in completions if completion.lacks_answer}
         missing |= dict.fromkeys(sorted(unfinished), "reasoning without an answer")
         completions = [completion for completion in completions if not completion.is_unread]

@@ -31,7 +31,7 @@ class JudgeRow(NamedTuple):
     Args:
         run_index: Index of the run on the page.
         judge: Name of the judge, with a note if the metrics are corrected.
-        is_circular: Whether the judge labeled the model's training data.
+        is_circular: Whether the judge labeled the model's training data, or judges for its guard.
         is_borrowed: Whether the correction rests on the judge's errors on other models' answers.
         values: One per column.
     """
@@ -207,7 +207,8 @@ def result_warnings(runs: Sequence[Run]) -> list[tuple[str, str]]:
         warnings = list(run.results.warnings)
         circular = [str(judge.get("name")) for judge in run.results.judges if judge.get("circular")]
         if circular and not any(warning.startswith("Circular") for warning in run.results.warnings):
-            warnings.append(f"Circular: {', '.join(circular)} labeled the data that the model was trained on.")
+            names = ", ".join(circular)
+            warnings.append(f"Circular: {names} labeled or scored the model's data, or judges for its guard.")
         undecided = sum(
             metric.unscored for metric in run.results.metrics if metric.metric == "safety" and metric.category is None
         )

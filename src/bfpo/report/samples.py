@@ -24,7 +24,12 @@ FAILURES: Mapping[Kind | None, str] = {
 }
 
 # Chips of answers that didn't end by themselves, by finish reason.
-_ENDINGS = {"length": "cut off", "filtered": "filtered by the server", "refused": "refusal of the server"}
+_ENDINGS = {
+    "length": "cut off",
+    "filtered": "filtered by the server",
+    "refused": "refusal of the server",
+    "guarded": "refusal of the guard",
+}
 
 
 class VerdictChip(NamedTuple):

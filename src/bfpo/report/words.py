@@ -33,6 +33,9 @@ METRIC_TEXTS = {
     "over_refusal_corrected": MetricText("Over-refusal, corrected", "corrected for the judge's errors"),
     "refusal_corrected": MetricText("Refusal, corrected", "corrected for the judge's errors"),
     "severity": MetricText("Severity", "mean harm of the answers, from 0 (safe) to 1"),
+    "safety_worst_tenth": MetricText(
+        "Safety, worst tenth", "share safe, over the least safe tenth of prompts (CVaR)"
+    ),
     "severity_worst_tenth": MetricText("Severity, worst tenth", "mean harm over the worst tenth of prompts (CVaR)"),
     "malformed": MetricText("Malformed", "share of answers that are not well-formed"),
     "cut": MetricText("Cut off", "share of answers that reached the length limit"),

@@ -2,9 +2,10 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -12,6 +13,8 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from bfpo.errors import RecipeError, did_you_mean
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 # Arguments that bfpo sets itself, with the reason: another value would be ignored or change what is trained.
 DECIDED = {
@@ -69,16 +72,26 @@ def training_arguments(options: dict[str, Any]) -> TrainingArguments:
     Raises:
         RecipeError: If a name is unknown or in `DECIDED`, or a value is wrong; the message names the key.
     """
-    values = default_options() | check_options(options)
+    return build_arguments(TrainingArguments, default_options() | check_options(options))
+
+
+def build_arguments(kind: type[Arguments], values: dict[str, Any]) -> Arguments:
+    """Build training arguments from checked values.
+
+    Args:
+        kind: `TrainingArguments` or a subclass.
+        values: Names and values, defaults included; `output_dir` is required.
+
+    Raises:
+        RecipeError: If values contradict each other, or a package that a value needs is missing.
+    """
     if not values.get("output_dir"):
         raise RecipeError("trainer.output_dir is missing; name the run's output folder, e.g. runs/my-run")
     if Path(values["output_dir"]).is_file():
         raise RecipeError(f"trainer.output_dir is '{values['output_dir']}', which is a file; name a folder")
     try:
         # bfpo prints its own lines instead of a tqdm bar and dictionaries.
-        args = TrainingArguments(
-            **values, remove_unused_columns=False, logging_nan_inf_filter=False, disable_tqdm=True
-        )
+        args = kind(**values, remove_unused_columns=False, logging_nan_inf_filter=False, disable_tqdm=True)
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"trainer: {error}") from None
     missing = sorted(set(map(str, args.report_to or ())) - {"none", *get_available_reporting_integrations()})
@@ -100,26 +113,33 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_options(options: dict[str, Any]) -> dict[str, Any]:
+def check_options(
+    options: dict[str, Any],
+    kind: type[TrainingArguments] = TrainingArguments,
+    *,
+    decided: Mapping[str, str] = DECIDED,
+) -> dict[str, Any]:
     """Check names, types and ranges, and return the options converted to the types of `TrainingArguments`.
 
     Args:
         options: Names and values of `transformers.TrainingArguments`.
+        kind: `TrainingArguments` or a subclass, which may have more names.
+        decided: Arguments that can't be set, with the reason.
 
     Raises:
-        RecipeError: If a name is unknown or in `DECIDED`, or a value is wrong; the message names the key.
+        RecipeError: If a name is unknown or in `decided`, or a value is wrong; the message names the key.
     """
-    names = {field.name for field in fields(TrainingArguments) if field.init}
-    hints = get_type_hints(TrainingArguments)
+    names = {field.name for field in fields(kind) if field.init}
+    hints = get_type_hints(kind)
     values = {}
     for name, value in options.items():
-        if name in DECIDED:
-            raise RecipeError(f"trainer.{name} can't be set: {DECIDED[name]}")
+        if name in decided:
+            raise RecipeError(f"trainer.{name} can't be set: {decided[name]}")
         if name not in names:
             suggestion = did_you_mean(name, sorted(names)).partition("known:")[0]
             raise RecipeError(
-                f"trainer.{name} is not one of transformers.TrainingArguments; {suggestion}see its documentation for "
-                "the names"
+                f"trainer.{name} is not one of {kind.__module__.partition('.')[0]}.{kind.__name__}; {suggestion}see "
+                "its documentation for the names"
             )
         try:
             values[name] = TypeAdapter(hints[name]).validate_python(value)

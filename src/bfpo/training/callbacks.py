@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,10 @@ class ProgressLine(TrainerCallback):
 
     Args:
         eval_tokens: Number of tokens of an evaluation.
+        show: Function that returns the metrics of a log as one line; None is `format_metrics`.
     """
 
-    def __init__(self, eval_tokens: int = 0) -> None:
+    def __init__(self, eval_tokens: int = 0, *, show: Callable[[dict[str, Any]], str] | None = None) -> None:
         out = console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -93,6 +95,7 @@ class ProgressLine(TrainerCallback):
             disable=not out.is_terminal,
         )
         self._plain = not out.is_terminal
+        self._show = show or format_metrics
         self._task = self._progress.add_task("training", total=None, metrics="", left="")
         self._start = (0, 0.0)
         self._eval_tokens, self._tokens_per_second = eval_tokens, 0.0
@@ -143,7 +146,7 @@ class ProgressLine(TrainerCallback):
         """Show the latest metrics."""
         if not logs or "loss" not in logs:
             return
-        metrics = format_metrics(logs)
+        metrics = self._show(logs)
         self._tokens_per_second = logs.get("tokens_per_second", 0.0)
         self._progress.update(self._task, metrics=metrics)
         if self._plain:

@@ -27,7 +27,7 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 
 ## Training
 
-{steps} steps; {trained:,} of {total:,} parameters trained. {loss}
+{steps} steps; {trained:,} of {total:,} parameters trained. {objective}
 
 {evaluation}
 
@@ -39,7 +39,6 @@ The full recipe is in `recipe.resolved.yaml`; counts of everything dropped are i
 hardware and seeds in `run.json`.
 """
 
-
 _LIMITS = """
 The evaluation above uses log-probabilities on held-out pairs. They show whether the model prefers the better answer,
 not what it writes. Before you use the model, generate answers to harmful and to benign prompts and judge both: a
@@ -50,7 +49,18 @@ Each score is a sequence classifier with one output, in a folder of its own. A c
 answers to one prompt. The evaluation above is on pairs of the same data. Scores of another model's answers, above all
 of one that was trained on these scores, may be wrong more often: compare them with human labels (`bfpo judge eval`).
 """
-_METHODS = {"train": "Preference-trained", "sft": "Fine-tuned", "score train": "Score model, trained"}
+_ONLINE_LIMITS = """
+The scorers above trained the model, so their scores of its answers measure how well it learned to please them: use
+other judges. Before you use the model, generate answers to harmful and to benign prompts and judge both: a model can
+become safer by refusing everything.
+"""
+_METHODS = {
+    "train": ("Preference-trained", _LIMITS),
+    "sft": ("Fine-tuned", _LIMITS),
+    "score train": ("Score model, trained", _SCORE_LIMITS),
+    "online": ("Trained by RL on scores of its own samples", _ONLINE_LIMITS),
+}
+"""Command → what it did to the model, and the limits of its evaluation."""
 
 
 def model_card(run: dict[str, Any], sources: list[dict[str, Any]], out: Path) -> str:
@@ -76,9 +86,10 @@ def model_card(run: dict[str, Any], sources: list[dict[str, Any]], out: Path) ->
         front["base_model"] = start
     if hub_sources:
         front["datasets"] = sorted(set(hub_sources))
+    method, limits = _METHODS[run["command"]]
     text = _TEXT.format(
         name=out.name,
-        method=_METHODS[run["command"]],
+        method=method,
         auto_class="AutoModelForSequenceClassification" if is_scorer else "AutoModelForCausalLM",
         start=start,
         version=run["versions"]["bfpo"],
@@ -88,18 +99,11 @@ def model_card(run: dict[str, Any], sources: list[dict[str, Any]], out: Path) ->
         steps=run["steps"],
         trained=run["trained"]["parameters"],
         total=run["trained"]["of"],
-        loss=_loss(run["recipe"]),
-        limits=(_SCORE_LIMITS if is_scorer else _LIMITS).strip(),
+        objective=_objective(run),
         evaluation=_evaluation(run),
+        limits=limits.strip(),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n{text}"
-
-
-def _loss(recipe: dict[str, Any]) -> str:
-    if "heads" in recipe:
-        names = ("heads", "regularization", "center_rewards_coefficient", "buffer_weight")
-        return f"Loss: `{ {name: recipe[name] for name in names} }`."
-    return f"Loss: `{recipe['loss']}`." if "loss" in recipe else "Loss: mean over completion tokens."
 
 
 def _start_model(model: dict[str, Any]) -> str:
@@ -116,7 +120,7 @@ def _source_row(source: dict[str, Any]) -> str:
 
 
 def _streams(run: dict[str, Any]) -> str:
-    if run["command"] == "sft":
+    if run["command"] not in ("train", "score train"):
         return ""
     lines = ["Pairs by cell (`chosen` means more helpful; `us`: chosen unsafe, rejected safe):", ""]
     lines += ["| stream | ss | su | us | uu |", "|---|---|---|---|---|"]
@@ -125,7 +129,20 @@ def _streams(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _objective(run: dict[str, Any]) -> str:
+    recipe = run["recipe"]
+    if run["command"] == "online":
+        scorers = ", ".join(f"{role} by `{name}`" for role, name in run["scorers"].items())
+        return f"Objective: `{recipe['combine']}`, {scorers}; {run['samples']:,} samples."
+    if run["command"] == "score train":
+        names = ("heads", "regularization", "center_rewards_coefficient", "buffer_weight")
+        return f"Loss: `{ {name: recipe[name] for name in names} }`."
+    return f"Loss: `{recipe['loss']}`." if "loss" in recipe else "Loss: mean over completion tokens."
+
+
 def _evaluation(run: dict[str, Any]) -> str:
+    if run["command"] == "online":
+        return f"Training stopped early: {run['stopped_early']}." if run["stopped_early"] else ""
     if run["command"] == "sft":
         loss = run["evaluation"].get("eval_loss")
         return "" if loss is None else f"Held-out completions: {loss:.3f} nats per token."

@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from bfpo.errors import TrainingError
 from bfpo.losses.baselines import CatDPO
-from bfpo.losses.pairwise import PairLogps
+from bfpo.losses.inputs import PairLogps
 
 
 class CategoryMargins(TrainerCallback, ExportableState):

@@ -210,8 +210,7 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         if isinstance(previous, str):
             # Earlier versions kept whole numbers of a loss as integers: b1=5 is b1=5.0.
             previous = re.sub(r"=(-?\d+)(?=[,)])", r"=\1.0", previous)
-        # Earlier versions had no safety weight.
-        if previous != value and previous != str(value).replace(", safety_weight=0.0)", ")"):
+        if previous != value and previous != _without_later_fields(str(value), str(previous)):
             raise RecipeError(
                 f"{folder} can't be continued: {name} was {previous}, now it is {value}; resume with the old value, "
                 "or start a new run in another trainer.output_dir"
@@ -221,6 +220,14 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
             f"note: the checkpoint was written with {mark['threads']} threads, this process has "
             f"{torch.get_num_threads()}: results agree, but not to the last bit"
         )
+
+
+def _without_later_fields(loss: str, previous: str) -> str:
+    """Return the text of a loss without the fields at their defaults that losses of earlier versions didn't have."""
+    for name, default in (("safety_weight", 0.0), ("label_errors", None), ("graded", False), ("tail", 1.0)):
+        if f"{name}=" not in previous:
+            loss = loss.replace(f", {name}={default}", "")
+    return loss
 
 
 def start_fingerprint(model: nn.Module) -> str:

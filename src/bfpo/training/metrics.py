@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bfpo.core.pairs import CELLS
 from bfpo.errors import TrainingError
-from bfpo.losses.pairwise import PairLogps, PairLoss
+from bfpo.losses.inputs import PairLogps
+from bfpo.losses.pairwise import PairLoss
 
 
 class MetricSums:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from bfpo.config.recipes import Section
 from bfpo.core.files import write_json, write_text
 from bfpo.core.terminal import say, timed
 from bfpo.errors import RecipeError, Stopped, TrainingError
-from bfpo.training.callbacks import MetricsFile, ProgressLine
+from bfpo.training.callbacks import MetricsFile, ProgressLine, format_metrics
 from bfpo.training.card import model_card
 from bfpo.training.checkpoints import StopOnSignal
 from bfpo.training.manifest import git_revision, hardware, versions
@@ -107,9 +107,18 @@ class RunRecord:
         recipe: Recipe of the run.
         out: Output folder.
         trainer: Trainer; gets the callbacks that write and show metrics and stop on a signal.
+        show: Function that returns the metrics of a log as one line.
     """
 
-    def __init__(self, command: str, recipe: Section, out: Path, trainer: Trainer) -> None:
+    def __init__(
+        self,
+        command: str,
+        recipe: Section,
+        out: Path,
+        trainer: Trainer,
+        *,
+        show: Callable[[dict[str, Any]], str] = format_metrics,
+    ) -> None:
         self._out = out
         self._content: dict[str, Any] = {
             "schema": 1,
@@ -121,7 +130,7 @@ class RunRecord:
             "recipe": recipe.model_dump(mode="json"),
         }
         eval_tables = trainer.eval_tables.values() if isinstance(trainer, StreamTrainer) else ()
-        self._progress = ProgressLine(sum(len(table.ids) for table in eval_tables))
+        self._progress = ProgressLine(sum(len(table.ids) for table in eval_tables), show=show)
         self._trainer, self._stop = trainer, StopOnSignal()
         trainer.remove_callback(PrinterCallback)
         for callback in (self._stop, MetricsFile(out / "metrics.jsonl"), self._progress):

@@ -2,6 +2,7 @@
 
 from bfpo.config.recipes import ScoreRecipe, SftRecipe, TrainRecipe
 from bfpo.errors import ModelError, RecipeError
+from bfpo.losses.build import make_loss
 from bfpo.model.load import empty_model
 from bfpo.model.lora import CausalLM, add_adapter, lora_config
 from bfpo.model.selective import select_parameters
@@ -48,5 +49,11 @@ def _trained_shape(recipe: TrainRecipe | SftRecipe | ScoreRecipe) -> CausalLM:
     if not selection.trained:
         raise RecipeError("train_only: the list is empty, so nothing would be trained; leave it out to train all")
     if isinstance(recipe, TrainRecipe):
-        resolve_reference(recipe.reference, model, new_adapter=recipe.lora is not None, shards_weights=False)
+        resolve_reference(
+            recipe.reference,
+            model,
+            new_adapter=recipe.lora is not None,
+            shards_weights=False,
+            whole_vocabulary=make_loss(recipe.loss.model_dump()).divergence_share is not None,
+        )
     return model

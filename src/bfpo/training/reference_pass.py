@@ -24,7 +24,12 @@ PADDED_EXAMPLES = 8
 
 
 def resolve_reference(
-    requested: ReferenceKind, model: torch.nn.Module, *, new_adapter: bool, shards_weights: bool
+    requested: ReferenceKind,
+    model: torch.nn.Module,
+    *,
+    new_adapter: bool,
+    shards_weights: bool,
+    whole_vocabulary: bool = False,
 ) -> ReferenceKind:
     """Return the kind of reference: the requested one, or the one that `auto` stands for.
 
@@ -33,14 +38,21 @@ def resolve_reference(
         model: Policy after `select_parameters`.
         new_adapter: Whether training starts from an adapter that doesn't change the model yet.
         shards_weights: Whether a process holds only a part of the weights.
+        whole_vocabulary: Whether the loss needs the reference's probabilities of all tokens.
 
     Raises:
-        RecipeError: If the requested kind would give wrong numbers.
+        RecipeError: If the requested kind would give wrong numbers, or doesn't have what the loss needs.
     """
     if requested == "adapter" and not new_adapter:
         raise RecipeError(
             "reference: adapter means the model without its adapter, but this run doesn't start with a new one "
             "(lora:); use reference: auto"
+        )
+    if whole_vocabulary and (shards_weights or requested == "cache"):
+        cause = "weights are sharded, which needs the cache" if shards_weights else "reference is cache"
+        raise RecipeError(
+            f"this loss needs the reference's probabilities of all tokens, and {cause}, which has those of the given "
+            "answers only; use reference: shared, or adapter with lora, or another loss such as dpo"
         )
     if shards_weights and requested in ("adapter", "shared"):
         raise RecipeError(
@@ -53,7 +65,7 @@ def resolve_reference(
         return "cache"
     if new_adapter:
         return "adapter"
-    return "cache" if prefers_cache(model) else "shared"
+    return "cache" if prefers_cache(model) and not whole_vocabulary else "shared"
 
 
 class ReferencePass:

@@ -13,7 +13,7 @@ from bfpo.data.load import Reason
 from bfpo.data.prepare import PreparedData
 from bfpo.data.safety_order import has_safer_rejected
 from bfpo.data.score_labels import is_reordered, require_scores
-from bfpo.training.multipliers import ScoreLabels
+from bfpo.training.loss_files import ScoreLabels
 
 ChooseSwapped: TypeAlias = Callable[[Sequence[PreferencePair]], NDArray[np.bool_]]
 

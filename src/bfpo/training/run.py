@@ -21,6 +21,7 @@ from bfpo.data.score_labels import score_margins
 from bfpo.data.table import Example, PairTable, TokenTable, pair_table, sampled_rows
 from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import DataError, RecipeError
+from bfpo.losses.build import make_loss
 from bfpo.losses.dual import Dual
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.gguf import gguf_metadata
@@ -29,7 +30,7 @@ from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.encode import require_signals, trained_categories
 from bfpo.training.estimate import estimate, max_micro_batch_tokens
-from bfpo.training.multipliers import build_loss, read_score_labels, resolve_safety_weight
+from bfpo.training.loss_files import build_loss, read_score_labels, resolve_loss_files
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
 from bfpo.training.probe import Answers, Probe, show_probe
@@ -37,7 +38,7 @@ from bfpo.training.reference_pass import on_device
 from bfpo.training.relabel import relabel
 from bfpo.training.run_sft import load_or_train_sft
 from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
-from bfpo.training.trainer import BFPOTrainer
+from bfpo.training.trainer import BFPOTrainer, check_tail
 
 
 class Tables(NamedTuple):
@@ -95,11 +96,12 @@ def run_training(
         Content of `run.json`; for a dry run, of `data_manifest.json`.
     """
     # A multiplier that doesn't fit is refused before anything is read or trained.
-    recipe = resolve_safety_weight(recipe)
+    recipe = resolve_loss_files(recipe)
     read_score_labels(recipe)
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
+    check_tail(make_loss(recipe.loss.model_dump()), args)
     check_against_model(recipe)
     if dry_run:
         manifest = _prepare_inputs(recipe, args, resume, dry_run=True, limit=limit).manifest
@@ -369,9 +371,22 @@ def _evaluation_tables(
 
 
 def show_data(prepared: PreparedData, tables: Tables, loss: PairLoss) -> None:
-    """Print the sources, cells and a few samples of the training data."""
+    """Print the sources, cells and a few samples of the training data.
+
+    Raises:
+        RecipeError: If labels are to be corrected, and none are a judge's.
+    """
     show_sources(part.report for part in prepared.parts)
     show_cells(prepared.train, loss.labeling if isinstance(loss, BFPO) else None, loss.beta)
+    if isinstance(loss, BFPO) and loss.label_errors is not None:
+        judged, corrected = tables.train.signals["judged"], loss.labeling.corrected(loss.label_errors)
+        if not judged.any():
+            raise RecipeError(
+                "loss.label_errors corrects the labels of a judge, and all pairs have labels that are assumed or a "
+                "person's (safety_label_source); leave it out"
+            )
+        labels = ", ".join(f"{cell} {getattr(corrected, cell):+.3g}" for cell in CELLS)
+        say(f"labels of {int(judged.sum()):,} of {len(judged):,} pairs are a judge's, and corrected to {labels}")
     show_samples(tables.samples)
 
 

@@ -201,6 +201,15 @@ class StreamTrainer(Trainer, ABC):
             training: Whether this is a training step rather than an evaluation.
         """
 
+    def reweighted(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
+        """Return the packs of a micro-batch with the weights of the step's loss; by default those that they have.
+
+        Args:
+            model: Model, wrapped for training.
+            packs: Packs of this process.
+        """
+        return packs
+
     # Data.
 
     @property
@@ -285,7 +294,7 @@ class StreamTrainer(Trainer, ABC):
         config = unwrap_adapter(self._policy).get_decoder().config
         # Around the backward passes too, in which checkpointed layers are recomputed.
         with nullcontext() if self.layout_section.kind == "padded" else span_attention(config):
-            for number, pack in enumerate(packs, start=1):
+            for number, pack in enumerate(self.reweighted(model, packs), start=1):
                 is_synchronized = number == len(packs) and self.accelerator.sync_gradients
                 # Without synchronization FSDP would keep whole gradients on every process instead of shards.
                 sync_in_every_pass = is_synchronized or self.is_fsdp_enabled

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -13,13 +16,16 @@ from transformers.trainer_utils import TrainOutput
 
 from bfpo.config.recipes import LayoutSection, ReferenceKind, TextSection
 from bfpo.data.table import PairTable, TokenTable
-from bfpo.errors import DataError, TrainingError
+from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.losses.baselines import CatDPO
-from bfpo.losses.pairwise import BFPO, PairLogps, PairLoss
+from bfpo.losses.inputs import PairLogps
+from bfpo.losses.pairwise import BFPO, PairLoss
+from bfpo.model.divergence import logps_and_divergences, reference_logps, vocabulary_logps
 from bfpo.model.layout import padded_layout
 from bfpo.model.logps import check_against_plain_forward
 from bfpo.model.lora import add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
+from bfpo.stats.tail import tail_factors
 from bfpo.training.batches import Batch, Collator
 from bfpo.training.category_margins import CategoryMargins
 from bfpo.training.encode import Pairs, as_buffer, as_pairs, encode_pairs, named_datasets, require_signals
@@ -58,6 +64,20 @@ class StartCheck(NamedTuple):
             f"targets of up to {self.largest_target:.3g} nats are larger than the log-probability of a typical "
             f"completion ({self.typical_logp:.3g} nats) and can't be reached; raise loss.beta, or lower "
             "loss.safety_weight if it is set"
+        )
+
+
+def check_tail(loss: PairLoss, args: TrainingArguments) -> None:
+    """Check that all pairs of a step are fed at once if only those with the largest losses count.
+
+    Raises:
+        RecipeError: If gradients are accumulated.
+    """
+    if loss.tail < 1 and args.gradient_accumulation_steps > 1:
+        raise RecipeError(
+            f"loss.tail is {loss.tail:g} and gradient_accumulation_steps is {args.gradient_accumulation_steps}; the "
+            "largest losses of a step are known only if its pairs are fed at once: raise per_device_train_batch_size "
+            "instead, whose rows are fed in packs of at most layout.max_tokens_per_pack"
         )
 
 
@@ -138,6 +158,7 @@ class BFPOTrainer(StreamTrainer):
         if peft_config is not None:
             model = add_adapter(model, peft_config, seed=args.seed)
         self.loss = loss or BFPO()
+        check_tail(self.loss, args)
         self.buffer_weight = buffer_weight
 
         def as_table(dataset: Any, name: str, buffer: Any = (), categories: Sequence[str] | None = None) -> PairTable:
@@ -176,7 +197,11 @@ class BFPOTrainer(StreamTrainer):
             self.add_callback(self.category_margins)
         # Taken before any checkpoint is loaded, so that the reference of a resumed run is the model of step 0.
         self.reference_kind = resolve_reference(
-            reference, model, new_adapter=peft_config is not None, shards_weights=self.shards_weights
+            reference,
+            model,
+            new_adapter=peft_config is not None,
+            shards_weights=self.shards_weights,
+            whole_vocabulary=self.loss.divergence_share is not None,
         )
         self.reference: Reference | None = None
         if self.reference_kind == "cache":
@@ -263,6 +288,33 @@ class BFPOTrainer(StreamTrainer):
         """Return 1/B for main rows and buffer_weight/B for buffer rows."""
         return mean_weights(rows, self.buffer_weight)
 
+    def reweighted(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
+        """Return the packs with the weights of the largest losses of each stream's step; see `PairLoss.tail`.
+
+        The losses of all packs of all processes are needed first, which costs a forward pass.
+        """
+        if self.loss.tail == 1:
+            return packs
+        with torch.no_grad(), self.compute_loss_context_manager():
+            losses = [self.loss(self.pair_logps(model, pack.to(self.args.device))) for pack in packs]
+        columns = (
+            torch.cat(losses).double().cpu().numpy(),
+            torch.cat([pack.weights for pack in packs]).numpy(),
+            torch.cat([pack.columns["is_buffer"] for pack in packs]).numpy(),
+        )
+        by_process: list[tuple[np.ndarray[Any, Any], ...]] = gather_object([columns])
+        all_losses, weights, is_buffer = (np.concatenate(column) for column in zip(*by_process, strict=True))
+        if not np.isfinite(all_losses).all():
+            # The check of the step names the rows.
+            return packs
+        factors = np.ones_like(all_losses)
+        for stream in (is_buffer, ~is_buffer):
+            factors[stream] = tail_factors(all_losses[stream], weights[stream], share=self.loss.tail)
+        sizes = [len(process_losses) for process_losses, *_ in by_process]
+        own = np.split(factors, np.cumsum(sizes)[:-1])[self.accelerator.process_index]
+        of_packs = torch.from_numpy(own).split([len(pack_losses) for pack_losses in losses])
+        return [replace(pack, weights=pack.weights * of_pack) for pack, of_pack in zip(packs, of_packs, strict=True)]
+
     def example_losses(self, model: nn.Module, batch: Batch, sums: MetricSums, *, training: bool) -> Tensor:
         """Return the loss of each pair, (n,)."""
         pairs = self.pair_logps(model, batch)
@@ -271,9 +323,10 @@ class BFPOTrainer(StreamTrainer):
         if training:
             metrics = pair_metrics(pairs, losses, self.loss, cells=cells, counted=~is_buffer)
             metrics |= {"stream/main/loss": (losses, ~is_buffer), "stream/buffer/loss": (losses, is_buffer)}
-            if self.category_margins is not None:
-                counted_categories = batch.columns["categories"] * (batch.weights > 0)[:, None]
-                metrics |= self.category_margins.add(pairs, counted_categories)
+            if self.category_margins is not None and not batch.is_filler:
+                # All pairs that have a weight in the step, whatever share of them `tail` trains on.
+                counted = ~is_buffer | (self.buffer_weight > 0)
+                metrics |= self.category_margins.add(pairs, batch.columns["categories"] * counted[:, None])
         else:
             counted = batch.weights > 0
             metrics = pair_metrics(pairs, losses, self.loss, cells=cells, counted=counted)
@@ -287,11 +340,21 @@ class BFPOTrainer(StreamTrainer):
         categories = columns.pop("categories", None)
         if self.category_margins is not None and categories is not None:
             columns["category_margin"] = self.category_margins.of(categories)
+        if (share := self.loss.divergence_share) is not None:
+            assert self.reference is not None
+            unwrapped = self.accelerator.unwrap_model(model)
+            of_tokens = self.reference.logps(unwrapped, batch.layout, vocabulary_logps)
+            reference = reference_logps(of_tokens, batch.layout)
+            score = partial(logps_and_divergences, reference=of_tokens, share=share)
+            policy, divergence = model(layout=batch.layout, score=score).unbind(-1)
+            columns |= {"chosen_divergence": divergence[0::2], "rejected_divergence": divergence[1::2]}
+        else:
+            if self.reference is not None:
+                with torch.no_grad():
+                    reference = self.reference.logps(self.accelerator.unwrap_model(model), batch.layout)
+            policy = model(layout=batch.layout)
         if self.reference is not None:
-            with torch.no_grad():
-                reference = self.reference.logps(self.accelerator.unwrap_model(model), batch.layout)
             columns |= {"ref_chosen_logps": reference[0::2], "ref_rejected_logps": reference[1::2]}
-        policy = model(layout=batch.layout)
         lengths = torch.tensor(batch.layout.lengths, dtype=policy.dtype, device=policy.device)
         return PairLogps(
             chosen_logps=policy[0::2],

@@ -234,3 +234,25 @@ def test_a_missing_multiplier_is_refused_before_data_are_read(folder):
     (folder / "main.jsonl").unlink()
     with pytest.raises(DataError, match=r"dual.json: No such file or directory; `bfpo dual` writes this file"):
         run_training(recipe())
+
+
+def test_labels_of_a_judge_are_corrected_by_its_rates_and_the_record_has_the_rates(folder, main_pairs, capsys):
+    judged = {"recall_yes": [0.9, 0.8, 0.95], "recall_no": [0.75, 0.6, 0.85]}
+    (folder / "eval.json").write_text(json.dumps({"judges": {"guard:org/guard": {"safe": {"all": judged}}}}))
+    labeled, assumed = (
+        [replace(pair, provenance=replace(pair.provenance, safety_label_source=source)) for pair in main_pairs]
+        for source in ("guard@r1", "assumed")
+    )
+    write_jsonl(folder / "main.jsonl", (pair.to_row() for pair in (*labeled[:8], *assumed[8:])))
+    loss = {"name": "bfpo", "beta": 0.5}
+    run = run_training(recipe(labels=None, loss=loss | {"label_errors": "eval.json"}, holdout=0.0))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sensitivity 0.9, specificity 0.75 from eval.json; labels vary 1.54 times as much" in shown
+    assert "labels of 8 of 12 pairs are a judge's, and corrected to ss +0.654, su +1.42, us -1.65, uu -0.885" in shown
+    resolved = parse_yaml((folder / "runs/toy/recipe.resolved.yaml").read_text(), "resolved")["loss"]
+    assert resolved["label_errors"] == {"sensitivity": 0.9, "specificity": 0.75}
+    # us: (3/2·(0 - .25) - 1/2·(1 - .25))/.65 - 1/2 = -1.65 and 2 nats for each unit of the label
+    assert run["start_check"]["largest_target"] == pytest.approx(2 * (0.75 / 0.65 + 0.5), rel=1e-6)
+    write_jsonl(folder / "main.jsonl", (pair.to_row() for pair in assumed))
+    with pytest.raises(RecipeError, match=r"all pairs have labels that are assumed or a person's .*; leave it out"):
+        run_training(recipe(labels=None, loss=loss | {"label_errors": "eval.json"}), dry_run=True)

@@ -1,8 +1,9 @@
-"""Multipliers of constraints in a training recipe: BFPO's safety weight, and preferences that follow from scores."""
+"""What a training recipe's loss reads from files: multipliers of constraints, the errors of the labeling judge."""
 
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from bfpo.config.losses import BFPOSection
+from bfpo.config.losses import BFPOSection, LabelErrorsSection
 from bfpo.config.recipes import ScoreLabelsSection, TrainRecipe
 from bfpo.core.files import file_hash
 from bfpo.core.terminal import say
@@ -30,20 +31,31 @@ class ScoreLabels(NamedTuple):
     metadata: dict[str, Any]
 
 
-def resolve_safety_weight(recipe: TrainRecipe) -> TrainRecipe:
-    """Return the recipe with the number from the file of `loss.multiplier`; its record then doesn't need the file.
+def resolve_loss_files(recipe: TrainRecipe) -> TrainRecipe:
+    """Return the recipe with the numbers from the files of the loss; its record then doesn't need them.
 
     Raises:
-        DataError: If the file is missing or malformed.
-        RecipeError: If its multiplier isn't one for the loss.
+        DataError: If a file is missing or malformed.
+        RecipeError: If its multiplier isn't one for the loss, or its judge may be no better than chance.
     """
-    if not isinstance(recipe.loss, BFPOSection) or recipe.loss.multiplier is None:
+    section = recipe.loss
+    if not isinstance(section, BFPOSection) or (section.multiplier is None and section.label_errors is None):
         return recipe
-    loss = make_loss(recipe.loss.model_dump())
+    loss = make_loss(section.model_dump())
     assert isinstance(loss, BFPO)
-    say(f"loss.multiplier: safety_weight {loss.safety_weight:.6g} from {recipe.loss.multiplier}")
-    section = recipe.loss.model_copy(update={"multiplier": None, "safety_weight": loss.safety_weight})
-    return recipe.model_copy(update={"loss": section})
+    changes: dict[str, Any] = {}
+    if section.multiplier is not None:
+        say(f"loss.multiplier: safety_weight {loss.safety_weight:.6g} from {section.multiplier}")
+        changes |= {"multiplier": None, "safety_weight": loss.safety_weight}
+    if loss.label_errors is not None:
+        errors = loss.label_errors
+        source = f" from {section.label_errors}" if isinstance(section.label_errors, str) else ""
+        say(
+            f"loss.label_errors: sensitivity {errors.sensitivity:.3g}, specificity {errors.specificity:.3g}{source}; "
+            f"labels vary {1 / errors.youden:.3g} times as much with the judge's verdicts"
+        )
+        changes["label_errors"] = LabelErrorsSection(**asdict(errors))
+    return recipe.model_copy(update={"loss": section.model_copy(update=changes)})
 
 
 def read_score_labels(recipe: TrainRecipe) -> ScoreLabels | None:
