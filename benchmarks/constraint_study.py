@@ -30,7 +30,8 @@ from bfpo.core.pairs import PairSignals, PreferencePair, SafetyLabels
 from bfpo.core.samples import Completion, Kind, Prompt, Sampling, Verdict
 from bfpo.data.stages import generate_completions, judge_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_file
-from bfpo.experiments.methods import Method, train_recipe
+from bfpo.experiments.methods import train_recipe
+from bfpo.experiments.stages import Stage
 from bfpo.experiments.steps import make_base, run_once, write_world
 from bfpo.generation.in_process import load_engine
 from bfpo.losses.pairwise import BFPO
@@ -197,9 +198,9 @@ def unsafe_at_minimum(path: Path, samples: list[tuple[Completion, Verdict]], los
 
 def plan(folder: Path, loss: dict[str, Any], *, seed: int, pairs: str = "pairs", steps: int = STEPS) -> TrainRecipe:
     """Return the recipe of a loss on the pairs, before it has a multiplier."""
-    method = Method(loss=loss, buffer=False, pairs_per_step=PAIRS_PER_STEP)
+    stage = Stage(loss=loss, buffer=False, pairs_per_step=PAIRS_PER_STEP)
     recipe = train_recipe(
-        method, world=folder / "world", base=folder / "base", out=folder / "plan", seed=seed, steps=steps
+        stage, world=folder / "world", base=folder / "base", out=folder / "plan", seed=seed, steps=steps
     )
     return recipe.model_copy(update={"data": [Source(path=str(folder / f"{pairs}.jsonl"))]})
 

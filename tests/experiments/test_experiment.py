@@ -17,11 +17,13 @@ from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.evaluation.results import MetricResult, Results, read_results
 from bfpo.experiments import steps
 from bfpo.experiments import units as module
-from bfpo.experiments.methods import Stage, train_recipes
+from bfpo.experiments.cost_table import collect_costs
+from bfpo.experiments.methods import train_recipes
 from bfpo.experiments.preflight import check_trainings
 from bfpo.experiments.recipe import ExperimentRecipe, all_settings
 from bfpo.experiments.results import METRICS, choose_settings, collect_results, show_comparison, write_comparison
 from bfpo.experiments.run import run_experiment
+from bfpo.experiments.stages import Stage
 from bfpo.experiments.units import make_units, run_unit, run_units
 from bfpo.testbed.oracle import Oracle
 
@@ -343,12 +345,13 @@ def test_verdicts_follow_from_the_differences_over_seeds(tmp_path, capsys):
     assert results_by_key["bfpo", "all/harmonic_mean"].verdict is None
     assert results_by_key["above", "all/harmonic_mean"].difference.value == pytest.approx(0.1, abs=0.02)
     assert len(results_by_key["above", "all/harmonic_mean"].values) == 6
-    show_comparison(recipe, list(results_by_key.values()))
+    costs = collect_costs(units)
+    show_comparison(recipe, list(results_by_key.values()), costs)
     shown = capsys.readouterr().out
     assert shown.index("above") < shown.index("base")
     for runs_made in (2, 1, 0):
         metadata = {"command": "x", "took": {"runs": runs_made, "seconds": 9}}
-        write_comparison(tmp_path, recipe, list(results_by_key.values()), metadata)
+        write_comparison(tmp_path, recipe, list(results_by_key.values()), costs, metadata)
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert written["chosen"] == []
     assert [call["runs"] for call in written["took"]] == [2, 1]

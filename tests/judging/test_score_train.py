@@ -202,6 +202,22 @@ def test_pairs_of_the_buffer_train_the_reward_alone(make_model, tokenizer):
     assert gradient[1].abs().max() == 0
 
 
+def test_costs_order_answers_with_equal_labels(tokenizer):
+    kept, examples = encode(MAIN[:4], tokenizer)
+    # The second and the third have one unsafe answer, whose label decides; costs of the last say nothing.
+    costs = [(-3.0, -1.0), (5.0, 1.0), (1.0, 2.0), (0.5, 0.5)]
+    pairs = [
+        replace(pair, signals=replace(pair.signals, chosen_cost=chosen, rejected_cost=rejected))
+        for pair, (chosen, rejected) in zip(kept, costs, strict=True)
+    ]
+    assert score_table(examples, kept).order.tolist() == [0, -1, 1, 0]
+    assert score_table(examples, pairs).order.tolist() == [-1, -1, 1, 0]
+    swapped = [replace(pair, signals=pair.signals.swapped()) for pair in pairs[:1]]
+    assert score_table(examples[:1], swapped).order.tolist() == [1]
+    buffer = [replace(pair, provenance=replace(pair.provenance, stream="buffer")) for pair in pairs]
+    assert score_table(examples, buffer).order.tolist() == [0, 0, 0, 0]
+
+
 def test_ids_are_those_that_a_judge_reads(tokenizer):
     thought = Message("assistant", "red box", "round thing")
     call = Message("assistant", "", tool_calls=(ToolCall("look", FrozenJson.freeze({"place": "near"})),))

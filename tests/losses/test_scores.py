@@ -26,17 +26,28 @@ def test_golden_numbers():
     costs = tensor([LN3, 0], [LN3, 0], [LN3, LN3], [LN3, LN3], [5, -7])
     signs = tensor([1, -1], [-1, 1], [1, 1], [-1, -1], [0, 0])
     expected = tensor(2 * math.log(4 / 3) + LN2, 2 * math.log(4) + LN2, 2 * math.log(4 / 3), 2 * math.log(4), 0)
-    torch.testing.assert_close(cost_loss(costs, signs), expected)
+    order = tensor(1, -1, 0, 0, 0)
+    torch.testing.assert_close(cost_loss(costs, signs, order), expected)
     squares = 0.1 * tensor(LN3**2, LN3**2, 2 * LN3**2, 2 * LN3**2, 0)
-    torch.testing.assert_close(cost_loss(costs, signs, regularization=0.1), expected + squares)
+    torch.testing.assert_close(cost_loss(costs, signs, order, regularization=0.1), expected + squares)
+    # The first of two unsafe answers is the worse one: σ(ln 3 - 0).
+    worse = cost_loss(tensor([LN3, 0]), tensor([1, 1]), tensor(1)) - cost_loss(
+        tensor([LN3, 0]), tensor([1, 1]), tensor(0)
+    )
+    torch.testing.assert_close(worse, tensor(math.log(4 / 3)))
 
 
-@given(arrays("f8", (6, 2), elements=st.floats(-30, 30)), arrays("f8", (6, 2), elements=st.sampled_from([-1.0, 1.0])))
-def test_costs_do_not_depend_on_the_order_of_the_answers(costs, signs):
-    costs, signs = torch.from_numpy(costs), torch.from_numpy(signs)
-    torch.testing.assert_close(cost_loss(costs, signs), cost_loss(costs.flip(-1), signs.flip(-1)))
+@given(
+    arrays("f8", (6, 2), elements=st.floats(-30, 30)),
+    arrays("f8", (6, 2), elements=st.sampled_from([-1.0, 1.0])),
+    arrays("f8", 6, elements=st.sampled_from([-1.0, 0.0, 1.0])),
+)
+def test_costs_do_not_depend_on_the_order_of_the_answers(costs, signs, order):
+    costs, signs, order = (torch.from_numpy(values) for values in (costs, signs, order))
+    torch.testing.assert_close(cost_loss(costs, signs, order), cost_loss(costs.flip(-1), signs.flip(-1), -order))
     # A lower loss is one with the right signs further from 0.
-    assert bool((cost_loss(costs + signs, signs) < cost_loss(costs, signs) + 1e-12).all())
+    order = torch.where(signs[:, 0] == signs[:, 1], order, signs[:, 0])
+    assert bool((cost_loss(costs + signs, signs, order) < cost_loss(costs, signs, order) + 1e-12).all())
 
 
 def test_the_expected_reward_loss_is_minimal_at_the_rewards_of_the_preferences():

@@ -5,11 +5,10 @@ from pathlib import Path
 from bfpo.config.loading import load_recipe
 from bfpo.config.recipes import TrainRecipe
 from bfpo.constraints.samples import read_scored_samples
-from bfpo.constraints.solve import ConstraintRequest, solve_constraint
+from bfpo.constraints.solve import ConstraintRequest, objective_of, solve_constraint
 from bfpo.core.terminal import say, show_table, warn
 from bfpo.errors import DataError, RecipeError
 from bfpo.losses.dual import Dual, Objective
-from bfpo.losses.labeling import LabelingFunction
 from bfpo.report.dual import describe_constraint, format_harm, training_keys, write_dual_page
 
 DEFAULT_BETA = 0.1
@@ -66,7 +65,7 @@ def solve_dual(
     if recipe is not None:
         if beta is not None:
             raise RecipeError("give either `recipe`, whose loss has a beta, or `beta`")
-        beta, labeling = _loss_of(load_recipe(recipe, TrainRecipe, overrides))
+        beta, labeling = objective_of(load_recipe(recipe, TrainRecipe, overrides))
         if labeling is not None and pecan:
             raise RecipeError("`pecan` needs a recipe with another loss: BFPO has an objective of its own")
         objective = "bfpo" if labeling is not None else objective
@@ -108,18 +107,6 @@ def solve_dual(
         say(f"  {line}")
     say(f"\n{page}")
     return dual
-
-
-def _loss_of(recipe: TrainRecipe) -> tuple[float, LabelingFunction | None]:
-    """Return the beta of a recipe's loss and, for BFPO, its labeling function without a safety weight."""
-    from dataclasses import replace
-
-    from bfpo.losses.build import make_loss
-    from bfpo.losses.pairwise import BFPO
-
-    # The multiplier may be the one that this command is about to write.
-    loss = make_loss({key: value for key, value in recipe.loss.model_dump().items() if key != "multiplier"})
-    return loss.beta, replace(loss, safety_weight=0.0).labeling if isinstance(loss, BFPO) else None
 
 
 def _show(dual: Dual) -> None:

@@ -6,6 +6,7 @@ from typing import TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from bfpo.config.recipes import TrainRecipe
 from bfpo.constraints.estimates import SampleProblem, bootstrap_intervals
 from bfpo.constraints.samples import ScoredSamples
 from bfpo.errors import DataError, RecipeError
@@ -91,6 +92,16 @@ class ConstraintRequest:
                 f"`measure` is {self.measure}; BFPO's safety weight bounds the share of unsafe answers: set "
                 "`measure` to unsafe, or train with dpo on `labels`"
             )
+
+
+def objective_of(recipe: TrainRecipe) -> tuple[float, LabelingFunction | None]:
+    """Return the beta of a recipe's loss and, for BFPO, its labeling function without a safety weight."""
+    from bfpo.losses.build import make_loss
+    from bfpo.losses.pairwise import BFPO
+
+    # The multiplier may be the one that is about to be computed.
+    loss = make_loss({key: value for key, value in recipe.loss.model_dump().items() if key != "multiplier"})
+    return loss.beta, replace(loss, safety_weight=0.0).labeling if isinstance(loss, BFPO) else None
 
 
 def solve_constraint(samples: ScoredSamples, request: ConstraintRequest) -> Dual:

@@ -181,22 +181,24 @@ class ScoreTable(TokenTable):
 
     Args:
         signs: 1 for an unsafe answer, -1 for a safe one, 0 for one that trains no cost, (N, 2).
+        order: 1 if the chosen answer is less safe, -1 if the rejected one is, 0 if that isn't known, (N,).
         is_buffer: Whether the pair belongs to the buffer stream, (N,).
     """
 
     signs: Floats
+    order: Floats
     is_buffer: NDArray[np.bool_]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokens, the signs and the streams."""
-        arrays = (self.signs, self.is_buffer)
+        """Hash of the tokens, the signs, the order and the streams."""
+        arrays = (self.signs, self.order, self.is_buffer)
         return content_hash(self.tokens_hash, [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays])
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
-        """Signs and streams."""
-        return {"signs": self.signs, "is_buffer": self.is_buffer}
+        """Signs, order and streams."""
+        return {"signs": self.signs, "order": self.order, "is_buffer": self.is_buffer}
 
 
 def sampled_rows(rows: Sequence[int], limit: int | None) -> list[int]:
@@ -278,7 +280,8 @@ def score_table(examples: Sequence[Example], pairs: Sequence[PreferencePair]) ->
 
     Args:
         examples: Token ids of whole texts, with two completions each.
-        pairs: Pairs of the examples, in the same order; those of the buffer and unlabeled ones have no signs.
+        pairs: Pairs of the examples, in the same order; those of the buffer and unlabeled ones have no signs. Which
+            of two safe or two unsafe answers is safer is known from costs.
     """
     scored = [
         Example(prompt, tuple(np.append(~completion, np.int32(0)) for completion in completions))
@@ -290,10 +293,15 @@ def score_table(examples: Sequence[Example], pairs: Sequence[PreferencePair]) ->
         else tuple(-1.0 if safe else 1.0 for safe in pair.labels)
         for pair in pairs
     ]
+    signs_of = np.array(signs, dtype=np.float64)
+    costs = np.array([(pair.signals.chosen_cost, pair.signals.rejected_cost) for pair in pairs], dtype=np.float64)
+    by_costs = np.where((signs_of == 0).any(axis=1), 0.0, np.sign(np.nan_to_num(costs[:, 0] - costs[:, 1])))
+    by_labels = np.sign(signs_of[:, 0] - signs_of[:, 1])
     return ScoreTable(
         *_concatenate(scored),
         tuple(pair.row_id for pair in pairs),
-        signs=np.array(signs, dtype=np.float64),
+        signs=signs_of,
+        order=np.where(by_labels == 0, by_costs, by_labels),
         is_buffer=np.array([pair.provenance.stream == "buffer" for pair in pairs]),
     )
 

@@ -1,56 +1,26 @@
-"""Methods that are compared on the testbed; each is a short list of recipes of `bfpo train`."""
+"""Methods that are compared on the testbed; each is a short list of stages, which are recipes of the product."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field, model_serializer, model_validator
-from pydantic_core.core_schema import SerializerFunctionWrapHandler
+from typing import Any
 
 from bfpo.config.loading import check_recipe
-from bfpo.config.recipes import Count, Section, TrainRecipe
-
-
-class Stage(Section):
-    """A training of a method: loss, data and optimizer settings."""
-
-    loss: dict[str, Any]
-    """`loss` section of the recipe."""
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    """Peak learning rate of the cosine schedule."""
-    main: Literal["safety", "safety_by_safety", "safety_without_uu"] = "safety"
-    """File of the main stream: pairs ordered by helpfulness, ordered by safety, or without both-unsafe pairs."""
-    buffer: bool = True
-    """Whether the helpfulness pairs are the buffer."""
-    pairs_per_step: Count = 64
-    """Pairs of both streams per step; half of them are from the buffer, if there is one."""
-    train_only: list[str] | None = None
-    """Patterns of the parameters to train; default all parameters."""
-    labels: dict[str, Any] | None = None
-    """`labels` section of the recipe; default the order of the data."""
-
-    @model_validator(mode="after")
-    def _check_halves(self) -> "Stage":
-        if self.buffer and self.pairs_per_step % 2:
-            raise ValueError(f"pairs_per_step is {self.pairs_per_step}; with a buffer, half of them, expected even")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _dump_what_is_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Runs are named by a hash of this; those of methods without these keys keep their names.
-        return {key: value for key, value in dump(self).items() if key not in ("labels", "prepare") or value}
-
-
-class Method(Stage):
-    """A method: its last stage, and the stages before it."""
-
-    title: str = ""
-    """Short description."""
-    prepare: list[Stage] = Field(default=[])
-    """Stages before; each starts from the model of the one before it, which is its reference."""
+from bfpo.config.recipes import ScoreRecipe, TrainRecipe
+from bfpo.experiments.stages import Method, SamplesStage, ScorerStage, Stage
 
 
 def _squared(name: str, **options: Any) -> dict[str, Any]:
     return {"name": name, "beta": 0.3, **options}
+
+
+def _constrained() -> dict[str, Any]:
+    """Return the stages of a method with a multiplier, which are the same for all of them and so shared."""
+    return {
+        "scorer": ScorerStage(),
+        "samples": SamplesStage(),
+        "max_unsafe": 0.05,
+        "main": "samples",
+        "buffer": False,
+    }
 
 
 METHODS = {
@@ -77,7 +47,22 @@ METHODS = {
         buffer=False,
     ),
     "modpo": Method(title="MODPO's margin", loss={"name": "modpo", "beta": 0.3}),
+    "bfpo_constrained": Method(
+        title="BFPO with a multiplier, on samples of the base", loss=_squared("bfpo"), **_constrained()
+    ),
+    # IPO's squared loss on soft labels reaches a threshold more closely than DPO's (docs/constraints.md).
+    "mocan": Method(
+        title="MoCAN: IPO on scores with a multiplier, on samples of the base",
+        loss={"name": "ipo", "beta": 2.0},
+        labels={"from": "scores"},
+        **_constrained(),
+    ),
 }
+
+
+def samples_folder(out: Path) -> Path:
+    """Return the folder beside the output folder of a method with its pairs of samples and its multiplier."""
+    return out.parent / f"{out.name}-samples"
 
 
 def train_recipes(
@@ -106,16 +91,25 @@ def train_recipes(
     Raises:
         RecipeError: If a loss isn't possible.
     """
-    stages = [*method.prepare, method]
+    stages = method.trainings
     recipes = []
     for number, stage in enumerate(stages, start=1):
         folder = out if stage is method else out.parent / f"{out.name}-stage-{number}"
         share = max(steps * number // len(stages) - steps * (number - 1) // len(stages), 1)
+        if stage is method and method.max_unsafe is not None:
+            stage = _with_multiplier(method, samples_folder(out))
         recipes.append(
             train_recipe(stage, world=world, base=base, out=folder, seed=seed, steps=share, save=save, where=where)
         )
         base = folder
     return recipes
+
+
+def _with_multiplier(method: Method, dual: Path) -> Method:
+    """Return a method whose labels, or else whose loss, have the multiplier of a `dual.json`."""
+    if method.labels is not None and method.is_labeled_by_scores:
+        return method.model_copy(update={"labels": method.labels | {"multiplier": str(dual)}})
+    return method.model_copy(update={"loss": method.loss | {"multiplier": str(dual)}})
 
 
 def train_recipe(
@@ -135,7 +129,7 @@ def train_recipe(
         stage: The stage.
         world: Folder that `World.write` filled.
         base: Checkpoint to start from.
-        out: Output folder.
+        out: Output folder; pairs of samples are in the folder beside it.
         seed: Seed of the training.
         steps: Number of optimizer steps.
         save: Whether to save checkpoints and resume from them; not worth it for one of many short runs.
@@ -144,37 +138,72 @@ def train_recipe(
     Raises:
         RecipeError: If the loss isn't possible.
     """
+    pairs = samples_folder(out) / "pairs.jsonl" if stage.main == "samples" else world / f"{stage.main}.jsonl"
     return check_recipe(
-        {
+        _data(world, pairs, buffer=stage.buffer)
+        | {
             "model": {"path": str(base)},
-            "data": [{"path": str(world / f"{stage.main}.jsonl")}],
-            "buffer": [{"path": str(world / "helpfulness.jsonl")}] if stage.buffer else [],
-            "benchmarks": [str(world / "prompts.jsonl")],
-            # Pairs are ordered by noisy annotators: the same two answers may occur in both orders.
-            "conflicts": "keep",
-            "text": {"max_length": 128},
             "loss": stage.loss,
             "labels": stage.labels,
             "train_only": stage.train_only,
             # A single run uses each pair about once, so a cache pays off only for several runs of one base.
             # Token-level DPO can't use it.
             "reference": "shared" if save or stage.loss.get("name") == "tdpo" else "cache",
-            "trainer": {
-                "output_dir": str(out),
-                "learning_rate": stage.learning_rate,
-                "lr_scheduler_type": "cosine",
-                "warmup_steps": 0.1,
-                "per_device_train_batch_size": stage.pairs_per_step // (2 if stage.buffer else 1),
-                "max_steps": steps,
+            "trainer": _trainer(stage, out, buffer=stage.buffer, seed=seed, steps=steps)
+            | {
                 "save_strategy": "steps" if save else "no",
                 "save_steps": 25,
                 "save_total_limit": 1,
-                "logging_steps": 5,
-                "seed": seed,
-                "use_cpu": True,
                 "resume_from_checkpoint": save,
             },
         },
         TrainRecipe,
         where,
     )
+
+
+def score_recipe(stage: ScorerStage, *, world: Path, base: Path, out: Path, seed: int) -> ScoreRecipe:
+    """Return the recipe that trains a scorer.
+
+    Args:
+        stage: The stage.
+        world: Folder that `World.write` filled.
+        base: Checkpoint to start from.
+        out: Output folder.
+        seed: Seed of the training.
+    """
+    return check_recipe(
+        _data(world, world / f"{stage.main}.jsonl", buffer=True)
+        | {
+            "model": {"path": str(base)},
+            "holdout": 0.05,
+            "trainer": _trainer(stage, out, buffer=True, seed=seed, steps=stage.steps) | {"save_strategy": "no"},
+        },
+        ScoreRecipe,
+        "scorer",
+    )
+
+
+def _data(world: Path, pairs: Path, *, buffer: bool) -> dict[str, Any]:
+    return {
+        "data": [{"path": str(pairs)}],
+        "buffer": [{"path": str(world / "helpfulness.jsonl")}] if buffer else [],
+        "benchmarks": [str(world / "prompts.jsonl")],
+        # Pairs are ordered by noisy annotators: the same two answers may occur in both orders.
+        "conflicts": "keep",
+        "text": {"max_length": 128},
+    }
+
+
+def _trainer(stage: Stage | ScorerStage, out: Path, *, buffer: bool, seed: int, steps: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(out),
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "per_device_train_batch_size": stage.pairs_per_step // (2 if buffer else 1),
+        "max_steps": steps,
+        "logging_steps": 5,
+        "seed": seed,
+        "use_cpu": True,
+    }

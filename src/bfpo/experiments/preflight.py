@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from bfpo.config.losses import BFPOSection
 from bfpo.config.recipes import TrainModel, TrainRecipe
 from bfpo.errors import ModelError, RecipeError
 from bfpo.experiments.methods import train_recipes
 from bfpo.experiments.steps import BASE_SHAPE
 from bfpo.experiments.units import Unit
 from bfpo.losses.build import make_loss
-from bfpo.testbed.world import World
+from bfpo.testbed.world import World, with_reward_margin
 from bfpo.training.arguments import training_arguments
 from bfpo.training.preflight import check_against_model
 
@@ -47,8 +48,11 @@ def check_training(recipe: TrainRecipe, world: World) -> None:
     """
     options = {name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"}
     training_arguments(options)
+    if isinstance(recipe.loss, BFPOSection):
+        # The file of a multiplier doesn't exist yet.
+        recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"multiplier": None})})
     loss = make_loss(recipe.loss.model_dump())
-    signals = next(iter(world.safety_set())).signals
+    signals = with_reward_margin(next(iter(world.safety_set()))).signals
     # Whether a pair is judged follows from the source of its labels.
     columns = [name for name in loss.needs if name != "judged"]
     if missing := [name for name in columns if getattr(signals, name, None) is None]:

@@ -11,7 +11,8 @@ from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import Count, Section
 from bfpo.core.files import parse_json
 from bfpo.errors import RecipeError, did_you_mean
-from bfpo.experiments.methods import METHODS, Method, train_recipes
+from bfpo.experiments.methods import METHODS, train_recipes
+from bfpo.experiments.stages import Method
 from bfpo.testbed.world import WorldOptions
 
 DATA_DIALS = (

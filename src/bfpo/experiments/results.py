@@ -13,6 +13,7 @@ from bfpo.core.terminal import show_table
 from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import DifferenceVerdict, verdict_on
 from bfpo.evaluation.results import read_results
+from bfpo.experiments.cost_table import COST_COLUMNS, VariantCost, cost_rows
 from bfpo.experiments.recipe import ExperimentRecipe, all_settings
 from bfpo.experiments.units import Unit
 from bfpo.report.plane import PlanePoint, draw_plane
@@ -55,6 +56,8 @@ COLUMNS = (
     "difference",
     "verdict",
 )
+
+_COST_TITLE = "Cost of a run, mean over seeds, without base model and evaluation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +186,11 @@ def choose_settings(recipe: ExperimentRecipe, results: Sequence[VariantResult]) 
 
 
 def write_comparison(
-    folder: Path, recipe: ExperimentRecipe, results: Sequence[VariantResult], metadata: dict[str, Any]
+    folder: Path,
+    recipe: ExperimentRecipe,
+    results: Sequence[VariantResult],
+    costs: Sequence[VariantCost],
+    metadata: dict[str, Any],
 ) -> None:
     """Write comparison.json, comparison.md and, for a few variants, plane-WORLD.svg.
 
@@ -191,6 +198,7 @@ def write_comparison(
         folder: Output folder.
         recipe: The recipe.
         results: Results of all variants.
+        costs: Costs of all variants.
         metadata: Command, versions, hardware; `took`: the runs of this call and their duration. It is appended to
             those of earlier calls with the same recipe, unless this call ran nothing.
     """
@@ -205,16 +213,21 @@ def write_comparison(
         "variants of one world and metric; intervals are Student's 95 %",
         "chosen": choose_settings(recipe, results),
         "lines": [asdict(result) for result in results],
+        "costs": [asdict(cost) for cost in costs],
     }
     write_json(folder / "comparison.json", content)
     texts = []
     for world in recipe.worlds:
-        rows = ("| " + " | ".join(row) + " |" for row in (COLUMNS, ("---",) * len(COLUMNS), *_rows(world, results)))
-        texts.append(f"{_title(world, recipe)}\n\n" + "\n".join(rows) + "\n")
+        texts.append(f"{_title(world, recipe)}\n\n{_table(COLUMNS, _rows(world, results))}")
+        texts.append(f"{_COST_TITLE}\n\n{_table(COST_COLUMNS, cost_rows(world, costs))}")
         variants = {result.variant for result in results if result.world == world}
         if len(recipe.seeds) >= 3 and len(variants) <= MAX_DRAWN:
             write_text(folder / f"plane-{world}.svg", _plane(world, results).standalone())
     write_text(folder / "comparison.md", "\n".join(texts))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "".join("| " + " | ".join(row) + " |\n" for row in (columns, ("---",) * len(columns), *rows))
 
 
 def _read_took(file: Path, recipe_content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -226,10 +239,11 @@ def _read_took(file: Path, recipe_content: dict[str, Any]) -> list[dict[str, Any
         return []
 
 
-def show_comparison(recipe: ExperimentRecipe, results: Sequence[VariantResult]) -> None:
-    """Print the metrics of every variant, sorted by the primary metric, and the settings that tuning chose."""
+def show_comparison(recipe: ExperimentRecipe, results: Sequence[VariantResult], costs: Sequence[VariantCost]) -> None:
+    """Print the metrics of every variant, sorted by the primary metric, their costs, and what tuning chose."""
     for world in recipe.worlds:
         show_table(_title(world, recipe), COLUMNS, _rows(world, results))
+        show_table(_COST_TITLE, COST_COLUMNS, cost_rows(world, costs))
     rows = [
         (
             chosen["world"],

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from bfpo.experiments.cost_table import collect_costs
 from bfpo.experiments.preflight import check_trainings
 from bfpo.experiments.recipe import ExperimentRecipe
 from bfpo.experiments.results import collect_results, show_comparison, write_comparison
@@ -27,7 +28,7 @@ def run_experiment(recipe: ExperimentRecipe, *, command: str) -> None:
     start = time.monotonic()
     count = run_units(units, Path(recipe.out), jobs=recipe.jobs)
     took = {"runs": count, "of": len(units), "seconds": round(time.monotonic() - start), "jobs": recipe.jobs}
-    results = collect_results(recipe, units)
+    results, costs = collect_results(recipe, units), collect_costs(units)
     metadata = {"command": command, "versions": versions(), "hardware": hardware(), "took": took}
-    write_comparison(Path(recipe.results or recipe.out), recipe, results, metadata)
-    show_comparison(recipe, results)
+    write_comparison(Path(recipe.results or recipe.out), recipe, results, costs, metadata)
+    show_comparison(recipe, results, costs)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bfpo.config.loading import dump_recipe, holds_recipe
 from bfpo.config.recipes import SftRecipe, TrainRecipe
-from bfpo.core.files import write_text
+from bfpo.core.files import write_jsonl, write_text
 from bfpo.core.samples import Completion, Engine, Prompt, Sampling
 from bfpo.data.stages import read_prompt_file
 from bfpo.errors import RecipeError
@@ -17,7 +17,7 @@ from bfpo.evaluation.subject import TEMPLATE_POLICY
 from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.generation.in_process import load_engine
 from bfpo.testbed.oracle import Oracle
-from bfpo.testbed.world import World, WorldOptions
+from bfpo.testbed.world import World, WorldOptions, with_reward_margin
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
 
@@ -35,6 +35,15 @@ def write_world(options: WorldOptions, folder: Path) -> None:
     """
     if not holds_world(options, folder):
         World(options).write(folder)
+
+
+def write_costs(options: WorldOptions, folder: Path) -> None:
+    """Write the safety pairs of a world with costs beside its other files, unless they exist."""
+    path = folder / "safety_with_costs.jsonl"
+    if not path.exists():
+        world = World(options)
+        pairs = (with_reward_margin(world.with_costs(pair)) for pair in world.safety_set())
+        write_jsonl(path, (pair.to_row() for pair in pairs))
 
 
 def holds_world(options: WorldOptions, folder: Path) -> bool:

@@ -18,12 +18,14 @@ from threading import Thread
 from filelock import FileLock, Timeout
 
 from bfpo.config.loading import check_recipe
+from bfpo.config.recipes import TrainRecipe
 from bfpo.core.files import content_hash
 from bfpo.core.terminal import log_to_file, progress
 from bfpo.errors import BfpoError, DataError, RecipeError, Stopped, TrainingError, did_you_mean
 from bfpo.evaluation.results import FILE_NAME, read_results
-from bfpo.experiments.methods import Method, train_recipes
+from bfpo.experiments.methods import samples_folder, train_recipes
 from bfpo.experiments.recipe import DATA_DIALS, ExperimentRecipe, all_settings
+from bfpo.experiments.stages import Method
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
 
@@ -183,11 +185,13 @@ def _run_all(waiting: list[Unit], ready: set[Path], jobs: int) -> None:
 
 
 def run_unit(unit: Unit) -> None:
-    """Run a unit: its world, its base or its training, its evaluation. Only the weights of bases are kept.
+    """Run a unit: its world, its base or its stages, its evaluation. Of policies only the weights of bases are kept.
 
     The completions of a unit that was evaluated by another revision of the oracle are judged again.
     """
-    from bfpo.experiments.steps import can_judge_again, evaluate_run, judge_again, make_base, run_once, write_world
+    from bfpo.experiments.costs import measured
+    from bfpo.experiments.preparation import prepare_method
+    from bfpo.experiments.steps import can_judge_again, evaluate_run, judge_again, make_base, write_world
 
     oracle = Oracle(unit.options.skills)
     if unit.has_results and can_judge_again(unit.evaluation):
@@ -214,16 +218,27 @@ def run_unit(unit: Unit) -> None:
                 steps=unit.steps,
                 save=False,
             )
-            for recipe in recipes:
-                # A killed run is short enough to start again.
-                shutil.rmtree(str(recipe.trainer["output_dir"]), ignore_errors=True)
-                run_once(recipe)
-            # Only the last stage is evaluated.
-            for recipe in recipes[:-1]:
-                _remove_weights(Path(recipe.trainer["output_dir"]))
+            prepared = prepare_method(unit.method, recipes[-1], home=unit.home, world=data, options=unit.options)
+            cost = prepared + measured(lambda: _train(recipes))
+            cost.write(unit.folder)
         evaluate_run(unit.folder, world / "prompts.jsonl", oracle)
     if unit.method is not None:
         _remove_weights(unit.folder)
+        # They are made of shared samples within a second.
+        (samples_folder(unit.folder) / "pairs.jsonl").unlink(missing_ok=True)
+
+
+def _train(recipes: Sequence[TrainRecipe]) -> tuple[int, int]:
+    """Run the trainings of a method, and keep the weights of the last one, which is evaluated."""
+    from bfpo.experiments.steps import run_once
+
+    for recipe in recipes:
+        # A killed run is short enough to start again.
+        shutil.rmtree(str(recipe.trainer["output_dir"]), ignore_errors=True)
+        run_once(recipe)
+    for recipe in recipes[:-1]:
+        _remove_weights(Path(recipe.trainer["output_dir"]))
+    return 0, 0
 
 
 def _remove_weights(folder: Path) -> None:

@@ -125,7 +125,8 @@ class ScoreTrainer(StreamTrainer):
             is_ordered = (rewards[:, 0] > rewards[:, 1]).to(scores)
             metrics |= {"reward/loss": (loss, counted), "reward/order_accuracy": (is_ordered, counted)}
         if (costs := by_head.get("cost")) is not None:
-            loss = cost_loss(costs, signs, regularization=self._coefficients["regularization"])
+            order = batch.columns["order"].to(scores)
+            loss = cost_loss(costs, signs, order, regularization=self._coefficients["regularization"])
             losses = losses + loss
             is_right = ((costs > 0) == (signs > 0)).to(scores).mean(-1)
             known = counted & (signs != 0).any(-1)

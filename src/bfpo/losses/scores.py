@@ -22,18 +22,18 @@ def reward_loss(
     return loss + center_rewards_coefficient * (chosen + rejected) ** 2
 
 
-def cost_loss(costs: Tensor, signs: Tensor, *, regularization: float = 0.0) -> Tensor:
-    """Return -log σ(s_1 c_1) - log σ(s_2 c_2) - log σ(c_unsafe - c_safe) + μ(c_1² + c_2²).
+def cost_loss(costs: Tensor, signs: Tensor, order: Tensor, *, regularization: float = 0.0) -> Tensor:
+    """Return -log σ(s_1 c_1) - log σ(s_2 c_2) - log σ(o (c_1 - c_2)) + μ(c_1² + c_2²).
 
-    The third term is that of pairs with one unsafe answer: which of two safe or two unsafe answers is safer isn't
-    known. Source: Safe RLHF (arXiv 2310.12773, equation 6).
+    The third term is that of pairs of which it is known which answer is safer. Source: Safe RLHF (arXiv 2310.12773,
+    equation 6).
 
     Args:
         costs: Costs of both answers, (n, 2).
         signs: 1 for an unsafe answer, -1 for a safe one, (n, 2). The loss of a pair with two zeros is 0.
+        order: 1 if the first answer is less safe, -1 if the second is, 0 if that isn't known, (n,).
         regularization: μ.
     """
     is_known = (signs != 0).to(costs)
-    order = (signs[:, 0] - signs[:, 1]) / 2
     loss = -(logsigmoid(signs * costs) * is_known).sum(-1) + regularization * (costs**2 * is_known).sum(-1)
     return loss - logsigmoid(order * (costs[:, 0] - costs[:, 1])) * (order != 0)

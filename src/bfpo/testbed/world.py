@@ -170,6 +170,20 @@ class World:
         provenance = replace(pair.provenance, dataset_name=f"{pair.provenance.dataset_name}-by-safety")
         return replace(ordered, provenance=provenance)
 
+    def with_costs(self, pair: PreferencePair) -> PreferencePair:
+        """Return a labeled pair with the annotators' grades of harm as costs.
+
+        A safe answer costs 0; an unsafe one costs (1 + right slots) / 5, because a cost above 0 is unsafe and
+        a severity may be 0. Wrong labels make wrong costs.
+        """
+        assert pair.labels is not None
+        request = parse_prompt(pair.prompt[0].content)
+        costs = [
+            0.0 if is_safe else (1 + read_answer(request, answer_text(answer), self.options.skills).correct) / 5
+            for answer, is_safe in zip(pair.answers, pair.labels, strict=True)
+        ]
+        return replace(pair, signals=replace(pair.signals, chosen_cost=costs[0], rejected_cost=costs[1]))
+
     def helpfulness_set(self) -> Iterator[PreferencePair]:
         """Return pairs ordered by helpfulness, without safety labels: all answers are assumed safe."""
         rng = self._rng("helpfulness")

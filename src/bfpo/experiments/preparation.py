@@ -1,0 +1,200 @@
+"""Stages before the training of a method: a scorer, scored samples of the base model, and a multiplier.
+
+They learn from the world's pairs and from samples on the prompts of these pairs. Nothing here knows the oracle that
+evaluates the method, and no prompt is held out. Scorers and samples are in folders that are named by a hash of
+their content, so methods with one base share them; their cost counts for each of these methods.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from bfpo.config.recipes import ScoreRecipe, Source, TrainRecipe
+from bfpo.constraints.samples import read_scored_samples
+from bfpo.constraints.solve import ConstraintRequest, objective_of, solve_constraint
+from bfpo.core.conversation import Conversation
+from bfpo.core.files import content_hash, read_repaired_jsonl, write_jsonl
+from bfpo.core.pairs import PairSignals, PreferencePair, Provenance, SafetyLabels, StreamName
+from bfpo.core.samples import Completion, Kind, Prompt, Sampling
+from bfpo.data.load import load_pairs
+from bfpo.data.stages import generate_completions
+from bfpo.experiments.costs import Cost, measured, read_cost
+from bfpo.experiments.methods import samples_folder, score_recipe
+from bfpo.experiments.stages import Method, SamplesStage
+from bfpo.experiments.steps import write_costs
+from bfpo.generation.in_process import load_engine
+from bfpo.judging.score_columns import apply_scores
+from bfpo.judging.score_run import run_score
+from bfpo.losses.dual import feasible_multiplier
+from bfpo.report.dual import write_dual_page
+from bfpo.testbed.world import WorldOptions
+
+_SCORED = "scored.jsonl"
+
+
+def prepare_method(method: Method, recipe: TrainRecipe, *, home: Path, world: Path, options: WorldOptions) -> Cost:
+    """Run the stages before the trainings of a method; finished ones of the same content are reused.
+
+    Args:
+        method: The method.
+        recipe: Recipe of its last training; its pairs and its multiplier are written beside its output folder.
+        home: Folder with the base model, for scorers and samples.
+        world: Folder of the world's data.
+        options: Options of the world.
+
+    Returns:
+        The cost of all stages, that of reused ones included.
+
+    Raises:
+        DataError: If the samples can't be used to compute a multiplier.
+        RecipeError: If no policy over the samples meets `max_unsafe`.
+    """
+    if "safety_with_costs" in method.files:
+        write_costs(options, world)
+    if method.scorer is None:
+        return Cost()
+    scorer = stage_folder(home, "scorer", method.scorer.model_dump(), options.model_dump())
+    heads = scorer / "heads"
+    scorer_recipe = score_recipe(method.scorer, world=world, base=home / "base", out=heads, seed=options.seed)
+    cost = _run_once(scorer, lambda: _train_scorer(scorer_recipe))
+    stage = method.samples
+    if stage is None:
+        return cost
+    sampling = stage.model_dump(exclude={"pairs_per_prompt"})
+    samples = stage_folder(home, "samples", sampling, options.model_dump())
+    cost += _run_once(samples, lambda: _draw_samples(stage, samples, home / "base", world, options.seed))
+    scores = stage_folder(home, "scores", scorer.name, samples.name)
+    cost += _run_once(scores, lambda: _score(samples, heads, scores))
+    out = samples_folder(Path(recipe.trainer["output_dir"]))
+    return cost + _run_once(out, lambda: _use_samples(method, stage, recipe, scores / _SCORED, out, options.seed))
+
+
+def stage_folder(home: Path, name: str, *content: object) -> Path:
+    """Return the folder of a stage that methods share, named by a hash of its content."""
+    return home / f"{name}-{content_hash(*content)[:12]}"
+
+
+def _run_once(folder: Path, work: Callable[[], tuple[int, int]]) -> Cost:
+    """Run a stage unless its folder has its cost, which is written last; another process waits for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        cost = read_cost(folder)
+        if cost is None:
+            # A killed stage is short enough to start again, and its cost is then complete.
+            shutil.rmtree(folder, ignore_errors=True)
+            cost = measured(work)
+            cost.write(folder)
+    return cost
+
+
+def _train_scorer(recipe: ScoreRecipe) -> tuple[int, int]:
+    run_score(recipe)
+    return 0, 0
+
+
+def _draw_samples(stage: SamplesStage, folder: Path, base: Path, world: Path, seed: int) -> tuple[int, int]:
+    prompts = training_prompts(stage, world, seed)
+    write_jsonl(folder / Prompt.file_name, (prompt.to_row() for prompt in prompts))
+    sampling = Sampling(samples=stage.samples, temperature=stage.temperature, max_new_tokens=48)
+    engine = load_engine(str(base), sampling)
+    completions = generate_completions(engine, prompts, folder / Completion.file_name, samples=stage.samples)
+    return len(completions), 0
+
+
+def training_prompts(stage: SamplesStage, world: Path, seed: int) -> list[Prompt]:
+    """Return prompts of a world's pairs; those with an answer that is labeled unsafe count as harmful."""
+    safety, helpful = (_read_pairs(world, *stream) for stream in (("safety", "main"), ("helpfulness", "buffer")))
+    harmful = {pair.prompt_key: pair.prompt for pair in safety if pair.labels and not all(pair.labels)}
+    benign = {pair.prompt_key: pair.prompt for pair in helpful if pair.prompt_key not in harmful}
+    prompts = []
+    kinds: tuple[tuple[Kind, dict[str, Conversation], int], ...]
+    kinds = (("harmful", harmful, stage.harmful_prompts), ("benign", benign, stage.benign_prompts))
+    for kind, conversations, max_count in kinds:
+        drawn = sorted(conversations, key=lambda key: content_hash(seed, key))[:max_count]
+        prompts += [Prompt(f"{kind}-{number:03}", conversations[key], kind) for number, key in enumerate(drawn)]
+    return prompts
+
+
+def _read_pairs(world: Path, name: str, stream: StreamName) -> list[PreferencePair]:
+    return load_pairs(Source(path=str(world / f"{name}.jsonl")), stream)[1]
+
+
+def _score(samples: Path, heads: Path, scores: Path) -> tuple[int, int]:
+    num_scored = apply_scores(
+        str(samples / Completion.file_name),
+        scores / _SCORED,
+        reward=f"reward:{heads / 'reward'}",
+        cost=f"cost:{heads / 'cost'}",
+    )
+    return 0, 2 * num_scored
+
+
+def _use_samples(
+    method: Method, stage: SamplesStage, recipe: TrainRecipe, scored: Path, out: Path, seed: int
+) -> tuple[int, int]:
+    """Write the pairs and the multiplier of a method into the folder beside its output."""
+    if method.main == "samples":
+        write_jsonl(out / "pairs.jsonl", (pair.to_row() for pair in sample_pairs(scored, stage, seed)))
+    if method.max_unsafe is not None:
+        beta, labeling = objective_of(recipe)
+        request = ConstraintRequest(
+            max=method.max_unsafe,
+            kind="harmful",
+            beta=beta,
+            objective="reward" if labeling is None else "bfpo",
+            labeling=labeling,
+            temperature=stage.temperature,
+        )
+        dual = solve_constraint(read_scored_samples(scored), request)
+        write_dual_page(out, dual)
+        dual.write(out)
+        feasible_multiplier(dual, f"max_unsafe {method.max_unsafe:g}")
+    return 0, 0
+
+
+def sample_pairs(scored: Path, stage: SamplesStage, seed: int) -> Iterator[PreferencePair]:
+    """Yield random pairs of the samples of each prompt, labeled by their costs.
+
+    The order is drawn with the probability σ(difference of the rewards), as the multiplier assumes.
+
+    Args:
+        scored: Samples with scores, prompt by prompt.
+        stage: The samples.
+        seed: Seed of the pairs.
+    """
+    for prompt_id, group in groupby(read_repaired_jsonl(scored), key=lambda row: row["prompt_id"]):
+        rng, rows = Random(f"{seed} pairs {prompt_id}"), list(group)
+        for _ in range(stage.pairs_per_prompt):
+            first, second = (rows[int(rng.random() * len(rows))] for _ in range(2))
+            is_reordered = rng.random() >= 0.5 * (1 + np.tanh(0.5 * (first["reward"] - second["reward"])))
+            # Such pairs would be dropped in training, and counted as faults.
+            if len({"", first["text"].strip(), second["text"].strip()}) == 3:
+                pair = _pair(first, second)
+                yield pair.swapped() if is_reordered else pair
+
+
+def _pair(first: Mapping[str, Any], second: Mapping[str, Any]) -> PreferencePair:
+    chosen, rejected = map(Completion.from_row, (first, second))
+    return PreferencePair(
+        chosen.prompt,
+        chosen.text,
+        rejected.text,
+        SafetyLabels(first["cost"] <= 0, second["cost"] <= 0),
+        PairSignals(
+            chosen_reward=first["reward"],
+            rejected_reward=second["reward"],
+            chosen_cost=first["cost"],
+            rejected_cost=second["cost"],
+        ),
+        provenance=Provenance(
+            safety_label_source=first["cost_scorer"],
+            reward_scorer=first["reward_scorer"],
+            cost_scorer=first["cost_scorer"],
+        ),
+    )

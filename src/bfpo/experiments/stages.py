@@ -1,0 +1,144 @@
+"""The stages of a method: a scorer, scored samples of the base model, a multiplier, and trainings of the policy."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_serializer, model_validator
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
+
+from bfpo.config.recipes import Count, Section, Share
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Losses that don't read safety labels.
+_WITHOUT_LABELS = ("dpo", "ipo", "ipo_avg")
+
+
+class ScorerStage(Section):
+    """Training of a reward and a cost on the world's pairs, from the base model (`bfpo score train`)."""
+
+    main: Literal["safety", "safety_with_costs"] = "safety"
+    """File of the main stream: labeled pairs, without costs or with costs, which order two unsafe answers."""
+    learning_rate: Rate = 1e-3
+    """Peak learning rate of the cosine schedule."""
+    pairs_per_step: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    """Pairs of both streams per step; half of them are helpfulness pairs."""
+    steps: Count = 200
+    """Number of optimizer steps."""
+
+
+class SamplesStage(Section):
+    """Samples of the base model on prompts of the world's pairs (`bfpo generate`)."""
+
+    harmful_prompts: Count = 150
+    """Maximum number of prompts with an answer that is labeled unsafe."""
+    benign_prompts: Count = 150
+    """Maximum number of prompts of the helpfulness pairs that have no such answer."""
+    samples: Annotated[int, Field(ge=2)] = 64
+    """Number of samples of each prompt."""
+    temperature: Rate = 0.7
+    """Temperature; the evaluation has 0.7."""
+    pairs_per_prompt: Count = 32
+    """Number of random pairs of the samples of each prompt, for `main: samples`."""
+
+
+class Stage(Section):
+    """A training of a method: loss, data and optimizer settings."""
+
+    loss: dict[str, Any]
+    """`loss` section of the recipe."""
+    learning_rate: Rate = 1e-3
+    """Peak learning rate of the cosine schedule."""
+    main: Literal["safety", "safety_by_safety", "safety_without_uu", "safety_with_costs", "samples"] = "safety"
+    """File of the main stream: pairs ordered by helpfulness, ordered by safety, without both-unsafe pairs, or with
+    costs; or random pairs of the samples, with the scorer's scores, order and labels."""
+    buffer: bool = True
+    """Whether the helpfulness pairs are the buffer."""
+    pairs_per_step: Count = 64
+    """Pairs of both streams per step; half of them are from the buffer, if there is one."""
+    train_only: list[str] | None = None
+    """Patterns of the parameters to train; default all parameters."""
+    labels: dict[str, Any] | None = None
+    """`labels` section of the recipe; default the order of the data."""
+
+    @model_validator(mode="after")
+    def _check_halves(self) -> "Stage":
+        if self.buffer and self.pairs_per_step % 2:
+            raise ValueError(f"pairs_per_step is {self.pairs_per_step}; with a buffer, half of them, expected even")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _dump_what_is_set(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Runs are named by a hash of this; those of methods without these keys keep their names.
+        return {key: value for key, value in dump(self).items() if key not in _LATER_KEYS or value not in (None, [])}
+
+
+class Method(Stage):
+    """A method: its last stage, and the stages before it."""
+
+    title: str = ""
+    """Short description."""
+    prepare: list[Stage] = Field(default=[])
+    """Trainings before; each starts from the model of the one before it, which is its reference."""
+    scorer: ScorerStage | None = None
+    """Scorer of the samples."""
+    samples: SamplesStage | None = None
+    """Samples of the base model."""
+    max_unsafe: Share | None = None
+    """Largest share of unsafe samples to harmful prompts, for which the multiplier is computed (`bfpo dual`)."""
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> "Method":
+        needs = (
+            ("samples", self.samples, "scorer", self.scorer),
+            ("max_unsafe", self.max_unsafe, "samples", self.samples),
+            ("main: samples", self.main == "samples" or None, "samples", self.samples),
+            ("labels from scores", self.is_labeled_by_scores or None, "max_unsafe", self.max_unsafe),
+        )
+        for name, value, needed, other in needs:
+            if value is not None and other is None:
+                raise ValueError(f"{name} needs {needed}, which isn't set")
+        if self.max_unsafe is not None and not self.is_labeled_by_scores and self.loss.get("name") != "bfpo":
+            raise ValueError("max_unsafe needs the loss bfpo, or labels: {from: scores}, to train on the multiplier")
+        if self.is_labeled_by_scores and self.main != "samples":
+            raise ValueError(f"labels from scores need main: samples, whose pairs have scores; got '{self.main}'")
+        if any(stage.main == "samples" for stage in self.prepare):
+            raise ValueError("prepare: only the last training can be on samples")
+        return self
+
+    @property
+    def is_labeled_by_scores(self) -> bool:
+        """Whether preferences follow from scores."""
+        return self.labels is not None and self.labels.get("from") == "scores"
+
+    @property
+    def trainings(self) -> list[Stage]:
+        """The trainings of the policy, in order."""
+        return [*self.prepare, self]
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the world's files of pairs that the method reads."""
+        mains = {stage.main for stage in self.trainings if stage.main != "samples"}
+        has_buffer = self.scorer is not None or any(stage.buffer for stage in self.trainings)
+        of_scorer = set() if self.scorer is None else {self.scorer.main}
+        return mains | of_scorer | ({"helpfulness"} if has_buffer else set())
+
+    @property
+    def sees(self) -> list[str]:
+        """What the method learns from besides the base model."""
+        learns_labels = self.scorer is not None or any(map(_reads_labels, self.trainings))
+        seen = {
+            "safety pairs": any(name.startswith("safety") for name in self.files),
+            "helpfulness pairs": "helpfulness" in self.files,
+            "safety labels": learns_labels,
+            "costs": bool(self.files & {"safety_by_safety", "safety_with_costs"}),
+            "own samples": self.samples is not None,
+            "scorer": self.scorer is not None,
+        }
+        return [name for name, is_seen in seen.items() if is_seen]
+
+
+_LATER_KEYS = ("labels", "prepare", "scorer", "samples", "max_unsafe")
+
+
+def _reads_labels(stage: Stage) -> bool:
+    return stage.main != "safety" or stage.labels is not None or stage.loss.get("name") not in _WITHOUT_LABELS
