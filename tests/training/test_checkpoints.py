@@ -280,7 +280,7 @@ def test_a_checkpoint_from_before_later_options_of_the_loss_belongs_to_the_same_
     }
     (tmp_path / MARK).write_text(json.dumps(mark))
     check_same_run(tmp_path, {"loss": repr(BFPO(beta=0.5))})
-    for other in (BFPO(beta=0.5, safety_weight=1.0), BFPO(beta=0.4), BFPO(beta=0.5, graded=True)):
+    for other in (BFPO(beta=0.5, safety_weight=1.0), BFPO(beta=0.4), BFPO(beta=0.5, sft_weight=1.0)):
         with pytest.raises(RecipeError, match="can't be continued: loss was"):
             check_same_run(tmp_path, {"loss": repr(other)})
 

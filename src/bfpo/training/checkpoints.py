@@ -224,7 +224,8 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
 
 def _without_later_fields(loss: str, previous: str) -> str:
     """Return the text of a loss without the fields at their defaults that losses of earlier versions didn't have."""
-    for name, default in (("safety_weight", 0.0), ("label_errors", None), ("graded", False), ("tail", 1.0)):
+    added = {"safety_weight": 0.0, "label_errors": None, "graded": False, "tail": 1.0, "sft_weight": 0.0}
+    for name, default in added.items():
         if f"{name}=" not in previous:
             loss = loss.replace(f", {name}={default}", "")
     return loss
