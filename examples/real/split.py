@@ -91,6 +91,8 @@ def write_splits(paths: Mapping[Source, Path], out: Path) -> None:
     write_jsonl(out / "redteam-prompts.jsonl", redteam)
     buffer = list(held_out["alpaca_eval"])
     write_jsonl(out / "buffer.jsonl", _pairs_of(buffer, comparisons))
+    held_out_rows = [row.values for row in xstest if row.part == "dev"]
+    _write_csv(out / "held-out-xstest.csv", held_out_rows)
     train = [row for row in xstest if row.part == "train"]
     for name, is_harmful in (("xstest-us.csv", True), ("xstest-ss.csv", False)):
         _write_csv(out / name, [row.values for row in train if row.is_harmful == is_harmful])

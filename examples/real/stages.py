@@ -118,7 +118,11 @@ def pair_sources(data: Path, redteam: Path | None) -> dict[str, Any]:
             {"path": str(data / "gptfuzz-uu.jsonl")},
         ],
         "buffer": [{"adapter": "alpaca_eval", "path": str(data / "buffer.jsonl")}],
-        "eval": [{"adapter": "alpaca_eval", "path": str(data / "held-out-pairs.jsonl")}],
+        # Pairs of XSTest are what `probe:` takes its prompts from.
+        "eval": [
+            {"adapter": "xstest_completions", "path": str(data / "held-out-xstest.csv"), "limit": 60},
+            {"adapter": "alpaca_eval", "path": str(data / "held-out-pairs.jsonl")},
+        ],
         "benchmarks": [str(path) for path in sorted(data.glob("*/*.jsonl"))],
         "leaks": "drop",
     }
