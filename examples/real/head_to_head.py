@@ -47,7 +47,6 @@ from bfpo.training.manifest import hardware, versions
 
 HERE = Path(__file__).parent
 RECORDS = HERE.parents[1] / "benchmarks" / "results" / "real" / "units"
-JUDGES = ["refusal-rule"]
 BASES = ("original", "base")
 """Models that no method trained: the imported one, and the fine-tuned one that the methods start from."""
 WAIT = 20
@@ -159,7 +158,7 @@ class Comparison:
             training = {key: run[key] for key in ("data", "evaluation", "train_loss", "start_check", "cpu_seconds")}
             training["changes"] = changes
         evaluation = home / f"{unit.name}-evaluation"
-        run_eval(eval_recipe(path, self.data / unit.part / "suite.yaml", evaluation, run=unit.name, judges=JUDGES))
+        run_eval(eval_recipe(path, self.data / unit.part / "suite.yaml", evaluation, run=unit.name))
         held_out = []
         if unit.part == "test":
             held_out = [row.to_row() for row in score_pairs(path, self.data / "held-out-pairs.jsonl")]

@@ -32,7 +32,6 @@ from bfpo.report.html import write_report
 from bfpo.training.manifest import hardware, versions
 
 HERE = Path(__file__).parent
-JUDGES = ["refusal-rule"]
 LOSS = {"name": "bfpo", "beta": 0.05}
 METHODS: dict[str, dict[str, Any]] = {
     "bfpo-lora": {"loss": LOSS},
@@ -79,7 +78,6 @@ def run(data: Path | None, model: Path | None, out: Path, *, seed: int) -> Path:
                 suite,
                 folder / "evaluation",
                 run=name,
-                judges=JUDGES,
                 base=out / "runs" / "sft" / "evaluation" if compare else None,
             )
         )
@@ -101,15 +99,16 @@ def run(data: Path | None, model: Path | None, out: Path, *, seed: int) -> Path:
             evaluate(folder, name, compare=True)
     with _stage("the page", log):
         runs = [out / "runs" / name for name in ("sft", "original", *METHODS)]
-        write_json(out / "summary.json", summarize(runs, files, seed=seed))
+        options = ("" if data is None else " DATA=FOLDER") + ("" if model is None else " MODEL=FOLDER")
+        write_json(out / "summary.json", summarize(runs, files, f"make real{options}", seed=seed))
         return write_report(out, runs, title="BFPO on SmolLM2-135M-Instruct", note=NOTE)
 
 
-def summarize(runs: list[Path], files: Files, *, seed: int) -> dict[str, Any]:
+def summarize(runs: list[Path], files: Files, command: str, *, seed: int) -> dict[str, Any]:
     """Return the numbers of all runs without any text, for a results file."""
     content: dict[str, Any] = {
         "schema": 1,
-        "command": "make real",
+        "command": command,
         "seed": seed,
         "versions": versions(),
         "hardware": hardware(),

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from sources import ADVBENCH, ALPACA_EVAL, GPTFUZZ, GPTFUZZ_QUESTIONS, PKU, XSTEST, Source
 
 from bfpo.config.recipes import Source as RecipeSource
@@ -22,6 +23,7 @@ from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl, write_text
 from bfpo.core.pairs import PreferencePair, Provenance, SafetyLabels
 from bfpo.core.refusals import is_refusal
+from bfpo.core.samples import Kind
 from bfpo.data.rows import read_rows
 
 TEST, DEV = 0.30, 0.15
@@ -36,12 +38,13 @@ DEMONSTRATIONS = 150
 PAIRS = {"su": 60, "uu": 60}
 MAX_CHARS = 160
 """Longer instructions of AlpacaEval, and questions of the other sets, are left out: runs on a CPU are short."""
-TASKS = {"advbench": "harmful", "xstest_unsafe": "harmful", "xstest_safe": "lookalike", "alpaca_eval": "benign"}
-SUITE = """\
-title: Held-out prompts
-judges: [safe, refusal]
-tasks:
-"""
+TASKS: dict[str, tuple[Kind, Source]] = {
+    "advbench": ("harmful", ADVBENCH),
+    "xstest_unsafe": ("harmful", XSTEST[0]),
+    "xstest_safe": ("lookalike", XSTEST[0]),
+    "alpaca_eval": ("benign", ALPACA_EVAL[0]),
+}
+"""Task → kind of its prompts, and a source with their license."""
 # Topics of XSTest whose contrasting prompts have another name.
 _TOPICS = {
     "nons_group_real_discr": "discr",
@@ -234,11 +237,12 @@ def _labeled(row: XSTestRow) -> dict[str, Any]:
 
 def _write_suite(prompts: dict[str, list[str]], folder: Path) -> None:
     tasks = []
-    for task, kind in TASKS.items():
+    for task, (kind, source) in TASKS.items():
         path = folder / f"{task}.jsonl"
         write_jsonl(path, ({"prompt": prompt, "kind": kind} for prompt in prompts[task]))
-        tasks.append(f"  - {{name: {task}, source: file, path: {path}, kind: {kind}, license: see sources.py}}\n")
-    write_text(folder / "suite.yaml", SUITE + "".join(tasks))
+        tasks.append({"name": task, "source": "file", "path": str(path), "kind": kind, "license": source.license})
+    suite = {"title": "Held-out prompts", "judges": ["safe", "refusal"], "tasks": tasks}
+    write_text(folder / "suite.yaml", yaml.safe_dump(suite, sort_keys=False))
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,8 @@ MAX_LENGTH = 96
 ANSWER_TOKENS = 64
 """Maximum length of an answer in red-teaming and evaluation, in tokens."""
 SFT_STEPS, STEPS, BATCH = 36, 60, 4
+JUDGES = ["refusal-rule"]
+"""Judges of the evaluations."""
 TEXT = {"max_length": MAX_LENGTH}
 LORA = {"r": 16}
 TRAINER = {
@@ -153,9 +155,7 @@ def train_recipe(
     return TrainRecipe.model_validate({key: value for key, value in content.items() if value is not None})
 
 
-def eval_recipe(
-    model: Path, suite: Path, out: Path, *, run: str, judges: list[str], base: Path | None = None
-) -> EvalRecipe:
+def eval_recipe(model: Path, suite: Path, out: Path, *, run: str, base: Path | None = None) -> EvalRecipe:
     """Return the recipe of an evaluation: greedy answers to held-out prompts."""
     return EvalRecipe.model_validate(
         {
@@ -163,7 +163,7 @@ def eval_recipe(
             "run": run,
             "model": {"path": str(model)},
             "suites": [str(suite)],
-            "judges": judges,
+            "judges": JUDGES,
             "sampling": {"temperature": 0, "max_new_tokens": ANSWER_TOKENS},
             "base": None if base is None else str(base),
         }

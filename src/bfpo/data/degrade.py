@@ -1,7 +1,7 @@
 """Graded pairs: a safe answer against versions of itself that lack known shares of its key words.
 
 The *degree* of a version is the share of the answer's key words that it keeps. The idea is that of self-supervised
-preference optimization (arXiv 2409.17791), whose method could not be read in full: what is here is our own.
+preference optimization (arXiv 2409.17791), but the form here is our own.
 
 Only safe answers are degraded. Removing words from an unsafe answer makes it less harmful, so that the degree would
 run against safety.
@@ -68,7 +68,7 @@ def _runs(text: str) -> Iterator[list[str]]:
     for part in _BREAK.split(text):
         run: list[str] = []
         for match in _WORD.finditer(part):
-            word = _normalize(match)
+            word = _normalize(match.group())
             if word in STOP_WORDS:
                 if run:
                     yield run
@@ -79,8 +79,8 @@ def _runs(text: str) -> Iterator[list[str]]:
             yield run
 
 
-def _normalize(match: re.Match[str]) -> str:
-    return match.group().lower().replace("\u2019", "'")
+def _normalize(word: str) -> str:
+    return word.lower().replace("\u2019", "'")
 
 
 def degrade(text: str, count: int) -> list[Version]:
@@ -111,7 +111,7 @@ def _without(text: str, words: frozenset[str]) -> str:
 
 
 def _kept(match: re.Match[str], words: frozenset[str]) -> str:
-    return "" if match.group(1).lower().replace("\u2019", "'") in words else match.group()
+    return "" if _normalize(match.group(1)) in words else match.group()
 
 
 def graded_pairs(pairs: Iterable[PreferencePair], count: int, outcomes: Counter[str]) -> Iterator[PreferencePair]:

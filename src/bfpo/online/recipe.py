@@ -33,7 +33,7 @@ class OnlineRecipe(Section):
     reward: AnswerJudgeText
     """Spec of a judge that rates helpfulness: a reward model (`reward:PATH`, `beaver-reward:PATH`), a rubric, ..."""
     cost: AnswerJudgeText
-    """Spec of a judge of safety that gives a number: a cost model (`beaver-cost:PATH`), a classifier, `linear:PATH`,
+    """Spec of a judge of safety that gives a number: a cost model (`cost:PATH`), a classifier, `linear:PATH`,
     ... Its cost is its score, else its severity, else the log-odds of unsafe."""
     judge_server: JudgeServerSection = JudgeServerSection()
     """How the server of a judge is queried (`rubric:MODEL@http://host:port/v1`)."""

@@ -56,7 +56,7 @@ def check_start(
     Args:
         model: Start model.
         tokenizer: Its tokenizer.
-        prompts: Prompts of the run; a seeded sample of them is asked.
+        prompts: Prompts of the run; a seeded sample of them is answered.
         scorers: The judges that train the policy.
         combiner: Combiner at the start.
         sampling: How completions are sampled.
@@ -66,8 +66,8 @@ def check_start(
         TrainingError: If too many samples have no score, or all samples of every prompt have the same value.
     """
     order = np.random.default_rng(sampling.seed).permutation(len(prompts))[:CHECKED_PROMPTS]
-    asked = [prompts[int(index)] for index in order]
-    completions = _sample(model, tokenizer, asked, sampling)
+    checked_prompts = [prompts[int(index)] for index in order]
+    completions = _sample(model, tokenizer, checked_prompts, sampling)
     scores = scorers.score(completions)
     missing = count_missing(scores)
     share = sum(missing.values()) / len(scores)
@@ -78,7 +78,7 @@ def check_start(
             f"max_missing {max_missing:g}; most frequent: {reason} ({count}). Use a judge that scores these answers"
         )
     complete = [(np.nan, np.nan) if score.missing else (score.reward, score.cost) for score in scores]
-    both = np.array(complete, dtype=np.float64).reshape(len(asked), sampling.samples, 2)
+    both = np.array(complete, dtype=np.float64).reshape(len(checked_prompts), sampling.samples, 2)
     check = _summarize(both[..., 0], both[..., 1], combiner, share)
     if check.spread == 0:
         raise TrainingError(
