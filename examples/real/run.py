@@ -31,7 +31,6 @@ from bfpo.redteam.run import run_redteam
 from bfpo.report.html import write_report
 from bfpo.training.manifest import hardware, versions
 
-HERE = Path(__file__).parent
 LOSS = {"name": "bfpo", "beta": 0.05}
 METHODS: dict[str, dict[str, Any]] = {
     "bfpo-lora": {"loss": LOSS},
