@@ -1,10 +1,11 @@
 """The guard `first_safe`: the first of n samples that a judge calls safe, or a fixed refusal."""
 
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from bfpo.core.files import content_hash
 from bfpo.core.guarding import GuardCounts
@@ -43,18 +44,20 @@ class PendingAnswer:
         return replace(completion, sample=self.sample, settings_hash=settings_hash, guard=counts)
 
 
-class FirstSafe:
-    """Engine whose answers are the first samples of another engine that a judge calls safe; see `Engine`.
+Pending = TypeVar("Pending", bound=PendingAnswer)
 
-    The samples of a prompt are drawn one after another, those of all prompts together. An answer depends on its
-    prompt and sample number only, as far as that is true of the engine and the judge.
+
+class Redrawing(ABC, Generic[Pending]):
+    """Engine that draws answers from another one until a judge lets them pass; see `Engine`.
 
     Args:
         engine: Engine that samples.
         judge: Judge of safety.
-        samples: Maximum number of samples for an answer.
-        refusal: Text in place of an answer of which no sample passes.
+        samples: Maximum number of samples of what the judge reads at once.
+        refusal: Text in place of an answer of which nothing passes.
     """
+
+    kind: ClassVar[str]
 
     def __init__(self, engine: Engine, judge: Judge, *, samples: int, refusal: str) -> None:
         self._engine, self._screen, self._samples, self._refusal = engine, Screen(judge), samples, refusal
@@ -69,20 +72,20 @@ class FirstSafe:
         """Hash of the engine's settings, the judge with its revision, and the guard's settings."""
         judge = self._screen.judge
         settings = (judge.name, judge.revision, self._samples, self._refusal)
-        return content_hash("first_safe", self._engine.settings_hash, *settings)
+        return content_hash(self.kind, self._engine.settings_hash, *settings)
 
     def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
-        """Answer prompts, each as soon as a sample passes; see `Engine`.
+        """Answer prompts, each as soon as all of it has passed; see `Engine`.
 
         Raises:
             Unanswered: At the end, if the engine gave no answer to some.
         """
-        pending = {(prompt.prompt_id, sample): PendingAnswer(prompt, sample) for prompt, sample in requests}
+        pending = {(prompt.prompt_id, sample): self._pend(prompt, sample) for prompt, sample in requests}
         failed: dict[Key, str] = {}
         refused: set[Key] = set()
-        for attempt in range(self._samples):
+        while pending:
             try:
-                yield from self._attempt(pending, attempt)
+                yield from self._draw(pending)
             except Unanswered as error:
                 failed |= {own_key(key): reason for key, reason in error.failed.items()}
                 refused |= {own_key(key) for key in error.refused}
@@ -91,11 +94,29 @@ class FirstSafe:
         if failed:
             raise Unanswered(failed, len(requests), refused=refused)
 
-    def _attempt(self, pending: dict[Key, PendingAnswer], attempt: int) -> Iterator[list[Completion]]:
+    @abstractmethod
+    def _pend(self, prompt: Prompt, sample: int) -> Pending:
+        """Return an answer that isn't drawn yet."""
+
+    @abstractmethod
+    def _draw(self, pending: dict[Key, Pending]) -> Iterator[list[Completion]]:
         """Draw a sample of each answer; remove those that are finished, and yield them."""
-        requests = [(answer.prompt, answer.sample + attempt * ATTEMPT) for answer in pending.values()]
-        if not requests:
-            return
+
+
+class FirstSafe(Redrawing[PendingAnswer]):
+    """Engine whose answers are the first samples of another engine that a judge calls safe; see `Redrawing`.
+
+    The samples of a prompt are drawn one after another, those of all prompts together. An answer depends on its
+    prompt and sample number only, as far as that is true of the engine and the judge.
+    """
+
+    kind = "first_safe"
+
+    def _pend(self, prompt: Prompt, sample: int) -> PendingAnswer:
+        return PendingAnswer(prompt, sample)
+
+    def _draw(self, pending: dict[Key, PendingAnswer]) -> Iterator[list[Completion]]:
+        requests = [(answer.prompt, answer.sample + answer.counts.samples * ATTEMPT) for answer in pending.values()]
         started = time.monotonic()
         for batch in gather(self._engine.generate(requests)):
             of_batch = [pending[own_key(completion.key)] for completion in batch]
@@ -116,7 +137,7 @@ class FirstSafe:
                 answer.counts += GuardCounts(repeats=1) if screening is None else screening.counts
                 passes = screening is not None and screening.passes
                 answer.rejected.add(completion.text_hash)
-                if passes or attempt + 1 == self._samples:
+                if passes or answer.counts.samples == self._samples:
                     own = answer.finish(completion, self.settings_hash)
                     finished.append(own if passes else refuse(own, self._refusal))
                     del pending[own.key]

@@ -2,16 +2,12 @@
 
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from bfpo.core.files import content_hash
 from bfpo.core.guarding import GuardCounts
-from bfpo.core.samples import Completion, Judge, Key, Prompt
-from bfpo.errors import Unanswered
-from bfpo.generation.guards.first_safe import ATTEMPT, PendingAnswer, gather, own_key, refuse
-from bfpo.generation.guards.screen import Screen
+from bfpo.core.samples import Completion, Key, Prompt
+from bfpo.generation.guards.first_safe import ATTEMPT, PendingAnswer, Redrawing, gather, own_key, refuse
 from bfpo.generation.in_process import TokenAnswer, TransformersEngine
 
 _ENDS_SENTENCE = re.compile(r"(?:[.!?\u2026][\"'\u201d\u2019)\]*]*|\n)\s*\Z")
@@ -36,67 +32,31 @@ class _GrowingAnswer(PendingAnswer):
     tries: int = 0
 
 
-class SafeSentences:
-    """Engine whose answers grow by sentences that a judge calls safe together with those before; see `Engine`.
+class SafeSentences(Redrawing[_GrowingAnswer]):
+    """Engine whose answers grow by sentences that a judge calls safe together with those before; see `Redrawing`.
 
     The model writes the whole rest of an answer, and the judge reads it up to the end of each sentence. From the
     first sentence that doesn't pass, the rest is drawn again. An answer that passes throughout is the one that the
     model gives without the guard.
 
     If no sample of a sentence passes, the answer is what has passed before, marked as cut; without any, the refusal.
-
-    Args:
-        engine: Engine that samples.
-        judge: Judge of safety.
-        samples: Maximum number of samples of a sentence.
-        refusal: Text in place of an answer of which no first sentence passes.
     """
 
-    def __init__(self, engine: TransformersEngine, judge: Judge, *, samples: int, refusal: str) -> None:
-        self._engine, self._screen, self._samples, self._refusal = engine, Screen(judge), samples, refusal
+    kind = "first_safe by sentence"
+    _engine: TransformersEngine
 
-    @property
-    def faults(self) -> Counter[str]:
-        """Faults of the engine; failures of the judge are counted with the answers."""
-        return self._engine.faults
+    def _pend(self, prompt: Prompt, sample: int) -> _GrowingAnswer:
+        return _GrowingAnswer(prompt, sample)
 
-    @property
-    def settings_hash(self) -> str:
-        """Hash of the engine's settings, the judge with its revision, and the guard's settings."""
-        judge = self._screen.judge
-        settings = (judge.name, judge.revision, self._samples, self._refusal)
-        return content_hash("first_safe by sentence", self._engine.settings_hash, *settings)
-
-    def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
-        """Answer prompts, each as soon as all of it has passed; see `Engine`.
-
-        Raises:
-            Unanswered: At the end, if the engine gave no answer to some.
-        """
-        growing = {(prompt.prompt_id, sample): _GrowingAnswer(prompt, sample) for prompt, sample in requests}
-        failed: dict[Key, str] = {}
-        refused: set[Key] = set()
-        while growing:
-            try:
-                yield from self._draw(growing)
-            except Unanswered as error:
-                failed |= {own_key(key): reason for key, reason in error.failed.items()}
-                refused |= {own_key(key) for key in error.refused}
-                for key in failed:
-                    growing.pop(key, None)
-        if failed:
-            raise Unanswered(failed, len(requests), refused=refused)
-
-    def _draw(self, growing: dict[Key, _GrowingAnswer]) -> Iterator[list[Completion]]:
-        """Draw the rest of each answer; remove those that are finished, and yield them."""
+    def _draw(self, pending: dict[Key, _GrowingAnswer]) -> Iterator[list[Completion]]:
         beginnings = [
             TokenAnswer(answer.prompt, answer.sample + answer.draws * ATTEMPT, answer.token_ids)
-            for answer in growing.values()
+            for answer in pending.values()
         ]
         started = time.monotonic()
         for batch in gather(self._engine.continue_answers(beginnings)):
             finished: list[Completion] = []
-            drawn = [(growing[own_key((tokens.prompt.prompt_id, tokens.sample))], tokens) for tokens in batch]
+            drawn = [(pending[own_key((tokens.prompt.prompt_id, tokens.sample))], tokens) for tokens in batch]
             for answer, tokens in drawn:
                 answer.draws += 1
                 answer.counts += GuardCounts(samples=1, tokens=len(tokens.token_ids) - len(answer.token_ids))
@@ -107,7 +67,7 @@ class SafeSentences:
                 is_whole = answer.token_ids == tokens.token_ids
                 if is_whole or answer.tries == self._samples:
                     finished.append(self._finish(answer, last[own_key(key_of(tokens))], is_whole=is_whole))
-                    del growing[finished[-1].key]
+                    del pending[finished[-1].key]
             if finished:
                 yield finished
             started = time.monotonic()
