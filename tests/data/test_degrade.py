@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from bfpo.commands.app import app
 from bfpo.core.conversation import Message, user_says
 from bfpo.core.files import write_jsonl
-from bfpo.core.pairs import PairSignals, PreferencePair, Provenance, SafetyLabels
+from bfpo.core.pairs import CutAnswers, PairSignals, PreferencePair, Provenance, SafetyLabels
 from bfpo.data.degrade import STOP_WORDS, degrade, graded_pairs, key_words
 from bfpo.errors import DataError
 
@@ -89,6 +89,17 @@ def test_all_pairs_of_an_answer_and_its_versions():
     assert {made.cell for made in graded} == {"ss"}
     assert {made.provenance for made in graded} == {Provenance("set", "linear@r1", None)}
     assert outcomes == {"degraded": 1}
+
+
+def test_versions_of_a_cut_answer_are_cut_and_have_no_scores():
+    scored = Provenance("set", "linear@r1", None, "reward@1", "cost@1")
+    source = pair(cut=CutAnswers(chosen=True), provenance=scored)
+    graded = list(graded_pairs([source], 2, Counter()))
+    assert {made.cut for made in graded} == {(True, True)}
+    assert {made.provenance for made in graded} == {Provenance("set", "linear@r1", None)}
+    assert {made.cut for made in graded_pairs([pair(cut=CutAnswers(rejected=True))], 2, Counter())} == {
+        (False, False)
+    }
 
 
 def test_unsafe_answers_are_never_degraded():

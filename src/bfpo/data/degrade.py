@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from bfpo.core.pairs import PairSignals, PreferencePair, SafetyLabels
+from bfpo.core.pairs import CutAnswers, PairSignals, PreferencePair, SafetyLabels
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 # What ends a run of key words besides stop words.
@@ -84,7 +84,7 @@ def _normalize(word: str) -> str:
 
 
 def degrade(text: str, count: int) -> list[Version]:
-    """Return an answer and versions of it, each without the words that the one before lacks and some more.
+    """Return an answer and its degraded versions; each version removes more key words than the previous one.
 
     Version k of `count` lacks the most important k/(count + 1) of the key words, rounded; its degree is exact.
 
@@ -140,8 +140,9 @@ def graded_pairs(pairs: Iterable[PreferencePair], count: int, outcomes: Counter[
                 labels=SafetyLabels(True, True),
                 reasoning_labels=None,
                 signals=PairSignals(degree_difference=better.degree - worse.degree),
-                # It may be used in either stream.
-                provenance=replace(pair.provenance, stream=None),
+                # It may be used in either stream, and scores of the answers don't hold for their versions.
+                provenance=replace(pair.provenance, stream=None, reward_scorer=None, cost_scorer=None),
+                cut=CutAnswers(pair.cut.chosen, pair.cut.chosen),
             )
 
 
