@@ -1,7 +1,7 @@
 """What a guard did, over all answers of a file: in words for the terminal, in numbers for results."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from bfpo.core.guarding import GuardCounts
 from bfpo.core.samples import Completion
@@ -62,16 +62,7 @@ def summarize_guard(completions: Sequence[Completion]) -> GuardSummary | None:
     return GuardSummary(
         answers=len(guarded),
         refusals=len(refused),
-        samples=total.samples,
-        tokens=total.tokens,
-        judge_calls=total.judge_calls,
-        unsafe=total.unsafe,
-        undecided=total.undecided,
-        failed=total.failed,
-        repeats=total.repeats,
-        sentences=total.sentences,
-        cut=total.cut,
-        seconds=total.seconds / len(guarded),
+        **(asdict(total) | {"seconds": total.seconds / len(guarded)}),
         drawn=drawn,
         rejected=rejected,
     )
