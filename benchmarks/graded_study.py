@@ -7,13 +7,12 @@ of the safety set (`bfpo data degrade`), and added to the main stream with their
 for DPO. Writes `benchmarks/results/graded.json`; after an interruption the same command resumes.
 """
 
-import argparse
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from testbed_runs import compare, slug, train_and_evaluate
+from testbed_runs import compare, run_seeds, slug, train_and_evaluate
 
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.samples import Completion
@@ -61,12 +60,8 @@ BASELINES = {run: run.partition(",")[0] for run in RUNS if "," in run}
 
 def main() -> None:
     """Run the missing units and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--folder", type=Path, default=Path("runs/graded"))
-    options = parser.parse_args()
-    seeds = [run_seed(seed, options.folder / f"seed-{seed}") for seed in range(options.seeds)]
-    if options.seeds < 2:
+    seeds = run_seeds(__doc__, Path("runs/graded"), run_seed)
+    if len(seeds) < 2:
         print("intervals need at least two seeds; nothing was written")
         return
     names = {"/".join(metric): higher_is_better for metric, higher_is_better in METRICS.items()} | {SLOTS: True}
@@ -77,7 +72,7 @@ def main() -> None:
     write_json(
         RESULTS,
         {
-            "command": f"python benchmarks/graded_study.py --seeds {options.seeds}",
+            "command": f"python benchmarks/graded_study.py --seeds {len(seeds)}",
             "what": f"graded pairs of {VERSIONS} versions added to the main stream; paired t-tests over seeds, "
             "adjusted by Holm",
             "versions": versions(),

@@ -9,7 +9,6 @@ rates that are wrong by 0.1. Writes `benchmarks/results/label_noise.json`; after
 resumes.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -17,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from testbed_runs import compare, slug, train_and_evaluate
+from testbed_runs import compare, run_seeds, slug, train_and_evaluate
 
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.pairs import PreferencePair, SafetyLabels
@@ -100,12 +99,8 @@ RUNS = [
 
 def main() -> None:
     """Run the missing units and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--folder", type=Path, default=Path("runs/label-noise"))
-    options = parser.parse_args()
-    seeds = [run_seed(seed, options.folder / f"seed-{seed}") for seed in range(options.seeds)]
-    if options.seeds < 2:
+    seeds = run_seeds(__doc__, Path("runs/label-noise"), run_seed)
+    if len(seeds) < 2:
         print("intervals need at least two seeds; nothing was written")
         return
     values = [{run: result["metrics"] for run, result in seed["runs"].items()} for seed in seeds]
@@ -117,7 +112,7 @@ def main() -> None:
     write_json(
         RESULTS,
         {
-            "command": f"python benchmarks/label_noise_study.py --seeds {options.seeds}",
+            "command": f"python benchmarks/label_noise_study.py --seeds {len(seeds)}",
             "what": "BFPO at the setting of the quickstart on labels of a judge that errs, plain and corrected; each "
             "run against the plain one on labels of the same judge; paired t-tests over seeds, adjusted by Holm",
             "versions": versions(),

@@ -1,9 +1,10 @@
 """Runs on the testbed whose data aren't those of a world: what the studies of labels and of graded pairs share."""
 
+import argparse
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,23 @@ from bfpo.experiments.steps import evaluate_run, run_once
 from bfpo.stats.intervals import holm, paired_p_value, t_interval
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
+
+Seed = TypeVar("Seed")
+
+
+def run_seeds(description: str | None, folder: Path, run_seed: Callable[[int, Path], Seed]) -> list[Seed]:
+    """Read `--seeds` and `--folder` from the command line, and return what each seed's runs gave.
+
+    Args:
+        description: Text of `--help`.
+        folder: Default folder.
+        run_seed: Function from a seed and its folder to the results of its runs.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--folder", type=Path, default=folder)
+    options = parser.parse_args()
+    return [run_seed(seed, options.folder / f"seed-{seed}") for seed in range(options.seeds)]
 
 
 def train_and_evaluate(out: Path, method: Method, data: list[Path], *, seed: int) -> dict[str, float]:
