@@ -77,7 +77,7 @@ class Method(Stage):
     title: str = ""
     """Short description."""
     prepare: list[Stage] = Field(default=[])
-    """Trainings before; each starts from the model of the one before it, which is its reference."""
+    """Trainings that come first; each starts from the model of the previous one, which is its reference."""
     scorer: ScorerStage | None = None
     """Scorer of the samples."""
     samples: SamplesStage | None = None
