@@ -81,6 +81,12 @@ def test_each_turn_has_the_label_of_its_reasoning_and_labels_can_be_a_text(load)
     assert [pair.reasoning_labels for pair in pairs] == [SafetyLabels(False, True), SafetyLabels(True, True)]
 
 
+def test_only_the_last_turn_of_a_cut_answer_is_cut(load):
+    row = labeled(conversation("Yes.", "Warmer."), conversation("No.", "Colder."), [True, False], [True, True])
+    _, pairs = load(row | {"is_chosen_cut": True}, turns="each")
+    assert [pair.cut for pair in pairs] == [(False, False), (True, False)]
+
+
 def test_turns_that_are_equal_in_both_are_no_pair(load):
     row = labeled(conversation("Yes.", "Warmer."), conversation("No.", "Warmer."), [True, True], [True, True])
     _, pairs = load(row, turns="each")

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Literal
 
@@ -11,6 +12,7 @@ from bfpo.core.conversation import Answer, Conversation, Message, user_says
 from bfpo.core.files import parse_json
 from bfpo.core.pairs import (
     COLUMNS,
+    NOT_CUT,
     SIGNALS,
     CutAnswers,
     Demonstration,
@@ -201,7 +203,9 @@ def _read_each_turn(row: SourceRow) -> list[PreferencePair]:
         reasoning = _read_labels(row, *_REASONING_LABELS, index, len(compared))
         # Where both conversations have the same answer, there is nothing to compare.
         if turn != other:
-            pairs.append(_make_pair(row, before, (turn,), (other,), labels, reasoning))
+            pair = _make_pair(row, before, (turn,), (other,), labels, reasoning)
+            # What was cut is the end of the conversation.
+            pairs.append(pair if index == len(compared) - 1 else replace(pair, cut=NOT_CUT))
     if not pairs:
         raise SkipRow("no turn has two different answers", fault=False)
     return pairs
