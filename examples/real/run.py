@@ -60,13 +60,13 @@ def run(data: Path | None, model: Path | None, out: Path, *, seed: int) -> Path:
     """
     splits, redteam, base = out / "data", out / "redteam", out / "sft"
     log = out / "real.log"
+    with _stage("published prompts, pairs and labels, split by prompt", log):
+        files = Files(data, out / "downloads")
+        write_splits(files.paths, splits)
     with _stage("the model", log):
         start = model or out / "model"
         if model is None:
             import_model(start)
-    with _stage("published prompts, pairs and labels, split by prompt", log):
-        files = Files(data, out / "downloads")
-        write_splits(files.paths, splits)
     suite = splits / "test" / "suite.yaml"
 
     def evaluate(path: Path, name: str, *, compare: bool) -> None:
