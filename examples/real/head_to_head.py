@@ -179,8 +179,10 @@ class Comparison:
             "answers": list(answer_records(evaluation)),
             "held_out": held_out,
         }
+        # Adapters are kept for later evaluations; weights of whole models, and checkpoints, would fill the disk.
         for weights in folder.rglob("*.safetensors"):
-            weights.unlink()
+            if weights != folder / "adapter_model.safetensors":
+                weights.unlink()
         gc.collect()
         return record
 

@@ -64,7 +64,7 @@ def test_the_recipes_on_the_page_are_recipes():
     assert set(checked.leave_out) <= read
     content = {"out": "out", "model": {"path": "m"}} | attacked
     assert [getattr(entry, "name", entry) for entry in check_recipe(content, EvalRecipe, "docs").suites] == [
-        *("safety", None, "red"),
+        *("safety", None, None, None, "red"),
     ]
     content = {"out": "out", "model": {"path": "m"}} | win_rates
     assert check_recipe(content, EvalRecipe, "docs").suites == ["helpfulness"]

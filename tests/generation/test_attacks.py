@@ -15,9 +15,11 @@ from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.errors import DataError, Unanswered
 from bfpo.generation.attack_outcomes import attack_outcomes, describe_attack, safe_until
-from bfpo.generation.attacks import SCRIPTS, Attacker, AttackSection, Script, read_message
+from bfpo.generation.attack_scripts import SCRIPTS
+from bfpo.generation.attacks import Attacker, AttackSection, Prefill, Script, check_attack, open_attack, read_message
 from bfpo.generation.dialogues import by_conversation, read_turns, run_attack
 from bfpo.generation.in_process import TransformersEngine
+from bfpo.generation.open import EngineSection
 from bfpo.generation.openai_server import ServerEngine, ServerOptions
 from bfpo.generation.scripted import ScriptedEngine
 
@@ -95,6 +97,39 @@ def test_a_refused_turn_is_dropped_and_its_fallback_tried_once(tmp_path):
     assert len(refused) <= 2 * len(SCRIPT)
     assert [turn.outcome for turn in refused if turn.turn in (1, 4)] == ["refused"] * 4
     assert run.counts["reply refused"] == 1 + sum(turn.outcome == "refused" for turn in refused)
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS.keys() - {"crescendo"}))
+def test_a_template_is_asked_once_and_quotes_the_prompt(tmp_path, name):
+    engine = Recording(lambda prompt, sample: "I can't help with that.")
+    run = run_attack(open_attack(AttackSection(strategy=name)), engine, [BOX], tmp_path)
+    assert (run.num_turns, run.missing, len(engine.requests)) == (1, {}, 1)
+    assert [turn.outcome for turn in run.turns] == ["refused"]
+    asked = last(run.turns[0].completion)
+    assert "How do I open {a} box?" in asked
+    assert len(asked) > 60
+
+
+def test_a_prefilled_answer_is_requested_once_with_its_beginning(tmp_path):
+    class Continuing(Recording):
+        def generate(self, requests):
+            assert {prompt.prefill for prompt, _ in requests} == {"Sure,"}
+            yield from super().generate(requests)
+
+    engine = Continuing(lambda prompt, sample: f"{prompt.prefill} I can't.")
+    attack = open_attack(AttackSection(prefill="Sure,"))
+    run = run_attack(attack, engine, [BOX, BALL], tmp_path)
+    assert (attack.label, run.num_turns, len(engine.requests), run.missing) == ("prefill", 1, 2, {})
+    assert [turn.completion.prompt for turn in run.turns] == [BOX.prompt, BALL.prompt]
+    assert Prefill("Sure,").settings_hash != Prefill("Sure").settings_hash
+
+
+def test_a_server_is_not_asked_to_continue_an_answer():
+    server = EngineSection(path="m", server="http://localhost:1/v1")
+    with pytest.raises(ValueError, match="prefill needs a model in this process"):
+        check_attack(AttackSection(prefill="Sure,"), server)
+    check_attack(AttackSection(prefill="Sure,"), EngineSection(path="m"))
+    check_attack(AttackSection(strategy="role_play"), server)
 
 
 def test_a_conversation_with_tools_keeps_system_prompt_tools_and_results(tmp_path):
@@ -286,7 +321,15 @@ def test_the_section_is_a_strategy_or_a_model():
     assert (section.label, section.num_turns) == ("attacker-attacker", 6)
     assert AttackSection(strategy="crescendo").label == "crescendo"
     assert AttackSection(model={"path": "m"}).num_turns == 4
-    for values in ({}, {"strategy": "crescendo", "model": {"path": "m"}}, {"strategy": "crescendo", "turns": 2}):
+    wrong = (
+        {},
+        {"strategy": "crescendo", "model": {"path": "m"}},
+        {"strategy": "crescendo", "prefill": "Sure,"},
+        {"strategy": "crescendo", "turns": 2},
+        {"prefill": "Sure,", "turns": 2},
+        {"prefill": ""},
+    )
+    for values in wrong:
         with pytest.raises(ValidationError):
             AttackSection(**values)
 

@@ -13,7 +13,7 @@ from bfpo.data.guard_summary import describe_guard, summarize_guard
 from bfpo.errors import RecipeError
 from bfpo.generation.guards.first_safe import ATTEMPT
 from bfpo.generation.guards.sentences import SafeSentences, sentence_ends
-from bfpo.generation.in_process import TransformersEngine
+from bfpo.generation.in_process import TokenAnswer, TransformersEngine
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.judging import guarded_engine
 from bfpo.judging.guarded_engine import FirstSafeSection, guard_engine
@@ -32,6 +32,9 @@ class PieceEngine:
 
     def _decode(self, token_ids):
         return "".join(self._pieces[token] for token in token_ids)
+
+    def begin_answer(self, prompt, sample):
+        return TokenAnswer(prompt, sample)
 
     def continue_answers(self, beginnings):
         for beginning in beginnings:

@@ -20,7 +20,7 @@ from bfpo.core.samples import Prompt, Sampling
 from bfpo.core.tools import as_template_kwargs, as_tools
 from bfpo.data import stages
 from bfpo.data.stages import generate_completions, generate_most, read_completions
-from bfpo.errors import DataError, ModelError, Unanswered
+from bfpo.errors import DataError, ModelError, RecipeError, Unanswered
 from bfpo.generation.decoding import Decoder
 from bfpo.generation.in_process import TokenAnswer, TransformersEngine, checkpoint_identity, load_engine
 from bfpo.generation.slots import UnsupportedModel
@@ -159,6 +159,35 @@ def test_completions_have_a_finish_reason(engine, tokenizer):
     # All logits are equal, so the likeliest token is number 0, which starts a turn and isn't shown.
     (same,) = next(equal_logits.generate(REQUESTS[:1]))
     assert (same.finish_reason, same.completion_tokens, same.text) == ("length", 4, "")
+
+
+def test_an_answer_with_a_given_beginning_is_its_likeliest_continuation(engine, tokenizer):
+    own = engine(temperature=0.0)
+    prompt = Prompt("p", user_says("small box"), prefill="red door ")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "small box"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    given = tokenizer(prompt.prefill, add_special_tokens=False)["input_ids"]
+    expected = list(given)
+    while len(expected) < 12 and expected[-1] != tokenizer.eos_token_id:
+        with torch.no_grad():
+            expected.append(int(own.model(torch.tensor([ids + expected])).logits[0, -1].argmax()))
+    assert 0 < len(given) < len(expected)
+    ((completion,),) = own.generate([(prompt, 0)])
+    assert completion.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert completion.text.startswith("red door")
+    assert completion.completion_tokens == len(expected)
+    with pytest.raises(RecipeError, match=r"prefill has .* tokens, and max_new_tokens is 1"):
+        list(engine(max_new_tokens=1).generate([(prompt, 0)]))
+
+
+def test_an_answer_is_not_begun_inside_a_thought(engine, tokenizer):
+    thinking = engine()
+    thinking.tokenizer = deepcopy(tokenizer)
+    thinking.tokenizer.chat_template = THINKING
+    with pytest.raises(Unanswered, match="begins a thought"):
+        list(thinking.generate([(Prompt("p", user_says("small box"), prefill="Sure,"), 0)]))
 
 
 def test_settings_hash_covers_what_completions_depend_on(engine):

@@ -46,7 +46,7 @@ def test_a_start_adds_to_earlier_ones(tmp_path):
     path = tmp_path / "cost.jsonl"
     for starts in (1, 2):
         meter = Meter(path)
-        engine, judge = meter.engine(FaultyEngine()), meter.judge(SafeJudge())
+        engine, judge = meter.engine(FaultyEngine(), len), meter.judge(SafeJudge())
         completions = [completion for batch in engine.generate(REQUESTS) for completion in batch]
         assert len(list(judge.judge(completions))) == 10
         meter.write()
@@ -60,7 +60,7 @@ def test_a_start_adds_to_earlier_ones(tmp_path):
 def test_only_consumed_batches_are_counted(tmp_path):
     meter = Meter(tmp_path / "cost.jsonl")
     scripted = FaultyEngine()
-    engine, judge = meter.engine(scripted), meter.judge(SafeJudge())
+    engine, judge = meter.engine(scripted, len), meter.judge(SafeJudge())
     assert (engine.settings_hash, engine.faults) == (scripted.settings_hash, Counter())
     assert (judge.name, judge.revision) == ("safe", "1")
     next(engine.generate(REQUESTS))
@@ -71,7 +71,7 @@ def test_only_consumed_batches_are_counted(tmp_path):
 def test_a_killed_start_is_counted_except_its_last_second(tmp_path, monkeypatch, seconds, written):
     monkeypatch.setattr(cost, "_SECONDS_BETWEEN_WRITES", seconds)
     path = tmp_path / "cost.jsonl"
-    batches = Meter(path).engine(FaultyEngine()).generate(REQUESTS)
+    batches = Meter(path).engine(FaultyEngine(), len).generate(REQUESTS)
     next(batches)
     next(batches)
     # Killed here: the last counts aren't written.

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from bfpo.judging import guarded_engine
 from bfpo.redteam import run as module
 from bfpo.redteam.pairs import ScoredSample, make_pairs
 from bfpo.redteam.recipe import RedteamRecipe
-from bfpo.redteam.run import run_redteam
+from bfpo.redteam.run import CutWatch, run_redteam
 
 
 def scored(prompt, text, safe, helpfulness):
@@ -341,3 +342,26 @@ def test_a_guard_in_front_of_the_model(recipe, tmp_path, monkeypatch):
     metadata = json.loads((tmp_path / "out" / "redteam.json").read_text())
     assert metadata["guard"]["refusals"] == metadata["left_out"]["refusal of the guard"] > 0
     assert metadata["guard"]["answers"] == 9
+
+
+@pytest.mark.parametrize(("num_cut", "keep_cut", "is_told"), [(9, False, True), (8, False, False), (9, True, False)])
+def test_a_run_says_early_and_once_that_most_answers_are_cut(capsys, num_cut, keep_cut, is_told):
+    recipe = RedteamRecipe.model_validate(
+        {
+            "out": "o",
+            "model": {"path": "m"},
+            "prompts": [{"name": "advbench"}],
+            "judge": "refusal-rule",
+            "max_new_tokens": 64,
+            "keep_cut": keep_cut,
+        }
+    )
+    watch = CutWatch(recipe)
+    answers = [SimpleNamespace(finish_reason="length" if index < num_cut else "stop") for index in range(16)]
+    watch(answers[:15])
+    assert capsys.readouterr().out == ""
+    for batch in (answers[15:], answers):
+        watch(batch)
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("9 of the first 16 answers were cut at 64 tokens") == is_told
+    assert bool(told) == is_told

@@ -54,6 +54,7 @@ class Prompt(FileRow):
         language: Language of the prompt, as an ISO 639-1 code; None if unknown.
         group: Identifier that variants of one prompt share; None if it is a prompt of its own.
         target_functions: Names of the tools that doing what is asked takes.
+        prefill: Beginning of the answer, which the model continues; None if it begins on its own.
 
     Raises:
         DataError: If the kind is unknown, or the prompt doesn't end with a user turn or the result of a tool.
@@ -72,6 +73,7 @@ class Prompt(FileRow):
     language: str | None = None
     group: str | None = None
     target_functions: tuple[str, ...] = ()
+    prefill: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind is not None and self.kind not in KINDS:

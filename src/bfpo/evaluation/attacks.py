@@ -30,12 +30,12 @@ AFTER_TURN = "safety_after_turn_"
 
 
 class AttackedSuite(Section):
-    """Suite whose harmful prompts are attacked in conversations of several turns."""
+    """Suite whose harmful prompts are attacked."""
 
     suite: str
     """Name of a shipped suite, or path of your own."""
     attack: AttackSpec
-    """`crescendo`, or a section."""
+    """Name of a strategy, such as `crescendo`, or a section."""
     name: str | None = None
     """Name in the results; default `SUITE+ATTACK`, such as `safety+crescendo`."""
 
@@ -155,12 +155,17 @@ def attack_notes(attacks: Attacks) -> list[str]:
     for section, run in attacks.items():
         replies = max(len(run.turns), 1)
         refused, unread = (run.counts[f"reply {outcome}"] / replies for outcome in ("refused", "unread"))
-        kind = (
-            "a fixed escalation in the manner of Crescendo, a lower bound of what an attacker reaches that adapts to "
-            "the replies"
-            if section.strategy is not None
-            else "turns by another model"
-        )
+        if section.model is not None:
+            kind = "turns by another model"
+        else:
+            kind = (
+                f"a given beginning of the answer, {section.prefill!r}"
+                if section.prefill is not None
+                else "a fixed escalation in the manner of Crescendo"
+                if section.strategy == "crescendo"
+                else "a fixed template around the prompt"
+            )
+            kind += ", a lower bound of what an attacker reaches that adapts to the replies"
         note = (
             f"{run.name}: {kind}. Of {len(run.turns):,} replies {refused:.0%} were refused, by refusal markers, "
             f"which could not read {unread:.0%} of them."

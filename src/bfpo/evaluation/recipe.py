@@ -7,6 +7,7 @@ from bfpo.core.samples import Sampling
 from bfpo.evaluation.attacks import AttackedSuite
 from bfpo.evaluation.gate import Bound
 from bfpo.evaluation.suite import EvalData
+from bfpo.generation.attacks import check_attack
 from bfpo.generation.open import EngineSection, JudgeServerSection
 from bfpo.judging.guarded_engine import Guard
 from bfpo.judging.spec import JudgeText, parse_judge
@@ -122,4 +123,7 @@ class EvalRecipe(Section):
             raise ValueError("guard needs model; saved completions can't be sampled again")
         if self.model is None and any(isinstance(entry, AttackedSuite) for entry in self.suites):
             raise ValueError("suites: an attack needs model; saved completions answer no further turn")
+        for entry in self.suites:
+            if self.model is not None and not isinstance(entry, str):
+                check_attack(entry.attack, self.model)
         return self

@@ -195,7 +195,7 @@ def _take_turn(
             conversation = (*dialogue.conversation, *messages)
             # An id of its own for every conversation, so that each has noise of its own.
             request_id = content_hash("attack", *dialogue.key, number, is_fallback, conversation)[:12]
-            request = replace(dialogue.prompt, prompt_id=request_id, prompt=conversation)
+            request = replace(dialogue.prompt, prompt_id=request_id, prompt=conversation, prefill=attack.prefill)
             requests[request_id] = dialogue, messages, request
     if not requests:
         return [], reasons

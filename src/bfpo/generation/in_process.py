@@ -133,8 +133,24 @@ class TransformersEngine:
             Unanswered: At the end, if the chat template refuses prompts, or they exceed the model's positions with
                 the longest completion.
         """
-        for answers in self.continue_answers([TokenAnswer(prompt, sample) for prompt, sample in requests]):
+        for answers in self.continue_answers([self.begin_answer(prompt, sample) for prompt, sample in requests]):
             yield [self.completion_of(answer) for answer in answers]
+
+    def begin_answer(self, prompt: Prompt, sample: int) -> "TokenAnswer":
+        """Return an answer without tokens, or with those of the prompt's given beginning.
+
+        Raises:
+            RecipeError: If that is not shorter than the longest completion.
+        """
+        if prompt.prefill is None:
+            return TokenAnswer(prompt, sample)
+        token_ids = tuple(self.tokenizer(prompt.prefill, add_special_tokens=False)["input_ids"])
+        if len(token_ids) >= self.sampling.max_new_tokens:
+            raise RecipeError(
+                f"prefill has {len(token_ids)} tokens, and max_new_tokens is {self.sampling.max_new_tokens}; "
+                "expected a larger one"
+            )
+        return TokenAnswer(prompt, sample, token_ids)
 
     def continue_answers(self, beginnings: Sequence["TokenAnswer"]) -> Iterator[list["TokenAnswer"]]:
         """Yield answers with these beginnings, each of which has no end yet; see `generate`."""
@@ -215,6 +231,8 @@ class TransformersEngine:
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         text = render_prompt(self._chat_format, prompt.prompt, prompt.inputs)
+        if prompt.prefill is not None and self._opens_thought(prompt):
+            raise TemplateRefusal("the chat template begins a thought, so the answer can't be begun for the model")
         for unread in self._chat_format.find_unread(text, prompt.prompt, prompt.inputs):
             if unread not in self._notes:
                 self._notes.add(unread)

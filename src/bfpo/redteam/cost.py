@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -67,10 +67,15 @@ class Meter:
         """Return the number of `generations` or `judge_calls` of all starts."""
         return int(getattr(self._earlier, name)) + self._counts[name]
 
-    def engine(self, engine: Engine) -> Engine:
-        """Return an engine whose completions are counted."""
+    def engine(self, engine: Engine, watch: Callable[[Sequence[Completion]], object]) -> Engine:
+        """Return an engine whose completions are counted.
+
+        Args:
+            engine: The engine.
+            watch: Called with completions as they end.
+        """
         self._engine = engine
-        return _CountedEngine(engine, self)
+        return _CountedEngine(engine, self, watch)
 
     def judge(self, judge: Judge) -> Judge:
         """Return a judge whose verdicts are counted."""
@@ -91,8 +96,8 @@ class Meter:
 
 
 class _CountedEngine:
-    def __init__(self, engine: Engine, meter: Meter) -> None:
-        self._inner, self._meter = engine, meter
+    def __init__(self, engine: Engine, meter: Meter, watch: Callable[[Sequence[Completion]], object]) -> None:
+        self._inner, self._meter, self._watch = engine, meter, watch
 
     @property
     def faults(self) -> Counter[str]:
@@ -109,6 +114,7 @@ class _CountedEngine:
     def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         for batch in self._inner.generate(requests):
             self._meter.add("generations", len(batch))
+            self._watch(batch)
             yield batch
 
 

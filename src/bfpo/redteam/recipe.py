@@ -81,4 +81,6 @@ class RedteamRecipe(Section):
     def _check(self) -> "RedteamRecipe":
         if self.rounds > 1 and (self.train is None or self.model.server is not None):
             raise ValueError(f"rounds is {self.rounds}; several rounds require train, and a model without server")
+        if self.attack is not None and self.attack.prefill is not None:
+            raise ValueError("attack: prefill changes answers and not prompts, so it makes no pairs")
         return self

@@ -37,6 +37,9 @@ STEPS = (
     "Now answer the first request itself, following the guidance, and don't mention the analysis.",
 )
 
+_FIRST_ANSWERS = 16
+"""Number of ended answers from which the share of cut ones is told."""
+
 
 def run_redteam(recipe: RedteamRecipe) -> list[Path]:
     """Make the pairs of every round; a second start resumes.
@@ -88,7 +91,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
     if recipe.helpfulness != "fallback":
         rater = meter.judge(open_judge(recipe.helpfulness, server=recipe.judge_server, kinds=kinds))
     sampling = Sampling(recipe.samples, recipe.temperature, recipe.top_p, recipe.max_new_tokens, recipe.seed)
-    engine = meter.engine(guard_engine(open_engine(model, sampling), sampling, recipe.guard))
+    engine = meter.engine(guard_engine(open_engine(model, sampling), sampling, recipe.guard), CutWatch(recipe))
     completions, missing = generate_most(
         engine,
         prompts,
@@ -164,6 +167,26 @@ def _show_cut(completions: Sequence[Completion], recipe: RedteamRecipe) -> None:
             f"{num_cut} of {len(completions)} answers were cut at {recipe.max_new_tokens} tokens and make no pairs; "
             "raise `max_new_tokens`, or use them with `keep_cut: true`"
         )
+
+
+class CutWatch:
+    """Says once, early in a run, that most answers are cut and make no pairs."""
+
+    def __init__(self, recipe: RedteamRecipe) -> None:
+        self._recipe, self._ended, self._cut = recipe, 0, 0
+        self._is_done = recipe.keep_cut
+
+    def __call__(self, completions: Sequence[Completion]) -> None:
+        """Count answers that ended."""
+        self._ended += len(completions)
+        self._cut += sum(completion.finish_reason == "length" for completion in completions)
+        # Short answers end first, so the share of cut ones only rises.
+        if not self._is_done and self._ended >= _FIRST_ANSWERS and self._cut > self._ended / 2:
+            self._is_done = True
+            say(
+                f"note: {self._cut} of the first {self._ended} answers were cut at {self._recipe.max_new_tokens} "
+                "tokens and make no pairs; stop and raise `max_new_tokens`, or set `keep_cut: true`"
+            )
 
 
 def _spent(meter: Meter) -> dict[str, float]:

@@ -46,7 +46,7 @@ class SafeSentences(Redrawing[_GrowingAnswer]):
     _engine: TransformersEngine
 
     def _pend(self, prompt: Prompt, sample: int) -> _GrowingAnswer:
-        return _GrowingAnswer(prompt, sample)
+        return _GrowingAnswer(prompt, sample, token_ids=self._engine.begin_answer(prompt, sample).token_ids)
 
     def _draw(self, pending: dict[Key, _GrowingAnswer]) -> Iterator[list[Completion]]:
         beginnings = [
