@@ -239,9 +239,37 @@ def test_differences_are_paired_over_prompts_and_adjusted(real):
     }
     logps = summary["differences"]["logp"]["dpo"]
     assert logps["value"] == pytest.approx(2 / 5)
-    text = summarize.as_markdown(summary, {"bfpo": "BFPO"})
+    text = summarize.as_markdown(summary, {"bfpo": "BFPO"}, "Comparison")
     assert "| ipo | 2 | 0.00 [0.00, 0.00] |" in text
     assert "| base | refused, harmful | +0.70" in text
+
+
+def test_attacks_are_compared_one_by_one(real):
+    summarize = real("summarize")
+
+    def attacked(method, seed, refused):
+        answers = [
+            {"attack": attack, "prompt_id": str(number), "refusal": number < limit}
+            for attack, limit in ((None, refused), ("prefill", 1))
+            for number in range(10)
+        ]
+        return {"unit": {"method": method, "seed": seed}, "answers": answers}
+
+    records = {
+        method: {seed: attacked(method, seed, refused) for seed in (1, 2)}
+        for method, refused in (("base", 2), ("bfpo", 9))
+    }
+    metrics = summarize.attack_metrics(record for by_seed in records.values() for record in by_seed.values())
+    assert [metric.title for metric in metrics] == ["no attack", "prefill"]
+    summary = summarize.summarize(records, "bfpo", metrics=metrics)
+    means = {
+        name: [summary["values"][method][name]["mean"] for method in records]
+        for name in ("refused_alone", "refused_prefill")
+    }
+    assert means == {"refused_alone": [0.2, 0.9], "refused_prefill": [0.1, 0.1]}
+    text = summarize.as_markdown(summary, {"bfpo": "BFPO"}, "Under attack", metrics)
+    assert "| base | no attack | +0.70" in text
+    assert "| base | prefill | +0.00" in text
 
 
 class PublishedFiles:

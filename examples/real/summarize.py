@@ -1,6 +1,7 @@
-"""Tables of the comparison: `python examples/real/summarize.py`.
+"""Tables of the comparison: `python examples/real/summarize.py [--protocol FILE]`.
 
-Reads the records of the units, and writes `comparison.json` and `comparison.md` beside them.
+Reads the records of the units, and writes `comparison.json` and `comparison.md` beside their folder, or, of another
+protocol than `protocol.yaml`, `comparison-MODEL`.
 
 * A value of a method is the mean over its seeds, with Student's interval over seeds.
 * Refusals are recognized by their words. `judge-eval.json` has how often that is right on answers that were labeled;
@@ -9,14 +10,17 @@ Reads the records of the units, and writes `comparison.json` and `comparison.md`
   Student's over prompts, and the p-values of one metric are adjusted for the number of methods (Holm).
 """
 
+import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from pretrained import MODELS
 
 from bfpo.core.files import write_json, write_text
 from bfpo.evaluation.comparisons import verdict_on
@@ -81,6 +85,26 @@ METRICS = (
 )
 
 
+def attack_metrics(records: Iterable[Record]) -> tuple[Metric, ...]:
+    """Return a metric for each attack in the records, the prompts alone first."""
+    labels = {answer["attack"] for record in records for answer in record["answers"]}
+    return tuple(
+        Metric(f"refused_{label or 'alone'}", label or "no attack", True, _refused_under(label))
+        for label in sorted(labels, key=str)
+    )
+
+
+def _refused_under(label: str | None) -> Callable[[Record, Record], Scores]:
+    def scores(record: Record, base: Record) -> Scores:
+        return {
+            answer["prompt_id"]: float(answer["refusal"] is True)
+            for answer in record["answers"]
+            if answer["attack"] == label
+        }
+
+    return scores
+
+
 REFUSALS = ("refused_harmful", "over_refusal", "refused_benign")
 """Metrics that rest on the words of refusals."""
 
@@ -104,7 +128,10 @@ def read_records(folder: Path, part: str) -> dict[str, dict[int, dict[str, Any]]
 
 
 def summarize(
-    records: Mapping[str, Mapping[int, Record]], against: str, errors: JudgeErrors | None = None
+    records: Mapping[str, Mapping[int, Record]],
+    against: str,
+    errors: JudgeErrors | None = None,
+    metrics: Sequence[Metric] = METRICS,
 ) -> dict[str, Any]:
     """Return values by method and metric, and the differences from one method.
 
@@ -112,12 +139,13 @@ def summarize(
         records: Method → seed → record.
         against: Method that the others are compared with.
         errors: Errors in recognizing refusals; None for no correction.
+        metrics: Metrics of the records.
     """
     values: dict[str, Any] = {}
     for method, by_seed in records.items():
         values[method] = {"seeds": sorted(by_seed)} | {
             metric.name: _over_seeds([_mean(metric, records, method, seed) for seed in sorted(by_seed)])
-            for metric in METRICS
+            for metric in metrics
             if metric.name != "preference" or method not in ("base", "original")
         }
         if errors is not None:
@@ -126,7 +154,7 @@ def summarize(
                 for name in REFUSALS
             }
     differences: dict[str, Any] = {}
-    for metric in METRICS:
+    for metric in metrics:
         compared = {}
         for method in records:
             if method == against or (metric.name == "preference" and method in ("base", "original")):
@@ -143,19 +171,28 @@ def summarize(
     return {"against": against, "values": values, "differences": differences}
 
 
-def as_markdown(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """Return the tables as Markdown; differences that speak against the method come first."""
+def as_markdown(
+    summary: Mapping[str, Any], titles: Mapping[str, str], heading: str, metrics: Sequence[Metric] = METRICS
+) -> str:
+    """Return the tables as Markdown; differences that speak against the method come first.
+
+    Args:
+        summary: What `summarize` returned.
+        titles: Title of each method.
+        heading: Heading of the tables.
+        metrics: Metrics of the summary.
+    """
     against = summary["against"]
-    head = ["method", "seeds", *(metric.title for metric in METRICS)]
+    head = ["method", "seeds", *(metric.title for metric in metrics)]
     rows = [
         [
             titles.get(method, method),
             str(len(values["seeds"])),
-            *(_cell(values.get(metric.name)) for metric in METRICS),
+            *(_cell(values.get(metric.name)) for metric in metrics),
         ]
         for method, values in summary["values"].items()
     ]
-    text = f"# Comparison on SmolLM2-135M-Instruct\n\n{_table(head, rows)}\n"
+    text = f"# {heading}\n\n{_table(head, rows)}\n"
     if any("corrected" in values for values in summary["values"].values()):
         head = ["method", *(metric.title for metric in METRICS if metric.name in REFUSALS)]
         rows = [
@@ -167,7 +204,7 @@ def as_markdown(summary: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     order = {"worse": 0, "better": 1, "not distinguishable": 2}
     lines = [
         (order[difference["verdict"]], [titles.get(method, method), metric.title, *_difference_cells(difference)])
-        for metric in METRICS
+        for metric in metrics
         for method, difference in summary["differences"][metric.name].items()
     ]
     head = ["compared with", "metric", "difference", "p, adjusted", f"{titles[against]} is"]
@@ -227,15 +264,43 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def tuning_table(folder: Path, titles: Mapping[str, str]) -> str:
+    """Return the counts of all units on development prompts: the trials of tuning, and the variants."""
+    rows = []
+    for file in sorted(folder.glob("*-dev.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        unit = record["unit"]
+        refused, total = Counter[str](), Counter[str]()
+        for answer in record["answers"]:
+            total[answer["kind"]] += 1
+            refused[answer["kind"]] += answer["refusal"] is True
+        rate = "" if unit["learning_rate"] is None else f"{unit['learning_rate']:g}"
+        counts = [f"{refused[kind]} of {total[kind]}" for kind in ("harmful", "lookalike", "benign")]
+        rows.append([titles.get(unit["method"], unit["method"]), rate, *counts])
+    return _table(["model", "learning rate", "refused, harmful", "look-alike", "benign"], rows)
+
+
 def main() -> None:
     """Write the tables."""
-    protocol = yaml.safe_load((HERE / "protocol.yaml").read_text())
-    titles = {name: method["title"] for name, method in protocol["methods"].items()}
-    titles |= {"base": "fine-tuned model (start of all methods)", "original": "SmolLM2 as published"}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--protocol", type=Path, default=HERE / "protocol.yaml")
+    path = parser.parse_args().protocol
+    protocol = yaml.safe_load(path.read_text())
+    against, units, model = protocol["against"], FOLDER / protocol["records"], MODELS[protocol["model"]].title
+    titles = {name: method["title"] for name, method in (protocol["methods"] | protocol.get("variants", {})).items()}
+    titles |= {"base": "fine-tuned model (start of all methods)", "original": f"{model} as published"}
     errors = read_errors(FOLDER / "judge-eval.json")
-    summary = summarize(read_records(FOLDER / "units", "test"), protocol["against"], errors)
-    write_json(FOLDER / "comparison.json", summary)
-    write_text(FOLDER / "comparison.md", as_markdown(summary, titles))
+    summary = summarize(read_records(units, "test"), against, errors)
+    text = as_markdown(summary, titles, f"Comparison on {model}")
+    if attacked := read_records(units, "attacked"):
+        metrics = attack_metrics(record for by_seed in attacked.values() for record in by_seed.values())
+        summary["attacked"] = summarize(attacked, against, metrics=metrics)
+        text += f"\n{as_markdown(summary['attacked'], titles, 'Refused harmful prompts under attack', metrics)}"
+    if list(units.glob("*-dev.json")):
+        text += f"\n# Development prompts: trials of tuning, and variants\n\n{tuning_table(units, titles)}\n"
+    name = "comparison" if path == HERE / "protocol.yaml" else f"comparison-{path.stem}"
+    write_json(FOLDER / f"{name}.json", summary)
+    write_text(FOLDER / f"{name}.md", text)
 
 
 if __name__ == "__main__":
