@@ -17,7 +17,7 @@ from bfpo.experiments.cost_table import collect_costs, cost_rows
 from bfpo.experiments.costs import Cost, read_cost
 from bfpo.experiments.methods import METHODS, samples_folder, train_recipes
 from bfpo.experiments.preflight import check_trainings
-from bfpo.experiments.preparation import prepare_method, sample_pairs, training_prompts
+from bfpo.experiments.preparation import prepare_method, run_online_stage, sample_pairs, training_prompts
 from bfpo.experiments.recipe import change_values
 from bfpo.experiments.run import run_experiment
 from bfpo.experiments.stages import Method, SamplesStage
@@ -68,20 +68,27 @@ def test_methods_with_multipliers_run_in_an_experiment(tmp_path, monkeypatch, ca
     monkeypatch.setattr(units_module, "ProcessPoolExecutor", InThisThread)
     verdict = Oracle.verdict
 
-    def prepare_blindly(*args, **options):
-        # The oracle that evaluates a method mustn't be seen by it.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Oracle, "verdict", None)
-            return prepare_method(*args, **options)
+    def blind(work):
+        def run(*args, **options):
+            # The oracle that evaluates a method mustn't be seen by it.
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Oracle, "verdict", None)
+                return work(*args, **options)
 
-    monkeypatch.setattr(preparation, "prepare_method", prepare_blindly)
+        return run
+
+    monkeypatch.setattr(preparation, "prepare_method", blind(prepare_method))
+    monkeypatch.setattr(preparation, "run_online_stage", blind(run_online_stage))
     tiny = {f"samples.{key}": value for key, value in FEW.items()} | {"scorer.steps": 20, "max_unsafe": 0.5}
     variants = {name: {"method": name, "changes": tiny} for name in ("mocan", "bfpo_constrained")}
+    few = {"harmful_prompts": 3, "benign_prompts": 3, "prompts_per_step": 2, "samples": 4, "steps": 2}
+    online = {f"online.{key}": value for key, value in few.items()} | {"scorer.steps": 20}
+    variants["safe_rlhf"] = {"method": "safe_rlhf", "changes": online}
     recipe = make_recipe("runs", variants=variants, against="mocan")
     run_experiment(recipe, command="x")
     assert Oracle.verdict is verdict
     for unit in make_units(recipe):
-        if unit.method is not None:
+        if unit.method is not None and unit.method.max_unsafe is not None:
             dual = read_dual(samples_folder(unit.folder))
             assert dual.constraint.threshold == 0.5
             assert not list(unit.folder.rglob("*.safetensors"))
@@ -89,9 +96,14 @@ def test_methods_with_multipliers_run_in_an_experiment(tmp_path, monkeypatch, ca
         "scorer": 1, "samples": 1, "scores": 1
     }  # fmt: skip
     written = json.loads(Path("runs/comparison.json").read_text())
-    assert [cost["variant"] for cost in written["costs"]] == ["mocan", "bfpo_constrained"]
+    assert [cost["variant"] for cost in written["costs"]] == ["mocan", "bfpo_constrained", "safe_rlhf"]
+    # The start check of an online run samples too, and both scorers read each sample.
+    online_cost = written["costs"][-1]
+    assert online_cost["samples"] >= 2 * 2 * 4
+    assert online_cost["calls"] == 2 * online_cost["samples"]
     for cost in written["costs"]:
-        assert (cost["samples"], cost["calls"]) == (80, 160)
+        if cost["variant"] != "safe_rlhf":
+            assert (cost["samples"], cost["calls"]) == (80, 160)
         assert cost["cpu_seconds"] > 0
         assert cost["sees"] == ["safety pairs", "helpfulness pairs", "safety labels", "own samples", "scorer"]
     assert "| mocan | 80 | 160 |" in Path("runs/comparison.md").read_text()
@@ -260,6 +272,7 @@ def test_what_methods_see():
     assert METHODS["bfpo"].sees == ["safety pairs", "helpfulness pairs", "safety labels"]
     assert METHODS["dpo_s"].sees == ["safety pairs", "safety labels", "costs"]
     assert METHODS["mocan"].sees == [*METHODS["bfpo"].sees, "own samples", "scorer"]
+    assert METHODS["safe_rlhf"].sees == METHODS["mocan"].sees
 
 
 def test_every_method_passes_the_checks_before_training(tmp_path):
@@ -280,6 +293,10 @@ def test_every_method_passes_the_checks_before_training(tmp_path):
         ("mocan", {"samples.samples": 1}, "samples.samples"),
         ("mocan", {"scorer.main": "safety_by_safety"}, "scorer.main"),
         ("mocan", {"prepare": [{"loss": {"name": "dpo"}, "main": "samples"}]}, "only the last training"),
+        ("safe_rlhf", {"loss": {"name": "dpo"}}, "exactly one of loss and online"),
+        ("safe_rlhf", {"scorer": None}, "online needs scorer"),
+        ("safe_rlhf", {"samples": FEW}, "leave out prepare and samples"),
+        ("safe_rlhf", {"online.combine": {"name": "lagrange"}}, "did you mean 'lagrangian'"),
     ],
 )
 def test_stages_that_lack_another_are_refused(name, changes, message):

@@ -5,7 +5,8 @@ from typing import Any
 
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import ScoreRecipe, TrainRecipe
-from bfpo.experiments.stages import Method, SamplesStage, ScorerStage, Stage
+from bfpo.experiments.stages import Method, OnlineStage, SamplesStage, ScorerStage, Stage
+from bfpo.online.recipe import OnlineRecipe
 
 
 def _squared(name: str, **options: Any) -> dict[str, Any]:
@@ -21,6 +22,11 @@ def _constrained() -> dict[str, Any]:
         "main": "samples",
         "buffer": False,
     }
+
+
+def _online(name: str, **options: Any) -> dict[str, Any]:
+    """Return the stages of a method that is run by reinforcement learning."""
+    return {"scorer": ScorerStage(), "online": OnlineStage(combine={"name": name, **options})}
 
 
 METHODS = {
@@ -57,6 +63,14 @@ METHODS = {
         labels={"from": "scores"},
         **_constrained(),
     ),
+    # Half of the prompts are harmful: 5 % of their answers, as for the methods above.
+    "safe_rlhf": Method(
+        title="Safe RLHF: reward and cost with a multiplier, online",
+        **_online("lagrangian", cost_at_most=0.025, measure="unsafe", rate=0.5, max=20.0),
+    ),
+    "online_bilinear": Method(title="BFPO's own objective, online", **_online("bilinear")),
+    "online_multiplicative": Method(title="multiplicative value, online", **_online("multiplicative")),
+    "online_tail": Method(title="worst fifth of reward and cost, online", **_online("tail", multiplier=2.0)),
 }
 
 
@@ -181,6 +195,51 @@ def score_recipe(stage: ScorerStage, *, world: Path, base: Path, out: Path, seed
         },
         ScoreRecipe,
         "scorer",
+    )
+
+
+def online_recipe(
+    stage: OnlineStage, *, prompts: Path, heads: Path, base: Path, out: Path, seed: int, where: str = "online"
+) -> OnlineRecipe:
+    """Return the recipe of reinforcement learning on a scorer.
+
+    Args:
+        stage: The stage.
+        prompts: File of the prompts.
+        heads: Folder of the scorer.
+        base: Checkpoint to start from.
+        out: Output folder.
+        seed: Seed of the training.
+        where: Name of the method, for errors.
+
+    Raises:
+        RecipeError: If the combiner isn't possible.
+    """
+    return check_recipe(
+        {
+            "model": {"path": str(base)},
+            "prompts": [{"name": "file", "path": str(prompts), "license": "MIT"}],
+            "reward": f"reward:{heads / 'reward'}",
+            "cost": f"cost:{heads / 'cost'}",
+            "combine": stage.combine,
+            "trainer": {
+                "output_dir": str(out),
+                "learning_rate": stage.learning_rate,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 0.1,
+                "per_device_train_batch_size": stage.prompts_per_step * stage.samples,
+                "num_generations": stage.samples,
+                "max_completion_length": 48,
+                "max_steps": stage.steps,
+                "beta": stage.beta,
+                "logging_steps": 5,
+                "save_strategy": "no",
+                "seed": seed,
+                "use_cpu": True,
+            },
+        },
+        OnlineRecipe,
+        where,
     )
 
 

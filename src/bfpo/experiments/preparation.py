@@ -25,8 +25,8 @@ from bfpo.core.samples import Completion, Kind, Prompt, Sampling
 from bfpo.data.load import load_pairs
 from bfpo.data.stages import generate_completions
 from bfpo.experiments.costs import Cost, measured, read_cost
-from bfpo.experiments.methods import samples_folder, score_recipe
-from bfpo.experiments.stages import Method, SamplesStage
+from bfpo.experiments.methods import online_recipe, samples_folder, score_recipe
+from bfpo.experiments.stages import Method, OnlineStage, SamplesStage, ScorerStage
 from bfpo.experiments.steps import write_costs
 from bfpo.generation.in_process import load_engine
 from bfpo.judging.score_columns import apply_scores
@@ -59,20 +59,69 @@ def prepare_method(method: Method, recipe: TrainRecipe, *, home: Path, world: Pa
         write_costs(options, world)
     if method.scorer is None:
         return Cost()
-    scorer = stage_folder(home, "scorer", method.scorer.model_dump(), options.model_dump())
-    heads = scorer / "heads"
-    scorer_recipe = score_recipe(method.scorer, world=world, base=home / "base", out=heads, seed=options.seed)
-    cost = _run_once(scorer, lambda: _train_scorer(scorer_recipe))
+    heads, cost = train_scorer(method.scorer, home=home, world=world, options=options)
     stage = method.samples
     if stage is None:
         return cost
     sampling = stage.model_dump(exclude={"pairs_per_prompt"})
     samples = stage_folder(home, "samples", sampling, options.model_dump())
     cost += _run_once(samples, lambda: _draw_samples(stage, samples, home / "base", world, options.seed))
-    scores = stage_folder(home, "scores", scorer.name, samples.name)
+    scores = stage_folder(home, "scores", heads.parent.name, samples.name)
     cost += _run_once(scores, lambda: _score(samples, heads, scores))
     out = samples_folder(Path(recipe.trainer["output_dir"]))
     return cost + _run_once(out, lambda: _use_samples(method, stage, recipe, scores / _SCORED, out, options.seed))
+
+
+def train_scorer(stage: ScorerStage, *, home: Path, world: Path, options: WorldOptions) -> tuple[Path, Cost]:
+    """Train a scorer, unless it exists.
+
+    Args:
+        stage: The scorer.
+        home: Folder with the base model, for scorers.
+        world: Folder of the world's data.
+        options: Options of the world.
+
+    Returns:
+        The folder with its heads, `reward` and `cost`, and its cost.
+    """
+    folder = stage_folder(home, "scorer", stage.model_dump(), options.model_dump())
+    heads = folder / "heads"
+    recipe = score_recipe(stage, world=world, base=home / "base", out=heads, seed=options.seed)
+    return heads, _run_once(folder, lambda: _train_scorer(recipe))
+
+
+def run_online_stage(
+    method: Method, stage: OnlineStage, *, home: Path, world: Path, out: Path, options: WorldOptions
+) -> Cost:
+    """Train a method's scorer, and the policy on it; a finished training isn't repeated, a killed one starts again.
+
+    Args:
+        method: The method.
+        stage: Its reinforcement learning.
+        home: Folder with the base model, for scorers.
+        world: Folder of the world's data.
+        out: Output folder of the policy.
+        options: Options of the world.
+
+    Returns:
+        The cost of both.
+    """
+    from bfpo.online.run import run_online
+
+    assert method.scorer is not None
+    heads, cost = train_scorer(method.scorer, home=home, world=world, options=options)
+    prompts = out.parent / f"{out.name}-prompts.jsonl"
+    write_jsonl(prompts, (prompt.to_row() for prompt in training_prompts(stage, world, options.seed)))
+    recipe = online_recipe(stage, prompts=prompts, heads=heads, base=home / "base", out=out, seed=options.seed)
+
+    def train() -> tuple[int, int]:
+        shutil.rmtree(out, ignore_errors=True)
+        run = run_online(recipe)
+        return run["samples"], run["scorer_calls"]
+
+    if (out / "run.json").exists():
+        return cost + (read_cost(out) or Cost())
+    return cost + measured(train)
 
 
 def stage_folder(home: Path, name: str, *content: object) -> Path:
@@ -107,7 +156,7 @@ def _draw_samples(stage: SamplesStage, folder: Path, base: Path, world: Path, se
     return len(completions), 0
 
 
-def training_prompts(stage: SamplesStage, world: Path, seed: int) -> list[Prompt]:
+def training_prompts(stage: SamplesStage | OnlineStage, world: Path, seed: int) -> list[Prompt]:
     """Return prompts of a world's pairs; those with an answer that is labeled unsafe count as harmful."""
     safety, helpful = (_read_pairs(world, *stream) for stream in (("safety", "main"), ("helpfulness", "buffer")))
     harmful = {pair.prompt_key: pair.prompt for pair in safety if pair.labels and not all(pair.labels)}

@@ -14,7 +14,7 @@ from bfpo.errors import RecipeError, Stopped, did_you_mean
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.show import show_results
 from bfpo.experiments.methods import METHODS, train_recipes
-from bfpo.experiments.preparation import prepare_method
+from bfpo.experiments.preparation import prepare_method, run_online_stage
 from bfpo.experiments.steps import (
     base_recipes,
     evaluate_run,
@@ -70,7 +70,10 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
         with _step(2, "a base model that answers every request", log):
             make_base(out, seed=seed)
         with _step(3, f"{METHODS[method].title}: preference training", log):
-            prepare_method(METHODS[method], trainings[-1], home=out, world=world, options=options)
+            if (online := METHODS[method].online) is not None:
+                run_online_stage(METHODS[method], online, home=out, world=world, out=out / method, options=options)
+            else:
+                prepare_method(METHODS[method], trainings[-1], home=out, world=world, options=options)
             for training in trainings:
                 run_once(training)
         with _step(4, "completions before and after, on held-out prompts", log):

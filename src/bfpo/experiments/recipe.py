@@ -11,7 +11,7 @@ from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import Count, Section
 from bfpo.core.files import parse_json
 from bfpo.errors import RecipeError, did_you_mean
-from bfpo.experiments.methods import METHODS, train_recipes
+from bfpo.experiments.methods import METHODS, online_recipe, train_recipes
 from bfpo.experiments.stages import Method
 from bfpo.testbed.world import WorldOptions
 
@@ -144,8 +144,12 @@ def _variant_settings(name: str, variant: Variant, tuned: dict[str, Any]) -> lis
     settings = []
     for change in changes:
         method = check_recipe(change_values(content, change), Method, f"variants.{name}")
-        # Checks the losses too.
+        # Checks the losses and the combiner too.
         train_recipes(method, world=Path(), base=Path(), out=Path(), seed=0, where=f"variants.{name}")
+        if method.online is not None:
+            online_recipe(
+                method.online, prompts=Path(), heads=Path(), base=Path(), out=Path(), seed=0, where=f"variants.{name}"
+            )
         label = "".join(f" {key.rpartition('.')[2]}={value}" for key, value in change.items())
         settings.append(Setting(name + label, center | change, method, variant.dials))
     return settings

@@ -1,4 +1,4 @@
-"""The stages of a method: a scorer, scored samples of the base model, a multiplier, and trainings of the policy."""
+"""The stages of a method: a scorer, scored samples of the base model, a multiplier, and the policy's trainings."""
 
 from typing import Annotated, Any, Literal
 
@@ -40,6 +40,27 @@ class SamplesStage(Section):
     """Number of random pairs of the samples of each prompt, for `main: samples`."""
 
 
+class OnlineStage(Section):
+    """Reinforcement learning on the scorer, with prompts of the world's pairs (`bfpo online`)."""
+
+    combine: dict[str, Any]
+    """`combine` section of the recipe."""
+    beta: Rate = 0.05
+    """Weight of the KL penalty."""
+    learning_rate: Rate = 1e-3
+    """Peak learning rate of the cosine schedule."""
+    harmful_prompts: Count = 300
+    """Maximum number of prompts with an answer that is labeled unsafe."""
+    benign_prompts: Count = 300
+    """Maximum number of prompts of the helpfulness pairs that have no such answer."""
+    prompts_per_step: Count = 16
+    """Number of prompts per step."""
+    samples: Annotated[int, Field(ge=2)] = 8
+    """Number of samples of each prompt."""
+    steps: Count = 50
+    """Number of optimizer steps."""
+
+
 class Stage(Section):
     """A training of a method: loss, data and optimizer settings."""
 
@@ -76,6 +97,10 @@ class Method(Stage):
 
     title: str = ""
     """Short description."""
+    loss: dict[str, Any] = Field(default={})
+    """`loss` section of the recipe; none with `online`."""
+    online: OnlineStage | None = None
+    """Reinforcement learning in place of trainings on pairs."""
     prepare: list[Stage] = Field(default=[])
     """Trainings that come first; each starts from the model of the previous one, which is its reference."""
     scorer: ScorerStage | None = None
@@ -87,7 +112,12 @@ class Method(Stage):
 
     @model_validator(mode="after")
     def _check_stages(self) -> "Method":
+        if bool(self.loss) == (self.online is not None):
+            raise ValueError("expected exactly one of loss and online")
+        if self.online is not None and (self.prepare or self.samples is not None):
+            raise ValueError("online starts from the base and draws its own samples; leave out prepare and samples")
         needs = (
+            ("online", self.online, "scorer", self.scorer),
             ("samples", self.samples, "scorer", self.scorer),
             ("max_unsafe", self.max_unsafe, "samples", self.samples),
             ("main: samples", self.main == "samples" or None, "samples", self.samples),
@@ -112,7 +142,7 @@ class Method(Stage):
     @property
     def trainings(self) -> list[Stage]:
         """The trainings of the policy, in order."""
-        return [*self.prepare, self]
+        return [] if self.online is not None else [*self.prepare, self]
 
     @property
     def files(self) -> set[str]:
@@ -131,13 +161,13 @@ class Method(Stage):
             "helpfulness pairs": "helpfulness" in self.files,
             "safety labels": learns_labels,
             "costs": bool(self.files & {"safety_by_safety", "safety_with_costs"}),
-            "own samples": self.samples is not None,
+            "own samples": self.samples is not None or self.online is not None,
             "scorer": self.scorer is not None,
         }
         return [name for name, is_seen in seen.items() if is_seen]
 
 
-_LATER_KEYS = ("labels", "prepare", "scorer", "samples", "max_unsafe")
+_LATER_KEYS = ("labels", "prepare", "scorer", "samples", "max_unsafe", "online")
 
 
 def _reads_labels(stage: Stage) -> bool:

@@ -23,6 +23,7 @@ from bfpo.core.files import content_hash
 from bfpo.core.terminal import log_to_file, progress
 from bfpo.errors import BfpoError, DataError, RecipeError, Stopped, TrainingError, did_you_mean
 from bfpo.evaluation.results import FILE_NAME, read_results
+from bfpo.experiments.costs import Cost, measured
 from bfpo.experiments.methods import samples_folder, train_recipes
 from bfpo.experiments.recipe import DATA_DIALS, ExperimentRecipe, all_settings
 from bfpo.experiments.stages import Method
@@ -189,8 +190,6 @@ def run_unit(unit: Unit) -> None:
 
     The completions of a unit that was evaluated by another revision of the oracle are judged again.
     """
-    from bfpo.experiments.costs import measured
-    from bfpo.experiments.preparation import prepare_method
     from bfpo.experiments.steps import can_judge_again, evaluate_run, judge_again, make_base, write_world
 
     oracle = Oracle(unit.options.skills)
@@ -209,23 +208,33 @@ def run_unit(unit: Unit) -> None:
             if unit.options != unit.base_options:
                 data = unit.home / f"world-{content_hash(unit.options.model_dump())[:8]}"
                 write_world(unit.options, data)
-            recipes = train_recipes(
-                unit.method,
-                world=data,
-                base=unit.home / "base",
-                out=unit.folder,
-                seed=unit.options.seed,
-                steps=unit.steps,
-                save=False,
-            )
-            prepared = prepare_method(unit.method, recipes[-1], home=unit.home, world=data, options=unit.options)
-            cost = prepared + measured(lambda: _train(recipes))
-            cost.write(unit.folder)
+            _run_method(unit, unit.method, data).write(unit.folder)
         evaluate_run(unit.folder, world / "prompts.jsonl", oracle)
     if unit.method is not None:
         _remove_weights(unit.folder)
         # They are made of shared samples within a second.
         (samples_folder(unit.folder) / "pairs.jsonl").unlink(missing_ok=True)
+
+
+def _run_method(unit: Unit, method: Method, world: Path) -> Cost:
+    """Run all stages of a method, and return their cost."""
+    from bfpo.experiments.preparation import prepare_method, run_online_stage
+
+    if method.online is not None:
+        return run_online_stage(
+            method, method.online, home=unit.home, world=world, out=unit.folder, options=unit.options
+        )
+    recipes = train_recipes(
+        method,
+        world=world,
+        base=unit.home / "base",
+        out=unit.folder,
+        seed=unit.options.seed,
+        steps=unit.steps,
+        save=False,
+    )
+    prepared = prepare_method(method, recipes[-1], home=unit.home, world=world, options=unit.options)
+    return prepared + measured(lambda: _train(recipes))
 
 
 def _train(recipes: Sequence[TrainRecipe]) -> tuple[int, int]:
