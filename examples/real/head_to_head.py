@@ -98,38 +98,28 @@ class Comparison:
         return self.records / f"{unit.name}.json"
 
     def units(self) -> Iterator[Unit]:
-        """Yield the units in the order of their runs: tuning, and when it is finished the test, seed by seed."""
+        """Yield the units in the order of their runs: the test of tuned methods, seed by seed, and what is left.
+
+        The test of the others follows when their trials have ended, so the units are to be listed again then.
+        """
         methods, tuning_seed = self.protocol["methods"], self.protocol["tuning_seed"]
-        trials = [
-            Unit(method, rate, tuning_seed, "dev")
-            for method in methods
-            if "learning_rate" not in methods[method]
-            for rate in self.protocol["learning_rates"]
-        ]
-        if trials:
-            yield Unit("base", None, tuning_seed, "dev")
-            yield from trials
-        rates = {method: self.tuned(method) for method in methods}
-        if None in rates.values():
-            return
-        yield Unit("original", None, self.protocol["seeds"][0], "test")
-        variants = [
-            Unit(name, variant.get("learning_rate", rates[self.protocol["against"]]), tuning_seed, "dev")
-            for name, variant in self.protocol.get("variants", {}).items()
-        ]
+        rates = {method: rate for method in methods if (rate := self.tuned(method)) is not None}
         more_seeds = self.protocol.get("more_seeds", {})
-        seeds = {method: [*self.protocol["seeds"], *more_seeds.get(method, ())] for method in methods}
-        attacked = self.protocol.get("attacked", {"methods": []})
+        seeds = {method: [*self.protocol["seeds"], *more_seeds.get(method, ())] for method in rates}
+        attacked = self.protocol.get("attacked", {"methods": []})["methods"]
+        yield Unit("original", None, self.protocol["seeds"][0], "test")
         for seed in sorted(set(chain(*seeds.values()))):
             yield Unit("base", None, seed, "test")
-            for method in methods:
-                if seed in seeds[method]:
-                    yield Unit(method, rates[method], seed, "test")
+            yield from (Unit(method, rates[method], seed, "test") for method in rates if seed in seeds[method])
             if seed in self.protocol["seeds"]:
-                for method in attacked["methods"]:
-                    yield Unit(method, rates.get(method), seed, "attacked")
-            # After the first seed, so that a short session has a comparison and the variants.
-            yield from variants
+                yield from (Unit(method, rates.get(method), seed, "attacked") for method in attacked)
+        for method in (method for method in methods if method not in rates):
+            yield Unit("base", None, tuning_seed, "dev")
+            yield from (Unit(method, rate, tuning_seed, "dev") for rate in self.protocol["learning_rates"])
+        if self.protocol["against"] in rates:
+            for name, variant in self.protocol.get("variants", {}).items():
+                rate = variant.get("learning_rate", rates[self.protocol["against"]])
+                yield Unit(name, rate, tuning_seed, "dev")
 
     def tuned(self, method: str) -> float | None:
         """Return the learning rate of a method: the given one, or that of the better trial, None before both end."""
