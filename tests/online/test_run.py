@@ -1,13 +1,16 @@
 """Whole online runs on a bandit of one token: what they leave, resuming, refusals, the held-out judge."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import constants
@@ -21,6 +24,7 @@ from bfpo.core.samples import Prompt, Verdict
 from bfpo.errors import DataError, MissingExtra, ModelError, RecipeError, TrainingError
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.subject import training_judges
+from bfpo.losses.combine import Lagrangian
 from bfpo.online.arguments import REFUSED
 from bfpo.online.recipe import OnlineRecipe
 from bfpo.online.run import run_online
@@ -319,3 +323,42 @@ def test_without_trl_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("bfpo.online.run.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"bfpo online needs trl; pip install 'bfpo\[online\]'"):
         run_online(recipe())
+
+
+@dataclass(frozen=True)
+class Reporting(Lagrangian):
+    """Combiner that writes the costs that each process reads, and the multiplier that it goes on with."""
+
+    def after(self, reward, cost):
+        """Return the combiner of the next step."""
+        following = super().after(reward, cost)
+        row = {"costs": np.sort(cost, axis=None).tolist(), "multiplier": following.multiplier}
+        with Path(f"process-{os.environ['RANK']}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return following
+
+
+@pytest.mark.slow
+def test_two_processes_read_all_scores_and_have_one_lambda(monkeypatch):
+    paths = (ROOT / "benchmarks", Path(__file__).parent, os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    changes = {"combine": {"name": f"{Path(__file__).stem}:Reporting", "cost_at_most": 0.2, "rate": 1.0}}
+    trainer = {"per_device_train_batch_size": 8, "save_strategy": "no"}
+    Path("two.yaml").write_text(yaml.safe_dump(content(trainer=trainer, **changes)))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [sys.executable, "-W", "ignore", *launch, "-m", "bfpo", "online", "two.yaml"]
+    subprocess.run(command, check=True, capture_output=True)
+    run = json.loads(Path("out/run.json").read_text())
+    assert (run["steps"], run["samples"], run["scorer_calls"]) == (4, 64, 64)
+    reports = [Path(f"process-{rank}.jsonl").read_text() for rank in (0, 1)]
+    assert reports[0] == reports[1]
+    rows = [json.loads(line) for line in reports[0].splitlines()]
+    multiplier = 1.0
+    for row in rows:
+        # Two prompts with eight samples each, of both processes.
+        assert len(row["costs"]) == 16
+        multiplier *= math.exp(np.mean(row["costs"]) - 0.2)
+        assert row["multiplier"] == pytest.approx(multiplier, rel=1e-12)
+    # TRL gathers metrics in float32.
+    assert multipliers("out")[1:] == pytest.approx([row["multiplier"] for row in rows[:3]], rel=1e-6)
