@@ -26,7 +26,7 @@ class GuidedSamples(NamedTuple):
         completions: The answers, as answers to the prompts.
         verdicts: Verdicts of the safety judge on them.
         left_out: Number of prompts without such an answer by reason.
-        summary: Summary of the chain, for `redteam.json`.
+        summary: Summary of the chains, for `redteam.json`.
     """
 
     completions: list[Completion]
@@ -35,19 +35,30 @@ class GuidedSamples(NamedTuple):
     summary: dict[str, Any]
 
 
-@dataclass
-class _Chains:
-    """The chains of all prompts.
+@dataclass(frozen=True, slots=True)
+class Chains:
+    """The chains of prompts, as far as the model replied.
 
     Args:
         prompts: The requests, by id.
-        replies: Replies to the steps so far, by id of the prompt; a chain ends where a reply is missing.
-        missing: Id of a prompt → reason why its chain ended before the answer.
+        replies: Replies to the steps, by id of the prompt; only of chains that have an answer.
+        missing: Id of another prompt → reason why its chain ended before the answer.
     """
 
     prompts: dict[str, Prompt]
     replies: dict[str, dict[Step, Completion]]
     missing: dict[str, str]
+
+    def answers(self, sample: int) -> list[Completion]:
+        """Return the answers as answers to the prompts themselves.
+
+        Args:
+            sample: Number of the answers among those to their prompts.
+        """
+        return [
+            replace(chain["answer"], prompt=self.prompts[name].prompt, sample=sample)
+            for name, chain in self.replies.items()
+        ]
 
 
 def guide(
@@ -68,84 +79,87 @@ def guide(
         originals: Id of such a conversation → the attacked prompt, which the judge reads.
         out: Folder of the round.
     """
-    chains = _run_chains(engine, prompts, out)
-    answers = [
-        replace(chain["answer"], prompt=chains.prompts[name].prompt, sample=recipe.samples)
-        for name, chain in chains.replies.items()
-    ]
+    chains = run_chains(engine, prompts, out)
+    answers = chains.answers(recipe.samples)
     path = judge_file(out, "guided-verdicts", judge.name, judge.revision)
     verdicts = judge_completions(judge, as_answers(answers, originals), path)
-    rows = [
-        _row(
-            chains.prompts[answer.prompt_id],
-            chains.replies[answer.prompt_id],
-            verdict,
-            filters=recipe.check == "filter",
-        )
-        for answer, verdict in zip(answers, verdicts, strict=True)
-    ]
+    rows = guided_rows(chains, verdicts, filters=recipe.check == "filter")
     write_jsonl(out / GuidedAnswer.file_name, (row.to_row() for row in rows))
     left_out = Counter(f"guided answer missing: {reason}" for reason in chains.missing.values())
     left_out["guided answer not safe"] += sum(row.safe is not True for row in rows)
     left_out["guided answer doesn't pass its check"] += sum(row.safe is True and not row.kept for row in rows)
     summary = summarize_guided(len(prompts), rows)
-    _show(summary)
+    show_guided(summary)
     kept = [index for index, row in enumerate(rows) if row.kept]
     return GuidedSamples([answers[index] for index in kept], [verdicts[index] for index in kept], +left_out, summary)
 
 
-def _run_chains(engine: Engine, prompts: Sequence[Prompt], out: Path) -> _Chains:
-    """Return the chains that have an answer.
+def run_chains(engine: Engine, prompts: Sequence[Prompt], out: Path) -> Chains:
+    """Run the steps, each into a file `guided-N.jsonl`; a second call resumes.
 
     Any number may be missing, because the guided answers only add to the samples.
+
+    Args:
+        engine: The model.
+        prompts: The requests.
+        out: Folder of the files.
     """
-    chains = _Chains(
-        {prompt.prompt_id: prompt for prompt in prompts}, {prompt.prompt_id: {} for prompt in prompts}, {}
-    )
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    replies: dict[str, dict[Step, Completion]] = {name: {} for name in by_id}
+    missing: dict[str, str] = {}
     for number, step in enumerate(STEPS, start=1):
         requests = [
-            replace(prompt, prompt=step_prompt(prompt.prompt, _messages(chains.replies[name]), step))
-            for name, prompt in chains.prompts.items()
-            if name in chains.replies
+            replace(by_id[name], prompt=step_prompt(by_id[name].prompt, _messages(chain), step))
+            for name, chain in replies.items()
         ]
-        completions, failed = generate_most(
-            engine, requests, out / f"guided-{number}.jsonl", max_unanswered=len(requests)
-        )
+        path = out / f"guided-{number}.jsonl"
+        completions, failed = generate_most(engine, requests, path, max_unanswered=len(requests))
         blocked = {completion.prompt_id for completion in completions if completion.is_blocked}
         unfinished = {completion.prompt_id for completion in completions if completion.lacks_answer}
-        reasons = failed | dict.fromkeys(sorted(blocked), "blocked by the server or the guard")
-        reasons |= dict.fromkeys(sorted(unfinished), "reasoning without an answer")
         for completion in completions:
             if not completion.is_unread:
-                chains.replies[completion.prompt_id][step] = completion
-        # An answer without a check is an answer that the check can't speak for.
+                replies[completion.prompt_id][step] = completion
+        # A missing check leaves the answer.
         if step != "check":
-            chains.missing |= reasons
-            chains.replies = {name: chain for name, chain in chains.replies.items() if step in chain}
-    return chains
+            missing |= failed
+            missing |= dict.fromkeys(sorted(blocked), "blocked by the server or the guard")
+            missing |= dict.fromkeys(sorted(unfinished), "reasoning without an answer")
+            replies = {name: chain for name, chain in replies.items() if step in chain}
+    return Chains(by_id, replies, missing)
+
+
+def guided_rows(chains: Chains, verdicts: Sequence[Verdict], *, filters: bool = False) -> list[GuidedAnswer]:
+    """Return the rows of `guided.jsonl`.
+
+    Args:
+        chains: The chains.
+        verdicts: Verdict on the answer of each.
+        filters: Whether an answer must also pass the model's own check to be kept.
+    """
+    rows = []
+    for (name, chain), verdict in zip(chains.replies.items(), verdicts, strict=True):
+        prompt = chains.prompts[name]
+        row = GuidedAnswer(
+            prompt.prompt_id,
+            prompt.prompt,
+            chain["analysis"].message,
+            chain["guidance"].message,
+            chain["answer"].message,
+            chain["check"].message if "check" in chain else None,
+            verdict.safe,
+            f"{verdict.judge}@{verdict.revision}",
+            kept=verdict.safe is True,
+            instructions=INSTRUCTIONS_HASH,
+            cut=tuple(step for step in STEPS if step in chain and chain[step].finish_reason == "length"),
+            tools=prompt.tools,
+            chat_template_kwargs=prompt.chat_template_kwargs,
+        )
+        rows.append(replace(row, kept=row.kept and row.passes is True) if filters else row)
+    return rows
 
 
 def _messages(chain: Mapping[Step, Completion]) -> list[tuple[Step, Message]]:
     return [(step, completion.message) for step, completion in chain.items()]
-
-
-def _row(prompt: Prompt, chain: Mapping[Step, Completion], verdict: Verdict, *, filters: bool) -> GuidedAnswer:
-    row = GuidedAnswer(
-        prompt.prompt_id,
-        prompt.prompt,
-        chain["analysis"].message,
-        chain["guidance"].message,
-        chain["answer"].message,
-        chain["check"].message if "check" in chain else None,
-        verdict.safe,
-        f"{verdict.judge}@{verdict.revision}",
-        kept=verdict.safe is True,
-        instructions=INSTRUCTIONS_HASH,
-        cut=tuple(step for step in STEPS if step in chain and chain[step].finish_reason == "length"),
-        tools=prompt.tools,
-        chat_template_kwargs=prompt.chat_template_kwargs,
-    )
-    return replace(row, kept=row.kept and row.passes is True) if filters else row
 
 
 def summarize_guided(num_prompts: int, rows: Sequence[GuidedAnswer]) -> dict[str, Any]:
@@ -184,7 +198,8 @@ def _rate(count: int, n: int) -> list[float] | None:
     return [round(number, 4) for number in wilson(count, n)] if n else None
 
 
-def _show(summary: Mapping[str, Any]) -> None:
+def show_guided(summary: Mapping[str, Any]) -> None:
+    """Print the summary of `summarize_guided`."""
     check = summary["check"]
     say(f"guided: {summary['answers']} answers to {summary['prompts']} prompts, safe {_in_words(summary['safe'])}")
     say(
