@@ -17,10 +17,13 @@ from bfpo.core.guarding import REFUSAL
 from bfpo.core.samples import Prompt, Sampling
 from bfpo.data.stages import read_completions
 from bfpo.errors import ModelError, Unanswered
+from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.evaluation.subject import model_name
 from bfpo.generation.in_process import TransformersEngine, load_engine
 from bfpo.generation.open import EngineSection, open_engine
 from bfpo.generation.steps import StepsEngine
 from bfpo.model.lora import add_adapter, lora_config
+from bfpo.redteam.recipe import RedteamRecipe
 
 PROMPTS = [Prompt(f"p{i}", user_says(f"small red box near {i}")) for i in range(3)]
 REQUESTS = [(prompt, sample) for prompt in PROMPTS for sample in range(2)]
@@ -165,6 +168,28 @@ def test_a_chain_ends_where_a_step_has_no_answer(scripted):
     with pytest.raises(Unanswered) as raised:
         list(engine.generate([(prompt, 0) for prompt in PROMPTS]))
     assert raised.value.failed == {("p0", 0): "step analysis: reasoning without an answer"}
+
+
+def test_a_given_beginning_is_that_of_the_answer_alone(models):
+    requests = [(replace(PROMPTS[0], prefill="round"), 0)]
+    base = load_engine(str(models / "base"), SAMPLING)
+    assert texts(open_steps(models, answer=None), requests) == texts(base, requests)
+    ((chain,),) = open_steps(models, **dict.fromkeys(STEPS)).generate(requests)
+    assert chain.text.startswith("round")
+    engine = open_steps(models, **dict.fromkeys(STEPS))
+    asked = []
+    generate = engine._engine.generate
+    engine._engine.generate = lambda requests: asked.extend(requests) or generate(requests)
+    list(engine.generate(requests))
+    assert [prompt.prefill for prompt, _ in asked] == [None, None, "round"]
+
+
+def test_an_evaluation_names_the_steps(models):
+    model = {"path": "m", "steps": {"answer": "a", "guidance": None, "analysis": None}}
+    recipe = EvalRecipe.model_validate({"out": "o", "model": model, "judges": ["refusal-rule"]})
+    assert model_name(recipe) == "m with steps analysis, guidance, answer"
+    with pytest.raises(ValidationError, match="set guide: false"):
+        RedteamRecipe.model_validate({"out": "o", "model": model, "prompts": [{"name": "xstest"}], "judge": "oracle"})
 
 
 def test_wrong_steps_are_refused(models, tmp_path, make_model, tokenizer):

@@ -99,10 +99,7 @@ class StepsEngine:
         failed: dict[Key, str],
     ) -> list[Completion]:
         """Return the replies to a step; it is asked of every prompt in `replies`."""
-        requests = [
-            (replace(prompts[key], prompt=step_prompt(prompts[key].prompt, earlier, step)), key[1])
-            for key, earlier in replies.items()
-        ]
+        requests = [(_of_step(prompts[key], earlier, step), key[1]) for key, earlier in replies.items()]
         completions: list[Completion] = []
         with self._adapter_of(step):
             try:
@@ -139,6 +136,12 @@ class StepsEngine:
         )
         answer = replace(answer, guard=counts)
         return answer if passes else refuse(answer, REFUSAL)
+
+
+def _of_step(prompt: Prompt, earlier: Sequence[tuple[Step, Message]], step: Step) -> Prompt:
+    """Return the prompt of a step; a given beginning is that of the answer."""
+    prefill = prompt.prefill if step == "answer" else None
+    return replace(prompt, prompt=step_prompt(prompt.prompt, earlier, step), prefill=prefill)
 
 
 def load_steps(
