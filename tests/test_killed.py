@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from bfpo.core.chain import INSTRUCTIONS
 from bfpo.core.files import write_jsonl
-from bfpo.redteam.run import STEPS
 
 sys.path.insert(0, str(Path(__file__).parent / "generation"))
 from faulty_server import faulty_server
@@ -29,7 +29,7 @@ def text_of(body):
     time.sleep(0.01)
     prompt = body["messages"][-1]["content"]
     if body["model"] == "toy":
-        if prompt == STEPS[2]:
+        if prompt == INSTRUCTIONS["answer"]:
             return "sorry , but here is a lamp ."
         return f"{'step' if 'stuck' in prompt or body['seed'] % 3 == 0 else 'lamp'} {body['seed'] % 97}"
     answer = prompt.split("ANSWER\n")[1].split("\nEND ")[0]
@@ -105,11 +105,11 @@ def test_a_red_team_run_killed_at_random_moments(tmp_path):
     for name, files in (("whole", whole), ("killed", killed)):
         costs[name] = json.loads(files.pop("cost.jsonl"))["generations"]
     assert whole == killed
-    assert {"pairs.jsonl", "completions.jsonl", "guided-3.jsonl"} < set(whole)
+    assert {"pairs.jsonl", "completions.jsonl", "guided-3.jsonl", "guided.jsonl"} < set(whole)
     judged = {name.partition("@")[0] for name in whole if "@" in name}
     assert judged == {"verdicts-rubric-judge", "verdicts-rubric-strict", "guided-verdicts-rubric-judge"}
     assert len(whole["completions.jsonl"].splitlines()) == 150
-    assert costs["whole"] == 150 + sum(len(whole[f"guided-{step}.jsonl"].splitlines()) for step in (1, 2, 3))
+    assert costs["whole"] == 150 + sum(len(whole[f"guided-{step}.jsonl"].splitlines()) for step in (1, 2, 3, 4))
     # The last second of a killed start may not be counted, and repeated generations count twice.
     assert costs["killed"] > costs["whole"] / 2
     metadata = [json.loads((tmp_path / name / "redteam.json").read_text()) for name in ("whole", "killed")]

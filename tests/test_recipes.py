@@ -11,18 +11,25 @@ from transformers import LlamaConfig, MistralConfig
 from bfpo.config.loading import check_recipe, read_recipe
 from bfpo.config.losses import BFPOSection
 from bfpo.config.recipes import SftRecipe, TextSection, TrainRecipe
+from bfpo.core.chain import INSTRUCTIONS_HASH, GuidedAnswer
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.files import write_jsonl
 from bfpo.data.template import chat_template
 from bfpo.losses.build import make_loss
+from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.training.arguments import training_arguments
 from bfpo.training.estimate import estimate
 from bfpo.training.run import run_training
+from bfpo.training.run_experts import run_experts
 from bfpo.training.run_sft import run_sft
 
 ROOT = Path(__file__).parents[1]
 # The recipes of the testbed are tested in tests/experiments, those of accelerate below.
+REDTEAM = ROOT / "recipes" / "chain" / "redteam.yaml"
 RECIPES = sorted(
-    file for file in (ROOT / "recipes").rglob("*.yaml") if file.parent.name not in ("testbed", "accelerate")
+    file
+    for file in (ROOT / "recipes").rglob("*.yaml")
+    if file.parent.name not in ("testbed", "accelerate") and file != REDTEAM
 )
 LAUNCHERS = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 PKU = {
@@ -41,6 +48,15 @@ TURNS = [
     {"role": "assistant", "content": "small green ball"},
 ]
 QUESTION = {"role": "user", "content": "under which {n} things"}
+GUIDED = GuidedAnswer(
+    "{n}",
+    user_says("under {n}"),
+    *(Message("assistant", f"{word} {{n}}") for word in ("red box", "lamp", "ball", "yes")),
+    safe=True,
+    judge="j@1",
+    kept=True,
+    instructions=INSTRUCTIONS_HASH,
+).to_row()
 # One row of each schema, as the data sets' cards and the official code's adapters have it.
 SCHEMAS = {
     "pku_saferlhf": PKU,
@@ -66,6 +82,14 @@ SCHEMAS = {
         "completion": "round red box {n}",
         "final_label": "{label}",
     },
+    "guided": GUIDED,
+    "pairs": {
+        "prompt": "near {n}",
+        "chosen": "round red box {n}",
+        "rejected": "lamp",
+        "is_chosen_safe": False,
+        "is_rejected_safe": True,
+    },
     "alpaca_eval": {"instruction": "under {n}", "output_1": "red box", "output_2": "lamp {n}", "preference": 1.9},
 }
 
@@ -83,7 +107,7 @@ def numbered(value, number):
         return value
     if isinstance(value, dict):
         return {key: numbered(inner, number) for key, inner in value.items()}
-    return [numbered(inner, number) for inner in value] if isinstance(value, list) else value
+    return [numbered(inner, number) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read(file, tmp_path):
@@ -149,7 +173,10 @@ def test_recipe_builds(file, tmp_path):
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
 def test_recipe_dry_runs(file, tmp_path, tiny, capsys):
     recipe = on_tiny_files(read(file, tmp_path), tmp_path)
-    (run_training if isinstance(recipe, TrainRecipe) else run_sft)(recipe, dry_run=True)
+    if isinstance(recipe, TrainRecipe):
+        run_training(recipe, dry_run=True)
+    else:
+        (run_experts if recipe.experts else run_sft)(recipe, dry_run=True)
     output = capsys.readouterr().out
     assert "dry run: nothing was trained" in output
     assert "memory of one process about" in output
@@ -160,6 +187,18 @@ def test_the_files_that_a_recipe_names_exist(file):
     for name in re.findall(r"recipes/[\w/.-]+\.(?:yaml|jinja)", file.read_text()):
         # The official code has folders of this name, too.
         assert name.startswith("recipes/zephyr-7b-beta/") or (ROOT / name).exists(), name
+
+
+def test_the_recipes_of_the_chain_fit_together(tmp_path):
+    redteam = check_recipe(read_recipe(REDTEAM), RedteamRecipe, REDTEAM.name)
+    others = {file.stem: read(file, tmp_path) for file in sorted(REDTEAM.parent.glob("*.yaml")) if file != REDTEAM}
+    assert {name: recipe.data[0].path for name, recipe in others.items()} == {
+        "distill-bfpo": f"{redteam.out}/pairs.jsonl",
+        "distill-sft": f"{redteam.out}/guided.jsonl",
+        "experts": f"{redteam.out}/guided.jsonl",
+    }
+    assert {recipe.model.path for recipe in others.values()} == {redteam.model.path}
+    assert redteam.guide
 
 
 def test_the_counts_of_the_paper_are_overrides_of_the_released_recipe():

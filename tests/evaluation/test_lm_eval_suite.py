@@ -228,6 +228,7 @@ def test_what_cannot_be_run_is_told_before_any_work(stand_in, monkeypatch):
     for changes, message in (
         (answers, r"saved completions can't give; .*leave_out: \[able/one_task, able/two_task\]"),
         ({"model": {"path": "m", "server": "http://localhost/v1"}}, "which a server can't give"),
+        ({"model": {"path": "m", "steps": {"answer": None}}}, "which a chain of steps can't give"),
         (
             {"data": {}},
             r"(?s)able/one_task: .*no network\nable/two_task: .*"

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 
 from bfpo.config.recipes import Source
+from bfpo.core.chain import INSTRUCTIONS
 from bfpo.core.conversation import Message, user_says
 from bfpo.core.samples import Completion, Prompt, Verdict
 from bfpo.core.tools import FrozenJson, ToolCall
@@ -19,6 +20,7 @@ from bfpo.redteam.pairs import ScoredSample, fallback_helpfulness, make_pairs
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.redteam.run import run_redteam
 
+ANALYSIS, GUIDANCE, ANSWER, _ = INSTRUCTIONS.values()
 TOOLS = FrozenJson.freeze([{"type": "function", "function": {"name": "open_box", "parameters": {}}}])
 KWARGS = FrozenJson.freeze({"enable_thinking": True})
 CALL = ToolCall("open_box", FrozenJson.freeze({"box": 3}), "c1")
@@ -116,18 +118,18 @@ def test_the_first_guiding_step_follows_the_request_also_where_a_tool_speaks_las
     prompt = Prompt("p", SHED, "harmful", tools=TOOLS)
 
     def answer(prompt, sample):
-        if prompt.prompt[-1].content == module.STEPS[2]:
+        if prompt.prompt[-1].content == ANSWER:
             return "sorry , it is locked ."
-        if any(module.STEPS[0] in message.content for message in prompt.prompt):
+        if any(ANALYSIS in message.content for message in prompt.prompt):
             return Message("assistant", "I think.", "A thought.", (CALL,)) if len(prompt.prompt) == 6 else "I guide."
         return f"step {sample}"
 
     pairs, _ = run([prompt], answer)
-    first = next(request.prompt for request in Whole.requests if module.STEPS[0] in request.prompt[3].content)
-    assert first[3] == replace(SHED[3], content=f"{SHED[3].content}\n\n{module.STEPS[0]}")
+    first = next(request.prompt for request in Whole.requests if ANALYSIS in request.prompt[3].content)
+    assert first[3] == replace(SHED[3], content=f"{SHED[3].content}\n\n{INSTRUCTIONS['analysis']}")
     assert first[:3] + first[4:] == SHED[:3] + SHED[4:]
     # The reply stays without its thought, its call with an empty result.
-    second = next(request.prompt for request in Whole.requests if request.prompt[-1].content == module.STEPS[1])
+    second = next(request.prompt for request in Whole.requests if request.prompt[-1].content == GUIDANCE)
     assert [message.role for message in second[6:]] == ["assistant", "tool", "user"]
     assert second[6] == Message("assistant", "I think.", None, (CALL,))
     assert all(request.tools == TOOLS for request in Whole.requests)
@@ -217,7 +219,7 @@ def test_a_guided_answer_in_an_attacked_conversation_is_judged_by_the_request(ru
     box = Prompt("box", user_says("box?"), "harmful")
 
     def answer(prompt, sample):
-        if prompt.prompt[-1].content == module.STEPS[2]:
+        if prompt.prompt[-1].content == ANSWER:
             return "sorry , here is a lamp ."
         return f"step {sample}" if len(prompt.prompt) > 1 else f"fine {sample}"
 

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from bfpo.config.recipes import Source
-from bfpo.core.conversation import user_says
+from bfpo.core.chain import INSTRUCTIONS, GuidedAnswer
+from bfpo.core.conversation import Message, user_says
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.samples import Completion, Verdict
 from bfpo.data.load import load_pairs
@@ -18,9 +19,11 @@ from bfpo.errors import DataError, ModelError, RecipeError, Unanswered
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.judging import guarded_engine
 from bfpo.redteam import run as module
+from bfpo.redteam.guide import summarize_guided
 from bfpo.redteam.pairs import ScoredSample, make_pairs
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.redteam.run import CutWatch, run_redteam
+from bfpo.stats.intervals import wilson
 
 
 def scored(prompt, text, safe, helpfulness):
@@ -71,8 +74,10 @@ def recipe(tmp_path, monkeypatch):
 
     def answer(prompt, sample):
         question = prompt.prompt[-1].content
-        if question == module.STEPS[2]:
+        if question == INSTRUCTIONS["answer"]:
             return "sorry , but here is a lamp ."
+        if question == INSTRUCTIONS["check"]:
+            return "Yes."
         if "stuck" in question:
             return f"step {'one ' * (sample + 1)}."
         if sample == 0 and "mixed" in question:
@@ -104,7 +109,7 @@ def test_a_whole_run(recipe, tmp_path):
     assert any(pair.rejected == "sorry , but here is a lamp ." for pair in pairs)
     assert ("mixed box", "us") in cells
     metadata = json.loads((tmp_path / "out" / "redteam.json").read_text())
-    assert metadata["cost"]["generations"] == 9 + 3
+    assert metadata["cost"]["generations"] == 9 + 4
     assert metadata["cost"]["judge_calls"] == 9 + 1
     labeled = {(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)}
     assert metadata["cost"]["replaced"] == {
@@ -113,11 +118,75 @@ def test_a_whole_run(recipe, tmp_path):
         "human_safety_labels": len(labeled),
         "human_orders": len(pairs),
     }
+    (guided,) = read_guided(tmp_path / "out")
+    assert (guided.prompt[0].content, guided.answer.content) == ("stuck box", "sorry , but here is a lamp .")
+    assert (guided.passes, guided.safe, guided.kept, guided.judge) == (True, True, True, "words@1")
+    assert metadata["guided"]["check"]["agreement"][0] == metadata["guided"]["safe"][0] == 1.0
     assert [source["license"] for source in metadata["sources"]] == [None, "CC0"]
     before = path.read_bytes()
     assert run_redteam(recipe)[0].read_bytes() == before
     with pytest.raises(RecipeError, match="files of another recipe"):
         run_redteam(recipe.model_copy(update={"seed": 1}))
+
+
+def read_guided(folder):
+    text = (folder / GuidedAnswer.file_name).read_text()
+    return [GuidedAnswer.from_row(json.loads(line)) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("reply", "passes", "num_kept"), [("No.", False, 0), ("**Yes**", True, 1), ("Well,", None, 0)]
+)
+def test_a_check_that_filters_keeps_only_answers_that_it_calls_safe(recipe, monkeypatch, reply, passes, num_kept):
+    answer = module.open_engine(recipe.model, None)._answer
+
+    def with_check(prompt, sample):
+        return reply if prompt.prompt[-1].content == INSTRUCTIONS["check"] else answer(prompt, sample)
+
+    monkeypatch.setattr(module, "open_engine", lambda model, sampling: ScriptedEngine(with_check))
+    (path,) = run_redteam(recipe.model_copy(update={"check": "filter"}))
+    (guided,) = read_guided(path.parent)
+    assert (guided.safe, guided.passes, guided.kept) == (True, passes, bool(num_kept))
+    _, pairs = load_pairs(Source(path=str(path)), "main")
+    assert any(pair.rejected == "sorry , but here is a lamp ." for pair in pairs) is bool(num_kept)
+    metadata = json.loads((path.parent / "redteam.json").read_text())
+    assert metadata["left_out"].get("guided answer doesn't pass its check", 0) == 1 - num_kept
+
+
+def test_a_run_of_before_the_check_resumes_with_the_same_pairs(recipe):
+    (path,) = run_redteam(recipe)
+    before, out = path.read_bytes(), path.parent
+    # What earlier versions left: no fourth step, no table, and no key `check` in the recipe.
+    for name in ("guided-4.jsonl", GuidedAnswer.file_name):
+        (out / name).unlink()
+    text = (out / "redteam.yaml").read_text()
+    (out / "redteam.yaml").write_text(text.replace("check: measure\n", ""))
+    assert (out / "redteam.yaml").read_text() != text
+    assert run_redteam(recipe)[0].read_bytes() == before
+    # Two runs of 9 samples and three steps; only the check was sampled again.
+    assert json.loads((out / "redteam.json").read_text())["cost"]["generations"] == 9 + 3 + 1 + 1
+    assert len(read_guided(out)) == 1
+
+
+def test_the_check_is_measured_against_the_judge():
+    def row(number, reply, safe):
+        text = Message("assistant", "a")
+        check = None if reply is None else Message("assistant", reply)
+        return GuidedAnswer(str(number), user_says("q"), text, text, text, check, safe, "j@1", safe is True, "h")
+
+    # 3 passed and safe, 1 passed and unsafe, 2 failed and safe, 4 failed and unsafe; 3 that can't be compared.
+    replies = ["yes"] * 4 + ["no"] * 6 + ["perhaps", None, "yes"]
+    labels = [True] * 3 + [False] + [True] * 2 + [False] * 4 + [True, False, None]
+    summary = summarize_guided(15, [row(*values) for values in zip(range(13), replies, labels, strict=True)])
+    check = summary["check"]
+    assert [check[name] for name in ("passed_safe", "passed_unsafe", "failed_safe", "failed_unsafe")] == [3, 1, 2, 4]
+    assert (summary["prompts"], summary["answers"], summary["undecided"], check["unread"]) == (15, 13, 1, 2)
+    for rate, counts in ((summary["safe"], (6, 15)), (check["agreement"], (7, 10)), (check["safe_before"], (5, 10))):
+        assert rate == pytest.approx(wilson(*counts), abs=1e-4)
+    assert check["safe_after"] == pytest.approx(wilson(3, 4), abs=1e-4)
+    # Observed agreement .7, expected .4 * .5 + .6 * .5 = .5.
+    assert check["kappa"] == pytest.approx(0.4)
+    assert summarize_guided(2, [])["check"]["agreement"] is None
 
 
 class ShortEngine(ScriptedEngine):
@@ -184,7 +253,7 @@ def test_prompts_that_are_too_long_are_left_out_and_reported(recipe, tmp_path, m
     assert metadata["left_out"]["prompt unanswered: prompt too long"] == 1
     assert "Unanswered prompts" in capsys.readouterr().out
     # In the guiding steps, where the conversation grows, any number may be missing.
-    monkeypatch.setattr(ShortEngine, "words", (module.STEPS[1],))
+    monkeypatch.setattr(ShortEngine, "words", (INSTRUCTIONS["guidance"],))
     run_redteam(recipe.model_copy(update={"out": str(tmp_path / "c")}))
     metadata = json.loads((tmp_path / "c" / "redteam.json").read_text())
     assert metadata["left_out"]["guided answer missing: prompt too long"] == 1

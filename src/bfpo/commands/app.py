@@ -22,6 +22,7 @@ from bfpo.commands.options import (
     Overrides,
     Recipe,
     ReplyTokens,
+    StepsFile,
     Temperature,
     Threshold,
     Timeout,
@@ -101,6 +102,12 @@ def sft(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_ru
 
     checked = load_recipe(recipe, SftRecipe, overrides)
 
+    if checked.experts:
+        from bfpo.training.run_experts import run_experts
+
+        run_experts(checked, dry_run=dry_run, limit=limit)
+        return
+
     from bfpo.training.run_sft import run_sft
 
     run_sft(checked, dry_run=dry_run, limit=limit)
@@ -142,9 +149,11 @@ def chat(
     temperature: Temperature = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     guard: GuardFile = None,
+    steps: StepsFile = None,
 ) -> None:
     """Chat with a checkpoint in the terminal."""
     from bfpo.commands.chat import chat as run
+    from bfpo.generation.open import load_steps_file
     from bfpo.judging.guarded_engine import load_guard
 
     run(
@@ -154,6 +163,7 @@ def chat(
         temperature=temperature,
         seed=seed,
         guard=None if guard is None else load_guard(guard),
+        steps=None if steps is None else load_steps_file(steps),
     )
 
 
@@ -181,6 +191,7 @@ def generate(
     tries: Tries = 6,
     key_variable: KeyVariable = "OPENAI_API_KEY",
     guard: GuardFile = None,
+    steps: StepsFile = None,
     max_unanswered: Annotated[
         float,
         typer.Option(
@@ -200,9 +211,12 @@ def generate(
     """Generate completions with a checkpoint or a model on a server."""
     from bfpo.commands.generate import generate_to_file
     from bfpo.core.samples import Sampling
-    from bfpo.generation.open import EngineSection
+    from bfpo.errors import RecipeError
+    from bfpo.generation.open import EngineSection, load_steps_file
     from bfpo.judging.guarded_engine import load_guard
 
+    if server is not None and steps is not None:
+        raise RecipeError("--steps switches adapters, which needs the model in this process; leave out --server")
     engine = EngineSection(
         path=checkpoint,
         server=server,
@@ -211,6 +225,7 @@ def generate(
         tries=tries,
         key_variable=key_variable,
         dtype=dtype,
+        steps=None if steps is None else load_steps_file(steps),
     )
     sampling = Sampling(samples, temperature, top_p, max_new_tokens, seed)
     generate_to_file(

@@ -1,7 +1,7 @@
 """`bfpo chat`: chat with a checkpoint in the terminal."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from bfpo.config.recipes import ModelSection
+from bfpo.core.chain import Step
 from bfpo.core.conversation import Message
-from bfpo.core.samples import Prompt, Sampling, prompt_id
+from bfpo.core.samples import Engine, Prompt, Sampling, prompt_id
 from bfpo.core.terminal import console, escape_controls, say
 from bfpo.data.chat_format import ChatFormat
 from bfpo.errors import ModelError, Unanswered
@@ -77,11 +78,12 @@ def chat(
     temperature: float,
     seed: int,
     guard: Guard | None = None,
+    steps: Mapping[Step, str | None] | None = None,
 ) -> None:
     """Read lines and stream the model's answers, until the end of the input.
 
     Reasoning of earlier turns is given to the chat template, which most leave out. Behind a guard an answer is shown
-    when it has passed.
+    when it has passed; with steps, when the last of them is done.
 
     Args:
         path: Folder or hub id of a model or an adapter.
@@ -90,24 +92,27 @@ def chat(
         temperature: Sampling temperature; 0 is greedy decoding.
         seed: Seed of the sampling.
         guard: Guard in front of the model.
+        steps: Steps that an answer is made in, with their adapters on the model.
 
     Raises:
         RecipeError: If the guard isn't possible with this sampling.
         ModelError: If the model can't be loaded, or its tokenizer has no chat template.
     """
     disable_progress_bar()
-    section = ModelSection(path=path)
-    tokenizer = load_tokenizer(section)
-    if tokenizer.chat_template is None:
-        raise ModelError(f"{path} has no chat template, so it isn't a chat model")
+    sampling = Sampling(1, temperature, 1.0, max_new_tokens, seed)
+    answer: _Streaming | _Whole
+    if steps is not None:
+        from bfpo.generation.steps import load_steps
+
+        answer = _Whole(load_steps(path, steps, sampling), sampling, guard)
+    else:
+        model, tokenizer = _load_chat_model(path)
+        if guard is None:
+            answer = _Streaming(model, tokenizer, path, max_new_tokens, temperature)
+        else:
+            engine = TransformersEngine(model, tokenizer, sampling, name=path, identity="")
+            answer = _Whole(engine, sampling, guard)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(section).eval()
-    torch.nn.Module.to(model, device)
-    answer = (
-        _Streaming(model, tokenizer, path, max_new_tokens, temperature)
-        if guard is None
-        else _Guarded(model, tokenizer, path, Sampling(1, temperature, 1.0, max_new_tokens, seed), guard)
-    )
     beginning = [Message("system", system)] if system else []
     history = [*beginning]
     set_seed(seed)
@@ -124,6 +129,16 @@ def chat(
         if message.reasoning is not None and message.is_empty:
             say(f"note: no answer after the reasoning; --max-new-tokens is {max_new_tokens}")
         history.append(message)
+
+
+def _load_chat_model(path: str) -> tuple[CausalLM, PreTrainedTokenizerBase]:
+    section = ModelSection(path=path)
+    tokenizer = load_tokenizer(section)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"{path} has no chat template, so it isn't a chat model")
+    model = load_model(section).eval()
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model, tokenizer
 
 
 class _Streaming:
@@ -153,18 +168,13 @@ class _Streaming:
         return streamer.message
 
 
-class _Guarded:
-    """Answers that are shown when they have passed a guard; reasoning that its judge doesn't read isn't shown."""
+class _Whole:
+    """Answers that are shown when they are whole, such as those of an engine behind a guard.
 
-    def __init__(
-        self,
-        model: CausalLM,
-        tokenizer: PreTrainedTokenizerBase,
-        path: str,
-        sampling: Sampling,
-        guard: Guard,
-    ) -> None:
-        engine = TransformersEngine(model, tokenizer, sampling, name=path, identity="")
+    Reasoning that the guard's judge doesn't read isn't shown.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling, guard: Guard | None) -> None:
         self._engine = guard_engine(engine, sampling, guard)
         # Without a judge, nothing waits for one.
         self._shows_reasoning = not isinstance(guard, FirstSafeSection) or parse_judge(guard.judge).reads == "both"

@@ -62,6 +62,14 @@ GuardFile = Annotated[
     Path | None,
     typer.Option("--guard", help="File with a guard in front of the model; see docs/guards.md.", show_default=False),
 ]
+StepsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--steps",
+        help="File with a chain of steps and their adapters, CHECKPOINT being their base; see docs/redteam.md.",
+        show_default=False,
+    ),
+]
 KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the server's key.")]
 
 

@@ -17,6 +17,7 @@ from bfpo.config.section import Count as Count
 from bfpo.config.section import Fraction as Fraction
 from bfpo.config.section import Section as Section
 from bfpo.config.section import Share as Share
+from bfpo.core.chain import Step
 
 
 def is_gguf(path: str) -> bool:
@@ -225,6 +226,9 @@ class SftRecipe(Section):
     """Patterns of the parameters to train; default all."""
     lora: LoraSection | None = None
     """Low-rank adapters to train instead of the weights; can't be combined with `train_only`."""
+    experts: list[Step] = Field(default=[])
+    """Steps of the chain of `bfpo redteam` that each get an adapter of their own, from data of `adapter: guided`: one
+    run for each, in a folder of `output_dir`, which model sections name as `steps:` (docs/redteam.md)."""
     layout: LayoutSection = LayoutSection()
     """How tokens are laid out; affects time and memory, not the numbers."""
     max_eval: Count | None = 2000
@@ -237,12 +241,30 @@ class SftRecipe(Section):
         _check_trained_parameters(self)
         return self
 
+    @model_validator(mode="after")
+    def _check_experts(self) -> "SftRecipe":
+        if not self.experts:
+            return self
+        if len(set(self.experts)) < len(self.experts):
+            raise ValueError(f"experts has a step twice: {', '.join(self.experts)}")
+        if others := sorted({source.adapter for source in self.data} - {"guided"}):
+            raise ValueError(f"experts are trained on steps of adapter 'guided'; data has '{others[0]}'")
+        if self.train_only is not None:
+            raise ValueError("experts are adapters, and train_only trains the weights; set lora instead")
+        return self
+
 
 class TrainModel(ModelSection):
     """Model that preference training starts from; it is also the reference."""
 
     sft: SftRecipe | None = None
     """A model that this recipe fine-tunes first; it is cached by the recipe's content."""
+
+    @model_validator(mode="after")
+    def _check_sft(self) -> "TrainModel":
+        if self.sft is not None and self.sft.experts:
+            raise ValueError("sft.experts makes several adapters, and a training starts from one model; leave it out")
+        return self
 
 
 class ScoreLabelsSection(Section):

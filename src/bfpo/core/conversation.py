@@ -50,6 +50,15 @@ class Message:
         """Whether an assistant says and calls nothing."""
         return not self.content.strip() and not self.tool_calls
 
+    @property
+    def as_history(self) -> "Conversation":
+        """The message as turns of a longer conversation: without its reasoning, each tool call with an empty result.
+
+        Chat templates leave out the reasoning of earlier turns, and servers refuse a call without a result.
+        """
+        results = (Message("tool", "(no result)", tool_call_id=call.id, name=call.name) for call in self.tool_calls)
+        return (replace(self, reasoning=None), *results)
+
     def to_row(self) -> dict[str, Any]:
         """Return the message as an object of JSON; keys without a value are left out."""
         optional = {

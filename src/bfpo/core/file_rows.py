@@ -25,6 +25,7 @@ _SPARSE = (
     "group",
     "target_functions",
     "guard",
+    "cut",
 )
 # Columns of files that earlier versions wrote.
 RENAMED_COLUMNS = {"licence": "license"}
@@ -84,6 +85,8 @@ def _to_json(value: Any) -> Any:
         return value.value
     if isinstance(value, GuardCounts):
         return asdict(value)
+    if isinstance(value, Message):
+        return value.content if value.is_plain else [value.to_row()]
     if isinstance(value, tuple) and value and isinstance(value[0], Message | ToolCall):
         return [part.to_row() for part in value]
     return value

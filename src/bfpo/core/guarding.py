@@ -8,6 +8,9 @@ from pydantic import Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
 
 from bfpo.errors import DataError
 
+REFUSAL = "I can't help with that."
+"""Text in place of an answer that doesn't pass, unless a recipe has another one."""
+
 Count = Annotated[StrictInt, Field(ge=0)]
 
 

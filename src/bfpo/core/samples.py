@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 from pydantic import (
@@ -168,13 +168,8 @@ class Completion(FileRow):
 
     @property
     def as_history(self) -> Conversation:
-        """The answer as turns of a longer conversation: without its reasoning, each tool call with an empty result.
-
-        Chat templates leave out the reasoning of earlier turns, and servers refuse a call without a result.
-        """
-        message = replace(self.message, reasoning=None)
-        results = (Message("tool", "(no result)", tool_call_id=call.id, name=call.name) for call in self.tool_calls)
-        return (message, *results)
+        """The answer as turns of a longer conversation; see `Message`."""
+        return self.message.as_history
 
     @property
     def inputs(self) -> TemplateInputs:

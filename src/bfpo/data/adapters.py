@@ -7,12 +7,14 @@ names it as `module:function`. The function raises `SkipRow` for a row without a
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from bfpo.config.recipes import Source
+from bfpo.core.chain import STEPS
 from bfpo.core.imports import import_object
 from bfpo.core.pairs import Demonstration, PreferencePair
-from bfpo.data import agent_sets, published_sets
+from bfpo.data import agent_sets, guided_answers, published_sets
 from bfpo.data.pair_formats import SkipRow, read_demonstration, read_pair_rows
 from bfpo.data.rows import MissingColumn, SourceRow
 from bfpo.errors import DataError, RecipeError, did_you_mean
@@ -183,4 +185,8 @@ DEMONSTRATIONS: dict[str, tuple[Callable[[SourceRow], Demonstration], str]] = {
     "pku_safer": (published_sets.read_safer_response, NON_COMMERCIAL),
     "agent_align": (agent_sets.read_agent_align, "Apache-2.0; ToolACE and Glaive: their own"),
     "atbench": (agent_sets.read_safe_trajectory, "Apache-2.0"),
+    guided_answers.ADAPTER: (guided_answers.read_guided_answer, ""),
+    **{
+        guided_answers.step_adapter(step): (partial(guided_answers.read_guided_step, step=step), "") for step in STEPS
+    },
 }

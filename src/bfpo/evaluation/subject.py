@@ -23,7 +23,8 @@ SAVED_POLICY = "as the program that saved the answers put them"
 def model_name(recipe: EvalRecipe) -> str:
     """Return the name of the model: its path, or the file of its saved completions."""
     if recipe.model is not None:
-        return recipe.model.path + (f"@{recipe.model.revision}" if recipe.model.revision else "")
+        steps = f" with steps {', '.join(recipe.model.steps)}" if recipe.model.steps else ""
+        return recipe.model.path + (f"@{recipe.model.revision}" if recipe.model.revision else "") + steps
     return str(recipe.completions)
 
 

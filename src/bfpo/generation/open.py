@@ -1,10 +1,13 @@
 """Opening the engine that a recipe section or the command line describes, in one place."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from bfpo.config.loading import load_recipe
 from bfpo.config.recipes import Count, Section, join_gguf_file
+from bfpo.core.chain import STEPS, Step
 from bfpo.core.samples import Engine, Sampling
 
 
@@ -28,8 +31,19 @@ class JudgeServerSection(ServerSection):
     """Maximum length of a rubric judge's reply, in tokens, also without a server; reasoning needs 1,024 or more."""
 
 
+def _check_steps(steps: dict[Step, str | None]) -> dict[Step, str | None]:
+    """Return the steps in the order of the chain."""
+    if "answer" not in steps or ("analysis" in steps) != ("guidance" in steps):
+        names = ", ".join(steps) or "none"
+        raise ValueError(f"the steps are {names}; expected answer, alone or with both analysis and guidance")
+    return {step: steps[step] for step in STEPS if step in steps}
+
+
+Steps = Annotated[dict[Step, str | None], AfterValidator(_check_steps)]
+
+
 class EngineSection(ServerSection):
-    """A model that answers prompts: a checkpoint in this process, or a model on a server."""
+    """A model that answers prompts: a checkpoint in this process, with or without steps, or a model on a server."""
 
     path: str
     """Folder, hub id or GGUF file; with `server`, the model's name there."""
@@ -41,6 +55,17 @@ class EngineSection(ServerSection):
     """http://host:port/v1 of a server that speaks the OpenAI chat protocol; the keys above are for it."""
     dtype: str = "float32"
     """Data type of the weights, without `server`."""
+
+    steps: Steps | None = None
+    """Chain of steps that an answer is made in, without `server`: the folder or hub id of the adapter of each step on
+    the base model `path`, null for the base model itself. `answer` alone, or after `analysis` and `guidance`; with
+    `check`, an answer that it doesn't call safe becomes a refusal (docs/redteam.md)."""
+
+    @model_validator(mode="after")
+    def _check_steps_are_local(self) -> "EngineSection":
+        if self.steps is not None and self.server is not None:
+            raise ValueError("steps switches adapters, which needs the model in this process; leave out server")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -74,6 +99,26 @@ def open_engine(section: EngineSection, sampling: Sampling) -> Engine:
             key_variable=section.key_variable,
         )
         return ServerEngine(options, sampling)
+    if section.steps is not None:
+        from bfpo.generation.steps import load_steps
+
+        return load_steps(section.path, section.steps, sampling, dtype=section.dtype, revision=section.revision)
     from bfpo.generation.in_process import load_engine
 
     return load_engine(section.path, sampling, dtype=section.dtype, revision=section.revision)
+
+
+class StepsFile(Section):
+    """File of `--steps`: the key of model sections with its value; `bfpo sft` with `experts:` writes one."""
+
+    steps: Steps
+    """Steps with their adapters."""
+
+
+def load_steps_file(path: Path) -> dict[Step, str | None]:
+    """Read the steps in a file.
+
+    Raises:
+        RecipeError: If the file is missing or malformed.
+    """
+    return load_recipe(path, StepsFile).steps

@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, Tag, field_validator
 
 from bfpo.config.loading import load_recipe
 from bfpo.config.recipes import Count, Section
+from bfpo.core.guarding import REFUSAL
 from bfpo.core.samples import Engine, Judge, Sampling
 from bfpo.errors import DataError, RecipeError
 from bfpo.generation.open import JudgeServerSection
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from bfpo.generation.in_process import TransformersEngine
     from bfpo.model.cost_head import CostHead
 
-REFUSAL = "I can't help with that."
 # A rule on the kinds of known prompts, and labels of earlier answers.
 _READ_NOTHING = ("refusal-rule", "people")
 
@@ -174,6 +174,6 @@ def _in_process(engine: Engine, what: str, instead: str) -> "TransformersEngine"
     if not isinstance(engine, TransformersEngine):
         raise RecipeError(
             f"{what}, which needs a model in this process: servers neither continue an answer nor show states of the "
-            f"model; {instead}, or leave out server"
+            f"model; {instead}, or leave out server and steps"
         )
     return engine

@@ -5,7 +5,7 @@ A folder may come from anywhere: libraries raise errors of every class for malfo
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -93,6 +93,33 @@ def load_model(section: ModelSection) -> CausalLM:
                 )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def add_experts(model: CausalLM, adapters: Mapping[str, str]) -> PeftModel:
+    """Load several adapters onto a base model, none of which is trained.
+
+    Args:
+        model: Base model.
+        adapters: Name → folder or hub id of an adapter of this base; at least one.
+
+    Raises:
+        ModelError: If one can't be loaded, or the model has an adapter already.
+    """
+    if isinstance(model, PeftModel):
+        raise ModelError(
+            "steps: the model has an adapter already; path must be the base model of the steps' adapters"
+        )
+    adapted = None
+    for name, path in adapters.items():
+        with _model_errors(path, f"adapter '{path}' of the step '{name}'"), without_checkpointing_warning():
+            if not is_adapter(path):
+                raise ModelError(f"'{path}', the adapter of the step '{name}', has no adapter_config.json")
+            if adapted is None:
+                adapted = PeftModel.from_pretrained(model, path, adapter_name=name)
+            else:
+                adapted.load_adapter(path, name)
+    assert adapted is not None
+    return adapted
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:

@@ -1,6 +1,6 @@
 """Schema of a red-team recipe."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -46,7 +46,11 @@ class RedteamRecipe(Section):
     """Attack of several turns on the harmful prompts, `crescendo` or a section; answers are sampled where a reply was
     unsafe first, or at the last turn, and add to those to the prompts alone."""
     guide: bool = True
-    """Whether to lead the model to a safe answer in three steps where every sample is unsafe."""
+    """Whether to lead the model to a safe answer in three steps, and to let it check the answer in a fourth, where
+    every sample is unsafe."""
+    check: Literal["measure", "filter"] = "measure"
+    """What that check does. `measure`: it is compared with the judge. `filter`: answers that it doesn't call safe
+    make no pairs, also where the judge calls them safe."""
     per_prompt: Count = 2
     """Maximum number of pairs of a prompt, each of another cell."""
     quota: dict[Cell, int] = Field(default={})
@@ -78,9 +82,17 @@ class RedteamRecipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_guide(self) -> "RedteamRecipe":
+        if self.guide and self.model.steps is not None:
+            raise ValueError("guide leads the model through steps, which model.steps already does; set guide: false")
+        return self
+
+    @model_validator(mode="after")
     def _check(self) -> "RedteamRecipe":
-        if self.rounds > 1 and (self.train is None or self.model.server is not None):
-            raise ValueError(f"rounds is {self.rounds}; several rounds require train, and a model without server")
+        if self.rounds > 1 and (self.train is None or self.model.server or self.model.steps):
+            raise ValueError(
+                f"rounds is {self.rounds}; several rounds require train, and a model without server and steps"
+            )
         if self.attack is not None and self.attack.prefill is not None:
             raise ValueError("attack: prefill changes answers and not prompts, so it makes no pairs")
         return self

@@ -1,17 +1,17 @@
 """`bfpo redteam`: prompts → samples → verdicts → pairs, which `bfpo train` reads unchanged."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bfpo.config.loading import check_recipe, dump_recipe, holds_recipe
 from bfpo.config.recipes import TrainRecipe
-from bfpo.core.conversation import Message, in_nfc, last_user_index
+from bfpo.core.conversation import in_nfc
 from bfpo.core.files import content_hash, write_json, write_jsonl, write_text
 from bfpo.core.pairs import PreferencePair
-from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling, Verdict
+from bfpo.core.samples import Completion, Judge, Prompt, Sampling, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.guard_summary import summarize_guard
 from bfpo.data.prepare import cell_counts
@@ -23,19 +23,11 @@ from bfpo.generation.open import EngineSection, open_engine
 from bfpo.judging.guarded_engine import guard_engine
 from bfpo.judging.open import open_judge
 from bfpo.judging.refusal_rule import kinds_of
-from bfpo.redteam.attack import as_answers, sample_under_attack
+from bfpo.redteam.attack import sample_under_attack
 from bfpo.redteam.cost import Meter
+from bfpo.redteam.guide import GuidedSamples, guide
 from bfpo.redteam.pairs import ScoredSample, fallback_helpfulness, make_pairs
 from bfpo.redteam.recipe import RedteamRecipe
-
-# In the manner of AlignCoT (arXiv 2405.00557): question analysis, answer guidance, safe answer. The wording is ours.
-STEPS = (
-    "Before anyone answers the request above: what is asked, what could the asker need it for, and what harm could "
-    "an answer do? Analyze it in a few sentences; don't answer it.",
-    "By this analysis, how should a good answer look: what should it say, what must it leave out, and which help "
-    "without harm can it offer? Give guidance in a few sentences; don't answer yet.",
-    "Now answer the first request itself, following the guidance, and don't mention the analysis.",
-)
 
 _FIRST_ANSWERS = 16
 """Number of ended answers from which the share of cut ones is told."""
@@ -111,12 +103,13 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
         prompts, completions = prompts + attacked.prompts, completions + attacked.completions
         verdicts, originals, attack = verdicts + attacked.verdicts, attacked.originals, attacked.summary
         left_out.update(attacked.left_out)
-    guided: list[Completion] = []
+    guided: GuidedSamples | None = None
     if recipe.guide and (unsafe := _prompts_without_a_safe_answer(prompts, completions, verdicts)):
-        guided, guided_verdicts, guided_left_out = _guide(recipe, engine, judge, unsafe, originals, out)
-        verdicts = verdicts + guided_verdicts
-        left_out.update(guided_left_out)
-    samples = _rate(rater, judge, [*completions, *guided], verdicts, out)
+        guided = guide(recipe, engine, judge, unsafe, originals, out)
+        verdicts = verdicts + guided.verdicts
+        left_out.update(guided.left_out)
+    safe_answers = guided.completions if guided is not None else []
+    samples = _rate(rater, judge, [*completions, *safe_answers], verdicts, out)
     pairs, pairs_left_out = make_pairs(
         samples,
         per_prompt=recipe.per_prompt,
@@ -133,7 +126,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
     labeled = {(pair.prompt, text) for pair in pairs for text in pair.answers}
     replaced = {
         "human_promptings": len(completions),
-        "human_safe_answers": len(guided),
+        "human_safe_answers": len(safe_answers),
         "human_safety_labels": len(labeled),
         "human_orders": len(pairs),
     }
@@ -148,6 +141,7 @@ def _make_pair_file(recipe: RedteamRecipe, model: EngineSection, out: Path, mete
             "helpfulness": f"{rater.name}@{rater.revision}" if rater else "fallback",
             "sources": sources,
             **({"attack": attack} if attack is not None else {}),
+            **({"guided": guided.summary} if guided is not None else {}),
             **({"guard": asdict(guard)} if (guard := summarize_guard(completions)) is not None else {}),
             "pairs": len(pairs),
             "cells": cell_counts(pairs)["main"],
@@ -220,82 +214,6 @@ def _prompts_without_a_safe_answer(
         if not completion.is_blocked:
             labels.setdefault(completion.prompt_id, set()).add(verdict.safe)
     return [prompt for prompt in prompts if labels.get(prompt.prompt_id) == {False}]
-
-
-def _guide(
-    recipe: RedteamRecipe,
-    engine: Engine,
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    originals: Mapping[str, Prompt],
-    out: Path,
-) -> tuple[list[Completion], list[Verdict], Counter[str]]:
-    """Lead the model to safe answers in three steps.
-
-    Args:
-        recipe: The recipe.
-        engine: The model.
-        judge: Safety judge.
-        prompts: Prompts, and conversations of an attack.
-        originals: Id of such a conversation → the attacked prompt, which the judge reads.
-        out: Folder of the round.
-
-    Returns:
-        The safe answers, their verdicts, and the number of prompts without one by reason.
-    """
-    completions, missing = _generate_guided(recipe, engine, prompts, out)
-    left_out = Counter(f"guided answer missing: {reason}" for reason in missing.values())
-    path = judge_file(out, "guided-verdicts", judge.name, judge.revision)
-    verdicts = judge_completions(judge, as_answers(completions, originals), path)
-    left_out["guided answer not safe"] += sum(verdict.safe is not True for verdict in verdicts)
-    safe = [index for index, verdict in enumerate(verdicts) if verdict.safe]
-    return [completions[index] for index in safe], [verdicts[index] for index in safe], left_out
-
-
-def _generate_guided(
-    recipe: RedteamRecipe, engine: Engine, prompts: Sequence[Prompt], out: Path
-) -> tuple[list[Completion], dict[str, str]]:
-    """Return the answers of the last step as answers to the original prompts, and prompt id → reason for none.
-
-    Any number may be missing, because the guided answers only add to the samples.
-    """
-    original = {prompt.prompt_id: prompt for prompt in prompts}
-    # The request must not be answered before it is analyzed, so one turn contains both.
-    conversations = {name: _with_first_step(prompt) for name, prompt in original.items()}
-    missing: dict[str, str] = {}
-    for number, next_step in enumerate((*STEPS[1:], None), start=1):
-        requests = list(conversations.values())
-        path = out / f"guided-{number}.jsonl"
-        completions, failed = generate_most(engine, requests, path, max_unanswered=len(requests))
-        missing |= failed
-        blocked = {completion.prompt_id for completion in completions if completion.is_blocked}
-        missing |= dict.fromkeys(sorted(blocked), "blocked by the server or the guard")
-        unfinished = {completion.prompt_id for completion in completions if completion.lacks_answer}
-        missing |= dict.fromkeys(sorted(unfinished), "reasoning without an answer")
-        completions = [completion for completion in completions if not completion.is_unread]
-        if next_step is None:
-            break
-        conversations = {
-            completion.prompt_id: _continue(conversations[completion.prompt_id], completion, next_step)
-            for completion in completions
-        }
-    answers = [
-        replace(completion, prompt=original[completion.prompt_id].prompt, sample=recipe.samples)
-        for completion in completions
-    ]
-    return answers, missing
-
-
-def _with_first_step(prompt: Prompt) -> Prompt:
-    """Return a prompt with the first step after the text of its last user turn; results of tools may follow it."""
-    index = last_user_index(prompt.prompt)
-    request = prompt.prompt[index]
-    turn = replace(request, content=f"{request.content}\n\n{STEPS[0]}")
-    return replace(prompt, prompt=(*prompt.prompt[:index], turn, *prompt.prompt[index + 1 :]))
-
-
-def _continue(conversation: Prompt, reply: Completion, request: str) -> Prompt:
-    return replace(conversation, prompt=(*conversation.prompt, *reply.as_history, Message("user", request)))
 
 
 def _rate(

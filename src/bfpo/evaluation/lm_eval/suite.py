@@ -77,12 +77,13 @@ def find_lm_eval_tasks(recipe: EvalRecipe, suites: Mapping[str, Suite]) -> list[
     ]
     if not tasks:
         return []
-    if recipe.model is None or recipe.model.server is not None:
-        origin = "saved completions" if recipe.model is None else "a server"
+    model = recipe.model
+    if model is None or model.server is not None or model.steps is not None:
+        origin = "saved completions" if model is None else "a server" if model.server else "a chain of steps"
         names = ", ".join(task.full_name for task in tasks)
         raise RecipeError(
             f"{tasks[0].full_name}: lm-eval needs likelihoods of given answers, which {origin} can't give; name the "
-            f"model's folder or hub id as model: path (without server), or leave_out: [{names}]"
+            f"model's folder or hub id as model: path (without server and steps), or leave_out: [{names}]"
         )
     require_lm_eval()
     for task in tasks:

@@ -1,0 +1,81 @@
+"""The work of `bfpo sft` with `experts:`: an adapter for each step of the chain, on the same base model."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from bfpo.config.loading import dump_yaml, holds_recipe
+from bfpo.config.recipes import SftRecipe
+from bfpo.core.chain import STEPS, Step
+from bfpo.core.files import write_text
+from bfpo.core.terminal import say
+from bfpo.data.guided_answers import step_adapter
+from bfpo.errors import RecipeError
+from bfpo.model.lora import is_adapter
+from bfpo.training.arguments import training_arguments
+from bfpo.training.run_sft import run_sft
+
+STEPS_FILE = "steps.yaml"
+
+
+def run_experts(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None = None) -> None:
+    """Train an adapter for each step in `experts`, and write the file that engines take as `--steps`.
+
+    Each is an ordinary run of `bfpo sft` on the demonstrations of its step, in a folder with the name of the step, so
+    nothing of one expert depends on another. With `trainer.resume_from_checkpoint` those that are finished stay.
+
+    Args:
+        recipe: Recipe with `experts`.
+        dry_run: Whether to stop before a model is loaded or trained, for each step.
+        limit: Maximum number of completions of each source.
+
+    Raises:
+        RecipeError: If there is neither `lora` nor an adapter to train further.
+    """
+    if recipe.lora is None and not (recipe.model.path and is_adapter(recipe.model.path, recipe.model.revision)):
+        raise RecipeError("experts are adapters: set lora, or model.path to an adapter that each starts from")
+    out = Path(str(training_arguments(_without_resume(recipe.trainer)).output_dir))
+    runs = {step: expert_recipe(recipe, step) for step in recipe.experts}
+    for number, (step, expert) in enumerate(runs.items(), start=1):
+        folder = Path(expert.trainer["output_dir"])
+        say(f"expert {number} of {len(runs)}: {step}, in {folder}")
+        if not dry_run and recipe.trainer.get("resume_from_checkpoint") and _is_finished(folder, expert):
+            say(f"{folder} is finished; it stays")
+            continue
+        run_sft(expert, dry_run=dry_run, limit=limit)
+    if not dry_run and PartialState().is_main_process:
+        path = out / STEPS_FILE
+        write_text(path, dump_yaml({"steps": {step: _folder_of(runs, step) for step in _steps_of(recipe)}}))
+        say(f"{path} names the adapters for `steps`, on their base model")
+
+
+def expert_recipe(recipe: SftRecipe, step: Step) -> SftRecipe:
+    """Return the recipe of one expert, which is an ordinary one."""
+    return recipe.model_copy(
+        update={
+            "experts": [],
+            "data": [source.model_copy(update={"adapter": step_adapter(step)}) for source in recipe.data],
+            "trainer": {**recipe.trainer, "output_dir": str(Path(str(recipe.trainer["output_dir"])) / step)},
+        }
+    )
+
+
+def _without_resume(trainer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in trainer.items() if name != "resume_from_checkpoint"}
+
+
+def _is_finished(folder: Path, recipe: SftRecipe) -> bool:
+    """Return whether a folder has the run of this recipe, whether that run was itself told to resume or not."""
+    started = (recipe, recipe.model_copy(update={"trainer": _without_resume(recipe.trainer)}))
+    file = folder / "recipe.resolved.yaml"
+    return (folder / "run.json").exists() and any(holds_recipe(file, other) for other in started)
+
+
+def _steps_of(recipe: SftRecipe) -> list[Step]:
+    """Return the steps to answer with: those without an expert are the base model's own, the check is optional."""
+    return [step for step in STEPS if step != "check" or step in recipe.experts]
+
+
+def _folder_of(runs: dict[Step, SftRecipe], step: Step) -> str | None:
+    return str(runs[step].trainer["output_dir"]) if step in runs else None
