@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from bfpo.certificates import repair as module
 from bfpo.certificates.recipe import RepairSection
 from bfpo.certificates.repair import CleanStates, CounterExamples, clean_states, repair, retrain
 from bfpo.certificates.verify import decide
@@ -14,6 +15,12 @@ from bfpo.errors import DataError
 from bfpo.model.cost_head import CostHead
 
 from .test_verify import make_box
+
+
+@pytest.fixture(autouse=True)
+def _small_batches(monkeypatch):
+    monkeypatch.setattr(module, "_BATCH", 256)
+
 
 SECTION = RepairSection(completions="c", verdicts="v")
 

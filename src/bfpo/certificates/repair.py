@@ -24,7 +24,7 @@ from bfpo.model.cost_head import CostHead
 
 # Share of the prompts whose clean states measure the accuracy.
 _HELD_OUT = 0.2
-_STEPS, _BATCH, _RATE = 300, 2048, 2e-3
+_STEPS, _BATCH, _RATE = 600, 2048, 1e-2
 # Counter-examples are trained to be this far beyond the threshold, in logits.
 _MARGIN = 1.0
 
