@@ -215,7 +215,7 @@ def test_a_cost_model_of_score_train_is_certified(run, folder, make_model, token
     certificate = read_certificate(folder / "certified" / "certificate.json")
     assert (certificate.head.units, certificate.head.path, certificate.model) == (0, "cost", "cost")
     assert {box.method for box in certificate.boxes} == {"closed form"}
-    assert "(linear)" in output
+    assert "cost (linear, layer -1)" in output
     # In so narrow boxes the scores are that of the judge of the first paraphrase.
     judge = load_scorer("cost", ModelSection(path="cost"))
     first = [request.inside[0] for request in read_requests("paraphrases.jsonl", 0.25)]

@@ -13,7 +13,7 @@ from bfpo.certificates.repair import Repair, clean_states, repair
 from bfpo.certificates.requests import Request
 from bfpo.certificates.states import HeadedModel, StateStore
 from bfpo.certificates.verify import Decision, decide_all
-from bfpo.core.certificate import Certificate, HeadFile
+from bfpo.core.certificate import SUMMARY_HEADINGS, Certificate, HeadFile
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.core.terminal import say, show_table, warn
@@ -160,34 +160,8 @@ def _warnings(boxes: Sequence[Box]) -> list[str]:
 
 def show_certificate(certificate: Certificate) -> None:
     """Print what is certified, by kind of box, with what the boxes have to do with held-out paraphrases."""
-    head = certificate.repaired or certificate.head
-    kind = f"{head.units} units" if head.units else "linear"
-    show_table(
-        f"Boxes of hidden states of layer {head.layer}, head {head.path} ({kind})",
-        (
-            "boxes",
-            "number",
-            "certified",
-            "counter-example",
-            "undecided",
-            "width (sd)",
-            "held-out paraphrases inside",
-            "of their coordinates",
-        ),
-        [
-            (
-                part.name,
-                f"{part.boxes:,}",
-                f"{part.certified:,} ({part.certified / part.boxes:.1%})",
-                f"{part.counter_examples:,}",
-                f"{part.undecided:,}",
-                f"{part.width:.3g}",
-                f"{part.held_out_inside:,} of {part.held_out:,} ({part.held_out_inside / part.held_out:.1%})",
-                f"{part.coordinates_inside:.1%}",
-            )
-            for part in certificate.summaries()
-        ],
-    )
+    title = f"Boxes of hidden states, head {certificate.certified_head.in_words()}"
+    show_table(title, SUMMARY_HEADINGS, [part.cells() for part in certificate.summaries()])
     if certificate.repair:
         show_table(
             "Repair: accuracy and loss on held-out clean states",

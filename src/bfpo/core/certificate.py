@@ -83,6 +83,11 @@ class HeadFile:
     width: int
     units: int
 
+    def in_words(self) -> str:
+        """Return the head in a few words."""
+        kind = f"{self.units} units" if self.units else "linear"
+        return f"{self.path} ({kind}, layer {self.layer})"
+
 
 @dataclass(frozen=True, slots=True)
 class RepairRound:
@@ -105,6 +110,19 @@ class RepairRound:
     kept: bool
     certified: int | None
     boxes: int
+
+
+SUMMARY_HEADINGS = (
+    "boxes",
+    "number",
+    "certified",
+    "counter-example",
+    "undecided",
+    "width (sd)",
+    "held-out paraphrases inside",
+    "of their coordinates",
+)
+"""Headings of `BoxSummary.cells`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +150,19 @@ class BoxSummary:
     held_out: int
     held_out_inside: int
     coordinates_inside: float
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the counts as a row of a table; what is certified stands beside what the boxes contain."""
+        return (
+            self.name,
+            f"{self.boxes:,}",
+            f"{self.certified:,} ({self.certified / self.boxes:.1%})",
+            f"{self.counter_examples:,}",
+            f"{self.undecided:,}",
+            f"{self.width:.3g}",
+            f"{self.held_out_inside:,} of {self.held_out:,} ({self.held_out_inside / self.held_out:.1%})",
+            f"{self.coordinates_inside:.1%}",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +203,16 @@ class Certificate:
     claim: str = CLAIM
     schema: int = SCHEMA
 
+    @property
+    def certified_head(self) -> HeadFile:
+        """The head that `boxes` are about."""
+        return self.repaired or self.head
+
     def summaries(self) -> list[BoxSummary]:
         """Return the counts by kind of box, and after a repair apart for the boxes that it didn't see."""
         parts: dict[str, list[BoxResult]] = {}
         for box in self.boxes:
-            part = f", {'seen' if box.seen else 'not seen'} by the repair" if self.repaired else ""
+            part = f", {'seen' if box.seen else 'not seen'} by the repair" if self.repair else ""
             parts.setdefault(box.kind + part, []).append(box)
         return [_summarize(name, boxes) for name, boxes in parts.items()]
 
