@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from bfpo.certificates.bounds import (
-    Interval,
     ScoreFunction,
+    StateBox,
     exact_bound,
     interval_bound,
     relaxed_bound,
@@ -28,7 +28,7 @@ def random_case(seed, width=None, units=None):
         rng.normal(size=units), float(rng.normal()), rng.normal(size=(units, width)), rng.normal(size=units)
     )
     center, radius = 2 * rng.normal(size=width), rng.exponential(size=width) * (rng.random(width) > 0.1)
-    return function, Interval(center - radius, center + radius)
+    return function, StateBox(center - radius, center + radius)
 
 
 def least_by_enumeration(function, box):
@@ -81,7 +81,7 @@ def test_every_bound_contains_the_next_tighter_one(seed):
 def test_a_smaller_box_has_no_lower_score(seed, share):
     function, box = random_case(seed)
     center = (box.low + box.high) / 2
-    inner = Interval(center + share * (box.low - center), center + share * (box.high - center))
+    inner = StateBox(center + share * (box.low - center), center + share * (box.high - center))
     assert exact_bound(function, box).bound <= exact_bound(function, inner).bound + tolerance(function, box)
 
 
@@ -90,7 +90,7 @@ def test_a_linear_head_has_the_closed_form(seed):
     rng = np.random.default_rng(seed)
     weight, bias = rng.normal(size=6), float(rng.normal())
     center, radius = rng.normal(size=6), rng.exponential(size=6)
-    least = interval_bound(ScoreFunction(weight, bias), Interval(center - radius, center + radius))
+    least = interval_bound(ScoreFunction(weight, bias), StateBox(center - radius, center + radius))
     assert least.bound == pytest.approx(weight @ center + bias - np.abs(weight) @ radius, abs=1e-12)
     assert float(weight @ least.state + bias) == least.bound
 
@@ -98,13 +98,13 @@ def test_a_linear_head_has_the_closed_form(seed):
 def test_a_known_head_has_its_known_least_score():
     # 1 - relu(x) - relu(-x) is 1 - |x|: least -2 at x = -3. Intervals forget that only one of both is on.
     function = ScoreFunction(np.array([-1.0, -1.0]), 1.0, np.array([[1.0], [-1.0]]), np.zeros(2))
-    box = Interval(np.array([-3.0]), np.array([2.0]))
+    box = StateBox(np.array([-3.0]), np.array([2.0]))
     assert exact_bound(function, box).bound == pytest.approx(-2.0, abs=1e-6)
     assert exact_bound(function, box).state == pytest.approx([-3.0], abs=1e-5)
     assert interval_bound(function, box).bound == pytest.approx(-4.0)
     # Chords of both units: relu(x) ≤ 2 (x + 3) / 5 and relu(-x) ≤ 3 (2 - x) / 5, whose sum is greatest at -3.
     assert relaxed_bound(function, box).bound == pytest.approx(-2.0, abs=1e-6)
-    wide = Interval(np.array([-2.0]), np.array([2.0]))
+    wide = StateBox(np.array([-2.0]), np.array([2.0]))
     assert relaxed_bound(function, wide).bound == pytest.approx(-1.0, abs=1e-6)
 
 
@@ -119,7 +119,7 @@ def test_the_tolerance_covers_the_rounding_of_float32(units, sign):
     states = 5 * torch.randn(2000, width, generator=generator)
     low, high = states.amin(0).double().numpy(), states.amax(0).double().numpy()
     gaps = np.abs(sign * head(states).double().numpy() - function(states.double().numpy()))
-    assert 0 < gaps.max() < tolerance(function, Interval(low, high))
+    assert 0 < gaps.max() < tolerance(function, StateBox(low, high))
 
 
 def test_a_time_limit_leaves_a_bound_that_holds():

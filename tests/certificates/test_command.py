@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from bfpo.certificates import states, verify
-from bfpo.certificates.requests import read_requests
+from bfpo.certificates.paraphrases import read_paraphrases
 from bfpo.commands.app import main
 from bfpo.config.recipes import ModelSection
 from bfpo.core.certificate import CLAIM, read_certificate
@@ -218,7 +218,7 @@ def test_a_cost_model_of_score_train_is_certified(run, folder, make_model, token
     assert "cost (linear, layer -1)" in output
     # In so narrow boxes the scores are that of the judge of the first paraphrase.
     judge = load_scorer("cost", ModelSection(path="cost"))
-    first = [request.inside[0] for request in read_requests("paraphrases.jsonl", 0.25)]
+    first = [group.inside[0] for group in read_paraphrases("paraphrases.jsonl", 0.25)]
     answers = [
         Completion(prompt.prompt_id, 0, prompt.prompt, "take the red box", "stop", 1, 1, "m", "e", "h")
         for prompt in first

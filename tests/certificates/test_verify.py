@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bfpo.certificates import verify
-from bfpo.certificates.bounds import Interval, LeastScore
-from bfpo.certificates.boxes import Box
+from bfpo.certificates.bounds import LeastScore, StateBox
+from bfpo.certificates.boxes import RequestBox
 from bfpo.certificates.verify import decide, decide_all
 from bfpo.core.terminal import log_to_file
 from bfpo.model.cost_head import CostHead
 
 
 def make_box(low, high, *, expects_unsafe=True, group="g", kind="hull"):
-    bounds = Interval(*(np.asarray(bound, dtype=np.float32).astype(np.float64) for bound in (low, high)))
-    return Box(group, kind, expects_unsafe, bounds, 1.0, 1, 1, 1.0, True)
+    bounds = StateBox(*(np.asarray(bound, dtype=np.float32).astype(np.float64) for bound in (low, high)))
+    return RequestBox(group, kind, expects_unsafe, bounds, 1.0, 1, 1, 1.0, True)
 
 
 def random_head(seed, width, units):
@@ -36,7 +36,7 @@ def test_decisions_are_true(seed, expects_unsafe, units):
     center, radius = rng.normal(size=width), 0.5 * rng.exponential(size=width)
     box = make_box(center - radius, center + radius, expects_unsafe=expects_unsafe)
     decision = decide(head, box, threshold=0.3)
-    states = torch.tensor(rng.uniform(box.interval.low, box.interval.high, size=(500, width))).float()
+    states = torch.tensor(rng.uniform(box.states.low, box.states.high, size=(500, width))).float()
     scores = head(states)
     if expects_unsafe:
         assert decision.bound <= float(scores.min())
@@ -46,7 +46,7 @@ def test_decisions_are_true(seed, expects_unsafe, units):
         assert bool(((scores > 0.3) == expects_unsafe).all())
     elif decision.outcome == "counter-example":
         state = torch.tensor(decision.counter_example)
-        assert np.all((box.interval.low <= state.double().numpy()) & (state.double().numpy() <= box.interval.high))
+        assert np.all((box.states.low <= state.double().numpy()) & (state.double().numpy() <= box.states.high))
         assert float(head(state)) == decision.found
         assert (decision.found > 0.3) != expects_unsafe
         # The worst state of the box, up to rounding.

@@ -20,7 +20,7 @@ _TOLERANCE, _DROPPED = 1e-6, 1e-9
 _ROUNDOFF = 2.0**-24
 
 
-class Interval(NamedTuple):
+class StateBox(NamedTuple):
     """Box of hidden states.
 
     Args:
@@ -77,7 +77,7 @@ class ScoreFunction:
         return scores
 
 
-def interval_bound(function: ScoreFunction, box: Interval) -> LeastScore:
+def interval_bound(function: ScoreFunction, box: StateBox) -> LeastScore:
     """Return the bound by interval arithmetic; for a linear head it is exact, and attained at the corner."""
     if function.hidden_weight is None:
         corner = np.where(function.weight > 0, box.low, box.high)
@@ -88,7 +88,7 @@ def interval_bound(function: ScoreFunction, box: Interval) -> LeastScore:
     return LeastScore(function.bias + float(terms.sum()), None)
 
 
-def relaxed_bound(function: ScoreFunction, box: Interval) -> LeastScore:
+def relaxed_bound(function: ScoreFunction, box: StateBox) -> LeastScore:
     """Return the bound by a linear program, in which the binary variables may be fractions.
 
     Args:
@@ -98,7 +98,7 @@ def relaxed_bound(function: ScoreFunction, box: Interval) -> LeastScore:
     return _solve(function, box, binary=False, time_limit=None)
 
 
-def exact_bound(function: ScoreFunction, box: Interval, *, time_limit: float | None = None) -> LeastScore:
+def exact_bound(function: ScoreFunction, box: StateBox, *, time_limit: float | None = None) -> LeastScore:
     """Return the least score by a mixed-integer program.
 
     Args:
@@ -109,7 +109,7 @@ def exact_bound(function: ScoreFunction, box: Interval, *, time_limit: float | N
     return _solve(function, box, binary=True, time_limit=time_limit)
 
 
-def tolerance(function: ScoreFunction, box: Interval) -> float:
+def tolerance(function: ScoreFunction, box: StateBox) -> float:
     """Return how much lower than a bound a forward pass in float32 can be.
 
     It is the sum of the solver's tolerances and of the rounding of inner products in float32, in any order of the
@@ -132,7 +132,7 @@ def _rounding(terms: int) -> float:
     return (terms + 1) * _ROUNDOFF / (1 - (terms + 1) * _ROUNDOFF)
 
 
-def _before_units(function: ScoreFunction, box: Interval) -> tuple[Array, Array]:
+def _before_units(function: ScoreFunction, box: StateBox) -> tuple[Array, Array]:
     """Return the bounds of the units' inputs, (units,) each."""
     assert function.hidden_weight is not None
     assert function.hidden_bias is not None
@@ -141,7 +141,7 @@ def _before_units(function: ScoreFunction, box: Interval) -> tuple[Array, Array]
     return center - radius, center + radius
 
 
-def _solve(function: ScoreFunction, box: Interval, *, binary: bool, time_limit: float | None) -> LeastScore:
+def _solve(function: ScoreFunction, box: StateBox, *, binary: bool, time_limit: float | None) -> LeastScore:
     """Minimize the score over v in [-1, 1]^n, outputs z of the units and their switches s.
 
     Units that are on everywhere in the box are linear, those that are off are left out. A unit with a positive weight

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from bfpo.certificates.boxes import Box
+from bfpo.certificates.boxes import RequestBox
 from bfpo.certificates.recipe import RepairSection
 from bfpo.certificates.verify import Decision
 from bfpo.core.certificate import RepairRound
@@ -103,7 +103,7 @@ class Repair(NamedTuple):
 
 def repair(
     head: CostHead,
-    boxes: Sequence[Box],
+    boxes: Sequence[RequestBox],
     decisions: list[Decision],
     clean: CleanStates,
     section: RepairSection,
@@ -194,5 +194,5 @@ def retrain(
     return final
 
 
-def _count_certified(boxes: Sequence[Box], decisions: Sequence[Decision]) -> int:
+def _count_certified(boxes: Sequence[RequestBox], decisions: Sequence[Decision]) -> int:
     return sum(box.seen and decision.outcome == "certified" for box, decision in zip(boxes, decisions, strict=True))

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from scipy.special import logit
 
-from bfpo.certificates.boxes import Array, Box, RequestStates, make_boxes
+from bfpo.certificates.boxes import Array, GroupStates, RequestBox, make_boxes
+from bfpo.certificates.paraphrases import ParaphraseGroup
 from bfpo.certificates.recipe import CertifyRecipe, RepairSection
 from bfpo.certificates.repair import Repair, clean_states, repair
-from bfpo.certificates.requests import Request
 from bfpo.certificates.states import HeadedModel, StateStore
 from bfpo.certificates.verify import Decision, decide_all
 from bfpo.core.certificate import SUMMARY_HEADINGS, Certificate, HeadFile
@@ -25,13 +25,13 @@ REPAIRED_HEAD = "repaired-head.safetensors"
 
 
 def run_certify(
-    recipe: CertifyRecipe, requests: Sequence[Request], headed: HeadedModel, *, versions: Mapping[str, str]
+    recipe: CertifyRecipe, groups: Sequence[ParaphraseGroup], headed: HeadedModel, *, versions: Mapping[str, str]
 ) -> Certificate:
     """Certify a head over boxes of hidden states, perhaps repair it, and write `certificate.json`; resumable.
 
     Args:
         recipe: Recipe of the run.
-        requests: Its paraphrases.
+        groups: Its groups of paraphrases.
         headed: Its head and model.
         versions: Versions of the packages, for the certificate.
 
@@ -46,8 +46,8 @@ def run_certify(
     threshold = float(logit(recipe.threshold))
     answers = None if recipe.repair is None else _read_answers(recipe.repair)
     store = StateStore(headed, out / "states")
-    states, precisions = _read_states(recipe, requests, store)
-    unseen = _unseen(recipe, requests)
+    states, precisions = _read_states(recipe, groups, store)
+    unseen = _unseen(recipe, groups)
     boxes = make_boxes(states, hull=recipe.boxes.hull, radius=recipe.boxes.radius, unseen=unseen)
 
     def decide(head: CostHead, number: int) -> list[Decision]:
@@ -94,30 +94,30 @@ def _read_answers(section: RepairSection) -> tuple[list[Completion], list[Verdic
 
 
 def _read_states(
-    recipe: CertifyRecipe, requests: Sequence[Request], store: StateStore
-) -> tuple[list[RequestStates], list[str]]:
-    """Return the states of all requests, and the precisions in which the model runs here."""
-    prompts = [prompt for request in requests for prompt in request.prompts]
+    recipe: CertifyRecipe, groups: Sequence[ParaphraseGroup], store: StateStore
+) -> tuple[list[GroupStates], list[str]]:
+    """Return the states of all groups, and the precisions in which the model runs here."""
+    prompts = [prompt for group in groups for prompt in group.prompts]
     by_prompt = dict(
         zip((p.prompt_id for p in prompts), _as_array(store.of_prompts(prompts, recipe.answer)), strict=True)
     )
     measured: dict[str, torch.Tensor] = {}
     if recipe.boxes.precisions:
-        first = [request.inside[0] for request in requests]
+        first = [group.inside[0] for group in groups]
         measured = store.in_precisions(first, recipe.answer, recipe.boxes.precisions)
     width = len(next(iter(by_prompt.values())))
-    in_precisions = np.zeros((len(requests), 0, width))
+    in_precisions = np.zeros((len(groups), 0, width))
     if measured:
         in_precisions = np.stack([_as_array(states) for states in measured.values()], axis=1)
     states = [
-        RequestStates(
-            request.group,
-            request.expects_unsafe,
-            np.stack([by_prompt[prompt.prompt_id] for prompt in request.inside]),
-            np.stack([by_prompt[prompt.prompt_id] for prompt in request.held_out]),
+        GroupStates(
+            group.name,
+            group.expects_unsafe,
+            np.stack([by_prompt[prompt.prompt_id] for prompt in group.inside]),
+            np.stack([by_prompt[prompt.prompt_id] for prompt in group.held_out]),
             in_precisions[number],
         )
-        for number, request in enumerate(requests)
+        for number, group in enumerate(groups)
     ]
     return states, list(measured)
 
@@ -127,12 +127,12 @@ def _as_array(states: torch.Tensor) -> Array:
     return array
 
 
-def _unseen(recipe: CertifyRecipe, requests: Sequence[Request]) -> list[str]:
+def _unseen(recipe: CertifyRecipe, groups: Sequence[ParaphraseGroup]) -> list[str]:
     """Return the groups whose counter-examples the repair doesn't see; at least one is left to it."""
     if recipe.repair is None or recipe.repair.unseen == 0:
         return []
-    groups = sorted((request.group for request in requests), key=content_hash)
-    return groups[: min(max(1, round(recipe.repair.unseen * len(groups))), len(groups) - 1)]
+    names = sorted((group.name for group in groups), key=content_hash)
+    return names[: min(max(1, round(recipe.repair.unseen * len(names))), len(names) - 1)]
 
 
 def _head_file(head: CostHead, path: str) -> HeadFile:
@@ -147,7 +147,7 @@ def _hashes(recipe: CertifyRecipe) -> dict[str, str]:
     return {path: file_hash(Path(path)) for path in paths if Path(path).is_file()}
 
 
-def _warnings(boxes: Sequence[Box]) -> list[str]:
+def _warnings(boxes: Sequence[RequestBox]) -> list[str]:
     warnings = []
     for kind in dict.fromkeys(box.kind for box in boxes):
         if not any(box.held_out_inside for box in boxes if box.kind == kind):

@@ -15,7 +15,7 @@ from bfpo.certificates.bounds import (
     relaxed_bound,
     tolerance,
 )
-from bfpo.certificates.boxes import Array, Box
+from bfpo.certificates.boxes import Array, RequestBox
 from bfpo.core.certificate import BoxResult, Method, Outcome
 from bfpo.core.files import append_jsonl, read_repaired_jsonl
 from bfpo.core.terminal import progress
@@ -39,7 +39,7 @@ class Decision(NamedTuple):
     found: float | None = None
     counter_example: list[float] | None = None
 
-    def on(self, box: Box) -> BoxResult:
+    def on(self, box: RequestBox) -> BoxResult:
         """Return the decision with the facts about its box."""
         return BoxResult(
             box.group,
@@ -57,7 +57,7 @@ class Decision(NamedTuple):
         )
 
 
-def decide(head: CostHead, box: Box, *, threshold: float, time_limit: float | None = None) -> Decision:
+def decide(head: CostHead, box: RequestBox, *, threshold: float, time_limit: float | None = None) -> Decision:
     """Decide whether a head is on the expected side of a threshold in the whole box.
 
     Args:
@@ -68,18 +68,18 @@ def decide(head: CostHead, box: Box, *, threshold: float, time_limit: float | No
     """
     sign = 1 if box.expects_unsafe else -1
     function = ScoreFunction.of(head, sign=sign)
-    slack = tolerance(function, box.interval)
+    slack = tolerance(function, box.states)
 
     def proves(least: LeastScore) -> bool:
         return least.bound - slack > sign * threshold
 
-    least = interval_bound(function, box.interval)
+    least = interval_bound(function, box.states)
     method: Method = "closed form" if head.is_linear else "interval"
     if not head.is_linear and not proves(least):
-        relaxed, method = relaxed_bound(function, box.interval), "relaxation"
+        relaxed, method = relaxed_bound(function, box.states), "relaxation"
         least = relaxed if relaxed.bound > least.bound else least._replace(state=relaxed.state)
         if not proves(least):
-            exact, method = exact_bound(function, box.interval, time_limit=time_limit), "milp"
+            exact, method = exact_bound(function, box.states, time_limit=time_limit), "milp"
             state = exact.state if exact.state is not None else least.state
             least = LeastScore(max(exact.bound, least.bound), state)
     bound = sign * (least.bound - slack)
@@ -95,15 +95,15 @@ def decide(head: CostHead, box: Box, *, threshold: float, time_limit: float | No
     return Decision("undecided", method, bound, found)
 
 
-def _forward(head: CostHead, state: Array, box: Box) -> tuple[torch.Tensor, float]:
+def _forward(head: CostHead, state: Array, box: RequestBox) -> tuple[torch.Tensor, float]:
     """Return the nearest float32 state in the box, and its score by a forward pass."""
-    nearest = np.clip(state.astype(np.float32), *(bound.astype(np.float32) for bound in box.interval))
+    nearest = np.clip(state.astype(np.float32), *(bound.astype(np.float32) for bound in box.states))
     tensor = torch.from_numpy(nearest)
     return tensor, float(head(tensor))
 
 
 def decide_all(
-    head: CostHead, boxes: Sequence[Box], log: Path, *, threshold: float, time_limit: float, what: str
+    head: CostHead, boxes: Sequence[RequestBox], log: Path, *, threshold: float, time_limit: float, what: str
 ) -> list[Decision]:
     """Decide boxes, reusing those in a log.
 
@@ -117,7 +117,7 @@ def decide_all(
     """
     head_identity = head.identity
 
-    def key(box: Box) -> tuple[Any, ...]:
+    def key(box: RequestBox) -> tuple[Any, ...]:
         return head_identity, box.identity, threshold, time_limit
 
     finished = {

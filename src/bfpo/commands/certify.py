@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from bfpo.certificates.paraphrases import read_paraphrases
 from bfpo.certificates.recipe import CertifyRecipe, StatesModelSection
-from bfpo.certificates.requests import read_requests
 from bfpo.certificates.run import run_certify
 from bfpo.certificates.states import HeadedModel
 from bfpo.config.recipes import ModelSection
@@ -28,9 +28,9 @@ def certify(recipe: CertifyRecipe) -> Certificate:
         DataError: If the head or the paraphrases can't be read, or the head isn't for the model.
         ModelError: If the model can't be loaded.
     """
-    requests = read_requests(recipe.paraphrases, recipe.holdout)
+    groups = read_paraphrases(recipe.paraphrases, recipe.holdout)
     headed = _open_cost_model(recipe) if Path(recipe.head).is_dir() else _open_cost_head(recipe)
-    return run_certify(recipe, requests, headed, versions=versions() | {"scipy": installed_version("scipy")})
+    return run_certify(recipe, groups, headed, versions=versions() | {"scipy": installed_version("scipy")})
 
 
 def _open_cost_head(recipe: CertifyRecipe) -> HeadedModel:

@@ -1,4 +1,4 @@
-"""Requests with their paraphrases, of which some are held out."""
+"""Groups of paraphrases of a request, of which some are held out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ MIN_PARAPHRASES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ParaphraseGroup:
     """A request in several wordings.
 
     Args:
-        group: Group of the prompts.
+        name: `group` of the prompts.
         expects_unsafe: Whether the head should call their states unsafe.
         inside: Paraphrases that boxes are made of, at least two, in the order of the file.
         held_out: The others, at least one.
     """
 
-    group: str
+    name: str
     expects_unsafe: bool
     inside: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
@@ -34,7 +34,7 @@ class Request:
         return (*self.inside, *self.held_out)
 
 
-def read_requests(path: str, holdout: float) -> list[Request]:
+def read_paraphrases(path: str, holdout: float) -> list[ParaphraseGroup]:
     """Read groups of paraphrases.
 
     Args:
@@ -52,10 +52,10 @@ def read_requests(path: str, holdout: float) -> list[Request]:
                 "prompt needs the `group` of its request, and its `kind`: harmful, benign or lookalike"
             )
         groups.setdefault(prompt.group, []).append(prompt)
-    return [_as_request(path, group, prompts, holdout) for group, prompts in groups.items()]
+    return [_as_group(path, group, prompts, holdout) for group, prompts in groups.items()]
 
 
-def _as_request(path: str, group: str, prompts: Sequence[Prompt], holdout: float) -> Request:
+def _as_group(path: str, group: str, prompts: Sequence[Prompt], holdout: float) -> ParaphraseGroup:
     expected = {prompt.kind == "harmful" for prompt in prompts}
     if len(expected) > 1:
         raise DataError(f"{path}: group '{group}' has harmful prompts and others; paraphrases are all of one kind")
@@ -69,7 +69,7 @@ def _as_request(path: str, group: str, prompts: Sequence[Prompt], holdout: float
         )
     number = min(max(1, round(holdout * len(prompts))), len(prompts) - 2)
     held_out = {by_content[key].prompt_id for key in sorted(by_content)[:number]}
-    return Request(
+    return ParaphraseGroup(
         group,
         expected.pop(),
         tuple(prompt for prompt in prompts if prompt.prompt_id not in held_out),
