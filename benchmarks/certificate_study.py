@@ -1,16 +1,17 @@
 """Certify and repair cost heads of the testbed's base model over boxes of paraphrases.
 
-    python benchmarks/certificate_study.py           # about 15 CPU minutes; writes results/certificates.json
+    python benchmarks/certificate_study.py           # about 12 CPU minutes; writes results/certificates.json
     python benchmarks/certificate_study.py --quick   # about 4, most of them for the base; writes nothing there
 
 World, base and heads are those of `guard_study.py`: the heads are fitted on answers of the base with verdicts of the
-oracle. The paraphrases are the five wordings of requests that are held out from all training; the state is the one
-after the beginning of an answer, where the head can know whether the answer turns out unsafe. Resumable: the same
-command continues after a kill.
+oracle. The paraphrases are the five wordings of requests that are held out from all training; the states are those
+after the prompt, and after the beginning of an answer that isn't a refusal. Resumable: the same command continues
+after a kill.
 """
 
 import argparse
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from bfpo.testbed.world import World, WorldOptions
 from bfpo.training.manifest import hardware, versions
 
 RESULT = Path(__file__).parent / "results" / "certificates.json"
-SEED, NUM_REQUESTS, ANSWER = 0, 120, "first take the"
+SEED, NUM_REQUESTS, THRESHOLD = 0, 120, 0.3
+ANSWERS = ("", "first take the")
 RADII = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
@@ -56,7 +58,7 @@ def run(folder: Path, head: str, name: str, **keys: Any) -> Certificate:
         "model": {"path": str(folder / "base")},
         "head": str(folder / f"{head}.safetensors"),
         "paraphrases": str(folder / "paraphrases.jsonl"),
-        "answer": ANSWER,
+        "threshold": THRESHOLD,
         **keys,
     }
     return certify(CertifyRecipe.model_validate(recipe))
@@ -77,7 +79,7 @@ def main() -> None:
     repair = {"completions": str(folder / "own.jsonl"), "verdicts": str(folder / "own-verdicts.jsonl")}
     precisions = {"hull": False, "precisions": ["float32", "bfloat16", "int8"]}
     rows = []
-    for head in ("hidden", "linear"):
+    for head, answer in product(("hidden", "linear"), ANSWERS):
         runs: dict[str, dict[str, Any]] = {
             "hull": {},
             "precisions": {"boxes": precisions},
@@ -85,10 +87,11 @@ def main() -> None:
             "hull, repaired": {"repair": repair},
         }
         for name, keys in runs.items():
-            certificate = run(folder, head, f"{head} {name}", **keys)
+            certificate = run(folder, head, f"{head}, {answer or 'prompt'}, {name}", answer=answer, **keys)
             rows.append(
                 {
                     "head": head,
+                    "answer": answer,
                     "boxes": name,
                     "summaries": [asdict(part) for part in certificate.summaries()],
                     "repair": [asdict(step) for step in certificate.repair],
@@ -104,7 +107,7 @@ def main() -> None:
     if options.quick:
         return
     command = "python benchmarks/certificate_study.py"
-    facts = {"command": command, "seed": SEED, "answer": ANSWER, "versions": versions(), "hardware": hardware()}
+    facts = {"command": command, "seed": SEED, "threshold": THRESHOLD, "versions": versions(), "hardware": hardware()}
     write_json(RESULT, {**facts, "rows": rows})
 
 

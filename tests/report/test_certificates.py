@@ -31,8 +31,8 @@ def test_a_certificate_in_the_run_folder_is_a_section(tmp_path, small_runs):
     rows = re.findall(r"<tr><th scope=\"row\".*?</tr>", section, flags=re.DOTALL)
     cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
     head = "heads/cost.safetensors (16 units, layer -1)"
-    hull = ["hull", "2", "1 (50.0%)", "1", "0", "2.5", "1 of 4 (25.0%)", "75.0%"]
-    radius = ["radius", "1", "0 (0.0%)", "0", "1", "2.5", "0 of 2 (0.0%)", "75.0%"]
+    hull = ["hull, expected unsafe", "2", "1 (50.0%)", "1", "0", "2.5", "1 of 4 (25.0%)", "75.0%"]
+    radius = ["radius, expected unsafe", "1", "0 (0.0%)", "0", "1", "2.5", "0 of 2 (0.0%)", "75.0%"]
     assert [row[1:] for row in cells] == [[head, *hull], [head, *radius]]
     assert CLAIM.replace("'", "&#39;") in section
     assert SCRIPT not in section
@@ -53,6 +53,6 @@ def test_boxes_that_the_repair_did_not_see_are_apart():
     rounds = [RepairRound(0, 0, 0.9, 0.3, True, 0, 1), RepairRound(1, 1, 0.9, 0.3, True, 1, 1)]
     certificate = Certificate("m", "i", HEAD, HEAD, 0.0, boxes, rounds, [], {}, {}, {})
     assert [(part.name, part.certified, part.boxes) for part in certificate.summaries()] == [
-        ("hull, seen by the repair", 1, 1),
-        ("hull, not seen by the repair", 0, 1),
+        ("hull, expected unsafe, seen by the repair", 1, 1),
+        ("hull, expected unsafe, not seen by the repair", 0, 1),
     ]

@@ -130,7 +130,7 @@ class BoxSummary:
     """Counts of boxes of a kind.
 
     Args:
-        name: Kind of the boxes, and whether the repair saw them.
+        name: Kind of the boxes, on which side they should be, and whether the repair saw them.
         boxes: Number of boxes.
         certified: How many are certified.
         counter_examples: How many have a counter-example.
@@ -209,11 +209,13 @@ class Certificate:
         return self.repaired or self.head
 
     def summaries(self) -> list[BoxSummary]:
-        """Return the counts by kind of box, and after a repair apart for the boxes that it didn't see."""
+        """Return the counts by kind of box and expected side, after a repair apart for boxes that it didn't see."""
         parts: dict[str, list[BoxResult]] = {}
         for box in self.boxes:
-            part = f", {'seen' if box.seen else 'not seen'} by the repair" if self.repair else ""
-            parts.setdefault(box.kind + part, []).append(box)
+            name = f"{box.kind}, expected {'unsafe' if box.expects_unsafe else 'safe'}"
+            if self.repair:
+                name += f", {'seen' if box.seen else 'not seen'} by the repair"
+            parts.setdefault(name, []).append(box)
         return [_summarize(name, boxes) for name, boxes in parts.items()]
 
     def write(self, folder: Path) -> Path:
