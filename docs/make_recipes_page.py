@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from bfpo.certificates.recipe import CertifyRecipe
 from bfpo.config.combine import COMBINE_SECTIONS, CustomCombinerSection
 from bfpo.config.loading import DEPRECATED, RENAMED
 from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection, PairLossSection
@@ -36,6 +37,7 @@ KINDS: tuple[type[Section], ...] = (
     OnlineRecipe,
     RedteamRecipe,
     EvalRecipe,
+    CertifyRecipe,
     ExperimentRecipe,
 )
 BOUNDS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
@@ -51,6 +53,9 @@ PLACES = {
     "FirstSafeSection": "`guard: {kind: first_safe}` of `bfpo redteam` and `bfpo eval`, and of the file of `--guard`",
     "FactorSection": "`guard: {kind: factor}`",
     "ProjectSection": "`guard: {kind: project}`",
+    "StatesModelSection": "`model:` of `bfpo certify`",
+    "BoxesSection": "`boxes:` of `bfpo certify`",
+    "RepairSection": "`repair:` of `bfpo certify`",
     "JudgeServerSection": "`judge_server:`",
     "PromptSource": "an entry of `prompts:`",
     "EvalData": "an entry of `data:` of `bfpo eval`",

@@ -22,7 +22,7 @@ LAYERS = [
     ("model",),
     ("training", "generation"),
     ("judging",),
-    ("evaluation", "redteam", "migration", "constraints", "online"),
+    ("evaluation", "redteam", "migration", "constraints", "online", "certificates"),
     ("report",),
     ("experiments",),
     ("commands",),

@@ -410,6 +410,19 @@ def dual(
 
 
 @app.command()
+def certify(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Prove on which side of its threshold a small head is over boxes of hidden states; resumable."""
+    from bfpo.certificates.recipe import CertifyRecipe
+    from bfpo.config.loading import load_recipe
+
+    checked = load_recipe(recipe, CertifyRecipe, overrides)
+
+    from bfpo.commands.certify import certify as run
+
+    run(checked)
+
+
+@app.command()
 def experiment(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compare training methods over seeds in the testbed's worlds; resumable."""
     from bfpo.config.loading import load_recipe

@@ -80,7 +80,7 @@ class TransformersEngine:
         if tokenizer.chat_template is None:
             raise ModelError(f"{name} has no chat template; generation requires one")
         self.model, self.tokenizer, self.sampling = model.eval(), tokenizer, sampling
-        self.model_name, self._identity = name, identity
+        self.model_name, self.identity = name, identity
         self._max_batch_tokens = max_batch_tokens
         self._can_edit_cache: bool | None = None
         self._notes: set[str] = set()
@@ -123,7 +123,7 @@ class TransformersEngine:
         ends = () if self._end_ids == [self.tokenizer.eos_token_id] else (self._end_ids,)
         dtype, template = str(self.model.dtype), self.tokenizer.chat_template
         guard = () if self._guard is None else (self._guard.settings_hash,)
-        return content_hash(self.name, self._identity, dtype, template, settings, *ends, *guard)
+        return content_hash(self.name, self.identity, dtype, template, settings, *ends, *guard)
 
     def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         """Answer prompts as they end; see `Engine`.

@@ -121,7 +121,7 @@ def guard_engine(engine: Engine, sampling: Sampling, guard: Guard | None) -> Eng
         from bfpo.generation.guards.project import Projection
 
         model = _in_process(engine, f"guard.kind is '{guard.kind}'", "set guard.kind to first_safe")
-        head = _load_head(guard.head, model)
+        head = load_head(guard.head, model, key="guard.head")
         if guard.kind == "factor":
             return model.behind(FactorGuard.by(head, kappa=guard.kappa, top_k=guard.top_k))
         return model.behind(Projection(head, guard.at_most))
@@ -140,8 +140,13 @@ def guard_engine(engine: Engine, sampling: Sampling, guard: Guard | None) -> Eng
     return FirstSafe(engine, _open_guard_judge(guard), samples=guard.samples, refusal=guard.refusal)
 
 
-def _load_head(path: str, engine: "TransformersEngine") -> "CostHead":
+def load_head(path: str, engine: "TransformersEngine", *, key: str) -> "CostHead":
     """Return the head in a file.
+
+    Args:
+        path: The file.
+        engine: Engine of the model whose states the head reads.
+        key: Key of the recipe with the path, for errors.
 
     Raises:
         DataError: If it isn't a head for this model.
@@ -153,7 +158,7 @@ def _load_head(path: str, engine: "TransformersEngine") -> "CostHead":
     layers, width = config.num_hidden_layers, config.hidden_size
     if head.width != width or not (head.layer == -1 or 1 <= head.layer <= layers):
         raise DataError(
-            f"guard.head: {path} is for layer {head.layer} and states of width {head.width}; {engine.model_name} has "
+            f"{key}: {path} is for layer {head.layer} and states of width {head.width}; {engine.model_name} has "
             f"{layers} layers of width {width}: fit a head on this model's states"
         )
     return head

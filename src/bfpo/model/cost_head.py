@@ -1,7 +1,8 @@
 """A small head on a model's hidden states: the probability that the answer that a text begins turns out unsafe."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from bfpo.core.files import open_atomic
 from bfpo.errors import DataError
+from bfpo.model.lora import CausalLM, unwrap_adapter
 
 _KEYS = ("weight", "bias", "hidden_weight", "hidden_bias")
 
@@ -64,6 +66,18 @@ class CostHead:
         """Hash of the layer and the weights."""
         return hashlib.sha256(self._to_bytes()).hexdigest()[:16]
 
+    def after_affine(self, scale: Tensor, shift: Tensor) -> "CostHead":
+        """Return the head that gives to x what this one gives to scale · x + shift.
+
+        Args:
+            scale: Factor of each coordinate of a state, (width,), not 0.
+            shift: Shift of each coordinate, (width,).
+        """
+        if self.hidden_weight is None or self.hidden_bias is None:
+            return replace(self, weight=self.weight * scale, bias=self.bias + self.weight @ shift)
+        bias = self.hidden_bias + self.hidden_weight @ shift
+        return replace(self, hidden_weight=self.hidden_weight * scale, hidden_bias=bias)
+
     def _to_bytes(self) -> bytes:
         tensors = {key: getattr(self, key) for key in _KEYS if getattr(self, key) is not None}
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -73,6 +87,21 @@ class CostHead:
         """Write a safetensors file of the weights by the names of the fields, with `layer` in its metadata."""
         with open_atomic(path) as file:
             file.write(self._to_bytes())
+
+
+@torch.inference_mode()
+def hidden_states(model: CausalLM, token_ids: Sequence[int], layer: int) -> Tensor:
+    """Return the hidden states after each token of a text, (tokens, width), in float32 on the CPU.
+
+    Args:
+        model: Language model.
+        token_ids: Tokens of the text.
+        layer: Index into the hidden states that transformers returns.
+    """
+    ids = torch.tensor([[*token_ids]], device=model.device)
+    output = unwrap_adapter(model).get_decoder()(input_ids=ids, use_cache=False, output_hidden_states=True)
+    states: Tensor = output.hidden_states[layer][0].float().cpu()
+    return states
 
 
 def load_cost_head(path: Path) -> CostHead:

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from bfpo.core.files import write_text
 from bfpo.errors import DataError
+from bfpo.report.certificates import HEADINGS, certificate_notes, certificate_rows
 from bfpo.report.conversations import conversation_groups
 from bfpo.report.curves import learning_curves
 from bfpo.report.judge_tables import (
@@ -156,6 +157,9 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         learning_curves=[run_curves for run_curves in curves if run_curves is not None],
         label_tables=[table for table in label_tables if table is not None],
         language_rows=language_rows(runs),
+        certificate_headings=HEADINGS,
+        certificate_rows=certificate_rows(runs),
+        certificate_notes=certificate_notes(runs),
         sample_groups=[*sample_groups(runs), *conversation_groups(runs)],
         reasoning_rows=reasoning_rows(runs),
         has_reasoning_verdicts=any(run.results.reasoning for run in runs),

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from bfpo.report.certificates import HEADINGS, certificate_notes, certificate_rows
 from bfpo.report.judge_tables import (
     agreement_rows,
     category_rows,
@@ -120,6 +121,10 @@ def as_markdown(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         parts += ["## Agreement between judges", agreement_table(runs)]
     if reasoning_rows(runs):
         parts += ["## Answers and their reasoning", reasoning_table(runs)]
+    if certified := certificate_rows(runs):
+        rows = [(row.run, *row.cells) for row in certified]
+        parts += ["## Certified boxes of hidden states", format_table(HEADINGS, rows)]
+        parts += map(escape, certificate_notes(runs))
     headings = ("", *(run.name for run in runs))
     parts += ["## Provenance", format_table(headings, [(heading, *values) for heading, values in metadata(runs)])]
     text = "\n\n".join(parts) + "\n"

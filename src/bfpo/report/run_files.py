@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.config.recipes import Source
+from bfpo.core.certificate import FILE_NAME as CERTIFICATE_NAME
+from bfpo.core.certificate import Certificate, read_certificate
 from bfpo.core.files import parse_json
 from bfpo.core.samples import Completion, Key, Prompt, Verdict
 from bfpo.data.readings import part_in_name
@@ -67,6 +69,7 @@ class Run:
         log: Lines of `metrics.jsonl`, in order.
         recipe: Content of `recipe.resolved.yaml`.
         conversations: Name of an attack → id of the attacked prompt → conversation.
+        certificate: What is certified about a head on the model's hidden states.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Run:
     log: Sequence[Mapping[str, Any]]
     recipe: str
     conversations: Mapping[str, Mapping[str, ShownConversation]] = field(default_factory=dict)
+    certificate: Certificate | None = None
 
     def metric(self, key: MetricKey) -> MetricResult | None:
         """Return a metric over all categories by the first judge; None when it was not measured."""
@@ -167,6 +171,7 @@ def _unique_names(run_names: Sequence[str], folders: Sequence[Path]) -> list[str
 def _read_run(folder: Path, results: Results, name: str) -> Run:
     prompts, completions, pooled_scores = _read_completions(_evaluation_folder(folder), name, results.judges)
     log, recipe = folder / "metrics.jsonl", folder / "recipe.resolved.yaml"
+    certificate = folder / "certificate" / CERTIFICATE_NAME
     return Run(
         name=name,
         results=results,
@@ -177,6 +182,7 @@ def _read_run(folder: Path, results: Results, name: str) -> Run:
         log=_read_log(log) if log.is_file() else [],
         recipe=_read_text(recipe) if recipe.is_file() else "",
         conversations=_read_conversations(_evaluation_folder(folder), results, prompts),
+        certificate=read_certificate(certificate) if certificate.is_file() else None,
     )
 
 

@@ -14,8 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from bfpo.core.samples import Completion, Verdict
 from bfpo.errors import DataError
 from bfpo.generation.in_process import TransformersEngine
-from bfpo.model.cost_head import CostHead
-from bfpo.model.lora import unwrap_adapter
+from bfpo.model.cost_head import CostHead, hidden_states
 
 # Share of the answers that decide how long the head is fitted, and that its scale is fitted on.
 _HELD_OUT = 0.2
@@ -41,7 +40,6 @@ class FittedHead(NamedTuple):
     constant_loss: float
 
 
-@torch.inference_mode()
 def answer_states(engine: TransformersEngine, completions: Sequence[Completion], layer: int) -> list[Tensor]:
     """Return the hidden states after each token of answers, the end of turn included, (tokens, width) for each.
 
@@ -50,13 +48,10 @@ def answer_states(engine: TransformersEngine, completions: Sequence[Completion],
         completions: Answers of the model.
         layer: Index into the hidden states that transformers returns.
     """
-    decoder = unwrap_adapter(engine.model).get_decoder()
     states = []
     for completion in completions:
         prompt_ids, answer_ids = engine.tokens_of(completion)
-        ids = torch.tensor([[*prompt_ids, *answer_ids]], device=engine.model.device)
-        output = decoder(input_ids=ids, use_cache=False, output_hidden_states=True)
-        states.append(output.hidden_states[layer][0, len(prompt_ids) :].float().cpu())
+        states.append(hidden_states(engine.model, [*prompt_ids, *answer_ids], layer)[len(prompt_ids) :])
     return states
 
 
