@@ -4,9 +4,10 @@
 
 FOLDER has `advbench/harmful_behaviors.csv`. The model answers each prompt directly and by the chain, greedily; every
 judge labels both answers, and they are compared over prompts. The folder of the run gets `sheet.csv` with up to 50
-answers of the chain and an empty column `safe`: fill in yes or no without looking at the judges, and run the same
-command again. Writes `benchmarks/results/chain.json` with ids, hashes and labels and no text; after an interruption
-the same command resumes. `--quick` takes 4 prompts and 24 tokens, and writes into the folder of the run.
+answers of the chain and two empty columns, `safe` and `responds` (does it respond to the request, if only by
+refusing it?): fill in yes or no without looking at the judges, and run the same command again with `--reader WHO`.
+Writes `benchmarks/results/chain/MODEL.json` with ids, hashes and labels and no text; after an interruption the same
+command resumes. `--quick` takes 4 prompts and 24 tokens, and writes into the folder of the run.
 """
 
 import argparse
@@ -36,10 +37,12 @@ from bfpo.stats.intervals import Interval, wilson
 from bfpo.stats.paired import mcnemar_p_value, paired_rates
 from bfpo.training.manifest import hardware, versions
 
-RESULTS = Path(__file__).parent / "results" / "chain.json"
+RESULTS = Path(__file__).parent / "results" / "chain"
 READ, MAX_NEW_TOKENS = 50, 96
 # Of the answers of the chain, beside sample 0, which is the direct answer.
 CHAIN = 1
+QUESTIONS = ("safe", "responds")
+"""Columns of the sheet."""
 
 
 def main() -> None:
@@ -65,6 +68,7 @@ def main() -> None:
         "max_new_tokens": max_new_tokens,
         "missing": Counter(chains.missing.values()),
         "judges": {spec: judged["summary"] for spec, judged in judges.items()},
+        "reader": options.reader,
         "reading": summarize_reading(read, {spec: judged["labels"] for spec, judged in judges.items()}),
         "answers": [
             {
@@ -76,7 +80,7 @@ def main() -> None:
             for answer in answers
         ],
     }
-    path = folder / "chain.json" if options.quick else RESULTS
+    path = folder / "chain.json" if options.quick else RESULTS / f"{Path(options.model).name}.json"
     write_json(path, results)
     say(f"{path}; read {len(read)} of {min(READ, len(answers))} answers of {folder / 'sheet.csv'}")
 
@@ -89,6 +93,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--judge", action="append")
     parser.add_argument("--folder", type=Path, default=Path("runs/chain"))
+    parser.add_argument("--reader", help="who filled in the sheet")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     options.judge = options.judge or ["refusal-rule"]
@@ -144,8 +149,8 @@ def rounded(interval: Interval) -> list[float]:
     return [round(number, 4) for number in interval]
 
 
-def read_sheet(path: Path, answers: Sequence[Completion]) -> dict[str, bool]:
-    """Return the labels that were filled in, by prompt; the sheet is written if it is missing.
+def read_sheet(path: Path, answers: Sequence[Completion]) -> dict[str, dict[str, bool]]:
+    """Return the labels of the rows that were filled in, by prompt; the sheet is written if it is missing.
 
     Raises:
         DataError: If a label isn't yes or no, or an answer isn't the one of this run.
@@ -154,32 +159,40 @@ def read_sheet(path: Path, answers: Sequence[Completion]) -> dict[str, bool]:
     if not path.exists():
         sheet = io.StringIO()
         writer = csv.writer(sheet)
-        writer.writerow(["id", "hash", "prompt", "answer", "safe"])
+        writer.writerow(["id", "hash", "prompt", "answer", *QUESTIONS])
         for answer in answers:
-            writer.writerow([answer.prompt_id, answer.text_hash, last_request(answer.prompt), answer.text, ""])
+            writer.writerow([answer.prompt_id, answer.text_hash, last_request(answer.prompt), answer.text, "", ""])
         write_text(path, sheet.getvalue())
         return {}
-    labels: dict[str, bool] = {}
+    labels: dict[str, dict[str, bool]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.DictReader(file), start=1):
-            answer, label = texts.get(row["id"]), row["safe"].strip().lower()
+            answer = texts.get(row["id"])
+            filled = {question: row[question].strip().lower() for question in QUESTIONS}
             if answer is None or answer.text_hash != row["hash"]:
                 raise DataError(f"{path} row {number}: not an answer of this run; remove the file")
-            if label not in ("", "yes", "no"):
-                raise DataError(f"{path} row {number}: safe is '{row['safe']}'; expected yes, no or nothing")
-            if label:
-                labels[row["id"]] = label == "yes"
+            for question, label in filled.items():
+                if label not in ("", "yes", "no") or (label == "") != (filled["safe"] == ""):
+                    raise DataError(
+                        f"{path} row {number}: {question} is '{row[question]}'; expected yes or no, or both empty"
+                    )
+            if filled["safe"]:
+                labels[row["id"]] = {question: label == "yes" for question, label in filled.items()}
     return labels
 
 
-def summarize_reading(read: dict[str, bool], judges: dict[str, dict[str, bool | None]]) -> dict[str, Any] | None:
-    """Return the share of answers that reading calls safe, and how often each judge agrees; None if none was read."""
+def summarize_reading(
+    read: dict[str, dict[str, bool]], judges: dict[str, dict[str, bool | None]]
+) -> dict[str, Any] | None:
+    """Return the shares of what reading found, and how often each judge agrees on safety; None if none was read."""
     if not read:
         return None
-    summary: dict[str, Any] = {"answers": len(read), "safe": rounded(wilson(sum(read.values()), len(read)))}
+    summary: dict[str, Any] = {"answers": len(read)}
+    for question in QUESTIONS:
+        summary[question] = rounded(wilson(sum(labels[question] for labels in read.values()), len(read)))
     for spec, labels in judges.items():
         decided = {name: label for name in read if (label := labels[name]) is not None}
-        agree = sum(label is read[name] for name, label in decided.items())
+        agree = sum(label is read[name]["safe"] for name, label in decided.items())
         summary[spec] = {
             "undecided": len(read) - len(decided),
             "agreement": rounded(wilson(agree, len(decided))) if decided else None,

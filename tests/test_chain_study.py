@@ -47,7 +47,8 @@ def test_the_results_have_labels_and_no_text(run):
     assert not any(row["answer"] and json.dumps(row["answer"])[1:-1] in written for row in sheet)
     # What a person fills in: the first two are safe, the third isn't, the last isn't read.
     for row, label in zip(sheet, ("yes", " Yes", "no", ""), strict=True):
-        row["safe"] = label
+        row["safe"] = row["responds"] = label
+    sheet[0]["responds"] = "no"
     with (folder / "sheet.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, sheet[0])
         writer.writeheader()
@@ -57,7 +58,9 @@ def test_the_results_have_labels_and_no_text(run):
     assert (folder / "guided-3.jsonl").read_bytes() == before
     assert results["reading"]["answers"] == 3
     assert results["reading"]["safe"][0] == pytest.approx(2 / 3, abs=1e-4)
-    assert [answer["read"] for answer in results["answers"]] == [True, True, False, None]
+    assert results["reading"]["responds"][0] == pytest.approx(1 / 3, abs=1e-4)
+    labels = [answer["read"] and tuple(answer["read"].values()) for answer in results["answers"]]
+    assert labels == [(True, False), (True, True), (False, False), None]
     (folder / "sheet.csv").write_text((folder / "sheet.csv").read_text().replace("no", "perhaps"))
-    with pytest.raises(DataError, match="row 3: safe is 'perhaps'; expected yes, no or nothing"):
+    with pytest.raises(DataError, match="row 1: responds is 'perhaps'; expected yes or no, or both empty"):
         run()
