@@ -89,7 +89,8 @@ def merged_logits(models, names, ids):
             a, b = weights[key].double(), weights[key.replace("lora_A", "lora_B")].double()
             module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             base.get_submodule(module).weight.data += 16 * b @ a
-    return base(input_ids=ids).logits
+    with torch.no_grad():
+        return base(input_ids=ids).logits
 
 
 def test_a_shared_adapter_is_added_to_that_of_a_step(models):

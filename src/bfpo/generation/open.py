@@ -60,7 +60,7 @@ class EngineSection(ServerSection):
 
     steps: Steps | None = None
     """Chain of steps that an answer is made in, without `server`: the folder or hub id of the adapter of each step on
-    the base model `path`, null for the base model itself. `answer` alone, or after `analysis` and `guidance`; with
+    the base model `path`, null for none. `answer` alone, or after `analysis` and `guidance`; with
     `check`, an answer that it doesn't call safe becomes a refusal. The adapter `shared` is active in every step,
     beside the step's own or alone (docs/redteam.md)."""
 
