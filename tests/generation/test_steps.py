@@ -1,16 +1,19 @@
 """Answers by a chain of steps with an adapter for each: to the bit those of plain LoRA, the base, a chain by hand."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bfpo.commands.app import app
-from bfpo.config.recipes import LoraSection
+from bfpo.config.recipes import LoraSection, ModelSection
 from bfpo.core.chain import INSTRUCTIONS, step_prompt
 from bfpo.core.conversation import Message, user_says
 from bfpo.core.guarding import REFUSAL
@@ -22,7 +25,9 @@ from bfpo.evaluation.subject import model_name
 from bfpo.generation.in_process import TransformersEngine, load_engine
 from bfpo.generation.open import EngineSection, open_engine
 from bfpo.generation.steps import StepsEngine
+from bfpo.model.load import load_model
 from bfpo.model.lora import add_adapter, lora_config
+from bfpo.model.shared_adapter import find_shared
 from bfpo.redteam.recipe import RedteamRecipe
 
 PROMPTS = [Prompt(f"p{i}", user_says(f"small red box near {i}")) for i in range(3)]
@@ -33,7 +38,7 @@ STEPS = ("analysis", "guidance", "answer")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, make_model, tokenizer):
-    """A base model, and adapters `analysis`, `guidance`, `answer` and `zero`, in folders."""
+    """A base model, and adapters `analysis`, `guidance`, `answer`, `zero`, and `X-beside-Y`, in folders."""
     folder = tmp_path_factory.mktemp("models")
     make_model(shape="nano").save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -48,6 +53,9 @@ def models(tmp_path_factory, make_model, tokenizer):
                     weight.data.normal_(std=0.3)
         adapted.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    for name, shared in (("answer", "analysis"), ("answer", "zero"), ("guidance", "analysis")):
+        beside = shutil.copytree(folder / name, folder / f"{name}-beside-{shared}")
+        find_shared(str(folder / shared)).write_record(beside)
     return folder
 
 
@@ -70,6 +78,66 @@ def test_one_expert_is_plain_lora_and_none_is_the_base(models):
     assert texts(open_steps(models, answer="answer")) == lora
     assert texts(open_steps(models, answer=None)) == base
     assert texts(open_steps(models, answer="zero")) == base
+
+
+def merged_logits(models, names, ids):
+    """Return the logits of the base with the updates of adapters added to its weights, alpha / r being 16."""
+    base = AutoModelForCausalLM.from_pretrained(models / "base").double()
+    for name in names:
+        weights = load_file(models / name / "adapter_model.safetensors")
+        for key in [key for key in weights if "lora_A" in key]:
+            a, b = weights[key].double(), weights[key.replace("lora_A", "lora_B")].double()
+            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            base.get_submodule(module).weight.data += 16 * b @ a
+    with torch.no_grad():
+        return base(input_ids=ids).logits
+
+
+def test_a_shared_adapter_is_added_to_that_of_a_step(models):
+    ids = torch.arange(1, 20)[None]
+    engine = open_steps(models, shared="analysis", analysis=None, guidance=None, answer="answer-beside-analysis")
+    model = engine._engine.model.double()
+    for step, names in (("analysis", ["analysis"]), ("answer", ["analysis", "answer"]), ("guidance", ["analysis"])):
+        with engine._adapter_of(step), torch.no_grad():
+            got = model(input_ids=ids).logits
+        torch.testing.assert_close(got, merged_logits(models, names, ids), rtol=0, atol=1e-10)
+    assert float((merged_logits(models, ["answer"], ids) - got).abs().max()) > 1e-3
+
+
+def test_a_shared_adapter_alone_is_plain_lora_and_one_of_zeros_is_none(models):
+    alone, lora = (texts(load_engine(str(models / name), SAMPLING)) for name in ("analysis", "answer"))
+    assert texts(open_steps(models, shared="analysis", answer=None)) == alone
+    assert texts(open_steps(models, shared="zero", answer="answer-beside-zero")) == lora
+    assert texts(open_steps(models, shared="analysis", answer="answer-beside-analysis")) not in (alone, lora)
+    zero, plain = (
+        open_steps(models, **steps)
+        for steps in ({"shared": "zero", "answer": "answer-beside-zero"}, {"answer": "answer"})
+    )
+    logits = []
+    for engine in (zero, plain):
+        with engine._adapter_of("answer"), torch.no_grad():
+            logits.append(engine._engine.model(input_ids=torch.arange(1, 20)[None]).logits)
+    assert torch.equal(*logits)
+
+
+def test_an_adapter_is_used_beside_the_shared_one_that_it_was_trained_beside(models):
+    beside = "answer-beside-analysis"
+    for steps, message in (
+        ({"answer": beside}, r"beside the shared adapter '.*analysis', and it is used without; name both as steps"),
+        ({"shared": "zero", "answer": beside}, r"and shared is '.*zero', which has other weights; name both"),
+        (
+            {"shared": "analysis", "answer": "answer"},
+            r"wasn't trained beside a shared adapter, and shared is '.*'; leave",
+        ),
+        ({"shared": beside, "answer": None}, r"was trained beside the shared adapter '.*analysis'"),
+        ({"shared": "base", "answer": None}, r"the shared adapter, has no adapter_config\.json"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            open_steps(models, **steps)
+    with pytest.raises(ModelError, match=r"\{shared: .*analysis, answer: .*beside-analysis\} \(docs/redteam\.md\)"):
+        load_model(ModelSection(path=str(models / beside)))
+    with pytest.raises(ValidationError, match=r"no shared adapter \(null\); leave out shared"):
+        EngineSection(path="m", steps={"shared": None, "answer": None})
 
 
 def by_hand(engines):
@@ -113,6 +181,9 @@ def test_everything_that_an_answer_depends_on_is_in_the_hash(models, monkeypatch
         {"answer": "zero", "check": None},
         {"analysis": None, "guidance": None, "answer": "zero"},
         {"analysis": "zero", "guidance": None, "answer": "zero"},
+        {"shared": "zero", "answer": None},
+        {"shared": "zero", "answer": "answer-beside-zero"},
+        {"shared": "analysis", "answer": "answer-beside-analysis"},
     )
     hashes = [open_steps(models, **steps).settings_hash for steps in chains]
     assert len({*hashes, load_engine(str(models / "base"), SAMPLING).settings_hash}) == len(chains) + 1

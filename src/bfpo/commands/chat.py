@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from bfpo.config.recipes import ModelSection
-from bfpo.core.chain import Step
+from bfpo.core.chain import Expert
 from bfpo.core.conversation import Message
 from bfpo.core.samples import Engine, Prompt, Sampling, prompt_id
 from bfpo.core.terminal import console, escape_controls, say
@@ -78,7 +78,7 @@ def chat(
     temperature: float,
     seed: int,
     guard: Guard | None = None,
-    steps: Mapping[Step, str | None] | None = None,
+    steps: Mapping[Expert, str | None] | None = None,
 ) -> None:
     """Read lines and stream the model's answers, until the end of the input.
 

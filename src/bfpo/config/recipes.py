@@ -17,7 +17,7 @@ from bfpo.config.section import Count as Count
 from bfpo.config.section import Fraction as Fraction
 from bfpo.config.section import Section as Section
 from bfpo.config.section import Share as Share
-from bfpo.core.chain import Step
+from bfpo.core.chain import SHARED, Expert
 
 
 def is_gguf(path: str) -> bool:
@@ -226,9 +226,13 @@ class SftRecipe(Section):
     """Patterns of the parameters to train; default all."""
     lora: LoraSection | None = None
     """Low-rank adapters to train instead of the weights; can't be combined with `train_only`."""
-    experts: list[Step] = Field(default=[])
+    shared_adapter: str | None = None
+    """Folder or hub id of an adapter of the same base model that is active beside the new adapter, and frozen. The
+    new one can then be used with it only, as `steps:` of model sections."""
+    experts: list[Expert] = Field(default=[])
     """Steps of the chain of `bfpo redteam` that each get an adapter of their own, from data of `adapter: guided`: one
-    run for each, in a folder of `output_dir`, which model sections name as `steps:` (docs/redteam.md)."""
+    run for each, in a folder of `output_dir`, which model sections name as `steps:` (docs/redteam.md). With `shared`,
+    first a `shared_adapter` for them is trained on all these steps."""
     layout: LayoutSection = LayoutSection()
     """How tokens are laid out; affects time and memory, not the numbers."""
     max_eval: Count | None = 2000
@@ -251,6 +255,17 @@ class SftRecipe(Section):
             raise ValueError(f"experts are trained on steps of adapter 'guided'; data has '{others[0]}'")
         if self.train_only is not None:
             raise ValueError("experts are adapters, and train_only trains the weights; set lora instead")
+        if SHARED in self.experts:
+            if missing := [step for step in ("analysis", "guidance", "answer") if step not in self.experts]:
+                raise ValueError(f"experts has shared, which is active in every step; add {', '.join(missing)}")
+            if self.lora is None or self.shared_adapter is not None:
+                raise ValueError("experts has shared, a new adapter; set lora, and leave out shared_adapter")
+        return self
+
+    @model_validator(mode="after")
+    def _check_shared_adapter(self) -> "SftRecipe":
+        if self.shared_adapter is not None and self.lora is None:
+            raise ValueError("shared_adapter is active beside a new adapter; set lora")
         return self
 
 
@@ -264,6 +279,8 @@ class TrainModel(ModelSection):
     def _check_sft(self) -> "TrainModel":
         if self.sft is not None and self.sft.experts:
             raise ValueError("sft.experts makes several adapters, and a training starts from one model; leave it out")
+        if self.sft is not None and self.sft.shared_adapter is not None:
+            raise ValueError("sft.shared_adapter makes an adapter that can't be used alone; leave it out")
         return self
 
 

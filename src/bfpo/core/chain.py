@@ -7,7 +7,7 @@ wording is ours.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Final, Literal, get_args
 
 from pydantic import PlainValidator, StrictBool
 
@@ -20,6 +20,11 @@ from bfpo.errors import DataError
 
 Step = Literal["analysis", "guidance", "answer", "check"]
 STEPS: tuple[Step, ...] = get_args(Step)
+
+SHARED: Final = "shared"
+Expert = Literal["shared", Step]
+"""An adapter: of a step, or the one that is active beside it in every step."""
+EXPERTS: tuple[Expert, ...] = get_args(Expert)
 
 INSTRUCTIONS: dict[Step, str] = {
     "analysis": "Before anyone answers the request above: what is asked, what could the asker need it for, and what "

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from bfpo.config.loading import load_recipe
 from bfpo.config.recipes import Count, Section, join_gguf_file
-from bfpo.core.chain import STEPS, Step
+from bfpo.core.chain import EXPERTS, SHARED, Expert
 from bfpo.core.samples import Engine, Sampling
 
 
@@ -31,15 +31,17 @@ class JudgeServerSection(ServerSection):
     """Maximum length of a rubric judge's reply, in tokens, also without a server; reasoning needs 1,024 or more."""
 
 
-def _check_steps(steps: dict[Step, str | None]) -> dict[Step, str | None]:
-    """Return the steps in the order of the chain."""
+def _check_steps(steps: dict[Expert, str | None]) -> dict[Expert, str | None]:
+    """Return the steps in the order of the chain, after the shared adapter."""
+    if steps.get(SHARED, "") is None:
+        raise ValueError("the steps have no shared adapter (null); leave out shared")
     if "answer" not in steps or ("analysis" in steps) != ("guidance" in steps):
         names = ", ".join(steps) or "none"
         raise ValueError(f"the steps are {names}; expected answer, alone or with both analysis and guidance")
-    return {step: steps[step] for step in STEPS if step in steps}
+    return {name: steps[name] for name in EXPERTS if name in steps}
 
 
-Steps = Annotated[dict[Step, str | None], AfterValidator(_check_steps)]
+Steps = Annotated[dict[Expert, str | None], AfterValidator(_check_steps)]
 
 
 class EngineSection(ServerSection):
@@ -58,8 +60,9 @@ class EngineSection(ServerSection):
 
     steps: Steps | None = None
     """Chain of steps that an answer is made in, without `server`: the folder or hub id of the adapter of each step on
-    the base model `path`, null for the base model itself. `answer` alone, or after `analysis` and `guidance`; with
-    `check`, an answer that it doesn't call safe becomes a refusal (docs/redteam.md)."""
+    the base model `path`, null for none. `answer` alone, or after `analysis` and `guidance`; with
+    `check`, an answer that it doesn't call safe becomes a refusal. The adapter `shared` is active in every step,
+    beside the step's own or alone (docs/redteam.md)."""
 
     @model_validator(mode="after")
     def _check_steps_are_local(self) -> "EngineSection":
@@ -115,7 +118,7 @@ class StepsFile(Section):
     """Steps with their adapters."""
 
 
-def load_steps_file(path: Path) -> dict[Step, str | None]:
+def load_steps_file(path: Path) -> dict[Expert, str | None]:
     """Read the steps in a file.
 
     Raises:

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from bfpo.config.recipes import ModelSection
-from bfpo.core.chain import INSTRUCTIONS_HASH, Step, read_check, step_prompt
+from bfpo.core.chain import INSTRUCTIONS_HASH, SHARED, STEPS, Expert, Step, read_check, step_prompt
 from bfpo.core.conversation import Message
 from bfpo.core.files import content_hash
 from bfpo.core.guarding import REFUSAL, GuardCounts
@@ -19,6 +19,7 @@ from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.guards.first_safe import refuse
 from bfpo.generation.in_process import TransformersEngine, checkpoint_identity, load_checkpoint
 from bfpo.model.load import add_experts, load_tokenizer
+from bfpo.model.lora import activate
 
 # A killed run loses the chains that are in progress.
 _TOGETHER = 64
@@ -33,13 +34,15 @@ class StepsEngine:
 
     Args:
         engine: Engine of the model; one with adapters has one named for each step that isn't null.
-        steps: Step → identity of its adapter; None for the model without one. In the order of the chain.
+        adapters: Step → identity of its adapter; None for the model without one. In the order of the chain. `shared`,
+            if it is there, is active beside the adapter of each step.
     """
 
     name = "steps"
 
-    def __init__(self, engine: TransformersEngine, steps: Mapping[Step, str | None]) -> None:
-        self._engine, self._steps = engine, dict(steps)
+    def __init__(self, engine: TransformersEngine, adapters: Mapping[Expert, str | None]) -> None:
+        self._engine, self._adapters = engine, dict(adapters)
+        self._steps = [step for step in STEPS if step in adapters]
 
     @property
     def faults(self) -> Counter[str]:
@@ -50,7 +53,7 @@ class StepsEngine:
     def settings_hash(self) -> str:
         """Hash of the engine's settings, the steps with their adapters, and the wording of the instructions."""
         wording = REFUSAL if "check" in self._steps else None
-        return content_hash(self.name, self._engine.settings_hash, self._steps, INSTRUCTIONS_HASH, wording)
+        return content_hash(self.name, self._engine.settings_hash, self._adapters, INSTRUCTIONS_HASH, wording)
 
     def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         """Answer prompts, some of them at a time; see `Engine`.
@@ -111,14 +114,15 @@ class StepsEngine:
         return completions
 
     def _adapter_of(self, step: Step) -> AbstractContextManager[None]:
-        """Switch the adapter of a step on until the next one is; return the context that the step runs in."""
+        """Switch the adapters of a step on until the next ones are; return the context that the step runs in."""
         model = self._engine.model
         if not isinstance(model, PeftModel):
             return nullcontext()
-        if self._steps[step] is None:
+        active: list[str] = [name for name in (step, SHARED) if self._adapters.get(name) is not None]
+        if not active:
             disabled: AbstractContextManager[None] = model.disable_adapter()
             return disabled
-        model.set_adapter(step, inference_mode=True)
+        activate(model, active)
         return nullcontext()
 
     def _finish(self, answer: Completion, prompt: Prompt, check: Completion | None) -> Completion:
@@ -146,7 +150,7 @@ def _of_step(prompt: Prompt, earlier: Sequence[tuple[Step, Message]], step: Step
 
 def load_steps(
     path: str,
-    steps: Mapping[Step, str | None],
+    steps: Mapping[Expert, str | None],
     sampling: Sampling,
     *,
     dtype: str = "float32",
@@ -156,19 +160,20 @@ def load_steps(
 
     Args:
         path: Folder or hub id of the base model.
-        steps: Step → folder or hub id of its adapter; None for the base model itself. In the order of the chain.
+        steps: Step → folder or hub id of its adapter; None for the base model itself. In the order of the chain,
+            after `shared` if there is a shared adapter.
         sampling: Sampling of the replies.
         dtype: Data type of the weights.
         revision: Hub revision of the base model.
 
     Raises:
         RecipeError: If `dtype` is unknown.
-        ModelError: If a checkpoint can't be loaded, an adapter was trained on another base, or adapters have
-            different chat templates.
+        ModelError: If a checkpoint can't be loaded, an adapter was trained on another base or beside another shared
+            adapter, or adapters have different chat templates.
     """
     model, tokenizer, identity = load_checkpoint(path, dtype=dtype, revision=revision)
     adapters = {step: adapter for step, adapter in steps.items() if adapter is not None}
-    identities: dict[Step, str | None] = dict.fromkeys(steps)
+    identities: dict[Expert, str | None] = dict.fromkeys(steps)
     if adapters:
         adapted = add_experts(model, {str(step): adapter for step, adapter in adapters.items()})
         torch.nn.Module.to(adapted, model.device)
@@ -181,7 +186,7 @@ def load_steps(
     return StepsEngine(engine, identities)
 
 
-def _load_common_tokenizer(adapters: Mapping[Step, str]) -> PreTrainedTokenizerBase:
+def _load_common_tokenizer(adapters: Mapping[Expert, str]) -> PreTrainedTokenizerBase:
     """Return the tokenizer that the adapters were trained with.
 
     Raises:

@@ -26,23 +26,27 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from bfpo.config.recipes import ModelSection, is_gguf
+from bfpo.core.chain import SHARED
 from bfpo.errors import BfpoError, ModelError
 from bfpo.model.adapter_vocabulary import resize_to_adapter
 from bfpo.model.gguf import load_gguf_config, load_gguf_model, load_gguf_tokenizer
 from bfpo.model.lora import (
     CausalLM,
+    activate,
     is_adapter,
     prepare_for_adapter,
     quantization_config,
     without_checkpointing_warning,
 )
 from bfpo.model.new import new_config
+from bfpo.model.shared_adapter import RECORD, SharedAdapter, check_beside, find_shared
 from bfpo.model.templates import limit_template
 
 JSON_FILES = (
     "config.json",
     "generation_config.json",
     "adapter_config.json",
+    RECORD,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -100,26 +104,58 @@ def add_experts(model: CausalLM, adapters: Mapping[str, str]) -> PeftModel:
 
     Args:
         model: Base model.
-        adapters: Name → folder or hub id of an adapter of this base; at least one.
+        adapters: Name → folder or hub id of an adapter of this base; at least one. `shared` is active beside others.
 
     Raises:
-        ModelError: If one can't be loaded, or the model has an adapter already.
+        ModelError: If one can't be loaded, was trained beside another shared adapter, or the model has an adapter
+            already.
     """
     if isinstance(model, PeftModel):
         raise ModelError(
             "steps: the model has an adapter already; path must be the base model of the steps' adapters"
         )
-    adapted = None
+    adapted, shared = None, None
+    if SHARED in adapters:
+        with _model_errors(adapters[SHARED], f"shared adapter '{adapters[SHARED]}'"):
+            shared = find_shared(adapters[SHARED])
     for name, path in adapters.items():
         with _model_errors(path, f"adapter '{path}' of the step '{name}'"), without_checkpointing_warning():
             if not is_adapter(path):
                 raise ModelError(f"'{path}', the adapter of the step '{name}', has no adapter_config.json")
+            if name != SHARED:
+                check_beside(path, shared)
             if adapted is None:
                 adapted = PeftModel.from_pretrained(model, path, adapter_name=name)
             else:
                 adapted.load_adapter(path, name)
     assert adapted is not None
     return adapted
+
+
+def add_shared(model: PeftModel, shared: SharedAdapter) -> None:
+    """Load a shared adapter beside a model's own, which stays the only one that is trained and saved.
+
+    Args:
+        model: Model with one adapter, changed in place. What it saves records the shared adapter.
+        shared: Adapter of the same base model.
+
+    Raises:
+        ModelError: If it can't be loaded.
+    """
+    path, own = shared.path, model.active_adapter
+    with _model_errors(path, f"shared_adapter '{path}'"), torch.random.fork_rng(), without_checkpointing_warning():
+        model.load_adapter(path, SHARED)
+    # Its own first: transformers resumes the first of the active adapters.
+    activate(model, [own, SHARED])
+    model.set_requires_grad(own)
+    save = model.save_pretrained
+
+    def save_own(folder: str, **options: Any) -> None:
+        save(folder, selected_adapters=[own], **options)
+        if options.get("is_main_process", True):
+            shared.write_record(Path(folder))
+
+    model.save_pretrained = save_own  # type: ignore[assignment]
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
@@ -211,8 +247,11 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def _adapter_config(path: str, revision: str | None) -> Any:
-    """Return the configuration of an adapter; None if there is a whole model at the path."""
-    return PeftConfig.from_pretrained(path, revision=revision) if is_adapter(path, revision) else None
+    """Return the configuration of an adapter to use alone; None if there is a whole model at the path."""
+    if not is_adapter(path, revision):
+        return None
+    check_beside(path, None, revision)
+    return PeftConfig.from_pretrained(path, revision=revision)
 
 
 def _has_tokenizer(path: str, revision: str | None) -> bool:

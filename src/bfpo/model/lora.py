@@ -61,6 +61,12 @@ def add_adapter(model: CausalLM, config: Any, *, seed: int) -> PeftModel:
     return adapted
 
 
+def activate(model: PeftModel, names: list[str]) -> None:
+    """Make some of a model's adapters the active ones, whose updates are added in this order; none is trained."""
+    # `PeftModel.set_adapter` takes one name only.
+    model.base_model.set_adapter(names, inference_mode=True)  # type: ignore[operator]
+
+
 @contextmanager
 def without_checkpointing_warning() -> Iterator[None]:
     """Hide the warning that peft 0.21 causes in transformers 5.23 by a deprecated name, which users can't change."""

@@ -6,6 +6,7 @@ from bfpo.losses.build import make_loss
 from bfpo.model.load import empty_model
 from bfpo.model.lora import CausalLM, add_adapter, lora_config
 from bfpo.model.selective import select_parameters
+from bfpo.model.shared_adapter import check_same_base, find_shared
 from bfpo.training.arguments import check_options
 from bfpo.training.reference_pass import resolve_reference
 
@@ -20,11 +21,14 @@ def check_against_model(recipe: TrainRecipe | SftRecipe | ScoreRecipe) -> None:
 
     Raises:
         ModelError: If the model's configuration can't be loaded, a pattern of `train_only` matches no parameter, the
-            model has none of the target modules of `lora`, or it already has an adapter and `lora` is set.
+            model has none of the target modules of `lora`, it already has an adapter and `lora` is set, or
+            `shared_adapter` isn't one of this model.
         RecipeError: If a pattern isn't a regular expression, quantized weights would be trained, the kind of
             reference would give wrong numbers, or a value in the nested recipe's `trainer` is wrong.
     """
     _trained_shape(recipe)
+    if isinstance(recipe, SftRecipe) and recipe.shared_adapter is not None:
+        check_same_base(find_shared(recipe.shared_adapter), recipe.model.path, recipe.model.revision)
 
 
 def _trained_shape(recipe: TrainRecipe | SftRecipe | ScoreRecipe) -> CausalLM:

@@ -24,7 +24,9 @@ from bfpo.data.template import chat_template
 from bfpo.data.tokenize import Encoder, check_special_tokens
 from bfpo.errors import RecipeError
 from bfpo.model.gguf import gguf_metadata
-from bfpo.model.lora import CausalLM, lora_config
+from bfpo.model.load import add_shared
+from bfpo.model.lora import CausalLM, add_adapter, lora_config
+from bfpo.model.shared_adapter import find_shared
 from bfpo.training.arguments import launched_processes, training_arguments
 from bfpo.training.checkpoints import check_marked, write_mark
 from bfpo.training.clock import record_clock, template_clock
@@ -109,7 +111,7 @@ def _run(
         return {}
 
     # Loaded first: if the model can't be loaded, an earlier run is not moved aside.
-    model = load_start_model(recipe.model, tokenizer)
+    model = _load_model(recipe, tokenizer, seed=args.seed)
     out = prepare_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
     record_clock(clock, out)
     trainer = _make_trainer(recipe, args, model, tokenizer, train, held_out)
@@ -139,6 +141,17 @@ def _run(
     )
 
 
+def _load_model(recipe: SftRecipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> CausalLM:
+    """Return the start model with the recipe's new adapter, if there is one."""
+    model = load_start_model(recipe.model, tokenizer)
+    if recipe.lora is None:
+        return model
+    adapted = add_adapter(model, lora_config(recipe.lora, revision=recipe.model.revision), seed=seed)
+    if recipe.shared_adapter is not None:
+        add_shared(adapted, find_shared(recipe.shared_adapter))
+    return adapted
+
+
 def _make_trainer(
     recipe: SftRecipe,
     args: TrainingArguments,
@@ -153,7 +166,6 @@ def _make_trainer(
         train,
         held_out,
         tokenizer,
-        peft_config=lora_config(recipe.lora, revision=recipe.model.revision) if recipe.lora else None,
         train_only=recipe.train_only,
         layout=recipe.layout,
     )
