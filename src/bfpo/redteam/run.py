@@ -46,8 +46,10 @@ def run_redteam(recipe: RedteamRecipe) -> list[Path]:
     out, paths = Path(recipe.out), []
     model = recipe.model
     if recipe.rounds > 1:
+        from bfpo.training.preflight import check_training
+
         # Shows an error in `train` before the work of the first round.
-        _check_training(_train_recipe(recipe, model, [out / "pairs.jsonl"], out / "model"))
+        check_training(_train_recipe(recipe, model, [out / "pairs.jsonl"], out / "model"))
     _write_recipe(out, recipe)
     for number in range(recipe.rounds):
         folder = out if recipe.rounds == 1 else out / f"round-{number + 1}"
@@ -253,16 +255,6 @@ def _train(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], o
 
         run_training(_train_recipe(recipe, model, paths, out))
     return str(out)
-
-
-def _check_training(recipe: TrainRecipe) -> None:
-    from bfpo.losses.build import make_loss
-    from bfpo.training.arguments import training_arguments
-    from bfpo.training.preflight import check_against_model
-
-    make_loss(recipe.loss.model_dump())
-    training_arguments({name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"})
-    check_against_model(recipe)
 
 
 def _train_recipe(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], out: Path) -> TrainRecipe:
