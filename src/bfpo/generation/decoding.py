@@ -203,14 +203,16 @@ class Decoder:
                     rows[slot] = last
         return ended[::-1]
 
-    def _peek_behind_prompt(self, states: PromptStates, prompt: int, candidates: Tensor, layer: int) -> Tensor:
-        return self._model.peek(states.select(prompt), [states.num_tokens], candidates, layer)
+    def _peek_behind_prompt(
+        self, states: PromptStates, prompt: int, candidates: Tensor, layers: Sequence[int]
+    ) -> Tensor:
+        return self._model.peek(states.select(prompt), [states.num_tokens], candidates, layers)
 
     def _peek_behind_rows(
-        self, cache: SlotCache, rows: Sequence[_ActiveRow], candidates: Tensor, layer: int
+        self, cache: SlotCache, rows: Sequence[_ActiveRow], candidates: Tensor, layers: Sequence[int]
     ) -> Tensor:
         lengths = [row.position + 1 for row in rows]
-        return self._model.peek(cache.states(len(rows)), lengths, candidates, layer)
+        return self._model.peek(cache.states(len(rows)), lengths, candidates, layers)
 
     def _is_ended(self, row: _ActiveRow) -> bool:
         return row.token_ids[-1] in self._end_ids or len(row.token_ids) >= row.request.max_new_tokens

@@ -246,7 +246,12 @@ class TransformersEngine:
         Args:
             completion: Completion without reasoning and tool calls.
         """
-        prompt = Prompt(completion.prompt_id, completion.prompt, tools=completion.tools)
+        prompt = Prompt(
+            completion.prompt_id,
+            completion.prompt,
+            tools=completion.tools,
+            chat_template_kwargs=completion.chat_template_kwargs,
+        )
         text_ids: list[int] = self.tokenizer(completion.text, add_special_tokens=False)["input_ids"]
         end = [self._end_ids[0]] if completion.finish_reason == "stop" else []
         return self._prompt_ids(prompt), [*text_ids, *end]

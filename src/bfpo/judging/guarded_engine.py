@@ -155,11 +155,11 @@ def load_head(path: str, engine: "TransformersEngine", *, key: str) -> "CostHead
 
     head = load_cost_head(Path(path))
     config = engine.model.config.get_text_config()
-    layers, width = config.num_hidden_layers, config.hidden_size
-    if head.width != width or not (head.layer == -1 or 1 <= head.layer <= layers):
+    count, width = config.num_hidden_layers, config.hidden_size
+    if head.width != width or not all(layer == -1 or 1 <= layer <= count for layer in head.layers):
         raise DataError(
-            f"{key}: {path} is for layer {head.layer} and states of width {head.width}; {engine.model_name} has "
-            f"{layers} layers of width {width}: fit a head on this model's states"
+            f"{key}: {path} is for layers {list(head.layers)} and states of width {head.width}; "
+            f"{engine.model_name} has {count} layers of width {width}: train a head on this model's states"
         )
     return head
 
