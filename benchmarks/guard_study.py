@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bfpo.generation.guards.fit_head import fit_cost_head
+
 from bfpo.commands.judge import fit_judge
 from bfpo.core.conversation import user_says
 from bfpo.core.files import write_json, write_jsonl
@@ -25,7 +27,6 @@ from bfpo.evaluation.pipeline import evaluate
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.experiments.steps import SAMPLING, make_base, write_world
-from bfpo.generation.guards.fit_head import fit_cost_head
 from bfpo.generation.in_process import load_engine
 from bfpo.judging.guarded_engine import GuardFile, guard_engine
 from bfpo.testbed.oracle import Oracle

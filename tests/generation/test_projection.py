@@ -134,7 +134,9 @@ def test_every_setting_is_in_the_hash_and_the_head_must_be_linear(model, tokeniz
     path = tmp_path / "head.safetensors"
     CostHead((-1,), torch.ones(1, 2), torch.ones(1), torch.ones(2, width), torch.ones(2)).save(path)
     section = ProjectSection(kind="project", head=str(path))
-    with pytest.raises(ModelError, match=r"project needs a linear head on one layer, and this one has a hidden layer; .*units: 0 "):
+    with pytest.raises(
+        ModelError, match=r"project needs a linear head on one layer, and this one has a hidden layer; .*units: 0 "
+    ):
         guard_engine(bare, bare.sampling, section)
     with pytest.raises(RecipeError, match=r"guard.kind is 'project', which needs a model in this process"):
         guard_engine(ScriptedEngine(lambda *_: ""), Sampling(), section)

@@ -104,7 +104,9 @@ def test_answers_that_are_not_the_model_s_own_words_are_left_out_and_counted(com
         replace(completions[2], finish_reason="filtered"),
         *completions[3:6],
     ]
-    verdicts = [judged(completion, safe) for completion, safe in zip(changed, [True] * 4 + [False, None], strict=True)]
+    verdicts = [
+        judged(completion, safe) for completion, safe in zip(changed, [True] * 4 + [False, None], strict=True)
+    ]
     answers, left_out = judged_answers(changed, verdicts)
     # An undecided verdict counts as unsafe.
     assert [answer.unsafe for answer in answers] == [False, True, True]
@@ -228,9 +230,9 @@ def test_a_trained_head_is_that_of_both_guards():
     assert content["head"]["identity"] == head.identity
     assert content["head"]["layers"] == list(head.layers) == [1, -1]
     assert content["data"]["models"] == ["model"]
-    assert sum(content["prefixes"].values()) == sum(part["prefixes"] for part in content["evaluation"]["by_token"]) + (
-        content["prefixes"]["fitted"] + content["prefixes"]["calibrating"]
-    )
+    assert sum(content["prefixes"].values()) == sum(
+        part["prefixes"] for part in content["evaluation"]["by_token"]
+    ) + (content["prefixes"]["fitted"] + content["prefixes"]["calibrating"])
     engine = load_engine("model", Sampling(max_new_tokens=4, temperature=1.0))
     Path("guard.yaml").write_text("guard: {kind: factor, head: runs/head/cost-head.safetensors, kappa: 2, top_k: 5}")
     guarded = guard_engine(engine, engine.sampling, load_guard(Path("guard.yaml")))

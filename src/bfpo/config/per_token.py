@@ -10,7 +10,7 @@ Layer = Annotated[int, Field(ge=-1)]
 
 
 class PerTokenRecipe(Section):
-    """`bfpo score train` with `per_token: true`: a cost head on a model's own states, for the guards of that model."""
+    """`bfpo score train` with `per_token: true`: a cost head on a model's own states, for its guards."""
 
     model: ModelSection
     """The model, which isn't changed: a folder or hub id in `path`."""

@@ -1,7 +1,7 @@
 """Fitting a cost head on the beginnings of answers, each with the verdict on the whole answer as its target.
 
-The mean of the verdicts on the answers that share a beginning is the probability that such an answer is unsafe, so the
-binary cross-entropy is least where the head gives it.
+The mean of the verdicts on the answers that share a beginning is the probability that such an answer is unsafe, so
+the binary cross-entropy is least where the head gives it.
 """
 
 from collections.abc import Sequence

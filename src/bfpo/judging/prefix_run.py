@@ -1,4 +1,4 @@
-"""The work of `bfpo score train` with `per_token: true`: from judged answers of a model to a cost head for its guards."""
+"""The work of `bfpo score train` with `per_token: true`: from judged answers of a model to a cost head."""
 
 import time
 from collections.abc import Sequence
@@ -50,7 +50,8 @@ def run_per_token(recipe: PerTokenRecipe, *, dry_run: bool = False) -> dict[str,
         "left_out": dict(left_out),
     }
     say(
-        f"{len(answers):,} answers, {data['unsafe']:,} of them unsafe or undecided; left out: {dict(left_out) or 'none'}"
+        f"{len(answers):,} answers, {data['unsafe']:,} of them unsafe or undecided; "
+        f"left out: {dict(left_out) or 'none'}"
     )
     if dry_run:
         say("dry run: nothing was trained")
@@ -61,7 +62,8 @@ def run_per_token(recipe: PerTokenRecipe, *, dry_run: bool = False) -> dict[str,
         prefixes = read_prefixes(engine, answers, layers, limit=recipe.max_prefixes, seed=recipe.seed)
         split = split_prompts(prefixes, holdout=recipe.holdout, seed=recipe.seed)
         say(
-            f"fitting {recipe.units or 'no'} hidden units on the states of layers {layers} after {len(split.fitted):,} tokens"
+            f"fitting {recipe.units or 'no'} hidden units on the states of layers {layers} "
+            f"after {len(split.fitted):,} tokens"
         )
         device = str(engine.model.device)
         head = fit_head(split, layers, units=recipe.units, steps=recipe.steps, seed=recipe.seed, device=device)

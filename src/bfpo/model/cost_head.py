@@ -115,7 +115,7 @@ def load_cost_head(path: Path) -> CostHead:
     )
     if not is_head:
         raise DataError(
-            f"{path}: layers {layers!r} and tensors {shapes}; expected the metadata `layers`, and weight (1, n), bias "
-            "(1,), with a hidden layer also hidden_weight (n, inputs) and hidden_bias (n,)"
+            f"{path}: layers {layers!r} and tensors {shapes}; expected the metadata `layers`, and weight (1, n), "
+            "bias (1,), with a hidden layer also hidden_weight (n, inputs) and hidden_bias (n,)"
         )
     return CostHead(tuple(map(int, layers.split(","))), **tensors)

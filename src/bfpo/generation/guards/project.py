@@ -39,8 +39,8 @@ class Projection:
         if not self.head.is_linear or len(self.head.layers) > 1:
             got = f"{len(self.head.layers)} layers" if self.head.is_linear else "a hidden layer"
             raise ModelError(
-                f"the guard project needs a linear head on one layer, and this one has {got}; train one with units: 0 "
-                "and a single number in layers"
+                f"the guard project needs a linear head on one layer, and this one has {got}; train one with units: "
+                "0 and a single number in layers"
             )
 
     @property
