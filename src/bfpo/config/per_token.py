@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from bfpo.config.recipes import Count, Fraction, ModelSection, Section
+from bfpo.config.recipes import Count, ModelSection, Section
 
 Layer = Annotated[int, Field(ge=-1)]
 
 
 class PerTokenRecipe(Section):
-    """`bfpo score train` with `per_token: true`: a cost head on a model's own states, for its guards."""
+    """`bfpo score train`, per token: a cost head on a model's own states, for its guards."""
 
     model: ModelSection
     """The model, which isn't changed: a folder or hub id in `path`."""
@@ -27,7 +27,7 @@ class PerTokenRecipe(Section):
     norm. Default the middle one and the last. The guard `project` needs a single one."""
     units: Annotated[int, Field(ge=0)] = 256
     """Number of units of the hidden layer; 0 for a linear head, which the guard `project` needs."""
-    holdout: Annotated[Fraction, Field(lt=1)] = 0.2
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the prompts that the head isn't fitted on: half of them calibrate it, on the others it is measured."""
     max_prefixes: Count = 300_000
     """Maximum number of tokens whose states are kept in memory, a seeded sample."""

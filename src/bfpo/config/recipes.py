@@ -413,7 +413,7 @@ class ScoreRecipe(DataRecipe):
     model: ModelSection
     """Model to start from; its language-model head is replaced."""
     per_token: Literal[False] = False
-    """Whether the cost is that of every beginning of an answer, for guards: another recipe, see below."""
+    """`true` trains a cost head for guards, with the keys of the next section."""
     heads: HeadsSection = HeadsSection()
     """Heads to train on the one backbone."""
     regularization: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.001

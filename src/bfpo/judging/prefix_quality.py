@@ -24,9 +24,9 @@ def prefix_quality(logits: Tensor, prefixes: Prefixes) -> dict[str, Any]:
         prefixes: The beginnings.
 
     Returns:
-        `loss` and `constant_loss`, the binary cross-entropy of the head and of the share of unsafe answers, in nats;
-        `all`, `by_share` (of the answer that has been seen, in fifths) and `by_token` (tokens seen, `from` 1, 2, 3, 5,
-        9, ...), each with the number of `prefixes`, the mean probability `mean_p`, the `unsafe_share`, `auroc`,
+        `loss` and `constant_loss`, the binary cross-entropy of the head and of the share of unsafe answers, nats;
+        `all`, `by_share` (of the answer that has been seen, in fifths) and `by_token` (tokens seen, `from` 1, 2, 3,
+        5, 9, ...), each with the number of `prefixes`, the mean probability `mean_p`, the `unsafe_share`, `auroc`,
         `calibration_error` and the bins of a reliability diagram, `reliability`.
     """
     p, unsafe = logits.double().sigmoid().numpy(), prefixes.unsafe.numpy() > 0
