@@ -3,10 +3,10 @@
     python benchmarks/certificate_study.py           # about 12 CPU minutes; writes results/certificates.json
     python benchmarks/certificate_study.py --quick   # about 4, most of them for the base; writes nothing there
 
-World and base are those of the first seed of `guard_study.py`. A head of 32 units and a linear one, on the last layer,
-are trained on the base's answers of that study with verdicts of the oracle. The paraphrases are the five wordings of requests that are held out from all training; the states are those
-after the prompt, and after the beginning of an answer that isn't a refusal. Resumable: the same command continues
-after a kill.
+World and base are those of seed 0 of `guard_study.py`. A head of 32 units and a linear one, on the last layer,
+are trained on the base's answers of that study with verdicts of the oracle. The paraphrases are the five wordings of
+requests that are held out from all training; the states are those after the prompt, and after the beginning of an
+answer that isn't a refusal. Resumable: the same command continues after a kill.
 """
 
 import argparse
