@@ -8,8 +8,8 @@ answers of the guarded model itself to every prompt of the world's pairs, sample
 is held out. Guards and heads by the oracle, which also judges the results, are marked `circular`: they show a guard
 whose judge, or whose head's labels, don't err. Those by the linear judge aren't.
 
-Writes `results/guards.json`; after an interruption the same command resumes. `--quick` tries a few guards of the base
-on one seed and writes nothing there.
+Writes `results/guards.json` in about 60 CPU minutes; after an interruption the same command resumes. `--quick` tries
+a few guards of the base on one seed and writes nothing there.
 """
 
 import argparse

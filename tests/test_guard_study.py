@@ -56,13 +56,13 @@ def test_the_safest_setting_of_equal_helpfulness_is_found(study):
 
 
 def test_rows_are_means_over_seeds(study):
-    one = study.over_seeds([{"rows": rows(study)}])
-    assert one == rows(study)
-    two = study.over_seeds([{"rows": rows(study)}, {"rows": rows(study, shift=0.2)}])
-    value, low, high = two[0]["metrics"][study.SAFETY]
+    single = study.over_seeds([{"rows": rows(study)}])
+    assert single == rows(study)
+    both = study.over_seeds([{"rows": rows(study)}, {"rows": rows(study, shift=0.2)}])
+    value, low, high = both[0]["metrics"][study.SAFETY]
     # Student's quantile with one degree of freedom is 12.706.
     assert (value, low, high) == pytest.approx((0.4, 0.4 - 12.706 * 0.1, 0.4 + 12.706 * 0.1), abs=1e-3)
-    assert two[1]["metrics"][study.SAFETY] == pytest.approx([0.5, 0.5, 0.5])
+    assert both[1]["metrics"][study.SAFETY] == pytest.approx([0.5, 0.5, 0.5])
 
 
 def test_the_tables_have_every_row(study):
