@@ -3,10 +3,10 @@
     python benchmarks/certificate_study.py           # about 12 CPU minutes; writes results/certificates.json
     python benchmarks/certificate_study.py --quick   # about 4, most of them for the base; writes nothing there
 
-World, base and heads are those of `guard_study.py`: the heads are fitted on answers of the base with verdicts of the
-oracle. The paraphrases are the five wordings of requests that are held out from all training; the states are those
-after the prompt, and after the beginning of an answer that isn't a refusal. Resumable: the same command continues
-after a kill.
+World and base are those of seed 0 of `guard_study.py`. A head of 32 units and a linear one, on the last layer,
+are trained on the base's answers of that study with verdicts of the oracle. The paraphrases are the five wordings of
+requests that are held out from all training; the states are those after the prompt, and after the beginning of an
+answer that isn't a refusal. Resumable: the same command continues after a kill.
 """
 
 import argparse
@@ -15,13 +15,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from guard_study import make_heads
+from guard_study import own_answers
 
 from bfpo.certificates.recipe import CertifyRecipe
 from bfpo.commands.certify import certify
+from bfpo.config.per_token import PerTokenRecipe
 from bfpo.core.certificate import Certificate
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.experiments.steps import make_base, write_world
+from bfpo.judging.prefix_run import HEAD_FILE, run_per_token
 from bfpo.testbed.language import TEMPLATES
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import World, WorldOptions
@@ -56,7 +58,7 @@ def run(folder: Path, head: str, name: str, **keys: Any) -> Certificate:
     recipe = {
         "out": str(folder / "certificates" / name),
         "model": {"path": str(folder / "base")},
-        "head": str(folder / f"{head}.safetensors"),
+        "head": str(folder / head / HEAD_FILE),
         "paraphrases": str(folder / "paraphrases.jsonl"),
         "threshold": THRESHOLD,
         **keys,
@@ -67,16 +69,19 @@ def run(folder: Path, head: str, name: str, **keys: Any) -> Certificate:
 def main() -> None:
     """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/guards"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/guards/seed-0"))
     parser.add_argument("--quick", action="store_true", help="few requests and one radius")
     options = parser.parse_args()
     folder, radii = options.folder, RADII[2:3] if options.quick else RADII
     write_world(WorldOptions(seed=SEED), folder / "world")
     make_base(folder, seed=SEED)
-    if not all((folder / f"{head}.safetensors").is_file() for head in ("hidden", "linear")):
-        make_heads(folder, Oracle("shared"))
+    files = own_answers(folder, "base", "oracle", Oracle("shared"))
+    for head, units in (("hidden", 32), ("linear", 0)):
+        if not (folder / head / HEAD_FILE).is_file():
+            keys = {"layers": [-1], "units": units, "out": str(folder / head)}
+            model = {"path": str(folder / "base")}
+            run_per_token(PerTokenRecipe.model_validate({"model": model, "per_token": True} | files | keys))
     write_paraphrases(folder / "paraphrases.jsonl", 16 if options.quick else NUM_REQUESTS)
-    repair = {"completions": str(folder / "own.jsonl"), "verdicts": str(folder / "own-verdicts.jsonl")}
     precisions = {"hull": False, "precisions": ["float32", "bfloat16", "int8"]}
     rows = []
     for head, answer in product(("hidden", "linear"), ANSWERS):
@@ -84,7 +89,7 @@ def main() -> None:
             "hull": {},
             "precisions": {"boxes": precisions},
             **{f"radius {radius:g}": {"boxes": {"hull": False, "radius": radius}} for radius in radii},
-            "hull, repaired": {"repair": repair},
+            "hull, repaired": {"repair": files},
         }
         for name, keys in runs.items():
             certificate = run(folder, head, f"{head}, {answer or 'prompt'}, {name}", answer=answer, **keys)

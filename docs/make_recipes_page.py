@@ -19,6 +19,7 @@ from bfpo.certificates.recipe import CertifyRecipe
 from bfpo.config.combine import COMBINE_SECTIONS, CustomCombinerSection
 from bfpo.config.loading import DEPRECATED, RENAMED
 from bfpo.config.losses import LOSS_SECTIONS, CustomLossSection, LabelTableSection, PairLossSection
+from bfpo.config.per_token import PerTokenRecipe
 from bfpo.config.recipes import ScoreRecipe, Section, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.experiments.recipe import ExperimentRecipe
@@ -34,6 +35,7 @@ KINDS: tuple[type[Section], ...] = (
     TrainRecipe,
     SftRecipe,
     ScoreRecipe,
+    PerTokenRecipe,
     OnlineRecipe,
     RedteamRecipe,
     EvalRecipe,
@@ -154,7 +156,8 @@ def type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "recipe" if annotation in KINDS else "section"
     if origin is Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
+        # As YAML has them.
+        return ", ".join(f"`{str(value).lower() if isinstance(value, bool) else value}`" for value in arguments)
     if origin in (Union, UnionType):
         # The sections of all losses are one "section".
         names = dict.fromkeys(type_name(argument) for argument in arguments if argument is not NoneType)

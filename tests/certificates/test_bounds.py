@@ -114,7 +114,7 @@ def test_the_tolerance_covers_the_rounding_of_float32(units, sign):
     generator = torch.Generator().manual_seed(units)
     width = 300
     shapes = [(1, units), (1,), (units, width), (units,)] if units else [(1, width), (1,)]
-    head = CostHead(-1, *(10 * torch.randn(shape, generator=generator) for shape in shapes))
+    head = CostHead((-1,), *(10 * torch.randn(shape, generator=generator) for shape in shapes))
     function = ScoreFunction.of(head, sign=sign)
     states = 5 * torch.randn(2000, width, generator=generator)
     low, high = states.amin(0).double().numpy(), states.amax(0).double().numpy()

@@ -69,7 +69,7 @@ def folder(tmp_path, monkeypatch, checkpoint):
     width = json.loads((checkpoint / "config.json").read_text())["hidden_size"]
     shapes = [(1, 4), (1,), (4, width), (4,)]
     weights = [torch.randn(shape, generator=generator) * 0.3 for shape in shapes]
-    CostHead(-1, *weights).save(tmp_path / "head.safetensors")
+    CostHead((-1,), *weights).save(tmp_path / "head.safetensors")
     write_jsonl(tmp_path / "paraphrases.jsonl", prompts())
     write_recipe()
     return tmp_path
@@ -243,7 +243,7 @@ def test_a_cost_model_of_score_train_is_certified(run, folder, make_model, token
         ({"head": "none"}, r"none: no such file; expected a cost head"),
         (
             {"head": "narrow.safetensors"},
-            r"head: narrow.safetensors is for layer -1 and states of width 3; model has",
+            r"head: narrow.safetensors is for layers \[-1\] and states of width 3; model has",
         ),
         ({"head": "model"}, r"model: leave it out; head is model, a folder"),
         ({"head": "model", "model": None}, r"answer: missing; head is model, a folder"),
@@ -255,7 +255,7 @@ def test_a_cost_model_of_score_train_is_certified(run, folder, make_model, token
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )
 def test_bad_input_is_refused(run, folder, changes, message):
-    CostHead(-1, torch.ones(1, 3), torch.zeros(1)).save(folder / "narrow.safetensors")
+    CostHead((-1,), torch.ones(1, 3), torch.zeros(1)).save(folder / "narrow.safetensors")
     write_recipe(**changes)
     code, output, errors = run()
     assert code == 2

@@ -28,7 +28,7 @@ SECTION = RepairSection(completions="c", verdicts="v")
 def head_on_first_coordinate():
     """Return the head relu(x₀) - relu(-x₀) = x₀, with a unit to spare."""
     weight = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.1, 0.2]])
-    return CostHead(-1, torch.tensor([[1.0, -1.0, 0.1]]), torch.zeros(1), weight, torch.zeros(3))
+    return CostHead((-1,), torch.tensor([[1.0, -1.0, 0.1]]), torch.zeros(1), weight, torch.zeros(3))
 
 
 def clean(seed=0, label=lambda states: states[:, 0] > 0):
@@ -129,10 +129,10 @@ def test_answers_without_their_verdict_are_refused():
 def test_a_head_after_an_affine_map_is_the_composition(units):
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, units), (1,), (units, 4), (units,)] if units else [(1, 4), (1,)]
-    head = CostHead(2, *(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes))
+    head = CostHead((2,), *(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes))
     scale, shift, states = torch.randn(3, 4, generator=generator, dtype=torch.float64)
     composed = head.after_affine(scale, shift)
     torch.testing.assert_close(composed(states), head(scale * states + shift))
-    assert composed.layer == 2
+    assert composed.layers == (2,)
     back = composed.after_affine(1 / scale, -shift / scale)
     assert np.allclose(back(states), head(states))

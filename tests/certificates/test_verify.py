@@ -24,7 +24,7 @@ def make_box(low, high, *, expects_unsafe=True, group="g", kind="hull"):
 def random_head(seed, width, units):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(1, units), (1,), (units, width), (units,)] if units else [(1, width), (1,)]
-    return CostHead(-1, *(torch.randn(shape, generator=generator) for shape in shapes))
+    return CostHead((-1,), *(torch.randn(shape, generator=generator) for shape in shapes))
 
 
 @settings(max_examples=60)
@@ -57,7 +57,7 @@ def test_decisions_are_true(seed, expects_unsafe, units):
 
 def test_the_cheapest_sufficient_bound_decides():
     # 1 - relu(x) - relu(-x) is 1 - |x|.
-    head = CostHead(-1, torch.tensor([[-1.0, -1.0]]), torch.ones(1), torch.tensor([[1.0], [-1.0]]), torch.zeros(2))
+    head = CostHead((-1,), torch.tensor([[-1.0, -1.0]]), torch.ones(1), torch.tensor([[1.0], [-1.0]]), torch.zeros(2))
     box = make_box([-2], [2])
     outcomes = {threshold: decide(head, box, threshold=threshold)[:2] for threshold in (-4.0, -2.0, -0.5)}
     assert outcomes == {
@@ -65,21 +65,21 @@ def test_the_cheapest_sufficient_bound_decides():
         -2.0: ("certified", "relaxation"),
         -0.5: ("counter-example", "milp"),
     }
-    linear = CostHead(-1, torch.tensor([[2.0]]), torch.ones(1))
+    linear = CostHead((-1,), torch.tensor([[2.0]]), torch.ones(1))
     assert decide(linear, box, threshold=-3.5)[:2] == ("certified", "closed form")
     assert decide(linear, box, threshold=-2.5).counter_example == [-2.0]
 
 
 def test_a_score_at_the_threshold_is_no_certificate():
     # The head calls a state unsafe above the threshold, so at it a harmful state is wrong and a benign one isn't.
-    head, point = CostHead(-1, torch.tensor([[1.0]]), torch.zeros(1)), ([0.5], [0.5])
+    head, point = CostHead((-1,), torch.tensor([[1.0]]), torch.zeros(1)), ([0.5], [0.5])
     assert decide(head, make_box(*point), threshold=0.5).outcome == "counter-example"
     assert decide(head, make_box(*point, expects_unsafe=False), threshold=0.5).outcome == "undecided"
 
 
 @pytest.mark.parametrize("state", [None, np.array([2.0])])
 def test_a_box_is_undecided_if_time_is_over(monkeypatch, state):
-    head = CostHead(-1, torch.tensor([[1.0]]), torch.zeros(1), torch.tensor([[1.0]]), torch.zeros(1))
+    head = CostHead((-1,), torch.tensor([[1.0]]), torch.zeros(1), torch.tensor([[1.0]]), torch.zeros(1))
     monkeypatch.setattr(verify, "relaxed_bound", lambda *_: LeastScore(-9.0, None))
     monkeypatch.setattr(verify, "exact_bound", lambda *_, time_limit: LeastScore(-1.0, state))
     decision = decide(head, make_box([-1], [3]), threshold=0.5, time_limit=0.1)

@@ -91,7 +91,7 @@ def test_candidates_are_read_as_a_plain_forward_pass_reads_them(name):
 
         def adjust(self, scores, peek):
             candidates = scores.topk(2).indices
-            seen.append((candidates, peek(candidates, 1), peek(candidates, -1)))
+            seen.append((candidates, *peek(candidates, (1, -1)).chunk(2, dim=-1)))
             return scores
 
     # At most three rows, so that rows of different lengths are read together.
@@ -162,6 +162,27 @@ def test_answers_are_yielded_as_they_end():
     decoder._report = reported.append
     assert [answer.number for answer in next(decoder.decode(requests))] == [0]
     assert sum(reported) < 10
+
+
+def test_an_answer_ends_where_it_is_not_to_go_on_and_others_are_unchanged():
+    model, sampler = family("llama", torch.float64).eval(), Sampler(Sampling(temperature=1.0))
+    requests = [DecodeRequest((5, 9, 17), seed, 12) for seed in range(6)]
+    whole = decode(Decoder(model, ENDS, sampler, max_tokens=1000), requests)
+    asked = []
+
+    def goes_on(token_ids):
+        asked.append(list(token_ids))
+        return len(token_ids) < 3
+
+    stopped = [request._replace(goes_on=goes_on) if request.seed % 2 else request for request in requests]
+    answers = decode(Decoder(model, ENDS, sampler, max_tokens=1000), stopped)
+    assert answers == [answer[:3] if index % 2 else answer for index, answer in enumerate(whole)]
+    assert sorted(asked) == sorted(
+        answer[:length]
+        for answer in whole[1::2]
+        for length in range(1, min(len(answer), 3) + 1)
+        if length < len(answer) or (answer[-1] not in ENDS and len(answer) < 12)
+    )
 
 
 def test_a_model_with_another_cache_is_refused():

@@ -36,9 +36,9 @@ def tree(seed):
 
 def guarded(policy, value, kappa):
     """Return the next-token probabilities of the guard by prefix, whose head looks P(unsafe) up."""
-    guard = FactorGuard(torch.logit, 1, "exact", kappa, TOKENS)
+    guard = FactorGuard(torch.logit, (1,), "exact", kappa, TOKENS)
 
-    def peek(prefix, candidates, layer):
+    def peek(prefix, candidates, layers):
         return torch.tensor([[value[*prefix, token] for token in row] for row in candidates.tolist()]).double()
 
     return {
@@ -80,13 +80,13 @@ def model(make_model):
     return make_model().double().eval()
 
 
-def make_head(model, layer, units=0):
+def make_head(model, *layers, units=0):
     draw = torch.Generator().manual_seed(0)
-    width = model.config.hidden_size
+    width = len(layers) * model.config.hidden_size
     normal = partial(torch.randn, generator=draw)
     if units:
-        return CostHead(layer, normal(1, units), normal(1), normal(units, width), normal(units))
-    return CostHead(layer, 4 * normal(1, width), normal(1))
+        return CostHead(layers, normal(1, units), normal(1), normal(units, width), normal(units))
+    return CostHead(layers, 4 * normal(1, width), normal(1))
 
 
 def engine_of(model, tokenizer, max_batch_tokens=4096, **sampling):
@@ -109,7 +109,8 @@ def expected_tokens(engine, head, prompt, sample, *, kappa, top_k):
         guarded_scores = torch.full_like(scores, -torch.inf)
         for token in scores.topk(top_k).indices.tolist():
             output = engine.model(torch.tensor([[*ids, *tokens, token]]), output_hidden_states=True)
-            unsafe = head(output.hidden_states[head.layer][0, -1]).sigmoid()
+            states = torch.cat([output.hidden_states[layer][0, -1] for layer in head.layers])
+            unsafe = head(states).sigmoid()
             guarded_scores[token] = scores[token] + torch.log(1 - unsafe * (1 - np.exp(-kappa)))
         if settings.temperature > 0:
             guarded_scores = noise.add(guarded_scores[None], [seed], [len(tokens)])[0]
@@ -119,10 +120,11 @@ def expected_tokens(engine, head, prompt, sample, *, kappa, top_k):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("layer", "units", "sampling"), [(-1, 0, {}), (1, 5, {"seed": 3}), (2, 0, {"temperature": 0.0})]
+    ("layers", "units", "sampling"),
+    [((-1,), 0, {}), ((1,), 5, {"seed": 3}), ((2,), 0, {"temperature": 0.0}), ((1, -1), 3, {})],
 )
-def test_candidates_are_read_as_plain_forward_passes_read_them(model, tokenizer, layer, units, sampling):
-    head = make_head(model, layer, units)
+def test_candidates_are_read_as_plain_forward_passes_read_them(model, tokenizer, layers, units, sampling):
+    head = make_head(model, *layers, units=units)
     guard = FactorGuard.by(head, kappa=3.0, top_k=4)
     bare = engine_of(model, tokenizer, **sampling)
     engine = bare.behind(guard)
@@ -169,7 +171,7 @@ def test_every_setting_is_in_the_hash(model, tokenizer):
         FactorGuard.by(head, kappa=2.0, top_k=8),
         FactorGuard.by(head, kappa=1.0, top_k=9),
         FactorGuard.by(other, kappa=1.0, top_k=8),
-        FactorGuard.by(make_head(model, -1, 5), kappa=1.0, top_k=8),
+        FactorGuard.by(make_head(model, -1, units=5), kappa=1.0, top_k=8),
     ]
     hashes = {engine.settings_hash for engine in (bare, *(bare.behind(guard) for guard in guards))}
     assert len(hashes) == 6
@@ -188,19 +190,19 @@ def test_a_model_whose_cache_cannot_be_edited_is_refused(model, tokenizer, monke
 
 
 def test_a_head_is_saved_and_read(model, tmp_path):
-    states = torch.randn(3, 2, model.config.hidden_size).double()
-    for units in (0, 5):
-        head = make_head(model, -1, units)
+    for layers, units in (((-1,), 0), ((1, -1), 5)):
+        states = torch.randn(3, 2, len(layers) * model.config.hidden_size).double()
+        head = make_head(model, *layers, units=units)
         head.save(tmp_path / "head.safetensors")
         loaded = load_cost_head(tmp_path / "head.safetensors")
         assert torch.equal(loaded(states), head(states))
-        assert (loaded.layer, loaded.identity, loaded.width) == (-1, head.identity, model.config.hidden_size)
+        assert (loaded.layers, loaded.identity, loaded.width) == (layers, head.identity, model.config.hidden_size)
         assert loaded.is_linear == (units == 0)
     with pytest.raises(DataError, match="no such file; expected a cost head"):
         load_cost_head(tmp_path / "none")
     (tmp_path / "text").write_text("a head")
     with pytest.raises(DataError, match="not a safetensors file"):
         load_cost_head(tmp_path / "text")
-    CostHead(-1, torch.zeros(1, 4), torch.zeros(2)).save(tmp_path / "head.safetensors")
-    with pytest.raises(DataError, match=r"'bias': \(2,\).*expected the metadata `layer`, and weight \(1, n\)"):
+    CostHead((-1,), torch.zeros(1, 4), torch.zeros(2)).save(tmp_path / "head.safetensors")
+    with pytest.raises(DataError, match=r"'bias': \(2,\).*expected the metadata `layers`, and weight \(1, n\)"):
         load_cost_head(tmp_path / "head.safetensors")

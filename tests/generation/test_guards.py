@@ -22,15 +22,13 @@ from bfpo.core.terminal import escape_controls
 from bfpo.data.guard_summary import describe_guard, summarize_guard
 from bfpo.data.stages import generate_completions, judge_completions, read_completions
 from bfpo.errors import DataError, RecipeError, Unanswered
-from bfpo.generation.guards import fit_head
 from bfpo.generation.guards.first_safe import ATTEMPT, FirstSafe
-from bfpo.generation.in_process import TransformersEngine, load_engine
+from bfpo.generation.in_process import TransformersEngine
 from bfpo.generation.openai_server import ServerEngine, ServerOptions
 from bfpo.generation.saved import SavedEngine
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.judging import guarded_engine
 from bfpo.judging.guarded_engine import GuardFile, guard_engine, load_guard
-from bfpo.model.cost_head import load_cost_head
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faulty_server import faulty_server
@@ -369,7 +367,7 @@ def test_the_guards_on_the_page_are_guards():
 
 def test_the_program_on_the_page_runs(checkpoint, capsys):
     page = (Path(__file__).parents[2] / "docs" / "guards.md").read_text()
-    code, _ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     # A model in this process stands in for the server.
     exec(code.replace('path="NAME", server="http://localhost:8000/v1"', 'path="model"').replace("256", "8"), {})
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -412,18 +410,6 @@ def test_a_guard_over_a_server():
         assert made[prompt.prompt_id, 0].text == expected
     assert len(texts) == sum(completion.guard.samples for completion in made.values())
     assert guard.faults == {"HTTP 500": 1}
-
-
-def test_the_fitting_on_the_page_runs(checkpoint, capsys, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "guards.md").read_text()
-    _, code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    monkeypatch.setattr(fit_head, "_STEPS", 5)
-    engine = load_engine("model", Sampling(max_new_tokens=4, temperature=1.0))
-    completions = generate_completions(engine, PROMPTS, Path("completions.jsonl"), samples=8)
-    judge_completions(ScriptedJudge(is_even), completions, Path("verdicts.jsonl"))
-    exec(code.replace("my-model", "model"), {})
-    assert re.search(r"loss \d\.\d+ on held-out prompts, \d\.\d+ without a head", capsys.readouterr().out)
-    assert load_cost_head(Path("cost-head.safetensors")).layer == -1
 
 
 def test_the_numbers_on_the_page_are_those_of_the_study():

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bfpo.commands import chat
 from bfpo.core.conversation import user_says
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.core.tools import as_tools
@@ -36,13 +37,20 @@ class PieceEngine:
     def begin_answer(self, prompt, sample):
         return TokenAnswer(prompt, sample)
 
-    def continue_answers(self, beginnings):
+    def continue_answers(self, beginnings, goes_on=None):
         for beginning in beginnings:
             self.asked.append((beginning.sample // ATTEMPT, self._decode(beginning.token_ids)))
             pieces = self._texts[beginning.sample // ATTEMPT].split("|")
             new = range(len(self._pieces), len(self._pieces) + len(pieces))
             self._pieces += pieces
-            yield [beginning._replace(token_ids=(*beginning.token_ids, *new)[: self._max], prompt_tokens=3)]
+            answer = beginning._replace(token_ids=(*beginning.token_ids, *new)[: self._max], prompt_tokens=3)
+            # The end of an answer isn't asked about.
+            for length in range(len(beginning.token_ids) + 1, len(answer.token_ids)):
+                so_far = answer._replace(token_ids=answer.token_ids[:length])
+                if goes_on is not None and not goes_on(so_far):
+                    answer = so_far
+                    break
+            yield [answer]
 
     def completion_of(self, answer):
         text = self._decode(answer.token_ids)
@@ -192,11 +200,90 @@ def test_answers_do_not_depend_on_the_batch(make_model, tokenizer):
     assert {name: answer for request in requests for name, answer in made([request], Even()).items()} == together
     assert made(requests, Even(), seed=1) != together
     assert sum(of_guard.sentences for _, _, of_guard in together.values()) > 2
+    shown = {}
+    options = {"name": "m", "identity": "i"}
+    engine = TransformersEngine(model, tokenizer, Sampling(max_new_tokens=12, temperature=1.0), **options)
+    guard = SafeSentences(
+        engine, Even(), samples=2, refusal="no", show=lambda part: shown.setdefault(part.prompt_id, []).append(part)
+    )
+    for batch in guard.generate(requests):
+        for c in batch:
+            drawn = replace(c.guard, seconds=0.0, tokens=together[c.prompt_id][2].tokens)
+            assert (c.text, c.finish_reason, drawn) == together[c.prompt_id]
+            assert len(shown.get(c.prompt_id, [])) == c.guard.sentences
+            assert c.finish_reason == "guarded" or shown[c.prompt_id][-1].text == c.text
     # A judge that passes everything changes nothing.
     bare = made(requests, None)
     assert {name: text for name, (text, _, _) in made(requests, WordJudge()).items()} == {
         name: completion.text for name, completion in bare.items()
     }
+
+
+STREAMED = [
+    ((f"red| box|.| Blue| door.|{END}",), ["red box.", "red box. Blue door."]),
+    ((f"red.| bad| a.| never| read.|{END}", f" bad| b.|{END}", f" lamp.| ball.|{END}"), ["red.", "red. lamp.",
+        "red. lamp. ball."]),
+    ((f"red.| bad a.| x|{END}", f" bad a.| y|{END}", f" bad b.| y|{END}"), ["red."]),
+    ((f"bad a.| x|{END}", f"broken.| y|{END}", f"bad c.|{END}"), []),
+    ((f"<think>|one.| two.|</think>| red.| lamp.|{END}",), ["red.", "red. lamp."]),
+    ((f"red|.|\n|bad.| x|{END}", f"lamp|.|\n|{END}"), ["red.", "red.\n", "red.\nlamp.\n"]),
+    ((f"red|.|\n|{END}",), ["red.\n"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("texts", "expected"), STREAMED)
+def test_only_what_has_passed_is_shown_and_as_soon_as_the_next_sentence_begins(texts, expected):
+    events = []
+
+    class Judge(WordJudge):
+        def judge(self, completions):
+            events.extend(("read", completion.text) for completion in completions)
+            yield from super().judge(completions)
+
+    engine, whole = PieceEngine(*texts), run(*texts, samples=3)[0]
+    guard = SafeSentences(
+        engine, Judge(), samples=3, refusal="no", show=lambda part: events.append(("shown", part.text))
+    )
+    ((completion,),) = guard.generate([(PROMPT, 0)])
+    # The same answer as without showing; a sample that is rejected isn't drawn to its end.
+    assert replace(completion, guard=None) == replace(whole, guard=None)
+    streamed, plain = ({**counts(answer), "tokens": 0} for answer in (completion, whole))
+    assert streamed == plain
+    assert completion.guard.tokens <= whole.guard.tokens
+    shown = [text for kind, text in events if kind == "shown"]
+    assert shown == expected
+    for index, event in enumerate(events):
+        if event[0] == "shown":
+            assert events[index - 1] == ("read", event[1])
+
+
+def test_the_rest_of_a_rejected_sample_is_not_drawn():
+    texts = (f"red.| bad a.| never| read|{END}", f" lamp.|{END}")
+    engine = PieceEngine(*texts)
+    guard = SafeSentences(engine, WordJudge(), samples=2, refusal="no", show=lambda part: None)
+    ((completion,),) = guard.generate([(PROMPT, 0)])
+    # "never" shows that the sentence before has ended.
+    assert (completion.text, completion.guard.tokens) == ("red. lamp.", 3 + 2)
+
+
+def test_chat_shows_sentences_as_they_pass(monkeypatch, capsys):
+    texts = (f"red.| bad a.| x|{END}", f" lamp| \x1b[2J.| ball.|{END}")
+    on_screen = []
+
+    class Judge(WordJudge):
+        def judge(self, completions):
+            on_screen.append(capsys.readouterr().out)
+            yield from super().judge(completions)
+
+    def guarded(engine, sampling, guard, *, show):
+        return SafeSentences(PieceEngine(*texts), Judge(), samples=2, refusal="no", show=show)
+
+    monkeypatch.setattr(chat, "guard_engine", guarded)
+    section = FirstSafeSection(kind="first_safe", judge="oracle", by="sentence")
+    answer = chat._Whole(None, Sampling(), section)
+    assert answer(user_says("near")).content == "red. lamp \x1b[2J. ball."
+    # Read: "red.", "red. bad a.", "red. lamp .", and the whole answer.
+    assert [*on_screen, capsys.readouterr().out] == ["", "red.", "", " lamp \\x1b[2J.", " ball.\n"]
 
 
 def test_it_needs_a_model_in_this_process(monkeypatch):

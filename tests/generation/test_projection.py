@@ -28,7 +28,7 @@ def linear_head(width, layer=-1, seed=0):
     draw = torch.Generator().manual_seed(seed)
     # Small, so that the way to the safe side is long, and answers change.
     weights = 0.05 * torch.randn(1, width, generator=draw, dtype=torch.float64)
-    return CostHead(layer, weights, torch.randn(1, generator=draw, dtype=torch.float64))
+    return CostHead((layer,), weights, torch.randn(1, generator=draw, dtype=torch.float64))
 
 
 @given(st.integers(0, 10**6), st.floats(0.01, 0.99))
@@ -71,8 +71,9 @@ def expected_text(engine, guard, prompt, sample):
 
     while len(tokens) < engine.sampling.max_new_tokens and not set(tokens[-1:]) & set(engine._end_ids):
         decoder = model.get_decoder()
-        layer = decoder.norm if guard.head.layer == -1 else decoder.layers[guard.head.layer - 1]
-        handle = layer.register_forward_hook(move)
+        (layer,) = guard.head.layers
+        module = decoder.norm if layer == -1 else decoder.layers[layer - 1]
+        handle = module.register_forward_hook(move)
         logits = model(torch.tensor([[*prompt_ids, *tokens]]), use_cache=False).logits[:, -1]
         handle.remove()
         tokens.append(int(noise.add(logits.clone(), [seed], [len(tokens)]).argmax()))
@@ -116,7 +117,7 @@ def test_the_model_is_as_before_between_batches_and_after(model, tokenizer):
 def test_a_bound_that_no_state_exceeds_changes_nothing_to_the_bit(model, tokenizer):
     head = linear_head(model.config.hidden_size)
     # Far on the safe side.
-    safe = CostHead(-1, head.weight, torch.tensor([-1e6], dtype=torch.float64))
+    safe = CostHead((-1,), head.weight, torch.tensor([-1e6], dtype=torch.float64))
     bare = engine_of(model, tokenizer)
     assert texts(bare.behind(Projection(safe, 0.5))) == texts(bare)
 
@@ -131,9 +132,11 @@ def test_every_setting_is_in_the_hash_and_the_head_must_be_linear(model, tokeniz
     ]
     assert len({bare.settings_hash, *(bare.behind(guard).settings_hash for guard in guards)}) == 5
     path = tmp_path / "head.safetensors"
-    CostHead(-1, torch.ones(1, 2), torch.ones(1), torch.ones(2, width), torch.ones(2)).save(path)
+    CostHead((-1,), torch.ones(1, 2), torch.ones(1), torch.ones(2, width), torch.ones(2)).save(path)
     section = ProjectSection(kind="project", head=str(path))
-    with pytest.raises(ModelError, match=r"project needs a linear head, and this one has a hidden layer; .*units=0"):
+    with pytest.raises(
+        ModelError, match=r"project needs a linear head on one layer, and this one has a hidden layer; .*units: 0 "
+    ):
         guard_engine(bare, bare.sampling, section)
     with pytest.raises(RecipeError, match=r"guard.kind is 'project', which needs a model in this process"):
         guard_engine(ScriptedEngine(lambda *_: ""), Sampling(), section)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from bfpo.config.loading import check_recipe, dump_recipe, parse_yaml
+from bfpo.config.per_token import PerTokenRecipe
 from bfpo.config.recipes import ScoreRecipe, Source
 from bfpo.core.conversation import Message
 from bfpo.core.files import write_jsonl
@@ -298,7 +299,8 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer):
         encode(MAIN[:1], plain)
 
 
-def test_the_recipe_of_the_page_is_one():
+def test_the_recipes_of_the_page_are_recipes():
     page = (Path(__file__).parents[2] / "docs" / "scores.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    text, per_token = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     assert check_recipe(parse_yaml(text, "page"), ScoreRecipe, "page").heads.names == ("reward", "cost")
+    assert check_recipe(parse_yaml(per_token, "page"), PerTokenRecipe, "page").units == 256

@@ -7,7 +7,7 @@ from bfpo.report.html import write_report
 
 from .fake_runs import HOSTILE, SCRIPT
 
-HEAD = HeadFile("heads/cost.safetensors", "abc", -1, 64, 16)
+HEAD = HeadFile("heads/cost.safetensors", "abc", (-1,), 64, 16)
 
 
 def box(kind, outcome, *, inside, seen=True):

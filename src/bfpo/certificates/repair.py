@@ -177,7 +177,7 @@ def retrain(
         for tensor in (normalized.weight, normalized.bias, *hidden)
         if tensor is not None
     ]
-    trained = CostHead(head.layer, *weights)
+    trained = CostHead(head.layers, *weights)
     optimizer = torch.optim.Adam(weights, lr=_RATE)
     generator = torch.Generator().manual_seed(seed)
     wrong = (found.states - mean) / scale
@@ -190,7 +190,7 @@ def retrain(
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        final = CostHead(head.layer, *(weight.detach() for weight in weights)).after_affine(1 / scale, -mean / scale)
+        final = CostHead(head.layers, *(weight.detach() for weight in weights)).after_affine(1 / scale, -mean / scale)
     return final
 
 

@@ -137,7 +137,7 @@ def _unseen(recipe: CertifyRecipe, groups: Sequence[ParaphraseGroup]) -> list[st
 
 def _head_file(head: CostHead, path: str) -> HeadFile:
     units = 0 if head.hidden_weight is None else len(head.hidden_weight)
-    return HeadFile(path, head.identity, head.layer, head.width, units)
+    return HeadFile(path, head.identity, head.layers, head.width, units)
 
 
 def _hashes(recipe: CertifyRecipe) -> dict[str, str]:

@@ -14,7 +14,8 @@ from bfpo.core.files import content_hash, open_atomic
 from bfpo.core.samples import Completion, Prompt
 from bfpo.core.terminal import progress, warn
 from bfpo.errors import DataError, ModelError
-from bfpo.model.cost_head import CostHead, hidden_states
+from bfpo.model.cost_head import CostHead
+from bfpo.model.hidden_states import hidden_states
 from bfpo.model.lora import CausalLM
 from bfpo.model.vocabulary import check_token_ids
 
@@ -62,7 +63,7 @@ class StateStore:
     """Hidden states of a model, computed once and kept in a folder.
 
     Args:
-        headed: The model, and the head whose layer is read.
+        headed: The model, and the head whose layers are read.
         folder: Folder of the files; each is named by a hash of what its states depend on.
     """
 
@@ -105,7 +106,7 @@ class StateStore:
 
         def read(number: int) -> Tensor:
             prompt_ids, answer_ids = tokens[number]
-            states = hidden_states(self._headed.model, [*prompt_ids, *answer_ids], self._headed.head.layer)
+            states = hidden_states(self._headed.model, [*prompt_ids, *answer_ids], self._headed.head.layers)
             return states[len(prompt_ids) :]
 
         states = self._load_or_compute("reading answers", [str(self._headed.model.dtype), tokens], len(tokens), read)
@@ -117,7 +118,7 @@ class StateStore:
             f"reading paraphrases in {precision.removeprefix('torch.')}",
             [precision, rows],
             len(rows),
-            lambda number: hidden_states(model, rows[number], self._headed.head.layer)[-1:],
+            lambda number: hidden_states(model, rows[number], self._headed.head.layers)[-1:],
         )
 
     def _tokens(self, answer: str) -> Callable[[Prompt], tuple[list[int], list[int]]]:
@@ -138,7 +139,7 @@ class StateStore:
         )
 
     def _load_or_compute(self, what: str, depends_on: object, count: int, read: Callable[[int], Tensor]) -> Tensor:
-        key = content_hash(self._headed.identity, self._headed.head.layer, depends_on)
+        key = content_hash(self._headed.identity, self._headed.head.layers, depends_on)
         path = self._folder / f"{key}.safetensors"
         if path.is_file():
             return load_file(path)["states"]

@@ -558,11 +558,23 @@ def show_annotator_agreement(
 
 @score_app.command("train")
 def train_scores(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
-    """Train a model that gives answers a reward and a cost, on labeled pairs."""
-    from bfpo.config.loading import load_recipe
+    """Train a model that gives answers a reward and a cost, on labeled pairs; or a cost head for guards."""
+    from bfpo.config.loading import check_recipe, read_recipe
+    from bfpo.config.per_token import PerTokenRecipe
     from bfpo.config.recipes import ScoreRecipe
+    from bfpo.errors import RecipeError
 
-    checked = load_recipe(recipe, ScoreRecipe, overrides)
+    content = read_recipe(recipe, overrides)
+    if content.get("per_token") is True:
+        per_token = check_recipe(content, PerTokenRecipe, str(recipe))
+        if limit is not None:
+            raise RecipeError("--limit counts pairs, and per_token: true has none; use max_prefixes")
+
+        from bfpo.judging.prefix_run import run_per_token
+
+        run_per_token(per_token, dry_run=dry_run)
+        return
+    checked = check_recipe(content, ScoreRecipe, str(recipe))
 
     from bfpo.judging.score_run import run_score
 

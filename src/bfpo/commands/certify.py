@@ -66,7 +66,7 @@ def _open_cost_model(recipe: CertifyRecipe) -> HeadedModel:
             f"head: {recipe.head} has no linear head on its last hidden state; train one with bfpo score train"
         )
     bias = torch.zeros(1) if score.bias is None else score.bias.detach()
-    head = CostHead(-1, score.weight.detach(), bias)
+    head = CostHead((-1,), score.weight.detach(), bias)
 
     def encode(completion: Completion) -> tuple[list[int], list[int]]:
         try:

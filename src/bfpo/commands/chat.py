@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from bfpo.config.recipes import ModelSection
 from bfpo.core.chain import Expert
 from bfpo.core.conversation import Message
-from bfpo.core.samples import Engine, Prompt, Sampling, prompt_id
+from bfpo.core.samples import Completion, Engine, Prompt, Sampling, prompt_id
 from bfpo.core.terminal import console, escape_controls, say
 from bfpo.data.chat_format import ChatFormat
 from bfpo.errors import ModelError, Unanswered
@@ -49,25 +49,22 @@ class ChatStreamer(TextStreamer):
         reasoning = message.reasoning or ""
         if self._answer and not message.content.startswith(self._answer):
             # A text that an end of reasoning follows was no answer.
-            self._print("\n(the text above is reasoning)", style="dim")
+            _print("\n(the text above is reasoning)", style="dim")
             self._reasoning, self._answer = reasoning, ""
         if new := reasoning.removeprefix(self._reasoning):
-            self._print(new if self._reasoning else f"reasoning> {new}", style="dim")
+            _print(new if self._reasoning else f"reasoning> {new}", style="dim")
             self._reasoning = reasoning
         if message.content.strip() and (new := message.content.removeprefix(self._answer)):
-            self._print(f"\n{new}" if self._reasoning and not self._answer else new)
+            _print(f"\n{new}" if self._reasoning and not self._answer else new)
             self._answer = message.content
         if stream_end:
-            self._print("\n")
+            _print("\n")
             for call in self._parse(has_tools=True).tool_calls:
-                self._print(f"({call.in_words()})\n", style="dim")
+                _print(f"({call.in_words()})\n", style="dim")
 
     def _parse(self, *, has_tools: bool) -> Message:
         special_tokens: Sequence[str] = self.tokenizer.all_special_tokens
         return parse_model_text(self._text, opened=self._opened, has_tools=has_tools, special_tokens=special_tokens)
-
-    def _print(self, text: str, *, style: str | None = None) -> None:
-        console().print(escape_controls(text), end="", markup=False, emoji=False, style=style)
 
 
 def chat(
@@ -82,8 +79,8 @@ def chat(
 ) -> None:
     """Read lines and stream the model's answers, until the end of the input.
 
-    Reasoning of earlier turns is given to the chat template, which most leave out. Behind a guard an answer is shown
-    when it has passed; with steps, when the last of them is done.
+    Reasoning of earlier turns is given to the chat template, which most leave out. Behind a guard that judges, an
+    answer is shown when it has passed, or each of its sentences; with steps, when the last of them is done.
 
     Args:
         path: Folder or hub id of a model or an adapter.
@@ -169,34 +166,49 @@ class _Streaming:
 
 
 class _Whole:
-    """Answers that are shown when they are whole, such as those of an engine behind a guard.
+    """Answers that are shown when they are whole, or sentence by sentence if a guard judges sentences.
 
     Reasoning that the guard's judge doesn't read isn't shown.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, guard: Guard | None) -> None:
-        self._engine = guard_engine(engine, sampling, guard)
+        self._engine = guard_engine(engine, sampling, guard, show=self._show)
+        # What of the answer in progress is on the screen.
+        self._shown = ""
         # Without a judge, nothing waits for one.
         self._shows_reasoning = not isinstance(guard, FirstSafeSection) or parse_judge(guard.judge).reads == "both"
 
     def __call__(self, history: Sequence[Message]) -> Message | None:
         """Return the answer to a conversation; None if the model can't be asked, which is printed."""
-        conversation = tuple(history)
+        conversation, self._shown = tuple(history), ""
         try:
             ((completion,),) = self._engine.generate([(Prompt(prompt_id(conversation), conversation), 0)])
         except Unanswered as error:
             say(f"note: {next(iter(error.failed.values()))}")
             return None
         message = completion.message
-        if message.reasoning and self._shows_reasoning:
-            say(f"reasoning> {message.reasoning}")
-        say(message.in_words())
+        self._show(completion)
+        say()
         counts = completion.guard
         if completion.finish_reason == "guarded" and counts is not None:
             say(f"(the guard's refusal; none of {counts.samples} samples passed)")
         elif counts is not None and counts.cut:
             say("(cut by the guard; no next sentence passed)")
         return message
+
+    def _show(self, completion: Completion) -> None:
+        """Show what has passed and isn't on the screen yet."""
+        message = completion.message
+        if not self._shown and message.reasoning and self._shows_reasoning:
+            say(f"reasoning> {message.reasoning}")
+        text = message.in_words()
+        _print(text.removeprefix(self._shown))
+        self._shown = text
+
+
+def _print(text: str, *, style: str | None = None) -> None:
+    """Print a part of a line, with control characters escaped."""
+    console().print(escape_controls(text), end="", markup=False, emoji=False, style=style)
 
 
 def _render(chat_format: ChatFormat, history: Sequence[Message], path: str) -> str:

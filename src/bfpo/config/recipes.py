@@ -412,6 +412,8 @@ class ScoreRecipe(DataRecipe):
 
     model: ModelSection
     """Model to start from; its language-model head is replaced."""
+    per_token: Literal[False] = False
+    """`true` trains a cost head for guards, with the keys of the next section."""
     heads: HeadsSection = HeadsSection()
     """Heads to train on the one backbone."""
     regularization: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.001

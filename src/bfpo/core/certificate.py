@@ -71,22 +71,23 @@ class HeadFile:
 
     Args:
         path: Its file, or the folder of a score model.
-        identity: Hash of its layer and weights.
-        layer: Layer of the hidden states that it reads.
-        width: Width of these states.
+        identity: Hash of its layers and weights.
+        layers: Layers whose hidden states it reads, side by side.
+        width: Width of the states of a layer.
         units: Number of rectified linear units; 0 for a linear head.
     """
 
     path: str
     identity: str
-    layer: int
+    layers: tuple[int, ...]
     width: int
     units: int
 
     def in_words(self) -> str:
         """Return the head in a few words."""
         kind = f"{self.units} units" if self.units else "linear"
-        return f"{self.path} ({kind}, layer {self.layer})"
+        layers = f"layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))}"
+        return f"{self.path} ({kind}, {layers})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,11 +40,13 @@ class DecodeRequest(NamedTuple):
         prompt_ids: Token ids of the prompt.
         seed: Seed of the answer.
         max_new_tokens: Maximum length of the answer.
+        goes_on: Function that gets the tokens so far after each token, and returns whether the answer goes on.
     """
 
     prompt_ids: tuple[int, ...]
     seed: int
     max_new_tokens: int
+    goes_on: Callable[[Sequence[int]], bool] | None = None
 
     @property
     def max_length(self) -> int:
@@ -203,17 +205,22 @@ class Decoder:
                     rows[slot] = last
         return ended[::-1]
 
-    def _peek_behind_prompt(self, states: PromptStates, prompt: int, candidates: Tensor, layer: int) -> Tensor:
-        return self._model.peek(states.select(prompt), [states.num_tokens], candidates, layer)
+    def _peek_behind_prompt(
+        self, states: PromptStates, prompt: int, candidates: Tensor, layers: Sequence[int]
+    ) -> Tensor:
+        return self._model.peek(states.select(prompt), [states.num_tokens], candidates, layers)
 
     def _peek_behind_rows(
-        self, cache: SlotCache, rows: Sequence[_ActiveRow], candidates: Tensor, layer: int
+        self, cache: SlotCache, rows: Sequence[_ActiveRow], candidates: Tensor, layers: Sequence[int]
     ) -> Tensor:
         lengths = [row.position + 1 for row in rows]
-        return self._model.peek(cache.states(len(rows)), lengths, candidates, layer)
+        return self._model.peek(cache.states(len(rows)), lengths, candidates, layers)
 
     def _is_ended(self, row: _ActiveRow) -> bool:
-        return row.token_ids[-1] in self._end_ids or len(row.token_ids) >= row.request.max_new_tokens
+        request = row.request
+        if row.token_ids[-1] in self._end_ids or len(row.token_ids) >= request.max_new_tokens:
+            return True
+        return request.goes_on is not None and not request.goes_on(row.token_ids)
 
     @torch.inference_mode()
     def check(self, token_ids: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,8 +152,16 @@ class TransformersEngine:
             )
         return TokenAnswer(prompt, sample, token_ids)
 
-    def continue_answers(self, beginnings: Sequence["TokenAnswer"]) -> Iterator[list["TokenAnswer"]]:
-        """Yield answers with these beginnings, each of which has no end yet; see `generate`."""
+    def continue_answers(
+        self, beginnings: Sequence["TokenAnswer"], goes_on: Callable[["TokenAnswer"], bool] | None = None
+    ) -> Iterator[list["TokenAnswer"]]:
+        """Yield answers with these beginnings, each of which has no end yet; see `generate`.
+
+        Args:
+            beginnings: Beginnings of answers, possibly empty.
+            goes_on: Function that gets an answer so far after each token, and returns whether it goes on; it isn't
+                called for a model that is decoded in whole batches.
+        """
         failed: dict[Key, str] = {}
         fitting: list[TokenAnswer] = []
         to_decode: list[DecodeRequest] = []
@@ -172,19 +180,19 @@ class TransformersEngine:
                     "tokens"
                 )
                 continue
-            fitting.append(beginning._replace(prompt_tokens=len(prompt_ids)))
+            beginning = beginning._replace(prompt_tokens=len(prompt_ids))
+            fitting.append(beginning)
             seed = sample_seed(self.sampling.seed, *key)
             max_new_tokens = self.sampling.max_new_tokens - len(beginning.token_ids)
-            to_decode.append(DecodeRequest((*prompt_ids, *beginning.token_ids), seed, max_new_tokens))
+            watch = None if goes_on is None else partial(_watch, goes_on, beginning)
+            to_decode.append(DecodeRequest((*prompt_ids, *beginning.token_ids), seed, max_new_tokens, watch))
         check_token_ids(
             self.model.config, [*(request.prompt_ids for request in to_decode), [self._pad_id]], self.model_name
         )
         tokens = _TokenCount()
         for answers in self._decode(to_decode, tokens.add):
             beginnings_of = [(fitting[index], new_ids) for index, new_ids in answers]
-            yield [
-                beginning._replace(token_ids=(*beginning.token_ids, *new_ids)) for beginning, new_ids in beginnings_of
-            ]
+            yield [beginning.continued(new_ids) for beginning, new_ids in beginnings_of]
         if failed:
             raise Unanswered(failed, len(beginnings), refused=failed)
 
@@ -246,7 +254,12 @@ class TransformersEngine:
         Args:
             completion: Completion without reasoning and tool calls.
         """
-        prompt = Prompt(completion.prompt_id, completion.prompt, tools=completion.tools)
+        prompt = Prompt(
+            completion.prompt_id,
+            completion.prompt,
+            tools=completion.tools,
+            chat_template_kwargs=completion.chat_template_kwargs,
+        )
         text_ids: list[int] = self.tokenizer(completion.text, add_special_tokens=False)["input_ids"]
         end = [self._end_ids[0]] if completion.finish_reason == "stop" else []
         return self._prompt_ids(prompt), [*text_ids, *end]
@@ -310,6 +323,14 @@ class TokenAnswer(NamedTuple):
     sample: int
     token_ids: tuple[int, ...] = ()
     prompt_tokens: int = 0
+
+    def continued(self, new_ids: Sequence[int]) -> "TokenAnswer":
+        """Return the answer with further tokens."""
+        return self._replace(token_ids=(*self.token_ids, *new_ids))
+
+
+def _watch(goes_on: Callable[[TokenAnswer], bool], beginning: TokenAnswer, new_ids: Sequence[int]) -> bool:
+    return goes_on(beginning.continued(new_ids))
 
 
 class _TokenCount:

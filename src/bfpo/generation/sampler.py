@@ -13,9 +13,9 @@ from bfpo.generation.noise import TokenNoise
 _FIRST_TOKENS = 512
 
 
-Peek = Callable[[Tensor, int], Tensor]
-"""Function from candidates for the next token of each row, (rows, candidates), and the number of a layer to the
-hidden states that the model has after reading each of them, (rows, candidates, width)."""
+Peek = Callable[[Tensor, Sequence[int]], Tensor]
+"""Function from candidates for the next token of each row, (rows, candidates), and the numbers of layers to
+the hidden states that the model has after reading each of them, (rows, candidates, layers · width)."""
 
 
 class ScoreGuard(Protocol):

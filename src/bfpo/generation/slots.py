@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from bfpo.model.hidden_states import concatenated_states, needs_hidden_states
 from bfpo.model.lora import CausalLM, unwrap_adapter
 
 # Columns are added in multiples of this number, so that the cache isn't copied for each longer prompt.
@@ -256,19 +257,19 @@ class SlotModel:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def peek(self, layers: LayerStates, lengths: Sequence[int], candidates: Tensor, layer: int) -> Tensor:
+    def peek(self, cached: LayerStates, lengths: Sequence[int], candidates: Tensor, layers: Sequence[int]) -> Tensor:
         """Return hidden states after each of several candidates for the next token of rows, in one forward pass.
 
         Args:
-            layers: Keys and values of the rows' tokens.
+            cached: Keys and values of the rows' tokens.
             lengths: Number of tokens of each row.
             candidates: Candidates, (rows, candidates).
-            layer: Index into the hidden states that transformers returns.
+            layers: Indices into the hidden states that transformers returns.
 
         Returns:
-            Hidden states, (rows, candidates, width).
+            Hidden states, (rows, candidates, layers · width).
         """
-        count, columns = candidates.shape[1], layers[0][0].shape[2]
+        count, columns = candidates.shape[1], cached[0][0].shape[2]
         positions = torch.tensor(lengths, device=self._device)[:, None]
         # A candidate attends to the tokens of its row and to itself, not to the other candidates.
         distances = (positions - torch.arange(columns, device=self._device)).masked_fill_(
@@ -281,12 +282,11 @@ class SlotModel:
             input_ids=candidates,
             attention_mask=self._masks_of(distances[:, None]),
             position_ids=positions.expand(rows, count),
-            past_key_values=Cache(layers=[_PeekLayer(*states) for states in layers]),
+            past_key_values=Cache(layers=[_PeekLayer(*states) for states in cached]),
             use_cache=True,
-            output_hidden_states=layer != -1,
+            output_hidden_states=needs_hidden_states(layers),
         )
-        states: Tensor = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-        return states
+        return concatenated_states(output, layers)
 
     def _masks(self, positions: Tensor, columns: int) -> Any:
         """Return the masks of queries at positions, (rows, queries), as the model's forward takes them."""

@@ -1,5 +1,6 @@
 """`guard:` of a recipe, and putting an engine behind it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -8,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, field_validator
 from bfpo.config.loading import load_recipe
 from bfpo.config.recipes import Count, Section
 from bfpo.core.guarding import REFUSAL
-from bfpo.core.samples import Engine, Judge, Sampling
+from bfpo.core.samples import Completion, Engine, Judge, Sampling
 from bfpo.errors import DataError, RecipeError
 from bfpo.generation.open import JudgeServerSection
 from bfpo.judging.open import open_judge
@@ -101,13 +102,17 @@ def load_guard(path: Path) -> Guard:
     return load_recipe(path, GuardFile).guard
 
 
-def guard_engine(engine: Engine, sampling: Sampling, guard: Guard | None) -> Engine:
+def guard_engine(
+    engine: Engine, sampling: Sampling, guard: Guard | None, *, show: Callable[[Completion], None] | None = None
+) -> Engine:
     """Return an engine behind a guard, whose judge stays in memory beside the model; without one, the engine.
 
     Args:
         engine: The engine.
         sampling: How it samples.
         guard: The guard.
+        show: Function that gets an answer up to the end of each sentence once it has passed, where sentences are
+            judged; see `SafeSentences`.
 
     Raises:
         RecipeError: If the guard isn't possible with this sampling.
@@ -134,7 +139,8 @@ def guard_engine(engine: Engine, sampling: Sampling, guard: Guard | None) -> Eng
         from bfpo.generation.guards.sentences import SafeSentences
 
         model = _in_process(engine, "guard.by is 'sentence'", "set guard.by to answer")
-        return SafeSentences(model, _open_guard_judge(guard), samples=guard.samples, refusal=guard.refusal)
+        judge = _open_guard_judge(guard)
+        return SafeSentences(model, judge, samples=guard.samples, refusal=guard.refusal, show=show)
     from bfpo.generation.guards.first_safe import FirstSafe
 
     return FirstSafe(engine, _open_guard_judge(guard), samples=guard.samples, refusal=guard.refusal)
@@ -155,11 +161,11 @@ def load_head(path: str, engine: "TransformersEngine", *, key: str) -> "CostHead
 
     head = load_cost_head(Path(path))
     config = engine.model.config.get_text_config()
-    layers, width = config.num_hidden_layers, config.hidden_size
-    if head.width != width or not (head.layer == -1 or 1 <= head.layer <= layers):
+    count, width = config.num_hidden_layers, config.hidden_size
+    if head.width != width or not all(layer == -1 or 1 <= layer <= count for layer in head.layers):
         raise DataError(
-            f"{key}: {path} is for layer {head.layer} and states of width {head.width}; {engine.model_name} has "
-            f"{layers} layers of width {width}: fit a head on this model's states"
+            f"{key}: {path} is for layers {list(head.layers)} and states of width {head.width}; "
+            f"{engine.model_name} has {count} layers of width {width}: train a head on this model's states"
         )
     return head
 

@@ -26,7 +26,7 @@ def reward_quality(rewards: Floats, prompts: Sequence[str]) -> dict[str, Any]:
     is_ordered = difference > 0
     return {
         "pairs": len(rewards),
-        "order_accuracy": _share(is_ordered, prompts),
+        "order_accuracy": share(is_ordered, prompts),
         **_calibration(is_ordered, expit(np.abs(difference)), prompts),
     }
 
@@ -58,7 +58,7 @@ def cost_quality(costs: Floats, signs: Floats, prompts: Sequence[str]) -> dict[s
         "auroc": overall.auroc,
         **_calibration(is_unsafe, p_unsafe, of_answers),
         "mixed_pairs": int(is_mixed.sum()),
-        "order_accuracy": _share(is_ordered, [p for p, mixed in zip(prompts, is_mixed, strict=True) if mixed]),
+        "order_accuracy": share(is_ordered, [p for p, mixed in zip(prompts, is_mixed, strict=True) if mixed]),
     }
 
 
@@ -85,7 +85,8 @@ def _cells(value: Interval | int | None) -> tuple[str, str]:
     return "-" if value is None else f"{value:,}", ""
 
 
-def _share(is_right: Bools, prompts: Sequence[str]) -> Interval | None:
+def share(is_right: Bools, prompts: Sequence[str]) -> Interval | None:
+    """Return the share of true values with its interval over prompts; None without any value."""
     labels = [True] * len(is_right)
     return agreement(labels, is_right.tolist(), [None] * len(labels), prompts).accuracy
 

@@ -1,7 +1,7 @@
 """A small head on a model's hidden states: the probability that the answer that a text begins turns out unsafe."""
 
 import hashlib
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bfpo.core.files import open_atomic
 from bfpo.errors import DataError
-from bfpo.model.lora import CausalLM, unwrap_adapter
 
 _KEYS = ("weight", "bias", "hidden_weight", "hidden_bias")
 
@@ -22,15 +21,15 @@ class CostHead:
     """Linear head, or one with a hidden layer of rectified linear units.
 
     Args:
-        layer: Index into the `hidden_states` that transformers returns: 1 to the number of layers, or -1, the
-            normalized states that the logits are computed from.
+        layers: Indices into the `hidden_states` that transformers returns: 1 to the number of layers, or -1, the
+            normalized states that the logits are computed from. The states of several layers are concatenated.
         weight: Weights of the output, (1, inputs).
         bias: Bias of the output, (1,).
-        hidden_weight: Weights of the hidden layer, (units, width of the model); None for a linear head.
+        hidden_weight: Weights of the hidden layer, (units, layers · width of the model); None for a linear head.
         hidden_bias: Bias of the hidden layer, (units,).
     """
 
-    layer: int
+    layers: tuple[int, ...]
     weight: Tensor
     bias: Tensor
     hidden_weight: Tensor | None = None
@@ -40,7 +39,7 @@ class CostHead:
         """Return the logit of "unsafe" of each state.
 
         Args:
-            states: Hidden states of the layer, (..., width).
+            states: Hidden states of the layers, (..., layers · width).
 
         Returns:
             Logits, (...), in the states' type, at least float32.
@@ -53,8 +52,8 @@ class CostHead:
 
     @property
     def width(self) -> int:
-        """Width of the hidden states."""
-        return (self.weight if self.hidden_weight is None else self.hidden_weight).shape[1]
+        """Width of the model's hidden states."""
+        return (self.weight if self.hidden_weight is None else self.hidden_weight).shape[1] // len(self.layers)
 
     @property
     def is_linear(self) -> bool:
@@ -63,15 +62,15 @@ class CostHead:
 
     @property
     def identity(self) -> str:
-        """Hash of the layer and the weights."""
+        """Hash of the layers and the weights."""
         return hashlib.sha256(self._to_bytes()).hexdigest()[:16]
 
     def after_affine(self, scale: Tensor, shift: Tensor) -> "CostHead":
         """Return the head that gives to x what this one gives to scale · x + shift.
 
         Args:
-            scale: Factor of each coordinate of a state, (width,), not 0.
-            shift: Shift of each coordinate, (width,).
+            scale: Factor of each coordinate of the states, (layers · width,), not 0.
+            shift: Shift of each coordinate, (layers · width,).
         """
         if self.hidden_weight is None or self.hidden_bias is None:
             return replace(self, weight=self.weight * scale, bias=self.bias + self.weight @ shift)
@@ -81,27 +80,12 @@ class CostHead:
     def _to_bytes(self) -> bytes:
         tensors = {key: getattr(self, key) for key in _KEYS if getattr(self, key) is not None}
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        return save(contiguous, metadata={"layer": str(self.layer)})
+        return save(contiguous, metadata={"layers": ",".join(map(str, self.layers))})
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file of the weights by the names of the fields, with `layer` in its metadata."""
+        """Write a safetensors file of the weights by the names of the fields, with `layers` in its metadata."""
         with open_atomic(path) as file:
             file.write(self._to_bytes())
-
-
-@torch.inference_mode()
-def hidden_states(model: CausalLM, token_ids: Sequence[int], layer: int) -> Tensor:
-    """Return the hidden states after each token of a text, (tokens, width), in float32 on the CPU.
-
-    Args:
-        model: Language model.
-        token_ids: Tokens of the text.
-        layer: Index into the hidden states that transformers returns.
-    """
-    ids = torch.tensor([[*token_ids]], device=model.device)
-    output = unwrap_adapter(model).get_decoder()(input_ids=ids, use_cache=False, output_hidden_states=True)
-    states: Tensor = output.hidden_states[layer][0].float().cpu()
-    return states
 
 
 def load_cost_head(path: Path) -> CostHead:
@@ -114,7 +98,7 @@ def load_cost_head(path: Path) -> CostHead:
         raise DataError(f"{path}: no such file; expected a cost head (safetensors)")
     try:
         with safe_open(path, framework="pt") as file:
-            layer = (file.metadata() or {}).get("layer", "")
+            layers = (file.metadata() or {}).get("layers", "")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise DataError(f"{path}: not a safetensors file ({error})") from None
@@ -126,11 +110,12 @@ def load_cost_head(path: Path) -> CostHead:
         and shapes["weight"] == (1, units)
         and shapes["bias"] == (1,)
         and (not has_hidden or (shapes["hidden_weight"][0], shapes["hidden_bias"]) == (units, (units,)))
-        and layer.removeprefix("-").isdecimal()
+        and re.fullmatch(r"-?\d+(,-?\d+)*", layers) is not None
+        and shapes["hidden_weight" if has_hidden else "weight"][-1] % len(layers.split(",")) == 0
     )
     if not is_head:
         raise DataError(
-            f"{path}: layer {layer!r} and tensors {shapes}; expected the metadata `layer`, and weight (1, n), bias "
-            "(1,), with a hidden layer also hidden_weight (n, width) and hidden_bias (n,)"
+            f"{path}: layers {layers!r} and tensors {shapes}; expected the metadata `layers`, and weight (1, n), "
+            "bias (1,), with a hidden layer also hidden_weight (n, inputs) and hidden_bias (n,)"
         )
-    return CostHead(int(layer), **tensors)
+    return CostHead(tuple(map(int, layers.split(","))), **tensors)

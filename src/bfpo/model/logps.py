@@ -1,6 +1,6 @@
 """Log-probabilities of completions: only the needed hidden states are scored, in chunks, and summed in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import MethodType
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from bfpo.errors import ModelError
 from bfpo.model.attention import attention_inputs, span_attention
+from bfpo.model.hidden_states import concatenated_states, needs_hidden_states
 from bfpo.model.layout import Layout
 from bfpo.model.lora import CausalLM, unwrap_adapter
 
@@ -86,19 +87,22 @@ def sum_by_completion(scores: Tensor, layout: Layout) -> Tensor:
     return torch.stack([completion.sum(0) for completion in scores.to(dtype).split(layout.lengths)])
 
 
-def completion_states(model: PreTrainedModel, layout: Layout) -> Tensor:
-    """Return the hidden states that predict the scored tokens of a layout, (N, hidden size).
+def completion_states(model: PreTrainedModel, layout: Layout, layers: Sequence[int] = (-1,)) -> Tensor:
+    """Return the hidden states that predict the scored tokens of a layout, (N, layers · hidden size).
 
     Args:
         model: Model with a decoder.
         layout: Layout with N predictions.
+        layers: Indices into the hidden states that transformers returns; see `concatenated_states`.
     """
     backbone = model.get_decoder()
     config = backbone.config
     with span_attention(config) if layout.spans else nullcontext():
-        output = backbone(input_ids=layout.input_ids, use_cache=False, **attention_inputs(layout, config))
-    states: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, layout.hidden_index)
-    return states
+        options = attention_inputs(layout, config) | (
+            {"output_hidden_states": True} if needs_hidden_states(layers) else {}
+        )
+        output = backbone(input_ids=layout.input_ids, use_cache=False, **options)
+    return concatenated_states(output, layers).flatten(0, 1).index_select(0, layout.hidden_index)
 
 
 def _logits(hidden: Tensor, model: PreTrainedModel) -> Tensor:

@@ -98,7 +98,7 @@ def agreement(
         interval=BY_WILSON if single else BY_PROMPT,
         balanced_accuracy=_balanced_accuracy(labels, predicted, decided_prompts, recall_yes, recall_no),
         accuracy=_accuracy(labels, predicted, decided_prompts, balanced=False) if decided else None,
-        auroc=auroc(scored_labels, p, scored_prompts) if _has_enough_prompts(scored_labels, scored_prompts) else None,
+        auroc=auroc(scored_labels, p, scored_prompts) if has_enough_prompts(scored_labels, scored_prompts) else None,
         calibration_error=calibration_error(scored_labels, p) if scored else None,
         kappa=kappa(labels.tolist(), predicted.tolist()),
         false_yes=_recall(called_yes[is_no], _select(prompts, is_no), single=is_single),
@@ -318,7 +318,8 @@ def _select(prompts: Sequence[str], mask: Bools) -> list[str]:
     return [prompt for prompt, is_selected in zip(prompts, mask, strict=True) if is_selected]
 
 
-def _has_enough_prompts(labels: Bools, prompts: Sequence[str]) -> bool:
+def has_enough_prompts(labels: Bools, prompts: Sequence[str]) -> bool:
+    """Return whether both labels have enough prompts for an interval from resampling."""
     return all(len(set(_select(prompts, mask))) >= FEWEST_PROMPTS for mask in (labels, ~labels))
 
 
@@ -328,7 +329,7 @@ def _balanced_accuracy(
     """Return the mean of the recalls of yes and no with its interval; None if one of them has no answers."""
     if yes is None or no is None:
         return None
-    if _has_enough_prompts(labels, prompts):
+    if has_enough_prompts(labels, prompts):
         return _accuracy(labels, predicted, prompts, balanced=True)
     return Interval(*map(float, combine(lambda a, b: (a + b) / 2, yes, no)))
 

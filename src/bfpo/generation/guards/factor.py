@@ -26,14 +26,14 @@ class FactorGuard:
 
     Args:
         head: Head that gives the logit of p from hidden states.
-        layer: Layer of the hidden states, as in `CostHead`.
+        layers: Layers of the hidden states, as in `CostHead`.
         identity: Hash of the head.
         kappa: Strength, at least 0; at 0 nothing changes.
         top_k: Number of candidates, the likeliest tokens.
     """
 
     head: Callable[[Tensor], Tensor]
-    layer: int
+    layers: tuple[int, ...]
     identity: str
     kappa: float
     top_k: int
@@ -41,12 +41,12 @@ class FactorGuard:
     @classmethod
     def by(cls, head: CostHead, *, kappa: float, top_k: int) -> "FactorGuard":
         """Return the guard by a head."""
-        return cls(head, head.layer, head.identity, kappa, top_k)
+        return cls(head, head.layers, head.identity, kappa, top_k)
 
     @property
     def settings_hash(self) -> str:
         """Hash of the head and the settings."""
-        return content_hash("factor", self.identity, self.layer, self.kappa, self.top_k)
+        return content_hash("factor", self.identity, self.layers, self.kappa, self.top_k)
 
     def adjust(self, scores: Tensor, peek: Peek) -> Tensor:
         """Return log-probabilities of the next token, up to a constant, with the factor of each candidate.
@@ -58,7 +58,7 @@ class FactorGuard:
         if self.kappa == 0:
             return scores
         kept, candidates = scores.topk(min(self.top_k, scores.shape[-1]), dim=-1)
-        unsafe = self.head(peek(candidates, self.layer))
+        unsafe = self.head(peek(candidates, self.layers))
         # log(1 - p + p exp(-kappa)), finite also where p rounds to 1.
         factor = torch.logaddexp(logsigmoid(-unsafe), logsigmoid(unsafe) - self.kappa)
         return torch.full_like(scores, -torch.inf).scatter_(-1, candidates, kept + factor.to(kept.dtype))

@@ -25,20 +25,22 @@ class Projection:
     It guarantees what the head says of the state, and nothing about the answer.
 
     Args:
-        head: Linear head.
+        head: Linear head on one layer.
         at_most: Largest probability of "unsafe" by the head, in (0, 1); t is its logit.
 
     Raises:
-        ModelError: If the head has a hidden layer.
+        ModelError: If the head has a hidden layer, or reads several layers.
     """
 
     head: CostHead
     at_most: float
 
     def __post_init__(self) -> None:
-        if not self.head.is_linear:
+        if not self.head.is_linear or len(self.head.layers) > 1:
+            got = f"{len(self.head.layers)} layers" if self.head.is_linear else "a hidden layer"
             raise ModelError(
-                "the guard project needs a linear head, and this one has a hidden layer; fit one with units=0"
+                f"the guard project needs a linear head on one layer, and this one has {got}; train one with units: "
+                "0 and a single number in layers"
             )
 
     @property
@@ -74,7 +76,8 @@ class Projection:
     def _add_hook(self, model: CausalLM) -> RemovableHandle:
         base = unwrap_adapter(model)
         handle: RemovableHandle
-        if self.head.layer == -1:
+        (layer,) = self.head.layers
+        if layer == -1:
             handle = base.get_output_embeddings().register_forward_pre_hook(
                 lambda module, inputs: (self.move(inputs[0]), *inputs[1:])
             )
@@ -82,7 +85,7 @@ class Projection:
         layers: Any = getattr(base.get_decoder(), "layers", None)
         if layers is None:
             raise ModelError(f"the guard project finds no layers in a {type(base).__name__}; use a head on layer -1")
-        handle = layers[self.head.layer - 1].register_forward_hook(self._move_last)
+        handle = layers[layer - 1].register_forward_hook(self._move_last)
         return handle
 
     def _move_last(self, module: Any, inputs: Any, output: Any) -> Any:
