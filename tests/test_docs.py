@@ -514,3 +514,23 @@ def test_the_numbers_of_the_correction_are_those_of_its_study():
     assert other["mean"]["covered"] < 0.9 < own["mean"]["covered"]
     assert {cell["truth"] for cell in cells if cell["corrected"]["coverage"] < 0.94} == {0.02}
     assert "below 94 % only at a\nrate of 2 %" in page
+
+
+def study_rows(name, metrics):
+    """Return the rows of a page's table on a study of runs on the testbed: run, metrics, and its difference."""
+    rows = {}
+    for row in json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["runs"]:
+        rows.setdefault(row["run"], {})[row["metric"]] = row
+    for run, found in rows.items():
+        values = ["{:.2f} [{:.2f}, {:.2f}]".format(*found[metric]["mean"]) for metric in metrics]
+        last, difference = found[metrics[-1]], ""
+        if "difference" in last:
+            difference = "{:+.2f} [{:+.2f}, {:+.2f}], {}".format(*last["difference"], last["verdict"])
+        yield f"| {' | '.join([run, *values, difference])} |"
+
+
+def test_the_numbers_on_label_errors_are_those_of_their_study():
+    page = (ROOT / "docs" / "labeling.md").read_text()
+    rows = list(study_rows("label_noise", ("harmful/safety", "benign/helpfulness", "all/harmonic_mean")))
+    assert len(rows) == 19
+    assert [row for row in rows if row not in page] == []
