@@ -21,7 +21,7 @@ from bfpo.experiments.preparation import prepare_method, run_online_stage, sampl
 from bfpo.experiments.recipe import change_values
 from bfpo.experiments.run import run_experiment
 from bfpo.experiments.stages import Method, SamplesStage
-from bfpo.experiments.steps import write_costs, write_world
+from bfpo.experiments.steps import write_annotations, write_world
 from bfpo.experiments.units import make_units
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.losses.dual import read_dual
@@ -255,7 +255,7 @@ def test_costs_are_written_only_for_methods_that_read_them(stubs, world):
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_costs_grade_unsafe_answers_and_follow_the_labels(tmp_path, noise):
-    write_costs(OPTIONS.model_copy(update={"safety_noise": noise}), tmp_path)
+    write_annotations("safety_with_costs", OPTIONS.model_copy(update={"safety_noise": noise}), tmp_path)
     rows = read_repaired_jsonl(tmp_path / "safety_with_costs.jsonl")
     costs = [(row[f"{side}_cost"], row[f"is_{side}_safe"]) for row in rows for side in ("chosen", "rejected")]
     assert all((cost == 0) == is_safe for cost, is_safe in costs)
@@ -285,7 +285,7 @@ def test_every_method_passes_the_checks_before_training(tmp_path):
     [
         ("bfpo", {"max_unsafe": 0.1}, "max_unsafe needs samples"),
         ("bfpo", {"main": "samples"}, "main: samples needs samples"),
-        ("bfpo", {"samples": FEW}, "samples needs scorer"),
+        ("bfpo", {"samples": FEW}, "samples needs scorer or log_ratios"),
         ("mocan", {"max_unsafe": None}, "labels from scores needs max_unsafe"),
         ("mocan", {"main": "safety"}, "labels from scores need main: samples"),
         ("mocan", {"labels": None}, "max_unsafe needs the loss bfpo, or labels"),

@@ -2,8 +2,8 @@
 
 The measure of π_λ falls as λ grows, so its distance from the threshold has one root. The search brackets the root and
 then narrows the bracket by false position. Unlike dual ascent, λ ← max(0, λ + rate·excess), which is what C-DPO
-publishes and has the same root, it needs no rate and a few trainings in place of dozens. A step of beta is the natural
-one for a share of unsafe answers: it divides the odds of an unsafe answer to any prompt by e.
+publishes and has the same root, it needs no rate and a few trainings in place of dozens. A step of beta is natural
+for a share of unsafe answers: it divides the odds of an unsafe answer to any prompt by e.
 """
 
 from collections.abc import Sequence

@@ -37,12 +37,16 @@ def write_world(options: WorldOptions, folder: Path) -> None:
         World(options).write(folder)
 
 
-def write_costs(options: WorldOptions, folder: Path) -> None:
-    """Write the safety pairs of a world with costs beside its other files, unless they exist."""
-    path = folder / "safety_with_costs.jsonl"
+ANNOTATIONS = {"safety_with_costs": World.with_costs, "safety_with_categories": World.with_category}
+"""Files of the safety pairs with columns that few methods read, and what adds them to a pair."""
+
+
+def write_annotations(name: str, options: WorldOptions, folder: Path) -> None:
+    """Write a file of `ANNOTATIONS` beside the other files of a world, unless it exists."""
+    path = folder / f"{name}.jsonl"
     if not path.exists():
         world = World(options)
-        pairs = (with_reward_margin(world.with_costs(pair)) for pair in world.safety_set())
+        pairs = (with_reward_margin(ANNOTATIONS[name](world, pair)) for pair in world.safety_set())
         write_jsonl(path, (pair.to_row() for pair in pairs))
 
 
