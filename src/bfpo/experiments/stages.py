@@ -64,7 +64,8 @@ class OnlineStage(Section):
 class LogRatioStage(Section):
     """DPO on helpfulness and DPO on safety, whose log-ratios to the base model are the scores of PeCAN.
 
-    Both have the beta of the method. They learn from the order of helpfulness with the buffer, and from that of safety.
+    Both have the beta of the method. One learns from the order of helpfulness, with the buffer, one from that of
+    safety.
     """
 
     learning_rate: Rate = 1e-3
@@ -144,8 +145,8 @@ class Method(Stage):
     max_unsafe: Share | None = None
     """Largest share of unsafe samples to harmful prompts, for which the multiplier is computed (`bfpo dual`)."""
     min_gain: Rate | None = None
-    """For `log_ratios`, in place of `max_unsafe`: how much higher than the base model's the mean of beta times the safe
-    model's log-ratio is on answers of the policy to harmful prompts (`bfpo dual --pecan --gain`)."""
+    """For `log_ratios`, in place of `max_unsafe`: by how much the mean of beta times the safe model's log-ratio, on
+    answers to harmful prompts, is above the base model's (`bfpo dual --pecan --gain`)."""
     outer: OuterStage | None = None
     """Rounds of training; without it the multiplier is that of the samples."""
 

@@ -243,18 +243,13 @@ def _train(recipes: Sequence[TrainRecipe]) -> tuple[int, int]:
     Returns:
         The numbers of samples and of judged answers of a training in rounds; 0 without one.
     """
-    from bfpo.constraints.outer import run_outer
     from bfpo.experiments.steps import run_once
 
     rounds = []
     for recipe in recipes:
         # A killed run is short enough to start again.
         shutil.rmtree(str(recipe.trainer["output_dir"]), ignore_errors=True)
-        if recipe.outer is None:
-            run_once(recipe)
-        else:
-            # That the limit of rounds was reached is a result here.
-            rounds = run_outer(recipe, allow_unmet=True).rounds
+        rounds += run_once(recipe)
     for recipe in recipes[:-1]:
         _remove_weights(Path(recipe.trainer["output_dir"]))
     return sum(done.samples for done in rounds), sum(done.judge_calls for done in rounds)
