@@ -231,6 +231,12 @@ def test_bad_input_is_refused_before_the_first_training(calls, changes, message)
     assert not Path("out").exists()
 
 
+def test_a_recipe_without_an_output_folder_is_refused(calls):
+    with pytest.raises(RecipeError, match=r"trainer\.output_dir is missing"):
+        run_outer(recipe().model_copy(update={"trainer": {}}))
+    assert not calls
+
+
 def test_outer_without_a_multiplier_is_refused():
     content = recipe().model_dump() | {"labels": None}
     with pytest.raises(RecipeError, match=r"outer moves the multiplier of a dual\.json, and there is none"):

@@ -36,6 +36,7 @@ from bfpo.judging.spec import parse_judge
 from bfpo.losses.dual import FILE_NAME as DUAL_NAME
 from bfpo.losses.dual import Constraint, Dual, read_dual
 from bfpo.stats.intervals import LEVEL, Interval, mean_interval, score_interval
+from bfpo.training.arguments import training_arguments
 from bfpo.training.loss_files import read_score_labels, resolve_loss_files
 from bfpo.training.output import exclusive_output
 from bfpo.training.run import run_training
@@ -87,6 +88,7 @@ class _OuterLoop:
     Args:
         recipe: The recipe.
         section: Its `outer`.
+        out: Its output folder.
         dual: The constraint, and the multiplier of the first round.
         prompts: Prompts that are answered in each round, those that the constraint counts first.
         num_counted: Number of prompts that it counts.
@@ -95,6 +97,7 @@ class _OuterLoop:
 
     recipe: TrainRecipe
     section: OuterSection
+    out: Path
     dual: Dual
     prompts: list[Prompt]
     num_counted: int
@@ -106,6 +109,8 @@ class _OuterLoop:
         assert section is not None
         if PartialState().num_processes > 1:
             raise RecipeError("outer samples and judges in one process; start it without a launcher")
+        options = {name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"}
+        out = Path(str(training_arguments(options).output_dir))
         # A multiplier that doesn't fit is refused before anything is trained.
         resolve_loss_files(recipe)
         read_score_labels(recipe)
@@ -121,13 +126,9 @@ class _OuterLoop:
             )
         # Without a judge of helpfulness nothing reads the answers to the others.
         others = [prompt for prompt in prompts if prompt not in counted] if section.reward is not None else []
-        loop = cls(recipe, section, dual, [*counted, *others], len(counted), limit)
+        loop = cls(recipe, section, out, dual, [*counted, *others], len(counted), limit)
         loop.check_reachable()
         return loop
-
-    @property
-    def out(self) -> Path:
-        return Path(str(self.recipe.trainer["output_dir"]))
 
     @property
     def constraint(self) -> Constraint:
