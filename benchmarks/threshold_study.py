@@ -34,7 +34,7 @@ from bfpo.config.loading import check_recipe
 from bfpo.constraints.estimates import SampleProblem
 from bfpo.constraints.samples import ScoredSamples, read_scored_samples
 from bfpo.constraints.solve import ConstraintRequest, implied_reward
-from bfpo.core.files import write_json, write_jsonl
+from bfpo.core.files import content_hash, write_json, write_jsonl
 from bfpo.core.samples import Completion, Judge, Prompt, Sampling, Verdict
 from bfpo.data.stages import generate_completions, judge_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_file
@@ -144,15 +144,16 @@ class SeedStudy:
 
     def threshold(self, threshold: float, changes: Mapping[str, Any], *, with_cures: bool) -> dict[str, Any]:
         """Return what is achieved where a threshold was asked for; a miss with a second run without its cause."""
-        result = self.policy(f"{self.method}-{threshold:g}", threshold, changes)
+        result = self.policy(threshold, changes)
         if with_cures and result["state"] != "infeasible" and not result["is_met"]:
             cause = max(CURES, key=lambda name: result["steps"][name])
-            again = self.policy(f"{self.method}-{threshold:g}-{cause}", threshold, {**changes, **CURES[cause]})
+            again = self.policy(threshold, {**changes, **CURES[cause]})
             result["miss"] = {"cause": cause, "explained": again.get("is_met", False), "rerun": again}
         return result
 
-    def policy(self, name: str, threshold: float, changes: Mapping[str, Any]) -> dict[str, Any]:
+    def policy(self, threshold: float, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Train and measure a policy, unless it is done, and return its numbers."""
+        name = f"{self.method}-{threshold:g}-{content_hash(changes)[:8]}"
         out = self.home / name
         done = self.home / f"{name}.json"
         if done.exists():
@@ -178,7 +179,7 @@ class SeedStudy:
         write_json(done, result | {"cpu_seconds": round(time.process_time() - start)})
         for file in out.glob("*.safetensors"):
             file.unlink()
-        return self.policy(name, threshold, changes)
+        return self.policy(threshold, changes)
 
     def _measure(self, method: Method, request: ConstraintRequest, out: Path) -> dict[str, Any]:
         """Return what was predicted and achieved, and the steps between the two."""

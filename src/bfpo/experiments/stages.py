@@ -204,9 +204,9 @@ class Method(Stage):
         mains = {stage.main for stage in self.trainings if stage.main != "samples"}
         has_scores = self.scorer is not None or self.log_ratios is not None
         has_buffer = has_scores or any(stage.buffer for stage in self.trainings)
-        of_scores = set() if self.scorer is None else {self.scorer.main}
+        of_scores: set[str] = set() if self.scorer is None else {self.scorer.main}
         if self.log_ratios is not None:
-            of_scores = {"safety", "safety_by_safety"}
+            of_scores |= {"safety", "safety_by_safety"}
         return mains | of_scores | ({"helpfulness"} if has_buffer else set())
 
     @property
