@@ -17,11 +17,17 @@ from bfpo.experiments.cost_table import collect_costs, cost_rows
 from bfpo.experiments.costs import Cost, read_cost
 from bfpo.experiments.methods import METHODS, samples_folder, train_recipes
 from bfpo.experiments.preflight import check_trainings
-from bfpo.experiments.preparation import prepare_method, run_online_stage, sample_pairs, training_prompts
+from bfpo.experiments.preparation import (
+    fresh_prompts,
+    prepare_method,
+    run_online_stage,
+    sample_pairs,
+    training_prompts,
+)
 from bfpo.experiments.recipe import change_values
 from bfpo.experiments.run import run_experiment
 from bfpo.experiments.stages import Method, SamplesStage
-from bfpo.experiments.steps import write_costs, write_world
+from bfpo.experiments.steps import write_annotations, write_world
 from bfpo.experiments.units import make_units
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.losses.dual import read_dual
@@ -79,33 +85,49 @@ def test_methods_with_multipliers_run_in_an_experiment(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(preparation, "prepare_method", blind(prepare_method))
     monkeypatch.setattr(preparation, "run_online_stage", blind(run_online_stage))
-    tiny = {f"samples.{key}": value for key, value in FEW.items()} | {"scorer.steps": 20, "max_unsafe": 0.5}
-    variants = {name: {"method": name, "changes": tiny} for name in ("mocan", "bfpo_constrained")}
-    few = {"harmful_prompts": 3, "benign_prompts": 3, "prompts_per_step": 2, "samples": 4, "steps": 2}
-    online = {f"online.{key}": value for key, value in few.items()} | {"scorer.steps": 20}
-    variants["safe_rlhf"] = {"method": "safe_rlhf", "changes": online}
+    few = {f"samples.{key}": value for key, value in FEW.items()}
+    tiny = few | {"scorer.steps": 20, "max_unsafe": 0.5}
+    rounds = {"outer": {"rounds": 2, "harmful_prompts": 10, "samples": 4}}
+    online = {"harmful_prompts": 3, "benign_prompts": 3, "prompts_per_step": 2, "samples": 4, "steps": 2}
+    changes = {
+        "mocan": tiny,
+        "bfpo_constrained": tiny,
+        "c_dpo": tiny | rounds,
+        "pecan": few | {"log_ratios.steps": 5, "min_gain": 0.001},
+        "cat_dpo": {},
+        "safe_rlhf": {f"online.{key}": value for key, value in online.items()} | {"scorer.steps": 20},
+    }
+    variants = {name: {"method": name, "changes": change} for name, change in changes.items()}
     recipe = make_recipe("runs", variants=variants, against="mocan")
     run_experiment(recipe, command="x")
     assert Oracle.verdict is verdict
     for unit in make_units(recipe):
-        if unit.method is not None and unit.method.max_unsafe is not None:
-            dual = read_dual(samples_folder(unit.folder))
-            assert dual.constraint.threshold == 0.5
+        if unit.method is not None:
             assert not list(unit.folder.rglob("*.safetensors"))
+        if unit.method is not None and unit.method.has_constraint:
+            dual = read_dual(samples_folder(unit.folder))
+            assert dual.constraint.threshold == 0.5 or unit.variant == "pecan"
+            assert (dual.objective == "log_ratios") == (unit.variant == "pecan")
     assert Counter(path.name.partition("-")[0] for path in Path("runs").glob("*/seed-0/s*-*") if path.is_dir()) == {
-        "scorer": 1, "samples": 1, "scores": 1
+        "scorer": 1, "samples": 1, "scores": 2
     }  # fmt: skip
     written = json.loads(Path("runs/comparison.json").read_text())
-    assert [cost["variant"] for cost in written["costs"]] == ["mocan", "bfpo_constrained", "safe_rlhf"]
+    costs = {cost["variant"]: cost for cost in written["costs"]}
+    assert list(costs) == list(variants)
+    for name in ("mocan", "bfpo_constrained", "pecan"):
+        assert (costs[name]["samples"], costs[name]["calls"]) == (80, 160)
+    # A round is 40 answers, which two judges read.
+    assert costs["c_dpo"]["samples"] in (80 + 40, 80 + 60, 80 + 80)
+    assert costs["c_dpo"]["calls"] == 2 * costs["c_dpo"]["samples"]
     # The start check of an online run samples too, and both scorers read each sample.
-    online_cost = written["costs"][-1]
-    assert online_cost["samples"] >= 2 * 2 * 4
-    assert online_cost["calls"] == 2 * online_cost["samples"]
-    for cost in written["costs"]:
-        if cost["variant"] != "safe_rlhf":
-            assert (cost["samples"], cost["calls"]) == (80, 160)
-        assert cost["cpu_seconds"] > 0
-        assert cost["sees"] == ["safety pairs", "helpfulness pairs", "safety labels", "own samples", "scorer"]
+    assert costs["safe_rlhf"]["samples"] >= 2 * 2 * 4
+    assert costs["safe_rlhf"]["calls"] == 2 * costs["safe_rlhf"]["samples"]
+    assert all(cost["cpu_seconds"] > 0 for cost in costs.values())
+    seen = ["safety pairs", "helpfulness pairs", "safety labels"]
+    for name in ("mocan", "bfpo_constrained", "c_dpo", "safe_rlhf"):
+        assert costs[name]["sees"] == [*seen, "own samples", "scorer"]
+    assert costs["pecan"]["sees"] == [*seen, "costs", "own samples", "log-ratios of two models"]
+    assert costs["cat_dpo"]["sees"] == [*seen, "harm categories"]
     assert "| mocan | 80 | 160 |" in Path("runs/comparison.md").read_text()
     assert "scorer and judge calls" in capsys.readouterr().out
 
@@ -235,6 +257,30 @@ def test_pairs_of_samples_have_the_scorers_order_and_labels(stubs, tmp_path):
     assert abs(share - 0.75) < 0.055
 
 
+def test_prompts_of_rounds_are_not_among_those_of_the_samples(world):
+    stage = SamplesStage(harmful_prompts=30)
+    sampled = {prompt.prompt for prompt in training_prompts(stage, world, seed=0)}
+    fresh = fresh_prompts(stage, 25, world, seed=0)
+    assert len(fresh) == 25
+    assert {prompt.kind for prompt in fresh} == {"harmful"}
+    assert not sampled & {prompt.prompt for prompt in fresh}
+    with pytest.raises(DataError, match=r"harmful prompts, all of them in the samples; lower samples\.harmful"):
+        fresh_prompts(SamplesStage(harmful_prompts=1000), 25, world, seed=0)
+
+
+def test_harm_categories_are_the_classes_of_harmful_requests(world):
+    write_annotations("safety_with_categories", OPTIONS, world)
+    rows = read_repaired_jsonl(world / "safety_with_categories.jsonl")
+    (world / "safety_with_categories.jsonl").unlink()
+    plain = read_repaired_jsonl(world / "safety.jsonl")
+    assert [{name: row[name] for name in row if name != "harm_categories"} for row in rows] == plain
+    # A prompt with an unsafe answer is harmful.
+    assert all("harm_categories" in row for row in rows if not (row["is_chosen_safe"] and row["is_rejected_safe"]))
+    named = {category for row in rows for category in row.get("harm_categories", [])}
+    assert 1 < len(named) < 16
+    assert any("harm_categories" not in row for row in rows)
+
+
 def test_costs_are_written_only_for_methods_that_read_them(stubs, world):
     _, prepare = stubs
     before = {path.name: path.read_bytes() for path in world.iterdir()}
@@ -255,7 +301,7 @@ def test_costs_are_written_only_for_methods_that_read_them(stubs, world):
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_costs_grade_unsafe_answers_and_follow_the_labels(tmp_path, noise):
-    write_costs(OPTIONS.model_copy(update={"safety_noise": noise}), tmp_path)
+    write_annotations("safety_with_costs", OPTIONS.model_copy(update={"safety_noise": noise}), tmp_path)
     rows = read_repaired_jsonl(tmp_path / "safety_with_costs.jsonl")
     costs = [(row[f"{side}_cost"], row[f"is_{side}_safe"]) for row in rows for side in ("chosen", "rejected")]
     assert all((cost == 0) == is_safe for cost, is_safe in costs)
@@ -285,8 +331,13 @@ def test_every_method_passes_the_checks_before_training(tmp_path):
     [
         ("bfpo", {"max_unsafe": 0.1}, "max_unsafe needs samples"),
         ("bfpo", {"main": "samples"}, "main: samples needs samples"),
-        ("bfpo", {"samples": FEW}, "samples needs scorer"),
-        ("mocan", {"max_unsafe": None}, "labels from scores needs max_unsafe"),
+        ("bfpo", {"samples": FEW}, "samples needs scorer or log_ratios"),
+        ("mocan", {"max_unsafe": None}, "labels from scores needs max_unsafe or min_gain"),
+        ("mocan", {"min_gain": 1.0}, "min_gain needs log_ratios"),
+        ("mocan", {"log_ratios": {}}, "scorer and log_ratios both give scores"),
+        ("pecan", {"max_unsafe": 0.1}, "max_unsafe needs scorer"),
+        ("pecan", {"labels": None}, "min_gain needs labels: {from: scores}"),
+        ("bfpo", {"outer": {}}, "outer needs max_unsafe"),
         ("mocan", {"main": "safety"}, "labels from scores need main: samples"),
         ("mocan", {"labels": None}, "max_unsafe needs the loss bfpo, or labels"),
         ("mocan", {"max_unsafe": 1.0}, "max_unsafe"),

@@ -99,7 +99,7 @@ def test_methods_have_losses_and_see_equally_many_pairs(tmp_path, name):
     recipe = train_recipes(METHODS[name], world=Path("w"), base=Path("b"), out=tmp_path, seed=0)[-1]
     # The file of a multiplier doesn't exist yet.
     loss = make_loss({key: value for key, value in recipe.loss.model_dump().items() if key != "multiplier"})
-    assert loss.beta == (2.0 if name == "mocan" else 0.3)
+    assert loss.beta == (2.0 if name in ("mocan", "c_dpo") else 0.3)
     pairs = recipe.trainer["per_device_train_batch_size"] * (2 if recipe.buffer else 1)
     assert pairs == 64
 
@@ -110,7 +110,10 @@ def test_a_method_may_reorder_pairs_and_others_keep_the_names_of_their_runs(tmp_
     assert METHODS["dpo_safe_first"].model_dump()["labels"] == {"from": "safety"}
     assert [name for name, method in METHODS.items() if "labels" in method.model_dump()] == [
         "dpo_safe_first",
+        "cat_dpo",
         "mocan",
+        "pecan",
+        "c_dpo",
     ]
 
 

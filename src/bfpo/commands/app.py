@@ -87,6 +87,11 @@ def train(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_
     from bfpo.config.recipes import TrainRecipe
 
     checked = load_recipe(recipe, TrainRecipe, overrides)
+    if checked.outer is not None:
+        from bfpo.constraints.outer import check_outer, run_outer
+
+        check_outer(checked, limit=limit) if dry_run else run_outer(checked, limit=limit)
+        return
 
     from bfpo.generation.in_process import likeliest_answers
     from bfpo.training.run import run_training

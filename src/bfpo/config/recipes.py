@@ -331,6 +331,28 @@ LabelsSection = Annotated[
 ]
 
 
+class OuterSection(Section):
+    """Rounds of training, sampling and judging that move the multiplier until the constraint holds (C-DPO).
+
+    The constraint, and the multiplier of the first round, are those of the `dual.json` of `labels` or of the loss.
+    """
+
+    prompts: str
+    """File of prompts that the trained policy answers; those of the constraint's kind count."""
+    judge: str
+    """Spec of the judge that measures the constraint, such as `cost:PATH`, as for `bfpo judge`."""
+    reward: str | None = None
+    """Spec of a judge whose mean score is the helpfulness that is shown; it judges the answers to all prompts."""
+    rounds: Count = 5
+    """Maximum number of rounds."""
+    samples: Count = 8
+    """Number of answers to each prompt and in each round, at the temperature of `dual.json`."""
+    max_new_tokens: Count = 256
+    """Maximum length of an answer, in tokens."""
+    seed: int = 1
+    """Seed of the answers of the first round; further rounds have the next ones."""
+
+
 class TrainRecipe(DataRecipe):
     """`bfpo train`: preference training."""
 
@@ -344,6 +366,8 @@ class TrainRecipe(DataRecipe):
     """Name and hyperparameters of the loss."""
     labels: LabelsSection | None = None
     """Preferences from scores or with the safe answer first, for any loss; default the order of the data."""
+    outer: OuterSection | None = None
+    """Train in rounds that move the multiplier until the policy meets the constraint; default one training."""
     train_only: list[str] | None = None
     """Patterns of the parameters to train, regular expressions that are searched in the names; default all."""
     lora: LoraSection | None = None
@@ -373,6 +397,16 @@ class TrainRecipe(DataRecipe):
         has_weight = isinstance(loss, BFPOSection) and (loss.multiplier or loss.safety_weight)
         if isinstance(self.labels, ScoreLabelsSection) and has_weight:
             raise ValueError("labels and loss.safety_weight both have a multiplier; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_outer(self) -> "TrainRecipe":
+        has_file = isinstance(self.labels, ScoreLabelsSection) or getattr(self.loss, "multiplier", None) is not None
+        if self.outer is not None and not has_file:
+            raise ValueError(
+                "outer moves the multiplier of a dual.json, and there is none; set labels to {from: scores, "
+                "multiplier: dual.json}, or loss.multiplier of bfpo"
+            )
         return self
 
     @model_validator(mode="after")

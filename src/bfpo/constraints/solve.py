@@ -114,7 +114,7 @@ def solve_constraint(samples: ScoredSamples, request: ConstraintRequest) -> Dual
     temperature = _temperature(samples, request)
     problem = SampleProblem(
         samples,
-        _implied_reward(samples, request),
+        implied_reward(samples, request),
         _constrained_cost(samples, request),
         _counted(samples, request),
         request.beta * temperature,
@@ -189,7 +189,7 @@ def _constrained_cost(samples: ScoredSamples, request: ConstraintRequest) -> Arr
     return samples.cost
 
 
-def _implied_reward(samples: ScoredSamples, request: ConstraintRequest) -> Array:
+def implied_reward(samples: ScoredSamples, request: ConstraintRequest) -> Array:
     """Return what the policy maximizes besides the constraint, (X, N).
 
     BFPO's loss implies a reward for each answer, given who wins against whom. Wins follow the Bradley-Terry model of

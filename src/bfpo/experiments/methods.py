@@ -4,9 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.config.loading import check_recipe
-from bfpo.config.recipes import ScoreRecipe, TrainRecipe
-from bfpo.experiments.stages import Method, OnlineStage, SamplesStage, ScorerStage, Stage
+from bfpo.config.recipes import OuterSection, ScoreRecipe, TrainRecipe
+from bfpo.experiments.stages import LogRatioStage, Method, OnlineStage, OuterStage, SamplesStage, ScorerStage, Stage
 from bfpo.online.recipe import OnlineRecipe
+
+# Beside the output of a method that is trained in rounds: prompts for them, and the scorer that measures them.
+FRESH_PROMPTS, HEADS = "fresh-prompts.jsonl", "heads"
+# Longer than any answer in the language of worlds.
+MAX_NEW_TOKENS = 48
 
 
 def _squared(name: str, **options: Any) -> dict[str, Any]:
@@ -45,6 +50,12 @@ METHODS = {
     "ipo_mix": Method(title="IPO on the naive mix", loss=_squared("ipo"), main="safety_by_safety"),
     "safe_dpo": Method(title="SafeDPO", loss={"name": "safe_dpo", "beta": 0.3}),
     "bso": Method(title="Bregman safety optimization", loss={"name": "bso", "beta": 0.3}),
+    "cat_dpo": Method(
+        title="Cat-DPO: the safe answer first, with a margin for each harm category",
+        loss={"name": "cat_dpo", "beta": 0.3},
+        main="safety_with_categories",
+        labels={"from": "safety"},
+    ),
     "sacpo": Method(
         title="SACPO: DPO for helpfulness, then for safety",
         prepare=[Stage(loss={"name": "dpo", "beta": 0.3})],
@@ -61,6 +72,23 @@ METHODS = {
         title="MoCAN: IPO on scores with a multiplier, on samples of the base",
         loss={"name": "ipo", "beta": 2.0},
         labels={"from": "scores"},
+        **_constrained(),
+    ),
+    "pecan": Method(
+        title="PeCAN: IPO on log-ratios with a multiplier, on samples of the base",
+        loss={"name": "ipo", "beta": 0.3},
+        labels={"from": "scores"},
+        log_ratios=LogRatioStage(),
+        samples=SamplesStage(),
+        min_gain=1.0,
+        main="samples",
+        buffer=False,
+    ),
+    "c_dpo": Method(
+        title="C-DPO: DPO on scores, with a multiplier that is moved in rounds",
+        loss={"name": "dpo", "beta": 2.0},
+        labels={"from": "scores"},
+        outer=OuterStage(),
         **_constrained(),
     ),
     # Half of the prompts are harmful: 5 % of their answers, as for the methods above.
@@ -110,13 +138,30 @@ def train_recipes(
     for number, stage in enumerate(stages, start=1):
         folder = out if stage is method else out.parent / f"{out.name}-stage-{number}"
         share = max(steps * number // len(stages) - steps * (number - 1) // len(stages), 1)
-        if stage is method and method.max_unsafe is not None:
+        if stage is method and method.has_constraint:
             stage = _with_multiplier(method, samples_folder(out))
         recipes.append(
             train_recipe(stage, world=world, base=base, out=folder, seed=seed, steps=share, save=save, where=where)
         )
         base = folder
+    if method.outer is not None:
+        recipes[-1] = _with_outer(recipes[-1], method.outer, samples_folder(out), seed=seed)
     return recipes
+
+
+def _with_outer(recipe: TrainRecipe, stage: OuterStage, prepared: Path, *, seed: int) -> TrainRecipe:
+    """Return a recipe that is trained in rounds, with the prompts and the scorer in the folder beside its output."""
+    section = OuterSection(
+        prompts=str(prepared / FRESH_PROMPTS),
+        judge=f"cost:{prepared / HEADS / 'cost'}",
+        reward=f"reward:{prepared / HEADS / 'reward'}",
+        rounds=stage.rounds,
+        samples=stage.samples,
+        max_new_tokens=MAX_NEW_TOKENS,
+        # Samples of the base have the seed 0, the evaluation too.
+        seed=1000 * (seed + 1),
+    )
+    return recipe.model_copy(update={"outer": section})
 
 
 def _with_multiplier(method: Method, dual: Path) -> Method:

@@ -54,7 +54,10 @@ def check_training(recipe: TrainRecipe, world: World) -> None:
     loss = make_loss(recipe.loss.model_dump())
     signals = with_reward_margin(next(iter(world.safety_set()))).signals
     # Whether a pair is judged follows from the source of its labels.
-    columns = [name for name in loss.needs if name != "judged"]
+    given = {"judged"} | (
+        {"categories"} if Path(str(recipe.data[0].path)).stem == "safety_with_categories" else set()
+    )
+    columns = [name for name in loss.needs if name not in given]
     if missing := [name for name in columns if getattr(signals, name, None) is None]:
         raise RecipeError(f"loss.name: {type(loss).__name__} needs {' and '.join(missing)}, which worlds don't have")
     check_against_model(recipe.model_copy(update={"model": TrainModel.model_validate({"new": BASE_SHAPE})}))

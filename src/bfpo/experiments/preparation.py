@@ -24,10 +24,12 @@ from bfpo.core.pairs import PairSignals, PreferencePair, Provenance, SafetyLabel
 from bfpo.core.samples import Completion, Kind, Prompt, Sampling
 from bfpo.data.load import load_pairs
 from bfpo.data.stages import generate_completions
+from bfpo.errors import DataError
 from bfpo.experiments.costs import Cost, measured, read_cost
-from bfpo.experiments.methods import online_recipe, samples_folder, score_recipe
-from bfpo.experiments.stages import Method, OnlineStage, SamplesStage, ScorerStage
-from bfpo.experiments.steps import write_costs
+from bfpo.experiments.log_ratios import score_by_log_ratios, train_models
+from bfpo.experiments.methods import FRESH_PROMPTS, HEADS, online_recipe, samples_folder, score_recipe
+from bfpo.experiments.stages import LogRatioStage, Method, OnlineStage, SamplesStage, ScorerStage
+from bfpo.experiments.steps import ANNOTATIONS, write_annotations
 from bfpo.generation.in_process import load_engine
 from bfpo.judging.score_columns import apply_scores
 from bfpo.judging.score_run import run_score
@@ -55,21 +57,47 @@ def prepare_method(method: Method, recipe: TrainRecipe, *, home: Path, world: Pa
         DataError: If the samples can't be used to compute a multiplier.
         RecipeError: If no policy over the samples meets `max_unsafe`.
     """
-    if "safety_with_costs" in method.files:
-        write_costs(options, world)
-    if method.scorer is None:
+    for name in method.files & set(ANNOTATIONS):
+        write_annotations(name, options, world)
+    if method.scorer is None and method.log_ratios is None:
         return Cost()
-    heads, cost = train_scorer(method.scorer, home=home, world=world, options=options)
+    scorer, cost = _prepare_scorer(method, home=home, world=world, options=options)
     stage = method.samples
     if stage is None:
         return cost
     sampling = stage.model_dump(exclude={"pairs_per_prompt"})
     samples = stage_folder(home, "samples", sampling, options.model_dump())
     cost += _run_once(samples, lambda: _draw_samples(stage, samples, home / "base", world, options.seed))
-    scores = stage_folder(home, "scores", heads.parent.name, samples.name)
-    cost += _run_once(scores, lambda: _score(samples, heads, scores))
+    scores = stage_folder(home, "scores", scorer.name, samples.name)
+    cost += _run_once(scores, lambda: _score(method, samples, scorer, scores, base=home / "base"))
     out = samples_folder(Path(recipe.trainer["output_dir"]))
-    return cost + _run_once(out, lambda: _use_samples(method, stage, recipe, scores / _SCORED, out, options.seed))
+
+    def use_samples() -> tuple[int, int]:
+        if method.outer is not None:
+            fresh = fresh_prompts(stage, method.outer.harmful_prompts, world, options.seed)
+            write_jsonl(out / FRESH_PROMPTS, (prompt.to_row() for prompt in fresh))
+            (out / HEADS).symlink_to((scorer / HEADS).resolve())
+        return _use_samples(method, stage, recipe, scores / _SCORED, out, options.seed)
+
+    return cost + _run_once(out, use_samples)
+
+
+def _prepare_scorer(method: Method, *, home: Path, world: Path, options: WorldOptions) -> tuple[Path, Cost]:
+    """Train the scorer of a method, or the models of its log-ratios, and return their folder and the cost."""
+    if method.scorer is not None:
+        heads, cost = train_scorer(method.scorer, home=home, world=world, options=options)
+        return heads.parent, cost
+    stage, beta = method.log_ratios, method.loss["beta"]
+    assert stage is not None
+    folder = stage_folder(home, "log-ratios", stage.model_dump(), beta, options.model_dump())
+    return folder, _run_once(folder, lambda: _train_models(stage, folder, beta, home / "base", world, options.seed))
+
+
+def _train_models(
+    stage: LogRatioStage, folder: Path, beta: float, base: Path, world: Path, seed: int
+) -> tuple[int, int]:
+    train_models(stage, folder, beta=beta, world=world, base=base, seed=seed)
+    return 0, 0
 
 
 def train_scorer(stage: ScorerStage, *, home: Path, world: Path, options: WorldOptions) -> tuple[Path, Cost]:
@@ -85,7 +113,7 @@ def train_scorer(stage: ScorerStage, *, home: Path, world: Path, options: WorldO
         The folder with its heads, `reward` and `cost`, and its cost.
     """
     folder = stage_folder(home, "scorer", stage.model_dump(), options.model_dump())
-    heads = folder / "heads"
+    heads = folder / HEADS
     recipe = score_recipe(stage, world=world, base=home / "base", out=heads, seed=options.seed)
     return heads, _run_once(folder, lambda: _train_scorer(recipe))
 
@@ -170,16 +198,35 @@ def training_prompts(stage: SamplesStage | OnlineStage, world: Path, seed: int) 
     return prompts
 
 
+def fresh_prompts(stage: SamplesStage, count: int, world: Path, seed: int) -> list[Prompt]:
+    """Return at most `count` harmful prompts of a world's pairs that `training_prompts` doesn't return.
+
+    Raises:
+        DataError: If there are none.
+    """
+    more = stage.model_copy(update={"harmful_prompts": stage.harmful_prompts + count})
+    harmful = [prompt for prompt in training_prompts(more, world, seed) if prompt.kind == "harmful"]
+    if not harmful[stage.harmful_prompts :]:
+        raise DataError(
+            f"the pairs of the world have {len(harmful)} harmful prompts, all of them in the samples; lower "
+            "samples.harmful_prompts"
+        )
+    return harmful[stage.harmful_prompts :]
+
+
 def _read_pairs(world: Path, name: str, stream: StreamName) -> list[PreferencePair]:
     return load_pairs(Source(path=str(world / f"{name}.jsonl")), stream)[1]
 
 
-def _score(samples: Path, heads: Path, scores: Path) -> tuple[int, int]:
+def _score(method: Method, samples: Path, scorer: Path, scores: Path, *, base: Path) -> tuple[int, int]:
+    if method.scorer is None:
+        beta = method.loss["beta"]
+        return 0, 2 * score_by_log_ratios(samples, scorer, scores / _SCORED, base=base, beta=beta)
     num_scored = apply_scores(
         str(samples / Completion.file_name),
         scores / _SCORED,
-        reward=f"reward:{heads / 'reward'}",
-        cost=f"cost:{heads / 'cost'}",
+        reward=f"reward:{scorer / HEADS / 'reward'}",
+        cost=f"cost:{scorer / HEADS / 'cost'}",
     )
     return 0, 2 * num_scored
 
@@ -190,21 +237,37 @@ def _use_samples(
     """Write the pairs and the multiplier of a method into the folder beside its output."""
     if method.main == "samples":
         write_jsonl(out / "pairs.jsonl", (pair.to_row() for pair in sample_pairs(scored, stage, seed)))
-    if method.max_unsafe is not None:
-        beta, labeling = objective_of(recipe)
-        request = ConstraintRequest(
-            max=method.max_unsafe,
-            kind="harmful",
-            beta=beta,
-            objective="reward" if labeling is None else "bfpo",
-            labeling=labeling,
-            temperature=stage.temperature,
-        )
-        dual = solve_constraint(read_scored_samples(scored), request)
+    if method.has_constraint:
+        request = constraint_request(method, stage, recipe)
+        log_ratio_beta = None if method.log_ratios is None else request.beta
+        dual = solve_constraint(read_scored_samples(scored, log_ratio_beta=log_ratio_beta), request)
         write_dual_page(out, dual)
         dual.write(out)
-        feasible_multiplier(dual, f"max_unsafe {method.max_unsafe:g}")
+        name = "min_gain" if method.max_unsafe is None else "max_unsafe"
+        feasible_multiplier(dual, f"{name} {getattr(method, name):g}")
     return 0, 0
+
+
+def constraint_request(method: Method, stage: SamplesStage, recipe: TrainRecipe) -> ConstraintRequest:
+    """Return the constraint of a method, for the loss of a recipe."""
+    beta, labeling = objective_of(recipe)
+    if method.log_ratios is not None:
+        return ConstraintRequest(
+            measure="cost",
+            gain=method.min_gain,
+            kind="harmful",
+            beta=beta,
+            objective="log_ratios",
+            temperature=stage.temperature,
+        )
+    return ConstraintRequest(
+        max=method.max_unsafe,
+        kind="harmful",
+        beta=beta,
+        objective="reward" if labeling is None else "bfpo",
+        labeling=labeling,
+        temperature=stage.temperature,
+    )
 
 
 def sample_pairs(scored: Path, stage: SamplesStage, seed: int) -> Iterator[PreferencePair]:

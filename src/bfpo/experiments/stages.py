@@ -61,6 +61,32 @@ class OnlineStage(Section):
     """Number of optimizer steps."""
 
 
+class LogRatioStage(Section):
+    """DPO on helpfulness and DPO on safety, whose log-ratios to the base model are the scores of PeCAN.
+
+    Both have the beta of the method. One learns from the order of helpfulness, with the buffer, one from that of
+    safety.
+    """
+
+    learning_rate: Rate = 1e-3
+    """Peak learning rate of the cosine schedule."""
+    pairs_per_step: Annotated[int, Field(ge=2, multiple_of=2)] = 64
+    """Pairs per step, for helpfulness of both streams."""
+    steps: Count = 100
+    """Number of optimizer steps of each."""
+
+
+class OuterStage(Section):
+    """Rounds that move the multiplier until the policy meets the constraint on further prompts (`outer`)."""
+
+    rounds: Count = 4
+    """Maximum number of rounds."""
+    harmful_prompts: Count = 200
+    """Maximum number of prompts with an answer that is labeled unsafe, none of them among those of the samples."""
+    samples: Count = 8
+    """Number of answers to each prompt in a round."""
+
+
 class Stage(Section):
     """A training of a method: loss, data and optimizer settings."""
 
@@ -68,9 +94,16 @@ class Stage(Section):
     """`loss` section of the recipe."""
     learning_rate: Rate = 1e-3
     """Peak learning rate of the cosine schedule."""
-    main: Literal["safety", "safety_by_safety", "safety_without_uu", "safety_with_costs", "samples"] = "safety"
-    """File of the main stream: pairs ordered by helpfulness, ordered by safety, without both-unsafe pairs, or with
-    costs; or random pairs of the samples, with the scorer's scores, order and labels."""
+    main: Literal[
+        "safety",
+        "safety_by_safety",
+        "safety_without_uu",
+        "safety_with_costs",
+        "safety_with_categories",
+        "samples",
+    ] = "safety"
+    """File of the main stream: pairs ordered by helpfulness, ordered by safety, without both-unsafe pairs, with
+    costs, or with harm categories; or random pairs of the samples, with the scorer's scores, order and labels."""
     buffer: bool = True
     """Whether the helpfulness pairs are the buffer."""
     pairs_per_step: Count = 64
@@ -105,10 +138,17 @@ class Method(Stage):
     """Trainings that come first; each starts from the model of the previous one, which is its reference."""
     scorer: ScorerStage | None = None
     """Scorer of the samples."""
+    log_ratios: LogRatioStage | None = None
+    """Models whose log-ratios are the scores of the samples, in place of a scorer."""
     samples: SamplesStage | None = None
     """Samples of the base model."""
     max_unsafe: Share | None = None
     """Largest share of unsafe samples to harmful prompts, for which the multiplier is computed (`bfpo dual`)."""
+    min_gain: Rate | None = None
+    """For `log_ratios`, in place of `max_unsafe`: by how much the mean of beta times the safe model's log-ratio, on
+    answers to harmful prompts, is above the base model's (`bfpo dual --pecan --gain`)."""
+    outer: OuterStage | None = None
+    """Rounds of training; without it the multiplier is that of the samples."""
 
     @model_validator(mode="after")
     def _check_stages(self) -> "Method":
@@ -116,16 +156,25 @@ class Method(Stage):
             raise ValueError("expected exactly one of loss and online")
         if self.online is not None and (self.prepare or self.samples is not None):
             raise ValueError("online starts from the base and draws its own samples; leave out prepare and samples")
+        has_scores = self.scorer is not None or self.log_ratios is not None
         needs = (
-            ("online", self.online, "scorer", self.scorer),
-            ("samples", self.samples, "scorer", self.scorer),
-            ("max_unsafe", self.max_unsafe, "samples", self.samples),
-            ("main: samples", self.main == "samples" or None, "samples", self.samples),
-            ("labels from scores", self.is_labeled_by_scores or None, "max_unsafe", self.max_unsafe),
+            ("online", self.online is not None, "scorer", self.scorer is not None),
+            ("samples", self.samples is not None, "scorer or log_ratios", has_scores),
+            ("max_unsafe", self.max_unsafe is not None, "samples", self.samples is not None),
+            ("max_unsafe", self.max_unsafe is not None, "scorer", self.scorer is not None),
+            ("min_gain", self.min_gain is not None, "samples", self.samples is not None),
+            ("min_gain", self.min_gain is not None, "log_ratios", self.log_ratios is not None),
+            ("outer", self.outer is not None, "max_unsafe", self.max_unsafe is not None),
+            ("main: samples", self.main == "samples", "samples", self.samples is not None),
+            ("labels from scores", self.is_labeled_by_scores, "max_unsafe or min_gain", self.has_constraint),
         )
-        for name, value, needed, other in needs:
-            if value is not None and other is None:
+        for name, is_set, needed, has_needed in needs:
+            if is_set and not has_needed:
                 raise ValueError(f"{name} needs {needed}, which isn't set")
+        if self.scorer is not None and self.log_ratios is not None:
+            raise ValueError("scorer and log_ratios both give scores; leave one of them out")
+        if self.min_gain is not None and not self.is_labeled_by_scores:
+            raise ValueError("min_gain needs labels: {from: scores}, to train on the multiplier")
         if self.max_unsafe is not None and not self.is_labeled_by_scores and self.loss.get("name") != "bfpo":
             raise ValueError("max_unsafe needs the loss bfpo, or labels: {from: scores}, to train on the multiplier")
         if self.is_labeled_by_scores and self.main != "samples":
@@ -140,6 +189,11 @@ class Method(Stage):
         return self.labels is not None and self.labels.get("from") == "scores"
 
     @property
+    def has_constraint(self) -> bool:
+        """Whether a multiplier is computed."""
+        return self.max_unsafe is not None or self.min_gain is not None
+
+    @property
     def trainings(self) -> list[Stage]:
         """The trainings of the policy, in order."""
         return [] if self.online is not None else [*self.prepare, self]
@@ -148,26 +202,33 @@ class Method(Stage):
     def files(self) -> set[str]:
         """Names of the world's files of pairs that the method reads."""
         mains = {stage.main for stage in self.trainings if stage.main != "samples"}
-        has_buffer = self.scorer is not None or any(stage.buffer for stage in self.trainings)
-        of_scorer = set() if self.scorer is None else {self.scorer.main}
-        return mains | of_scorer | ({"helpfulness"} if has_buffer else set())
+        has_scores = self.scorer is not None or self.log_ratios is not None
+        has_buffer = has_scores or any(stage.buffer for stage in self.trainings)
+        of_scores: set[str] = set() if self.scorer is None else {self.scorer.main}
+        if self.log_ratios is not None:
+            of_scores |= {"safety", "safety_by_safety"}
+        return mains | of_scores | ({"helpfulness"} if has_buffer else set())
 
     @property
     def sees(self) -> list[str]:
         """What the method learns from besides the base model."""
-        learns_labels = self.scorer is not None or any(map(_reads_labels, self.trainings))
+        learns_labels = (
+            self.scorer is not None or self.log_ratios is not None or any(map(_reads_labels, self.trainings))
+        )
         seen = {
             "safety pairs": any(name.startswith("safety") for name in self.files),
             "helpfulness pairs": "helpfulness" in self.files,
             "safety labels": learns_labels,
+            "harm categories": "safety_with_categories" in self.files,
             "costs": bool(self.files & {"safety_by_safety", "safety_with_costs"}),
             "own samples": self.samples is not None or self.online is not None,
             "scorer": self.scorer is not None,
+            "log-ratios of two models": self.log_ratios is not None,
         }
         return [name for name, is_seen in seen.items() if is_seen]
 
 
-_LATER_KEYS = ("labels", "prepare", "scorer", "samples", "max_unsafe", "online")
+_LATER_KEYS = ("labels", "prepare", "scorer", "log_ratios", "samples", "max_unsafe", "min_gain", "outer", "online")
 
 
 def _reads_labels(stage: Stage) -> bool:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from bfpo.config.loading import dump_recipe, holds_recipe
 from bfpo.config.recipes import SftRecipe, TrainRecipe
+from bfpo.constraints.outer import run_outer
+from bfpo.constraints.rounds import Round
 from bfpo.core.files import write_jsonl, write_text
 from bfpo.core.samples import Completion, Engine, Prompt, Sampling
 from bfpo.data.stages import read_prompt_file
@@ -37,12 +39,16 @@ def write_world(options: WorldOptions, folder: Path) -> None:
         World(options).write(folder)
 
 
-def write_costs(options: WorldOptions, folder: Path) -> None:
-    """Write the safety pairs of a world with costs beside its other files, unless they exist."""
-    path = folder / "safety_with_costs.jsonl"
+ANNOTATIONS = {"safety_with_costs": World.with_costs, "safety_with_categories": World.with_category}
+"""Files of the safety pairs with columns that few methods read, and what adds them to a pair."""
+
+
+def write_annotations(name: str, options: WorldOptions, folder: Path) -> None:
+    """Write a file of `ANNOTATIONS` beside the other files of a world, unless it exists."""
+    path = folder / f"{name}.jsonl"
     if not path.exists():
         world = World(options)
-        pairs = (with_reward_margin(world.with_costs(pair)) for pair in world.safety_set())
+        pairs = (with_reward_margin(ANNOTATIONS[name](world, pair)) for pair in world.safety_set())
         write_jsonl(path, (pair.to_row() for pair in pairs))
 
 
@@ -117,17 +123,23 @@ def is_finished(recipe: SftRecipe | TrainRecipe) -> bool:
     raise RecipeError(f"{out} holds a run of another recipe; choose another folder, or remove this one")
 
 
-def run_once(recipe: SftRecipe | TrainRecipe) -> None:
+def run_once(recipe: SftRecipe | TrainRecipe) -> list[Round]:
     """Run a training recipe and save it next to its output folder; do nothing if the run is already finished.
+
+    Returns:
+        The rounds that were run, of a training in rounds; that their limit was reached is a result.
 
     Raises:
         RecipeError: If the folder holds a finished run of another recipe.
     """
     if is_finished(recipe):
-        return
+        return []
     out = Path(recipe.trainer["output_dir"])
     write_text(out.with_name(f"{out.name}.yaml"), dump_recipe(recipe))
+    if isinstance(recipe, TrainRecipe) and recipe.outer is not None:
+        return run_outer(recipe, allow_unmet=True).rounds
     run_sft(recipe) if isinstance(recipe, SftRecipe) else run_training(recipe)
+    return []
 
 
 def evaluate_run(folder: Path, prompts_file: Path, oracle: Oracle, *, baseline: Path | None = None) -> Results:

@@ -238,20 +238,25 @@ def _run_method(unit: Unit, method: Method, world: Path) -> Cost:
 
 
 def _train(recipes: Sequence[TrainRecipe]) -> tuple[int, int]:
-    """Run the trainings of a method, and keep the weights of the last one, which is evaluated."""
+    """Run the trainings of a method, and keep the weights of the last one, which is evaluated.
+
+    Returns:
+        The numbers of samples and of judged answers of a training in rounds; 0 without one.
+    """
     from bfpo.experiments.steps import run_once
 
+    rounds = []
     for recipe in recipes:
         # A killed run is short enough to start again.
         shutil.rmtree(str(recipe.trainer["output_dir"]), ignore_errors=True)
-        run_once(recipe)
+        rounds += run_once(recipe)
     for recipe in recipes[:-1]:
         _remove_weights(Path(recipe.trainer["output_dir"]))
-    return 0, 0
+    return sum(done.samples for done in rounds), sum(done.judge_calls for done in rounds)
 
 
 def _remove_weights(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
+    for file in folder.rglob("*.safetensors"):
         file.unlink()
 
 

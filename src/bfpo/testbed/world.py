@@ -184,6 +184,14 @@ class World:
         ]
         return replace(pair, signals=replace(pair.signals, chosen_cost=costs[0], rejected_cost=costs[1]))
 
+    def with_category(self, pair: PreferencePair) -> PreferencePair:
+        """Return a pair with the classes of its request as harm category, as annotators of prompts would give it.
+
+        Pairs on benign prompts have none.
+        """
+        request = parse_prompt(pair.prompt[0].content)
+        return replace(pair, harm_categories=("-".join(request.classes),) if request.is_harmful else ())
+
     def helpfulness_set(self) -> Iterator[PreferencePair]:
         """Return pairs ordered by helpfulness, without safety labels: all answers are assumed safe."""
         rng = self._rng("helpfulness")

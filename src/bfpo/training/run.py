@@ -94,7 +94,14 @@ def run_training(
 
     Returns:
         Content of `run.json`; for a dry run, of `data_manifest.json`.
+
+    Raises:
+        RecipeError: If the recipe asks for several trainings (`outer`), which `bfpo train` runs.
     """
+    if recipe.outer is not None:
+        raise RecipeError(
+            "outer is several trainings, and this is one; start them with `bfpo train`, or leave it out"
+        )
     # A multiplier that doesn't fit is refused before anything is read or trained.
     recipe = resolve_loss_files(recipe)
     read_score_labels(recipe)
