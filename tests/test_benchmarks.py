@@ -190,3 +190,39 @@ def test_the_linear_judge_is_as_fast_as_the_docs_say():
     assert f"{round(rates['after'], -2):,} answers per CPU second" in page
     assert results["file_of_the_earlier_version"]["verdicts_are_bit_identical"]
     assert max(results["greatest_difference_of_the_two_fits"].values()) < 5e-4
+
+
+def test_a_threshold_is_met_by_the_value_and_more_strictly_by_the_interval():
+    from threshold_study import compare
+
+    policy = {"state": "active", "achieved": [0.05, 0.04, 0.07]}
+    assert compare(policy, 0.05) == {"is_met": True, "is_met_with_interval": False, "is_missed_with_interval": False}
+    assert compare(policy, 0.07)["is_met_with_interval"]
+    assert compare(policy, 0.03)["is_missed_with_interval"]
+    assert compare({"state": "infeasible"}, 0.03) == {}
+
+
+def test_the_optimum_is_extrapolated_from_two_sets_of_samples(tmp_path):
+    from threshold_study import optimum
+
+    from bfpo.constraints.samples import read_scored_samples
+    from bfpo.constraints.solve import ConstraintRequest, solve_constraint
+    from bfpo.core.files import write_jsonl
+
+    def write(name, seed, samples):
+        path, rng, rows = tmp_path / f"{name}.jsonl", np.random.default_rng(seed), []
+        for prompt in range(40):
+            for sample in range(samples):
+                cost = float(rng.random() < 0.6) - 0.5
+                reward = cost + float(rng.normal())
+                row = {"prompt_id": f"harmful-{prompt}", "sample": sample, "reward": reward, "cost": cost}
+                rows.append(row | {"kind": "harmful"})
+        write_jsonl(path, rows)
+        return path
+
+    first, second, many = write("first", 0, 12), write("second", 1, 12), write("many", 2, 200)
+    request = ConstraintRequest(max=0.05, kind="harmful", beta=0.5)
+    dual = solve_constraint(read_scored_samples(first), request)
+    truth = optimum(dual, request, many, many)
+    # Twelve samples are off by more than the extrapolation from two sets of twelve.
+    assert abs(optimum(dual, request, first, second) - truth) < abs(dual.achieved - truth)
