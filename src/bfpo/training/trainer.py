@@ -20,12 +20,12 @@ from bfpo.errors import DataError, RecipeError, TrainingError
 from bfpo.losses.baselines import CatDPO
 from bfpo.losses.inputs import PairLogps
 from bfpo.losses.pairwise import BFPO, PairLoss
+from bfpo.losses.tail import tail_factors
 from bfpo.model.divergence import logps_and_divergences, reference_logps, vocabulary_logps
 from bfpo.model.layout import padded_layout
 from bfpo.model.logps import check_against_plain_forward
 from bfpo.model.lora import add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
-from bfpo.stats.tail import tail_factors
 from bfpo.training.batches import Batch, Collator
 from bfpo.training.category_margins import CategoryMargins
 from bfpo.training.encode import Pairs, as_buffer, as_pairs, encode_pairs, named_datasets, require_signals
