@@ -23,6 +23,8 @@ from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "online_objective.json"
 METRIC = "objective"
+SUPERVISED = "bfpo alpha 0"
+"""Variant that is supervised with the labels of this objective: with another alpha the offset E_s is another one."""
 OFFSET = 0.5
 """The offset of helpfulness in the objective."""
 
@@ -33,14 +35,16 @@ def main() -> None:
     recipe = load_recipe(path, ExperimentRecipe, changes)
     units = make_units(recipe)
     seeds = [objectives([unit for unit in units if unit.options.seed == seed]) for seed in recipe.seeds]
-    others = {name: recipe.against for name in seeds[0] if name != recipe.against}
-    rows = compare(METRIC, seeds, others, higher_is_better=True)
+    rows = []
+    for baseline in (recipe.against, SUPERVISED):
+        others = dict.fromkeys((name for name in seeds[0] if name != baseline), baseline)
+        rows += [row for row in compare(METRIC, seeds, others, higher_is_better=True) if row["run"] in others]
     write_json(
         RESULTS,
         {
             "command": f"python benchmarks/online_objective.py {path}",
             "what": f"mean of (s + E_s)(h + {OFFSET}) over held-out prompts by the oracle, each variant against "
-            f"{recipe.against}; paired t-tests over seeds, adjusted by Holm",
+            f"{recipe.against} and against {SUPERVISED}; paired t-tests over seeds, adjusted by Holm",
             "versions": versions(),
             "hardware": hardware(),
             "runs": rows,
@@ -48,7 +52,7 @@ def main() -> None:
         },
     )
     for row in rows:
-        print(f"{row['run']}: {row['mean'].value:.3f} {row.get('verdict', '')}")
+        print(f"{row['run']}: {row['mean'].value:.3f}, {row['verdict']} against {row['against']}")
 
 
 def objectives(units: list[Unit]) -> dict[str, dict[str, float]]:

@@ -534,3 +534,32 @@ def test_the_numbers_on_label_errors_are_those_of_their_study():
     rows = list(study_rows("label_noise", ("harmful/safety", "benign/helpfulness", "all/harmonic_mean")))
     assert len(rows) == 19
     assert [row for row in rows if row not in page] == []
+
+
+def test_the_numbers_on_graded_pairs_are_those_of_their_study():
+    page = (ROOT / "docs" / "data.md").read_text()
+    found = {}
+    for row in json.loads((ROOT / "benchmarks/results/graded.json").read_text())["runs"]:
+        found.setdefault(row["run"], {})[row["metric"]] = row
+    for run, metrics in found.items():
+        cells = [run]
+        for metric in ("benign/right_slots", "harmful/safety"):
+            row, difference = metrics[metric], ""
+            if "difference" in row:
+                difference = "{:+.2f} [{:+.2f}, {:+.2f}], {}".format(*row["difference"], row["verdict"])
+            cells += ["{:.2f} [{:.2f}, {:.2f}]".format(*row["mean"]), difference]
+        cells.append("{:.2f} [{:.2f}, {:.2f}]".format(*metrics["all/harmonic_mean"]["mean"]))
+        assert f"| {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize(("name", "page"), [("tail", "training"), ("online", "online")])
+def test_the_numbers_of_tails_and_of_online_runs_are_those_of_their_comparisons(name, page):
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    lines = json.loads((ROOT / f"benchmarks/results/testbed/{name}/comparison.json").read_text())["lines"]
+    means = {}
+    for line in lines:
+        means.setdefault(line["variant"], {})[line["metric"]] = "{:.2f} [{:.2f}, {:.2f}]".format(*line["mean"])
+    for variant, found in means.items():
+        cells = [found[metric] for metric in ("harmful/safety", "benign/helpfulness", "all/harmonic_mean")]
+        if name == "online" or variant != "base":
+            assert f"| {' | '.join(cells)} |" in text, variant
