@@ -223,7 +223,7 @@ def record(method, seed, refused, base_margin, margin):
 def test_differences_are_paired_over_prompts_and_adjusted(real):
     summarize = real("summarize")
     records = {
-        method: {seed: record(method, seed, refused, seed / 10, margin) for seed in (1, 2)}
+        method: {seed: record(method, seed, refused, seed / 10, margin) for seed in (1, 2, 3)}
         for method, refused, margin in (("base", 2, 0.0), ("bfpo", 9, 1.0), ("dpo", 9, -1.0), ("ipo", 0, 1.0))
     }
     summary = summarize.summarize(records, "bfpo")
@@ -240,7 +240,7 @@ def test_differences_are_paired_over_prompts_and_adjusted(real):
     logps = summary["differences"]["logp"]["dpo"]
     assert logps["value"] == pytest.approx(2 / 5)
     text = summarize.as_markdown(summary, {"bfpo": "BFPO"}, "Comparison")
-    assert "| ipo | 2 | 0.00 [0.00, 0.00] |" in text
+    assert "| ipo | 3 | 0.00 [0.00, 0.00] |" in text
     assert "| base | refused, harmful | +0.70" in text
 
 

@@ -3,7 +3,7 @@
 Reads the records of the units, and writes `comparison.json` and `comparison.md` beside their folder, or, of another
 protocol than `protocol.yaml`, `comparison-MODEL`.
 
-* A value of a method is the mean over its seeds, with Student's interval over seeds.
+* A value of a method is the mean over its seeds, with Student's interval over three seeds or more.
 * Refusals are recognized by their words. `judge-eval.json` has how often that is right on answers that were labeled;
   rates of refusal are reported a second time, corrected for these errors, with their uncertainty.
 * A difference is paired over prompts: on each prompt, the mean over the seeds that both methods have. Its interval is
@@ -105,6 +105,8 @@ def _refused_under(label: str | None) -> Callable[[Record, Record], Scores]:
     return scores
 
 
+MIN_SEEDS = 3
+"""Number of seeds from which a value has an interval: that of two seeds is wider than all values."""
 REFUSALS = ("refused_harmful", "over_refusal", "refused_benign")
 """Metrics that rest on the words of refusals."""
 
@@ -232,8 +234,8 @@ def _over_prompts(metric: Metric, records: Any, method: str, seeds: Iterable[int
 
 
 def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
-    if len(values) < 2:
-        return {"mean": values[0], "low": None, "high": None}
+    if len(values) < MIN_SEEDS:
+        return {"mean": float(np.mean(values)), "low": None, "high": None}
     interval = t_interval(np.array(values))
     return {"mean": interval.value, "low": interval.low, "high": interval.high}
 
