@@ -1,6 +1,7 @@
 """Methods with a scorer, samples of the base model and a multiplier: what they share, cost and see."""
 
 import json
+import shutil
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
@@ -354,6 +355,24 @@ def test_stages_that_lack_another_are_refused(name, changes, message):
     variants = {"bfpo": {"method": "bfpo"}, "wrong": {"method": name, "changes": changes}}
     with pytest.raises(RecipeError, match=rf"(?s)variants\.wrong.*{message}"):
         make_units(make_recipe("x", variants=variants))
+
+
+def test_an_online_method_has_the_costs_that_its_scorer_reads(stubs, world, tmp_path, monkeypatch):
+    counts, _ = stubs
+    data = shutil.copytree(world, tmp_path / "world", ignore=shutil.ignore_patterns("safety_with_costs*"))
+    seen = []
+
+    def run_online(recipe):
+        seen.append((data / "safety_with_costs.jsonl").exists())
+        return {"samples": 8, "scorer_calls": 16}
+
+    monkeypatch.setattr("bfpo.online.run.run_online", run_online)
+    method = check_recipe(
+        change_values(METHODS["safe_rlhf"].model_dump(), {"scorer.main": "safety_with_costs"}), Method, "test"
+    )
+    cost = run_online_stage(method, method.online, home=tmp_path, world=data, out=tmp_path / "run", options=OPTIONS)
+    assert seen == [True]
+    assert (cost.samples, cost.calls, counts["scorer"]) == (8, 16, 1)
 
 
 def test_costs_are_means_over_seeds_and_none_if_a_run_has_none(tmp_path):

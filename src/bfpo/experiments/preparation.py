@@ -137,6 +137,8 @@ def run_online_stage(
     from bfpo.online.run import run_online
 
     assert method.scorer is not None
+    for name in method.files & set(ANNOTATIONS):
+        write_annotations(name, options, world)
     heads, cost = train_scorer(method.scorer, home=home, world=world, options=options)
     prompts = out.parent / f"{out.name}-prompts.jsonl"
     write_jsonl(prompts, (prompt.to_row() for prompt in training_prompts(stage, world, options.seed)))
