@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from bfpo.losses.tail import tail_factors
 from bfpo.stats.intervals import wilson
-from bfpo.stats.tail import tail_factors, worst_mean, worst_mean_bounds, worst_mean_interval
+from bfpo.stats.tail import worst_mean, worst_mean_bounds, worst_mean_interval
 
 
 def test_worst_mean_by_hand():

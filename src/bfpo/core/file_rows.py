@@ -24,6 +24,7 @@ _SPARSE = (
     "tool_calls",
     "group",
     "target_functions",
+    "prefill",
     "guard",
     "cut",
 )
