@@ -1,15 +1,12 @@
 """The rounds of C-DPO's outer loop: what each policy achieves, in files and as a table."""
 
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from bfpo.core.files import write_json
 from bfpo.core.terminal import show_table
-from bfpo.errors import DataError
+from bfpo.core.typed_json import read_if_written
 from bfpo.losses.dual import Constraint
 from bfpo.stats.intervals import Interval
 
@@ -89,20 +86,7 @@ def read_round(folder: Path) -> Round | None:
     Raises:
         DataError: If the file is malformed.
     """
-    path = folder / _FILE_NAME
-    try:
-        return _adapter().validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = ".".join(map(str, fault["loc"])) or "the file"
-        raise DataError(f"{path}: {where}: {fault['msg']}; remove the file to measure its round again") from None
-
-
-@cache
-def _adapter() -> TypeAdapter[Round]:
-    return TypeAdapter(Round)
+    return read_if_written(folder / _FILE_NAME, Round, remedy="remove the file to measure its round again")
 
 
 def format_measure(constraint: Constraint, *values: float) -> str:

@@ -3,17 +3,14 @@
 `bfpo certify` writes the file, and the report shows it.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
 from bfpo.core.file_rows import FiniteFloat
-from bfpo.core.files import parse_json, write_json
+from bfpo.core.files import write_json
+from bfpo.core.typed_json import read_versioned
 from bfpo.errors import DataError
 
 BoxKind = Literal["hull", "radius", "precisions"]
@@ -247,28 +244,12 @@ def read_certificate(path: Path) -> Certificate:
     Raises:
         DataError: If the file is missing, malformed, or of another schema.
     """
+    remedy = "run `bfpo certify` again"
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        certificate = read_versioned(path, Certificate, schema=SCHEMA, remedy=remedy)
+    except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}); `bfpo certify` writes this file") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); run `bfpo certify` again") from None
-    schema = content.get("schema") if isinstance(content, Mapping) else type(content).__name__
-    if schema != SCHEMA:
-        raise DataError(f"{path}: schema is {schema!r}; this version reads schema {SCHEMA}: run `bfpo certify` again")
-    try:
-        certificate = _adapter().validate_python(content)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise DataError(
-            f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}; run `bfpo certify` again"
-        ) from None
     # A share of boxes without this number would say nothing about texts.
     if any(box.held_out < 1 for box in certificate.boxes):
-        raise DataError(f"{path}: a box has no held-out paraphrases; run `bfpo certify` again")
+        raise DataError(f"{path}: a box has no held-out paraphrases; {remedy}")
     return certificate
-
-
-@cache
-def _adapter() -> TypeAdapter[Certificate]:
-    return TypeAdapter(Certificate)

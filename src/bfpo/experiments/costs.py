@@ -3,15 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from bfpo.core.file_rows import FiniteFloat
 from bfpo.core.files import write_json
-from bfpo.errors import DataError
+from bfpo.core.typed_json import read_if_written
 
 _FILE_NAME = "cost.json"
 _Number = Annotated[int, Field(strict=True, ge=0)]
@@ -47,15 +46,7 @@ def read_cost(folder: Path) -> Cost | None:
     Raises:
         DataError: If the file is malformed.
     """
-    path = folder / _FILE_NAME
-    try:
-        return _adapter().validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = ".".join(map(str, fault["loc"])) or "the file"
-        raise DataError(f"{path}: {where}: {fault['msg']}; remove the folder to run its stage again") from None
+    return read_if_written(folder / _FILE_NAME, Cost, remedy="remove the folder to run its stage again")
 
 
 def measured(work: Callable[[], tuple[int, int]]) -> Cost:
@@ -66,8 +57,3 @@ def measured(work: Callable[[], tuple[int, int]]) -> Cost:
     start = time.process_time()
     samples, calls = work()
     return Cost(samples, calls, round(time.process_time() - start, 2))
-
-
-@cache
-def _adapter() -> TypeAdapter[Cost]:
-    return TypeAdapter(Cost)

@@ -3,19 +3,17 @@
 `bfpo dual` writes the file. Training reads the multiplier from it, and the report draws the frontier.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
 from bfpo.core.file_rows import FiniteFloat
-from bfpo.core.files import parse_json, write_json
+from bfpo.core.files import write_json
+from bfpo.core.typed_json import read_versioned
 from bfpo.errors import DataError, RecipeError
 from bfpo.losses.combiners import tail_cost
 from bfpo.losses.constrained import DualState
@@ -188,27 +186,11 @@ def read_dual(path: str | Path) -> Dual:
     """
     path = dual_path(path)
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        dual = read_versioned(path, Dual, schema=SCHEMA, remedy="run `bfpo dual` again")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; `bfpo dual` writes this file") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); run `bfpo dual` again") from None
-    schema = content.get("schema") if isinstance(content, Mapping) else type(content).__name__
-    if schema != SCHEMA:
-        raise DataError(f"{path}: schema is {schema!r}; this version reads schema {SCHEMA}: run `bfpo dual` again")
-    try:
-        dual = _adapter().validate_python(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: {where}: {first['msg']}; run `bfpo dual` again") from None
     _check_consistent(dual, path)
     return dual
-
-
-@cache
-def _adapter() -> TypeAdapter[Dual]:
-    return TypeAdapter(Dual)
 
 
 def _check_consistent(dual: Dual, path: Path) -> None:
