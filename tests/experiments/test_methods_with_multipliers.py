@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bfpo.config.loading import check_recipe
-from bfpo.core.files import content_hash, read_repaired_jsonl, write_jsonl
+from bfpo.core.files import content_hash, read_repaired_jsonl, write_json, write_jsonl
 from bfpo.data.stages import read_prompt_file
 from bfpo.errors import DataError, RecipeError
 from bfpo.experiments import preparation, steps
@@ -270,7 +270,7 @@ def test_prompts_of_rounds_are_not_among_those_of_the_samples(world):
 
 
 def test_harm_categories_are_the_classes_of_harmful_requests(world):
-    write_annotations("safety_with_categories", OPTIONS, world)
+    write_annotations(["safety_with_categories"], OPTIONS, world)
     rows = read_repaired_jsonl(world / "safety_with_categories.jsonl")
     (world / "safety_with_categories.jsonl").unlink()
     plain = read_repaired_jsonl(world / "safety.jsonl")
@@ -302,7 +302,7 @@ def test_costs_are_written_only_for_methods_that_read_them(stubs, world):
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_costs_grade_unsafe_answers_and_follow_the_labels(tmp_path, noise):
-    write_annotations("safety_with_costs", OPTIONS.model_copy(update={"safety_noise": noise}), tmp_path)
+    write_annotations(["safety_with_costs"], OPTIONS.model_copy(update={"safety_noise": noise}), tmp_path)
     rows = read_repaired_jsonl(tmp_path / "safety_with_costs.jsonl")
     costs = [(row[f"{side}_cost"], row[f"is_{side}_safe"]) for row in rows for side in ("chosen", "rejected")]
     assert all((cost == 0) == is_safe for cost, is_safe in costs)
@@ -364,15 +364,26 @@ def test_an_online_method_has_the_costs_that_its_scorer_reads(stubs, world, tmp_
 
     def run_online(recipe):
         seen.append((data / "safety_with_costs.jsonl").exists())
-        return {"samples": 8, "scorer_calls": 16}
+        write_json(tmp_path / "run" / "run.json", {"samples": 8, "scorer_calls": 16, "cpu_seconds": 3.0})
 
     monkeypatch.setattr("bfpo.online.run.run_online", run_online)
     method = check_recipe(
         change_values(METHODS["safe_rlhf"].model_dump(), {"scorer.main": "safety_with_costs"}), Method, "test"
     )
-    cost = run_online_stage(method, method.online, home=tmp_path, world=data, out=tmp_path / "run", options=OPTIONS)
+
+    def run():
+        return run_online_stage(
+            method, method.online, home=tmp_path, world=data, out=tmp_path / "run", options=OPTIONS
+        )
+
+    first = run()
+    # The unit writes what it costs; a policy that is finished is not trained again, and costs the same.
+    first.write(tmp_path / "run")
+    second = run()
     assert seen == [True]
-    assert (cost.samples, cost.calls, counts["scorer"]) == (8, 16, 1)
+    assert (first.samples, first.calls, counts["scorer"]) == (8, 16, 1)
+    assert first.cpu_seconds >= 3
+    assert second == first
 
 
 def test_costs_are_means_over_seeds_and_none_if_a_run_has_none(tmp_path):

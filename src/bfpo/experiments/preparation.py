@@ -5,6 +5,7 @@ evaluates the method, and no prompt is held out. Scorers and samples are in fold
 their content, so methods with one base share them; their cost counts for each of these methods.
 """
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
@@ -29,7 +30,7 @@ from bfpo.experiments.costs import Cost, measured, read_cost
 from bfpo.experiments.log_ratios import score_by_log_ratios, train_models
 from bfpo.experiments.methods import FRESH_PROMPTS, HEADS, online_recipe, samples_folder, score_recipe
 from bfpo.experiments.stages import LogRatioStage, Method, OnlineStage, SamplesStage, ScorerStage
-from bfpo.experiments.steps import ANNOTATIONS, write_annotations
+from bfpo.experiments.steps import write_annotations
 from bfpo.generation.in_process import load_engine
 from bfpo.judging.score_columns import apply_scores
 from bfpo.judging.score_run import run_score
@@ -57,8 +58,7 @@ def prepare_method(method: Method, recipe: TrainRecipe, *, home: Path, world: Pa
         DataError: If the samples can't be used to compute a multiplier.
         RecipeError: If no policy over the samples meets `max_unsafe`.
     """
-    for name in method.files & set(ANNOTATIONS):
-        write_annotations(name, options, world)
+    write_annotations(method.files, options, world)
     if method.scorer is None and method.log_ratios is None:
         return Cost()
     scorer, cost = _prepare_scorer(method, home=home, world=world, options=options)
@@ -137,21 +137,18 @@ def run_online_stage(
     from bfpo.online.run import run_online
 
     assert method.scorer is not None
-    for name in method.files & set(ANNOTATIONS):
-        write_annotations(name, options, world)
+    write_annotations(method.files, options, world)
     heads, cost = train_scorer(method.scorer, home=home, world=world, options=options)
     prompts = out.parent / f"{out.name}-prompts.jsonl"
     write_jsonl(prompts, (prompt.to_row() for prompt in training_prompts(stage, world, options.seed)))
     recipe = online_recipe(stage, prompts=prompts, heads=heads, base=home / "base", out=out, seed=options.seed)
 
-    def train() -> tuple[int, int]:
+    record = out / "run.json"
+    if not record.exists():
         shutil.rmtree(out, ignore_errors=True)
-        run = run_online(recipe)
-        return run["samples"], run["scorer_calls"]
-
-    if (out / "run.json").exists():
-        return cost + (read_cost(out) or Cost())
-    return cost + measured(train)
+        run_online(recipe)
+    run = json.loads(record.read_text(encoding="utf-8"))
+    return cost + Cost(run["samples"], run["scorer_calls"], run["cpu_seconds"])
 
 
 def stage_folder(home: Path, name: str, *content: object) -> Path:

@@ -1,7 +1,7 @@
 """Steps of the quickstart and of experiments: world, base model, training, evaluation. Finished steps are reused."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from bfpo.config.loading import dump_recipe, holds_recipe
@@ -43,10 +43,12 @@ ANNOTATIONS = {"safety_with_costs": World.with_costs, "safety_with_categories": 
 """Files of the safety pairs with columns that few methods read, and what adds them to a pair."""
 
 
-def write_annotations(name: str, options: WorldOptions, folder: Path) -> None:
-    """Write a file of `ANNOTATIONS` beside the other files of a world, unless it exists."""
-    path = folder / f"{name}.jsonl"
-    if not path.exists():
+def write_annotations(files: Collection[str], options: WorldOptions, folder: Path) -> None:
+    """Write those of some files that are in `ANNOTATIONS` beside the other files of a world, unless they exist."""
+    for name in ANNOTATIONS.keys() & set(files):
+        path = folder / f"{name}.jsonl"
+        if path.exists():
+            continue
         world = World(options)
         pairs = (with_reward_margin(ANNOTATIONS[name](world, pair)) for pair in world.safety_set())
         write_jsonl(path, (pair.to_row() for pair in pairs))
