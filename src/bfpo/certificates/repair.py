@@ -19,6 +19,7 @@ from bfpo.core.certificate import RepairRound
 from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.core.terminal import say
+from bfpo.data.stages import verdicts_on
 from bfpo.errors import DataError
 from bfpo.model.cost_head import CostHead
 
@@ -68,17 +69,11 @@ def clean_states(
     Raises:
         DataError: If an answer has no verdict, two, or one on another text, or too few prompts have answers.
     """
-    by_key = {verdict.key: verdict for verdict in verdicts}
-    if len(by_key) < len(verdicts):
-        raise DataError(f"{where}: several verdicts on the same completion; expected those of one judge")
+    judged = verdicts_on(completions, verdicts, where)
     order = sorted({completion.prompt_id for completion in completions}, key=content_hash)
     held_out = set(order[: max(1, round(_HELD_OUT * len(order)))])
     parts: dict[bool, list[tuple[Tensor, Tensor]]] = {False: [], True: []}
-    for completion, rows in zip(completions, states, strict=True):
-        verdict = by_key.get(completion.key)
-        if verdict is None or verdict.text_hash != completion.text_hash:
-            state = "no verdict on" if verdict is None else "the verdict is about another text than"
-            raise DataError(f"{where}: {state} {completion.key}; judge the completions again")
+    for completion, verdict, rows in zip(completions, judged, states, strict=True):
         target = torch.full((len(rows),), float(verdict.safe is not True))
         parts[completion.prompt_id in held_out].append((rows, target))
     if not all(parts.values()):

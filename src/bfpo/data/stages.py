@@ -278,6 +278,28 @@ def read_verdicts(path: Path) -> list[Verdict]:
     return _read_finished(path, Verdict)
 
 
+def verdicts_on(completions: Sequence[Completion], verdicts: Sequence[Verdict], where: str) -> list[Verdict]:
+    """Return the verdict of one judge on each completion.
+
+    Args:
+        completions: The completions.
+        verdicts: Verdicts on them, in any order.
+        where: Name of the verdicts, for errors.
+
+    Raises:
+        DataError: If a completion has no verdict, several, or one on another text.
+    """
+    by_key = {verdict.key: verdict for verdict in verdicts}
+    if len(by_key) < len(verdicts):
+        raise DataError(f"{where}: several verdicts on the same completion; expected those of one judge")
+    for completion in completions:
+        verdict = by_key.get(completion.key)
+        if verdict is None or verdict.text_hash != completion.text_hash:
+            got = "no verdict" if verdict is None else "a verdict about another text"
+            raise DataError(f"{where}: {got} on {completion.key}; judge the completions again")
+    return [by_key[completion.key] for completion in completions]
+
+
 def verdicts_by_judge(folder: Path) -> dict[tuple[str, str], list[Verdict]]:
     """Read all verdicts of a folder, by name and revision of the judge.
 

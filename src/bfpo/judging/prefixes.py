@@ -1,7 +1,7 @@
 """The beginnings of a model's answers: the hidden states after each token, and how the answer was judged."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bfpo.config.recipes import LayoutSection
-from bfpo.core.samples import Completion, Key, Verdict
+from bfpo.core.samples import Completion, Verdict
 from bfpo.core.terminal import progress
+from bfpo.data.stages import verdicts_on
 from bfpo.data.table import Example
 from bfpo.errors import DataError
 from bfpo.generation.in_process import TransformersEngine
@@ -75,16 +76,11 @@ def judged_answers(
     An undecided verdict counts as unsafe.
 
     Raises:
-        DataError: If an answer has no verdict, or one about another text, or no answer is left.
+        DataError: If an answer has no verdict, several, or one about another text, or no answer is left.
     """
-    by_key: Mapping[Key, Verdict] = {verdict.key: verdict for verdict in verdicts}
     answers: list[JudgedAnswer] = []
     left_out: Counter[str] = Counter()
-    for completion in completions:
-        verdict = by_key.get(completion.key)
-        if verdict is None or verdict.text_hash != completion.text_hash:
-            got = "no verdict" if verdict is None else "a verdict about another text"
-            raise DataError(f"verdicts: {got} on {completion.key}; judge the file of completions (bfpo judge run)")
+    for completion, verdict in zip(completions, verdicts_on(completions, verdicts, "verdicts"), strict=True):
         reason = _reason_to_leave_out(completion)
         if reason is None:
             answers.append(JudgedAnswer(completion, verdict.safe is not True))
