@@ -36,7 +36,7 @@ from bfpo.judging.spec import parse_judge
 from bfpo.losses.dual import FILE_NAME as DUAL_NAME
 from bfpo.losses.dual import Constraint, Dual, read_dual
 from bfpo.stats.intervals import LEVEL, Interval, mean_interval, score_interval
-from bfpo.training.arguments import training_arguments
+from bfpo.training.arguments import training_arguments, without_resume
 from bfpo.training.loss_files import read_score_labels, resolve_loss_files
 from bfpo.training.output import exclusive_output
 from bfpo.training.run import run_training
@@ -109,8 +109,7 @@ class _OuterLoop:
         assert section is not None
         if PartialState().num_processes > 1:
             raise RecipeError("outer samples and judges in one process; start it without a launcher")
-        options = {name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"}
-        out = Path(str(training_arguments(options).output_dir))
+        out = Path(str(training_arguments(without_resume(recipe.trainer)).output_dir))
         # A multiplier that doesn't fit is refused before anything is trained.
         resolve_loss_files(recipe)
         read_score_labels(recipe)

@@ -9,10 +9,8 @@ from bfpo.errors import ModelError, RecipeError
 from bfpo.experiments.methods import train_recipes
 from bfpo.experiments.steps import BASE_SHAPE
 from bfpo.experiments.units import Unit
-from bfpo.losses.build import make_loss
 from bfpo.testbed.world import World, with_reward_margin
-from bfpo.training.arguments import training_arguments
-from bfpo.training.preflight import check_against_model
+from bfpo.training.preflight import check_training as check_run
 
 
 def check_trainings(units: Iterable[Unit]) -> None:
@@ -46,12 +44,11 @@ def check_training(recipe: TrainRecipe, world: World) -> None:
         ModelError: If the base model has nothing that the recipe trains.
         RecipeError: If the loss or an argument is wrong, or the world's pairs lack what the loss needs.
     """
-    options = {name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"}
-    training_arguments(options)
     if isinstance(recipe.loss, BFPOSection):
         # The file of a multiplier doesn't exist yet.
         recipe = recipe.model_copy(update={"loss": recipe.loss.model_copy(update={"multiplier": None})})
-    loss = make_loss(recipe.loss.model_dump())
+    model = TrainModel.model_validate({"new": BASE_SHAPE})
+    loss = check_run(recipe.model_copy(update={"model": model}))
     signals = with_reward_margin(next(iter(world.safety_set()))).signals
     # Whether a pair is judged follows from the source of its labels.
     given = {"judged"} | (
@@ -60,4 +57,3 @@ def check_training(recipe: TrainRecipe, world: World) -> None:
     columns = [name for name in loss.needs if name not in given]
     if missing := [name for name in columns if getattr(signals, name, None) is None]:
         raise RecipeError(f"loss.name: {type(loss).__name__} needs {' and '.join(missing)}, which worlds don't have")
-    check_against_model(recipe.model_copy(update={"model": TrainModel.model_validate({"new": BASE_SHAPE})}))

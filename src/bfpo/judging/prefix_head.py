@@ -5,6 +5,7 @@ the binary cross-entropy is least where the head gives it.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -127,9 +128,7 @@ def _head(layers: Sequence[int], weights: Sequence[Tensor]) -> CostHead:
 
 def _unscaled(layers: Sequence[int], weights: Sequence[Tensor], mean: Tensor, scale: Tensor) -> CostHead:
     """Return the head that gives to states what the weights give to normalized ones."""
-    first, shift, *rest = weights
-    first = first / scale
-    return _head(layers, [first, shift - first @ mean, *rest])
+    return _head(layers, weights).after_affine(1 / scale, -mean / scale)
 
 
 def _calibrated(head: CostHead, prefixes: Prefixes) -> CostHead:
@@ -146,6 +145,4 @@ def _calibrated(head: CostHead, prefixes: Prefixes) -> CostHead:
 
     optimizer.step(loss)
     factor, shift = parameters.detach()
-    return CostHead(
-        head.layers, head.weight * factor, head.bias * factor + shift, head.hidden_weight, head.hidden_bias
-    )
+    return replace(head, weight=head.weight * factor, bias=head.bias * factor + shift)

@@ -63,6 +63,11 @@ RANGES: dict[str, tuple[tuple[float, float], str]] = {
 DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none"}
 
 
+def without_resume(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keys of `trainer` that `training_arguments` takes: a run resumes or not whatever they are."""
+    return {name: value for name, value in trainer.items() if name != "resume_from_checkpoint"}
+
+
 def training_arguments(options: dict[str, Any]) -> TrainingArguments:
     """Build training arguments from a recipe's `trainer:` section.
 

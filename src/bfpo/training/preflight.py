@@ -3,24 +3,29 @@
 from bfpo.config.recipes import ScoreRecipe, SftRecipe, TrainRecipe
 from bfpo.errors import ModelError, RecipeError
 from bfpo.losses.build import make_loss
+from bfpo.losses.pairwise import PairLoss
 from bfpo.model.load import empty_model
 from bfpo.model.lora import CausalLM, add_adapter, lora_config
 from bfpo.model.selective import select_parameters
 from bfpo.model.shared_adapter import check_same_base, find_shared
-from bfpo.training.arguments import check_options, training_arguments
+from bfpo.training.arguments import check_options, training_arguments, without_resume
 from bfpo.training.reference_pass import resolve_reference
 
 
-def check_training(recipe: TrainRecipe) -> None:
+def check_training(recipe: TrainRecipe) -> PairLoss:
     """Check the loss and the arguments of a training, and what it trains of its model; see `check_against_model`.
+
+    Returns:
+        The loss.
 
     Raises:
         ModelError: If the model has nothing that the recipe trains.
         RecipeError: If a setting is wrong.
     """
-    make_loss(recipe.loss.model_dump())
-    training_arguments({name: value for name, value in recipe.trainer.items() if name != "resume_from_checkpoint"})
+    training_arguments(without_resume(recipe.trainer))
+    loss = make_loss(recipe.loss.model_dump())
     check_against_model(recipe)
+    return loss
 
 
 def check_against_model(recipe: TrainRecipe | SftRecipe | ScoreRecipe) -> None:

@@ -1,7 +1,6 @@
 """The work of `bfpo sft` with `experts:`: an adapter for each step of the chain, on the same base model."""
 
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 
@@ -14,7 +13,7 @@ from bfpo.data.guided_answers import step_adapter
 from bfpo.errors import RecipeError
 from bfpo.model.lora import is_adapter
 from bfpo.model.shared_adapter import find_shared, read_record
-from bfpo.training.arguments import training_arguments
+from bfpo.training.arguments import training_arguments, without_resume
 from bfpo.training.run_sft import run_sft
 
 STEPS_FILE = "steps.yaml"
@@ -37,7 +36,7 @@ def run_experts(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None =
     """
     if recipe.lora is None and not (recipe.model.path and is_adapter(recipe.model.path, recipe.model.revision)):
         raise RecipeError("experts are adapters: set lora, or model.path to an adapter that each starts from")
-    out = Path(str(training_arguments(_without_resume(recipe.trainer)).output_dir))
+    out = Path(str(training_arguments(without_resume(recipe.trainer)).output_dir))
     runs = {name: expert_recipe(recipe, name) for name in sorted(recipe.experts, key=lambda name: name != SHARED)}
     for number, (name, expert) in enumerate(runs.items(), start=1):
         folder = Path(expert.trainer["output_dir"])
@@ -72,13 +71,9 @@ def expert_recipe(recipe: SftRecipe, name: Expert) -> SftRecipe:
     )
 
 
-def _without_resume(trainer: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in trainer.items() if name != "resume_from_checkpoint"}
-
-
 def _is_finished(folder: Path, recipe: SftRecipe) -> bool:
     """Return whether a folder has the run of this recipe, whether that run was itself told to resume or not."""
-    started = (recipe, recipe.model_copy(update={"trainer": _without_resume(recipe.trainer)}))
+    started = (recipe, recipe.model_copy(update={"trainer": without_resume(recipe.trainer)}))
     file = folder / "recipe.resolved.yaml"
     if not (folder / "run.json").exists() or not any(holds_recipe(file, other) for other in started):
         return False
