@@ -43,6 +43,7 @@ WITHOUT_TORCH = (
     "stats/*.py",
     "data/stages.py",
     "commands/app.py",
+    "commands/groups.py",
 )
 
 
