@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from bfpo import __version__
+from bfpo.commands.deploy import deploy_app
 from bfpo.commands.errors import run_app
 from bfpo.commands.groups import GROUPS
 from bfpo.commands.options import (
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name)
+app.add_typer(deploy_app)
 
 
 def _print_version(is_requested: bool) -> None:
@@ -121,21 +123,6 @@ def online(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False)
     from bfpo.online.run import run_online
 
     run_online(checked, dry_run=dry_run)
-
-
-@app.command()
-def merge(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
-    dtype: Annotated[
-        str, typer.Option(help="Data type of the saved weights: float32, bfloat16 or float16.")
-    ] = "float32",
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the base model.")] = False,
-) -> None:
-    """Merge a LoRA adapter into its base model."""
-    from bfpo.model.merge import merge_checkpoint
-
-    merge_checkpoint(checkpoint, out, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 @app.command()

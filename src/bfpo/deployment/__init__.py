@@ -1,0 +1,1 @@
+"""From a checkpoint to something that answers: exported files, a server, a repository on a hub."""
