@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -355,6 +355,21 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     counts = Counter(answer["attack"] for answer in record["answers"])
     assert counts == {None: 4, "role_play": 4, "prefill": 4}
     assert "question" not in json.dumps(record)
+    # Guards in front of the same models.
+    guards = real("guards")
+    heads = {name: head | {"keys": head.get("keys", {}) | {"steps": 20}} for name, head in guards.HEADS.items()}
+    changes = {"RESULTS": tmp_path / "results", "LEARNING_RATE": 1e-3, "PROMPTS": 2, "HEADS": heads}
+    for name, value in changes.items():
+        monkeypatch.setattr(guards, name, value)
+    # The linear judge knows invented rows only, and calls all of these answers unsafe.
+    monkeypatch.setattr(guards, "open_judge", lambda _: CoinRule(defaultdict(lambda: "harmful")))
+    compared = guards.Guards(comparison)
+    records = {setting.name: compared.run(setting) for setting in guards.settings(compared.judge, compared.heads)[:5]}
+    assert all(record["answers"] == 8 for record in records.values())
+    assert records["first_safe-4"]["costs"]["tokens"] >= records["no-guard"]["costs"]["tokens"]
+    assert records["factor-rule-4"]["circular"]
+    assert not (set(records["factor-rule-4"]["section"]) - {"kind", "kappa", "top_k"})
+    assert str(tmp_path) not in json.dumps(records)
 
 
 def test_parts_of_a_model_are_joined_and_checked(real, tmp_path, monkeypatch):

@@ -1,0 +1,224 @@
+"""Compare guards on a pretrained model, fine-tuned, and after BFPO.
+
+    python examples/real/guards.py [--data FOLDER] [--model FOLDER] [--out runs/head-to-head/units]
+
+The models are those of `head_to_head.py`'s first seed, and are trained here if they aren't there. Judges and heads
+learn from training prompts only, with two labelers: a linear judge fitted on people's labels of other models'
+answers, and the rule of red-teaming. `refusal-rule` judges the results, so guards with the rule's labels are marked
+`circular`. The record of each model behind a guard is written as it ends, without any text; the same command goes on.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from head_to_head import HERE, RESULTS, Comparison, Unit
+from pretrained import import_model
+from sources import Files
+from split import write_splits
+from stages import ANSWER_TOKENS, JUDGES
+
+from bfpo.commands.judge import fit_judge
+from bfpo.config.per_token import PerTokenRecipe
+from bfpo.core.files import write_json
+from bfpo.core.samples import Completion, Sampling, Verdict
+from bfpo.core.terminal import log_to_file, say
+from bfpo.data.stages import judge_completions, read_completions
+from bfpo.evaluation.pipeline import run_eval
+from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.evaluation.results import read_results
+from bfpo.judging.open import open_judge
+from bfpo.judging.prefix_run import HEAD_FILE, run_per_token
+from bfpo.training.manifest import hardware, versions
+
+SEED, LEARNING_RATE = 1, 2e-4
+"""The first seed of the head-to-head, and BFPO's tuned learning rate there."""
+PROMPTS = 25
+"""Held-out prompts of each of the four tasks."""
+# As red-teaming samples: the heads learn from its answers.
+SAMPLING = Sampling(temperature=1.0, max_new_tokens=ANSWER_TOKENS, seed=SEED)
+TOP_K = 10
+HEADS: dict[str, dict[str, Any]] = {
+    "rule": {"labels": "rule"},
+    "judge": {"labels": "judge"},
+    "rule-linear": {"labels": "rule", "keys": {"units": 0, "layers": [-1]}},
+}
+"""Cost head → who labeled the answers that it learns from, and keys of its recipe."""
+
+
+class Setting(NamedTuple):
+    """A model behind a guard.
+
+    Args:
+        model: `base`, the fine-tuned model, or `bfpo`.
+        name: Name of the guard and its strength.
+        section: Keys of `guard:`; None for no guard.
+        circular: Whether the rule that judges the results labeled what the guard's head learned from.
+    """
+
+    model: str
+    name: str
+    section: dict[str, Any] | None
+    circular: bool = False
+
+    @property
+    def record(self) -> Path:
+        """File of its record."""
+        return RESULTS / "guards" / f"{self.model}-{self.name}.json"
+
+
+def settings(judge: Path, heads: Path) -> list[Setting]:
+    """Return the compared guards, in the order of their runs.
+
+    Args:
+        judge: File of the linear judge.
+        heads: Folder of the heads.
+    """
+
+    def first_safe(samples: int) -> dict[str, Any]:
+        return {"kind": "first_safe", "judge": f"linear:{judge}", "samples": samples}
+
+    def factor(labels: str, kappa: float) -> dict[str, Any]:
+        return {"kind": "factor", "head": str(heads / labels / HEAD_FILE), "kappa": kappa, "top_k": TOP_K}
+
+    project = {"kind": "project", "head": str(heads / "rule-linear" / HEAD_FILE), "at_most": 0.1}
+    return [
+        Setting("base", "no-guard", None),
+        Setting("bfpo", "no-guard", None),
+        Setting("base", "first_safe-4", first_safe(4)),
+        Setting("base", "factor-rule-4", factor("rule", 4), circular=True),
+        Setting("bfpo", "first_safe-4", first_safe(4)),
+        Setting("base", "first_safe-1", first_safe(1)),
+        Setting("base", "factor-rule-1", factor("rule", 1), circular=True),
+        Setting("base", "factor-judge-4", factor("judge", 4)),
+        Setting("base", "project-rule-0.1", project, circular=True),
+    ]
+
+
+class Guards:
+    """The judge, heads and models of the comparison, made when they are first needed.
+
+    Args:
+        comparison: The head-to-head, whose models are used.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison = comparison
+        self.home = comparison.out / f"seed-{SEED}"
+        self.judge, self.heads = self.home / "guards" / "judge.npz", self.home / "guards"
+
+    def model(self, name: str) -> Path:
+        """Return a model, trained if it isn't there."""
+        return self.comparison.train(Unit(name, None if name == "base" else LEARNING_RATE, SEED, "test"))[0]
+
+    def make_judge(self) -> None:
+        """Fit the linear judge on labeled answers to training prompts, unless it is there."""
+        if not self.judge.exists():
+            self.judge.parent.mkdir(parents=True, exist_ok=True)
+            data = self.comparison.data
+            fit_judge([str(data / f"labeled-{name}.jsonl") for name in ("xstest", "gptfuzz")], self.judge)
+
+    def make_heads(self) -> dict[str, Any]:
+        """Train the cost heads of the fine-tuned model on its answers in red-teaming, and return their quality."""
+        redteam = self.home / "redteam"
+        completions = read_completions(redteam / Completion.file_name)
+        by_judge = self.heads / "verdicts-judge.jsonl"
+        judge_completions(open_judge(f"linear:{self.judge}"), completions, by_judge)
+        by_rule = next(redteam.glob(f"{Path(Verdict.file_name).stem}*.jsonl"))
+        verdicts = {"judge": by_judge, "rule": by_rule}
+        quality = {}
+        for name, head in HEADS.items():
+            out = self.heads / name
+            if not (out / "run.json").exists():
+                recipe = {
+                    "model": {"path": str(self.model("base"))},
+                    "per_token": True,
+                    "completions": str(redteam / Completion.file_name),
+                    "verdicts": str(verdicts[head["labels"]]),
+                    "out": str(out),
+                }
+                run_per_token(PerTokenRecipe.model_validate(recipe | head.get("keys", {})))
+            quality[name] = json.loads((out / "run.json").read_text(encoding="utf-8"))["evaluation"]
+        return quality
+
+    def run(self, setting: Setting) -> dict[str, Any]:
+        """Evaluate a model behind a guard, and return its record."""
+        self.make_judge()
+        heads = self.make_heads()
+        out = self.heads / f"{setting.model}-{setting.name}"
+        recipe = {
+            "out": str(out),
+            "run": f"{setting.model} {setting.name}",
+            "model": {"path": str(self.model(setting.model))},
+            "suites": [str(self.comparison.data / "test" / "suite.yaml")],
+            "limit": PROMPTS,
+            "judges": JUDGES,
+            "sampling": {
+                "temperature": SAMPLING.temperature,
+                "max_new_tokens": SAMPLING.max_new_tokens,
+                "seed": SAMPLING.seed,
+            },
+        }
+        start, cpu = time.monotonic(), time.process_time()
+        run_eval(EvalRecipe.model_validate(recipe | ({} if setting.section is None else {"guard": setting.section})))
+        seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu
+        results, completions = read_results(out), read_completions(out / Completion.file_name)
+        tokens = sum(completion.completion_tokens for completion in completions)
+        return {
+            "schema": 1,
+            "command": "python examples/real/guards.py",
+            "versions": versions(),
+            "hardware": hardware(),
+            "model": setting.model,
+            "guard": setting.name,
+            "circular": setting.circular,
+            "section": None
+            if setting.section is None
+            else {key: value for key, value in setting.section.items() if key not in ("judge", "head")},
+            "heads": heads,
+            "answers": len(completions),
+            "costs": {
+                "tokens": (tokens if results.guard is None else results.guard.tokens) / len(completions),
+                "scorer_calls": 0 if results.guard is None else results.guard.judge_calls / len(completions),
+                "seconds": seconds / len(completions),
+                "cpu_seconds": cpu_seconds / len(completions),
+            },
+            "refusals_of_the_guard": sum(completion.finish_reason == "guarded" for completion in completions),
+            "metrics": [
+                {"task": metric.task, "metric": metric.metric, "value": metric.value}
+                | {"low": metric.low, "high": metric.high, "n": metric.n}
+                for metric in results.metrics
+                if metric.category is None
+            ],
+        }
+
+
+def main() -> None:
+    """Run the models behind guards that have no record yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the published files; default: they are downloaded")
+    parser.add_argument("--model", type=Path, help="imported model; default: it is downloaded and imported")
+    parser.add_argument("--out", type=Path, default=Path("runs/head-to-head/units"), help="as of the head-to-head")
+    options = parser.parse_args()
+    model = options.model or options.out / "model"
+    protocol = yaml.safe_load((HERE / "protocol.yaml").read_text())
+    import_model(model, protocol["model"])
+    data = options.out / "data"
+    write_splits(Files(options.data, options.out / "downloads").paths, data)
+    guards = Guards(Comparison(protocol, model, data, options.out))
+    for setting in settings(guards.judge, guards.heads):
+        if setting.record.exists():
+            continue
+        say(f"{setting.model}, {setting.name} ...")
+        guards.home.mkdir(parents=True, exist_ok=True)
+        with log_to_file(guards.home / f"guards-{setting.model}-{setting.name}.log", bars=False):
+            record = guards.run(setting)
+        write_json(setting.record, record)
+        say(f"  {record['answers']} answers, {record['costs']['seconds']:.1f} s each")
+
+
+if __name__ == "__main__":
+    main()
