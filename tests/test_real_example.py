@@ -370,6 +370,23 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     assert records["factor-rule-4"]["circular"]
     assert not (set(records["factor-rule-4"]["section"]) - {"kind", "kappa", "top_k"})
     assert str(tmp_path) not in json.dumps(records)
+    # Thresholds for the fine-tuned model, of which a random one can't reach the lowest.
+    constraints = real("constraints")
+    monkeypatch.setattr(constraints, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(constraints, "PROMPTS", {"harmful": 12, "benign": 6})
+    monkeypatch.setattr(constraints, "ANSWER_TOKENS", 6)
+    asked = constraints.Constraints(comparison)
+    base, mocan, infeasible, supervised = (
+        asked.run(constraints.Policy(*policy))
+        for policy in (("base", None), ("mocan", 0.9), ("mocan", 0.0), ("dpo_safe_first", None))
+    )
+    for record in (base, mocan, supervised):
+        share, low, high = record["achieved"]
+        assert low <= share <= high
+    assert mocan["state"] in ("slack", "active")
+    assert "infeasible" in infeasible
+    assert "achieved" not in infeasible
+    assert str(tmp_path) not in json.dumps([base, mocan, infeasible, supervised])
 
 
 def test_parts_of_a_model_are_joined_and_checked(real, tmp_path, monkeypatch):

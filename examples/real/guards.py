@@ -8,17 +8,12 @@ answers, and the rule of red-teaming. `refusal-rule` judges the results, so guar
 `circular`. The record of each model behind a guard is written as it ends, without any text; the same command goes on.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from head_to_head import HERE, RESULTS, Comparison, Unit
-from pretrained import import_model
-from sources import Files
-from split import write_splits
+from head_to_head import RESULTS, Comparison, Unit, parse_and_open
 from stages import ANSWER_TOKENS, JUDGES
 
 from bfpo.commands.judge import fit_judge
@@ -198,17 +193,7 @@ class Guards:
 
 def main() -> None:
     """Run the models behind guards that have no record yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the published files; default: they are downloaded")
-    parser.add_argument("--model", type=Path, help="imported model; default: it is downloaded and imported")
-    parser.add_argument("--out", type=Path, default=Path("runs/head-to-head/units"), help="as of the head-to-head")
-    options = parser.parse_args()
-    model = options.model or options.out / "model"
-    protocol = yaml.safe_load((HERE / "protocol.yaml").read_text())
-    import_model(model, protocol["model"])
-    data = options.out / "data"
-    write_splits(Files(options.data, options.out / "downloads").paths, data)
-    guards = Guards(Comparison(protocol, model, data, options.out))
+    guards = Guards(parse_and_open(__doc__))
     for setting in settings(guards.judge, guards.heads):
         if setting.record.exists():
             continue

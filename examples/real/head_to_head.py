@@ -267,22 +267,46 @@ def outcome(completion: Completion, verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def open_comparison(protocol_file: Path, data: Path | None, model: Path | None, out: Path | None) -> Comparison:
+    """Return the comparison of a protocol; its model and its splits are made if they aren't there.
+
+    Args:
+        protocol_file: The protocol.
+        data: Folder of the published files; None downloads them.
+        model: The imported model; None downloads and imports it.
+        out: Folder of models and answers; None for the protocol's in `runs/head-to-head`.
+    """
+    protocol = yaml.safe_load(protocol_file.read_text())
+    out = out or Path("runs/head-to-head") / protocol["records"]
+    model = model or out / "model"
+    import_model(model, protocol["model"])
+    write_splits(Files(data, out / "downloads").paths, out / "data")
+    return Comparison(protocol, model, out / "data", out)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where data, model and results are."""
+    parser.add_argument("--data", type=Path, help="folder of the published files; default: they are downloaded")
+    parser.add_argument("--model", type=Path, help="imported model; default: it is downloaded and imported")
+    parser.add_argument("--out", type=Path, help="folder of models and answers; default: runs/head-to-head/RECORDS")
+
+
+def parse_and_open(description: str | None) -> Comparison:
+    """Read the command line of a study that uses the models of `protocol.yaml`, and return the comparison."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    options = parser.parse_args()
+    return open_comparison(HERE / "protocol.yaml", options.data, options.model, options.out)
+
+
 def main() -> None:
     """Run the units that have no record yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", type=Path, default=HERE / "protocol.yaml")
-    parser.add_argument("--data", type=Path, help="folder of the published files; default: they are downloaded")
-    parser.add_argument("--model", type=Path, help="imported model; default: it is downloaded and imported")
-    parser.add_argument("--out", type=Path, help="folder of models and answers; default: runs/head-to-head/RECORDS")
+    add_options(parser)
     parser.add_argument("--until", help="start no unit after this time, HH:MM")
     options = parser.parse_args()
-    protocol = yaml.safe_load(options.protocol.read_text())
-    out: Path = options.out or Path("runs/head-to-head") / protocol["records"]
-    model = options.model or out / "model"
-    import_model(model, protocol["model"])
-    data = out / "data"
-    write_splits(Files(options.data, out / "downloads").paths, data)
-    comparison = Comparison(protocol, model, data, out)
+    comparison = open_comparison(options.protocol, options.data, options.model, options.out)
     while units := [unit for unit in comparison.units() if not comparison.record(unit).exists()]:
         if options.until and f"{datetime.now():%H:%M}" > options.until:
             say(f"stopped before {units[0].name}; the same command goes on")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bfpo.config.recipes import SftRecipe, TrainRecipe
+from bfpo.config.recipes import ScoreRecipe, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.redteam.recipe import RedteamRecipe
 
@@ -119,6 +119,26 @@ def train_recipe(
     # `lora: null` in the changes trains weights of the model itself.
     content = {**recipe, **changes, "trainer": trainer | changes.get("trainer", {})}
     return TrainRecipe.model_validate({key: value for key, value in content.items() if value is not None})
+
+
+def score_recipe(base: Path, sources: Mapping[str, Any], out: Path, *, seed: int) -> ScoreRecipe:
+    """Return the recipe of a scorer, a reward and a cost, on the pairs of the preference training.
+
+    Args:
+        base: The model to start from.
+        sources: Training data, as `pair_sources` returns them.
+        out: Output folder.
+        seed: Seed of the order of the pairs, and of the adapter.
+    """
+    trainer = TRAINER | {
+        "output_dir": str(out),
+        "learning_rate": 5e-4,
+        "per_device_train_batch_size": BATCH,
+        "max_steps": STEPS,
+        "seed": seed,
+    }
+    recipe = {"model": {"path": str(base)}, **sources, "text": TEXT, "lora": LORA, "max_dropped": 0.5}
+    return ScoreRecipe.model_validate({**recipe, "trainer": trainer})
 
 
 def eval_recipe(model: Path, suite: Path, out: Path, *, run: str, base: Path | None = None) -> EvalRecipe:
