@@ -371,13 +371,13 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     assert not (set(records["factor-rule-4"]["section"]) - {"kind", "kappa", "top_k"})
     assert str(tmp_path) not in json.dumps(records)
     # Thresholds for the fine-tuned model, of which a random one can't reach the lowest.
-    constraints = real("constraints")
-    monkeypatch.setattr(constraints, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(constraints, "PROMPTS", {"harmful": 12, "benign": 6})
-    monkeypatch.setattr(constraints, "ANSWER_TOKENS", 6)
-    asked = constraints.Constraints(comparison)
+    thresholds = real("thresholds")
+    monkeypatch.setattr(thresholds, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(thresholds, "PROMPTS", {"harmful": 12, "benign": 6})
+    monkeypatch.setattr(thresholds, "ANSWER_TOKENS", 6)
+    asked = thresholds.Thresholds(comparison)
     base, mocan, infeasible, supervised = (
-        asked.run(constraints.Policy(*policy))
+        asked.run(thresholds.Policy(*policy))
         for policy in (("base", None), ("mocan", 0.9), ("mocan", 0.0), ("dpo_safe_first", None))
     )
     for record in (base, mocan, supervised):
@@ -387,6 +387,15 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     assert "infeasible" in infeasible
     assert "achieved" not in infeasible
     assert str(tmp_path) not in json.dumps([base, mocan, infeasible, supervised])
+    # RL on the same scorer, and BFPO at equal pairs and at equal time.
+    online = real("online_rl")
+    for name, value in (("STEPS", 2), ("PROMPTS", 4), ("ANSWER_TOKENS", 4), ("RESULTS", tmp_path / "results")):
+        monkeypatch.setattr(online, name, value)
+    beside = online.Online(asked)
+    costs = {name: beside.run(name)["cost"] for name in online.RUNS}
+    assert costs["lagrangian"]["samples"] == 32
+    assert costs["bfpo-equal-time"]["steps"] >= 1
+    assert "bfpo-equal-pairs" in beside.write_page().read_text()
 
 
 def test_parts_of_a_model_are_joined_and_checked(real, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Ask a pretrained model for at most so many unsafe answers, and measure what is achieved.
 
-    python examples/real/constraints.py [--data FOLDER] [--model FOLDER] [--out runs/head-to-head/units]
+    python examples/real/thresholds.py [--data FOLDER] [--model FOLDER] [--out runs/head-to-head/units]
 
 The fine-tuned model is that of `head_to_head.py`'s first seed, and is made here if it isn't there. A scorer, a reward
 and a cost, is trained on the pairs that BFPO sees; `bfpo dual` computes multipliers from scored samples of the
@@ -19,7 +19,7 @@ import numpy as np
 from head_to_head import RESULTS, Comparison, Unit, parse_and_open
 from stages import pair_sources, score_recipe, train_recipe
 
-from bfpo.config.recipes import ScoreRecipe, TrainRecipe
+from bfpo.config.recipes import TrainRecipe
 from bfpo.constraints.samples import read_scored_samples
 from bfpo.constraints.solve import ConstraintRequest, objective_of, solve_constraint
 from bfpo.core.files import write_json, write_jsonl
@@ -89,7 +89,7 @@ class Policy(NamedTuple):
     @property
     def record(self) -> Path:
         """File of its record."""
-        return RESULTS / "constraints" / f"{self.name}.json"
+        return RESULTS / "thresholds" / f"{self.name}.json"
 
 
 def policies() -> list[Policy]:
@@ -102,7 +102,7 @@ def policies() -> list[Policy]:
     ]
 
 
-class Constraints:
+class Thresholds:
     """The scorer, the samples and the policies, made when they are first needed.
 
     Args:
@@ -112,7 +112,7 @@ class Constraints:
     def __init__(self, comparison: Comparison) -> None:
         self.data = comparison.data
         self.seed_home = comparison.out / f"seed-{SEED}"
-        self.home = self.seed_home / "constraints"
+        self.home = self.seed_home / "thresholds"
         self.base = comparison.train(Unit("base", None, SEED, "test"))[0]
         self.scorer = self.home / "scorer"
         self.home.mkdir(parents=True, exist_ok=True)
@@ -121,11 +121,14 @@ class Constraints:
         """Return the pairs that BFPO sees."""
         return pair_sources(self.data, self.seed_home / "redteam") | {"eval": []}
 
+    def train_scorer(self) -> None:
+        """Train the scorer, unless it is there."""
+        if not (self.scorer / "run.json").exists():
+            run_score(score_recipe(self.base, self.sources(), self.scorer, seed=SEED))
+
     def prepare(self) -> Path:
         """Train the scorer and score samples of the fine-tuned model, unless it is done, and return the scores."""
-        recipe: ScoreRecipe = score_recipe(self.base, self.sources(), self.scorer, seed=SEED)
-        if not (self.scorer / "run.json").exists():
-            run_score(recipe)
+        self.train_scorer()
         prompts = [
             prompt
             for kind, count in PROMPTS.items()
@@ -153,7 +156,7 @@ class Constraints:
         else:
             record |= prediction | self.measure(model, folder / "measured")
         return record | {
-            "command": "python examples/real/constraints.py",
+            "command": "python examples/real/thresholds.py",
             "minutes": round((time.monotonic() - start) / 60, 1),
             "cpu_minutes": round((time.process_time() - cpu) / 60, 1),
             "versions": versions(),
@@ -273,13 +276,13 @@ def share(values: list[bool], samples: int) -> list[float]:
 
 def main() -> None:
     """Run the policies that have no record yet."""
-    constraints = Constraints(parse_and_open(__doc__))
+    thresholds = Thresholds(parse_and_open(__doc__))
     for policy in policies():
         if policy.record.exists():
             continue
         say(f"{policy.name} ...")
-        with log_to_file(constraints.home / f"{policy.name}.log", bars=False):
-            record = constraints.run(policy)
+        with log_to_file(thresholds.home / f"{policy.name}.log", bars=False):
+            record = thresholds.run(policy)
         write_json(policy.record, record)
         say(json.dumps({key: record.get(key) for key in ("predicted", "achieved", "refused_benign", "infeasible")}))
 

@@ -1,0 +1,184 @@
+"""Run Safe RLHF and BFPO's own objective by RL on a pretrained model, with BFPO beside them.
+
+    python examples/real/online_rl.py [--data FOLDER] [--model FOLDER] [--out runs/head-to-head/units]
+
+The fine-tuned model is that of `head_to_head.py`'s first seed, and is made here if it isn't there. The scorer, a
+reward and a cost, is that of `thresholds.py`: it is trained on the pairs that BFPO sees. BFPO runs twice: with as
+many pairs as an online run has samples, two to a pair, and with as much processor time. `refusal-rule` judges answers
+to held-out prompts, and nothing sees it before. The record of each run is written as it ends, without any text; the
+same command goes on, and a stopped run resumes. The page is `online/report.html` in the folder of the seed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from head_to_head import RESULTS, answer_records, parse_and_open
+from stages import BATCH, LORA, eval_recipe, train_recipe
+from thresholds import Thresholds
+
+from bfpo.core.files import write_json
+from bfpo.core.terminal import log_to_file, say
+from bfpo.evaluation.pipeline import run_eval
+from bfpo.evaluation.results import read_results
+from bfpo.experiments.steps import run_once
+from bfpo.online.recipe import OnlineRecipe
+from bfpo.online.run import run_online
+from bfpo.report.html import write_report
+from bfpo.training.manifest import hardware, versions
+
+SEED = 1
+STEPS, PROMPTS, SAMPLES, ANSWER_TOKENS = 40, 8, 4, 32
+COMBINERS: dict[str, dict[str, Any]] = {
+    "lagrangian": {"name": "lagrangian", "measure": "unsafe", "cost_at_most": 0.1, "rate": 0.5, "max": 20.0},
+    "bilinear": {"name": "bilinear"},
+}
+BFPO: dict[str, Any] = {"loss": {"name": "bfpo", "beta": 0.05}, "probe": None}
+RUNS = ("base", *COMBINERS, "bfpo-equal-pairs", "bfpo-equal-time")
+NOTE = (
+    "One run of each, greedy answers of at most 64 tokens. Refusals are recognized by their words: a harmful prompt "
+    "counts as answered safely only if it is refused. Intervals are over held-out prompts and don't cover the "
+    "variation over seeds."
+)
+
+
+class Online:
+    """The runs of the study.
+
+    Args:
+        thresholds: The fine-tuned model, its pairs and its scorer.
+    """
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self.thresholds = thresholds
+        self.home = thresholds.seed_home / "online"
+        self.home.mkdir(parents=True, exist_ok=True)
+
+    def record(self, name: str) -> Path:
+        """Return the file of a run's record."""
+        return RESULTS / "online" / f"{name}.json"
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Train and evaluate a model, and return its record."""
+        model, cost = self.train(name)
+        out = self.home / "runs" / name / "evaluation"
+        base = None if name == "base" else self.home / "runs" / "base" / "evaluation"
+        run_eval(
+            eval_recipe(model, self.thresholds.data / "test" / "suite.yaml", out, run=name, base=base),
+        )
+        results = read_results(out)
+        return {
+            "schema": 1,
+            "command": "python examples/real/online_rl.py",
+            "seed": SEED,
+            "versions": versions(),
+            "hardware": hardware(),
+            "run": name,
+            "cost": cost,
+            "metrics": [
+                {"task": metric.task, "metric": metric.metric, "value": metric.value}
+                | {"low": metric.low, "high": metric.high, "n": metric.n}
+                for metric in results.metrics
+                if metric.category is None
+            ],
+            "against": [
+                {"run": other.against, "task": other.task, "metric": other.metric, "difference": other.difference}
+                | {"low": other.low, "high": other.high, "verdict": other.verdict}
+                for other in results.comparisons
+            ],
+            "answers": list(answer_records(out)),
+        }
+
+    def train(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """Train a model, unless it is there, and return it with its cost.
+
+        Samples are those of the policy; scorer calls and CPU seconds don't include the training of the scorer, which
+        is `scorer_cpu_seconds`.
+        """
+        if name == "base":
+            return self.thresholds.base, {}
+        folder = self.home / "runs" / name
+        if name in COMBINERS:
+            if not (folder / "run.json").exists():
+                run_online(self.recipe(name, folder))
+            scorer = _read_run(self.thresholds.scorer)
+            run = _read_run(folder)
+            cost = {key: run[key] for key in ("samples", "scorer_calls", "cpu_seconds")}
+            return folder, cost | {"scorer_cpu_seconds": scorer["cpu_seconds"], "steps": STEPS}
+        steps = PROMPTS * SAMPLES * STEPS // 2 // (2 * BATCH)
+        if name == "bfpo-equal-time":
+            seconds = [_read_run(self.home / "runs" / combiner)["cpu_seconds"] for combiner in COMBINERS]
+            scorer_seconds = _read_run(self.thresholds.scorer)["cpu_seconds"]
+            of_equal_pairs = _read_run(self.home / "runs" / "bfpo-equal-pairs")["cpu_seconds"]
+            steps = round(steps * (sum(seconds) / len(seconds) + scorer_seconds) / of_equal_pairs)
+        changes = BFPO | {"trainer": {"learning_rate": 2e-4, "max_steps": steps}}
+        sources = self.thresholds.sources()
+        run_once(train_recipe(self.thresholds.base, sources, folder, seed=SEED, changes=changes))
+        cost = {"cpu_seconds": _read_run(folder)["cpu_seconds"], "steps": steps, "pairs": 2 * BATCH * steps}
+        return folder, cost
+
+    def recipe(self, name: str, out: Path) -> OnlineRecipe:
+        """Return the recipe of an online run."""
+        data, scorer = self.thresholds.data, self.thresholds.scorer
+        prompts = [
+            {"name": "file", "path": str(data / f"redteam-{kind}.jsonl"), "kind": kind, "license": license_}
+            for kind, license_ in (("harmful", "MIT"), ("benign", "CC-BY-NC-4.0"))
+        ]
+        return OnlineRecipe.model_validate(
+            {
+                "model": {"path": str(self.thresholds.base)},
+                "prompts": prompts,
+                "reward": f"reward:{scorer / 'reward'}",
+                "cost": f"cost:{scorer / 'cost'}",
+                "combine": COMBINERS[name],
+                "lora": LORA,
+                "trainer": {
+                    "output_dir": str(out),
+                    "learning_rate": 2e-4,
+                    "lr_scheduler_type": "cosine",
+                    "warmup_steps": 0.1,
+                    "per_device_train_batch_size": PROMPTS * SAMPLES,
+                    "num_generations": SAMPLES,
+                    "max_completion_length": ANSWER_TOKENS,
+                    "max_steps": STEPS,
+                    "beta": 0.05,
+                    "logging_steps": 1,
+                    "save_steps": 10,
+                    "save_total_limit": 1,
+                    "resume_from_checkpoint": True,
+                    "seed": SEED,
+                    "use_cpu": True,
+                    "bf16": True,
+                },
+            }
+        )
+
+    def write_page(self) -> Path:
+        """Write the page with all runs, the fine-tuned model first."""
+        runs = [self.home / "runs" / name for name in RUNS]
+        return write_report(self.home, runs, title="RL and BFPO on SmolLM2-135M-Instruct", note=NOTE)
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return content
+
+
+def main() -> None:
+    """Run what has no record yet, and write the page."""
+    thresholds = Thresholds(parse_and_open(__doc__))
+    online = Online(thresholds)
+    for name in RUNS:
+        if online.record(name).exists():
+            continue
+        say(f"{name} ...")
+        with log_to_file(online.home / f"{name}.log", bars=False):
+            thresholds.train_scorer()
+            record = online.run(name)
+        write_json(online.record(name), record)
+        say(f"  {json.dumps(record['cost'])}")
+    say(f"\n{online.write_page()}")
+
+
+if __name__ == "__main__":
+    main()
