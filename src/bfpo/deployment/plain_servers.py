@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,8 +15,9 @@ from huggingface_hub.utils import validate_repo_id
 from bfpo.core.files import write_json
 from bfpo.core.terminal import say
 from bfpo.deployment.child import run_until_stopped
+from bfpo.deployment.listening import check_packages, listen
 from bfpo.deployment.served_model import ServedModel, find_model
-from bfpo.errors import MissingExtra, RecipeError
+from bfpo.errors import RecipeError
 
 # The name of a commit has this form; there is only one.
 _COMMIT = "0" * 40
@@ -44,15 +44,15 @@ def serve_by_transformers(checkpoint: str, *, name: str, host: str, port: int, d
         ModelError: If the checkpoint can't be served.
         DeploymentError: If the server ends by itself.
     """
-    for package in ("fastapi", "openai", "uvicorn"):
-        if find_spec(package) is None:
-            raise MissingExtra("bfpo serve", package, "serve")
+    check_packages("fastapi", "openai", "uvicorn")
     try:
         validate_repo_id(name)
     except HFValidationError:
         raise RecipeError(
             f"`name` is '{name}'; expected letters, digits and -_. with at most one /, as in org/my-model"
         ) from None
+    # Whether the port is free is known before the model is loaded.
+    listen(host, port).close()
     model = find_model(checkpoint)
     with TemporaryDirectory(prefix="bfpo-serve-") as folder:
         cache = Path(folder) / "hub"
@@ -127,9 +127,7 @@ def serve_by_vllm(checkpoint: str, *, name: str, host: str, port: int, dtype: st
     """
     command = vllm_command(find_model(checkpoint), name=name, host=host, port=port, dtype=dtype)
     if shutil.which(command[0]) is None:
-        raise RecipeError(
-            f"vLLM isn't installed; where it is (https://docs.vllm.ai), run: {shlex.join(command)}"
-        )
+        raise RecipeError(f"vLLM isn't installed; where it is (https://docs.vllm.ai), run: {shlex.join(command)}")
     say(shlex.join(command))
     run_until_stopped(command)
 
@@ -146,7 +144,9 @@ def vllm_command(model: ServedModel, *, name: str, host: str, port: int, dtype: 
     own_rank = max(int(rank) for rank in (model.adapter["r"], *(model.adapter.get("rank_pattern") or {}).values()))
     rank = next((size for size in _VLLM_RANKS if size >= own_rank), None)
     if rank is None:
-        raise RecipeError(f"the adapter's rank is {own_rank}, and vLLM allows {_VLLM_RANKS[-1]}; merge it (bfpo merge)")
+        raise RecipeError(
+            f"the adapter's rank is {own_rank}, and vLLM allows {_VLLM_RANKS[-1]}; merge it (bfpo merge)"
+        )
     own_tokenizer = (model.folder / "tokenizer_config.json").is_file()
     tokenizer = ["--tokenizer", str(model.folder)] if own_tokenizer else []
     adapter = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{name}={model.folder}"]
