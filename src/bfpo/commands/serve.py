@@ -77,15 +77,15 @@ def serve_behind_guard(
         from bfpo.deployment.guard_server import serve_guarded
         from bfpo.deployment.guarded_model import GuardedModel, open_local, open_served
 
-        is_served = isinstance(target, ServerOptions)
-        engine = open_served(target) if is_served else open_local(target, dtype=dtype or "float32")
-        model = GuardedModel(engine, guard, name=name or (target.model if is_served else default_name(target)))
+        if isinstance(target, ServerOptions):
+            concurrency, name = target.concurrency, name or target.model
+            model = GuardedModel(open_served(target), guard, name=name)
+        else:
+            # A model in this process answers one request at a time.
+            concurrency, name = 1, name or default_name(target)
+            model = GuardedModel(open_local(target, dtype=dtype or "float32"), guard, name=name)
         serve_guarded(
-            model,
-            listening,
-            concurrency=target.concurrency if is_served else 1,
-            max_waiting=max_waiting,
-            max_new_tokens=max_new_tokens,
+            model, listening, concurrency=concurrency, max_waiting=max_waiting, max_new_tokens=max_new_tokens
         )
 
 

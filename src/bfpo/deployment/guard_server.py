@@ -1,4 +1,4 @@
-"""An HTTP server of the OpenAI chat protocol for a model behind a guard. Nothing is sent before the guard passes it."""
+"""A server of the OpenAI chat protocol for a model behind a guard: nothing is sent before the guard lets it pass."""
 
 import asyncio
 import signal
@@ -111,7 +111,7 @@ def build_app(model: GuardedModel, *, concurrency: int, max_waiting: int, max_ne
     from starlette.exceptions import HTTPException
 
     app = FastAPI(openapi_url=None)
-    desk = _Desk(model, concurrency=1 if model.is_local else concurrency, max_waiting=max_waiting)
+    desk = _Desk(model, concurrency=concurrency, max_waiting=max_waiting)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

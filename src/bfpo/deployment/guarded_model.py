@@ -76,24 +76,17 @@ class GuardedModel:
 
     def __init__(self, engine: TransformersEngine | ServerEngine, guard: Guard, *, name: str) -> None:
         self.name, self._guard = name, guard
-        self.is_local = isinstance(engine, TransformersEngine)
         self._outcomes: Counter[str] = Counter()
         self._counts, self._lock = GuardCounts(), Lock()
         self._screen: Screen | None = None
         # Reasoning that the judge hasn't read isn't shown.
         self._shows_reasoning = True
-        sampled = Sampling()
-        # Whether the guard is possible is known before its judge is loaded.
         if isinstance(guard, FirstSafeSection):
             self._shows_reasoning = parse_judge(guard.judge).reads == "both"
-            if guard.by == "sentence" and not self.is_local:
-                guard_engine(engine, sampled, guard)
             self._screen = _SharedScreen(open_guard_judge(guard))
-            self._engine = engine
-        else:
-            guarded = guard_engine(engine, sampled, guard)
-            assert isinstance(guarded, TransformersEngine)
-            self._engine = guarded
+        # Shows whether the guard is possible. One without a judge is the same for all requests.
+        guarded = guard_engine(engine, Sampling(), guard, screen=self._screen)
+        self._engine = guarded if isinstance(guarded, TransformersEngine) else engine
 
     def answer(self, request: ChatRequest, show: Callable[[GuardedAnswer], None]) -> GuardedAnswer:
         """Answer a request; engines in this process must be asked by one thread at a time.
@@ -160,8 +153,8 @@ class GuardedModel:
         if self._screen is not None:
             drawn = health["drawn"]
             say(
-                f"{drawn['samples']:,} samples: {drawn['unsafe']:,} unsafe, {drawn['undecided']:,} undecided, the judge "
-                f"failed on {drawn['failed']:,}"
+                f"{drawn['samples']:,} samples: {drawn['unsafe']:,} unsafe, {drawn['undecided']:,} undecided, "
+                f"and {drawn['failed']:,} on which the judge failed"
             )
         show_faults(self._engine.faults)
 

@@ -2,15 +2,13 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from bfpo.core.files import write_json
 from bfpo.core.terminal import say
@@ -21,6 +19,7 @@ from bfpo.errors import RecipeError
 
 # The name of a commit has this form; there is only one.
 _COMMIT = "0" * 40
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 # Sizes that vLLM has kernels for (MaxLoRARanks in vllm/config/lora.py).
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -45,12 +44,10 @@ def serve_by_transformers(checkpoint: str, *, name: str, host: str, port: int, d
         DeploymentError: If the server ends by itself.
     """
     check_packages("fastapi", "openai", "uvicorn")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
+    if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name:
         raise RecipeError(
-            f"`name` is '{name}'; expected letters, digits and -_. with at most one /, as in org/my-model"
-        ) from None
+            f"`name` is '{name}'; expected letters, digits and single -_. with at most one /, as in org/my-model"
+        )
     # Whether the port is free is known before the model is loaded.
     listen(host, port).close()
     model = find_model(checkpoint)
@@ -67,7 +64,7 @@ def serve_by_transformers(checkpoint: str, *, name: str, host: str, port: int, d
 
 
 def _write_cache(model: ServedModel, name: str, cache: Path) -> None:
-    """Write a hub cache with one repository: links to the model's files, and those that the server needs otherwise."""
+    """Write a hub cache with one repository: links to the model's files, and some files that differ for a server."""
     repository = cache / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / _COMMIT
     snapshot.mkdir(parents=True)
@@ -93,8 +90,8 @@ def _replace(file: Path, content: dict[str, Any]) -> None:
 def _generation_config(settings: dict[str, Any]) -> dict[str, Any]:
     """Return settings by which requests get samples of the model itself, as in `bfpo generate`.
 
-    `transformers serve` (5.23) ignores a request's temperature unless `do_sample` is set, and cuts to the 50 likeliest
-    tokens by default.
+    `transformers serve` (5.23) ignores a request's temperature unless `do_sample` is set, and by default leaves out
+    all but the 50 likeliest tokens.
     """
     tokens = {key: value for key, value in settings.items() if key.endswith("token_id")}
     return {**tokens, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}

@@ -109,7 +109,7 @@ def guard_engine(
     guard: Guard | None,
     *,
     show: Callable[[Completion], None] | None = None,
-    screen: Screen | None = None,
+    screen: "Screen | None" = None,
 ) -> Engine:
     """Return an engine behind a guard, whose judge stays in memory beside the model; without one, the engine.
 
