@@ -91,3 +91,50 @@ def serve(
         max_new_tokens=max_new_tokens,
         max_waiting=max_waiting,
     )
+
+
+@deploy_app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model or an adapter.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the hub, owner/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an evaluated run; its results go into the model card.", show_default=False),
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="License of the model, such as apache-2.0.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the base model, if it was a folder.")] = None,
+    base_license: Annotated[str | None, typer.Option(help="License of the base model, if the hub has none.")] = None,
+    data_license: Annotated[
+        list[str] | None, typer.Option(help="NAME=ID: license of a set of training data; repeatable.")
+    ] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Address of another hub.")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Upload without asking; a missing license stays an error.")
+    ] = False,
+) -> None:
+    """Upload a checkpoint to a hub, with its model card and licenses."""
+    import sys
+
+    from bfpo.deployment.push import PushOptions
+    from bfpo.deployment.push import push as run
+    from bfpo.errors import RecipeError
+    from bfpo.report.card import card_section
+
+    licenses = {}
+    for text in data_license or ():
+        name, separator, value = text.rpartition("=")
+        if not (name and separator and value):
+            raise RecipeError(f"--data-license is '{text}'; expected NAME=ID")
+        licenses[name] = value
+    has_terminal = sys.stdin.isatty()
+    if not (has_terminal or yes):
+        raise RecipeError("nobody can be asked here whether to upload; add --yes")
+    options = PushOptions(repo_id, private, license, base_model, base_license, licenses, endpoint)
+    run(
+        folder,
+        options,
+        evaluation=None if evaluation is None else card_section(evaluation),
+        ask=(lambda question: str(typer.prompt(question))) if has_terminal else None,
+        confirm=lambda: yes or typer.confirm("Upload these files?"),
+    )
