@@ -94,7 +94,8 @@ def test_an_installed_vllm_is_run_and_stopped_with_this_process(in_checkpoints, 
     script = tmp_path / "vllm"
     script.write_text(
         f"#!{sys.executable}\nimport signal, sys, time\n"
-        "signal.signal(signal.SIGINT, lambda *_: sys.exit(5))\nprint('up', sys.argv[1:3], flush=True)\ntime.sleep(60)\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(5))\nprint('up', sys.argv[1:3], flush=True)\n"
+        "time.sleep(60)\n"
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Licenses of models and data: what they ask of someone who publishes a model. A summary, which replaces no license."""
+"""Licenses of models and data: what they ask of who publishes a model. A summary, which replaces no license."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ class License:
         name_prefix: What the name of the published model must begin with.
         notice: Line that a file `NOTICE` must have.
         credit: Words that the model card must show.
-        link: Address of its text, where the hub has none.
     """
 
     title: str
@@ -26,19 +25,18 @@ class License:
     name_prefix: str = ""
     notice: str = ""
     credit: str = ""
-    link: str = ""
 
 
 def _llama(version: str) -> License:
-    # Section 1.b, i and iii, of the Llama 3.1, 3.2, 3.3 and 4 agreements: models/*/LICENSE in meta-llama/llama-models.
+    # Section 1.b, i and iii, of the agreements for Llama 3.1, 3.2, 3.3 and 4: meta-llama/llama-models, models/*/LICENSE.
     return License(
         f"Llama {version} Community License",
-        'pass on a copy of the agreement, show "Built with Llama", begin the name with Llama, and follow its acceptable '
-        "use policy",
+        'pass on a copy of the agreement, show "Built with Llama", begin the name with Llama, and follow its '
+        "acceptable use policy",
         is_passed_on=True,
         name_prefix="Llama",
-        notice=f"Llama {version} is licensed under the Llama {version} Community License, Copyright © Meta Platforms, "
-        "Inc. All Rights Reserved.",
+        notice=f"Llama {version} is licensed under the Llama {version} Community License, "
+        "Copyright © Meta Platforms, Inc. All Rights Reserved.",
         credit="Built with Llama",
     )
 
@@ -62,12 +60,12 @@ LICENSES: Mapping[str, License] = {
     # Section 1.b of https://llama.meta.com/llama3/license
     "llama3": License(
         "Meta Llama 3 Community License",
-        'pass on a copy of the agreement, show "Built with Meta Llama 3", begin the name with Llama 3, and follow its '
-        "acceptable use policy",
+        'pass on a copy of the agreement, show "Built with Meta Llama 3", begin the name with Llama 3, and follow '
+        "its acceptable use policy",
         is_passed_on=True,
         name_prefix="Llama 3",
-        notice="Meta Llama 3 is licensed under the Meta Llama 3 Community License, Copyright © Meta Platforms, Inc. All "
-        "Rights Reserved.",
+        notice="Meta Llama 3 is licensed under the Meta Llama 3 Community License, "
+        "Copyright © Meta Platforms, Inc. All Rights Reserved.",
         credit="Built with Meta Llama 3",
     ),
     # Section 1.b of https://ai.meta.com/llama/license
@@ -75,8 +73,8 @@ LICENSES: Mapping[str, License] = {
         "Llama 2 Community License",
         "pass on a copy of the agreement, and follow its acceptable use policy",
         is_passed_on=True,
-        notice="Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights "
-        "Reserved.",
+        notice="Llama 2 is licensed under the LLAMA 2 Community License, "
+        "Copyright (c) Meta Platforms, Inc. All Rights Reserved.",
     ),
     "llama3.1": _llama("3.1"),
     "llama3.2": _llama("3.2"),

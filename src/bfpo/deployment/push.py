@@ -13,10 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from bfpo.config.loading import parse_yaml
 from bfpo.core.files import parse_json, write_text
-from bfpo.core.terminal import say, show_table
+from bfpo.core.terminal import say, show_table, warn
 from bfpo.deployment.licenses import DATA_LICENSES, LICENSES, describe, normalize
 from bfpo.deployment.push_card import CardFacts, DataSource, make_card, read_sources
-from bfpo.deployment.upload_files import UploadFile, select_files
+from bfpo.deployment.upload_files import UploadFile, clean_text, private_names, select_files
 from bfpo.errors import DataError, DeploymentError, RecipeError
 
 Ask = Callable[[str], str]
@@ -51,7 +51,7 @@ def push(
 ) -> None:
     """Upload a checkpoint to a repository of a hub.
 
-    The same call resumes an interrupted upload, as far as huggingface_hub does: files that are there aren't sent again.
+    The same call resumes an interrupted upload, as huggingface_hub does: files that are there aren't sent twice.
 
     Args:
         folder: Folder of the checkpoint.
@@ -68,7 +68,10 @@ def push(
     """
     if options.repo_id.count("/") != 1 or not all(options.repo_id.split("/")):
         raise RecipeError(f"REPO_ID is '{options.repo_id}'; expected owner/name")
-    files, left_out = select_files(folder, public_names=[options.repo_id])
+    private = private_names(options.repo_id)
+    files, left_out = select_files(folder, private)
+    if evaluation is not None:
+        evaluation, _ = clean_text(evaluation, private, where="the evaluation's section")
     token = get_token()
     if token is None:
         raise RecipeError("no token of the hub: log in by `hf auth login`, or set HF_TOKEN")
@@ -229,6 +232,15 @@ def _show(facts: CardFacts, files: list[UploadFile], left_out: list[str], privat
     licenses = [("this model", facts.license), *([(facts.base, facts.base_license)] if facts.base else [])]
     licenses += [(source.name, source.license) for source in facts.sources]
     show_table("Licenses", ("of", "license", "asks to"), [(what, name, describe(name)) for what, name in licenses])
+    own = LICENSES.get(facts.license)
+    closed = [
+        source.name for source in facts.sources if (of := LICENSES.get(source.license)) and not of.is_commercial
+    ]
+    if closed and (own is None or own.is_commercial):
+        warn(
+            f"{', '.join(closed)}: data for non-commercial use, in a model under {facts.license}; check that you may "
+            "publish it so"
+        )
 
 
 def _stage(files: list[UploadFile], staging: Path) -> None:
@@ -255,9 +267,7 @@ def _upload(api: HfApi, options: PushOptions, staging: Path) -> str:
         if status == 401:
             hint = "; the hub doesn't accept the token: log in again by `hf auth login`, or set HF_TOKEN"
         elif status == 403:
-            hint = (
-                f"; the token may not write to {repo_id}: it needs the permission to write, also for the organization"
-            )
+            hint = f"; the token may not write to {repo_id}: it needs that permission, also in the organization"
         raise DeploymentError(f"the hub refuses the upload: HTTP {status} {reason}{hint}") from None
     except (httpx.HTTPError, OfflineModeIsEnabled, ConnectionError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__

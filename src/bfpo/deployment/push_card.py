@@ -1,4 +1,4 @@
-"""The model card of a repository: the card of the run with its licenses, base model and data as the hub reads them."""
+"""The model card of a repository: the card of the run, with licenses, base model and data as the hub reads them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

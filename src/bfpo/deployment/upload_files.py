@@ -61,7 +61,7 @@ class UploadFile:
         return self.path.stat().st_size if self.text is None else len(self.text.encode("utf-8"))
 
 
-def select_files(folder: Path, *, public_names: Sequence[str]) -> tuple[list[UploadFile], list[str]]:
+def select_files(folder: Path, private: Sequence[str]) -> tuple[list[UploadFile], list[str]]:
     """Return the files of a checkpoint that are uploaded, and the names of those that aren't.
 
     In records of a run, absolute paths are replaced by their last part, and the names of the account and the machine
@@ -69,7 +69,7 @@ def select_files(folder: Path, *, public_names: Sequence[str]) -> tuple[list[Upl
 
     Args:
         folder: Folder of the checkpoint.
-        public_names: Names that stay, such as that of the repository.
+        private: Names of `private_names`.
 
     Raises:
         ModelError: If the folder has no model with safetensors.
@@ -84,9 +84,6 @@ def select_files(folder: Path, *, public_names: Sequence[str]) -> tuple[list[Upl
         raise ModelError(f"'{folder}' contains no model; expected config.json or adapter_config.json in it")
     if not any(_matches(name, _WEIGHTS) for name in names):
         raise ModelError(f"'{folder}' has no weights as safetensors or GGUF; pickles are not uploaded")
-    private = [
-        name for name in _private_names() if all(name.lower() not in public.lower() for public in public_names)
-    ]
     files = [
         _clean(entry, private) if _matches(entry.name, (*_RECORDS, *_AGREEMENTS)) else UploadFile(entry)
         for entry in allowed
@@ -99,14 +96,23 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _private_names() -> list[str]:
-    """Return the names of the account and of the machine, as far as they identify someone."""
+def private_names(repo_id: str) -> list[str]:
+    """Return the names of the account and of the machine, as far as they identify someone.
+
+    Args:
+        repo_id: Repository; what its name contains is public.
+    """
     try:
         account = getpass.getuser()
     except (KeyError, OSError, ImportError):
         account = ""
     names = {account, Path.home().name, socket.gethostname()}
-    return sorted(name for name in names if len(name) > 2 and name.lower() not in _COMMON_ACCOUNTS)
+    public = repo_id.lower()
+    return sorted(
+        name
+        for name in names
+        if len(name) > 2 and name.lower() not in _COMMON_ACCOUNTS and name.lower() not in public
+    )
 
 
 def _clean(path: Path, private: Sequence[str]) -> UploadFile:
@@ -114,19 +120,32 @@ def _clean(path: Path, private: Sequence[str]) -> UploadFile:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error})") from None
+    if _matches(path.name, _AGREEMENTS):
+        _check_secrets(text, str(path))
+        return UploadFile(path)
+    cleaned, replaced = clean_text(text, private, where=str(path))
+    return UploadFile(path, cleaned if replaced else None, replaced)
+
+
+def _check_secrets(text: str, where: str) -> None:
     if any(pattern.search(text) for pattern in _SECRETS):
         # What was found isn't shown.
-        raise DataError(f"{path} contains what looks like a key or a password; remove it, and make a new one")
-    if _matches(path.name, _AGREEMENTS):
-        return UploadFile(path)
+        raise DataError(f"{where} contains what looks like a key or a password; remove it, and make a new one")
+
+
+def clean_text(text: str, private: Sequence[str], *, where: str) -> tuple[str, tuple[str, ...]]:
+    """Return a text without paths and private names, and what was replaced, in words.
+
+    Args:
+        text: Text of a record.
+        private: Names of `private_names`.
+        where: Name of the text, for errors.
+
+    Raises:
+        DataError: If it contains a secret.
+    """
+    _check_secrets(text, where)
     replaced: Counter[str] = Counter()
-    cleaned = _replace(text, private, replaced)
-    words = tuple(f"{what} ({count})" if count > 1 else what for what, count in replaced.items())
-    return UploadFile(path, cleaned if replaced else None, words)
-
-
-def _replace(text: str, private: Sequence[str], replaced: Counter[str]) -> str:
-    """Return a text without paths and names, and count what was replaced."""
 
     def last_part(match: re.Match[str]) -> str:
         replaced[f"{match[0]} by {match[1]}"] += 1
@@ -138,4 +157,4 @@ def _replace(text: str, private: Sequence[str], replaced: Counter[str]) -> str:
         text, count = re.subn(rf"(?<!\w){re.escape(name)}(?!\w)", "someone", text, flags=re.IGNORECASE)
         if count:
             replaced[f"{name} by someone"] += count
-    return text
+    return text, tuple(f"{what} ({count})" if count > 1 else what for what, count in replaced.items())
