@@ -80,7 +80,7 @@ def fake_hub(*, cards=None, existing=(), refuse=None, fail_commits=0):
             if path.endswith("/info/lfs/objects/batch"):
                 return self.reply({"objects": [self.action(entry) for entry in json.loads(content)["objects"]]})
             if "/commit/" in path:
-                return self.commit(content)
+                return self.commit(content, path.removeprefix("/api/models/").partition("/commit/")[0])
             return self.reply({"error": "no such route"}, 404)
 
         def model(self, name):
@@ -98,7 +98,7 @@ def fake_hub(*, cards=None, existing=(), refuse=None, fail_commits=0):
             upload = {"upload": {"href": f"{hub.url}/lfs/{entry['oid']}"}}
             return {**entry, **({} if entry["oid"] in hub.objects else {"actions": upload})}
 
-        def commit(self, content):
+        def commit(self, content, name):
             if hub.left:
                 hub.left -= 1
                 return self.reply({"error": "later"}, 500)
@@ -109,7 +109,7 @@ def fake_hub(*, cards=None, existing=(), refuse=None, fail_commits=0):
                     hub.files[value["path"]] = base64.b64decode(value["content"])
                 elif operation["key"] == "lfsFile":
                     hub.files[value["path"]] = hub.objects[value["oid"]]
-            return self.reply({"commitUrl": f"{hub.url}/commit/1", "commitOid": "1" * 40, "success": True})
+            return self.reply({"commitUrl": f"{hub.url}/{name}/commit/1", "commitOid": "1" * 40, "success": True})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"

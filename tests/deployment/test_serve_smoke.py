@@ -49,8 +49,10 @@ def folder(tmp_path_factory, make_model, tokenizer):
                 weight.normal_(0, 0.3)
     adapted.save_pretrained(folder / "adapter")
     tokenizer.save_pretrained(folder / "adapter")
-    (folder / "colors.py").write_text(JUDGE)
-    (folder / "guard.yaml").write_text("guard: {kind: first_safe, judge: 'colors:Judge', refusal: not this one}\n")
+    (folder / "judges").mkdir()
+    (folder / "judges" / "colors.py").write_text(JUDGE)
+    guard = "guard: {kind: first_safe, judge: 'judges.colors:Judge', refusal: not this one}\n"
+    (folder / "guard.yaml").write_text(guard)
     return folder
 
 

@@ -28,7 +28,7 @@ class License:
 
 
 def _llama(version: str) -> License:
-    # Section 1.b, i and iii, of the agreements for Llama 3.1, 3.2, 3.3 and 4: meta-llama/llama-models, models/*/LICENSE.
+    # Section 1.b, i and iii, of the agreements for Llama 3.1 to 4: models/*/LICENSE of meta-llama/llama-models.
     return License(
         f"Llama {version} Community License",
         'pass on a copy of the agreement, show "Built with Llama", begin the name with Llama, and follow its '

@@ -44,13 +44,13 @@ def serve_by_transformers(checkpoint: str, *, name: str, host: str, port: int, d
         DeploymentError: If the server ends by itself.
     """
     check_packages("fastapi", "openai", "uvicorn")
+    model = find_model(checkpoint)
     if not _HUB_NAME.fullmatch(name) or "--" in name or ".." in name:
         raise RecipeError(
             f"`name` is '{name}'; expected letters, digits and single -_. with at most one /, as in org/my-model"
         )
     # Whether the port is free is known before the model is loaded.
     listen(host, port).close()
-    model = find_model(checkpoint)
     with TemporaryDirectory(prefix="bfpo-serve-") as folder:
         cache = Path(folder) / "hub"
         _write_cache(model, name, cache)

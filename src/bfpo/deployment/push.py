@@ -260,23 +260,28 @@ def _upload(api: HfApi, options: PushOptions, staging: Path) -> str:
         if options.private and not api.model_info(repo_id).private:
             raise RecipeError(f"{repo_id} exists and is public; make it private on the hub, or leave out --private")
         api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message="Upload a model with bfpo push")
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        reason = error.server_message or error.response.reason_phrase
-        hint = ""
-        if status == 401:
-            hint = "; the hub doesn't accept the token: log in again by `hf auth login`, or set HF_TOKEN"
-        elif status == 403:
-            hint = f"; the token may not write to {repo_id}: it needs that permission, also in the organization"
-        raise DeploymentError(f"the hub refuses the upload: HTTP {status} {reason}{hint}") from None
-    except (httpx.HTTPError, OfflineModeIsEnabled, ConnectionError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DeploymentError(
-            f"{api.endpoint} can't be reached ({reason}); run the same command again to go on with the upload"
-        ) from None
-    except (RuntimeError, ValueError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
         if isinstance(error, RecipeError):
             raise
-        reason = str(error).partition("\n")[0]
-        raise DeploymentError(f"the upload failed: {reason}; run the same command again to go on with it") from None
+        raise DeploymentError(_describe(error, api.endpoint, repo_id)) from error
     return str(url)
+
+
+def _describe(error: BaseException, endpoint: str, repo_id: str) -> str:
+    """Return an error of an upload in words; huggingface_hub wraps those of a file in a `RuntimeError`."""
+    again = "run the same command again to go on with the upload"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        reason = error.server_message or error.response.reason_phrase
+        hint = again if status >= 500 else ""
+        if status == 401:
+            hint = "the hub doesn't accept the token: log in by `hf auth login`, or set HF_TOKEN"
+        elif status == 403:
+            hint = f"the token may not write to {repo_id}: it needs that permission, also in the organization"
+        return f"the hub refuses the upload: HTTP {status} {reason}" + (f"; {hint}" if hint else "")
+    if isinstance(error, httpx.HTTPError | OfflineModeIsEnabled):
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        return f"{endpoint} can't be reached ({reason}); {again}"
+    if error.__cause__ is not None:
+        return _describe(error.__cause__, endpoint, repo_id)
+    return f"the upload failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}; {again}"
