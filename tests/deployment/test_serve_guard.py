@@ -35,6 +35,12 @@ CLIENT = httpx.Client(timeout=30)
 NEAR = (prompt_id(user_says("near")), 0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _close_client():
+    yield
+    CLIENT.close()
+
+
 class Judge:
     """Judge that calls a text with `bad` unsafe, and fails on one with `broken`."""
 
