@@ -129,7 +129,7 @@ def read_sources(manifest: Mapping[str, Any]) -> tuple[list[DataSource], list[st
             DataSource(
                 str(source["name"]),
                 "" if source["files"] else str(source["source"]["path"]),
-                str(source.get("license", source.get("licence")) or ""),
+                str(source.get("license") or ""),
             )
             for source in manifest.get("sources") or []
         ]
