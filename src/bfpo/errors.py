@@ -44,6 +44,12 @@ class TrainingError(BfpoError, RuntimeError):
     exit_code = 1
 
 
+class DeploymentError(BfpoError, RuntimeError):
+    """A server or an upload failed after it had started."""
+
+    exit_code = 1
+
+
 class Stopped(BfpoError):
     """A run received a signal to stop, and saved its state first."""
 

@@ -116,6 +116,12 @@ class TransformersEngine:
         guarded._guard = guard
         return guarded
 
+    def with_sampling(self, sampling: Sampling) -> "TransformersEngine":
+        """Return an engine of the same model, behind the same guard, that samples differently."""
+        resampled = copy(self)
+        resampled.sampling = sampling
+        return resampled
+
     def _hash_settings(self, *noise: int) -> str:
         sampling = self.sampling
         settings = (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed, *noise)

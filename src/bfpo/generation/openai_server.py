@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import islice
@@ -173,6 +173,15 @@ class ServerEngine:
     def faults(self) -> Counter[str]:
         """Number of faults by kind; see `Engine`."""
         return self._state.faults
+
+    def with_sampling(self, sampling: Sampling) -> "ServerEngine":
+        """Return an engine of the same server that samples differently; the two may run at the same time.
+
+        What is known of the server is shared: its faults, and what it doesn't accept.
+        """
+        resampled = ServerEngine(self.options, sampling, transport=self._transport)
+        resampled._state = replace(self._state, stopped=Event())
+        return resampled
 
     def generate(self, requests: Sequence[tuple[Prompt, int]]) -> Iterator[list[Completion]]:
         """Answer prompts, in batches as responses arrive; see `Engine`.

@@ -16,6 +16,7 @@ from bfpo.judging.open import open_judge
 from bfpo.judging.spec import JUDGES, AnswerJudgeText, parse_judge
 
 if TYPE_CHECKING:
+    from bfpo.generation.guards.screen import Screen
     from bfpo.generation.in_process import TransformersEngine
     from bfpo.model.cost_head import CostHead
 
@@ -103,7 +104,12 @@ def load_guard(path: Path) -> Guard:
 
 
 def guard_engine(
-    engine: Engine, sampling: Sampling, guard: Guard | None, *, show: Callable[[Completion], None] | None = None
+    engine: Engine,
+    sampling: Sampling,
+    guard: Guard | None,
+    *,
+    show: Callable[[Completion], None] | None = None,
+    screen: "Screen | None" = None,
 ) -> Engine:
     """Return an engine behind a guard, whose judge stays in memory beside the model; without one, the engine.
 
@@ -113,6 +119,7 @@ def guard_engine(
         guard: The guard.
         show: Function that gets an answer up to the end of each sentence once it has passed, where sentences are
             judged; see `SafeSentences`.
+        screen: Screen by the guard's judge, for engines that share it; by default the judge is opened.
 
     Raises:
         RecipeError: If the guard isn't possible with this sampling.
@@ -139,11 +146,11 @@ def guard_engine(
         from bfpo.generation.guards.sentences import SafeSentences
 
         model = _in_process(engine, "guard.by is 'sentence'", "set guard.by to answer")
-        judge = _open_guard_judge(guard)
+        judge = screen or open_guard_judge(guard)
         return SafeSentences(model, judge, samples=guard.samples, refusal=guard.refusal, show=show)
     from bfpo.generation.guards.first_safe import FirstSafe
 
-    return FirstSafe(engine, _open_guard_judge(guard), samples=guard.samples, refusal=guard.refusal)
+    return FirstSafe(engine, screen or open_guard_judge(guard), samples=guard.samples, refusal=guard.refusal)
 
 
 def load_head(path: str, engine: "TransformersEngine", *, key: str) -> "CostHead":
@@ -170,7 +177,13 @@ def load_head(path: str, engine: "TransformersEngine", *, key: str) -> "CostHead
     return head
 
 
-def _open_guard_judge(guard: FirstSafeSection) -> Judge:
+def open_guard_judge(guard: FirstSafeSection) -> Judge:
+    """Open the judge of a guard.
+
+    Raises:
+        DataError: If the file of the judge is missing or malformed.
+        ModelError: If the model of the judge can't be loaded.
+    """
     return open_judge(guard.judge, threshold=guard.threshold, server=guard.judge_server)
 
 

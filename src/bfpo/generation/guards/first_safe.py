@@ -52,15 +52,16 @@ class Redrawing(ABC, Generic[Pending]):
 
     Args:
         engine: Engine that samples.
-        judge: Judge of safety.
+        judge: Judge of safety, or a screen that several engines share.
         samples: Maximum number of samples of what the judge reads at once.
         refusal: Text in place of an answer of which nothing passes.
     """
 
     kind: ClassVar[str]
 
-    def __init__(self, engine: Engine, judge: Judge, *, samples: int, refusal: str) -> None:
-        self._engine, self._screen, self._samples, self._refusal = engine, Screen(judge), samples, refusal
+    def __init__(self, engine: Engine, judge: Judge | Screen, *, samples: int, refusal: str) -> None:
+        self._engine, self._samples, self._refusal = engine, samples, refusal
+        self._screen = judge if isinstance(judge, Screen) else Screen(judge)
 
     @property
     def faults(self) -> Counter[str]:

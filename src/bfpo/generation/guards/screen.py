@@ -88,9 +88,12 @@ class Screen:
             # Whatever a judge raises, its own bugs included: without a verdict nothing is known to be safe.
             if not self._has_warned:
                 self._has_warned = True
-                reason = f"{type(error).__name__}: {error}".removesuffix(": ")
                 warn(
-                    f"the guard's judge {self.judge.name} failed ({reason}); a text without a verdict doesn't pass. "
-                    "Further failures are only counted"
+                    f"the guard's judge {self.judge.name} failed ({self._describe(error)}); a text without a verdict "
+                    "doesn't pass. Further failures are only counted"
                 )
         return verdicts
+
+    def _describe(self, error: Exception) -> str:
+        """Return what is printed of a judge's error."""
+        return f"{type(error).__name__}: {error}".removesuffix(": ")

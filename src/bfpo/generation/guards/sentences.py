@@ -9,7 +9,7 @@ from functools import partial
 from bfpo.core.guarding import GuardCounts
 from bfpo.core.samples import Completion, Judge, Key, Prompt
 from bfpo.generation.guards.first_safe import ATTEMPT, PendingAnswer, Redrawing, gather, own_key, refuse
-from bfpo.generation.guards.screen import Screening
+from bfpo.generation.guards.screen import Screen, Screening
 from bfpo.generation.in_process import TokenAnswer, TransformersEngine
 
 _ENDS_SENTENCE = re.compile(r"(?:[.!?\u2026][\"'\u201d\u2019)\]*]*|\n)\s*\Z")
@@ -52,7 +52,7 @@ class SafeSentences(Redrawing[_GrowingAnswer]):
 
     Args:
         engine: Engine that samples.
-        judge: Judge of safety.
+        judge: Judge of safety, or a screen that several engines share.
         samples: Maximum number of samples of a sentence.
         refusal: Text in place of an answer of which no first sentence passes.
         show: Function that gets an answer up to the end of each sentence, once it has passed.
@@ -64,7 +64,7 @@ class SafeSentences(Redrawing[_GrowingAnswer]):
     def __init__(
         self,
         engine: TransformersEngine,
-        judge: Judge,
+        judge: Judge | Screen,
         *,
         samples: int,
         refusal: str,
