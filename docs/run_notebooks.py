@@ -3,8 +3,8 @@
     python docs/run_notebooks.py loss_and_theory
     BFPO_NOTEBOOK_MODEL=FOLDER python docs/run_notebooks.py real_model
 
-A notebook runs in a temporary folder. What libraries print on the standard error stream isn't kept. Needs nbclient and
-ipykernel, which are in the extra `dev`.
+A notebook runs in a temporary folder. What libraries print on the standard error stream isn't kept. Needs nbclient
+and ipykernel, which are in the extra `dev`.
 """
 
 import sys
