@@ -136,7 +136,9 @@ def write_formulas(site: Path, convert: Callable[..., str]) -> None:
     """
 
     def formula(match: re.Match[str]) -> str:
-        return convert(unescape(match[2]), display="inline" if match[1] == "span" else "block")
+        tag, latex = match[1], unescape(match[2])
+        mathml = convert(latex, display="inline" if tag == "span" else "block")
+        return f'<{tag} class="formula">{mathml}</{tag}>'
 
     for file in site.rglob("*.html"):
         text = file.read_text(encoding="utf-8")
