@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env docs quickstart real test test-slow check format
+.PHONY: env docs site quickstart real test test-slow check format
 
 env: $(VENV)/.done
 
@@ -32,10 +32,20 @@ test: env
 test-slow: env
 	$(PARALLEL) --dist loadfile -m slow
 
-# docs/recipes.md and docs/readme.svg are made from the code and from committed results.
+# Pages that are made from the code, and docs/readme.svg from committed results.
 docs: env
 	$(BIN)/python docs/make_recipes_page.py
+	$(BIN)/python docs/make_cli_page.py
+	$(BIN)/python docs/make_file_formats_page.py
 	$(BIN)/python docs/make_readme_figure.py
+
+# The site of the documentation, in site/, with every link checked. To read it: python -m http.server --directory site
+site: $(VENV)/.docs-done
+	$(BIN)/python docs/build_site.py
+
+$(VENV)/.docs-done: $(VENV)/.done
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 check: env
 	$(BIN)/ruff check .

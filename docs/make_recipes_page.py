@@ -2,8 +2,8 @@
 
     python docs/make_recipes_page.py
 
-The page is made of the docstrings of the recipes' fields, the names of `trainer:` that are refused, and the first
-comment line of every shipped recipe. A test compares the committed page with what this script writes.
+The page is made of the docstrings of the recipes' fields, the names of `trainer:` that are refused, and the start
+of the comment of every shipped recipe. A test compares the committed page with what this script writes.
 """
 
 import re
@@ -195,13 +195,22 @@ def shown(value: Any) -> str:
 
 
 def shipped() -> str:
-    """Return a table of the recipes of the project, each with its first comment line."""
+    """Return a table of the recipes of the project, each with the first sentences of its comment."""
     lines = ["## Shipped recipes", "", "| recipe | |", "|---|---|"]
     for file in sorted((ROOT / "recipes").rglob("*.yaml")):
-        first = file.read_text(encoding="utf-8").splitlines()[0]
         name = file.relative_to(ROOT).as_posix()
-        lines.append(f"| [{name}](../{name}) | {first.removeprefix('#').strip()} |")
+        lines.append(f"| [{name}](../{name}) | {first_sentences(file.read_text(encoding='utf-8'))} |")
     return "\n".join(lines)
+
+
+def first_sentences(recipe: str) -> str:
+    """Return the comment at the start of a recipe, up to the first line that ends a sentence."""
+    words = []
+    for line in recipe.splitlines():
+        words.append(line.removeprefix("#").strip())
+        if words[-1].endswith("."):
+            break
+    return " ".join(words)
 
 
 def named_sections(text: str, kinds: Iterable[type[Section]], common: type[Section] = Section) -> str:

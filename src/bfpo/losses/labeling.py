@@ -33,7 +33,7 @@ class LabelingFunction:
     Source:
         Paper, labeling function g_I and shift alpha; official `src/alignment/trainer/bfpo.py` @a1febab.
 
-    Example:
+    Examples:
         >>> g = LabelingFunction.from_parameters()
         >>> g(True, True), g(True, False), g(False, True), g(False, False)
         (0.5, 1.0, -1.0, -0.5)

@@ -135,7 +135,7 @@ class BFPO(PairLoss):
     Source:
         Paper, supervised loss; official `src/alignment/trainer/bfpo.py` @a1febab (which has b2 = 0).
 
-    Example:
+    Examples:
         >>> import torch
         >>> logps, safe, unsafe = torch.zeros(1), torch.ones(1), torch.zeros(1)
         >>> BFPO(beta=0.1)(PairLogps(logps, logps, logps, logps, chosen_safe=safe, rejected_safe=unsafe))
@@ -275,7 +275,7 @@ def bfpo_loss(
         `(h - (b3·(b1·s_chosen - s_rejected) - alpha + safety_weight·(s_chosen - s_rejected))/beta)²` with
         b3 = 1/(b1-1).
 
-    Example:
+    Examples:
         >>> import torch
         >>> zero = torch.zeros(2)
         >>> bfpo_loss(zero, zero, zero, zero, torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0]), beta=0.1)

@@ -44,7 +44,7 @@ class SFTTrainer(StreamTrainer):
         ModelError: If the model or its tokenizer can't be loaded.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> trainer = SFTTrainer(model="org/model", train_dataset=rows)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """

@@ -118,7 +118,7 @@ class BFPOTrainer(StreamTrainer):
         ModelError: If the model or its tokenizer can't be loaded.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> trainer = BFPOTrainer(model="org/model", train_dataset=rows)  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
         >>> trainer.save_model()  # doctest: +SKIP
