@@ -21,9 +21,9 @@ from bfpo.losses.baselines import CatDPO
 from bfpo.losses.inputs import PairLogps
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.losses.tail import tail_factors
-from bfpo.model.divergence import logps_and_divergences, reference_logps, vocabulary_logps
-from bfpo.model.layout import padded_layout
-from bfpo.model.logps import check_against_plain_forward
+from bfpo.model.divergence import logps_and_divergences, vocabulary_logps
+from bfpo.model.layout import Layout, padded_layout
+from bfpo.model.logps import Score, check_against_plain_forward, completion_states
 from bfpo.model.lora import add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
 from bfpo.training.batches import Batch, Collator
@@ -341,12 +341,9 @@ class BFPOTrainer(StreamTrainer):
         if self.category_margins is not None and categories is not None:
             columns["category_margin"] = self.category_margins.of(categories)
         if (share := self.loss.divergence_share) is not None:
-            assert self.reference is not None
-            unwrapped = self.accelerator.unwrap_model(model)
-            of_tokens = self.reference.logps(unwrapped, batch.layout, vocabulary_logps)
-            reference = reference_logps(of_tokens, batch.layout)
-            score = partial(logps_and_divergences, reference=of_tokens, share=share)
-            policy, divergence = model(layout=batch.layout, score=score).unbind(-1)
+            score = self._divergence_score(self.accelerator.unwrap_model(model), batch.layout, share)
+            policy, divergence, reference = model(layout=batch.layout, score=score).unbind(-1)
+            reference = reference.detach()
             columns |= {"chosen_divergence": divergence[0::2], "rejected_divergence": divergence[1::2]}
         else:
             if self.reference is not None:
@@ -363,3 +360,14 @@ class BFPOTrainer(StreamTrainer):
             rejected_lengths=lengths[1::2],
             **{name: values.to(policy.dtype) for name, values in columns.items()},
         )
+
+    def _divergence_score(self, model: nn.Module, layout: Layout, share: float) -> Score:
+        """Return the score that a loss with a divergence from the reference needs, for one batch."""
+        reference = self.reference
+        assert reference is not None
+
+        def reference_logps(states: Tensor) -> Tensor:
+            return reference.logps(model, layout, lambda model, layout: vocabulary_logps(model, states))
+
+        states = reference.logps(model, layout, completion_states)
+        return partial(logps_and_divergences, reference_states=states, reference_logps=reference_logps, share=share)
