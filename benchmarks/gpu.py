@@ -5,10 +5,11 @@
 
 Nothing is downloaded: models have random weights, pairs have random tokens. Needed are PyTorch with CUDA and Triton, and
 the project (`pip install -e . trl`, or `PYTHONPATH=src` where its dependencies are installed); a part that needs TRL,
-Liger, FlashAttention or bitsandbytes is left out without it, and the missing packages are printed first. On a
-machine without network that has only PyTorch, carry a virtual environment without PyTorch and run
+Liger, FlashAttention or bitsandbytes is left out without it, and the missing packages are printed first. For a machine
+without network that has only PyTorch, take the other packages along in a folder, for its version of Python:
 
-    PYTHONPATH=src:VENV/lib/python3.11/site-packages python benchmarks/gpu.py --minutes 8 --out $OUT/gpu.json
+    pip install --target DEPS --no-deps --only-binary=:all: --python-version 3.12 transformers trl peft accelerate ...
+    PYTHONPATH=src:DEPS python benchmarks/gpu.py --minutes 8 --out gpu.json
 
 Each part runs in a process of its own, with a share of the time that is left; what doesn't fit is listed as "not run:
 time". Results are written after every case, so a run that is stopped leaves what it has measured.
@@ -126,15 +127,13 @@ def run_part(name: str, seconds: float, out: Path, *, dry: bool) -> None:
 
 def head(seconds: float, *, dry: bool) -> dict[str, Any]:
     """Return what the results say about the machine and the code, without parts."""
-    from step_speed import source_revision
-
-    from bfpo.training.manifest import hardware, installed_version, versions
+    from bfpo.training.manifest import git_revision, hardware, installed_version, versions
 
     return {
         "command": f"python benchmarks/gpu.py --minutes {seconds / 60:g}" + " --dry" * dry,
         "seed": SEED,
         "dry": dry,
-        "source": source_revision(),
+        "source": git_revision(),
         "versions": versions() | {name: installed_version(name.replace("_", "-")) for name in OPTIONAL},
         "missing": [name for name in OPTIONAL if find_spec(name) is None],
         "hardware": hardware(),
