@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --minutes 8      # on an H100 or H200; writes results/gpu.json and results/gpu.md
     python benchmarks/gpu.py --dry            # the same code at tiny sizes on a CPU, nothing written
 
-Nothing is downloaded: models have random weights, pairs have random tokens. Needed are PyTorch with CUDA and Triton, and
-the project (`pip install -e . trl`, or `PYTHONPATH=src` where its dependencies are installed); a part that needs TRL,
-Liger, FlashAttention or bitsandbytes is left out without it, and the missing packages are printed first. For a machine
-without network that has only PyTorch, take the other packages along in a folder, for its version of Python:
+Nothing is downloaded: models have random weights, pairs have random tokens. Needed are PyTorch with CUDA and Triton,
+and the project (`pip install -e . trl`, or `PYTHONPATH=src` where its dependencies are installed); what needs TRL,
+Liger, FlashAttention or bitsandbytes is left out without it, and the missing packages are printed first. For a
+machine without network that has only PyTorch, take the other packages along in a folder, for its version of Python:
 
     pip install --target DEPS --no-deps --only-binary=:all: --python-version 3.12 transformers trl peft accelerate ...
     PYTHONPATH=src:DEPS python benchmarks/gpu.py --minutes 8 --out gpu.json

@@ -4,7 +4,8 @@
     python benchmarks/step_speed.py --quick    # under a minute; the last line is the ratio on HH-RLHF
     python benchmarks/step_speed.py --docs     # only update the tables and the plot of docs/performance.md
 
-docs/performance.md describes the measurements; those of a GPU are made by gpu.py. Real data are read from ../shared/data (see --data).
+docs/performance.md describes the measurements; gpu.py measures a GPU. Real data are read from ../shared/data (see
+--data).
 """
 
 import argparse

@@ -69,7 +69,7 @@ def test_a_case_that_fails_or_has_no_time_does_not_stop_the_others():
     assert results["c"]["ms"] == 1
     assert results["d"] == {"not_run": "time"}
     # While a case runs, the file says that it was stopped.
-    assert reports[0] == {"a": {"failed": "stopped: time"}} | dict.fromkeys("bcd", {"not_run": "time"})
+    assert reports[0] == {"a": {"failed": "stopped: time"}} | {name: {"not_run": "time"} for name in "bcd"}
 
 
 def test_parts_exist_and_share_all_of_the_time():

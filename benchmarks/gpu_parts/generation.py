@@ -51,7 +51,8 @@ def _same_answers(setting: Setting) -> Result:
         equal = sum(token == other for answer in tokens for token, other in answer)
         shares[f"temperature {temperature:g}"] = {
             "equal tokens": equal / sum(map(len, tokens)),
-            "equal answers": sum(cpu == device for cpu, device in zip(on_cpu, on_device, strict=True)) / len(requests),
+            "equal answers": sum(cpu == device for cpu, device in zip(on_cpu, on_device, strict=True))
+            / len(requests),
         }
     # A rounding error can turn one token, and then the rest of that answer.
     return shares | {"passed": all(share["equal tokens"] > 0.95 for share in shares.values())}

@@ -77,7 +77,8 @@ def _measure(way: Score, setting: Setting, *, frozen: bool = False) -> Result:
     logps = step().detach().double()
     if logps.ndim:
         with torch.no_grad():
-            exact = torch.cat([_materialized(model, *rows) for rows in zip(states.split(512), targets.split(512))])
+            pieces = zip(states.split(512), targets.split(512), strict=True)
+            exact = torch.cat([_materialized(model, *rows) for rows in pieces])
         result["largest error, nats"] = float((logps - exact.double()).abs().max())
     return result
 

@@ -18,9 +18,9 @@ def useful_flops(model: nn.Module, table: PairTable, rows: list[int]) -> float:
     """Return the floating-point operations of a step that every layout needs.
 
     Per weight of the body and token: 2 in each forward pass (policy and reference), 2 for the gradient of the input,
-    2 for that of the weight if it is trained. The head: the same, at completion tokens only. Weights of an adapter: not
-    in the reference. Attention: products of queries with keys and of weights with values, for causal pairs of positions
-    within the tokens of a pair. What a trainer computes again in the backward pass doesn't count.
+    2 for that of the weight if it is trained. The head: the same, at completion tokens only. Weights of an adapter:
+    not in the reference. Attention: products of queries with keys and of weights with values, for causal pairs of
+    positions within the tokens of a pair. What a trainer computes again in the backward pass doesn't count.
 
     Args:
         model: Llama-type model, possibly with an adapter in its layers, whose trained weights have `requires_grad`.

@@ -140,9 +140,7 @@ def measure_in_rotation(group: Group, table: PairTable, timed: Timed, warm_up: l
             seconds[name].append(timed(lambda step=steps[name], rows=rows: step(rows)))
             peaks[name] = max(peaks[name], _allocated_mib(peak=True) - before)
         print(f"  {group.name}: round {index + 1} of {group.rounds}", flush=True)
-    flops = {
-        name: [useful_flops(models[name], table, rows) for rows in group.batches()] for name in group.variants
-    }
+    flops = {name: [useful_flops(models[name], table, rows) for rows in group.batches()] for name in group.variants}
     result = _result(group, table, rates, seconds, flops)
     if torch.cuda.is_available():
         result |= {"static_mib": static, "peak_mib": peaks}

@@ -54,7 +54,9 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
     "llama": lambda size: LlamaForCausalLM(LlamaConfig(**size)),
     "mistral": lambda size: MistralForCausalLM(MistralConfig(**size, **WINDOW)),
     "qwen2": lambda size: Qwen2ForCausalLM(Qwen2Config(**size, **MIXED, use_sliding_window=True)),
-    "qwen3": lambda size: Qwen3ForCausalLM(Qwen3Config(**size, **MIXED, use_sliding_window=True, head_dim=_head_dim(size))),
+    "qwen3": lambda size: Qwen3ForCausalLM(
+        Qwen3Config(**size, **MIXED, use_sliding_window=True, head_dim=_head_dim(size))
+    ),
     "gemma2": lambda size: Gemma2ForCausalLM(
         Gemma2Config(
             **size,
@@ -66,11 +68,20 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
             attn_implementation="eager",
         )
     ),
-    "gemma3_text": lambda size: Gemma3ForCausalLM(Gemma3TextConfig(**size, **MIXED, head_dim=_head_dim(size), query_pre_attn_scalar=16)),
+    "gemma3_text": lambda size: Gemma3ForCausalLM(
+        Gemma3TextConfig(**size, **MIXED, head_dim=_head_dim(size), query_pre_attn_scalar=16)
+    ),
     "phi3": lambda size: Phi3ForCausalLM(Phi3Config(**size, **WINDOW)),
     "mixtral": lambda size: MixtralForCausalLM(MixtralConfig(**size, **WINDOW, **EXPERTS, num_local_experts=4)),
     "qwen3_moe": lambda size: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**size, **EXPERTS, head_dim=_head_dim(size), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+        Qwen3MoeConfig(
+            **size,
+            **EXPERTS,
+            head_dim=_head_dim(size),
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        )
     ),
 }
 

@@ -32,6 +32,7 @@ from bfpo.model.logps import (
     completion_states,
     token_logps,
 )
+
 from .test_logps import examples
 
 SIZE = {
@@ -99,7 +100,9 @@ def test_gradients_are_those_of_finite_differences(name, frozen, monkeypatch):
     targets = torch.tensor([3, 10, 0, 3, 7])
     weights = () if frozen else tuple(head.parameters())
     # gradcheck changes its inputs in place, so the weights of the head needn't be passed on.
-    assert torch.autograd.gradcheck(lambda states, *_: token_logps(model, states, targets, chunk=2), (states, *weights))
+    assert torch.autograd.gradcheck(
+        lambda states, *_: token_logps(model, states, targets, chunk=2), (states, *weights)
+    )
 
 
 def test_a_frozen_head_is_applied_once(monkeypatch):

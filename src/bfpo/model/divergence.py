@@ -1,7 +1,7 @@
 """How far the policy is from the reference at each position of a completion, over the whole vocabulary.
 
-Of the reference the hidden states are kept, 1/30 or less of the size of its log-probabilities. Both models' logits are
-computed in chunks, and again in the backward pass if there is more than one; see `bfpo.model.logps.chunk_size`.
+Of the reference the hidden states are kept, 1/30 or less of the size of its log-probabilities. Both models' logits
+are computed in chunks, and again in the backward pass if there is more than one; see `bfpo.model.logps.chunk_size`.
 """
 
 from collections.abc import Callable
@@ -38,8 +38,8 @@ def logps_and_divergences(
         share: As in `tail_divergence`.
 
     Returns:
-        The policy's log-probability, the divergence, and the reference's log-probability, which has no gradient; nats,
-        (S, 3).
+        The policy's log-probability, the divergence, and the reference's log-probability, which has no gradient;
+        nats, (S, 3).
     """
 
     def score(logits: Tensor, targets: Tensor, states: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ Score: TypeAlias = Callable[[PreTrainedModel, Layout], Tensor]
 
 # Maximum number of logits kept for the backward pass: 128 MiB in float32.
 MAX_KEPT_LOGITS = 2**25
-# If there are more, this many predictions are scored at a time, fewer if the vocabulary is so large that they would have
-# more logits than the second number: 0.5 GiB in float32, of which a few exist at once.
+# If there are more, this many predictions are scored at a time, fewer if the vocabulary is so large that they would
+# have more logits than the second number: 0.5 GiB in float32. Up to three such tensors exist at once.
 CHUNK, MAX_CHUNK_LOGITS = 1024, 2**27
 
 
@@ -45,7 +45,9 @@ def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int | Non
     Returns:
         Log-probabilities in nats, (S,) float64 (float32 on devices without float64).
     """
-    return sum_by_completion(token_logps(model, completion_states(model, layout), layout.targets, chunk=chunk), layout)
+    return sum_by_completion(
+        token_logps(model, completion_states(model, layout), layout.targets, chunk=chunk), layout
+    )
 
 
 def token_logps(model: PreTrainedModel, states: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:

@@ -48,7 +48,8 @@ def scores_and_router_loss(model: PreTrainedModel, layout: Layout, *, score: Sco
         The scores, and the loss of Switch Transformers over all layers, () float32; the number of chosen experts if
         they are chosen equally often.
     """
-    router_logits: list[tuple[Tensor, ...]] = []
+    # transformers annotates a tuple of all layers' logits as one of a single tensor.
+    router_logits: list[Any] = []
 
     def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, kwargs | {"output_router_logits": True}
@@ -64,7 +65,7 @@ def scores_and_router_loss(model: PreTrainedModel, layout: Layout, *, score: Sco
         for handle in handles:
             handle.remove()
     config = model.config.get_text_config()
-    loss = load_balancing_loss_func(  # type: ignore[no-untyped-call]
+    loss = load_balancing_loss_func(
         router_logits[0], config.num_experts, config.num_experts_per_tok, _padding_mask(layout)
     )
     assert isinstance(loss, Tensor)

@@ -86,7 +86,11 @@ def estimate(
     # Per token, layer and hidden unit about 34 bytes are kept for the backward pass at 16 bits (Korthikanti et al.,
     # arXiv 2205.05198), twice that at 32; the head keeps float32 logits and their gradient, all or a chunk.
     hidden_states = micro_batch_tokens * config.num_hidden_layers * config.hidden_size * 34 * per_weight / 2
-    logits = 0 if heads is not None else max(chunk_size(config.vocab_size, MAX_KEPT_LOGITS) * config.vocab_size, MAX_KEPT_LOGITS)
+    logits = (
+        0
+        if heads is not None
+        else max(chunk_size(config.vocab_size, MAX_KEPT_LOGITS) * config.vocab_size, MAX_KEPT_LOGITS)
+    )
     return Estimate(
         selection=selection,
         weights=weights + (selection.trained * per_trained if lora is not None else 0.0),

@@ -75,7 +75,8 @@ class StreamTrainer(Trainer, ABC):
 
     Raises:
         ModelError: If a token of the data has no embedding.
-        RecipeError: If a load-balancing loss is requested for a model without experts, or the launched processes or the requested sharding can't be used; see `bfpo.training.processes`.
+        RecipeError: If a load-balancing loss is requested for a model without experts, or the launched processes or
+            the requested sharding can't be used; see `bfpo.training.processes`.
     """
 
     # The loss of a micro-batch is already its part of the step's loss; transformers must not divide it again.
