@@ -2,8 +2,8 @@
 
 import importlib
 import json
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,23 +50,28 @@ def test_a_part_has_a_process_of_its_own_that_is_stopped(tmp_path):
     assert not (tmp_path / "gpu.json").exists()
 
 
-def test_a_case_that_fails_or_has_no_time_does_not_stop_the_others():
-    from gpu_parts.cases import run_cases
+def test_a_case_that_fails_or_has_no_time_does_not_stop_the_others(monkeypatch):
+    from gpu_parts import cases as module
+
+    clock = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def takes_long():
+        clock[0] += 10
+        return {"ms": 1}
 
     def fails():
         raise RuntimeError("broken")
 
     def needs_another_package():
-        from gpu_parts.cases import require
-
-        require("json", "no_such_package")
+        module.require("json", "no_such_package")
 
     reports = []
-    cases = {"a": fails, "b": needs_another_package, "c": lambda: time.sleep(0.05) or {"ms": 1}, "d": fails}
-    results = run_cases(cases, 0.05, lambda results: reports.append(json.loads(json.dumps(results))))
+    cases = {"a": fails, "b": needs_another_package, "c": takes_long, "d": fails}
+    results = module.run_cases(cases, 10, lambda results: reports.append(json.loads(json.dumps(results))))
     assert results["a"]["failed"] == "RuntimeError: broken"
     assert results["b"]["not_run"] == "no_such_package is not installed"
-    assert results["c"]["ms"] == 1
+    assert results["c"] == {"ms": 1, "seconds": 10}
     assert results["d"] == {"not_run": "time"}
     # While a case runs, the file says that it was stopped.
     assert reports[0] == {"a": {"failed": "stopped: time"}} | {name: {"not_run": "time"} for name in "bcd"}
