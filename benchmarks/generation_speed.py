@@ -62,18 +62,23 @@ def make_requests(model_path: str, count: int, lengths: str) -> list[DecodeReque
     return requests
 
 
-def run_engine(model: Any, requests: list[DecodeRequest], temperature: float) -> int:
+def run_engine(model: Any, requests: list[DecodeRequest], temperature: float, rows: int = ROWS) -> int:
     """Decode with the engine; return the number of tokens."""
-    sampler = Sampler(Sampling(temperature=temperature))
-    decoder = Decoder(model, [], sampler, max_tokens=1 << 30, max_rows=ROWS)
-    return sum(len(answer.token_ids) for answers in decoder.decode(requests) for answer in answers)
+    return sum(map(len, decode(model, requests, temperature, rows)))
+
+
+def decode(model: Any, requests: list[DecodeRequest], temperature: float, rows: int = ROWS) -> list[list[int]]:
+    """Return the engine's answer to each request."""
+    decoder = Decoder(model, [], Sampler(Sampling(temperature=temperature)), max_tokens=1 << 30, max_rows=rows)
+    answers = {answer.number: answer.token_ids for ended in decoder.decode(requests) for answer in ended}
+    return [answers[number] for number in range(len(requests))]
 
 
 @torch.inference_mode()
-def run_generate(model: Any, requests: list[DecodeRequest], temperature: float) -> int:
+def run_generate(model: Any, requests: list[DecodeRequest], temperature: float, rows: int = ROWS) -> int:
     """Decode batch by batch with `generate`; return the number of tokens within the answers' lengths."""
-    for start in range(0, len(requests), ROWS):
-        batch = requests[start : start + ROWS]
+    for start in range(0, len(requests), rows):
+        batch = requests[start : start + rows]
         width = max(len(request.prompt_ids) for request in batch)
         ids = [[0] * (width - len(request.prompt_ids)) + list(request.prompt_ids) for request in batch]
         mask = [[0] * (width - len(request.prompt_ids)) + [1] * len(request.prompt_ids) for request in batch]
@@ -86,7 +91,8 @@ def run_generate(model: Any, requests: list[DecodeRequest], temperature: float) 
         )
         config.eos_token_id = None
         model.generation_config = config
-        output = model.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), generation_config=config)
+        inputs, masks = (torch.tensor(values, device=model.device) for values in (ids, mask))
+        output = model.generate(inputs, attention_mask=masks, generation_config=config)
         assert output.shape == (len(batch), width + config.max_new_tokens)
     return sum(request.max_new_tokens for request in requests)
 

@@ -2,10 +2,10 @@
 
     python benchmarks/step_speed.py            # about 25 minutes; resumes after an interruption
     python benchmarks/step_speed.py --quick    # under a minute; the last line is the ratio on HH-RLHF
-    python benchmarks/step_speed.py --cuda     # on one GPU, models of 1 and 7 B
     python benchmarks/step_speed.py --docs     # only update the tables and the plot of docs/performance.md
 
-docs/performance.md describes the measurements. Real data are read from ../shared/data (see --data).
+docs/performance.md describes the measurements; gpu.py measures a GPU. Real data are read from ../shared/data (see
+--data).
 """
 
 import argparse
@@ -21,7 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is impor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "step_speed.json"
-CUDA_RESULTS = RESULTS.with_name("step_speed_cuda.json")
 DOCS = ROOT / "docs" / "performance.md"
 SEED = 42
 
@@ -39,7 +38,6 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     for name, help_text in (
         ("quick", "HH-RLHF only, a few rounds, nothing written"),
-        ("cuda", "measure on one GPU"),
         ("docs", "only write docs/performance.md from the results"),
     ):
         mode.add_argument(f"--{name}", action="store_true", help=help_text)
@@ -52,9 +50,6 @@ def main() -> None:
         return
     if not options.data.is_dir():
         raise SystemExit(f"--data: {options.data} is not a folder")
-    if options.cuda:
-        measure_on_cuda(options.data)
-        return
     # These are measurements of a CPU. torch reads this variable, too, when it is imported.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if options.quick:
@@ -110,40 +105,6 @@ def measure_all(data: Path) -> None:
             table = make_pairs(group.data, data, count=EXACTNESS_PAIRS, seed=SEED)
             errors = largest_errors(SHAPES[group.shape], table, list(range(EXACTNESS_PAIRS)))
             add_result(RESULTS, results, "exactness", group.name, errors)
-
-
-def measure_on_cuda(data: Path) -> None:
-    """Measure the groups that fit on the GPU and print the results."""
-    import torch
-    from transformers.utils import is_flash_attn_2_available
-
-    if not torch.cuda.is_available():
-        raise SystemExit("--cuda: PyTorch finds no GPU; leave the option out to measure on the CPU")
-    from speed.data import make_pairs
-    from speed.measure import Group, measure_in_turn
-    from speed.report import speed_table, utilization
-
-    trl_variants = ("TRL, SDPA", *(["TRL, FlashAttention"] if is_flash_attn_2_available() else []))
-    variants = (*trl_variants, "bfpo, checkpointed", "bfpo, not checkpointed")
-    groups = [
-        Group(name, shape, 8, variants, rounds=10, selective=selective, needs_gib=needs_gib)
-        for shape, selective, needs_gib in (("1B", False, 40), ("7B", True, 75), ("7B", False, 130))
-        for name in ("hh", "ultrafeedback")
-    ]
-    device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
-    results = load_results(CUDA_RESULTS, "python benchmarks/step_speed.py --cuda")
-    for group in groups:
-        if group.needs_gib > memory:
-            print(f"{group.name}: skipped; it needs {group.needs_gib} GiB and the GPU has {memory:.0f}")
-            continue
-        if group.name not in results["groups"]:
-            table = make_pairs(group.data, data, count=group.pairs, seed=SEED)
-            add_result(CUDA_RESULTS, results, "groups", group.name, measure_in_turn(group, table))
-        result = results["groups"][group.name]
-        print(f"\n{group.name}\n{speed_table(result)}")
-        for name, peak in result["peak_mib"].items():
-            share = utilization(result, name, device)
-            print(f"{name}: {share} of the GPU's peak in its data sheet, peak memory {peak:,} MiB above static")
 
 
 def load_results(path: Path, command: str) -> dict[str, Any]:

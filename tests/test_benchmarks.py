@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 from bfpo.core.files import write_json
+from bfpo.model.lora import add_adapter
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "step_speed.py"
@@ -64,9 +66,15 @@ def test_useful_tokens_and_operations_by_hand():
     body, head = 4 * shape.hidden**2 + 3 * mlp, shape.hidden * shape.vocabulary
     assert num_tokens(table, [0, 2]) == tokens
     full = 8 * body * tokens + 8 * head * scored + 16 * shape.hidden * attended
-    assert useful_flops(model, table, [0, 2], selective=False) == full
+    assert useful_flops(model, table, [0, 2]) == full
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("down_proj" in name)
     selective = (6 * body + 2 * mlp) * tokens + 6 * head * scored + 16 * shape.hidden * attended
-    assert useful_flops(model, table, [0, 2], selective=True) == selective
+    assert useful_flops(model, table, [0, 2]) == selective
+    add_adapter(model, LoraConfig(r=3, target_modules=["down_proj"], task_type="CAUSAL_LM"), seed=0)
+    adapter = 3 * (shape.feed_forward + shape.hidden)
+    with_adapter = (6 * body + 6 * adapter) * tokens + 6 * head * scored + 16 * shape.hidden * attended
+    assert useful_flops(model, table, [0, 2]) == with_adapter
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings of TRL
@@ -138,16 +146,6 @@ def test_interrupted_results_are_resumed_on_the_same_code_only(tmp_path, capsys)
     write_json(path, results | {"source": "another commit"})
     assert step_speed.load_results(path, "command")["groups"] == {}
     assert "starting over" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_cuda_is_rejected_without_a_gpu(tmp_path, monkeypatch):
-    import step_speed
-
-    monkeypatch.setattr("sys.argv", [str(SCRIPT), "--cuda", "--data", str(tmp_path)])
-    # A message as the code of SystemExit goes to stderr, and the process exits with 1.
-    with pytest.raises(SystemExit, match="PyTorch finds no GPU"):
-        step_speed.main()
 
 
 def test_generation_is_as_fast_as_its_page_says():

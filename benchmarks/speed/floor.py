@@ -14,30 +14,30 @@ def num_tokens(table: PairTable, rows: list[int]) -> int:
     return sum(prompt + chosen + rejected - 2 for prompt, chosen, rejected in table.lengths[rows].tolist())
 
 
-def useful_flops(model: nn.Module, table: PairTable, rows: list[int], *, selective: bool) -> float:
+def useful_flops(model: nn.Module, table: PairTable, rows: list[int]) -> float:
     """Return the floating-point operations of a step that every layout needs.
 
     Per weight of the body and token: 2 in each forward pass (policy and reference), 2 for the gradient of the input,
-    2 for that of the weight if it is trained. The head: the same, at completion tokens only. Attention: products of
-    queries with keys and of weights with values, for causal pairs of positions within the tokens of a pair.
+    2 for that of the weight if it is trained. The head: the same, at completion tokens only. Weights of an adapter:
+    not in the reference. Attention: products of queries with keys and of weights with values, for causal pairs of
+    positions within the tokens of a pair. What a trainer computes again in the backward pass doesn't count.
 
     Args:
-        model: Llama-type model.
+        model: Llama-type model, possibly with an adapter in its layers, whose trained weights have `requires_grad`.
         table: Token table.
         rows: Rows of one step.
-        selective: Whether only `down_proj` is trained.
     """
-    config = model.config
-    weights = {name: weight.numel() for name, weight in model.get_decoder().layers.named_parameters()}
-    body = sum(count for name, count in weights.items() if "norm" not in name)
-    trained = sum(count for name, count in weights.items() if "down_proj" in name) if selective else body
-    head = config.hidden_size * config.vocab_size
+    config, head = model.config, model.get_output_embeddings().weight
+    body = 0
+    for name, weight in model.get_decoder().layers.named_parameters():
+        if "norm" not in name:
+            body += weight.numel() * ((4 if "lora_" in name else 6) + 2 * weight.requires_grad)
     scored = int(table.lengths[rows][:, 1:].sum())
     attended = sum(_causal_pairs(*lengths) for lengths in table.lengths[rows].tolist())
     width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return (
-        (6 * body + 2 * trained) * num_tokens(table, rows)
-        + (6 if selective else 8) * head * scored
+        body * num_tokens(table, rows)
+        + (6 + 2 * head.requires_grad) * head.numel() * scored
         # Per pair of positions and unit of width: 4 in each of two forward passes, 8 in the backward pass.
         + 16 * width * attended
     )

@@ -33,8 +33,8 @@ class Group:
         variants: Keys of `VARIANTS`.
         rounds: Number of batches; every variant takes one step on each.
         selective: Whether all variants train `down_proj` only.
+        lora: Whether all variants train an adapter.
         keeps_memory: Whether the process keeps freed memory; see `keep_memory`.
-        needs_gib: Device memory that the largest variant needs, in GiB.
     """
 
     data: str
@@ -43,14 +43,14 @@ class Group:
     variants: tuple[str, ...]
     rounds: int
     selective: bool = False
+    lora: bool = False
     keeps_memory: bool = True
-    needs_gib: int = 0
 
     @property
     def name(self) -> str:
         """Name of the group in the results."""
         name = f"{self.data}, {self.shape}, {self.batch_size} pairs"
-        return name + ", down_proj" * self.selective + SYSTEM_MALLOC * (not self.keeps_memory)
+        return name + ", down_proj" * self.selective + ", LoRA" * self.lora + SYSTEM_MALLOC * (not self.keeps_memory)
 
     @property
     def pairs(self) -> int:
@@ -64,7 +64,7 @@ class Group:
 
     def variant(self, name: str) -> Variant:
         """Return a variant with this group's settings."""
-        return replace(VARIANTS[name], selective=True) if self.selective else VARIANTS[name]
+        return replace(VARIANTS[name], selective=self.selective or VARIANTS[name].selective, lora=self.lora)
 
 
 def cpu_seconds(run: Callable[[], object]) -> float:
@@ -111,40 +111,46 @@ def measure_together(group: Group, table: PairTable) -> dict[str, Any]:
     torch.set_num_threads(1)
     if group.keeps_memory:
         keep_memory()
+    return measure_in_rotation(group, table, cpu_seconds, [shortest(table, group.batch_size)])
+
+
+def measure_in_rotation(group: Group, table: PairTable, timed: Timed, warm_up: list[list[int]]) -> dict[str, Any]:
+    """Time all variants of a group in rotation, batch by batch, each after a warm-up on other rows.
+
+    With a GPU, the result has the memory between steps that each variant added (`static_mib`) and the peak above what
+    all hold (`peak_mib`).
+    """
     steps, models = {}, {}
+    static: dict[str, float] = {}
     for name in group.variants:
-        steps[name], models[name] = _warmed_up(group, name, table, [shortest(table, group.batch_size)])
+        before = _allocated_mib()
+        steps[name], models[name] = _warmed_up(group, name, table, warm_up)
+        static[name] = _allocated_mib() - before
     dtypes = {VARIANTS[name].matmul_dtype for name in group.variants}
     rates: dict[str, list[float]] = {_name(dtype): [] for dtype in dtypes}
     seconds: dict[str, list[float]] = {name: [] for name in group.variants}
+    peaks = dict.fromkeys(group.variants, 0.0)
     for index, rows in enumerate(group.batches()):
         for dtype in dtypes:
-            rates[_name(dtype)].append(matmul_rate(models[group.variants[0]], dtype, cpu_seconds))
+            rates[_name(dtype)].append(matmul_rate(models[group.variants[0]], dtype, timed))
         for name in _rotated(group.variants, index):
-            seconds[name].append(cpu_seconds(lambda step=steps[name], rows=rows: step(rows)))
+            before = _allocated_mib()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            seconds[name].append(timed(lambda step=steps[name], rows=rows: step(rows)))
+            peaks[name] = max(peaks[name], _allocated_mib(peak=True) - before)
         print(f"  {group.name}: round {index + 1} of {group.rounds}", flush=True)
-    flops = {name: _flops(models[name], group, name, table) for name in group.variants}
-    return _result(group, table, rates, seconds, flops)
+    flops = {name: [useful_flops(models[name], table, rows) for rows in group.batches()] for name in group.variants}
+    result = _result(group, table, rates, seconds, flops)
+    if torch.cuda.is_available():
+        result |= {"static_mib": static, "peak_mib": peaks}
+    return result
 
 
-def measure_in_turn(group: Group, table: PairTable) -> dict[str, Any]:
-    """Time the variants one after the other on the GPU, where two may not fit, each after a warm-up pass."""
-    seconds: dict[str, list[float]] = {}
-    rates: dict[str, list[float]] = {}
-    flops, peaks = {}, {}
-    for name in group.variants:
-        step, model = _warmed_up(group, name, table, group.batches())
-        static = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        seconds[name] = [cuda_seconds(lambda step=step, rows=rows: step(rows)) for rows in group.batches()]
-        peaks[name] = round((torch.cuda.max_memory_allocated() - static) / 2**20)
-        rates["bfloat16"] = group.rounds * [matmul_rate(model, torch.bfloat16, cuda_seconds, tokens=8192)]
-        flops[name] = _flops(model, group, name, table)
-        print(f"  {group.name}: {name}", flush=True)
-        del step, model
-        gc.collect()
-        torch.cuda.empty_cache()
-    return _result(group, table, rates, seconds, flops) | {"peak_mib": peaks}
+def _allocated_mib(*, peak: bool = False) -> float:
+    if not torch.cuda.is_available():
+        return 0.0
+    return round((torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)() / 2**20, 1)
 
 
 def _warmed_up(group: Group, name: str, table: PairTable, batches: list[list[int]]) -> tuple[Step, Any]:
@@ -153,11 +159,6 @@ def _warmed_up(group: Group, name: str, table: PairTable, batches: list[list[int
     for rows in batches:
         step(rows)
     return step, model
-
-
-def _flops(model: Any, group: Group, name: str, table: PairTable) -> list[float]:
-    selective = group.variant(name).selective
-    return [useful_flops(model, table, rows, selective=selective) for rows in group.batches()]
 
 
 def _result(group: Group, table: PairTable, rates: Any, seconds: Any, flops: Any) -> dict[str, Any]:

@@ -92,13 +92,13 @@ def speed_table(result: dict[str, Any]) -> str:
     )
 
 
-def utilization(result: dict[str, Any], name: str, device: str) -> str:
-    """Return the share of useful operations in the peak of the GPU's data sheet as text; see `BF16_PEAK`."""
+def utilization(result: dict[str, Any], name: str, device: str) -> float | None:
+    """Return the share of useful operations in the peak of the GPU's data sheet; None if it isn't in `BF16_PEAK`."""
     peak = next((peak for key, peak in BF16_PEAK.items() if key in device), None)
     if peak is None:
-        return "an unknown share"
+        return None
     rounds = zip(result["useful_flops"][name], result["seconds"][name], strict=True)
-    return f"{median(flops / seconds for flops, seconds in rounds) / peak:.0%}"
+    return median(flops / seconds for flops, seconds in rounds) / peak
 
 
 def title(group: str) -> str:

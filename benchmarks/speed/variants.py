@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Tra
 from trl import DPOConfig, DPOTrainer
 
 from bfpo import BFPOTrainer
-from bfpo.config.recipes import LayoutSection
+from bfpo.config.recipes import LayoutSection, LoraSection
 from bfpo.data.table import PairTable
 from bfpo.losses.pairwise import BFPO
+from bfpo.model.lora import lora_config
 from bfpo.model.new import new_tokenizer
 from bfpo.training.batches import Collator
 from bfpo.training.streams import WeightedRow
@@ -45,8 +46,9 @@ SHAPES = {
     "9M": Shape(384, 4, 6, 6, 1536),
     "9M, vocabulary 32k": Shape(384, 4, 6, 6, 1536, 32000),
     "25M": Shape(512, 6, 8, 8, 2048),
-    "1B": Shape(2048, 22, 32, 4, 5632, 32000),
-    "7B": Shape(4096, 32, 32, 8, 14336, 32000),
+    # Of Llama 3.2 1B and Llama 3.1 8B, with a head of their own.
+    "1B": Shape(2048, 16, 32, 8, 8192, 128256),
+    "8B": Shape(4096, 32, 32, 8, 14336, 128256),
 }
 
 
@@ -59,18 +61,22 @@ class Variant:
         precision: float32, float32 weights under bf16 autocast, or bf16 weights.
         checkpointing: Whether activations are recomputed in the backward pass.
         selective: Whether only `down_proj` is trained.
+        lora: Whether an adapter is trained, with the defaults of a recipe's `lora`.
         padded: Whether our layout is the padded one instead of the packed one.
         compact_head: Whether TRL's head is forced to score completion tokens only.
         attention: Attention function of transformers; None is the default.
+        liger: Whether TRL uses Liger's kernels.
     """
 
     trainer: Literal["trl", "bfpo"]
     precision: Literal["fp32", "autocast", "bf16"] = "fp32"
     checkpointing: bool = False
     selective: bool = False
+    lora: bool = False
     padded: bool = False
     compact_head: bool = False
     attention: str | None = None
+    liger: bool = False
 
     @property
     def matmul_dtype(self) -> torch.dtype:
@@ -89,6 +95,7 @@ VARIANTS = {
     "bfpo, selective bf16": Variant("bfpo", precision="autocast", selective=True),
     # On a GPU TRL's head scores completion tokens only by default.
     "TRL, SDPA": Variant("trl", precision="bf16", checkpointing=True),
+    "TRL, Liger's kernels": Variant("trl", precision="bf16", checkpointing=True, liger=True),
     "TRL, FlashAttention": Variant("trl", precision="bf16", checkpointing=True, attention="flash_attention_2"),
     "bfpo, checkpointed": Variant("bfpo", precision="bf16", checkpointing=True),
     "bfpo, not checkpointed": Variant("bfpo", precision="bf16"),
@@ -155,7 +162,8 @@ def _arguments(variant: Variant, batch_size: int) -> dict[str, Any]:
     return {
         "output_dir": tempfile.gettempdir(),
         "per_device_train_batch_size": batch_size,
-        "bf16": variant.precision == "autocast",
+        # An adapter of a bf16 model is float32.
+        "bf16": variant.precision == "autocast" or (variant.lora and variant.precision == "bf16"),
         # Enabled in `make_step`, because trainers enable it in `train()` only.
         "gradient_checkpointing": False,
         "learning_rate": 1e-6,
@@ -174,8 +182,9 @@ def bfpo_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int
         table,
         loss=BFPO(beta=0.5),
         train_only=["down_proj"] if variant.selective else None,
+        peft_config=lora_config(LoraSection()) if variant.lora else None,
         layout=LayoutSection(kind="padded" if variant.padded else "packed"),
-        reference="shared",
+        reference="adapter" if variant.lora else "shared",
     )
     if trainer.layout_section.kind == "padded" and not variant.padded:
         raise SystemExit("the trainer fell back to the padded layout; the benchmark needs the packed one")
@@ -186,7 +195,7 @@ def bfpo_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int
 def trl_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int) -> tuple[Any, Any]:
     """Return TRL's trainer and a function that collates rows for it."""
     datasets.disable_progress_bars()
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = None if variant.lora else copy.deepcopy(model).requires_grad_(False)
     if variant.selective:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("down_proj" in name)
@@ -195,9 +204,10 @@ def trl_trainer(variant: Variant, model: Any, table: PairTable, batch_size: int)
     trainer = DPOTrainer(
         model,
         reference,
-        DPOConfig(**_arguments(variant, batch_size), max_length=MAX_LENGTH),
+        DPOConfig(**_arguments(variant, batch_size), max_length=MAX_LENGTH, use_liger_kernel=variant.liger),
         train_dataset=datasets.Dataset.from_dict({"prompt": text, "chosen": text, "rejected": text}),
         processing_class=new_tokenizer(text, vocab_size=300),
+        peft_config=lora_config(LoraSection()) if variant.lora else None,
     )
 
     def collate(rows: list[int]) -> Any:

@@ -1,5 +1,8 @@
 """A tiny random model of each family whose packed and padded rows are compared."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from transformers import (
     Gemma2Config,
@@ -23,7 +26,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-SIZE = {
+SIZE: dict[str, Any] = {
     "vocab_size": 250,
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -42,32 +45,48 @@ MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attenti
 # The grouped matrix products of experts don't support float64.
 EXPERTS = {"experts_implementation": "eager"}
 
-FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZE, **WINDOW)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZE, **MIXED, use_sliding_window=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZE, **MIXED, use_sliding_window=True, head_dim=8)),
-    "gemma2": lambda: Gemma2ForCausalLM(
+
+def _head_dim(size: dict[str, Any]) -> int:
+    return int(size["hidden_size"] // size["num_attention_heads"])
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
+    "llama": lambda size: LlamaForCausalLM(LlamaConfig(**size)),
+    "mistral": lambda size: MistralForCausalLM(MistralConfig(**size, **WINDOW)),
+    "qwen2": lambda size: Qwen2ForCausalLM(Qwen2Config(**size, **MIXED, use_sliding_window=True)),
+    "qwen3": lambda size: Qwen3ForCausalLM(
+        Qwen3Config(**size, **MIXED, use_sliding_window=True, head_dim=_head_dim(size))
+    ),
+    "gemma2": lambda size: Gemma2ForCausalLM(
         Gemma2Config(
-            **SIZE,
+            **size,
             **MIXED,
-            head_dim=8,
+            head_dim=_head_dim(size),
             query_pre_attn_scalar=16,
             attn_logit_softcapping=2.0,
             final_logit_softcapping=5.0,
             attn_implementation="eager",
         )
     ),
-    "gemma3_text": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZE, **MIXED, head_dim=8, query_pre_attn_scalar=16)),
-    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZE, **WINDOW)),
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZE, **WINDOW, **EXPERTS, num_local_experts=4)),
-    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SIZE, **EXPERTS, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    "gemma3_text": lambda size: Gemma3ForCausalLM(
+        Gemma3TextConfig(**size, **MIXED, head_dim=_head_dim(size), query_pre_attn_scalar=16)
+    ),
+    "phi3": lambda size: Phi3ForCausalLM(Phi3Config(**size, **WINDOW)),
+    "mixtral": lambda size: MixtralForCausalLM(MixtralConfig(**size, **WINDOW, **EXPERTS, num_local_experts=4)),
+    "qwen3_moe": lambda size: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **size,
+            **EXPERTS,
+            head_dim=_head_dim(size),
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+        )
     ),
 }
 
 
-def family(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return a new copy of the family's model."""
+def family(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """Return a new copy of the family's model; changes are those of `SIZE`."""
     torch.manual_seed(0)
-    return FAMILIES[name]().to(dtype)
+    return FAMILIES[name](SIZE | changes).to(dtype)

@@ -27,7 +27,7 @@ def examples():
 
 def scorer(family, count=2):
     torch.manual_seed(0)
-    model = add_score_heads(FAMILIES[family]().double().eval(), count, pad_id=0, seed=3)
+    model = add_score_heads(FAMILIES[family](SIZE).double().eval(), count, pad_id=0, seed=3)
     add_layout_forward(model, completion_scores)
     return model
 
@@ -58,7 +58,7 @@ def test_a_head_that_does_more_is_refused():
 def test_models_that_can_have_no_heads_are_refused():
     with pytest.raises(ModelError, match="no sequence classifier of CohereForCausalLM"):
         add_score_heads(CohereForCausalLM(CohereConfig(**SIZE)), 1, pad_id=0, seed=0)
-    adapted = add_adapter(FAMILIES["llama"](), lora_config(LoraSection(r=2)), seed=0)
+    adapted = add_adapter(FAMILIES["llama"](SIZE), lora_config(LoraSection(r=2)), seed=0)
     with pytest.raises(ModelError, match="has an adapter; merge it first"):
         add_score_heads(adapted, 1, pad_id=0, seed=0)
 

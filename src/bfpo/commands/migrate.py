@@ -13,7 +13,20 @@ from bfpo.migration.draft import Draft, KeyOutcome, Outcome
 from bfpo.migration.stacks import RecipeKind, Stack, detect_kind, detect_stack
 
 # The usual order of a recipe's sections.
-ORDER = ("model", "data", "buffer", "eval", "holdout", "text", "loss", "train_only", "lora", "reference", "trainer")
+ORDER = (
+    "model",
+    "data",
+    "buffer",
+    "eval",
+    "holdout",
+    "text",
+    "loss",
+    "train_only",
+    "lora",
+    "router_aux_loss_coef",
+    "reference",
+    "trainer",
+)
 HEADINGS: dict[Outcome, str] = {
     "renamed": "Renamed",
     "computed": "Computed",

@@ -233,6 +233,8 @@ class SftRecipe(Section):
     """Steps of the chain of `bfpo redteam` that each get an adapter of their own, from data of `adapter: guided`: one
     run for each, in a folder of `output_dir`, which model sections name as `steps:` (docs/redteam.md). With `shared`,
     first a `shared_adapter` for them is trained on all these steps."""
+    router_aux_loss_coef: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    """Weight of the load-balancing loss of a mixture of experts; default that of the model's configuration."""
     layout: LayoutSection = LayoutSection()
     """How tokens are laid out; affects time and memory, not the numbers."""
     max_eval: Count | None = 2000
@@ -377,6 +379,8 @@ class TrainRecipe(DataRecipe):
     weights of the policy. `cache`: log-probabilities on disk. `auto`: the one that fits what is trained."""
     cache_dir: str | None = None
     """Folder of `reference: cache`; default `cache/reference` beside the output folder."""
+    router_aux_loss_coef: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
+    """Weight of the load-balancing loss of a mixture of experts; default that of the model's configuration."""
     layout: LayoutSection = LayoutSection()
     """How tokens are laid out; affects time and memory, not the numbers."""
     max_eval: Count | None = 2000

@@ -21,6 +21,7 @@ RENAMED = {
     "evaluation_strategy": "trainer.eval_strategy",
     "gradient_checkpointing": "trainer.activation_checkpointing",
     "no_cuda": "trainer.use_cpu",
+    "router_aux_loss_coef": "router_aux_loss_coef",
 }
 _PACKED = "rows are always packed (layout)"
 _WORKERS = "rows are tokenized in one process and cached for the next run"
@@ -100,7 +101,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "ref_model": (None, _REFERENCE),
     "ref_model_sync_steps": (512, _REFERENCE),
     "reference_free": (False, _LOSS),
-    "router_aux_loss_coef": (None, _LOSS),
     "rpo_alpha": (None, _LOSS),
     "smart_label": (False, "the official code does not read it either"),
     "streaming": (False, "data sets are loaded completely"),

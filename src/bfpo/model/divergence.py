@@ -1,50 +1,55 @@
 """How far the policy is from the reference at each position of a completion, over the whole vocabulary.
 
-The reference's log-probabilities of all tokens at all N predictions of a batch are kept, which takes 4·N·V bytes:
-0.5 GiB for 1,024 predictions and a vocabulary of 128k. The policy's are computed in chunks, and again in the backward
-pass.
+Of the reference the hidden states are kept, 1/30 or less of the size of its log-probabilities. Both models' logits
+are computed in chunks, and again in the backward pass if there is more than one; see `bfpo.model.logps.chunk_size`.
 """
 
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from bfpo.model.layout import Layout
-from bfpo.model.logps import score_tokens, sum_by_completion
+from bfpo.model.logps import completion_states, score_states, sum_by_completion, vocabulary_logits
 
 
-@torch.no_grad()
-def vocabulary_logps(model: PreTrainedModel, layout: Layout) -> Tensor:
-    """Return the log-probabilities of all tokens at each of N predictions, (N, V)."""
-    return score_tokens(model, layout, partial(torch.log_softmax, dim=-1))
+def vocabulary_logps(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Return the log-probabilities of all tokens from hidden states, (n, hidden size) → (n, V)."""
+    return vocabulary_logits(model, states).log_softmax(-1)
 
 
-def logps_and_divergences(model: PreTrainedModel, layout: Layout, *, reference: Tensor, share: float) -> Tensor:
-    """Return the log-probability of each completion, and its divergence from the reference summed over positions.
+def logps_and_divergences(
+    model: PreTrainedModel,
+    layout: Layout,
+    *,
+    reference_states: Tensor,
+    reference_logps: Callable[[Tensor], Tensor],
+    share: float,
+) -> Tensor:
+    """Return log-probabilities of completions, and the policy's divergence from the reference summed over positions.
 
     Args:
         model: Policy.
         layout: Layout of S completions with N predictions.
-        reference: The reference's log-probabilities of all tokens, (N, V).
+        reference_states: The reference's `completion_states`, (N, hidden size).
+        reference_logps: Function from some of these, (n, hidden size), to the reference's log-probabilities of all
+            tokens, (n, V).
         share: As in `tail_divergence`.
 
     Returns:
-        Log-probabilities and divergences, nats, (S, 2).
+        The policy's log-probability, the divergence, and the reference's log-probability, which has no gradient;
+        nats, (S, 3).
     """
 
-    def score(logits: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
-        logps = logits.log_softmax(-1)
-        token_logps = logps.gather(-1, targets[:, None])[:, 0]
-        return torch.stack([token_logps, tail_divergence(logps, reference, share=share)], dim=-1)
+    def score(logits: Tensor, targets: Tensor, states: Tensor) -> Tensor:
+        logps, reference = logits.log_softmax(-1), reference_logps(states).detach()
+        divergence = tail_divergence(logps, reference, share=share)
+        policy_logps, own_logps = (of_tokens.gather(-1, targets[:, None])[:, 0] for of_tokens in (logps, reference))
+        return torch.stack([policy_logps, divergence, own_logps], dim=-1)
 
-    return sum_by_completion(score_tokens(model, layout, score, layout.targets, reference), layout)
-
-
-def reference_logps(reference: Tensor, layout: Layout) -> Tensor:
-    """Return the log-probability of each completion from those of all tokens, (N, V) → (S,)."""
-    return sum_by_completion(reference.gather(-1, layout.targets[:, None])[:, 0], layout)
+    states = completion_states(model, layout)
+    return sum_by_completion(score_states(model, states, score, layout.targets, reference_states), layout)
 
 
 def tail_divergence(logps: Tensor, reference: Tensor, *, share: float) -> Tensor:

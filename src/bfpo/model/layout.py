@@ -57,6 +57,7 @@ class Layout:
         spans: Spans of the one row of a packed layout, in order; empty for a padded layout.
         positions: Position of each token of a packed row within its sequence, (1, L) int64; every branch continues
             the positions of the prompt. None for a padded layout, whose rows count from 0.
+        row_lengths: Number of tokens of each row of a padded layout, without padding; empty for a packed layout.
     """
 
     input_ids: Tensor
@@ -66,6 +67,7 @@ class Layout:
     num_tokens: int
     spans: tuple[Span, ...] = ()
     positions: Tensor | None = None
+    row_lengths: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Layout":
         """Return the layout on a device."""
@@ -139,6 +141,7 @@ def padded_layout(examples: Sequence[Example]) -> Layout:
         targets=_int64(targets),
         lengths=tuple(map(len, targets)),
         num_tokens=sum(map(len, rows)),
+        row_lengths=tuple(map(len, rows)),
     )
 
 

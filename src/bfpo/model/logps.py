@@ -21,9 +21,17 @@ Score: TypeAlias = Callable[[PreTrainedModel, Layout], Tensor]
 
 # Maximum number of logits kept for the backward pass: 128 MiB in float32.
 MAX_KEPT_LOGITS = 2**25
-# Predictions scored at a time when there are more logits than that; they are recomputed in the backward pass. With a
-# vocabulary of 128k a chunk takes 0.5 GiB.
-CHUNK = 1024
+# If there are more, this many predictions are scored at a time, fewer if the vocabulary is so large that they would
+# have more logits than the second number: 0.5 GiB in float32. Up to three such tensors exist at once.
+CHUNK, MAX_CHUNK_LOGITS = 1024, 2**27
+
+
+def chunk_size(vocab_size: int, predictions: int) -> int:
+    """Return how many predictions are scored at a time: all of them, if their logits can be kept."""
+    if predictions * vocab_size <= MAX_KEPT_LOGITS:
+        return predictions
+    # Matrix products on a GPU are made of tiles of 128 rows.
+    return min(CHUNK, max(128, MAX_CHUNK_LOGITS // vocab_size // 128 * 128))
 
 
 def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int | None = None) -> Tensor:
@@ -32,18 +40,41 @@ def completion_logps(model: PreTrainedModel, layout: Layout, *, chunk: int | Non
     Args:
         model: Causal language model.
         layout: Layout of S completions with N predictions in total.
-        chunk: Number of predictions scored at a time; with more than one chunk, logits are recomputed in the backward
-            pass instead of kept. Default: all of them up to `MAX_KEPT_LOGITS` logits, otherwise `CHUNK`.
+        chunk: As in `token_logps`.
 
     Returns:
         Log-probabilities in nats, (S,) float64 (float32 on devices without float64).
     """
-    return sum_by_completion(score_tokens(model, layout, _token_logps, layout.targets, chunk=chunk), layout)
+    return sum_by_completion(
+        token_logps(model, completion_states(model, layout), layout.targets, chunk=chunk), layout
+    )
 
 
-def score_tokens(
+def token_logps(model: PreTrainedModel, states: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Return the log-probability of the target of each prediction.
+
+    With more than one chunk no logits are kept for the backward pass: if the head is frozen, the gradient is taken
+    in the forward pass, otherwise the logits are computed again.
+
+    Args:
+        model: Causal language model, of which only the head is used.
+        states: Hidden states, (N, hidden size).
+        targets: Token ids, (N,) int64.
+        chunk: Number of predictions scored at a time; by default `chunk_size`.
+
+    Returns:
+        Log-probabilities in nats, (N,) float32 or float64.
+    """
+    chunk = chunk or chunk_size(model.config.get_text_config().vocab_size, len(states))
+    if len(states) > chunk and torch.is_grad_enabled() and _is_frozen(model.get_output_embeddings()):
+        logps: Tensor = _FrozenHeadLogps.apply(states, targets, model, chunk)  # type: ignore[no-untyped-call]
+        return logps
+    return score_states(model, states, _target_logps, targets, chunk=chunk)
+
+
+def score_states(
     model: PreTrainedModel,
-    layout: Layout,
+    states: Tensor,
     score: Callable[..., Tensor],
     *columns: Tensor,
     chunk: int | None = None,
@@ -51,29 +82,26 @@ def score_tokens(
     """Return a score of each prediction from its logits, in chunks.
 
     Args:
-        model: Causal language model.
-        layout: Layout with N predictions.
+        model: Causal language model, of which only the head is used.
+        states: Hidden states, (N, hidden size).
         score: Function of logits (n, V) in float32 or float64, and of the same rows of each column.
         columns: Tensors with N rows.
-        chunk: As in `completion_logps`.
+        chunk: As in `token_logps`.
 
     Returns:
         Scores, (N, ...).
     """
-    hidden = completion_states(model, layout)
-    if chunk is None:
-        vocab_size = model.config.get_text_config().vocab_size
-        chunk = len(hidden) if len(hidden) * vocab_size <= MAX_KEPT_LOGITS else CHUNK
+    chunk = chunk or chunk_size(model.config.get_text_config().vocab_size, len(states))
 
-    def score_states(states: Tensor, *rows: Tensor) -> Tensor:
-        return score(_logits(states, model), *rows)
+    def score_rows(states: Tensor, *rows: Tensor) -> Tensor:
+        return score(vocabulary_logits(model, states), *rows)
 
     chunks = []
-    for rows in zip(*(column.split(chunk) for column in (hidden, *columns)), strict=True):
-        if len(hidden) <= chunk or not torch.is_grad_enabled():
-            chunks.append(score_states(*rows))
+    for rows in zip(*(column.split(chunk) for column in (states, *columns)), strict=True):
+        if len(states) <= chunk or not torch.is_grad_enabled():
+            chunks.append(score_rows(*rows))
         else:
-            chunks.append(checkpoint(score_states, *rows, use_reentrant=False))
+            chunks.append(checkpoint(score_rows, *rows, use_reentrant=False))
     return torch.cat(chunks)
 
 
@@ -105,20 +133,68 @@ def completion_states(model: PreTrainedModel, layout: Layout, layers: Sequence[i
     return concatenated_states(output, layers).flatten(0, 1).index_select(0, layout.hidden_index)
 
 
-def _logits(hidden: Tensor, model: PreTrainedModel) -> Tensor:
-    logits = model.get_output_embeddings()(hidden)
+def vocabulary_logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Return what a model's head makes of hidden states, with its factor and its soft cap, in float32 or float64.
+
+    Args:
+        model: Causal language model.
+        states: Hidden states, (n, hidden size).
+
+    Returns:
+        Logits, (n, V).
+    """
+    logits: Tensor = model.get_output_embeddings()(states)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    assert isinstance(logits, Tensor)
-    return logits
+    config = model.config.get_text_config()
+    if (factor := _logit_factor(config)) != 1:
+        logits = logits * factor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _token_logps(logits: Tensor, targets: Tensor) -> Tensor:
+def _logit_factor(config: Any) -> float:
+    """Return what a family multiplies its logits by: Cohere, Falcon-H1 and HyperCLOVA X multiply, Granite divides."""
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if (factor := getattr(config, name, None)) is not None:
+            return float(factor)
+    factor = float(getattr(config, "logits_scaling", None) or 1)
+    return factor if config.model_type == "hyperclovax" else 1 / factor
+
+
+def _is_frozen(head: nn.Module) -> bool:
+    # DeepSpeed gathers the weights that it shards (`ds_id`) for its own backward pass only.
+    return not any(weight.requires_grad or hasattr(weight, "ds_id") for weight in head.parameters())
+
+
+def _target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     logps: Tensor = _SelectiveLogSoftmax.apply(logits, targets)  # type: ignore[no-untyped-call]
     return logps
+
+
+class _FrozenHeadLogps(torch.autograd.Function):
+    """Log-probabilities of targets under a frozen head: (N, H), (N,) → (N,).
+
+    The gradient of a log-probability with respect to its hidden state depends on no other row nor on the loss, so it
+    is computed along with it: (N, H) numbers are kept, and no logits have to be computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, model: PreTrainedModel, chunk: int) -> Tensor:
+        logps, gradients = [], []
+        for rows, row_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
+            with torch.enable_grad():
+                leaf = rows.detach().requires_grad_()
+                row_logps = _target_logps(vocabulary_logits(model, leaf), row_targets)
+                gradients += torch.autograd.grad(row_logps.sum(), leaf)
+            logps.append(row_logps.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (gradients * grad[:, None]).to(gradients.dtype), None, None, None
 
 
 class _SelectiveLogSoftmax(torch.autograd.Function):
@@ -179,7 +255,7 @@ def add_layout_forward(model: CausalLM, score: Score = completion_logps) -> None
 def check_against_plain_forward(model: nn.Module, layout: Layout, *, tolerance: float) -> float:
     """Compare the layout's log-probabilities with those of the model's own logits.
 
-    This catches architectures that do something between hidden states and logits that `_logits` doesn't do.
+    This catches architectures that do something between hidden states and logits that `vocabulary_logits` doesn't do.
 
     Args:
         model: Model after `add_layout_forward`.

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from bfpo.config.recipes import LayoutSection, LoraSection, ModelSection, ReferenceKind
 from bfpo.data.table import TokenTable
 from bfpo.model.load import empty_model
-from bfpo.model.logps import CHUNK, MAX_KEPT_LOGITS
+from bfpo.model.logps import MAX_KEPT_LOGITS, chunk_size
 from bfpo.model.lora import CausalLM, add_adapter, is_adapter, lora_config
 from bfpo.model.reference_cache import prefers_cache
 from bfpo.model.score_heads import add_score_heads
@@ -86,7 +86,11 @@ def estimate(
     # Per token, layer and hidden unit about 34 bytes are kept for the backward pass at 16 bits (Korthikanti et al.,
     # arXiv 2205.05198), twice that at 32; the head keeps float32 logits and their gradient, all or a chunk.
     hidden_states = micro_batch_tokens * config.num_hidden_layers * config.hidden_size * 34 * per_weight / 2
-    logits = 0 if heads is not None else max(CHUNK * config.vocab_size, MAX_KEPT_LOGITS)
+    logits = (
+        0
+        if heads is not None
+        else max(chunk_size(config.vocab_size, MAX_KEPT_LOGITS) * config.vocab_size, MAX_KEPT_LOGITS)
+    )
     return Estimate(
         selection=selection,
         weights=weights + (selection.trained * per_trained if lora is not None else 0.0),

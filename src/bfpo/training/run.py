@@ -252,6 +252,7 @@ def _make_trainer(recipe: TrainRecipe, inputs: RunInputs) -> tuple[BFPOTrainer, 
         peft_config=lora_config(recipe.lora, revision=inputs.model_section.revision) if recipe.lora else None,
         train_only=recipe.train_only,
         layout=recipe.layout,
+        router_aux_loss_coef=recipe.router_aux_loss_coef,
         reference=recipe.reference,
         cache_dir=recipe.cache_dir,
     )

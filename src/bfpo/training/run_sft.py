@@ -168,6 +168,7 @@ def _make_trainer(
         tokenizer,
         train_only=recipe.train_only,
         layout=recipe.layout,
+        router_aux_loss_coef=recipe.router_aux_loss_coef,
     )
 
 

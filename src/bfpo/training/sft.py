@@ -35,6 +35,8 @@ class SFTTrainer(StreamTrainer):
             trained further.
         train_only: Patterns of the parameters to train; None trains all.
         layout: How tokens are fed; None for packed rows. A model that can't be fed packed rows gets padded ones.
+        router_aux_loss_coef: Weight of the load-balancing loss of a mixture of experts, as in TRL; None for the
+            model's own.
         text: Maximum length, truncation and chat template for demonstrations.
         callbacks: Callbacks of transformers.
         optimizers: Optimizer and scheduler, as in transformers.
@@ -60,6 +62,7 @@ class SFTTrainer(StreamTrainer):
         peft_config: PeftConfig | None = None,
         train_only: list[str] | None = None,
         layout: LayoutSection | None = None,
+        router_aux_loss_coef: float | None = None,
         text: TextSection | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -95,6 +98,7 @@ class SFTTrainer(StreamTrainer):
             processing_class=tokenizer,
             train_only=train_only,
             layout=layout,
+            router_aux_loss_coef=router_aux_loss_coef,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -105,9 +109,13 @@ class SFTTrainer(StreamTrainer):
         tokens = self._scored_tokens[rows.main].sum()
         return np.full(len(rows.main), 1 / tokens), np.zeros(0)
 
+    def step_share(self, batch: Batch) -> Tensor:
+        """Return the share of the step's scored tokens that a batch has, ()."""
+        return (batch.weights * torch.tensor(batch.layout.lengths, device=batch.weights.device)).sum()
+
     def example_losses(self, model: nn.Module, batch: Batch, sums: MetricSums, *, training: bool) -> Tensor:
         """Return the negative log-probability of each completion, nats, (n,)."""
-        losses: Tensor = -model(layout=batch.layout)
+        losses = -self.policy_scores(model, batch.layout)
         lengths = torch.tensor(batch.layout.lengths, dtype=losses.dtype, device=losses.device)
         counted = (batch.weights > 0).to(losses.dtype)
         name = "stream/main/loss" if training else "loss"

@@ -4,7 +4,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,9 +21,11 @@ from bfpo.core.terminal import progress, say
 from bfpo.data.table import TokenTable
 from bfpo.errors import BfpoError, TrainingError
 from bfpo.model.attention import span_attention
+from bfpo.model.layout import Layout
 from bfpo.model.layout_check import PackingCheck, resolve_layout
-from bfpo.model.logps import add_layout_forward
+from bfpo.model.logps import Score, add_layout_forward, completion_logps
 from bfpo.model.lora import CausalLM, unwrap_adapter, without_base_config_warning
+from bfpo.model.router_loss import router_loss_weight, scores_and_router_loss
 from bfpo.model.selective import disable_dropout, select_parameters
 from bfpo.model.vocabulary import check_token_ids
 from bfpo.training.batches import Batch, Collator, KeyDataset
@@ -67,12 +69,14 @@ class StreamTrainer(Trainer, ABC):
         processing_class: Tokenizer, saved with the checkpoints.
         train_only: Patterns of the parameters to train; None trains all.
         layout: How tokens are fed; None for packed rows. A model that can't be fed packed rows gets padded ones.
+        router_aux_loss_coef: Weight of the load-balancing loss of a mixture of experts; None for the model's own.
         callbacks: Callbacks of transformers.
         optimizers: Optimizer and scheduler, as in transformers.
 
     Raises:
         ModelError: If a token of the data has no embedding.
-        RecipeError: If the launched processes or the requested sharding can't be used; see `bfpo.training.processes`.
+        RecipeError: If a load-balancing loss is requested for a model without experts, or the launched processes or
+            the requested sharding can't be used; see `bfpo.training.processes`.
     """
 
     # The loss of a micro-batch is already its part of the step's loss; transformers must not divide it again.
@@ -90,6 +94,7 @@ class StreamTrainer(Trainer, ABC):
         processing_class: PreTrainedTokenizerBase | None = None,
         train_only: list[str] | None = None,
         layout: LayoutSection | None = None,
+        router_aux_loss_coef: float | None = 0.0,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
@@ -98,6 +103,8 @@ class StreamTrainer(Trainer, ABC):
         largest_ids = [[tokens.largest_id] for tokens in (table, *eval_tables.values())]
         check_token_ids(config, largest_ids, str(config._name_or_path or config.model_type))
         self._start_fingerprint = start_fingerprint(model)
+        self.router_loss_weight = router_loss_weight(model, router_aux_loss_coef)
+        self._router_loss: Tensor | None = None
         self.selection = select_parameters(model, train_only)
         disable_dropout(model)
         add_layout_forward(model)
@@ -129,7 +136,8 @@ class StreamTrainer(Trainer, ABC):
 
     def resume_settings(self) -> dict[str, Any]:
         """Return the settings that must not change when a run is resumed."""
-        return {
+        router = {"router_aux_loss_coef": self.router_loss_weight} if self.router_loss_weight else {}
+        return router | {
             "world_size": self.args.world_size,
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
@@ -200,6 +208,24 @@ class StreamTrainer(Trainer, ABC):
             sums: Running sums that the batch's metrics are added to.
             training: Whether this is a training step rather than an evaluation.
         """
+
+    def step_share(self, batch: Batch) -> Tensor:
+        """Return the part of the step's loss that a batch has, (); by default its weights."""
+        return batch.weights.sum()
+
+    def policy_scores(self, model: nn.Module, layout: Layout, score: Score = completion_logps) -> Tensor:
+        """Return a score of the policy; where gradients are computed, its load-balancing loss is kept for the step.
+
+        Args:
+            model: Model, wrapped for training.
+            layout: Layout of the completions.
+            score: Function of the model and the layout.
+        """
+        if not self.router_loss_weight or not torch.is_grad_enabled():
+            scores: Tensor = model(layout=layout, score=score)
+        else:
+            scores, self._router_loss = model(layout=layout, score=partial(scores_and_router_loss, score=score))
+        return scores
 
     def reweighted(self, model: nn.Module, packs: list[Batch]) -> list[Batch]:
         """Return the packs of a micro-batch with the weights of the step's loss; by default those that they have.
@@ -317,7 +343,13 @@ class StreamTrainer(Trainer, ABC):
         if not batch.is_filler:
             self._finite_loss.add(batch.row_ids, losses)
             self._tokens_since_log += batch.layout.num_tokens
-        loss = (losses * batch.weights).sum() * self.args.world_size
+        loss = (losses * batch.weights).sum()
+        if self._router_loss is not None:
+            router_loss, self._router_loss = self._router_loss, None
+            share = self.step_share(batch)
+            loss = loss + self.router_loss_weight * router_loss * share
+            sums.add({"router_aux_loss": (router_loss[None], share[None])})
+        loss = loss * self.args.world_size
         return (loss, losses) if return_outputs else loss
 
     def prediction_step(

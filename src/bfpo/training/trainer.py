@@ -21,9 +21,9 @@ from bfpo.losses.baselines import CatDPO
 from bfpo.losses.inputs import PairLogps
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.losses.tail import tail_factors
-from bfpo.model.divergence import logps_and_divergences, reference_logps, vocabulary_logps
-from bfpo.model.layout import padded_layout
-from bfpo.model.logps import check_against_plain_forward
+from bfpo.model.divergence import logps_and_divergences, vocabulary_logps
+from bfpo.model.layout import Layout, padded_layout
+from bfpo.model.logps import Score, check_against_plain_forward, completion_states
 from bfpo.model.lora import add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
 from bfpo.training.batches import Batch, Collator
@@ -105,6 +105,8 @@ class BFPOTrainer(StreamTrainer):
             the model already has an adapter, that one is trained further, and the reference is the adapted model.
         train_only: Patterns of the parameters to train; None trains all.
         layout: How tokens are fed; None for packed rows. A model that can't be fed packed rows gets padded ones.
+        router_aux_loss_coef: Weight of the load-balancing loss of a mixture of experts, as in TRL; None for the
+            model's own.
         text: Maximum length, truncation and chat template for pairs.
         reference: Source of the reference's log-probabilities. `auto` uses the model with its adapter switched off
             for a new adapter, frozen weights shared with the policy for `train_only`, and a cache on disk if all
@@ -138,6 +140,7 @@ class BFPOTrainer(StreamTrainer):
         peft_config: PeftConfig | None = None,
         train_only: list[str] | None = None,
         layout: LayoutSection | None = None,
+        router_aux_loss_coef: float | None = None,
         text: TextSection | None = None,
         reference: ReferenceKind = "auto",
         cache_dir: str | Path | None = None,
@@ -188,6 +191,7 @@ class BFPOTrainer(StreamTrainer):
             processing_class=tokenizer,
             train_only=train_only,
             layout=layout,
+            router_aux_loss_coef=router_aux_loss_coef,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -341,18 +345,15 @@ class BFPOTrainer(StreamTrainer):
         if self.category_margins is not None and categories is not None:
             columns["category_margin"] = self.category_margins.of(categories)
         if (share := self.loss.divergence_share) is not None:
-            assert self.reference is not None
-            unwrapped = self.accelerator.unwrap_model(model)
-            of_tokens = self.reference.logps(unwrapped, batch.layout, vocabulary_logps)
-            reference = reference_logps(of_tokens, batch.layout)
-            score = partial(logps_and_divergences, reference=of_tokens, share=share)
-            policy, divergence = model(layout=batch.layout, score=score).unbind(-1)
+            score = self._divergence_score(self.accelerator.unwrap_model(model), batch.layout, share)
+            policy, divergence, reference = self.policy_scores(model, batch.layout, score).unbind(-1)
+            reference = reference.detach()
             columns |= {"chosen_divergence": divergence[0::2], "rejected_divergence": divergence[1::2]}
         else:
             if self.reference is not None:
                 with torch.no_grad():
                     reference = self.reference.logps(self.accelerator.unwrap_model(model), batch.layout)
-            policy = model(layout=batch.layout)
+            policy = self.policy_scores(model, batch.layout)
         if self.reference is not None:
             columns |= {"ref_chosen_logps": reference[0::2], "ref_rejected_logps": reference[1::2]}
         lengths = torch.tensor(batch.layout.lengths, dtype=policy.dtype, device=policy.device)
@@ -363,3 +364,14 @@ class BFPOTrainer(StreamTrainer):
             rejected_lengths=lengths[1::2],
             **{name: values.to(policy.dtype) for name, values in columns.items()},
         )
+
+    def _divergence_score(self, model: nn.Module, layout: Layout, share: float) -> Score:
+        """Return the score that a loss with a divergence from the reference needs, for one batch."""
+        reference = self.reference
+        assert reference is not None
+
+        def reference_logps(states: Tensor) -> Tensor:
+            return reference.logps(model, layout, lambda model, layout: vocabulary_logps(model, states))
+
+        states = reference.logps(model, layout, completion_states)
+        return partial(logps_and_divergences, reference_states=states, reference_logps=reference_logps, share=share)
