@@ -37,7 +37,7 @@ PROMPTS = (
     "Sort these numbers:\n12, 7, 105, 33",
     "Write one line about a friendly robot 🤖.",
     "Who wrote 'Pride and Prejudice'?",
-    "Suggest a name for a grey cat, please!",
+    "Suggest a name for a gray cat, please!",
 )
 
 
@@ -60,8 +60,8 @@ class Difference:
     Args:
         prompt: Number of the prompt.
         position: Number of the token in the answer, from 0.
-        gap: Difference of the log-probabilities of the two tokens by the file's model, in nats; None if it isn't known.
-            Rounding explains small gaps only.
+        gap: Difference of the log-probabilities of the two tokens by the file's model, in nats; rounding explains
+            only a small one. None if it isn't known.
     """
 
     prompt: int

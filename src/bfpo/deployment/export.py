@@ -19,7 +19,7 @@ from bfpo.errors import ModelError, RecipeError, did_you_mean
 from bfpo.generation.in_process import checkpoint_identity
 from bfpo.model.load import load_config, load_model, load_tokenizer
 from bfpo.model.lora import is_adapter
-from bfpo.model.merge import DTYPES, merge_checkpoint
+from bfpo.model.merge import DTYPES, check_adapter, merge_checkpoint
 from bfpo.model.save import check_out, save_checkpoint
 from bfpo.training.manifest import installed_version, versions
 
@@ -66,35 +66,46 @@ def export_checkpoint(
     check_out(out)
     _check_folder(checkpoint)
     with_adapter = is_adapter(str(checkpoint))
-    record = {
-        "to": to,
-        "source": {"path": str(checkpoint), "identity": checkpoint_identity(str(checkpoint))},
-        "versions": versions() | {package: installed_version(package) for package in ("peft", "gguf", "xllamacpp")},
-    }
-    if to == "merged" and with_adapter:
-        dtype = dtype or "float32"
-        lost = [] if dtype == "float32" else [f"weights rounded from float32 to {dtype}"]
-        records = {RECORD: record | {"lost": lost}}
-        merge_checkpoint(checkpoint, out, dtype=dtype, trust_remote_code=trust_remote_code, records=records)
-    elif to == "merged":
-        _copy_model(checkpoint, out, dtype, record, trust_remote_code=trust_remote_code)
-    elif to == "adapter":
-        if not with_adapter:
-            raise ModelError(
-                f"'{checkpoint}' contains a whole model, as a training of all weights or with train_only saves it; "
-                "export it to merged or gguf"
-            )
+    if to == "adapter" and not with_adapter:
+        raise ModelError(
+            f"'{checkpoint}' contains a whole model, as a training of all weights or with train_only saves it; "
+            "export it to merged or gguf"
+        )
+    if to == "adapter":
         with _temporary(out) as temporary:
             lost = export_adapter(checkpoint, temporary / "files", dtype=dtype, out=out)
-            write_json(temporary / "files" / RECORD, record | {"lost": lost})
+            write_json(temporary / "files" / RECORD, _record(checkpoint, to) | {"lost": lost})
             (temporary / "files").replace(out)
+        return
+    if with_adapter:
+        check_adapter(checkpoint, trust_remote_code=trust_remote_code)
+    if to == "gguf":
+        _export_gguf(checkpoint, out, gguf or GgufOptions(), trust_remote_code=trust_remote_code)
+    elif with_adapter:
+        dtype = dtype or "float32"
+        lost = [] if dtype == "float32" else [f"weights rounded from float32 to {dtype}"]
+        records = {RECORD: _record(checkpoint, to) | {"lost": lost}}
+        merge_checkpoint(checkpoint, out, dtype=dtype, trust_remote_code=trust_remote_code, records=records)
     else:
-        _export_gguf(checkpoint, out, gguf or GgufOptions(), record, trust_remote_code=trust_remote_code)
+        _copy_model(checkpoint, out, dtype, trust_remote_code=trust_remote_code)
 
 
-def _export_gguf(
-    checkpoint: Path, out: Path, options: GgufOptions, record: dict[str, Any], *, trust_remote_code: bool
-) -> None:
+def _record(checkpoint: Path, to: str) -> dict[str, Any]:
+    """Return what `export.json` says of every export."""
+    try:
+        identity = checkpoint_identity(str(checkpoint))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"'{checkpoint}': its base model can't be read: {next(iter(str(error).splitlines()), '')}"
+        ) from None
+    return {
+        "to": to,
+        "source": {"path": str(checkpoint), "identity": identity},
+        "versions": versions() | {package: installed_version(package) for package in ("peft", "gguf", "xllamacpp")},
+    }
+
+
+def _export_gguf(checkpoint: Path, out: Path, options: GgufOptions, *, trust_remote_code: bool) -> None:
     options.check()
     with _temporary(out) as temporary:
         source = checkpoint
@@ -103,7 +114,7 @@ def _export_gguf(
             merge_checkpoint(checkpoint, source, trust_remote_code=trust_remote_code)
         with timed("writing the GGUF file"):
             written = write_files(source, temporary / "files", options, title=out.name, name=f"'{checkpoint}'")
-        record = record | written.record
+        record = _record(checkpoint, "gguf") | written.record
         write_json(temporary / "files" / RECORD, record)
         (temporary / "files").replace(out)
     say(f"wrote {out / written.file} ({options.quantization}) and {out / 'Modelfile'}")
@@ -126,9 +137,7 @@ def _check_folder(checkpoint: Path) -> None:
         )
 
 
-def _copy_model(
-    checkpoint: Path, out: Path, dtype: str | None, record: dict[str, Any], *, trust_remote_code: bool
-) -> None:
+def _copy_model(checkpoint: Path, out: Path, dtype: str | None, *, trust_remote_code: bool) -> None:
     """Save a whole model as safetensors in a type."""
     section = ModelSection(path=str(checkpoint), trust_remote_code=trust_remote_code)
     config = load_config(section)
@@ -145,7 +154,7 @@ def _copy_model(
     model = load_model(section.model_copy(update={"dtype": dtype or own}))
     assert isinstance(model, PreTrainedModel)
     lost = [] if dtype in (None, own, "float32") else [f"weights rounded from {own} to {dtype}"]
-    save_checkpoint(model, load_tokenizer(section), out, {RECORD: record | {"lost": lost}})
+    save_checkpoint(model, load_tokenizer(section), out, {RECORD: _record(checkpoint, "merged") | {"lost": lost}})
     say(f"copied into {out} ({dtype or own})")
 
 

@@ -215,9 +215,8 @@ def _show(agreements: dict[str, Agreement], lengths: Sequence[int]) -> None:
         )
         largest = max((each.gap for each in agreement.differences if each.gap is not None), default=0.0)
         if largest > _LARGE_GAP:
-            warn(
-                f"{engine}: an answer differs where the two tokens are {largest:.1f} nats apart, more than rounding explains"
-            )
+            apart = f"an answer differs where the tokens are {largest:.1f} nats apart"
+            warn(f"{engine}: {apart}, which rounding doesn't explain")
 
 
 def _place(model: CausalLM) -> CausalLM:

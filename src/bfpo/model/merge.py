@@ -49,7 +49,7 @@ def merge_checkpoint(
     if dtype not in DTYPES:
         raise RecipeError(f"dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
     check_out(out)
-    _check_adapter(checkpoint, trust_remote_code=trust_remote_code)
+    check_adapter(checkpoint, trust_remote_code=trust_remote_code)
     section = ModelSection(path=str(checkpoint), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(section)
     adapted = load_model(section).eval()
@@ -73,7 +73,16 @@ def merge_checkpoint(
         )
 
 
-def _check_adapter(checkpoint: Path, *, trust_remote_code: bool) -> None:
+def check_adapter(checkpoint: Path, *, trust_remote_code: bool = False) -> None:
+    """Check that a folder contains a LoRA adapter that can be merged into its base model.
+
+    Args:
+        checkpoint: Folder with an adapter.
+        trust_remote_code: Whether to run code that comes with the base model.
+
+    Raises:
+        ModelError: If it contains none, or its base model is quantized or can't be read.
+    """
     if is_gguf(str(checkpoint)):
         raise ModelError(f"'{checkpoint}' is a GGUF file, which contains a whole model (bfpo model import)")
     if not checkpoint.is_dir():
