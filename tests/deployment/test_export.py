@@ -128,12 +128,9 @@ def test_adapters_of_other_kinds_are_refused(save_adapter, model_folder):
     with pytest.raises(ModelError, match=r"'base.gguf' is a GGUF file.*bfpo model import"):
         export("adapter", "adapter")
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    for form, message in {
-        "merged": "its base model './gone' can't be read",
-        "gguf": "'./gone' can't be read",
-    }.items():
-        Path("adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./gone"}))
-        with pytest.raises(ModelError, match=message):
+    Path("adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "./gone"}))
+    for form in ("adapter", "merged", "gguf"):
+        with pytest.raises(ModelError, match=r"its base model .*can't be read"):
             export("adapter", form)
     get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained("prompt")
     with pytest.raises(ModelError, match="PROMPT_TUNING; only LORA"):

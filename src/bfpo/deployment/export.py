@@ -14,7 +14,7 @@ from bfpo.config.recipes import ModelSection, is_gguf
 from bfpo.core.files import write_json
 from bfpo.core.terminal import say, timed
 from bfpo.deployment.gguf_export import GgufOptions, check_gguf, write_files
-from bfpo.deployment.lora_adapter import export_adapter
+from bfpo.deployment.lora_adapter import export_adapter, say_how_to_serve
 from bfpo.errors import ModelError, RecipeError, did_you_mean
 from bfpo.generation.in_process import checkpoint_identity
 from bfpo.model.load import load_config, load_model, load_tokenizer
@@ -73,9 +73,10 @@ def export_checkpoint(
         )
     if to == "adapter":
         with _temporary(out) as temporary:
-            lost = export_adapter(checkpoint, temporary / "files", dtype=dtype, out=out)
+            lost = export_adapter(checkpoint, temporary / "files", dtype=dtype)
             write_json(temporary / "files" / RECORD, _record(checkpoint, to) | {"lost": lost})
             (temporary / "files").replace(out)
+        say_how_to_serve(out)
         return
     if with_adapter:
         check_adapter(checkpoint, trust_remote_code=trust_remote_code)

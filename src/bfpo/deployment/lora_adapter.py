@@ -35,14 +35,13 @@ _UNSUPPORTED = {
 }
 
 
-def export_adapter(checkpoint: Path, temporary: Path, *, dtype: str | None, out: Path) -> list[str]:
+def export_adapter(checkpoint: Path, temporary: Path, *, dtype: str | None) -> list[str]:
     """Write an adapter with its tokenizer and chat template into a folder.
 
     Args:
         checkpoint: Folder with a LoRA adapter.
         temporary: Folder to write.
         dtype: Type of the matrices; None for their own.
-        out: Name that the folder will have, for the command that is printed.
 
     Returns:
         What rounding lost.
@@ -56,7 +55,7 @@ def export_adapter(checkpoint: Path, temporary: Path, *, dtype: str | None, out:
         raise ModelError(f"'{checkpoint}' has no adapter_model.safetensors; save the adapter as safetensors")
     config = PeftConfig.from_pretrained(str(checkpoint))
     tensors = load_file(file)
-    rank = _check(checkpoint, config, tensors)
+    _check(checkpoint, config, tensors)
     stored = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     temporary.mkdir(parents=True)
     converted = {
@@ -66,22 +65,24 @@ def export_adapter(checkpoint: Path, temporary: Path, *, dtype: str | None, out:
     save_file(converted, temporary / file.name, metadata={"format": "pt"})
     shutil.copyfile(checkpoint / "adapter_config.json", temporary / "adapter_config.json")
     load_tokenizer(ModelSection(path=str(checkpoint))).save_pretrained(temporary)
-    base, revision = str(config.base_model_name_or_path), config.revision
-    say(f"adapter in {out}: rank {rank}, on {base}. Serve it, and ask for the model '{file_name(out.name)}':")
-    options = f" --revision {revision}" if revision else ""
-    max_rank = min(size for size in _RANKS if size >= rank)
-    say(
-        f"  vllm serve {base}{options} --enable-lora --lora-modules {file_name(out.name)}={out} "
-        f"--max-lora-rank {max_rank}"
-    )
-    if Path(base).is_dir():
-        say(f"note: its base model is the folder '{base}', which must be copied along")
     others = sorted(stored - {dtype})
     return [f"matrices rounded from {', '.join(others)} to {dtype}"] if dtype is not None and others else []
 
 
-def _check(checkpoint: Path, config: Any, tensors: Mapping[str, Tensor]) -> int:
-    """Check that vLLM loads the adapter as it is; return its rank."""
+def say_how_to_serve(folder: Path) -> None:
+    """Print the command by which vLLM serves an exported adapter."""
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    base, name = str(config.base_model_name_or_path), file_name(folder.name)
+    options = f" --revision {config.revision}" if config.revision else ""
+    max_rank = min(rank for rank in _RANKS if rank >= config.r)
+    say(f"wrote {folder}: an adapter of rank {config.r} on {base}. To serve it as the model '{name}':")
+    say(f"  vllm serve {base}{options} --enable-lora --lora-modules {name}={folder} --max-lora-rank {max_rank}")
+    if Path(base).is_dir():
+        say(f"note: its base model is the folder '{base}', which must be copied along")
+
+
+def _check(checkpoint: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Check that vLLM loads the adapter as it is."""
     if config.peft_type != PeftType.LORA:
         raise ModelError(f"'{checkpoint}' is an adapter of type {config.peft_type}; only LORA can be exported")
     base = str(config.base_model_name_or_path)
@@ -104,4 +105,3 @@ def _check(checkpoint: Path, config: Any, tensors: Mapping[str, Tensor]) -> int:
             f"'{checkpoint}' can't be loaded by vLLM beside its base model ({'; '.join(faults)}). Export a whole "
             "model, which it can load (--to merged)"
         )
-    return int(config.r)

@@ -150,8 +150,10 @@ def _find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
         "user": (before_second, after_user),
         "assistant": (before_answer, after_answer),
     }
-    if '"""' in "".join([start, answer_start, *(text for texts in around.values() for text in texts)]):
-        raise _Untranslatable("it contains three quotation marks")
+    fixed = "".join([start, answer_start, *(text for texts in around.values() for text in texts)])
+    # A Modelfile can't quote the marks, and its reader leaves out what Go's `strconv.IsPrint` refuses.
+    if '"""' in fixed or not all(letter.isprintable() or letter in "\n\t" for letter in fixed):
+        raise _Untranslatable("it contains three quotation marks or invisible characters")
     return Turns(start, around, answer_start)
 
 
