@@ -218,3 +218,15 @@ def test_the_commands(save_adapter, model_folder):
     result = CliRunner().invoke(app, ["export", "adapter", "--to", "merged", "--out", "again"])
     assert file_hash(Path("merged/model.safetensors")) == file_hash(Path("again/model.safetensors"))
     assert "merge" not in CliRunner().invoke(app, ["--help"]).output.split()
+
+
+def test_the_page_has_the_numbers_of_the_results():
+    root = Path(__file__).parents[2]
+    page = (root / "docs/deployment.md").read_text()
+    files = json.loads((root / "benchmarks/results/export.json").read_text())["files"]
+    assert set(files) == {"f16", "q8_0"}
+    for quantization, content in files.items():
+        for engine, found in content["check"]["agreement"].items():
+            gap = max((each["gap"] for each in found["differences"]), default=0)
+            row = f"{quantization} | {engine} | {found['equal_prompts']} | {found['equal_answers']}"
+            assert f"| {row} | {found['token_agreement']:.1%} | {gap:.2f} |" in page

@@ -183,10 +183,11 @@ def test_sentencepiece_merges_in_the_order_of_its_scores():
         kinds.NORMAL,
     ]
     assert not read_vocabulary(sentencepiece(prepends=False), len(tokenizer), [2], "model").adds_space
-    tokenizer.backend_tokenizer.normalizer = None
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    always = read_vocabulary(sentencepiece(metaspace="always"), len(tokenizer), [2], "model")
+    assert always.adds_space
+    assert "begins with one too" in always.notes[0]
     with pytest.raises(ModelError, match="puts spaces elsewhere than its SentencePiece tokenizer"):
-        read_vocabulary(tokenizer, len(tokenizer), [2], "model")
+        read_vocabulary(sentencepiece(metaspace="first"), len(tokenizer), [2], "model")
 
 
 def test_more_end_tokens_have_names(tokenizer):

@@ -60,9 +60,9 @@ def test_llama_cpp_encodes_prompts_as_the_tokenizer(rule, template, save, tokeni
     assert [engine["equal_prompts"] for engine in agreement().values()] == [20, 20]
 
 
-@pytest.mark.parametrize("prepends", [True, False])
-def test_llama_cpp_encodes_prompts_as_sentencepiece(prepends, save, tokenizer):
-    own = sentencepiece(prepends)
+@pytest.mark.parametrize(("prepends", "metaspace"), [(True, None), (False, None), (True, "always"), (True, "never")])
+def test_llama_cpp_encodes_prompts_as_sentencepiece(prepends, metaspace, save, tokenizer):
+    own = sentencepiece(prepends, metaspace)
     model = make("llama", tokenizer)
     model.resize_token_embeddings(len(own), mean_resizing=False)
     save(model, its_tokenizer=own)

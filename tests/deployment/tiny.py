@@ -87,7 +87,7 @@ def pre_tokenizer(kind):
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def sentencepiece(prepends=True):
+def sentencepiece(prepends=True, metaspace=None):
     """Return a tokenizer like Llama 2's, whose merges are those of its vocabulary."""
     words = [
         "▁a",
@@ -114,4 +114,7 @@ def sentencepiece(prepends=True):
     bpe = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     parts = [normalizers.Prepend("▁")] if prepends else []
     bpe.normalizer = normalizers.Sequence([*parts, normalizers.Replace(" ", "▁")])
+    if metaspace is not None:
+        bpe.normalizer = None
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace, split=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")

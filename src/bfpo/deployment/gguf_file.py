@@ -150,13 +150,13 @@ def write_gguf(
         if factors is not None:
             writer.write_tensor_data(factors)
         stored = set()
-        with progress("writing GGUF, weights in millions", sum(tensor.millions for tensor in tensors)) as advance:
+        with progress("writing GGUF, weights in thousands", sum(tensor.thousands for tensor in tensors)) as advance:
             for tensor in tensors:
                 weights, dtype = tensor.read()
                 stored.add(dtype)
                 _check_range(weights, kinds[tensor.target].name, tensor.source, name)
                 writer.write_tensor_data(gguf.quants.quantize(weights, kinds[tensor.target]))
-                advance(tensor.millions)
+                advance(tensor.thousands)
     finally:
         writer.close()
     types: dict[str, int] = {}
@@ -186,9 +186,9 @@ class _Tensor(NamedTuple):
     num_heads: int | None
 
     @property
-    def millions(self) -> int:
-        """Size for the display of progress, in millions of weights."""
-        return max(int(np.prod(self.shape)) // 1_000_000, 1)
+    def thousands(self) -> int:
+        """Size for the display of progress, in thousands of weights."""
+        return max(int(np.prod(self.shape)) // 1_000, 1)
 
     def read(self) -> tuple[NDArray[np.float32], str]:
         """Return the weights in the order of the file, and the type that they are stored in."""

@@ -130,6 +130,8 @@ def read_vocabulary(
     if model.get("byte_fallback"):
         scores = _scores(model, tokens)
         adds_space = _adds_space(content, name)
+        if adds_space and content["pre_tokenizer"] is not None:
+            notes.append("llama.cpp puts a space before a text that begins with one too, and the tokenizer doesn't")
         return replace(vocabulary, model="llama", scores=scores, adds_space=adds_space, notes=tuple(notes))
     if content["normalizer"] is not None:
         notes.append("llama.cpp doesn't compose letters and accents (NFC) as the tokenizer does")
