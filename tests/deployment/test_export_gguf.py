@@ -28,11 +28,9 @@ from bfpo.deployment import answers, gguf_export
 from bfpo.deployment.export import export_checkpoint
 from bfpo.deployment.gguf_export import GgufOptions
 from bfpo.deployment.gguf_vocabulary import read_vocabulary
-from bfpo.deployment.ollama import make_modelfile, translate_template
 from bfpo.errors import ExportMismatch, MissingExtra, ModelError
 from bfpo.model.gguf import load_gguf_model, load_gguf_tokenizer
 from bfpo.model.load import load_model
-from bfpo.model.new import TURN_END
 
 from .tiny import FAMILIES, SPLITS, make, pre_tokenizer, sentencepiece, sizes, train
 
@@ -336,58 +334,3 @@ def test_differences_of_answers_are_counted():
     assert [(each.prompt, each.position) for each in agreement.differences] == [(0, 2), (2, 1)]
     assert (agreement.equal_prompts, agreement.equal_answers, agreement.answers) == (2, 1, 3)
     assert agreement.token_agreement == pytest.approx((2 + 2 + 1) / 6)
-
-
-def test_the_modelfile_of_a_chat_template(tokenizer):
-    text, reason = make_modelfile("a.gguf", tokenizer, [tokenizer.eos_token_id])
-    assert reason is None
-    assert text == (
-        'FROM ./a.gguf\nTEMPLATE """{{ range .Messages }}'
-        '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n'
-        '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n'
-        '{{ else if eq .Role "assistant" }}<|im_start|>assistant\n{{ .Content }}<|im_end|>\n'
-        '{{ end }}{{ end }}<|im_start|>assistant\n"""\n'
-        f'PARAMETER stop """{TURN_END}"""\n'
-    )
-
-
-TEMPLATES = Path(__file__).parents[1] / "templates"
-
-
-def test_templates_that_put_fixed_texts_around_messages_are_translated(tokenizer):
-    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|im_start|>")
-    own.chat_template = (TEMPLATES / "smollm2.jinja").read_text()
-    turns = translate_template(own)
-    assert turns.start.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
-    assert turns.go_template().startswith('{{ if ne (index .Messages 0).Role "system" }}<|im_start|>system\nYou are')
-    own.chat_template = "{{ '{{' }}" + tokenizer.chat_template
-    assert (
-        translate_template(own)
-        .go_template()
-        .startswith('{{ if ne (index .Messages 0).Role "system" }}{{ "{{" }}{{ end }}')
-    )
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ tools }}{{ messages[0].content }}", "it depends on tools"),
-        ("{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% endfor %}", "it changes messages"),
-        ("{% for m in messages %}{{ loop.index }}{{ m.role }} {{ m.content }};{% endfor %}", "depends on the others"),
-        ("{{ messages[-1].content }}", "depends on the others"),
-        (
-            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-            "{{ m.content }};{% endfor %}",
-            "no system",
-        ),
-    ],
-)
-def test_other_templates_are_left_out_with_a_comment(tokenizer, template, reason):
-    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=TURN_END)
-    own.chat_template = template
-    text, told = make_modelfile("a.gguf", own, [own.eos_token_id])
-    assert reason in told
-    assert 'TEMPLATE "' not in text
-    assert text.splitlines()[1].startswith("# No TEMPLATE: the chat template can't be translated exactly (")
-    own.chat_template = None
-    assert 'TEMPLATE """{{ .Prompt }}"""' in make_modelfile("a.gguf", own, [own.eos_token_id])[0]

@@ -132,10 +132,10 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, 
 def _find_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
     """Return the texts around messages, of each role once."""
     user, answer, second = _message("user", _USER), _message("assistant", _ANSWER), _message("user", _SECOND)
-    one = _render(tokenizer, [user], False)
+    only = _render(tokenizer, [user], False)
     asked = _render(tokenizer, [user], True)
-    answer_start = _cut(asked, one, "")
-    before_user, after_user = _around(one, _USER)
+    answer_start = _cut(asked, only, "")
+    before_user, after_user = _around(only, _USER)
     answered = _render(tokenizer, [user, answer], False)
     between, after_answer = _around(answered, _ANSWER)
     before_answer = _cut(between, before_user + _USER + after_user, "")
