@@ -63,6 +63,12 @@ class GateViolated(BfpoError):
     exit_code = 3
 
 
+class ExportMismatch(BfpoError):
+    """An exported file was written, and doesn't say what its source says."""
+
+    exit_code = 1
+
+
 class Unanswered(BfpoError):
     """An engine couldn't answer some requests; all other completions were returned.
 

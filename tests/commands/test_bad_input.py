@@ -209,8 +209,18 @@ def test_the_same_commands_accept_what_is_good(run, folder, tokenizer, make_mode
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["merge", "nowhere", "--out", "merged"], "'nowhere': no such folder; expected a run's output folder"),
-        (["merge", ".", "--out", "merged"], "'.' contains no model; expected a folder with adapter_config.json"),
+        (
+            ["export", "nowhere", "--to", "merged", "--out", "merged"],
+            "'nowhere': no such folder; expected a run's output folder",
+        ),
+        (
+            ["export", ".", "--to", "merged", "--out", "merged"],
+            "'.' contains no model; expected a folder with config",
+        ),
+        (
+            ["export", ".", "--to", "gguf", "--dtype", "float16", "--out", "merged"],
+            "--dtype is for merged and adapter",
+        ),
         (["migrate", "nothing.yaml"], "recipe nothing.yaml: "),
         (["migrate", "ours.yaml"], "ours.yaml: neither of official BFPO, alignment-handbook, TRL nor LLaMA-Factory"),
         (["train", "theirs.yaml"], "use model.path (bfpo migrate turns a whole file into a recipe)"),

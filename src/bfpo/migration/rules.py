@@ -72,7 +72,7 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "bnb_4bit_quant_type": ("nf4", "4-bit weights are always nf4"),
     "chat_template_path": (None, "set text.chat_template to the template file"),
     "completion_only_loss": (True, "the loss covers completions only"),
-    "create_new_adapter": (False, "merge the adapter first (bfpo merge)"),
+    "create_new_adapter": (False, "merge the adapter first (bfpo export --to merged)"),
     "dataset_kwargs": (None, "name your columns in columns"),
     "dataset_streaming": (False, "data sets are loaded completely"),
     "dataset_text_field": (None, "training on plain text is not supported, only on completions of prompts"),

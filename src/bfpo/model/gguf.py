@@ -39,6 +39,8 @@ _ALIASES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_os
 # A file's tokenizer names its rule for splitting text before the merges. transformers applies GPT-2's rule where it
 # doesn't know the name; models of this one split off single digits first.
 _DIGITS_FIRST = {"smollm"}
+# Rules by which a piece of text that is a token isn't merged from characters, which transformers doesn't read.
+_IGNORE_MERGES = {"llama3", "llama-v3", "llama-bpe"}
 # Types of values in a header that have a fixed size; the others are text (8) and array (9).
 _TEXT, _ARRAY = 8, 9
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -252,7 +254,12 @@ def load_gguf_config(path: str, revision: str | None = None) -> Any:
 
 
 def load_gguf_model(
-    path: str, revision: str | None = None, *, dtype: torch.dtype, attn_implementation: str | None
+    path: str,
+    revision: str | None = None,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    rope_parameters: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load the model in a GGUF file, with dequantized weights, and print what quantization lost.
 
@@ -261,6 +268,8 @@ def load_gguf_model(
         revision: Hub revision.
         dtype: Type of the loaded weights.
         attn_implementation: Attention implementation of transformers; None for its choice.
+        rope_parameters: Parameters of the rotary embeddings, if they are known from elsewhere: transformers reads no
+            scaling of them from GGUF files.
 
     Raises:
         ModelError: If the file can't be read, or lacks weights of its architecture.
@@ -268,9 +277,13 @@ def load_gguf_model(
     file = find_gguf(path, revision)
     summary = read_summary(file)
     with _link_in_empty_folder(file) as (folder, link):
+        config = AutoConfig.from_pretrained(folder, gguf_file=link)
+        if rope_parameters is not None:
+            config.rope_parameters = rope_parameters
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=link,
+            config=config,
             quantization_config=GgufConfig(dequantize=True),
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -290,7 +303,7 @@ def load_gguf_model(
     model.config._name_or_path = model.name_or_path = name
     if line := describe_loss(file, summary, str(dtype).removeprefix("torch.")):
         say(line)
-    if summary.has_rope_factors:
+    if summary.has_rope_factors and rope_parameters is None:
         say(
             f"warning: {file.name} scales the frequencies of its rotary embeddings (rope_freqs), which transformers "
             "doesn't read from GGUF files: long texts get worse"
@@ -312,6 +325,8 @@ def load_gguf_tokenizer(path: str, revision: str | None = None) -> PreTrainedTok
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
+    if summary.splitting in _IGNORE_MERGES:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

@@ -50,7 +50,8 @@ def add_adapter(model: CausalLM, config: Any, *, seed: int) -> PeftModel:
     """
     if isinstance(model, PeftModel):
         raise ModelError(
-            "lora: the model already has an adapter: train that one (leave lora out), or merge it first (bfpo merge)"
+            "lora: the model already has an adapter: train that one (leave lora out), or merge it first "
+            "(bfpo export --to merged)"
         )
     try:
         with torch.random.fork_rng(), without_checkpointing_warning():

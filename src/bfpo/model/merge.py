@@ -1,6 +1,7 @@
-"""The work of `bfpo merge`: an adapter and its base model merged into one model that loads without peft."""
+"""An adapter and its base model merged into one model that loads without peft."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
@@ -20,7 +21,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = 1e-3
 
 
-def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", trust_remote_code: bool = False) -> None:
+def merge_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    records: dict[str, Any] | None = None,
+) -> None:
     """Merge a LoRA adapter into its base model, and save the merged model with the tokenizer.
 
     Weights are merged in float32. Before it is saved, the merged model must give the same logits as the adapter on
@@ -31,6 +39,7 @@ def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", tru
         out: Output folder; must be empty or not exist yet.
         dtype: Type of the saved weights, one of `DTYPES`.
         trust_remote_code: Whether to run code that comes with the base model.
+        records: Content of further JSON files, by file name.
 
     Raises:
         RecipeError: If `dtype` isn't one of `DTYPES`.
@@ -40,7 +49,7 @@ def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", tru
     if dtype not in DTYPES:
         raise RecipeError(f"dtype is '{dtype}'; expected one of {', '.join(DTYPES)}")
     check_out(out)
-    _check_adapter(checkpoint, trust_remote_code=trust_remote_code)
+    check_adapter(checkpoint, trust_remote_code=trust_remote_code)
     section = ModelSection(path=str(checkpoint), trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(section)
     adapted = load_model(section).eval()
@@ -55,7 +64,7 @@ def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", tru
             f"{checkpoint}: merging changes the logits by {difference:.2g} of their size (allowed {TOLERANCE:g}), "
             "as it does for an adapter on tied embeddings; use the adapter unmerged"
         )
-    save_checkpoint(merged.to(getattr(torch, dtype)), tokenizer, out)
+    save_checkpoint(merged.to(getattr(torch, dtype)), tokenizer, out, records)
     say(f"merged into {out} ({dtype}); logits agree to {difference:.1g} of their size before rounding to {dtype}")
     if _was_quantized(checkpoint):
         say(
@@ -64,7 +73,16 @@ def merge_checkpoint(checkpoint: Path, out: Path, *, dtype: str = "float32", tru
         )
 
 
-def _check_adapter(checkpoint: Path, *, trust_remote_code: bool) -> None:
+def check_adapter(checkpoint: Path, *, trust_remote_code: bool = False) -> None:
+    """Check that a folder contains a LoRA adapter that can be merged into its base model.
+
+    Args:
+        checkpoint: Folder with an adapter.
+        trust_remote_code: Whether to run code that comes with the base model.
+
+    Raises:
+        ModelError: If it contains none, or its base model is quantized or can't be read.
+    """
     if is_gguf(str(checkpoint)):
         raise ModelError(f"'{checkpoint}' is a GGUF file, which contains a whole model (bfpo model import)")
     if not checkpoint.is_dir():

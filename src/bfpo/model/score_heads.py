@@ -49,7 +49,9 @@ def add_score_heads(model: CausalLM, count: int, *, pad_id: int | None, seed: in
             linear head on the decoder.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ModelError("the model has an adapter; merge it first (bfpo merge), score heads are saved without one")
+        raise ModelError(
+            "the model has an adapter; merge it first (bfpo export --to merged), score heads are saved without one"
+        )
     model.config.num_labels = count
     model.config.get_text_config().pad_token_id = pad_id
     backbone = model.get_decoder()
