@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
+from bfpo.commands.panels import DEPLOY
+
 deploy_app = typer.Typer()
 
 
-@deploy_app.command()
+@deploy_app.command(rich_help_panel=DEPLOY)
 def merge(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Output folder.", show_default=False)],
