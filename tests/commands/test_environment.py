@@ -86,7 +86,9 @@ def test_the_driver_is_told_whether_or_not_pytorch_can_use_it(monkeypatch, tmp_p
 def test_the_commit_is_that_of_this_package(monkeypatch, tmp_path):
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
 
     (tmp_path / "bfpo").mkdir()
     (tmp_path / "bfpo" / "__init__.py").write_text("")
@@ -102,7 +104,9 @@ def test_the_commit_is_that_of_this_package(monkeypatch, tmp_path):
 
 def test_the_commit_that_pip_installed_is_told(monkeypatch):
     origin = '{"url": "https://example.org/bfpo", "vcs_info": {"vcs": "git", "commit_id": "abc123"}}'
-    monkeypatch.setattr(module, "distribution", lambda name: type("D", (), {"read_text": lambda self, file: origin})())
+    monkeypatch.setattr(
+        module, "distribution", lambda name: type("D", (), {"read_text": lambda self, file: origin})()
+    )
     assert source_revision() == "abc123"
 
 
