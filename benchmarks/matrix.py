@@ -2,10 +2,11 @@
 
     python benchmarks/matrix.py [--python 3.11 3.12] [--set minimum newest] [--tests tests/losses ...]
 
-`uv` resolves and installs each set into an environment of its own: for `minimum` the lowest version of every direct dependency, of
-the extras in `all` too, with current tools for the tests. A Python that isn't installed is left out, and said to be. PyTorch is its
-CPU build, from PyTorch's own index; with `--torch-backend none` from where uv's own variables (UV_FIND_LINKS, UV_CONSTRAINT, ...) say.
-Each finished cell is written to benchmarks/results/matrix.json and .md; a later run replaces the cells that it runs again.
+`uv` resolves and installs each set into an environment of its own: for `minimum` the lowest version of every direct
+dependency, those of the extra `all` too, with current tools for the tests. A Python that isn't installed is left out,
+and said to be. PyTorch is its CPU build, from PyTorch's own index; with `--torch-backend none` it comes from where uv's
+own variables (UV_FIND_LINKS, UV_CONSTRAINT, ...) say. Each finished cell is written to benchmarks/results/matrix.json
+and .md; a later run replaces the cells that it runs again.
 """
 
 import argparse

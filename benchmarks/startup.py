@@ -2,8 +2,9 @@
 
     python benchmarks/startup.py [--as before]
 
-Processor time, user and system, of the process and its children, on one thread, hardly depends on what else the machine does.
-Files are read once before they are timed. The results go under a name, `after` unless told, into benchmarks/results/startup.json.
+Processor time, user and system, of the process and its children, on one thread, hardly depends on what else the
+machine does. Files are read once before they are timed. The results go under a name, `after` unless told, into
+benchmarks/results/startup.json, and as a table into docs/performance.md.
 """
 
 import argparse
@@ -14,12 +15,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bfpo.core.files import write_json, write_jsonl, write_text
 from bfpo.training.manifest import hardware, versions
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "startup.json"
+PAGE = ROOT / "docs" / "performance.md"
 REPEATS = 5
 RECIPE = """
 model: {new: {shape: tiny, vocab_size: 300}}
@@ -60,6 +63,18 @@ def cpu_seconds(arguments: list[str], folder: Path) -> float:
     return ended.children_user + ended.children_system - began.children_user - began.children_system
 
 
+def with_table(page: str, results: dict[str, Any]) -> str:
+    """Return the page with the medians in the place for them."""
+    rows = [
+        f"| `{title}` | {results['before'][title]['median']:.2f} | {results['after'][title]['median']:.2f} |"
+        for title in COMMANDS
+    ]
+    table = "\n".join(["| command | before | now |", "| --- | ---: | ---: |", *rows])
+    start, end = "<!-- startup -->\n", "<!-- /startup -->"
+    before, rest = page.split(start)
+    return f"{before}{start}\n{table}\n\n{end}{rest.split(end, 1)[1]}"
+
+
 def main() -> None:
     """Measure every command and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -76,7 +91,10 @@ def main() -> None:
             measured[title] = {"median": statistics.median(seconds), "all": seconds}
             print(title, measured[title], flush=True)
     about = {"command": "python benchmarks/startup.py", "versions": versions(), "hardware": hardware()}
-    write_json(RESULT, results | about | {name: measured})
+    results |= about | {name: measured}
+    write_json(RESULT, results)
+    if {"before", "after"} <= results.keys():
+        write_text(PAGE, with_table(PAGE.read_text(), results))
 
 
 if __name__ == "__main__":

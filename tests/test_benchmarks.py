@@ -150,6 +150,16 @@ def test_cuda_is_rejected_without_a_gpu(tmp_path, monkeypatch):
         step_speed.main()
 
 
+def test_the_start_up_on_the_page_is_that_of_its_benchmark():
+    import startup
+
+    results = json.loads(startup.RESULT.read_text())
+    page = startup.PAGE.read_text()
+    assert startup.with_table(page, results) == page, "run python benchmarks/startup.py"
+    assert results["after"]["bfpo --help"]["median"] <= 0.4
+    assert results["after"]["bfpo env"]["median"] < results["before"]["bfpo env"]["median"] / 3
+
+
 def test_generation_is_as_fast_as_its_page_says():
     results = json.loads((ROOT / "benchmarks/results/generation_speed.json").read_text())
     page = (ROOT / "docs/generation.md").read_text()

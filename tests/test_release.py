@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import bfpo
+from bfpo.core.files import write_jsonl
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -152,8 +153,9 @@ def test_the_wheel_works_outside_of_the_checkout(built, tmp_path):
     ).split()
     assert where == [str(packages / "bfpo" / "__init__.py"), bfpo.__version__]
     command = tmp_path / "env" / "bin" / "bfpo"
-    row = '{"prompt": "which %d", "chosen": "a box", "rejected": "a ball", "is_chosen_safe": 1, "is_rejected_safe": 0}\n'
-    (tmp_path / "pairs.jsonl").write_text("".join(row % number for number in range(4)))
+    labels = {"is_chosen_safe": True, "is_rejected_safe": False}
+    pairs = [{"prompt": f"which {number}", "chosen": "a box", "rejected": "a ball", **labels} for number in range(4)]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
     recipe = {
         "model": {"new": {"shape": "nano", "vocab_size": 300}},
         "data": [{"path": "pairs.jsonl"}],

@@ -1,6 +1,7 @@
 """`bfpo env`: versions and devices for a bug report, and nothing else about the machine.
 
-PyTorch isn't loaded in this process: a PyTorch that can't be loaded, or a driver that hangs, may be what the report is about.
+PyTorch isn't loaded in this process: a PyTorch that can't be loaded, or a driver that hangs, may be what the report
+is about.
 """
 
 import json

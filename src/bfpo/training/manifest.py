@@ -1,4 +1,4 @@
-"""Metadata needed to reproduce a run: versions, hardware, revision of the code. It loads torch only where a run asks for devices."""
+"""Metadata needed to reproduce a run: versions, hardware, revision of the code. Only `hardware` loads torch."""
 
 import os
 import platform
