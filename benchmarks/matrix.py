@@ -4,9 +4,9 @@
 
 `uv` resolves and installs each set into an environment of its own: for `minimum` the lowest version of every direct
 dependency, those of the extra `all` too, with current tools for the tests. A Python that isn't installed is left out,
-and said to be. PyTorch is its CPU build, from PyTorch's own index; with `--torch-backend none` it comes from where uv's
-own variables (UV_FIND_LINKS, UV_CONSTRAINT, ...) say. Each finished cell is written to benchmarks/results/matrix.json
-and .md; a later run replaces the cells that it runs again.
+and said to be. PyTorch is its CPU build, from PyTorch's own index; with `--torch-backend none` it comes from where
+uv's own variables (UV_FIND_LINKS, UV_CONSTRAINT, ...) say. Finished cells are in benchmarks/results/matrix.json and
+.md; a later run replaces the cells that it runs again.
 """
 
 import argparse
@@ -48,13 +48,13 @@ def uv(*arguments: str) -> str:
     command = [str(program) if program.exists() else "uv", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        raise RuntimeError(f"uv {' '.join(arguments[:2])} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"uv {' '.join(arguments[:2])}: {done.stderr[:2000].strip()}")
     return done.stdout.strip()
 
 
 def resolve(python: str, kind: str, folder: Path, backend: list[str]) -> Path:
     """Write the exact versions of a set, with the tools for the tests; return the file."""
-    binary = [f"--no-build-package={package}" for package in COMPILED]
+    binary = [f"--only-binary={package}" for package in COMPILED]
     compile_set = [
         "pip",
         "compile",
@@ -116,7 +116,7 @@ def run_cell(version: str, kind: str, tests: list[str], backend: list[str]) -> d
             print(f"Python {version}, {kind}: resolved in {time.monotonic() - began:.0f} s, installing", flush=True)
             program = install(python, requirements, Path(folder), backend)
         except RuntimeError as error:
-            return cell | {"left_out": str(error)}
+            return cell | {"passed": 0, "skipped": 0, "seconds": 0, "failures": [str(error)], "packages": {}}
         cell["install_seconds"] = round(time.monotonic() - began, 1)
         print(f"Python {version}, {kind}: installed, testing", flush=True)
         lines = re.findall(r"(?m)^([\w.\-]+)==(\S+)", requirements.read_text())
@@ -138,14 +138,15 @@ def table(cells: dict[str, dict[str, object]], command: str, commit: str | None)
     lines += [f"|---|---|---:|---:|---:|---:|{'---|' * len(shown)}"]
     for cell in cells.values():
         if "left_out" in cell:
-            reason = str(cell["left_out"]).strip().splitlines()[-1].strip()
-            lines.append(f"| {cell['python']} | {cell['set']} | left out: {reason} |")
+            lines.append(f"| {cell['python']} | {cell['set']} | left out: {cell['left_out']} |")
             continue
         counts = [cell["passed"], len(cell["failures"]), cell["skipped"], cell["seconds"]]
         versions = [cell["packages"].get(name, "") for name in shown]
         lines.append(f"| {' | '.join(map(str, [cell['python'], cell['set'], *counts, *versions]))} |")
     failures = [
-        f"- Python {c['python']}, {c['set']}: `{name}`" for c in cells.values() for name in c.get("failures", [])
+        f"- Python {c['python']}, {c['set']}: `{' '.join(name.split())}`"
+        for c in cells.values()
+        for name in c.get("failures", [])
     ]
     return "\n".join([*lines, *(["", "Failures:", "", *failures] if failures else []), ""])
 
