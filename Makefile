@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env docs site quickstart real test test-slow check format
+.PHONY: env docs site quickstart real test test-slow check format matrix containers
 
 env: $(VENV)/.done
 
@@ -55,3 +55,13 @@ check: env
 format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The fast tests on the oldest and the newest packages that are allowed, for each Python that is installed: benchmarks/results/matrix.md.
+matrix: env
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python benchmarks/matrix.py $(MATRIX)
+
+# Both images, where there is a builder.
+containers:
+	docker build --file containers/Dockerfile.cpu --tag bfpo:cpu .
+	docker build --file containers/Dockerfile.cuda --tag bfpo:cuda .

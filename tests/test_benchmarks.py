@@ -148,6 +148,16 @@ def test_interrupted_results_are_resumed_on_the_same_code_only(tmp_path, capsys)
     assert "starting over" in capsys.readouterr().out
 
 
+def test_the_start_up_on_the_page_is_that_of_its_benchmark():
+    import startup
+
+    results = json.loads(startup.RESULT.read_text())
+    page = startup.PAGE.read_text()
+    assert startup.with_table(page, results) == page, "run python benchmarks/startup.py"
+    assert results["after"]["bfpo --help"]["median"] <= 0.4
+    assert results["after"]["bfpo env"]["median"] < results["before"]["bfpo env"]["median"] / 3
+
+
 def test_generation_is_as_fast_as_its_page_says():
     results = json.loads((ROOT / "benchmarks/results/generation_speed.json").read_text())
     page = (ROOT / "docs/generation.md").read_text()

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import bfpo
+from bfpo.core.files import write_jsonl
+
+from .report.fake_runs import judge_prompts, make_prompts, write_evaluation
 
 SOURCE = Path(__file__).parents[1] / "src" / "bfpo"
 
@@ -45,6 +48,10 @@ WITHOUT_TORCH = (
     "commands/app.py",
     "commands/groups.py",
     "commands/deploy.py",
+    "commands/environment.py",
+    "commands/panels.py",
+    "report/*.py",
+    "training/manifest.py",
 )
 
 
@@ -101,6 +108,21 @@ def test_first_answer_is_fast_and_loads_no_torch(command):
         ended = os.times()
         seconds.append(ended.children_user + ended.children_system - began.children_user - began.children_system)
     assert min(seconds) < 0.6
+
+
+def test_commands_that_only_read_load_no_torch(tmp_path):
+    """`bfpo env`, `report`, `card` and `data inspect` answer at once, also where PyTorch is broken."""
+    prompts = make_prompts(4)
+    judged = judge_prompts(prompts, safe=0.8, helpful=0.7, refusing=0.2, seed=0)
+    write_evaluation(tmp_path / "run" / "evaluation", "run", prompts, judged)
+    labels = {"is_chosen_safe": True, "is_rejected_safe": False}
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "which", "chosen": "a box", "rejected": "a ball", **labels}])
+    commands = [["env"], ["report", "run"], ["card", "run"], ["data", "inspect", "pairs.jsonl"]]
+    script = "import sys\nfrom bfpo.commands.app import app\n"
+    script += f"for arguments in {commands}:\n    app(arguments, standalone_mode=False)\n"
+    script += "    print(*({'torch', 'transformers', 'datasets', 'scipy'} & {*sys.modules}), file=sys.stderr)\n"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr == "\n" * len(commands)
 
 
 def rooms_and_arrows() -> tuple[set[str], set[tuple[str, str]]]:

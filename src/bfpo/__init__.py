@@ -6,7 +6,8 @@ Public names are loaded on first use, so `import bfpo` loads neither torch nor t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+# A release drops ".dev0" and gets the tag v0.1.0; CONTRIBUTING.md says how.
+__version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from bfpo.core.pairs import PreferencePair, SafetyLabels

@@ -232,6 +232,11 @@ def test_bootstrap_is_scipys_up_to_rounding(statistic, samples, options, expecte
     assert tuple(theirs.confidence_interval) == pytest.approx(expected[1:], rel=1e-12)
 
 
+def in_all_versions(expected):
+    # Student's quantile with one degree of freedom is 2e-11 off in scipy 1.15, and exact in 1.17.
+    return pytest.approx(expected, rel=1e-9)
+
+
 def test_t_interval_keeps_its_numbers():
     values = np.array([0.625, 0.75, 0.5, 0.875, 0.25, 0.5, 0.625, 1.0])
     for sample, expected in (
@@ -241,15 +246,15 @@ def test_t_interval_keeps_its_numbers():
         # Without a spread it is the mean, without a warning.
         (np.full(4, 0.375), (0.375, 0.375, 0.375)),
     ):
-        assert tuple(t_interval(sample)) == expected
-    assert tuple(t_interval(values, level=0.8)) == (0.640625, 0.5227475763736478, 0.7585024236263522)
+        assert tuple(t_interval(sample)) == in_all_versions(expected)
+    assert tuple(t_interval(values, level=0.8)) == in_all_versions((0.640625, 0.5227475763736478, 0.7585024236263522))
 
 
 def test_paired_p_value_keeps_its_numbers():
     ours = np.array([0.625, 0.75, 0.5, 0.875, 0.25, 0.5, 0.625, 1.0])
     baseline = np.array([0.5, 0.625, 0.5, 0.5, 0.375, 0.25, 0.5, 0.75])
-    assert tuple(t_interval(ours - baseline)) == (0.140625, 0.010370489326517546, 0.2708795106734825)
-    assert paired_p_value(ours, baseline) == paired_p_value(baseline, ours) == 0.03794328796316369
+    assert tuple(t_interval(ours - baseline)) == in_all_versions((0.140625, 0.010370489326517546, 0.2708795106734825))
+    assert paired_p_value(ours, baseline) == paired_p_value(baseline, ours) == in_all_versions(0.03794328796316369)
     # All differences are the same, 0.125; the mean difference is 0.
     assert paired_p_value(ours[:2], baseline[:2]) == 0.0
     assert paired_p_value(np.array([0.0, 1, 0, 0]), np.array([1.0, 0, 0, 0])) == 1.0

@@ -28,18 +28,19 @@ from bfpo.commands.options import (
     Tries,
     judge_servers,
 )
+from bfpo.commands.panels import DATA, EVALUATE, START, STUDIES, TRAIN, PanelGroup
 
 app = typer.Typer(
     name="bfpo",
+    cls=PanelGroup,
     help="Align language models for safety and helpfulness with one supervised loss.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     epilog="key.sub=value after a recipe overrides a key. Exit codes: 0 success, 1 failure, 2 bad input, "
     "3 gate violated.",
 )
 for _name, _group in GROUPS.items():
-    app.add_typer(_group, name=_name)
+    app.add_typer(_group, name=_name, rich_help_panel=_group.rich_help_panel)
 app.add_typer(deploy_app)
 
 
@@ -59,7 +60,7 @@ def root(
     """Read the options that come before a command."""
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def quickstart(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/quickstart"),
     method: Annotated[str, typer.Option(help="Training method to compare with the base: bfpo, dpo_h, ...")] = "bfpo",
@@ -74,7 +75,7 @@ def quickstart(
         typer.launch((out / "report.html").resolve().as_uri())
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def train(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
     """Train a model on labeled preference pairs."""
     from bfpo.config.loading import load_recipe
@@ -93,7 +94,7 @@ def train(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_
     run_training(checked, dry_run=dry_run, limit=limit, answers=likeliest_answers)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def sft(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
     """Fine-tune a model on completions."""
     from bfpo.config.loading import load_recipe
@@ -112,7 +113,7 @@ def sft(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_ru
     run_sft(checked, dry_run=dry_run, limit=limit)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def online(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train a policy by RL on scores of its own samples: Safe RLHF, or BFPO's objective."""
     from bfpo.config.loading import load_recipe
@@ -125,7 +126,7 @@ def online(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False)
     run_online(checked, dry_run=dry_run)
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def chat(
     checkpoint: Checkpoint,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
@@ -151,7 +152,7 @@ def chat(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def generate(
     checkpoint: Checkpoint,
     prompts: Annotated[
@@ -224,7 +225,7 @@ def generate(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def label(
     pairs: Annotated[
         str, typer.Argument(help="[ADAPTER:]PATH of a file, a pattern or a hub id.", show_default=False)
@@ -254,7 +255,7 @@ def label(
     label_pairs(source, judges, out, conflicts=conflicts, limit=limit, beta=beta, estimate_only=dry_run)
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 def redteam(recipe: Recipe, overrides: Overrides = None) -> None:
     """Build a preference set from a model's own completions; resumable."""
     from bfpo.config.loading import load_recipe
@@ -267,7 +268,7 @@ def redteam(recipe: Recipe, overrides: Overrides = None) -> None:
     run_redteam(checked)
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=EVALUATE)
 def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -293,7 +294,7 @@ def evaluate(
     run_eval(checked, gate=None if gate is None else str(gate))
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of evaluated runs, baseline first.", show_default=False)
@@ -307,7 +308,7 @@ def report(
     say(str(write_report(out, runs)))
 
 
-@app.command()
+@app.command(rich_help_panel=EVALUATE)
 def card(
     run: Annotated[Path, typer.Argument(help="Folder of an evaluated run.", show_default=False)],
     into: Annotated[
@@ -327,7 +328,7 @@ def card(
     say(str(into))
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def dual(
     samples: Annotated[
         Path,
@@ -393,7 +394,7 @@ def dual(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=STUDIES)
 def certify(recipe: Recipe, overrides: Overrides = None) -> None:
     """Prove on which side of its threshold a small head is over boxes of hidden states; resumable."""
     from bfpo.certificates.recipe import CertifyRecipe
@@ -406,7 +407,7 @@ def certify(recipe: Recipe, overrides: Overrides = None) -> None:
     run(checked)
 
 
-@app.command()
+@app.command(rich_help_panel=STUDIES)
 def experiment(recipe: Recipe, overrides: Overrides = None) -> None:
     """Compare training methods over seeds in the testbed's worlds; resumable."""
     from bfpo.config.loading import load_recipe
@@ -431,7 +432,7 @@ def compare(recipe: Recipe, overrides: Overrides = None) -> None:
     experiment(recipe, overrides)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def migrate(
     file: Annotated[Path, typer.Argument(help="YAML of another stack.", show_default=False)],
     overrides: Annotated[
@@ -446,7 +447,7 @@ def migrate(
     run(file, overrides or [], out, kind=kind)
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def env() -> None:
     """Show versions and devices, for a bug report."""
     from bfpo.commands.environment import show_environment

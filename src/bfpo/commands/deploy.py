@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from bfpo.commands.options import Concurrency, GuardFile, KeyVariable, Timeout, Tries
+from bfpo.commands.panels import DEPLOY
 
 deploy_app = typer.Typer()
 
@@ -14,7 +15,7 @@ _Out = Annotated[Path, typer.Option(help="Output folder.", show_default=False)]
 _TrustCode = Annotated[bool, typer.Option(help="Run code that comes with the base model.")]
 
 
-@deploy_app.command()
+@deploy_app.command(rich_help_panel=DEPLOY)
 def export(
     checkpoint: _ModelFolder,
     to: Annotated[
@@ -63,7 +64,7 @@ def merge(
     export(checkpoint, "merged", out, dtype, trust_remote_code=trust_remote_code)
 
 
-@deploy_app.command()
+@deploy_app.command(rich_help_panel=DEPLOY)
 def serve(
     checkpoint: Annotated[
         str | None,
@@ -131,7 +132,7 @@ def serve(
     )
 
 
-@deploy_app.command()
+@deploy_app.command(rich_help_panel=DEPLOY)
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a model or an adapter.", show_default=False)],
     repo_id: Annotated[str, typer.Argument(help="Repository on the hub, owner/name.", show_default=False)],

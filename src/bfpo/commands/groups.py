@@ -21,11 +21,14 @@ from bfpo.commands.options import (
     Tries,
     judge_servers,
 )
+from bfpo.commands.panels import DATA, DEPLOY
 
-data_app = typer.Typer(help="Inspect and prepare preference data.", no_args_is_help=True)
-judge_app = typer.Typer(help="Judge completions, and evaluate judges against human labels.", no_args_is_help=True)
-score_app = typer.Typer(help="Give every answer a reward and a cost.", no_args_is_help=True)
-model_app = typer.Typer(help="Convert models.", no_args_is_help=True)
+data_app = typer.Typer(help="Inspect and prepare preference data.", no_args_is_help=True, rich_help_panel=DATA)
+judge_app = typer.Typer(
+    help="Judge completions, and evaluate judges against human labels.", no_args_is_help=True, rich_help_panel=DATA
+)
+score_app = typer.Typer(help="Give every answer a reward and a cost.", no_args_is_help=True, rich_help_panel=DATA)
+model_app = typer.Typer(help="Convert models.", no_args_is_help=True, rich_help_panel=DEPLOY)
 GROUPS = {"data": data_app, "judge": judge_app, "score": score_app, "model": model_app}
 """Name → its commands, in the order of the help."""
 

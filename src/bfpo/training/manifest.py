@@ -1,4 +1,4 @@
-"""Metadata needed to reproduce a run: versions, hardware, revision of the code."""
+"""Metadata needed to reproduce a run: versions, hardware, revision of the code. Only `hardware` loads torch."""
 
 import os
 import platform
@@ -6,8 +6,6 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bfpo import __version__
 
@@ -30,9 +28,11 @@ def installed_version(package: str) -> str:
 
 def hardware() -> dict[str, Any]:
     """Return processor, its instruction set, accelerators and numbers of cores, threads and processes."""
+    import torch
+
     return {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor_name(),
         # The instructions that torch's kernels use (AVX2, AVX512, ...): sums differ in the last bits between them.
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -42,7 +42,7 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """Return the name of the processor; "" if the system doesn't report it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,168 @@
+"""The package as it is released: its version, its lists of extras, its files, and that it works from a wheel."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import bfpo
+from bfpo.core.files import write_jsonl
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERSION = re.compile(r'^__version__ = "(.+)"$', flags=re.MULTILINE)
+# Those need a GPU, or are not for users.
+NOT_IN_ALL = {"all", "dev", "docs", "qlora"}
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def wrong_tags(repository: Path) -> list[str]:
+    """Return the tags vX whose commit has another version than X."""
+    wrong = []
+    for tag in git(repository, "tag", "--list", "v[0-9]*").split():
+        source = git(repository, "show", f"{tag}:src/bfpo/__init__.py")
+        if VERSION.search(source)[1] != tag.removeprefix("v"):
+            wrong.append(tag)
+    return wrong
+
+
+def test_a_tag_is_the_version_of_its_commit(tmp_path):
+    assert wrong_tags(ROOT) == []
+    source = tmp_path / "src" / "bfpo" / "__init__.py"
+    source.parent.mkdir(parents=True)
+    git(tmp_path, "init", "-q")
+    for version, tag in (("0.1.0", "v0.1.0"), ("0.2.0.dev0", "v0.2.0")):
+        source.write_text(f'__version__ = "{version}"\n')
+        git(tmp_path, "add", ".")
+        git(tmp_path, "commit", "-q", "-m", version)
+        git(tmp_path, "tag", tag)
+    assert wrong_tags(tmp_path) == ["v0.2.0"]
+
+
+def test_a_version_that_was_released_is_not_in_development():
+    version = Version(bfpo.__version__)
+    assert str(version) == bfpo.__version__
+    released = [Version(tag.removeprefix("v")) for tag in git(ROOT, "tag", "--list", "v[0-9]*").split()]
+    assert [other for other in released if other > version] == []
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    dated = [re.fullmatch(r"\[(\S+)\] - \d{4}-\d\d-\d\d", heading)[1] for heading in headings[1:]]
+    assert (bfpo.__version__ in dated) == (not version.is_devrelease)
+
+
+def test_the_changelog_has_the_sections_of_its_format():
+    sections = re.findall(r"^### (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert set(sections) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == Version(bfpo.__version__).base_version
+    assert citation["license"] == PROJECT["license"]
+    assert citation["preferred-citation"]["url"].endswith("2408.15313")
+
+
+def test_all_is_all_extras():
+    (requirement,) = PROJECT["optional-dependencies"]["all"]
+    assert Requirement(requirement).name == "bfpo"
+    assert Requirement(requirement).extras == {*PROJECT["optional-dependencies"]} - NOT_IN_ALL
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_an_issue_form_has_what_a_form_needs(name):
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+    assert {*form} == {"name", "description", "labels", "body"}
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert all(field["attributes"]["label"] for field in fields)
+    assert name != "bug" or any("`bfpo env`" in field["attributes"].get("description", "") for field in fields)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """Build the package; return its wheel and its source archive."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-t", "sdist", "-d", str(folder)]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_package_and_nothing_else(built):
+    names = set(zipfile.ZipFile(built[0]).namelist())
+    tracked = set(git(ROOT, "ls-files", "src/bfpo").splitlines())
+    assert {f"src/{name}" for name in names if name.startswith("bfpo/")} == tracked
+    about = f"bfpo-{bfpo.__version__}.dist-info"
+    rest = {name for name in names if not name.startswith("bfpo/")}
+    assert rest == {
+        f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+    }
+    assert {"bfpo/py.typed", "bfpo/evaluation/suites/safety.yaml", "bfpo/report/template.html"} <= names
+
+
+@pytest.mark.slow
+def test_the_source_archive_has_what_makes_the_wheel(built, tmp_path):
+    with tarfile.open(built[1]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    made = {path.name for path in source.iterdir()}
+    assert {"LICENSE", "CHANGELOG.md", "README.md", "pyproject.toml", "src"} <= made
+    assert not made & {"tests", "benchmarks", "docs", "recipes", "examples"}
+    # Without git, as from the archive of a release.
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "again")]
+    subprocess.run(command, check=True, cwd=source, capture_output=True)
+    (wheel,) = (tmp_path / "again").iterdir()
+    assert wheel.name == built[0].name
+    assert set(zipfile.ZipFile(wheel).namelist()) == set(zipfile.ZipFile(built[0]).namelist())
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_of_the_checkout(built, tmp_path):
+    """The dependencies are those of this environment, the package is the wheel's."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    program = tmp_path / "env" / "bin" / "python"
+    (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    # A path in a .pth comes after the environment's own packages, and its .pth files, such as that of an editable
+    # bfpo, aren't read.
+    (packages / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    install = ["install", "--quiet", "--no-deps", "--no-index", str(built[0])]
+    subprocess.run([sys.executable, "-m", "pip", "--python", program, *install], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = run(
+        program, "-c", "import bfpo, importlib.metadata as m; print(bfpo.__file__, m.version('bfpo'))"
+    ).split()
+    assert where == [str(packages / "bfpo" / "__init__.py"), bfpo.__version__]
+    command = tmp_path / "env" / "bin" / "bfpo"
+    labels = {"is_chosen_safe": True, "is_rejected_safe": False}
+    pairs = [{"prompt": f"which {number}", "chosen": "a box", "rejected": "a ball", **labels} for number in range(4)]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    recipe = {
+        "model": {"new": {"shape": "nano", "vocab_size": 300}},
+        "data": [{"path": "pairs.jsonl"}],
+        "trainer": {"output_dir": "runs/toy", "use_cpu": True},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(command, "--version") == f"bfpo {bfpo.__version__}\n"
+    assert f"- bfpo: {bfpo.__version__}\n- commit: unknown\n" in run(command, "env")
+    assert "su" in run(command, "data", "inspect", "pairs.jsonl")
+    assert "4 pairs" in run(command, "train", "recipe.yaml", "--dry-run")
