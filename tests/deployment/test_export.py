@@ -64,7 +64,7 @@ def test_an_adapter_gives_the_same_logits_with_peft(save_adapter, tokenizer, cap
     expected = logits(save_adapter(r=12))
     export("adapter", "adapter")
     printed = capsys.readouterr().out
-    assert "vllm serve model --enable-lora --lora-modules out=out --max-lora-rank 16\n" in printed
+    assert "vllm serve model --enable-lora --max-lora-rank 16 --lora-modules out=out\n" in printed
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "out")
     assert torch.equal(logits(loaded), expected)
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained("out")), expected)

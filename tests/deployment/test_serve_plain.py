@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import scan_cache_dir
@@ -16,7 +17,7 @@ from bfpo.commands.errors import run_app
 from bfpo.config.recipes import LoraSection
 from bfpo.deployment.plain_servers import _write_cache, serve_by_vllm, vllm_command
 from bfpo.deployment.served_model import find_model
-from bfpo.errors import DeploymentError, RecipeError
+from bfpo.errors import DeploymentError, ModelError, RecipeError
 from bfpo.model.lora import add_adapter, lora_config
 
 
@@ -82,6 +83,13 @@ def test_vllm_gets_the_adapter_as_an_adapter(in_checkpoints):
         f"vllm serve {folder}/whole --tokenizer {folder}/adapter --enable-lora --max-lora-rank 16 "
         f"--lora-modules mine={folder}/adapter {rest}"
     )
+
+
+def test_an_adapter_that_vllm_would_change_is_refused(in_checkpoints):
+    model = find_model("adapter")
+    changed = replace(model, adapter={**model.adapter, "use_dora": True})
+    with pytest.raises(ModelError, match=r"use_dora is True: DoRA changes .* merge it"):
+        vllm_command(changed, name="mine", host="127.0.0.1", port=9, dtype="auto")
 
 
 def test_without_vllm_the_error_shows_the_command(in_checkpoints, monkeypatch):

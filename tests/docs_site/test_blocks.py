@@ -60,6 +60,7 @@ OTHERS = {
     "accelerate",
     "cp",
     "docker",
+    "export",
     "git",
     "huggingface-cli",
     "hf",

@@ -14,25 +14,10 @@ from torch import Tensor
 from bfpo.config.recipes import ModelSection, is_gguf
 from bfpo.core.files import file_name
 from bfpo.core.terminal import say
+from bfpo.deployment.vllm import adapter_faults, adapter_options
 from bfpo.errors import ModelError
 from bfpo.model.load import load_tokenizer
 from bfpo.model.shared_adapter import check_beside
-
-# Values of vLLM's --max-lora-rank. Source: vllm/config/lora.py (`MaxLoRARanks`).
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Parts of a configuration that vLLM refuses, or leaves out without a word, with the reason.
-# Source: vllm/lora/peft_helper.py (`PEFTHelper`) and lora_model.py.
-_UNSUPPORTED = {
-    "modules_to_save": "whole modules are trained besides the LoRA matrices",
-    "use_dora": "DoRA changes the size of the weights too",
-    "use_qalora": "QA-LoRA changes what the matrices are applied to",
-    "lora_bias": "the LoRA matrices have biases",
-    "rank_pattern": "layers have different ranks",
-    "alpha_pattern": "layers have different factors",
-    "layer_replication": "layers of the base model are repeated",
-    "trainable_token_indices": "embeddings of single tokens are trained",
-    "target_parameters": "parameters other than those of linear layers are trained",
-}
 
 
 def export_adapter(checkpoint: Path, temporary: Path, *, dtype: str | None) -> list[str]:
@@ -74,9 +59,8 @@ def say_how_to_serve(folder: Path) -> None:
     config: Any = PeftConfig.from_pretrained(str(folder))
     base, name = str(config.base_model_name_or_path), file_name(folder.name)
     options = f" --revision {config.revision}" if config.revision else ""
-    max_rank = min(rank for rank in _RANKS if rank >= config.r)
     say(f"wrote {folder}: an adapter of rank {config.r} on {base}. To serve it as the model '{name}':")
-    say(f"  vllm serve {base}{options} --enable-lora --lora-modules {name}={folder} --max-lora-rank {max_rank}")
+    say(f"  vllm serve {base}{options} {' '.join(adapter_options(folder, name, config.r))}")
     if Path(base).is_dir():
         say(f"note: its base model is the folder '{base}', which must be copied along")
 
@@ -92,11 +76,7 @@ def _check(checkpoint: Path, config: Any, tensors: Mapping[str, Tensor]) -> None
             "(bfpo model import) and set base_model_name_or_path in adapter_config.json to the folder"
         )
     written = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-    faults = [f"{key} is {written[key]!r}: {reason}" for key, reason in _UNSUPPORTED.items() if written.get(key)]
-    if (bias := written.get("bias", "none")) != "none":
-        faults.append(f"bias is '{bias}': biases of the base model are trained too")
-    if config.r > _RANKS[-1]:
-        faults.append(f"its rank is {config.r}: the highest is {_RANKS[-1]}")
+    faults = adapter_faults(written)
     others = [name for name in tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
     if others and not faults:
         faults.append(f"it contains {others[0]}: only LoRA matrices of linear layers are loaded")

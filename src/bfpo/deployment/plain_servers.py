@@ -15,13 +15,12 @@ from bfpo.core.terminal import say
 from bfpo.deployment.child import run_until_stopped
 from bfpo.deployment.listening import check_packages, listen
 from bfpo.deployment.served_model import ServedModel, find_model
-from bfpo.errors import RecipeError
+from bfpo.deployment.vllm import adapter_faults, adapter_options
+from bfpo.errors import ModelError, RecipeError
 
 # The name of a commit has this form; there is only one.
 _COMMIT = "0" * 40
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-# Sizes that vLLM has kernels for (MaxLoRARanks in vllm/config/lora.py).
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def serve_by_transformers(checkpoint: str, *, name: str, host: str, port: int, dtype: str) -> None:
@@ -118,7 +117,7 @@ def serve_by_vllm(checkpoint: str, *, name: str, host: str, port: int, dtype: st
         dtype: Data type of the weights.
 
     Raises:
-        RecipeError: If vLLM isn't installed, or the adapter's rank is too large for it.
+        RecipeError: If vLLM isn't installed.
         ModelError: If the checkpoint can't be served.
         DeploymentError: If the server ends by itself.
     """
@@ -133,18 +132,17 @@ def vllm_command(model: ServedModel, *, name: str, host: str, port: int, dtype: 
     """Return the command by which vLLM serves a checkpoint, an adapter as an adapter.
 
     Raises:
-        RecipeError: If the adapter's rank is too large for vLLM.
+        ModelError: If vLLM can't load the adapter.
     """
     rest = ["--host", host, "--port", str(port), "--dtype", dtype]
     if model.adapter is None:
         return ["vllm", "serve", str(model.folder), "--served-model-name", name, *rest]
-    own_rank = max(int(rank) for rank in (model.adapter["r"], *(model.adapter.get("rank_pattern") or {}).values()))
-    rank = next((size for size in _VLLM_RANKS if size >= own_rank), None)
-    if rank is None:
-        raise RecipeError(
-            f"the adapter's rank is {own_rank}, and vLLM allows {_VLLM_RANKS[-1]}; merge it (bfpo merge)"
+    if faults := adapter_faults(model.adapter):
+        raise ModelError(
+            f"'{model.folder}' can't be loaded by vLLM beside its base model ({'; '.join(faults)}); merge it "
+            "(bfpo export --to merged)"
         )
     own_tokenizer = (model.folder / "tokenizer_config.json").is_file()
     tokenizer = ["--tokenizer", str(model.folder)] if own_tokenizer else []
-    adapter = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{name}={model.folder}"]
-    return ["vllm", "serve", str(model.base), *tokenizer, *adapter, *rest]
+    options = adapter_options(model.folder, name, model.adapter["r"])
+    return ["vllm", "serve", str(model.base), *tokenizer, *options, *rest]
