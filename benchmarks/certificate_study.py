@@ -10,6 +10,7 @@ answer that isn't a refusal. Resumable: the same command continues after a kill.
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -64,6 +65,26 @@ def run(folder: Path, head: str, name: str, **keys: Any) -> Certificate:
         **keys,
     }
     return certify(CertifyRecipe.model_validate(recipe))
+
+
+def table(study: Mapping[str, Any]) -> str:
+    """Return the table of docs/certificates.md: the head with a hidden layer."""
+    lines = [
+        "| states | boxes | certified | counter-examples | undecided | held-out paraphrases inside | width (sd) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in study["rows"]:
+        if row["head"] != "hidden":
+            continue
+        parts = row["summaries"]
+        boxes = sum(part["boxes"] for part in parts)
+        counts = [sum(part[name] for part in parts) for name in ("certified", "counter_examples", "undecided")]
+        held_out, inside = (sum(part[name] for part in parts) for name in ("held_out", "held_out_inside"))
+        width = sum(part["width"] * part["boxes"] for part in parts) / boxes
+        states = "answer begun" if row["answer"] else "prompt"
+        cells = [f"{counts[0]} of {boxes}", *map(str, counts[1:]), f"{inside} of {held_out}", f"{width:.2f}"]
+        lines.append(f"| {states} | {row['boxes']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ answers of the guarded model itself to every prompt of the world's pairs, sample
 is held out. Guards and heads by the oracle, which also judges the results, are marked `circular`: they show a guard
 whose judge, or whose head's labels, don't err. Those by the linear judge aren't.
 
-Writes `results/guards.json` in about 60 CPU minutes; after an interruption the same command resumes. `--quick` tries
-a few guards of the base on one seed and writes nothing there.
+Writes `results/guards.json`, and its tables as `guards.md`, in about 60 CPU minutes; after an interruption the same
+command resumes. `--quick` tries a few guards of the base on one seed and writes nothing there.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from testbed_runs import slug
 from bfpo.commands.judge import fit_judge
 from bfpo.config.per_token import PerTokenRecipe
 from bfpo.core.conversation import user_says
-from bfpo.core.files import write_json, write_jsonl
+from bfpo.core.files import write_json, write_jsonl, write_text
 from bfpo.core.samples import Completion, Judge, Prompt, Sampling, prompt_id
 from bfpo.data.stages import generate_completions, judge_completions, read_completions, read_prompt_file
 from bfpo.evaluation.pipeline import evaluate
@@ -59,6 +59,19 @@ KAPPAS, SAMPLES, BOUNDS = (0.5, 1, 2, 4, 8), (1, 2, 4, 8), (0.5, 0.1, 0.02)
 TOP_K = 20
 OWN_SAMPLES, OWN_SEED = 4, 1
 ORACLE, LINEAR = "oracle:shared", "linear judge"
+ON_THE_PAGE = (
+    "no guard",
+    "first_safe, oracle, n = 4",
+    "first_safe by sentence, oracle, n = 4",
+    "first_safe, linear judge, n = 1",
+    "first_safe, linear judge, n = 8",
+    "factor, labels of the oracle, κ = 1",
+    "factor, labels of the oracle, κ = 8",
+    "factor, labels of the linear judge, κ = 1",
+    "factor, labels of the linear judge, κ = 8",
+    "project, at most 0.02",
+)
+"""Guards in the table of docs/guards.md."""
 # Answers to each harmful prompt from which the rate of an exact head is computed.
 EXACT_SAMPLES = 32
 
@@ -331,16 +344,19 @@ def main() -> None:
             "at_equal_helpfulness": equal,
         },
     )
+    write_text(RESULT.with_suffix(".md"), tables(json.loads(RESULT.read_text(encoding="utf-8"))) + "\n")
 
 
-def tables(study: Mapping[str, Any]) -> str:
-    """Return the tables of docs/guards.md."""
+def tables(study: Mapping[str, Any], *, brief: bool = False) -> str:
+    """Return the tables of the results; the brief ones are those of docs/guards.md."""
     lines = [
         "| model | guard | safety, harmful [95 %] | helpfulness, benign | over-refusal, benign | helpfulness, "
         "look-alike | over-refusal, look-alike | tokens | scorer calls | CPU ms |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in study["rows"]:
+        if brief and row["guard"] not in ON_THE_PAGE:
+            continue
         value, low, high = row["metrics"][SAFETY]
         cells = [f"{value:.2f} [{low:.2f}, {high:.2f}]"]
         cells += [f"{row['metrics'][name][0]:.2f}" for name in METRICS[1:]]
@@ -357,7 +373,8 @@ def tables(study: Mapping[str, Any]) -> str:
     ]
     for row in study["at_equal_helpfulness"]:
         if row["guard"] is None:
-            lines.append(f"| {row['as_helpful_as']} | {row['model']} | {row['family']} | none | |")
+            if not brief:
+                lines.append(f"| {row['as_helpful_as']} | {row['model']} | {row['family']} | none | |")
             continue
         value, low, high = row["safety"]
         lines.append(

@@ -2,6 +2,7 @@
 
     python benchmarks/threshold_study.py [--seeds 8] [--folder runs/threshold-study] [--method mocan]
     python benchmarks/threshold_study.py --margin 0.035 # ask for that much less than the thresholds
+    python benchmarks/threshold_study.py --margin 0.045 --thresholds 0.05
     python benchmarks/threshold_study.py --quick        # one seed, one threshold, a few steps: does it run?
 
 `bfpo dual` on scored samples of the base model, then `bfpo train` on its multiplier, as a method of
@@ -86,13 +87,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=Path("runs/threshold-study"))
     parser.add_argument("--margin", type=float, default=0.0, help="what is asked for is so much less")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS))
     parser.add_argument("--method", choices=("mocan", "bfpo_constrained"), default="mocan")
     parser.add_argument(
         "--quick", action="store_true", help="one seed, one threshold, a few steps; writes no results"
     )
     options = parser.parse_args()
     changes: dict[str, Any] = {f"samples.{key}": value for key, value in SAMPLES.items()} | {"steps": STEPS}
-    seeds, thresholds = range(options.seeds), THRESHOLDS
+    seeds, thresholds = range(options.seeds), options.thresholds
     if options.quick:
         changes, seeds, thresholds = changes | QUICK, range(1), (0.5,)
     results = []
@@ -111,6 +113,8 @@ def main() -> None:
     if options.quick:
         return
     command = f"python benchmarks/threshold_study.py --seeds {options.seeds} --method {options.method}"
+    if options.thresholds != list(THRESHOLDS):
+        command += f" --thresholds {' '.join(f'{threshold:g}' for threshold in options.thresholds)}"
     path = RESULTS / (f"threshold-{options.margin:g}.json" if options.margin else "threshold.json")
     write_json(
         path,
@@ -123,7 +127,7 @@ def main() -> None:
             "method": options.method,
             "margin": options.margin,
             "changes": changes,
-            "summary": [summarize(results, index) for index in range(len(THRESHOLDS))],
+            "summary": [summarize(results, index) for index in range(len(thresholds))],
             "seeds": results,
         },
     )
@@ -353,7 +357,7 @@ def summarize(results: Sequence[Mapping[str, Any]], index: int) -> dict[str, Any
     feasible = [policy for policy in policies if policy["state"] != "infeasible"]
     misses = [policy["miss"] for policy in feasible if "miss" in policy]
     return {
-        "threshold": THRESHOLDS[index],
+        "threshold": policies[0]["threshold"],
         "seeds": len(policies),
         "infeasible": len(policies) - len(feasible),
         "met": sum(policy["is_met"] for policy in feasible),

@@ -1,5 +1,6 @@
 """The study of guards: what is compared at equal helpfulness, and its tables."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,18 @@ def test_the_tables_have_every_row(study):
     assert "| base | base | factor κ = 4 | 0.70 [0.60, 0.80] | 0.68 |" in text
     assert "| base | bfpo | no guard | none | |" in text
     assert "| base | exact | 0.70 | 0.50 | 0.10 |\n| base | trained | 0.70 | 0.50 | 0.30 |" in text
+
+
+def test_the_tables_of_the_page_are_those_of_the_results(study):
+    results = json.loads(study.RESULT.read_text())
+    assert results["seeds"] == 8
+    assert study.tables(results, brief=True) in (study.RESULT.parents[2] / "docs/guards.md").read_text()
+    assert study.RESULT.with_suffix(".md").read_text() == study.tables(results) + "\n"
+
+
+def test_the_table_of_certificates_is_that_of_the_results(study):
+    import certificate_study
+
+    results = json.loads(certificate_study.RESULT.read_text())
+    page = certificate_study.RESULT.parents[2] / "docs/certificates.md"
+    assert certificate_study.table(results) in page.read_text()

@@ -1,7 +1,6 @@
 """Guards that sample and judge: what they let through, what they count, and that nothing passes without a verdict."""
 
 import io
-import json
 import random
 import re
 import sys
@@ -35,13 +34,6 @@ from faulty_server import faulty_server
 
 PROMPTS = [Prompt(f"p{number}", user_says(f"near {number}")) for number in range(6)]
 REFUSAL = "not this one"
-STUDIED = (
-    "harmful/safety",
-    "benign/helpfulness",
-    "benign/over_refusal",
-    "lookalike/helpfulness",
-    "lookalike/over_refusal",
-)
 
 
 class ScriptedJudge:
@@ -410,15 +402,3 @@ def test_a_guard_over_a_server():
         assert made[prompt.prompt_id, 0].text == expected
     assert len(texts) == sum(completion.guard.samples for completion in made.values())
     assert guard.faults == {"HTTP 500": 1}
-
-
-def test_the_numbers_on_the_page_are_those_of_the_study():
-    root = Path(__file__).parents[2]
-    study = json.loads((root / "benchmarks/results/guards.json").read_text())
-    page = (root / "docs/guards.md").read_text()
-    for row in study["rows"]:
-        values = [f"{row['metrics'][name][0]:.2f}" for name in STUDIED]
-        low, high = (f"{value:.2f}" for value in row["metrics"][STUDIED[0]][1:])
-        values[0] += f" [{low}, {high}]"
-        name = row["guard"] + (" (circular)" if row["circular"] else "")
-        assert f"| {name} | {' | '.join(values)} | {row['cpu_seconds']:.1f} |" in page
