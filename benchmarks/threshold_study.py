@@ -51,7 +51,7 @@ from bfpo.generation.in_process import load_engine
 from bfpo.judging.open import open_judge
 from bfpo.judging.score_columns import apply_scores
 from bfpo.losses.dual import Dual, read_dual
-from bfpo.stats.intervals import score_interval
+from bfpo.stats.intervals import score_interval, t_interval
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
 from bfpo.training.manifest import hardware, versions
@@ -369,6 +369,23 @@ def summarize(results: Sequence[Mapping[str, Any]], index: int) -> dict[str, Any
         else None,
         "explained": f"{sum(miss['explained'] for miss in misses)} of {len(misses)}",
     }
+
+
+def table(study: Mapping[str, Any]) -> str:
+    """Return the table of docs/constraints.md."""
+    lines = [
+        "| at most | asked | achieved, mean [95 %] | seeds that meet it | missed by more than the interval | misses that a "
+        f"second run mends | {' | '.join(CURES)} |",
+        "|---" * (6 + len(CURES)) + "|",
+    ]
+    for row in study["summary"]:
+        mean, low, high = t_interval(np.array(row["achieved"]))
+        cells = [f"{row['threshold']:.0%}", f"{row['threshold'] - study['margin']:.1%}"]
+        cells += [f"{mean:.1%} [{low:.1%}, {high:.1%}]", f"{row['met']} of {row['seeds']}"]
+        cells += [str(row["missed_with_interval"]), row["explained"]]
+        cells += [f"{100 * row['steps'][name]:+.1f}" for name in CURES]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
