@@ -94,3 +94,13 @@ def test_the_table_of_certificates_is_that_of_the_results(study):
     results = json.loads(certificate_study.RESULT.read_text())
     page = certificate_study.RESULT.parents[2] / "docs/certificates.md"
     assert certificate_study.table(results) in page.read_text()
+
+
+def test_the_table_of_thresholds_is_that_of_the_results(study):
+    import threshold_study
+
+    results = json.loads((threshold_study.RESULTS / "threshold-0.035.json").read_text())
+    page = (threshold_study.RESULTS.parents[1] / "docs/constraints.md").read_text()
+    assert threshold_study.table(results) in page
+    less = json.loads((threshold_study.RESULTS / "threshold-0.045.json").read_text())
+    assert [row["met"] for row in less["summary"]] == [3]

@@ -118,6 +118,7 @@ class Guards:
 
     def make_heads(self) -> dict[str, Any]:
         """Train the cost heads of the fine-tuned model on its answers in red-teaming, and return their quality."""
+        base = self.model("base")
         redteam = self.home / "redteam"
         completions = read_completions(redteam / Completion.file_name)
         by_judge = self.heads / "verdicts-judge.jsonl"
@@ -129,7 +130,7 @@ class Guards:
             out = self.heads / name
             if not (out / "run.json").exists():
                 recipe = {
-                    "model": {"path": str(self.model("base"))},
+                    "model": {"path": str(base)},
                     "per_token": True,
                     "completions": str(redteam / Completion.file_name),
                     "verdicts": str(verdicts[head["labels"]]),
