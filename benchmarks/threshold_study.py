@@ -374,8 +374,8 @@ def summarize(results: Sequence[Mapping[str, Any]], index: int) -> dict[str, Any
 def table(study: Mapping[str, Any]) -> str:
     """Return the table of docs/constraints.md."""
     lines = [
-        "| at most | asked | achieved, mean [95 %] | seeds that meet it | missed by more than the interval | misses that a "
-        f"second run mends | {' | '.join(CURES)} |",
+        "| at most | asked | achieved, mean [95 %] | seeds that meet it | missed by more than the interval | "
+        f"misses that a second run mends | {' | '.join(CURES)} |",
         "|---" * (6 + len(CURES)) + "|",
     ]
     for row in study["summary"]:
