@@ -45,6 +45,7 @@ WITHOUT_TORCH = (
     "commands/app.py",
     "commands/groups.py",
     "commands/deploy.py",
+    "commands/training.py",
 )
 
 

@@ -68,5 +68,5 @@ def test_the_command_lists_all_adapters_and_prints_an_example_that_is_read(capsy
     (tmp_path / "rows.jsonl").write_text(lines)
     _, (pair,) = load_pairs(parse_source(f"xstest_completions:{tmp_path / 'rows.jsonl'}"), "main")
     assert pair.chosen == json.loads(lines.splitlines()[0])["completion"]
-    with pytest.raises(RecipeError, match="`show` is 'pku'; did you mean"):
+    with pytest.raises(RecipeError, match="`show` is 'pku'; known: agent_align"):
         show_adapters("pku")
