@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_a_launch_script_is_sound(script):
 
 @pytest.fixture
 def arguments(tmp_path):
-    """Return a function that runs a launch file with stand-ins for the programs it starts, and returns what they get."""
+    """Return a function that runs a launch file with stand-ins for the programs that it starts."""
     for name, text in (("python", PRINTS), ("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -38,16 +39,14 @@ def arguments(tmp_path):
     def run(script, *words, **variables):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **variables}
-        return subprocess.run(
-            ["bash", str(LAUNCH / script), *words], env=environment, capture_output=True, text=True
-        )
+        return subprocess.run(["bash", str(LAUNCH / script), *words], env=environment, capture_output=True, text=True)
 
     return run
 
 
 def options_of(output):
     words = output.stdout.split("\n")
-    return dict(zip(words, words[1:], strict=False)), words
+    return dict(pairwise(words)), words
 
 
 def test_one_node_needs_no_setting_but_its_processes(arguments):

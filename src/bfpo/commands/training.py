@@ -1,5 +1,6 @@
 """Commands that train models; the bodies import their work when they run."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,6 +8,30 @@ import typer
 from bfpo.commands.options import DryRun, Limit, Overrides, Recipe
 
 training_app = typer.Typer()
+
+
+@training_app.command()
+def init(
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the model.", show_default=False)] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="[ADAPTER:]PATH of pairs, or of prompts; repeatable.", show_default=False),
+    ] = None,
+    buffer: Annotated[
+        list[str] | None,
+        typer.Option(help="[ADAPTER:]PATH of helpfulness pairs; repeatable.", show_default=False),
+    ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(help="safer, at-most, sft-first, label-first or redteam.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where it will be trained: cpu, gpu or auto.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Recipe to write; must not exist.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a first recipe for your model, data and goal, with the reasons; asks for what is missing."""
+    from bfpo.commands.init import init as run
+
+    run(model, data or [], buffer or [], goal, device, out)
 
 
 @training_app.command()

@@ -246,7 +246,8 @@ def _show_plan_and_memory(
         model_section,
         tokenizer,
         train_only=recipe.train_only,
-        lora=recipe.lora,
+        # An adapter of `model.sft` is trained further.
+        lora=recipe.lora or (recipe.model.sft.lora if recipe.model.sft else None),
         reference=recipe.reference,
         arithmetic=Arithmetic.of(args),
     )
