@@ -90,9 +90,7 @@ def test_less_memory_means_smaller_packs_then_recomputing_then_an_adapter(tmp_pa
     adapter = min(way.total / 0.8 for way in ways if way.name == "lora")
     assert adapter < recomputing
     assert choose(0.5 * (adapter + recomputing)).name == "lora"
-    with pytest.raises(
-        RecipeError, match=r"`model`: training takes about 0\.\d GiB \(lora\), which is more than 80%"
-    ):
+    with pytest.raises(RecipeError, match=r"training takes about 0\.\d GiB \(lora\), which is more than 80%"):
         choose(0.99 * adapter)
 
 

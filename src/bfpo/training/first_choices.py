@@ -210,7 +210,8 @@ def choose_trained(choices: list[TrainedChoice], machine: Machine) -> TrainedCho
     smallest = min(choices, key=lambda choice: choice.total)
     raise RecipeError(
         f"`model`: training takes about {smallest.total / 2**30:.1f} GiB ({smallest.name}), which is more than "
-        f"{_USED:.0%} of {machine.memory / 2**30:.1f} GiB ({machine.note}); choose a smaller model or another `device`, or cut long pairs"
+        f"{_USED:.0%} of {machine.memory / 2**30:.1f} GiB ({machine.note}); choose a smaller model or another "
+        "`device`, or cut long pairs"
     )
 
 
