@@ -17,17 +17,17 @@ from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "memory_estimate.json"
 SEED = 42
-PAIRS, PROMPT, COMPLETION = 1, 80, 176
+PAIRS, PROMPT, COMPLETION = 2, 80, 176
 """Pairs of each stream in a micro-batch, and their lengths in tokens: 256 for a prompt with a completion."""
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    # The shape of SmolLM2-135M, with four layers.
-    "llama": ("LlamaConfig", {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4,
+    # The shape of SmolLM2-135M, with six layers.
+    "llama": ("LlamaConfig", {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 6,
               "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}),
-    "qwen3": ("Qwen3Config", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
+    "qwen3": ("Qwen3Config", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,
               "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 16000}),
-    "gemma2": ("Gemma2Config", {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4,
+    "gemma2": ("Gemma2Config", {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
                "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 16000}),
-    "phi3": ("Phi3Config", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
+    "phi3": ("Phi3Config", {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,
              "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 16000, "pad_token_id": 0}),
 }  # fmt: skip
 """Family → configuration class of transformers, and its changes."""

@@ -75,7 +75,7 @@ def init(
     """
     if out.exists():
         raise RecipeError(f"`out` '{out}' exists; name a file that does not exist")
-    for name, value, allowed in (("goal", goal, list(GOALS)), ("device", device, ["auto", "cpu", "gpu"])):
+    for name, value, allowed in (("goal", goal, [*map(str, GOALS)]), ("device", device, ["auto", "cpu", "gpu"])):
         if value is not None and value not in allowed:
             raise RecipeError(f"`{name}` is '{value}'; {did_you_mean(value, allowed)}")
     can_ask = sys.stdin.isatty()

@@ -96,6 +96,7 @@ class Footprint(NamedTuple):
         copies: Bytes of the copies for the reference.
         gathered: Bytes of what a process gathers at a time where weights are sharded: embeddings, head, two layers.
         token: Bytes that a token keeps for the backward pass.
+        freed: Bytes of a token that adapters free between those, which the allocator of a CPU keeps.
         vocab_size: Size of the vocabulary; 0 without a language-model head.
         process: Bytes of the process itself.
         operations: Operations of a forward and a backward pass for each token in the body.
@@ -111,12 +112,18 @@ class Footprint(NamedTuple):
     copies: float
     gathered: float
     token: float
+    freed: float
     vocab_size: int
     process: float
     operations: float
     head_operations: float
     forward_operations: float
     each_step: bool
+
+    @property
+    def per_token(self) -> float:
+        """Bytes that a token of a pack takes."""
+        return self.token + self.freed
 
     def estimate(self, tokens: int, strategy: Strategy = "none", processes: int = 1) -> Estimate:
         """Return the memory of one process; docs/scaling.md has the table.
@@ -138,7 +145,7 @@ class Footprint(NamedTuple):
             gradients=self.trained / shards * (2 if strategy == "ddp" else 1),
             optimizer=2 * self.trained / shards,
             reference=0.0 if shards > 1 else self.copies,
-            activations=tokens * self.token,
+            activations=tokens * self.per_token,
             logits=logits,
             process=self.process,
         )
@@ -204,7 +211,9 @@ def footprint(
             lora=lora,
             per_weight=per_weight,
             arithmetic=arithmetic,
+            norms=_count_norms(model, config.hidden_size),
         ),
+        freed=0.0 if lora is None or arithmetic.gpu else _freed_bytes(config, arithmetic),
         vocab_size=0 if heads is not None else config.vocab_size,
         process=_GPU_PROCESS if arithmetic.gpu else _CPU_PROCESS,
         # 2 a weight forward, 2 for the gradients of what it gets, 2 for its own if it is trained.
@@ -222,6 +231,7 @@ def token_bytes(
     lora: LoraSection | None,
     per_weight: float,
     arithmetic: Arithmetic,
+    norms: int = 2,
 ) -> float:
     """Return the bytes that a packed token keeps for the backward pass, for a model of Llama's kind.
 
@@ -234,21 +244,18 @@ def token_bytes(
         lora: Adapter that is trained; None to train weights.
         per_weight: Bytes of a weight.
         arithmetic: How the run computes.
+        norms: Number of norms of a layer.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or hidden // heads
-    query, key = heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width
-    feed_forward = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 4 * hidden)
-    feed_forward *= getattr(config, "num_experts_per_tok", None) or 1
+    query, key, feed_forward = _widths(config)
     trains_norms = any("norm" in name for name in names)
     # Inputs of a linear layer are kept if it is trained, or has an adapter. Those of o_proj and down_proj always are.
     reads_norms = any(not re.search("down_proj|o_proj|norm|embed|lm_head", name) for name in names)
     rank = 0 if lora is None else 7 * lora.r
-    # Both norms: input, normalized input, output.
-    norms = 2 * hidden * (1 + trains_norms + (reads_norms or lora is not None))
+    # Input and normalized input of each norm, and the output of the two that linear layers read.
+    of_norms = hidden * (norms * (1 + trains_norms) + 2 * (reads_norms or lora is not None))
     # Queries and output, keys and values; gate, its activation, up and their product.
-    kept = norms + 2 * query + 2 * key + 4 * feed_forward + rank
+    kept = of_norms + 2 * query + 2 * key + 4 * feed_forward + rank
     is_half = per_weight < 4 or arithmetic.bf16
     layer = (2.0 if is_half else 4.0) * kept
     if is_half:
@@ -270,6 +277,35 @@ def token_bytes(
     depth = layers if reads_norms or trains_norms or lora is not None else layers - 1
     # Embeddings and the last norm.
     return float(depth * layer + 3 * boundary)
+
+
+def _widths(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Return the widths of queries, of keys, and of what a token uses of the feed-forward layers."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    width = getattr(config, "head_dim", None) or hidden // heads
+    feed_forward = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 4 * hidden)
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    return heads * width, (getattr(config, "num_key_value_heads", None) or heads) * width, feed_forward * experts
+
+
+def _freed_bytes(config: PretrainedConfig, arithmetic: Arithmetic) -> float:
+    """Return the bytes of a token that adapters free between tensors that stay, so that a CPU process keeps them.
+
+    Each adapted layer has three outputs: its own, the adapter's, and their sum. That half of them stay resident is
+    measured (benchmarks/memory_estimate.py), not derived.
+    """
+    query, key, feed_forward = _widths(config)
+    outputs = query + 2 * key + 2 * feed_forward + 2 * config.hidden_size
+    return float(1.5 * 4.0 * outputs * (1 if arithmetic.checkpointing else config.num_hidden_layers))
+
+
+def _count_norms(model: CausalLM, hidden_size: int) -> int:
+    """Return the number of norms of a layer that are as wide as the model."""
+    layers = model.config.get_text_config().num_hidden_layers
+    wide = [
+        name for name, weight in model.named_parameters() if "norm" in name and tuple(weight.shape) == (hidden_size,)
+    ]
+    return max(1, sum(name.endswith("weight") for name in wide) // layers)
 
 
 def _count_weights(model: CausalLM) -> tuple[int, int, int]:

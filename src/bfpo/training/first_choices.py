@@ -187,9 +187,9 @@ def possible_choices(
             assert needed is not None
             whole = needed.estimate(PACK)
             fixed = whole.total - whole.activations
-            room = int((_USED * machine.memory - fixed) / needed.token)
+            room = int((_USED * machine.memory - fixed) / needed.per_token)
             max_tokens = min(PACK, room) if room >= longest else 0
-            total = fixed + max(max_tokens, longest) * needed.token
+            total = fixed + max(max_tokens, longest) * needed.per_token
             choices.append(TrainedChoice(name, total, max_tokens, checkpointing))
     return choices
 

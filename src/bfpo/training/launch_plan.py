@@ -149,7 +149,7 @@ def plan_strategy(
             return StrategyPlan(strategy, processes, estimate, True, size, batch // size, None)
     # Not even a pair of each stream at a time: a packed row can still be split to one pair.
     estimate = needed.estimate(smallest, strategy, processes)
-    room = int((memory - (estimate.total - estimate.activations)) / needed.token)
+    room = int((memory - (estimate.total - estimate.activations)) / needed.per_token)
     if layout.kind == "padded" or room < smallest:
         return StrategyPlan(strategy, processes, estimate, False, 1, batch, None)
     return StrategyPlan(strategy, processes, needed.estimate(room, strategy, processes), True, 1, batch, room)
