@@ -71,7 +71,7 @@ def saved(folder, make_model, tokenizer):
     return ModelSection(path=str(folder))
 
 
-def test_less_memory_means_smaller_packs_then_recomputing_then_an_adapter(tmp_path, make_model, tokenizer):
+def test_less_memory_means_smaller_packs_then_recomputing(tmp_path, make_model, tokenizer):
     section = saved(tmp_path, make_model, tokenizer)
 
     def choose(memory):
@@ -87,11 +87,15 @@ def test_less_memory_means_smaller_packs_then_recomputing_then_an_adapter(tmp_pa
     assert (tight.name, tight.checkpointing) == ("down_proj", False)
     assert 1000 <= tight.max_tokens < PACK
     assert choose(0.99 * plain).checkpointing
-    adapter = min(way.total / 0.8 for way in ways if way.name == "lora")
-    assert adapter < recomputing
-    assert choose(0.5 * (adapter + recomputing)).name == "lora"
-    with pytest.raises(RecipeError, match=r"training takes about 0\.\d GiB \(lora\), which is more than 80%"):
-        choose(0.99 * adapter)
+    smallest = min(way.total / 0.8 for way in ways)
+    assert smallest <= recomputing
+    with pytest.raises(RecipeError, match=r"training takes about 0\.\d GiB \(\w+\), which is more than 80% of 0\.\d"):
+        choose(0.99 * smallest)
+
+
+def test_an_adapter_is_chosen_where_nothing_better_fits():
+    ways = [DOWN._replace(max_tokens=0), LORA, LORA._replace(name="qlora")]
+    assert choose_trained(ways, GPU) == LORA
 
 
 def test_4_bit_weights_are_for_gpus(tmp_path, make_model, tokenizer):
