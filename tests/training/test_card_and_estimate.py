@@ -245,7 +245,7 @@ def saved_bytes(model, layout, autocast):
     return sum(size for size, _ in saved.values())
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("changes", [{}, {"train_only": ["down_proj"]}, {"lora": LoraSection(r=4)}])
 def test_the_bytes_of_a_token_are_those_that_autograd_saves(changes, autocast, tokenizer, make_model):
     options = OPTIONS | changes
