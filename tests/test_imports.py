@@ -52,6 +52,7 @@ WITHOUT_TORCH = (
     "commands/panels.py",
     "report/*.py",
     "training/manifest.py",
+    "commands/training.py",
 )
 
 

@@ -18,7 +18,7 @@ from bfpo.data.template import chat_template
 from bfpo.losses.build import make_loss
 from bfpo.redteam.recipe import RedteamRecipe
 from bfpo.training.arguments import training_arguments
-from bfpo.training.estimate import estimate
+from bfpo.training.estimate import footprint
 from bfpo.training.run import run_training
 from bfpo.training.run_experts import run_experts
 from bfpo.training.run_sft import run_sft
@@ -290,15 +290,14 @@ def test_the_memory_a_recipe_names_is_the_estimate(name, config, overrides, gib,
     config.save_pretrained(tmp_path / "sized")
     recipe = check_recipe(read_recipe(file, overrides), TrainRecipe, name)
     section = recipe.model.model_copy(update={"path": str(tmp_path / "sized"), "revision": None})
-    needed = estimate(
+    needed = footprint(
         section,
         tokenizer,
         train_only=recipe.train_only,
         lora=recipe.lora,
         reference=recipe.reference,
-        micro_batch_tokens=1,
-    )
-    gib_needed = (needed.weights + needed.training + needed.reference) / 2**30
+    ).estimate(1)
+    gib_needed = (needed.weights + needed.gradients + needed.optimizer + needed.reference) / 2**30
     assert gib_needed == pytest.approx(gib, abs=0.05)
     assert f"{gib} GiB" in file.read_text()
 

@@ -95,3 +95,15 @@ def test_the_tables_for_seven_billion_weights_are_their_formulas():
         shares = [(num_gpus - 1) / num_gpus / 1e9 for num_gpus in (8, 64)]
         assert row(f"{name} | DDP, a step") == [f"{share * 2 * 4 * trained:.1f} GB" for share in shares]
         assert row(f"{name} | FSDP2, a pack") == [f"{share * (4 * WEIGHTS + 2 * trained):.1f} GB" for share in shares]
+
+
+def test_the_memory_page_has_the_measured_ratios():
+    page = (ROOT / "docs/performance.md").read_text()
+    measured = json.loads((ROOT / "benchmarks/results/memory_estimate.json").read_text())["measured"]
+    assert len(measured) == 6
+    for run in measured:
+        sizes = f"{run['peak_gib']:.2f} | {run['estimate_gib']:.2f} | {run['ratio']:.2f}"
+        assert f"| {run['family']} | {run['trained']} | {sizes} |" in page
+    ratios = [run["ratio"] for run in measured]
+    assert f"{min(ratios):.2f} to {max(ratios):.2f}" in page
+    assert 0.8 <= min(ratios) <= max(ratios) <= 1.2

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
@@ -16,10 +18,14 @@ from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import LoraSection, ModelSection, NewModel, TrainRecipe
 from bfpo.core.files import write_jsonl
 from bfpo.data.chat_format import ChatFormat
+from bfpo.data.table import Example
 from bfpo.errors import ModelError
+from bfpo.model.layout import packed_layout
+from bfpo.model.logps import add_layout_forward
 from bfpo.model.lora import add_adapter, lora_config
+from bfpo.model.selective import select_parameters
 from bfpo.training.card import model_card
-from bfpo.training.estimate import estimate
+from bfpo.training.estimate import Arithmetic, footprint
 from bfpo.training.run import run_training
 
 
@@ -172,26 +178,37 @@ def test_chat_needs_a_chat_template():
         chat("runs/toy", system=None, max_new_tokens=5, temperature=0, seed=0)
 
 
+OPTIONS = {"train_only": None, "lora": None, "reference": "auto"}
+
+
 def test_the_estimate_of_weights_gradients_and_reference_is_exact(tokenizer):
-    options = {"train_only": None, "lora": None, "reference": "auto", "micro_batch_tokens": 100}
-    assert estimate(ModelSection(new=NewModel()), tokenizer, **options).reference == 0
-    full = estimate(ModelSection(new=NewModel()), tokenizer, **options | {"reference": "shared"})
+    assert footprint(ModelSection(new=NewModel()), tokenizer, **OPTIONS).estimate(100).reference == 0
+    full = footprint(ModelSection(new=NewModel()), tokenizer, **OPTIONS | {"reference": "shared"}).estimate(100)
     n = full.selection.total
-    assert (full.weights, full.training, full.reference) == (4 * n, 12 * n, 4 * n)
-    selective = estimate(ModelSection(new=NewModel()), tokenizer, **options | {"train_only": ["down_proj"]})
-    assert selective.reference == 4 * selective.selection.trained < full.reference
-    adapter = estimate(ModelSection(new=NewModel()), tokenizer, **options | {"lora": LoraSection(r=2)})
-    assert adapter.reference == 0
+    assert (full.weights, full.gradients, full.optimizer, full.reference) == (4 * n, 4 * n, 8 * n, 4 * n)
+    selective = footprint(ModelSection(new=NewModel()), tokenizer, **OPTIONS | {"train_only": ["down_proj"]})
+    assert selective.estimate(100).reference == 4 * selective.selection.trained < full.reference
+    adapter = footprint(ModelSection(new=NewModel()), tokenizer, **OPTIONS | {"lora": LoraSection(r=2)})
+    assert adapter.estimate(100).reference == 0
     assert 0 < adapter.selection.trained < selective.selection.trained
-    longer = estimate(ModelSection(new=NewModel()), tokenizer, **options | {"micro_batch_tokens": 200})
-    assert longer.activations > full.activations
+    assert adapter.estimate(200).activations == 2 * adapter.estimate(100).activations
+
+
+def test_shards_divide_what_ddp_repeats(tokenizer):
+    needed = footprint(ModelSection(new=NewModel()), tokenizer, **OPTIONS | {"train_only": ["down_proj"]})
+    alone, ddp, sharded = (
+        needed.estimate(100, strategy, processes) for strategy, processes in (("none", 1), ("ddp", 4), ("fsdp2", 4))
+    )
+    assert ddp.total - alone.total == alone.gradients
+    assert (sharded.gradients, sharded.optimizer) == (alone.gradients / 4, alone.optimizer / 4)
+    assert sharded.weights == alone.weights / 4 + needed.gathered
+    assert (sharded.reference, sharded.activations) == (0, alone.activations)
 
 
 def test_the_estimate_of_a_saved_model_needs_only_its_configuration(tmp_path, tokenizer, make_model):
     make_model().config.save_pretrained(tmp_path)
-    options = {"train_only": None, "lora": None, "reference": "shared", "micro_batch_tokens": 100}
-    saved = estimate(ModelSection(path=str(tmp_path)), tokenizer, **options)
-    assert saved.selection == estimate(ModelSection(new=NewModel()), tokenizer, **options).selection
+    saved = footprint(ModelSection(path=str(tmp_path)), tokenizer, **OPTIONS)
+    assert saved.selection == footprint(ModelSection(new=NewModel()), tokenizer, **OPTIONS).selection
 
 
 @pytest.mark.parametrize("lora", [None, LoraSection(r=4)])
@@ -199,11 +216,53 @@ def test_tied_embeddings_are_counted_once(tmp_path, tokenizer, make_model, lora)
     config = make_model().config
     config.tie_word_embeddings = True
     config.save_pretrained(tmp_path)
-    options = {"train_only": None, "lora": lora, "reference": "auto", "micro_batch_tokens": 100}
-    selection = estimate(ModelSection(path=str(tmp_path)), tokenizer, **options).selection
+    selection = footprint(ModelSection(path=str(tmp_path)), tokenizer, **OPTIONS | {"lora": lora}).selection
     model = AutoModelForCausalLM.from_config(config)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     if lora is not None:
         model = add_adapter(model, lora_config(lora), seed=0)
     assert selection.total == sum(parameter.numel() for parameter in model.parameters())
     assert selection.trained == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def saved_bytes(model, layout, autocast):
+    """Return the bytes of what autograd saves in a forward pass, without parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            # The tensor is kept, so that no other one gets its address.
+            saved[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        model(layout=layout)
+    return sum(size for size, _ in saved.values())
+
+
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("changes", [{}, {"train_only": ["down_proj"]}, {"lora": LoraSection(r=4)}])
+def test_the_bytes_of_a_token_are_those_that_autograd_saves(changes, autocast, tokenizer, make_model):
+    options = OPTIONS | changes
+    model = make_model(shape="small")
+    if options["lora"] is not None:
+        model = add_adapter(model, lora_config(options["lora"]), seed=0)
+    select_parameters(model, options["train_only"])
+    add_layout_forward(model)
+    ids = np.arange(96) % 100
+    # Half as many examples again: what doesn't depend on them, such as casts of the weights, drops out.
+    fewer, more = (packed_layout([Example(ids, (ids, ids))] * count) for count in (2, 3))
+    measured = (saved_bytes(model, more, autocast) - saved_bytes(model, fewer, autocast)) / (
+        more.num_tokens - fewer.num_tokens
+    )
+    needed = footprint(
+        ModelSection(new=NewModel(shape="small")), tokenizer, **options, arithmetic=Arithmetic(bf16=autocast)
+    )
+    # Logits of two thirds of the tokens are counted by themselves.
+    logits = 4 * 2 / 3 * len(tokenizer)
+    assert needed.token == pytest.approx(measured - logits, rel=0.12)

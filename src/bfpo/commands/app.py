@@ -13,7 +13,6 @@ from bfpo.commands.groups import GROUPS
 from bfpo.commands.options import (
     Checkpoint,
     Concurrency,
-    DryRun,
     GuardFile,
     Judges,
     KeyVariable,
@@ -29,6 +28,7 @@ from bfpo.commands.options import (
     judge_servers,
 )
 from bfpo.commands.panels import DATA, EVALUATE, START, STUDIES, TRAIN, PanelGroup
+from bfpo.commands.training import training_app
 
 app = typer.Typer(
     name="bfpo",
@@ -41,6 +41,7 @@ app = typer.Typer(
 )
 for _name, _group in GROUPS.items():
     app.add_typer(_group, name=_name, rich_help_panel=_group.rich_help_panel)
+app.add_typer(training_app)
 app.add_typer(deploy_app)
 
 
@@ -73,57 +74,6 @@ def quickstart(
     run(out, method=method, seed=seed)
     if open_page:
         typer.launch((out / "report.html").resolve().as_uri())
-
-
-@app.command(rich_help_panel=TRAIN)
-def train(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
-    """Train a model on labeled preference pairs."""
-    from bfpo.config.loading import load_recipe
-    from bfpo.config.recipes import TrainRecipe
-
-    checked = load_recipe(recipe, TrainRecipe, overrides)
-    if checked.outer is not None:
-        from bfpo.constraints.outer import check_outer, run_outer
-
-        check_outer(checked, limit=limit) if dry_run else run_outer(checked, limit=limit)
-        return
-
-    from bfpo.generation.in_process import likeliest_answers
-    from bfpo.training.run import run_training
-
-    run_training(checked, dry_run=dry_run, limit=limit, answers=likeliest_answers)
-
-
-@app.command(rich_help_panel=TRAIN)
-def sft(recipe: Recipe, overrides: Overrides = None, limit: Limit = None, dry_run: DryRun = False) -> None:
-    """Fine-tune a model on completions."""
-    from bfpo.config.loading import load_recipe
-    from bfpo.config.recipes import SftRecipe
-
-    checked = load_recipe(recipe, SftRecipe, overrides)
-
-    if checked.experts:
-        from bfpo.training.run_experts import run_experts
-
-        run_experts(checked, dry_run=dry_run, limit=limit)
-        return
-
-    from bfpo.training.run_sft import run_sft
-
-    run_sft(checked, dry_run=dry_run, limit=limit)
-
-
-@app.command(rich_help_panel=TRAIN)
-def online(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Train a policy by RL on scores of its own samples: Safe RLHF, or BFPO's objective."""
-    from bfpo.config.loading import load_recipe
-    from bfpo.online.recipe import OnlineRecipe
-
-    checked = load_recipe(recipe, OnlineRecipe, overrides)
-
-    from bfpo.online.run import run_online
-
-    run_online(checked, dry_run=dry_run)
 
 
 @app.command(rich_help_panel=EVALUATE)

@@ -1,6 +1,8 @@
-"""The commands `bfpo data inspect`, `bfpo data prepare` and `bfpo data degrade`."""
+"""The commands `bfpo data inspect`, `bfpo data prepare`, `bfpo data degrade` and `bfpo data adapters`."""
 
+import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from bfpo.config.loading import check_recipe, read_recipe
@@ -8,8 +10,9 @@ from bfpo.config.recipes import DataRecipe, Source, TextSection, TrainRecipe
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.terminal import say, show_table
-from bfpo.data.adapters import parse_source
+from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS, parse_source
 from bfpo.data.degrade import graded_pairs
+from bfpo.data.examples import DEMONSTRATION_EXAMPLES, PAIR_EXAMPLES, AdapterExample
 from bfpo.data.inspect import (
     show_cell_lengths,
     show_cells,
@@ -23,7 +26,7 @@ from bfpo.data.inspect import (
 )
 from bfpo.data.load import SourceReport, load_pairs
 from bfpo.data.prepare import prepare, write_prepared
-from bfpo.errors import DataError, RecipeError
+from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.losses.labeling import LabelingFunction
 
 # Lengths are shown before truncation.
@@ -123,6 +126,38 @@ def degrade_source(source: str, out: Path, *, versions: int, limit: int | None) 
     content = {"schema": 1, "source": source, "files": report.files, "versions": versions, "answers": dict(outcomes)}
     write_json(out / "degrade.json", content | {"skipped_rows": dict(report.skipped), "pairs": len(graded)})
     say(f"wrote {len(graded):,} pairs to {out / 'pairs.jsonl'}; train with them and the others, and loss.graded=true")
+
+
+def show_adapters(name: str | None) -> None:
+    """Print the adapters with the columns that they need, or the example rows of one, one JSON object a line.
+
+    Args:
+        name: Adapter whose example is printed; None for all of them.
+
+    Raises:
+        RecipeError: If there is no such adapter.
+    """
+    if name is not None:
+        examples = DEMONSTRATION_EXAMPLES | PAIR_EXAMPLES
+        if name not in examples:
+            raise RecipeError(f"`show` is '{name}'; {did_you_mean(name, list(examples))}")
+        for row in examples[name].rows:
+            say(json.dumps(row, ensure_ascii=False))
+        return
+    pair_licenses = {adapter: entry.license for adapter, entry in ADAPTERS.items()}
+    say("Pairs, for `bfpo train` and every command that reads pairs")
+    _list_adapters(PAIR_EXAMPLES, pair_licenses)
+    say("\nOne answer to a prompt, for `bfpo sft`")
+    _list_adapters(DEMONSTRATION_EXAMPLES, {adapter: license for adapter, (_, license) in DEMONSTRATIONS.items()})
+    say("\nan example: bfpo data adapters --show NAME; your own adapter: module:function (docs/data.md)")
+
+
+def _list_adapters(examples: Mapping[str, AdapterExample], licenses: Mapping[str, str]) -> None:
+    for adapter, example in examples.items():
+        origin = ", ".join(text for text in (example.hub, licenses[adapter]) if text)
+        say(f"  {adapter}{f' ({origin})' if origin else ''}")
+        optional = f"; if present {', '.join(example.optional)}" if example.optional else ""
+        say(f"      {', '.join(example.columns)}{optional}")
 
 
 def read_data_recipe(path: Path, overrides: list[str]) -> DataRecipe:

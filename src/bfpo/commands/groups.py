@@ -236,6 +236,18 @@ def degrade_data(
     degrade_source(source, out, versions=versions, limit=limit)
 
 
+@data_app.command("adapters")
+def show_adapters(
+    show: Annotated[
+        str | None, typer.Option(help="Adapter whose example to print as JSON, one row a line.", show_default=False)
+    ] = None,
+) -> None:
+    """List the adapters: the rows that each reads, and the columns that they need."""
+    from bfpo.commands.data import show_adapters as run
+
+    run(show)
+
+
 @model_app.command("import")
 def import_model(
     file: Annotated[str, typer.Argument(help="GGUF file, or org/name/file.gguf on the hub.", show_default=False)],

@@ -122,10 +122,14 @@ def _custom_adapter(path: str) -> Adapter:
     return Adapter(_each_row(convert))
 
 
+def recognize(columns: Collection[str]) -> list[str]:
+    """Return the adapters of pairs whose rows have these columns, in the order of `ADAPTERS`."""
+    return [name for name, adapter in ADAPTERS.items() if adapter.columns and {*adapter.columns} <= {*columns}]
+
+
 def _how_to_read(columns: Collection[str], adapter: str) -> str:
     """Return a hint how rows with these columns can be read."""
-    fitting = (name for name, other in ADAPTERS.items() if other.columns and {*other.columns} <= {*columns})
-    if other := next((name for name in fitting if name != adapter), None):
+    if other := next((name for name in recognize(columns) if name != adapter), None):
         return f"adapter '{other}' reads such rows: `adapter: {other}` in a recipe, {other}:PATH on the command line"
     return "to rename columns, set `columns: {OURS: THEIRS}` of the source in a recipe"
 

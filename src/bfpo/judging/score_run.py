@@ -28,10 +28,10 @@ from bfpo.model.lora import CausalLM, add_adapter, lora_config, unwrap_adapter
 from bfpo.model.score_heads import add_score_heads, padding_id, save_score_head, with_heads
 from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
-from bfpo.training.estimate import estimate, max_micro_batch_tokens
+from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout
 from bfpo.training.preflight import check_against_model
-from bfpo.training.run import check_evaluation, show_plan, texts_of
+from bfpo.training.run import check_evaluation, count_steps, show_plan, texts_of
 from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
 
 
@@ -200,19 +200,20 @@ def _show_plan(
 ) -> None:
     num_buffer = int(table.is_buffer.sum())
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    show_plan(len(table) - num_buffer, num_buffer, batch_size, args.max_steps, args.num_train_epochs)
+    num_main = len(table) - num_buffer
+    show_plan(num_main, num_buffer, batch_size, count_steps(args, num_main, batch_size))
     micro_batch_pairs = (2 if num_buffer else 1) * args.per_device_train_batch_size
-    memory = estimate(
+    memory = footprint(
         recipe.model,
         tokenizer,
         train_only=with_heads(recipe.train_only),
         lora=recipe.lora,
         reference=None,
-        micro_batch_tokens=max_micro_batch_tokens(table, micro_batch_pairs, recipe.layout),
+        arithmetic=Arithmetic.of(args),
         heads=len(recipe.heads.names),
     )
     if memory:
-        say(str(memory))
+        say(str(memory.estimate(max_micro_batch_tokens(table, micro_batch_pairs, recipe.layout))))
 
 
 def _with_adapter(scorer: CausalLM, recipe: ScoreRecipe, args: TrainingArguments) -> CausalLM:

@@ -17,7 +17,7 @@ from bfpo.model.lora import add_adapter, lora_config
 from bfpo.online.arguments import online_arguments
 from bfpo.online.prompts import longest_prompt, read_online_prompts, show_prompts
 from bfpo.online.recipe import OnlineRecipe
-from bfpo.training.estimate import estimate
+from bfpo.training.estimate import Arithmetic, footprint
 from bfpo.training.processes import check_devices
 from bfpo.training.start import check_vocabulary, load_start_tokenizer
 
@@ -93,16 +93,17 @@ def prepare_inputs(recipe: OnlineRecipe, args: RLOOConfig, resume: str | bool | 
     longest = longest_prompt(prompts, tokenizer, max_tokens=max_tokens)
     show_prompts(prompts)
     _show_plan(args, prompts, sampling, num_scorers=1 if recipe.cost == recipe.reward else 2)
-    memory = estimate(
+    memory = footprint(
         recipe.model,
         tokenizer,
         train_only=None,
         lora=recipe.lora,
         reference="shared" if recipe.lora is None else "adapter",
-        micro_batch_tokens=args.per_device_train_batch_size * (longest + sampling.max_new_tokens),
+        arithmetic=Arithmetic.of(args),
     )
     if memory:
-        say(f"{memory}; judges come in addition")
+        tokens = args.per_device_train_batch_size * (longest + sampling.max_new_tokens)
+        say(f"{memory.estimate(tokens)}; judges come in addition")
     return OnlineInputs(recipe, args, resume, combiner, prompts, sources, tokenizer, sampling)
 
 

@@ -29,7 +29,7 @@ from bfpo.model.lora import CausalLM, lora_config
 from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.encode import require_signals, trained_categories
-from bfpo.training.estimate import estimate, max_micro_batch_tokens
+from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.loss_files import build_loss, read_score_labels, resolve_loss_files
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
@@ -98,6 +98,31 @@ def run_training(
     Raises:
         RecipeError: If the recipe asks for several trainings (`outer`), which `bfpo train` runs.
     """
+    if dry_run:
+        manifest = read_inputs(recipe, limit=limit).manifest
+        say("dry run: nothing was trained")
+        return manifest
+    recipe, args, resume = _check(recipe)
+    with exclusive_output(Path(str(args.output_dir))):
+        return _train(recipe, args, resume, limit=limit, answers=answers)
+
+
+def read_inputs(recipe: TrainRecipe, *, limit: int | None = None) -> RunInputs:
+    """Read, check and show everything of a run before its model is loaded, without writing anything.
+
+    Args:
+        recipe: Recipe of the run.
+        limit: Maximum number of pairs of each source.
+
+    Raises:
+        RecipeError: If the recipe asks for several trainings (`outer`).
+    """
+    recipe, args, resume = _check(recipe)
+    return _prepare_inputs(recipe, args, resume, dry_run=True, limit=limit)
+
+
+def _check(recipe: TrainRecipe) -> tuple[TrainRecipe, TrainingArguments, str | bool | None]:
+    """Return the recipe with the numbers of its files, its arguments, and what to resume from."""
     if recipe.outer is not None:
         raise RecipeError(
             "outer is several trainings, and this is one; start them with `bfpo train`, or leave it out"
@@ -110,12 +135,7 @@ def run_training(
     args = training_arguments(options)
     check_tail(make_loss(recipe.loss.model_dump()), args)
     check_against_model(recipe)
-    if dry_run:
-        manifest = _prepare_inputs(recipe, args, resume, dry_run=True, limit=limit).manifest
-        say("dry run: nothing was trained")
-        return manifest
-    with exclusive_output(Path(str(args.output_dir))):
-        return _train(recipe, args, resume, limit=limit, answers=answers)
+    return recipe, args, resume
 
 
 def _train(
@@ -220,18 +240,19 @@ def _show_plan_and_memory(
 ) -> None:
     num_main, num_buffer = len(table.main_rows), len(table.buffer_rows)
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    show_plan(num_main, num_buffer, batch_size, args.max_steps, args.num_train_epochs)
+    show_plan(num_main, num_buffer, batch_size, count_steps(args, num_main, batch_size))
     micro_batch_pairs = (2 if num_buffer else 1) * args.per_device_train_batch_size
-    memory = estimate(
+    memory = footprint(
         model_section,
         tokenizer,
         train_only=recipe.train_only,
-        lora=recipe.lora,
+        # An adapter of `model.sft` is trained further.
+        lora=recipe.lora or (recipe.model.sft.lora if recipe.model.sft else None),
         reference=recipe.reference,
-        micro_batch_tokens=max_micro_batch_tokens(table, micro_batch_pairs, recipe.layout),
+        arithmetic=Arithmetic.of(args),
     )
     if memory:
-        say(str(memory))
+        say(str(memory.estimate(max_micro_batch_tokens(table, micro_batch_pairs, recipe.layout))))
 
 
 def _make_trainer(recipe: TrainRecipe, inputs: RunInputs) -> tuple[BFPOTrainer, RunRecord, Path]:
@@ -398,9 +419,15 @@ def show_data(prepared: PreparedData, tables: Tables, loss: PairLoss) -> None:
     show_samples(tables.samples)
 
 
-def show_plan(num_main: int, num_buffer: int, batch_size: int, max_steps: int, epochs: float) -> None:
+def count_steps(args: TrainingArguments, num_main: int, batch_size: int) -> int:
+    """Return the number of optimizer steps of a run with this many main pairs, and this many in a step."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return int(-(-args.num_train_epochs * -(-num_main // batch_size) // 1))
+
+
+def show_plan(num_main: int, num_buffer: int, batch_size: int, steps: int) -> None:
     """Print the pairs per step of each stream, and how often each pair is seen."""
-    steps = max_steps if max_steps > 0 else int(-(-epochs * -(-num_main // batch_size) // 1))
     rows = [("main", num_main, batch_size, f"{steps * batch_size / num_main:.2f}")]
     if num_buffer:
         rows.append(("buffer", num_buffer, batch_size, f"{steps * batch_size / num_buffer:.2f}"))

@@ -30,7 +30,7 @@ from bfpo.model.shared_adapter import find_shared
 from bfpo.training.arguments import launched_processes, training_arguments
 from bfpo.training.checkpoints import check_marked, write_mark
 from bfpo.training.clock import record_clock, template_clock
-from bfpo.training.estimate import estimate, max_micro_batch_tokens
+from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.manifest import versions
 from bfpo.training.output import (
     RunRecord,
@@ -175,16 +175,17 @@ def _make_trainer(
 def _show_memory(
     recipe: SftRecipe, args: TrainingArguments, tokenizer: PreTrainedTokenizerBase, table: TokenTable
 ) -> None:
-    memory = estimate(
+    memory = footprint(
         recipe.model,
         tokenizer,
         train_only=recipe.train_only,
         lora=recipe.lora,
         reference=None,
-        micro_batch_tokens=max_micro_batch_tokens(table, args.per_device_train_batch_size, recipe.layout),
+        arithmetic=Arithmetic.of(args),
     )
     if memory:
-        say(str(memory))
+        tokens = max_micro_batch_tokens(table, args.per_device_train_batch_size, recipe.layout)
+        say(str(memory.estimate(tokens)))
 
 
 def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cache: Path) -> ModelSection:
