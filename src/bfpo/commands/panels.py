@@ -11,15 +11,17 @@ EVALUATE = "Evaluate"
 DEPLOY = "Deploy"
 STUDIES = "Studies"
 PANELS = (START, DATA, TRAIN, EVALUATE, DEPLOY, STUDIES)
+# Commands that are first in their sections.
+_FIRST = ("quickstart", "init", "train")
 
 
 class PanelGroup(TyperGroup):
-    """A command line that lists its commands by section; within one, in the order in which they are registered."""
+    """A command line that lists its commands by section, and in one the first steps first."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names of the commands."""
-        return sorted(self.commands, key=lambda name: _place(getattr(self.commands[name], "rich_help_panel", None)))
+        return sorted(self.commands, key=self._place)
 
-
-def _place(panel: object) -> int:
-    return PANELS.index(panel) if panel in PANELS else len(PANELS)
+    def _place(self, name: str) -> tuple[int, bool]:
+        panel = getattr(self.commands[name], "rich_help_panel", None)
+        return PANELS.index(panel) if panel in PANELS else len(PANELS), name not in _FIRST
