@@ -22,13 +22,13 @@ from bfpo.certificates.recipe import CertifyRecipe
 from bfpo.commands.certify import certify
 from bfpo.config.per_token import PerTokenRecipe
 from bfpo.core.certificate import Certificate
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.experiments.steps import make_base, write_world
 from bfpo.judging.prefix_run import HEAD_FILE, run_per_token
 from bfpo.testbed.language import TEMPLATES
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import World, WorldOptions
-from bfpo.training.manifest import hardware, versions
 
 RESULT = Path(__file__).parent / "results" / "certificates.json"
 SEED, NUM_REQUESTS, THRESHOLD = 0, 120, 0.3

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from bfpo.core.conversation import last_request
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json, write_text
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.core.terminal import say
@@ -35,7 +36,6 @@ from bfpo.judging.refusal_rule import kinds_of
 from bfpo.redteam.guide import Chains, guided_rows, run_chains, show_guided, summarize_guided
 from bfpo.stats.intervals import Interval, wilson
 from bfpo.stats.paired import mcnemar_p_value, paired_rates
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "chain"
 READ, MAX_NEW_TOKENS = 50, 96

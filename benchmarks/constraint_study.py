@@ -25,6 +25,7 @@ from bfpo.commands.dual import solve_dual
 from bfpo.config.loading import dump_recipe
 from bfpo.config.recipes import Source, TrainRecipe
 from bfpo.core.conversation import user_says
+from bfpo.core.environment import versions
 from bfpo.core.files import write_json, write_jsonl, write_text
 from bfpo.core.pairs import PairSignals, PreferencePair, SafetyLabels
 from bfpo.core.samples import Completion, Kind, Prompt, Sampling, Verdict
@@ -39,7 +40,6 @@ from bfpo.stats.intervals import score_interval
 from bfpo.testbed.language import TEMPLATES
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import SHARPNESS, World, WorldOptions
-from bfpo.training.manifest import versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "constraint.json"

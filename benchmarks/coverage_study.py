@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from coverage_worlds import CANDIDATES, NEARLY_EQUAL, World, candidates, worlds
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import content_hash, write_json
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 PAGE = Path(__file__).parents[1] / "docs" / "statistics.md"

@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from bfpo.core.environment import hardware
 from bfpo.core.files import write_json
 from bfpo.deployment.export import export_checkpoint
 from bfpo.deployment.gguf_export import GgufOptions
 from bfpo.deployment.gguf_file import QUANTIZATIONS
-from bfpo.training.manifest import hardware
 
 RESULTS = Path(__file__).parent / "results" / "export.json"
 

@@ -26,13 +26,13 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from bfpo.config.recipes import ModelSection
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import parse_json, write_json
 from bfpo.core.samples import Sampling
 from bfpo.generation.decoding import Decoder, DecodeRequest
 from bfpo.generation.model_inputs import render_chat
 from bfpo.generation.sampler import Sampler
 from bfpo.model.load import load_model, load_tokenizer
-from bfpo.training.manifest import hardware, versions
 
 RESULT = Path(__file__).parent / "results" / "generation_speed.json"
 ROWS, SEED, EQUAL = 16, 0, 64

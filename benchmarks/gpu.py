@@ -127,7 +127,7 @@ def run_part(name: str, seconds: float, out: Path, *, dry: bool) -> None:
 
 def head(seconds: float, *, dry: bool) -> dict[str, Any]:
     """Return what the results say about the machine and the code, without parts."""
-    from bfpo.training.manifest import git_revision, hardware, installed_version, versions
+    from bfpo.core.environment import git_revision, hardware, installed_version, versions
 
     return {
         "command": f"python benchmarks/gpu.py --minutes {seconds / 60:g}" + " --dry" * dry,

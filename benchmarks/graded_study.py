@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from testbed_runs import compare, run_seeds, slug, train_and_evaluate
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.samples import Completion
 from bfpo.data.degrade import graded_pairs
@@ -24,7 +25,6 @@ from bfpo.experiments.steps import make_base, write_world
 from bfpo.testbed.language import Slots
 from bfpo.testbed.oracle import parse_prompt, read_answer
 from bfpo.testbed.world import World, WorldOptions
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "graded.json"
 VERSIONS = 2

@@ -25,6 +25,7 @@ from testbed_runs import slug
 from bfpo.commands.judge import fit_judge
 from bfpo.config.per_token import PerTokenRecipe
 from bfpo.core.conversation import user_says
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json, write_jsonl, write_text
 from bfpo.core.samples import Completion, Judge, Prompt, Sampling, prompt_id
 from bfpo.data.stages import generate_completions, judge_completions, read_completions, read_prompt_file
@@ -39,7 +40,6 @@ from bfpo.judging.prefix_run import HEAD_FILE, run_per_token
 from bfpo.stats.intervals import t_interval
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
-from bfpo.training.manifest import hardware, versions
 
 RESULT = Path(__file__).parent / "results" / "guards.json"
 MODELS = ("base", "bfpo")

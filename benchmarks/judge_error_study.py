@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import file_hash, write_json
 from bfpo.judging.fit import fit_head
 from bfpo.judging.labeled import read_labeled
 from bfpo.stats.intervals import wilson
 from bfpo.stats.judge_error import corrected_rate, is_consistent, judge_errors
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "judge_error.json"
 FIT, CALIBRATE, EVALUATE = 0, 1, 2

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import file_hash, write_json
-from bfpo.training.manifest import hardware, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "judge_speed.json"

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import GroupKFold
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import file_hash, write_json
 from bfpo.judging.fit import fit_head
 from bfpo.stats.agreement import agreement
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "judge.json"
 SEEDS = 5

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from bfpo.config.recipes import Source
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import file_hash, write_json
 from bfpo.core.read_messages import as_messages
 from bfpo.core.samples import Completion, Verdict, prompt_id
@@ -26,7 +27,6 @@ from bfpo.judging.fit import FittingSet
 from bfpo.judging.labeled import LabeledAnswer, read_labeled
 from bfpo.judging.likeness import is_unlike
 from bfpo.judging.linear import ABSTAIN_THRESHOLD, LinearJudge
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "judge_transfer.json"
 PATHS = {

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from testbed_runs import compare, run_seeds, slug, train_and_evaluate
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.pairs import PreferencePair, SafetyLabels
 from bfpo.experiments.methods import Method
@@ -28,7 +29,6 @@ from bfpo.stats.judge_error import judge_errors
 from bfpo.testbed.language import ACTION_CLASS
 from bfpo.testbed.oracle import parse_prompt
 from bfpo.testbed.world import World, WorldOptions
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "label_noise.json"
 LABELED = 200

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from bfpo.commands.judge import fit_judge
 from bfpo.config.recipes import Source
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.samples import Verdict
@@ -27,7 +28,6 @@ from bfpo.judging.labeled import read_labeled
 from bfpo.judging.linear import ABSTAIN_THRESHOLD
 from bfpo.judging.open import open_judge
 from bfpo.stats.intervals import wilson
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "label.json"
 SETS = {

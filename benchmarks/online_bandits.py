@@ -25,13 +25,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bfpo.config.loading import check_recipe
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.samples import Completion, Verdict
 from bfpo.losses.combine import make_combiner
 from bfpo.losses.constrained import ConstrainedProblem, solve_mean
 from bfpo.online.recipe import OnlineRecipe
 from bfpo.online.run import run_online
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "online_bandits.json"
 ANSWERS = ("", *(f"a{index}" for index in range(6)))

@@ -15,11 +15,11 @@ from typing import Any
 from testbed_runs import compare
 
 from bfpo.config.loading import load_recipe
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
 from bfpo.data.stages import verdicts_by_judge
 from bfpo.experiments.recipe import ExperimentRecipe
 from bfpo.experiments.units import Unit, make_units
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "online_objective.json"
 METRIC = "objective"

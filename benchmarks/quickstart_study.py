@@ -15,9 +15,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
 from bfpo.evaluation.results import Results, read_results
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "quickstart.json"
 MIN_SAFETY_GAIN = 0.40

@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
-from bfpo.training.manifest import hardware, versions
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -85,8 +85,8 @@ def main() -> None:
     if len(sys.argv) == 2:
         print(json.dumps(measure(sys.argv[1])))
         return
+    from bfpo.core.environment import hardware, versions
     from bfpo.core.files import write_json
-    from bfpo.training.manifest import hardware, versions
 
     measured = []
     for setup in SETUPS:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.config.recipes import Source
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
 from bfpo.core.refusals import MEASURED_LANGUAGES, REVISION, is_refusal
 from bfpo.data.rows import read_rows
 from bfpo.judging.refusal_rule import find_degeneracy
 from bfpo.stats.intervals import wilson
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "refusal_rule.json"
 LABELS = {"1_full_compliance": "compliance", "2_full_refusal": "full refusal", "3_partial_refusal": "partial refusal"}

@@ -312,8 +312,8 @@ def main() -> None:
     if len(sys.argv) == 3:
         print(json.dumps(MEASUREMENTS[sys.argv[1]][0](int(sys.argv[2]))))
         return
+    from bfpo.core.environment import hardware, versions
     from bfpo.core.files import write_json
-    from bfpo.training.manifest import hardware, versions
 
     results: dict[str, Any] = {}
     for name, (_, sizes) in MEASUREMENTS.items():

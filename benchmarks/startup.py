@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json, write_jsonl, write_text
-from bfpo.training.manifest import hardware, versions
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "startup.json"

@@ -109,7 +109,7 @@ def measure_all(data: Path) -> None:
 
 def load_results(path: Path, command: str) -> dict[str, Any]:
     """Return the results of a file if they were measured with the same code and machine, else empty results."""
-    from bfpo.training.manifest import hardware, versions
+    from bfpo.core.environment import hardware, versions
 
     head = {
         "command": command,

@@ -37,6 +37,7 @@ from bfpo.config.loading import check_recipe
 from bfpo.constraints.estimates import SampleProblem
 from bfpo.constraints.samples import ScoredSamples, read_scored_samples
 from bfpo.constraints.solve import ConstraintRequest, implied_reward
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import content_hash, write_json, write_jsonl
 from bfpo.core.samples import Completion, Judge, Prompt, Sampling, Verdict
 from bfpo.data.stages import generate_completions, judge_completions, read_prompt_file
@@ -54,7 +55,6 @@ from bfpo.losses.dual import Dual, read_dual
 from bfpo.stats.intervals import score_interval, t_interval
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4)

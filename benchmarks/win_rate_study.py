@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import file_hash, write_json
 from bfpo.evaluation.alpaca_eval import read_alpaca_annotations
 from bfpo.stats.intervals import Interval
 from bfpo.stats.length_control import length_controlled_win_rate, win_rate
-from bfpo.training.manifest import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "win_rates.json"
 # Raw and length-controlled, in percent, from tatsu-lab/alpaca_eval@01f3cb2de42f7cc814d838a8946563ab9af1725c,

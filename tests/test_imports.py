@@ -51,7 +51,6 @@ WITHOUT_TORCH = (
     "commands/environment.py",
     "commands/panels.py",
     "report/*.py",
-    "training/manifest.py",
     "commands/training.py",
 )
 

@@ -18,6 +18,7 @@ from stages import ANSWER_TOKENS, JUDGES
 
 from bfpo.commands.judge import fit_judge
 from bfpo.config.per_token import PerTokenRecipe
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
 from bfpo.core.samples import Completion, Sampling, Verdict
 from bfpo.core.terminal import log_to_file, say
@@ -27,7 +28,6 @@ from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import read_results
 from bfpo.judging.open import open_judge
 from bfpo.judging.prefix_run import HEAD_FILE, run_per_token
-from bfpo.training.manifest import hardware, versions
 
 SEED, LEARNING_RATE = 1, 2e-4
 """The first seed of the head-to-head, and BFPO's tuned learning rate there."""

@@ -35,6 +35,7 @@ from stages import (
     train_recipe,
 )
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
 from bfpo.core.samples import Completion, Key, Prompt, Verdict
 from bfpo.core.terminal import log_to_file, say
@@ -46,7 +47,6 @@ from bfpo.generation.dialogues import read_turns
 from bfpo.model.merge import merge_checkpoint
 from bfpo.redteam.run import run_redteam
 from bfpo.stats.intervals import harmonic_mean
-from bfpo.training.manifest import hardware, versions
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results" / "real"

@@ -17,6 +17,7 @@ from head_to_head import RESULTS, answer_records, parse_and_open
 from stages import BATCH, LORA, eval_recipe, train_recipe
 from thresholds import Thresholds
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
 from bfpo.core.terminal import log_to_file, say
 from bfpo.evaluation.pipeline import run_eval
@@ -25,7 +26,6 @@ from bfpo.experiments.steps import run_once
 from bfpo.online.recipe import OnlineRecipe
 from bfpo.online.run import run_online
 from bfpo.report.html import write_report
-from bfpo.training.manifest import hardware, versions
 
 SEED = 1
 STEPS, PROMPTS, SAMPLES, ANSWER_TOKENS = 40, 8, 4, 32

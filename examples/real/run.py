@@ -21,6 +21,7 @@ from sources import Files
 from split import write_splits
 from stages import eval_recipe, pair_sources, redteam_recipe, sft_recipe, train_recipe
 
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
 from bfpo.core.terminal import log_to_file, say
 from bfpo.errors import BfpoError
@@ -30,7 +31,6 @@ from bfpo.experiments.steps import run_once
 from bfpo.model.merge import merge_checkpoint
 from bfpo.redteam.run import run_redteam
 from bfpo.report.html import write_report
-from bfpo.training.manifest import hardware, versions
 
 LOSS = {"name": "bfpo", "beta": 0.05}
 METHODS: dict[str, dict[str, Any]] = {

@@ -22,6 +22,7 @@ from stages import pair_sources, score_recipe, train_recipe
 from bfpo.config.recipes import TrainRecipe
 from bfpo.constraints.samples import read_scored_samples
 from bfpo.constraints.solve import ConstraintRequest, objective_of, solve_constraint
+from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.samples import Completion, Judge, Prompt, Sampling, Verdict
 from bfpo.core.terminal import log_to_file, say
@@ -38,7 +39,6 @@ from bfpo.judging.score_columns import apply_scores
 from bfpo.judging.score_run import run_score
 from bfpo.losses.dual import feasible_multiplier
 from bfpo.stats.intervals import score_interval
-from bfpo.training.manifest import hardware, versions
 
 SEED = 1
 THRESHOLDS = (0.4, 0.3, 0.2, 0.1, 0.05)

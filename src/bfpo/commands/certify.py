@@ -10,6 +10,7 @@ from bfpo.certificates.run import run_certify
 from bfpo.certificates.states import HeadedModel
 from bfpo.config.recipes import ModelSection
 from bfpo.core.certificate import Certificate
+from bfpo.core.environment import installed_version, versions
 from bfpo.core.samples import Completion, Sampling
 from bfpo.errors import DataError, RecipeError
 from bfpo.generation.in_process import load_engine
@@ -17,7 +18,6 @@ from bfpo.generation.model_inputs import TemplateRefusal
 from bfpo.judging.guarded_engine import load_head
 from bfpo.judging.scorers import load_scorer
 from bfpo.model.cost_head import CostHead
-from bfpo.training.manifest import installed_version, versions
 
 
 def certify(recipe: CertifyRecipe) -> Certificate:

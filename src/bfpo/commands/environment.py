@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import bfpo
+from bfpo.core.environment import PACKAGES, installed_version, processor_name, versions
 from bfpo.core.terminal import say
-from bfpo.training.manifest import PACKAGES, installed_version, processor_name, versions
 
 # Packages that one feature needs or uses; their versions decide how it behaves.
 OPTIONAL = ("peft", "safetensors", "pydantic", "bitsandbytes", "deepspeed", "flash-attn", "liger-kernel", "trl")

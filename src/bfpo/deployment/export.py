@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bfpo.config.recipes import ModelSection, is_gguf
+from bfpo.core.environment import installed_version, versions
 from bfpo.core.files import write_json
 from bfpo.core.terminal import say, timed
 from bfpo.deployment.gguf_export import GgufOptions, check_gguf, write_files
@@ -21,7 +22,6 @@ from bfpo.model.load import load_config, load_model, load_tokenizer
 from bfpo.model.lora import is_adapter
 from bfpo.model.merge import DTYPES, check_adapter, merge_checkpoint
 from bfpo.model.save import check_out, save_checkpoint
-from bfpo.training.manifest import installed_version, versions
 
 FORMS = ("merged", "adapter", "gguf")
 RECORD = "export.json"

@@ -3,12 +3,12 @@
 import time
 from pathlib import Path
 
+from bfpo.core.environment import hardware, versions
 from bfpo.experiments.cost_table import collect_costs
 from bfpo.experiments.preflight import check_trainings
 from bfpo.experiments.recipe import ExperimentRecipe
 from bfpo.experiments.results import collect_results, show_comparison, write_comparison
 from bfpo.experiments.units import make_units, run_units
-from bfpo.training.manifest import hardware, versions
 
 
 def run_experiment(recipe: ExperimentRecipe, *, command: str) -> None:

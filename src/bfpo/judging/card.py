@@ -30,7 +30,7 @@ def make_card(
         transfers: Verdicts on each source of a judge fitted on the others; empty if there is one source.
         quality: Verdicts on all answers, as `cross_validate` returns them.
     """
-    from bfpo.training.manifest import installed_version, versions
+    from bfpo.core.environment import installed_version, versions
 
     answers = [answer for source in sources.values() for answer in source]
     return {

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bfpo.config.per_token import PerTokenRecipe
+from bfpo.core.environment import git_revision, hardware, versions
 from bfpo.core.files import file_hash, write_json
 from bfpo.core.samples import Completion, Sampling, Verdict
 from bfpo.core.terminal import say, timed, warn
@@ -19,7 +20,6 @@ from bfpo.judging.prefix_head import fit_head, logits_of, split_prompts
 from bfpo.judging.prefix_quality import prefix_quality, show_prefix_quality
 from bfpo.judging.prefixes import judged_answers, read_prefixes
 from bfpo.model.load import load_model, load_tokenizer
-from bfpo.training.manifest import git_revision, hardware, versions
 from bfpo.training.output import exclusive_output, prepare_output
 
 HEAD_FILE = "cost-head.safetensors"

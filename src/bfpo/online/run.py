@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from bfpo.core.environment import installed_version, versions
 from bfpo.core.files import content_hash, write_json
 from bfpo.core.samples import Judge
 from bfpo.core.terminal import say, warn
@@ -32,7 +33,6 @@ from bfpo.training.checkpoints import (
     start_fingerprint,
     unmark_after,
 )
-from bfpo.training.manifest import installed_version, versions
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, save_final
 from bfpo.training.reference_pass import on_device
 from bfpo.training.start import load_start_model

@@ -17,13 +17,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from bfpo.config.loading import dump_recipe
 from bfpo.config.recipes import Section
+from bfpo.core.environment import git_revision, hardware, versions
 from bfpo.core.files import write_json, write_text
 from bfpo.core.terminal import say, timed
 from bfpo.errors import RecipeError, Stopped, TrainingError
 from bfpo.training.callbacks import MetricsFile, ProgressLine, format_metrics
 from bfpo.training.card import model_card
 from bfpo.training.checkpoints import StopOnSignal
-from bfpo.training.manifest import git_revision, hardware, versions
 from bfpo.training.stream_trainer import StreamTrainer
 
 

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from bfpo.config.recipes import ModelSection, SftRecipe, TrainRecipe
+from bfpo.core.environment import versions
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.terminal import progress, say, timed
@@ -31,7 +32,6 @@ from bfpo.training.arguments import launched_processes, training_arguments
 from bfpo.training.checkpoints import check_marked, write_mark
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
-from bfpo.training.manifest import versions
 from bfpo.training.output import (
     RunRecord,
     exclusive_output,
