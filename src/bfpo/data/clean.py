@@ -68,8 +68,8 @@ def _count(
     if conflicts == "error" and conflicting.any():
         first = int(np.argmax(conflicting))
         raise DataError(
-            f"{report.name}: row {facts.row_id(first)}: {_CONFLICTS[masks.conflict[first] - 1]}; fix the data, or set "
-            "conflicts to drop or keep"
+            f"{report.name}: row {facts.row_id(first)}: {_CONFLICTS[masks.conflict[first] - 1]}; fix the data, or "
+            "set conflicts to drop or keep"
         )
     count_reasons(report.removed, ("duplicate",), masks.duplicate.astype(np.int8), facts.cells)
     dropped = np.where(faulty, masks.fault, 0)
@@ -126,15 +126,15 @@ def _has_two_labels(chosen: Hashes, rejected: Hashes, cells: NDArray[np.int8]) -
     labeled = cells >= 0
     # Cells in the order ss, su, us, uu.
     chosen_safe, rejected_safe = cells < 2, cells % 2 == 0
-    by_label = (
-        np.unique(
+    safe, unsafe = (
+        distinct(
             np.concatenate(
                 [chosen[labeled & (chosen_safe == is_safe)], rejected[labeled & (rejected_safe == is_safe)]]
             )
         )
         for is_safe in (True, False)
     )
-    both = np.intersect1d(*by_label, assume_unique=True)
+    both = np.intersect1d(safe, unsafe, assume_unique=True)
     return is_among(chosen, both) | is_among(rejected, both)
 
 
@@ -164,6 +164,13 @@ def _repeated(hashes: Hashes) -> NDArray[np.int64]:
     repeated[:-1] |= same
     rows: NDArray[np.int64] = order[repeated]
     return rows
+
+
+def distinct(hashes: Hashes) -> Hashes:
+    """Return the values in ascending order, each once; numpy's `unique` finds random numbers twenty times slower."""
+    ordered = np.sort(hashes)
+    values: Hashes = ordered[np.append(True, ordered[1:] != ordered[:-1])] if len(ordered) else ordered
+    return values
 
 
 def is_among(hashes: Hashes, ordered: Hashes) -> Mask:

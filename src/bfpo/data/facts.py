@@ -25,8 +25,8 @@ from bfpo.core.pairs import CELLS, Cell, PreferencePair, Provenance, SafetyLabel
 Hashes = NDArray[np.uint64]
 
 FAULTS = ("empty prompt", "empty answer", "identical answers")
-# Pairs whose Python objects wait to become arrays.
-_WAITING = 1 << 14
+# Pairs whose facts are found together.
+_BATCH = 1 << 12
 
 
 class PlainPair(NamedTuple):
@@ -133,98 +133,143 @@ class FactsBuilder:
     def __init__(self) -> None:
         self._origins: dict[Provenance, int] = {}
         self._parts: list[Facts] = []
-        self._clear()
-
-    def _clear(self) -> None:
-        self._ids: list[bytes] = []
-        self._keys: list[bytes] = []
-        self._requests: dict[int, int] = {}
-        self._chosen: list[int] = []
-        self._rejected: list[int] = []
-        self._cells: list[int] = []
-        self._faults: list[int] = []
-        self._numbers: list[int] = []
 
     def __len__(self) -> int:
-        return sum(map(len, self._parts)) + len(self._ids)
+        return sum(map(len, self._parts))
 
     def extend(self, pairs: Iterable[PlainPair | PreferencePair]) -> None:
         """Add pairs. The facts of a plain pair are those of its `PreferencePair`, without making one."""
+        whole: list[PreferencePair] = []
+        plain: list[PlainPair] = []
         for pair in pairs:
-            if type(pair) is PlainPair:
-                self._add_plain(*pair)
+            if isinstance(pair, PreferencePair):
+                if plain:
+                    self._add_plain(plain)
+                    plain = []
+                whole.append(pair)
+                if len(whole) == _BATCH:
+                    self._add(whole)
+                    whole = []
             else:
-                assert isinstance(pair, PreferencePair)
-                self._add(pair)
-            if len(self._ids) >= _WAITING:
-                self._flush()
-
-    def _add_plain(self, prompt: str, chosen: str, rejected: str, cell: int, provenance: Provenance) -> None:
-        if prompt.isascii():
-            key = " ".join(prompt.lower().split())
-            self._keys.append(sha256(f"[{encode_basestring(key)}]".encode()).digest()[:8])
-        else:
-            self._keys.append(bytes.fromhex(prompt_key(prompt)))
-            prompt = normalize("NFC", prompt)
-        chosen = chosen if chosen.isascii() else normalize("NFC", chosen)
-        rejected = rejected if rejected.isascii() else normalize("NFC", rejected)
-        # The JSON text of `content_hash`, and of `_compared_hash`.
-        conversation = f'[[["user", {encode_basestring(prompt)}]], '
-        chosen_text, rejected_text = encode_basestring(chosen), encode_basestring(rejected)
-        self._ids.append(sha256(f"{conversation}{chosen_text}, {rejected_text}]".encode()).digest()[:8])
-        question = f"{conversation}[null, null], "
-        self._chosen.append(xxh3_64_intdigest(f"{question}{chosen_text}]".encode()))
-        self._rejected.append(xxh3_64_intdigest(f"{question}{rejected_text}]".encode()))
-        chosen, rejected = chosen.strip(), rejected.strip()
-        fault = 0
-        if not chosen or not rejected or chosen == rejected or not prompt.strip():
-            fault = 1 if not prompt.strip() else 3 if chosen and rejected else 2
-        self._faults.append(fault)
-        self._cells.append(cell)
-        self._numbers.append(self._origins.setdefault(provenance, len(self._origins)))
-
-    def _add(self, pair: PreferencePair) -> None:
-        index = len(self._ids)
-        self._ids.append(bytes.fromhex(pair.row_id))
-        self._keys.append(bytes.fromhex(pair.prompt_key))
-        if len(pair.prompt) > 1 or not pair.prompt[0].is_plain:
-            self._requests[index] = int(prompt_key(last_request(pair.prompt)), 16)
-        prompt = in_nfc(pair.prompt)
-        self._chosen.append(_compared_hash(prompt, pair.inputs, in_nfc(pair.chosen)))
-        self._rejected.append(_compared_hash(prompt, pair.inputs, in_nfc(pair.rejected)))
-        self._cells.append(-1 if pair.cell is None else CELLS.index(pair.cell))
-        fault = fault_of(pair)
-        self._faults.append(0 if fault is None else 1 + FAULTS.index(fault))
-        self._numbers.append(self._origins.setdefault(pair.provenance, len(self._origins)))
-
-    def _flush(self) -> None:
-        keys = _as_hashes(self._keys)
-        requests = keys
-        if self._requests:
-            requests = keys.copy()
-            requests[list(self._requests)] = np.array(list(self._requests.values()), dtype=np.uint64)
-        self._parts.append(
-            Facts(
-                _as_hashes(self._ids),
-                keys,
-                requests,
-                np.array(self._chosen, dtype=np.uint64),
-                np.array(self._rejected, dtype=np.uint64),
-                np.array(self._cells, dtype=np.int8),
-                np.array(self._faults, dtype=np.int8),
-                np.array(self._numbers, dtype=np.int32),
-                tuple(self._origins),
-            )
-        )
-        self._clear()
+                if whole:
+                    self._add(whole)
+                    whole = []
+                plain.append(pair)
+                if len(plain) == _BATCH:
+                    self._add_plain(plain)
+                    plain = []
+        if plain:
+            self._add_plain(plain)
+        if whole:
+            self._add(whole)
 
     def finish(self) -> Facts:
         """Return the facts of all pairs that were added."""
-        self._flush()
+        if not self._parts:
+            self._add([])
         return join_facts(self._parts)
 
+    def _add(self, pairs: Sequence[PreferencePair]) -> None:
+        prompt_keys = _as_numbers(pair.prompt_key for pair in pairs)
+        are_turns = all(len(pair.prompt) == 1 and pair.prompt[0].is_plain for pair in pairs)
+        cells = [-1 if pair.cell is None else CELLS.index(pair.cell) for pair in pairs]
+        faults = [fault_of(pair) for pair in pairs]
+        prompts = [in_nfc(pair.prompt) for pair in pairs]
+        chosen, rejected = (
+            np.array(
+                [
+                    _compared_hash(prompt, pair.inputs, in_nfc(pair.answers[side]))
+                    for prompt, pair in zip(prompts, pairs, strict=True)
+                ],
+                dtype=np.uint64,
+            )
+            for side in (0, 1)
+        )
+        self._parts.append(
+            Facts(
+                row_hashes=_as_numbers(pair.row_id for pair in pairs),
+                prompt_keys=prompt_keys,
+                request_keys=(
+                    prompt_keys if are_turns else _as_numbers(prompt_key(last_request(pair.prompt)) for pair in pairs)
+                ),
+                chosen_hashes=chosen,
+                rejected_hashes=rejected,
+                cells=np.array(cells, dtype=np.int8),
+                faults=np.array([0 if fault is None else 1 + FAULTS.index(fault) for fault in faults], dtype=np.int8),
+                origins=self._number([pair.provenance for pair in pairs]),
+                provenances=tuple(self._origins),
+            )
+        )
 
-def _as_hashes(digests: list[bytes]) -> Hashes:
+    def _add_plain(self, pairs: Sequence[PlainPair]) -> None:
+        """Add plain pairs, column by column: a call for each pair would take longer than the work."""
+        columns: tuple[tuple[str, ...], ...]
+        *columns, cells, origins = zip(*pairs, strict=True)  # type: ignore[assignment]
+        keys = [
+            sha256(f"[{encode_basestring(' '.join(text.lower().split()))}]".encode()).digest()[:8]
+            if text.isascii()
+            else bytes.fromhex(prompt_key(text))
+            for text in columns[0]
+        ]
+        texts = [[text if text.isascii() else normalize("NFC", text) for text in column] for column in columns]
+        asked, chosen, rejected = (list(map(encode_basestring, column)) for column in texts)
+        # The JSON texts of `content_hash`, and of `_compared_hash`.
+        conversations = [f'[[["user", {text}]], ' for text in asked]
+        ids = [
+            sha256(f"{conversation}{text}, {other}]".encode()).digest()[:8]
+            for conversation, text, other in zip(conversations, chosen, rejected, strict=True)
+        ]
+        chosen_hashes, rejected_hashes = (
+            np.array(
+                [
+                    xxh3_64_intdigest(f"{conversation}[null, null], {text}]".encode())
+                    for conversation, text in zip(conversations, column, strict=True)
+                ],
+                dtype=np.uint64,
+            )
+            for column in (chosen, rejected)
+        )
+        stripped = zip(*(map(str.strip, column) for column in texts), strict=True)
+        prompt_keys = _first_bytes(keys)
+        self._parts.append(
+            Facts(
+                row_hashes=_first_bytes(ids),
+                prompt_keys=prompt_keys,
+                request_keys=prompt_keys,
+                chosen_hashes=chosen_hashes,
+                rejected_hashes=rejected_hashes,
+                cells=np.array(cells, dtype=np.int8),
+                faults=np.array(
+                    [
+                        0 if prompt and text and other and text != other else _fault_code(prompt, text, other)
+                        for prompt, text, other in stripped
+                    ],
+                    dtype=np.int8,
+                ),
+                origins=self._number(origins),
+                provenances=tuple(self._origins),
+            )
+        )
+
+    def _number(self, origins: Sequence[Provenance]) -> NDArray[np.int32]:
+        # Most pairs share one object, whose hash takes longer than its identity.
+        numbers = {id(origin): origin for origin in origins}
+        by_id = {key: self._origins.setdefault(origin, len(self._origins)) for key, origin in numbers.items()}
+        return np.array([by_id[id(origin)] for origin in origins], dtype=np.int32)
+
+
+def _fault_code(prompt: str, chosen: str, rejected: str) -> int:
+    """Return the fault of texts without white space around them, one of which is empty or equal to another."""
+    if not prompt:
+        return 1 + FAULTS.index("empty prompt")
+    return 1 + FAULTS.index("identical answers" if chosen and rejected else "empty answer")
+
+
+def _as_numbers(hexadecimal: Iterable[str]) -> Hashes:
+    return np.array([int(text, 16) for text in hexadecimal], dtype=np.uint64)
+
+
+def _first_bytes(digests: list[bytes]) -> Hashes:
     return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
 

@@ -6,8 +6,9 @@ broken line, is left to the reader of all formats, whose errors name file and ro
 """
 
 from collections.abc import Collection, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
@@ -15,6 +16,7 @@ from bfpo.config.recipes import Source
 from bfpo.core.conversation import as_answer
 from bfpo.core.files import parse_json
 from bfpo.core.pairs import PreferencePair, Provenance, StreamName
+from bfpo.core.reasoning import FIRST_CHARACTERS
 from bfpo.data.facts import PlainPair
 from bfpo.data.pair_formats import SkipRow, read_pair_rows
 from bfpo.data.rows import MAX_LINE, SourceRow
@@ -24,10 +26,13 @@ _TEXTS = ("prompt", "chosen", "rejected")
 _LABELS = ("is_chosen_safe", "is_rejected_safe")
 _ORIGIN = ("dataset_name", "safety_label_source", "stream")
 _KNOWN = frozenset((*_TEXTS, *_LABELS, *_ORIGIN, "row_id"))
-# Characters that begin the marks of a thought.
-_MARKS = ("<", "[", "◁")
+_STREAMS: dict[str | None, StreamName | None] = {None: None, "": None, "main": "main", "buffer": "buffer"}
+# Of a row without columns of the origin, by whether it has labels.
+_NO_ORIGIN = (Provenance(), Provenance(safety_label_source="dataset"))
+# What a text has that is read as messages or begins with a thought, as it is or escaped.
+_MARKS = tuple(mark.encode() for mark in {"\\u", "[", *FIRST_CHARACTERS})
 # Bytes that are read at a time.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -47,18 +52,15 @@ def pieces(file: Path, size: int) -> list[tuple[int, int]]:
     Raises:
         NotReadable: If a line is longer than any row.
     """
-    ends = []
+    bounds = [0]
     length = file.stat().st_size
     with file.open("rb") as opened:
-        end = 0
-        while end < length:
-            opened.seek(end + size)
-            line = opened.readline(MAX_LINE + 1)
-            if len(line) > MAX_LINE:
+        while bounds[-1] < length:
+            opened.seek(bounds[-1] + size)
+            if len(opened.readline(MAX_LINE + 1)) > MAX_LINE:
                 raise NotReadable
-            end = min(opened.tell(), length)
-            ends.append(end)
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+            bounds.append(min(opened.tell(), length))
+    return list(pairwise(bounds))
 
 
 def read_piece(
@@ -69,96 +71,95 @@ def read_piece(
     Raises:
         NotReadable: If a row has to be read, or refused, by the reader of all formats.
     """
-    origins: dict[tuple[Any, ...], Provenance | None] = {}
-    layouts: dict[tuple[str, ...], bool] = {}
-    for line in _lines(file, piece):
-        try:
-            values = from_json(line, cache_strings="keys")
-        except ValueError:
-            if line.strip():
-                yield _read_other(line, source, ignored_keys)
-            continue
-        if type(values) is not dict:
-            raise NotReadable
-        layout = tuple(values)
-        is_plain = layouts.get(layout)
-        if is_plain is None:
-            is_plain = layouts[layout] = _is_plain(layout)
-        if is_plain:
-            prompt, chosen, rejected = values["prompt"], values["chosen"], values["rejected"]
-            is_safe, is_other_safe = values.get("is_chosen_safe"), values.get("is_rejected_safe")
-            if (
-                type(prompt) is type(chosen) is type(rejected) is str
-                and (type(is_safe) is type(is_other_safe) is bool or "is_chosen_safe" not in values)
-                and _is_text(prompt)
-                and _is_answer(chosen)
-                and _is_answer(rejected)
-            ):
-                cell = -1 if is_safe is None else 2 * (not is_safe) + (not is_other_safe)
-                origin = (
-                    values.get("dataset_name"), values.get("safety_label_source"), values.get("stream"), cell >= 0
-                )  # fmt: skip
-                try:
-                    provenance = origins[origin]
-                except KeyError:
-                    provenance = origins[origin] = _provenance(*origin)
-                except TypeError:
-                    provenance = None
-                if provenance is not None:
-                    yield PlainPair(prompt, chosen, rejected, cell, provenance)
-                    continue
-        yield _read_other(line, source, ignored_keys)
+    provenances = _Provenances()
+    # By the columns of a row: None if such a row isn't plain.
+    layouts: dict[tuple[str, ...], _Layout | None] = {}
+    for is_marked, lines in _blocks(file, piece):
+        for line in lines:
+            try:
+                values = from_json(line, cache_strings="keys")
+            except ValueError:
+                if line.strip():
+                    yield _read_other(line, source, ignored_keys)
+                continue
+            if type(values) is not dict:
+                raise NotReadable
+            columns = tuple(values)
+            if columns not in layouts:
+                layouts[columns] = _layout_of(columns)
+            layout = layouts[columns]
+            pair = None
+            # Without a mark, no text is the JSON of messages or begins with a thought.
+            if layout is not None and (not is_marked or _has_texts(values)):
+                pair = _read_plain(values, layout, provenances)
+            yield _read_other(line, source, ignored_keys) if pair is None else pair
 
 
-def _lines(file: Path, piece: tuple[int, int]) -> Iterator[bytes]:
-    start, end = piece
-    is_first = start == 0
-    try:
-        with file.open("rb") as opened:
-            opened.seek(start)
-            while (left := end - opened.tell()) > 0:
-                block = opened.read(min(_BLOCK, left))
-                if opened.tell() < end:
-                    block += opened.readline(MAX_LINE + 1)
-                if not block or len(block) > _BLOCK + MAX_LINE:
-                    raise NotReadable
-                if is_first:
-                    block, is_first = block.removeprefix(_BYTE_ORDER_MARK), False
-                yield from block.splitlines()
-    except OSError:
-        raise NotReadable from None
+class _Layout(NamedTuple):
+    """Columns of plain rows.
+
+    Args:
+        has_labels: Whether they have labels.
+        has_origin: Whether they have a column of the origin.
+    """
+
+    has_labels: bool
+    has_origin: bool
 
 
-def _is_plain(layout: tuple[str, ...]) -> bool:
-    columns = set(layout)
-    has_labels = [name in columns for name in _LABELS]
-    return columns <= _KNOWN and columns.issuperset(_TEXTS) and has_labels[0] == has_labels[1]
-
-
-def _is_text(text: str) -> bool:
-    """Return whether a text is read as one turn: it may be the JSON of a list of messages."""
-    first = text[:1]
-    return first != "[" and not first.isspace()
-
-
-def _is_answer(text: str) -> bool:
-    """Return whether an answer is read as a text: it may begin with a thought."""
-    if not _is_text(text):
-        return False
-    return not any(mark in text for mark in _MARKS) or as_answer(text) == text
-
-
-def _provenance(name: object, label_source: object, stream: object, is_labeled: bool) -> Provenance | None:
-    """Return the origin that the columns of a row describe; None if they have to be read as always."""
-    texts = (name, label_source, stream)
-    if any(value is not None and type(value) is not str for value in texts):
+def _layout_of(columns: tuple[str, ...]) -> _Layout | None:
+    """Return what rows with these columns have; None if they aren't plain."""
+    names = set(columns)
+    has_labels = [name in names for name in _LABELS]
+    if not (names <= _KNOWN and names.issuperset(_TEXTS) and has_labels[0] == has_labels[1]):
         return None
-    streams: dict[object, StreamName | None] = {None: None, "": None, "main": "main", "buffer": "buffer"}
-    if stream not in streams:
+    return _Layout(has_labels[0], any(name in names for name in _ORIGIN))
+
+
+def _read_plain(values: dict[str, Any], layout: _Layout, provenances: "_Provenances") -> PlainPair | None:
+    """Return a plain pair; None if a column has to be read as always."""
+    prompt, chosen, rejected = values["prompt"], values["chosen"], values["rejected"]
+    if not type(prompt) is type(chosen) is type(rejected) is str:
         return None
-    return Provenance(
-        str(name or ""), str(label_source or "") or ("dataset" if is_labeled else None), streams[stream]
+    cell = -1
+    if layout.has_labels:
+        is_safe, is_other_safe = values["is_chosen_safe"], values["is_rejected_safe"]
+        if not type(is_safe) is type(is_other_safe) is bool:
+            return None
+        cell = 2 * (not is_safe) + (not is_other_safe)
+    provenance = provenances.of(values, is_labeled=cell >= 0) if layout.has_origin else _NO_ORIGIN[cell >= 0]
+    return None if provenance is None else PlainPair(prompt, chosen, rejected, cell, provenance)
+
+
+class _Provenances:
+    """One object for all rows of the same origin."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Provenance | None] = {}
+
+    def of(self, values: dict[str, Any], *, is_labeled: bool) -> Provenance | None:
+        """Return the origin that the columns of a row describe; None if they have to be read as always."""
+        name, label_source, stream = origin = tuple(map(values.get, _ORIGIN))
+        if any(value is not None and type(value) is not str for value in origin):
+            return None
+        key = (*origin, is_labeled)
+        if key not in self._known:
+            label_source = label_source or ("dataset" if is_labeled else None)
+            is_stream = stream in _STREAMS
+            self._known[key] = Provenance(name or "", label_source, _STREAMS[stream]) if is_stream else None
+        return self._known[key]
+
+
+def _has_texts(values: dict[str, Any]) -> bool:
+    """Return whether prompt and answers are read as texts."""
+    return _is_text(values["prompt"]) and all(
+        _is_text(values[side]) and as_answer(values[side]) == values[side] for side in ("chosen", "rejected")
     )
+
+
+def _is_text(value: object) -> bool:
+    """Return whether a value is read as one turn: a text may be the JSON of a list of messages."""
+    return isinstance(value, str) and value[:1] != "[" and not value[:1].isspace()
 
 
 def _read_other(line: bytes, source: Source, ignored_keys: Collection[str]) -> PreferencePair | SkipRow:
@@ -170,3 +171,23 @@ def _read_other(line: bytes, source: Source, ignored_keys: Collection[str]) -> P
     except (DataError, ValueError):
         raise NotReadable from None
     return pair
+
+
+def _blocks(file: Path, piece: tuple[int, int]) -> Iterator[tuple[bool, list[bytes]]]:
+    """Yield the lines of a piece in blocks, and whether a mark is in one of them."""
+    start, end = piece
+    try:
+        with file.open("rb") as opened:
+            opened.seek(start)
+            while (left := end - opened.tell()) > 0:
+                is_first = opened.tell() == 0
+                block = opened.read(min(_BLOCK, left))
+                if opened.tell() < end:
+                    block += opened.readline(MAX_LINE + 1)
+                if not block or len(block) > _BLOCK + MAX_LINE:
+                    raise NotReadable
+                if is_first:
+                    block = block.removeprefix(_BYTE_ORDER_MARK)
+                yield any(mark in block for mark in _MARKS), block.splitlines()
+    except OSError:
+        raise NotReadable from None

@@ -13,7 +13,7 @@ from bfpo.config.recipes import DataRecipe, Source
 from bfpo.core.conversation import prompt_key
 from bfpo.core.files import write_json, write_lines
 from bfpo.core.pairs import CELLS, PreferencePair, StreamName
-from bfpo.data.clean import Mask, clean, count_reasons, is_among
+from bfpo.data.clean import Mask, clean, count_reasons, distinct, is_among
 from bfpo.data.facts import Facts, Hashes
 from bfpo.data.load import SourceReport
 from bfpo.data.rows import read_prompts
@@ -235,7 +235,7 @@ def _handle_leaks(parts: list[_Cleaned], evals: list[_Cleaned], recipe: DataReci
         evaluated.append((path, keys))
     if not evaluated:
         return
-    all_keys = np.unique(np.concatenate([keys for _, keys in evaluated]))
+    all_keys = distinct(np.concatenate([keys for _, keys in evaluated]))
     for part, scan, rows, _ in parts:
         facts = scan.facts
         leaked = rows & (is_among(facts.prompt_keys, all_keys) | is_among(facts.request_keys, all_keys))
@@ -244,8 +244,8 @@ def _handle_leaks(parts: list[_Cleaned], evals: list[_Cleaned], recipe: DataReci
             name = _evaluation_set(facts, int(leaks[0]), evaluated)
             raise DataError(
                 f"{part.report.name}: {len(leaks)} training pairs have a prompt of the evaluation set {name} "
-                f"(rows {', '.join(facts.row_id(int(row)) for row in leaks[:3])}); set 'leaks: drop' to train without "
-                "them"
+                f"(rows {', '.join(facts.row_id(int(row)) for row in leaks[:3])}); set 'leaks: drop' to train "
+                "without them"
             )
         if leaked.any():
             part.train = scan.take(rows & ~leaked)

@@ -161,9 +161,9 @@ def _scan_pieces(source: Source, report: SourceReport, ignored_keys: Collection[
     for number, file in enumerate(files):
         ranges = pieces(file, PIECE)
         folder = cache / "rows" / digest if cache is not None and len(ranges) > 1 else None
-        for index, piece in enumerate(ranges):
+        for index, bounds in enumerate(ranges):
             target = folder and folder / f"{number:03d}-{index:05d}.npz"
-            jobs.append(_Job(file, piece, source, tuple(ignored_keys), target))
+            jobs.append(_Job(file, bounds, source, tuple(ignored_keys), target))
     done = []
     rows: Counter[Path] = Counter()
     with progress(f"reading {report.name}", sum(job.size for job in jobs)) as advance:
@@ -257,7 +257,8 @@ def _read_again(
         items = (item for file, piece in ranges for item in read_piece(file, piece, source, ignored_keys))
     else:
         items = _rows_of(source, ignored_keys)
-    yield from read_usable(items, SourceReport("", source))
+    usable: Iterator[PlainPair | PreferencePair] = read_usable(items, SourceReport("", source))
+    yield from usable
     _check_unchanged(states)
 
 

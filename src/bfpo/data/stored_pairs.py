@@ -1,4 +1,4 @@
-"""Pairs of a large source, which stay in its files: their facts are in memory, and they are read again when needed."""
+"""Pairs of a large source, which stay in its files: only facts are held, and the pairs are read when needed."""
 
 import json
 from collections import Counter
@@ -179,7 +179,8 @@ class PairChain(Sequence[PreferencePair]):
 
 def chain_pairs(parts: Iterable[Sequence[PreferencePair]]) -> Sequence[PreferencePair]:
     """Return the pairs of several sources as one sequence: a list, unless pairs are stored."""
-    parts = tuple(parts)
+    # Chains in a chain are sequences of parts, too.
+    parts = tuple(part for given in parts for part in (given.parts if isinstance(given, PairChain) else (given,)))
     if all(isinstance(part, list) for part in parts):
         return [pair for part in parts for pair in part]
     return PairChain(parts)
