@@ -1,7 +1,7 @@
 """What a table of tokenized pairs needs of the pairs besides their token ids, in arrays that can be saved."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
@@ -93,7 +93,7 @@ class PairColumns:
         return PairColumns(**arrays, signals=signals, dataset_names=self.dataset_names, harm_sets=self.harm_sets)
 
 
-ARRAYS = tuple(field.name for field in fields(PairColumns) if "NDArray" in str(field.type))
+ARRAYS = ("row_hashes", "cells", "is_buffer", "is_judged", "datasets", "harms")
 
 
 def pair_columns(pairs: Sequence[PreferencePair]) -> PairColumns:

@@ -161,7 +161,7 @@ class _Entry:
             for number in missing:
                 chunk = [next(reader) for _ in self._chunks[number][1]]
                 # Another process may have made it meanwhile.
-                if not self._part_file(number).exists() and not self._is_finished:
+                if not self._has_part(number) and not self._is_finished:
                     self._write(number, chunk)
                 advance(len(chunk))
 
@@ -199,8 +199,10 @@ class _Entry:
                 kept[source] += part.kept
                 for total, count in zip(counts[source], part.counts[0], strict=True):
                     total.update(count)
-            lengths = np.concatenate([part.lengths for part in found])
-            columns = join_columns([part.columns for part in found])
+            # The dimensions of a data set without pairs, such as a holdout of 0.
+            empty = np.zeros((0, 3), dtype=np.int32)
+            lengths = np.concatenate([empty, *(part.lengths for part in found)])
+            columns = join_columns([pair_columns([]), *(part.columns for part in found)])
             _write_part(
                 self._folder / "columns.npz", _Part(lengths, columns, list(map(np.concatenate, kept)), counts)
             )
