@@ -173,14 +173,14 @@ class PairTable(TokenTable):
         return columns
 
     @property
-    def main_rows(self) -> NDArray[np.int64]:
-        """Indices of the pairs of the main stream."""
-        return np.flatnonzero(~self.is_buffer)
+    def main_rows(self) -> NDArray[np.int64] | range:
+        """Indices of the pairs of the main stream; a range if they follow each other, as in the data of a recipe."""
+        return _rows_where(~self.is_buffer)
 
     @property
-    def buffer_rows(self) -> NDArray[np.int64]:
+    def buffer_rows(self) -> NDArray[np.int64] | range:
         """Indices of the pairs of the buffer stream."""
-        return np.flatnonzero(self.is_buffer)
+        return _rows_where(self.is_buffer)
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,11 @@ class ScoreTable(TokenTable):
     def columns(self) -> dict[str, NDArray[Any]]:
         """Signs, order and streams."""
         return {"signs": self.signs, "order": self.order, "is_buffer": self.is_buffer}
+
+
+def _rows_where(mask: NDArray[np.bool_]) -> NDArray[np.int64] | range:
+    first, count = int(mask.argmax()) if len(mask) else 0, int(np.count_nonzero(mask))
+    return range(first, first + count) if mask[first : first + count].all() else np.flatnonzero(mask)
 
 
 def _chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
