@@ -75,10 +75,13 @@ class RowStream:
             # Only consecutive passes are needed together.
             self._passes = {known: rows for known, rows in self._passes.items() if abs(known - number) <= 1}
             rng = np.random.default_rng([*self._seed, number])
-            is_small = len(self._rows) <= MAX_SHUFFLED
-            self._passes[number] = (
-                rng.permutation(np.asarray(self._rows)) if is_small else _Permutation(len(self._rows), rng)
-            )
+            if len(self._rows) > MAX_SHUFFLED:
+                self._passes[number] = _Permutation(len(self._rows), rng)
+            else:
+                rows = self._rows
+                # `asarray` would make an object of each number.
+                array = np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
+                self._passes[number] = rng.permutation(array)
         known = self._passes[number]
         if isinstance(known, np.ndarray):
             return known[offsets]
