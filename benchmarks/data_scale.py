@@ -89,14 +89,22 @@ def recipe_of(folder: Path) -> Any:
 @contextmanager
 def measured(result: dict[str, Any]) -> Iterator[None]:
     """Add the seconds of a block, of the processor and of the clock, and the peak memory of all its processes."""
-    start, cpu = time.perf_counter(), os.times()
+    start, cpu = time.perf_counter(), used_seconds()
     yield
-    end, children = os.times(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    # Workers share memory with this process, so the sum is an upper bound if there is one worker for each core.
+    workers = (os.cpu_count() or 1) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     result |= {
         "seconds": time.perf_counter() - start,
-        "cpu_seconds": sum(end[:4]) - sum(cpu[:4]),
-        "peak_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + children),
+        "cpu_seconds": used_seconds() - cpu,
+        "peak_bytes": 1024 * (int(peak) + workers),
     }
+
+
+def used_seconds() -> float:
+    """Return the seconds of the processor that this process and its finished workers have used."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def preparing(folder: Path, count: int, phase: str, cores: int | None) -> dict[str, Any]:

@@ -188,6 +188,7 @@ def _blocks(file: Path, piece: tuple[int, int]) -> Iterator[tuple[bool, list[byt
                     raise NotReadable
                 if is_first:
                     block = block.removeprefix(_BYTE_ORDER_MARK)
-                yield any(mark in block for mark in _MARKS), block.splitlines()
+                # A single byte is found ten times as fast as several.
+                yield any(mark[:1] in block and mark in block for mark in _MARKS), block.splitlines()
     except OSError:
         raise NotReadable from None

@@ -4,12 +4,14 @@ A file of JSON Lines is read in pieces. Those of a large file are read by severa
 each piece is kept in the cache: a killed run goes on after the last piece, and a later run reads no rows again.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -218,11 +220,24 @@ def _scan_piece(job: _Job) -> Piece:
     if job.target is not None and (piece := read_written_piece(job.target)) is not None:
         return piece
     builder, counts = FactsBuilder(), SourceReport("", job.source)
-    builder.extend(read_usable(read_piece(job.file, job.piece, job.source, job.ignored_keys), counts))
+    with _without_collection():
+        builder.extend(read_usable(read_piece(job.file, job.piece, job.source, job.ignored_keys), counts))
     piece = Piece(builder.finish(), counts.skipped, counts.faulty)
     if job.target is not None:
         write_piece(job.target, piece)
     return piece
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Leave the garbage collector out: rows have no cycles, and it takes a tenth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _scan_rows(source: Source, report: SourceReport, ignored_keys: Collection[str], max_held: int | None) -> _Content:
