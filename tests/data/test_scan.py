@@ -17,7 +17,7 @@ from bfpo.data.load import Reason, load_pairs
 from bfpo.data.plain_rows import NotReadable, read_piece
 from bfpo.data.prepare import cell_counts, is_held_out, prepare, write_prepared
 from bfpo.data.rows import read_rows
-from bfpo.data.stored_pairs import StoredPairs
+from bfpo.data.stored_pairs import PairChain, StoredPairs, with_first_prompts
 from bfpo.errors import DataError
 
 WORDS = ("red", "box", "Lamp", "caf\u00e9", "cafe\u0301", "\u201cdoor\u201d", "a\u00a0b", "<b>", "[1]", "\U0001f600")
@@ -327,3 +327,25 @@ def test_hashes_are_looked_up_in_sorted_ones():
     hashes = np.array([3, 0, 2**64 - 1, 7], dtype=np.uint64)
     assert is_among(hashes, np.array([0, 3, 5], dtype=np.uint64)).tolist() == [True, True, False, False]
     assert not is_among(hashes, hashes[:0]).any()
+
+
+def test_prompts_to_ask_are_those_of_all_pairs(tmp_path):
+    from bfpo.training.probe import _choose_prompts
+
+    for number, share in enumerate((0.9, 0.4, 0.0)):
+        rng, rows = random.Random(number), []
+        for row in range(300):
+            safe = rng.random() < share
+            rows.append(
+                {"prompt": f"P {row % 90}" if row % 2 else f"p {row % 70}", "chosen": f"{row}", "rejected": "b"}
+            )
+            rows[-1] |= {"is_chosen_safe": safe, "is_rejected_safe": True}
+        write_jsonl(tmp_path / "a.jsonl", rows)
+        stored = scan.scan_source(Source(path=str(tmp_path / "a.jsonl")), "main", max_held=0).pairs
+        held = list(stored)
+        mixed = PairChain((stored.take(np.arange(100)), held[100:]))
+        for count in (2, 10, 40, 1000):
+            expected = _choose_prompts(held, count)
+            assert _choose_prompts(stored, count) == expected == _choose_prompts(mixed, count)
+    # Only unsafe prompts: the first three are enough.
+    assert len(with_first_prompts(stored, 3)) < 30

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple, Self, overload
 
@@ -196,6 +196,38 @@ def tally(pairs: Iterable[PreferencePair]) -> "Counter[Kind]":
             counts.update(tally(part))
         return counts
     return Counter(Kind(pair.provenance.stream, pair.cell, pair.provenance.safety_label_source) for pair in pairs)
+
+
+def with_first_prompts(pairs: Sequence[PreferencePair], count: int) -> list[PreferencePair]:
+    """Return the pairs of the prompts with the smallest keys: of at least so many prompts of each kind, if there are.
+
+    A prompt is of one kind if all answers to it are safe, and else of the other. Pairs in memory are all returned.
+    """
+    if isinstance(pairs, list):
+        return pairs
+    parts = pairs.parts if isinstance(pairs, PairChain) else (pairs,)
+    keys, are_safe = (np.concatenate(columns) for columns in zip(*map(_keys_and_safety, parts), strict=True))
+    distinct, groups = np.unique(keys, return_inverse=True)
+    all_safe = np.ones(len(distinct), dtype=bool)
+    np.logical_and.at(all_safe, groups, are_safe)
+    of_kind = [np.flatnonzero(all_safe == kind)[:count] for kind in (True, False)]
+    if all(len(found) == count for found in of_kind):
+        wanted = np.arange(len(distinct)) <= max(found[-1] for found in of_kind)
+    else:
+        wanted = np.isin(np.arange(len(distinct)), np.concatenate(of_kind))
+    masks = np.split(wanted[groups], np.cumsum([len(part) for part in parts])[:-1])
+    return [
+        pair
+        for part, mask in zip(parts, masks, strict=True)
+        for pair in (part.take(mask) if isinstance(part, StoredPairs) else compress(part, mask))
+    ]
+
+
+def _keys_and_safety(pairs: Sequence[PreferencePair]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    if isinstance(pairs, StoredPairs):
+        return pairs.facts.prompt_keys, pairs.cells == CELLS.index("ss")
+    keys = np.array([int(pair.prompt_key, 16) for pair in pairs], dtype=np.uint64)
+    return keys, np.array([pair.cell == "ss" for pair in pairs], dtype=bool)
 
 
 def to_line(pair: PreferencePair) -> str:
