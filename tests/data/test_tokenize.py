@@ -355,7 +355,7 @@ def test_the_table_holds_each_pair_with_its_labels(tokenizer, main_pairs, buffer
     assert Counter(table.cells.tolist()) == {0: 13, 1: 3, 2: 3, 3: 3}
     assert table.chosen_safe.tolist() == [float(record.labels.chosen) for record in records]
     assert table.rejected_safe.tolist() == [float(record.labels.rejected) for record in records]
-    assert (table.main_rows.tolist(), table.buffer_rows.tolist()) == (list(range(12)), list(range(12, 22)))
+    assert (list(table.main_rows), list(table.buffer_rows)) == (list(range(12)), list(range(12, 22)))
     assert table.lengths.tolist() == [
         [len(example.prompt_ids), *map(len, example.completions)] for example in examples
     ]

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bfpo.training import streams
 from bfpo.training.streams import MicroBatches, RowStream, StepRows, StreamPlan
 
 
@@ -48,6 +49,47 @@ def test_an_epoch_is_the_main_stream_once_rounded_up():
 def test_a_short_buffer_wraps_around():
     rows = np.concatenate([plan(20, 3).step(number).buffer for number in range(3)])
     assert Counter(rows.tolist()) == {1000: 4, 1001: 4, 1002: 4}
+
+
+@pytest.fixture
+def few_shuffled():
+    """Permute every stream by the function for many rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "MAX_SHUFFLED", 0)
+        yield
+
+
+@pytest.mark.usefixtures("few_shuffled")
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 16, 17, 63, 64, 65, 1000])
+def test_every_pass_of_many_rows_holds_each_row_once(n):
+    for rows in (np.arange(5, 5 + 3 * n, 3), range(5, 5 + 3 * n, 3)):
+        stream = RowStream(rows, (3,))
+        passes = [stream.take(number * n, n).tolist() for number in range(3)]
+        assert all(sorted(taken) == list(rows) for taken in passes)
+        assert n < 5 or passes[0] != passes[1] != passes[2] != passes[0]
+        np.testing.assert_array_equal(RowStream(rows, (3,)).take(n // 2, n), [*passes[0], *passes[1]][n // 2 :][:n])
+
+
+@pytest.mark.usefixtures("few_shuffled")
+def test_places_and_rows_of_many_rows_are_unrelated():
+    # Chi-square of 16 x 16 ranges of places and rows: mean 225, standard deviation 21.
+    size, ranges = 40_000, 16
+    for seed in range(5):
+        rows = RowStream(range(size), (seed,)).take(0, size)
+        counts = np.histogram2d(np.arange(size), rows, bins=ranges)[0]
+        expected = size / ranges**2
+        assert 140 < ((counts - expected) ** 2 / expected).sum() < 310
+        # Neighbors are unrelated, too.
+        assert abs(np.corrcoef(rows[1:], rows[:-1])[0, 1]) < 0.03
+
+
+def test_a_plan_of_many_rows_costs_the_same_for_any_number():
+    for size in (streams.MAX_SHUFFLED + 1, 10**8, 10**12):
+        big = StreamPlan(range(size), range(size, 2 * size), 64, 0)
+        step = big.step(10**6)
+        assert len(set(step.main.tolist())) == 64
+        assert (step.main < size).all()
+        assert (step.buffer >= size).all()
 
 
 def micro_batches(stream_plan, *, rank=0, world_size=1, per_device=1, steps_done=0, weigh=even_weights):

@@ -1,6 +1,7 @@
 """The commands `bfpo data inspect`, `bfpo data prepare`, `bfpo data degrade` and `bfpo data adapters`."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from bfpo.config.loading import check_recipe, read_recipe
 from bfpo.config.recipes import DataRecipe, Source, TextSection, TrainRecipe
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.pairs import PreferencePair
-from bfpo.core.terminal import say, show_table
+from bfpo.core.terminal import say, show_table, timed
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS, parse_source
 from bfpo.data.degrade import graded_pairs
 from bfpo.data.examples import DEMONSTRATION_EXAMPLES, PAIR_EXAMPLES, AdapterExample
@@ -26,6 +27,8 @@ from bfpo.data.inspect import (
 )
 from bfpo.data.load import SourceReport, load_pairs
 from bfpo.data.prepare import prepare, write_prepared
+from bfpo.data.scan import MAX_HELD
+from bfpo.data.stored_pairs import chain_pairs
 from bfpo.errors import DataError, RecipeError, did_you_mean
 from bfpo.losses.labeling import LabelingFunction
 
@@ -87,11 +90,15 @@ def inspect_sources(
 def prepare_recipe(path: Path, overrides: list[str], out: Path, *, limit: int | None) -> None:
     """Prepare the data of a recipe and write them into a folder; see `write_prepared`."""
     recipe = read_data_recipe(path, overrides)
-    prepared = prepare(recipe, limit=limit, log=say)
+    # What is known of the rows is kept until the end, so that a killed command goes on from there.
+    unfinished = out / ".unfinished"
+    prepared = prepare(recipe, limit=limit, log=say, cache=unfinished, max_held=MAX_HELD)
     show_sources(part.report for part in prepared.parts)
     labeling, beta = _labeling_of(recipe) if isinstance(recipe, TrainRecipe) else (None, 1.0)
-    show_cells([*prepared.train, *prepared.eval], labeling, beta)
-    paths = write_prepared(prepared, out)
+    show_cells(chain_pairs([prepared.train, prepared.eval]), labeling, beta)
+    with timed("writing the pairs"):
+        paths = write_prepared(prepared, out)
+    shutil.rmtree(unfinished, ignore_errors=True)
     say(f"\nwrote {', '.join(map(str, paths))}")
     lines = [f"data: [{{path: {out / 'pairs.jsonl'}}}]"]
     if prepared.eval:

@@ -54,7 +54,14 @@ def write_json(path: Path, content: object) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_lines(path, (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file of many lines atomically, without holding them in memory."""
+    with open_atomic(path) as file:
+        for line in lines:
+            file.write(line.encode("utf-8"))
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

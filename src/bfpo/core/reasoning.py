@@ -18,7 +18,8 @@ MARKERS = (
 
 _OPENING = re.compile(rf"\s*(?:{'|'.join(re.escape(opening) for opening, _ in MARKERS)})", re.IGNORECASE)
 # Every mark begins with one of these: a text without them has no thought, which is cheap to see.
-_FIRST_CHARACTERS = tuple({mark[0] for marks in MARKERS for mark in marks})
+FIRST_CHARACTERS = tuple({mark[0] for marks in MARKERS for mark in marks})
+"""Characters with which the marks begin."""
 # The end of a line or of a sentence.
 _ENDS = re.compile(r"(^|\n|[.!?\u2026\u3002\uff01\uff1f][\"'\u201d\u2019)\]*]*)[ \t]*$")
 
@@ -51,7 +52,7 @@ def split_reasoning(text: str, *, opened: bool = False) -> ReasoningSplit:
         text: Text that a model wrote.
         opened: Whether the prompt ends inside a thought.
     """
-    if not any(character in text for character in _FIRST_CHARACTERS):
+    if not any(character in text for character in FIRST_CHARACTERS):
         return ReasoningSplit(text.strip(), "") if opened else ReasoningSplit(None, text)
     lower = text.lower()
     if _OPENING.match(text):

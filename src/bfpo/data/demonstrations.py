@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from bfpo.config.recipes import Source
 from bfpo.core.pairs import Demonstration, PreferencePair
 from bfpo.data.adapters import DEMONSTRATIONS
+from bfpo.data.facts import is_empty_answer
 from bfpo.data.load import (
     LONE_SURROGATE,
     Reason,
@@ -16,7 +17,7 @@ from bfpo.data.load import (
     sample,
 )
 from bfpo.data.pair_formats import SkipRow
-from bfpo.data.prepare import is_empty_answer, is_held_out
+from bfpo.data.prepare import is_held_out
 from bfpo.data.rows import SourceRow, read_rows
 from bfpo.errors import DataError
 

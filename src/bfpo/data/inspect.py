@@ -20,6 +20,7 @@ from bfpo.core.pairs import CELLS, SIDES, PreferencePair
 from bfpo.core.terminal import say, show_table
 from bfpo.data.load import SourceReport, by_reason
 from bfpo.data.prepare import cell_counts
+from bfpo.data.stored_pairs import tally
 from bfpo.data.table import Example
 from bfpo.losses.labeling import LabelingFunction
 
@@ -70,6 +71,7 @@ def show_cells(pairs: Sequence[PreferencePair], labeling: LabelingFunction | Non
         beta: Number that labels are divided by to get targets.
     """
     meanings = {"ss": "both safe", "su": "chosen safe", "us": "rejected safe", "uu": "both unsafe"}
+    kinds = tally(pairs)
     for stream, counts in cell_counts(pairs).items():
         total = sum(counts.values())
         rows = []
@@ -84,10 +86,11 @@ def show_cells(pairs: Sequence[PreferencePair], labeling: LabelingFunction | Non
                     "" if label is None else f"{label / beta:+.3g}",
                 )
             )
-        sources = Counter(
-            pair.provenance.safety_label_source for pair in pairs if (pair.provenance.stream or "main") == stream
-        )
-        label_sources = ", ".join(f"{name or 'none'} {count}" for name, count in sources.items())
+        sources: Counter[str] = Counter()
+        for kind, count in kinds.items():
+            if (kind.stream or "main") == stream:
+                sources[kind.label_source or "none"] += count
+        label_sources = ", ".join(f"{name} {count}" for name, count in sources.items())
         columns = ("cell (chosen means more helpful)", "pairs", "share", "label", "target (nats)")
         show_table(f"Stream {stream}: {total} pairs; labels by {label_sources}", columns, rows)
 

@@ -2,20 +2,24 @@
 
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from bfpo.config.recipes import Source
 from bfpo.core.files import file_hash
-from bfpo.core.pairs import Cell, PreferencePair, SafetyLabels, StreamName
+from bfpo.core.pairs import Cell, PreferencePair, Provenance, SafetyLabels, StreamName
 from bfpo.data.adapters import find_adapter, read_pairs
 from bfpo.data.pair_formats import SkipRow
 from bfpo.data.rows import local_files, read_rows
 from bfpo.errors import DataError
 
 Sampled = TypeVar("Sampled")
+Read = TypeVar("Read")
 
 LONE_SURROGATE = "lone surrogate in a text"
 NOT_A_PREFIX = "prompt is not a prefix of the conversation"
@@ -151,18 +155,23 @@ def load_pairs(
     """
     adapter = find_adapter(source.adapter)
     report = make_source_report(source, source.license or adapter.license, adapter.note)
-    pairs: list[PreferencePair] = []
-    for pair in read_pairs(adapter, read_rows(source, ignored_keys), source):
-        if isinstance(pair, SkipRow):
-            report.skip(pair.reason, fault=pair.fault)
-        elif has_lone_surrogate(*pair.texts(), *pair.inputs.texts()):
-            report.skip(LONE_SURROGATE, fault=True)
-        else:
-            pairs.append(pair)
+    pairs = list(read_usable(read_pairs(adapter, read_rows(source, ignored_keys), source), report))
     if not pairs:
         raise DataError(f"{report.name}: no pairs in {source.path} (rows skipped: {dict(report.skipped)})")
-    _check_all_or_none_labeled(f"{report.name} ({source.path})", pairs)
+    check_all_or_none_labeled(f"{report.name} ({source.path})", [pair.labels is not None for pair in pairs])
     return report, [_with_provenance(pair, report, stream) for pair in sample(pairs, source, report, limit)]
+
+
+def read_usable(items: Iterable[Read | SkipRow], report: SourceReport) -> Iterator[Read]:
+    """Yield the pairs among items, and count rows without one, or with a text that can't be written."""
+    for item in items:
+        if isinstance(item, SkipRow):
+            report.skip(item.reason, fault=item.fault)
+        # The reader of plain rows lets no lone surrogate through.
+        elif isinstance(item, PreferencePair) and has_lone_surrogate(*item.texts(), *item.inputs.texts()):
+            report.skip(LONE_SURROGATE, fault=True)
+        else:
+            yield item
 
 
 def make_source_report(source: Source, license: str, note: str) -> SourceReport:
@@ -192,39 +201,71 @@ def _stem(file: Path) -> str:
 
 
 def _with_provenance(pair: PreferencePair, report: SourceReport, stream: StreamName) -> PreferencePair:
-    provenance = pair.provenance
+    is_labeled = pair.labels is not None
+    provenance = final_provenance(pair.provenance, report, stream, is_labeled=is_labeled)
+    labels = SafetyLabels(True, True) if not is_labeled and report.source.assume_safe else pair.labels
+    return replace(pair, labels=labels, provenance=provenance)
+
+
+def final_provenance(
+    provenance: Provenance, report: SourceReport, stream: StreamName, *, is_labeled: bool
+) -> Provenance:
+    """Return the provenance of a pair with its data set, its stream and the source of its labels.
+
+    Args:
+        provenance: Provenance in the row.
+        report: Report on the source.
+        stream: Stream of pairs without one.
+        is_labeled: Whether the row has labels.
+
+    Raises:
+        DataError: If a source of the buffer has a pair of the main stream.
+    """
     if stream == "buffer" and provenance.stream == "main":
         raise DataError(f"{report.name}: a source of the buffer has pairs of stream 'main'; list the file in data:")
-    labels, label_source = pair.labels, provenance.safety_label_source
-    if labels is None and report.source.assume_safe:
-        labels, label_source = SafetyLabels(True, True), "assumed"
-    elif labels is not None and label_source is None:
+    label_source = provenance.safety_label_source
+    if not is_labeled and report.source.assume_safe:
+        label_source = "assumed"
+    elif is_labeled and label_source is None:
         # A custom adapter need not set it.
         label_source = "dataset"
-    provenance = replace(
+    return replace(
         provenance,
         dataset_name=provenance.dataset_name or report.name,
         safety_label_source=label_source,
         stream=provenance.stream or stream,
     )
-    return replace(pair, labels=labels, provenance=provenance)
 
 
-def _check_all_or_none_labeled(name: str, pairs: Sequence[PreferencePair]) -> None:
-    unlabeled = sum(pair.labels is None for pair in pairs)
-    if 0 < unlabeled < len(pairs):
-        number = next(index for index, pair in enumerate(pairs, start=1) if pair.labels is None)
+def check_all_or_none_labeled(name: str, is_labeled: ArrayLike) -> None:
+    """Check that all pairs of a source are labeled, or none.
+
+    Args:
+        name: Name of the source, for the message.
+        is_labeled: Whether each pair is, (N,).
+
+    Raises:
+        DataError: If only some are; the message has their number, and the first.
+    """
+    labeled = np.asarray(is_labeled, dtype=bool)
+    unlabeled = len(labeled) - int(labeled.sum())
+    if 0 < unlabeled < len(labeled):
         raise DataError(
-            f"{name}: {unlabeled} of {len(pairs)} pairs have no safety labels (the first is pair {number}); "
-            "label all of them or none"
+            f"{name}: {unlabeled} of {len(labeled)} pairs have no safety labels (the first is pair "
+            f"{int(np.argmin(labeled)) + 1}); label all of them or none"
         )
 
 
 def sample(pairs: list[Sampled], source: Source, report: SourceReport, limit: int | None) -> list[Sampled]:
-    """Return the sample of pairs or demonstrations that `fraction` and the limits specify, in their order.
+    """Return the sample of pairs or demonstrations that `sampled_rows` chooses, in their order."""
+    return [pairs[row] for row in sampled_rows(len(pairs), source, report, limit)]
+
+
+def sampled_rows(number: int, source: Source, report: SourceReport, limit: int | None) -> Sequence[int]:
+    """Return the rows of the sample that `fraction` and the limits specify, in ascending order.
 
     Args:
-        pairs: All pairs or demonstrations of the source.
+        number: Number of all pairs or demonstrations of the source.
         source: Source with `fraction` and `limit`.
         report: Report that counts what was read and taken.
         limit: Maximum size of the sample, besides the source's own limit.
@@ -232,13 +273,12 @@ def sample(pairs: list[Sampled], source: Source, report: SourceReport, limit: in
     Raises:
         DataError: If the sample would be empty.
     """
-    report.read = len(pairs)
-    count = len(pairs) if source.fraction is None else int(source.fraction * len(pairs))
-    count = min(count, *(number for number in (source.limit, limit) if number is not None), count)
+    report.read = number
+    count = number if source.fraction is None else int(source.fraction * number)
+    count = min(count, *(most for most in (source.limit, limit) if most is not None), count)
     report.taken = count
     if count == 0:
-        raise DataError(f"{report.name}: fraction {source.fraction} of {len(pairs)} pairs leaves none")
-    if source.sample == "head" or count == len(pairs):
-        return pairs[:count]
-    indices = sorted(random.Random(source.seed).sample(range(len(pairs)), count))
-    return [pairs[index] for index in indices]
+        raise DataError(f"{report.name}: fraction {source.fraction} of {number} pairs leaves none")
+    if source.sample == "head" or count == number:
+        return range(count)
+    return sorted(random.Random(source.seed).sample(range(number), count))

@@ -56,11 +56,14 @@ def score_margins(pairs: Sequence[PreferencePair], dual: Dual) -> NDArray[np.flo
 
     The score is reward - λ·cost, with the multiplier, the measure and the scale of the rewards of a constraint.
     """
-    rewards, costs = (
-        np.array([[getattr(pair.signals, f"{side}_{name}") for side in ("chosen", "rejected")] for pair in pairs])
-        for name in ("reward", "cost")
-    )
-    scores = dual.combined_score(rewards.reshape(-1, 2), costs.reshape(-1, 2))
+    values = np.fromiter((getattr(pair.signals, name) for pair in pairs for name in SCORES), dtype=np.float64)
+    scores = values.reshape(-1, 2, 2)
+    return margins_of(scores[:, 0], scores[:, 1], dual)
+
+
+def margins_of(rewards: NDArray[np.float64], costs: NDArray[np.float64], dual: Dual) -> NDArray[np.float64]:
+    """Return the margins of `score_margins`, (N,), from rewards and costs of chosen and rejected, (N, 2)."""
+    scores = dual.combined_score(rewards, costs)
     margins: NDArray[np.float64] = scores[:, 0] - scores[:, 1]
     return margins
 

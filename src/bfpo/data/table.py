@@ -1,7 +1,7 @@
 """Tables of tokenized prompts and completions, compact in memory."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,9 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bfpo.core.files import content_hash
-from bfpo.core.pairs import CELLS, PreferencePair
+from bfpo.core.pairs import SIDES, PreferencePair
+from bfpo.data.pair_columns import PairColumns, RowIds, pair_columns
 
 Ids = NDArray[np.int32]
+# Numbers of an array, and rows of a table, that are held at once by what reads all of them.
+_CHUNK_NUMBERS = 1 << 22
+_CHUNK_ROWS = 1 << 16
 Floats = NDArray[np.float64]
 
 
@@ -45,7 +49,7 @@ class TokenTable(Sequence[Example]):
 
     ids: Ids
     bounds: NDArray[np.int64]
-    row_ids: tuple[str, ...]
+    row_ids: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -61,8 +65,9 @@ class TokenTable(Sequence[Example]):
         """Hash of the token ids and of the bounds."""
         digest = hashlib.sha256()
         for array in (self.ids, self.bounds):
-            # `tobytes` would copy the array.
-            digest.update(np.ascontiguousarray(array).data)
+            for chunk in _chunks(array):
+                # `tobytes` would copy it.
+                digest.update(np.ascontiguousarray(chunk).data)
         return digest.hexdigest()[:16]
 
     @property
@@ -73,7 +78,7 @@ class TokenTable(Sequence[Example]):
     @property
     def largest_id(self) -> int:
         """Largest token id of all examples."""
-        return int(token_ids(self.ids).max(initial=0))
+        return max((int(token_ids(chunk).max()) for chunk in _chunks(self.ids)), default=0)
 
     @property
     def longest(self) -> int:
@@ -94,8 +99,13 @@ class TokenTable(Sequence[Example]):
     @property
     def scored(self) -> NDArray[np.int64]:
         """Number of scored tokens of each completion, (N, completions)."""
-        counts = np.concatenate([[0], np.cumsum(self.ids >= 0)])
-        return np.diff(counts[self.bounds[:, 1:]], axis=1)
+        scored = []
+        for start in range(0, len(self), _CHUNK_ROWS):
+            bounds = self.bounds[start : start + _CHUNK_ROWS]
+            first, last = int(bounds[0, 0]), int(bounds[-1, -1])
+            counts = np.concatenate([[0], np.cumsum(self.ids[first:last] >= 0)])
+            scored.append(np.diff(counts[bounds[:, 1:] - first], axis=1))
+        return np.concatenate(scored)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -163,14 +173,14 @@ class PairTable(TokenTable):
         return columns
 
     @property
-    def main_rows(self) -> NDArray[np.int64]:
-        """Indices of the pairs of the main stream."""
-        return np.flatnonzero(~self.is_buffer)
+    def main_rows(self) -> NDArray[np.int64] | range:
+        """Indices of the pairs of the main stream; a range if they follow each other, as in the data of a recipe."""
+        return _rows_where(~self.is_buffer)
 
     @property
-    def buffer_rows(self) -> NDArray[np.int64]:
+    def buffer_rows(self) -> NDArray[np.int64] | range:
         """Indices of the pairs of the buffer stream."""
-        return np.flatnonzero(self.is_buffer)
+        return _rows_where(self.is_buffer)
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,22 @@ class ScoreTable(TokenTable):
     def columns(self) -> dict[str, NDArray[Any]]:
         """Signs, order and streams."""
         return {"signs": self.signs, "order": self.order, "is_buffer": self.is_buffer}
+
+
+def _rows_where(mask: NDArray[np.bool_]) -> NDArray[np.int64] | range:
+    first, count = int(mask.argmax()) if len(mask) else 0, int(np.count_nonzero(mask))
+    return range(first, first + count) if mask[first : first + count].all() else np.flatnonzero(mask)
+
+
+def _chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yield an array in chunks along its first axis; a mapped file is read, so that it doesn't stay in memory."""
+    step = max(_CHUNK_NUMBERS // max(int(np.prod(array.shape[1:])), 1), 1)
+    for start in range(0, len(array), step):
+        if isinstance(array, np.memmap) and array.ndim == 1 and array.base is array._mmap:  # type: ignore[attr-defined]
+            offset = array.offset + start * array.itemsize
+            yield np.fromfile(str(array.filename), array.dtype, min(step, len(array) - start), offset=offset)
+        else:
+            yield array[start : start + step]
 
 
 def sampled_rows(rows: Sequence[int], limit: int | None) -> list[int]:
@@ -234,34 +260,64 @@ def pair_table(
     Returns:
         The table. Missing values of `expected_safety` are the mean safety of all answers of the pair's data set.
     """
-    labels = np.array([(pair.labels.chosen, pair.labels.rejected) for pair in pairs if pair.labels], dtype=np.float64)
-    scores = np.array(
-        [(pair.signals.chosen_safety_score, pair.signals.rejected_safety_score) for pair in pairs], dtype=np.float64
+    return table_of_columns(
+        *_concatenate(examples),
+        pair_columns(pairs),
+        row_ids=tuple(pair.row_id for pair in pairs),
+        use_scores=use_scores,
+        score_margins=score_margins,
+        categories=categories,
     )
+
+
+def table_of_columns(
+    ids: Ids,
+    bounds: NDArray[np.int64],
+    columns: PairColumns,
+    *,
+    row_ids: Sequence[str] | None = None,
+    use_scores: bool = False,
+    score_margins: Floats | None = None,
+    categories: Sequence[str] = (),
+) -> PairTable:
+    """Return a table of tokenized pairs; see `pair_table`.
+
+    Args:
+        ids: Token ids, see `TokenTable`.
+        bounds: Bounds of prompts and completions in `ids`.
+        columns: Columns of the pairs.
+        row_ids: Row ids; None for those of the columns.
+        use_scores: Whether safety is read from `*_safety_score`.
+        score_margins: Reward less multiplied cost, chosen minus rejected, (N,).
+        categories: Names of the harm categories that the loss distinguishes.
+    """
+    labels = columns.labels
+    scores = np.stack([columns.signal(f"{side}_safety_score") for side in SIDES], axis=1)
     safe = scores if use_scores else labels
     # The best estimate of safety: the score if there is one, else the label.
     probability = np.where(np.isnan(scores), labels, scores)
     signals = {
-        name: np.array([getattr(pair.signals, name) for pair in pairs], dtype=np.float64)
+        name: columns.signal(name)
         for name in ("chosen_win_rate", "rejected_win_rate", "reward_margin", "expected_safety")
     }
-    signals["judged"] = np.array([pair.provenance.is_judged for pair in pairs], dtype=np.float64)
+    signals["judged"] = columns.is_judged.astype(np.float64)
     # NaN for pairs that aren't graded, which may be in one table with graded ones.
-    degrees = np.array([pair.signals.degree_difference for pair in pairs], dtype=np.float64)
+    degrees = columns.signal("degree_difference")
     if score_margins is not None:
         signals["score_margin"] = score_margins
     if categories:
-        signals["categories"] = np.array(
-            [[name in pair.harm_categories for name in categories] for pair in pairs], dtype=np.float64
-        )
-    signals["expected_safety"] = _fill_by_dataset(signals["expected_safety"], probability.mean(axis=1), pairs)
+        has_harms = np.stack([columns.has_harm(name) for name in categories], axis=1)
+        signals["categories"] = has_harms.astype(np.float64)
+    expected = signals["expected_safety"]
+    signals["expected_safety"] = _fill_by_group(expected, probability.mean(axis=1), columns.datasets)
     return PairTable(
-        *_concatenate(examples),
-        tuple(pair.row_id for pair in pairs),
+        ids,
+        bounds,
+        RowIds(columns.row_hashes) if row_ids is None else row_ids,
         chosen_safe=safe[:, 0],
         rejected_safe=safe[:, 1],
-        cells=np.array([CELLS.index(pair.cell) for pair in pairs if pair.cell], dtype=np.int8),
-        is_buffer=np.array([pair.provenance.stream == "buffer" for pair in pairs]),
+        cells=columns.cells,
+        is_buffer=columns.is_buffer,
         signals={
             **{name: values for name, values in signals.items() if not np.isnan(values).any()},
             **({} if np.isnan(degrees).all() else {"degree_difference": degrees}),
@@ -306,11 +362,10 @@ def score_table(examples: Sequence[Example], pairs: Sequence[PreferencePair]) ->
     )
 
 
-def _fill_by_dataset(values: Floats, means: Floats, pairs: Sequence[PreferencePair]) -> Floats:
-    """Replace missing values by the mean of the pair's data set."""
-    names, group = np.unique([pair.provenance.dataset_name for pair in pairs], return_inverse=True)
-    by_group = np.bincount(group, weights=means, minlength=len(names)) / np.bincount(group, minlength=len(names))
-    return np.where(np.isnan(values), by_group[group], values)
+def _fill_by_group(values: Floats, means: Floats, groups: NDArray[np.int32]) -> Floats:
+    """Replace missing values by the mean of the pair's group."""
+    by_group = np.bincount(groups, weights=means) / np.maximum(np.bincount(groups), 1)
+    return np.where(np.isnan(values), by_group[groups], values)
 
 
 def _concatenate(examples: Sequence[Example]) -> tuple[Ids, NDArray[np.int64]]:

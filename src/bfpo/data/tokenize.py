@@ -126,6 +126,18 @@ class Encoder:
             examples.append(encoding.example)
         return encoded, examples
 
+    def entry_folder(self, content: object) -> Path | None:
+        """Return the folder in the cache for content that isn't held; None without a cache.
+
+        Args:
+            content: What the records follow from, in a form that JSON can represent.
+        """
+        if self.cache is None:
+            return None
+        template = self._template or self.tokenizer.chat_template
+        file = cache_file(self.cache, self.tokenizer, template, self.text, content, clock=self.clock)
+        return file and file.with_suffix("")
+
     def _encode_all(self, records: Sequence[Record], advance: Callable[[int], None]) -> list[Encoding]:
         file = None
         if self.cache is not None and len(records) >= MIN_CACHED:

@@ -2,7 +2,9 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,18 +172,25 @@ def _encode(
     held_out: list[Example] = []
     with progress("tokenizing", len(prepared.train) + len(prepared.eval)) as advance:
         for part in prepared.parts:
-            for pairs, all_examples in ((part.train, train), (part.eval, held_out)):
-                pairs[:], examples = encode_scored(
-                    pairs, tokenizer, part.report, max_length=recipe.text.max_length, clock=clock, advance=advance
-                )
-                all_examples += examples
+            encode = partial(
+                encode_scored,
+                tokenizer=tokenizer,
+                report=part.report,
+                max_length=recipe.text.max_length,
+                clock=clock,
+                advance=advance,
+            )
+            part.train, examples = encode(part.train)
+            train += examples
+            part.eval, examples = encode(part.eval)
+            held_out += examples
             part.report.check_cap(recipe.max_dropped)
     if not any(pair.provenance.stream == "main" for pair in prepared.train):
         raise DataError("no pairs of the main stream are left to train on")
     return train, held_out
 
 
-def _held_out(recipe: ScoreRecipe, pairs: list[PreferencePair], examples: list[Example]) -> dict[str, _HeldOut]:
+def _held_out(recipe: ScoreRecipe, pairs: Sequence[PreferencePair], examples: list[Example]) -> dict[str, _HeldOut]:
     held = {}
     for stream in ("main", "buffer"):
         in_stream = [row for row, pair in enumerate(pairs) if pair.provenance.stream == stream]

@@ -168,9 +168,17 @@ def trained_categories(pairs: Sequence[PreferencePair], loss: PairLoss) -> tuple
     Raises:
         DataError: If the loss does, and no pair has one.
     """
+    return require_categories(harm_categories(pairs), loss) if "categories" in loss.needs else ()
+
+
+def require_categories(names: tuple[str, ...], loss: PairLoss) -> tuple[str, ...]:
+    """Return the harm categories of pairs if the loss distinguishes them; else none.
+
+    Raises:
+        DataError: If the loss does, and there are none.
+    """
     if "categories" not in loss.needs:
         return ()
-    names = harm_categories(pairs)
     if not names:
         raise DataError(
             f"{type(loss).__name__} needs pairs with `harm_categories`, and no pair has any; add the column to the "

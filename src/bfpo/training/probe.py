@@ -15,6 +15,7 @@ from bfpo.core.pairs import PreferencePair
 from bfpo.core.refusals import is_refusal
 from bfpo.core.samples import Prompt, prompt_id
 from bfpo.core.terminal import say, show_table
+from bfpo.data.stored_pairs import with_first_prompts
 from bfpo.model.lora import CausalLM
 
 Answers = Callable[[CausalLM, PreTrainedTokenizerBase, Sequence[Prompt], int], dict[str, str]]
@@ -140,7 +141,7 @@ def show_probe(result: ProbeResult, sign_agreement: float | None) -> None:
 
 def _choose_prompts(pairs: Sequence[PreferencePair], count: int) -> list[Prompt]:
     """Return half prompts with an unsafe answer and half without, always the same ones of a set of pairs."""
-    in_order = sorted(pairs, key=lambda pair: pair.prompt_key)
+    in_order = sorted(with_first_prompts(pairs, max(count // 2, 1)), key=lambda pair: pair.prompt_key)
     # A prompt with an unsafe answer in one pair is harmful, also if other pairs have none.
     harmful = {
         prompt_id(pair.prompt, pair.inputs) for pair in in_order if pair.labels is not None and not all(pair.labels)

@@ -1,5 +1,6 @@
 """The order of the pairs of a run, where a recipe takes it from scores or from safety."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -9,10 +10,12 @@ from numpy.typing import NDArray
 from bfpo.config.recipes import SafeFirstSection, TrainRecipe
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.terminal import say
+from bfpo.data.clean import count_reasons
 from bfpo.data.load import Reason
-from bfpo.data.prepare import PreparedData
+from bfpo.data.prepare import Pairs, PreparedData
 from bfpo.data.safety_order import has_safer_rejected
 from bfpo.data.score_labels import is_reordered, require_scores
+from bfpo.data.stored_pairs import StoredPairs, chain_pairs
 from bfpo.training.loss_files import ScoreLabels
 
 ChooseSwapped: TypeAlias = Callable[[Sequence[PreferencePair]], NDArray[np.bool_]]
@@ -33,7 +36,7 @@ def relabel(recipe: TrainRecipe, prepared: PreparedData, labels: ScoreLabels | N
         DataError: If a pair lacks scores that are needed, or they are by other scorers than those of the samples.
     """
     if labels is not None:
-        require_scores([*prepared.train, *prepared.eval], labels.dual)
+        require_scores(chain_pairs([prepared.train, prepared.eval]), labels.dual)
         counts = _reorder(
             prepared,
             lambda pairs: is_reordered(pairs, labels.dual, labels.draw, seed=labels.seed),
@@ -56,11 +59,17 @@ def relabel(recipe: TrainRecipe, prepared: PreparedData, labels: ScoreLabels | N
 
 def _reorder(prepared: PreparedData, choose_swapped: ChooseSwapped, reason: str) -> dict[str, int]:
     num_pairs = num_reordered = 0
+
+    def reordered(pairs: Pairs, counts: Counter[Reason]) -> Pairs:
+        nonlocal num_pairs, num_reordered
+        swapped = choose_swapped(pairs)
+        num_pairs, num_reordered = num_pairs + len(pairs), num_reordered + int(swapped.sum())
+        if isinstance(pairs, StoredPairs):
+            count_reasons(counts, (reason,), swapped, pairs.cells)
+            return pairs.exchange(swapped)
+        counts.update(Reason(reason, pairs[row].cell) for row in swapped.nonzero()[0])
+        return [pair.swapped() if is_swapped else pair for pair, is_swapped in zip(pairs, swapped, strict=True)]
+
     for part in prepared.parts:
-        for pairs in (part.train, part.eval):
-            swapped = choose_swapped(pairs)
-            num_pairs, num_reordered = num_pairs + len(pairs), num_reordered + int(swapped.sum())
-            for index in swapped.nonzero()[0]:
-                part.report.noted[Reason(reason, pairs[index].cell)] += 1
-                pairs[index] = pairs[index].swapped()
+        part.train, part.eval = (reordered(pairs, part.report.noted) for pairs in (part.train, part.eval))
     return {"pairs": num_pairs, "reordered": num_reordered}

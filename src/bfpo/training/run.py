@@ -1,7 +1,7 @@
 """The work of `bfpo train`: from a recipe to a checkpoint and its metadata."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -12,23 +12,18 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from bfpo.config.recipes import ModelSection, TrainRecipe
 from bfpo.core.files import write_json
 from bfpo.core.pairs import CELLS, PreferencePair
-from bfpo.core.terminal import progress, say, show_table, timed
-from bfpo.data.decode import decoded_sample
+from bfpo.core.terminal import say, show_table, timed
 from bfpo.data.inspect import show_cells, show_samples, show_sources
-from bfpo.data.load import Reason
-from bfpo.data.prepare import PreparedData, prepare, require_labels
-from bfpo.data.score_labels import score_margins
-from bfpo.data.table import Example, PairTable, TokenTable, pair_table, sampled_rows
-from bfpo.data.tokenize import Encoder, check_special_tokens
-from bfpo.errors import DataError, RecipeError
+from bfpo.data.prepare import PreparedData, prepare
+from bfpo.data.scan import MAX_HELD
+from bfpo.data.table import PairTable, TokenTable
+from bfpo.errors import RecipeError
 from bfpo.losses.build import make_loss
-from bfpo.losses.dual import Dual
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.gguf import gguf_metadata
 from bfpo.model.lora import CausalLM, lora_config
 from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
-from bfpo.training.encode import require_signals, trained_categories
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.loss_files import build_loss, read_score_labels, resolve_loss_files
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
@@ -38,21 +33,8 @@ from bfpo.training.reference_pass import on_device
 from bfpo.training.relabel import relabel
 from bfpo.training.run_sft import load_or_train_sft
 from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
+from bfpo.training.tables import Tables, remove_untrained, tokenize_pairs
 from bfpo.training.trainer import BFPOTrainer, check_tail
-
-
-class Tables(NamedTuple):
-    """Tokenized data of a run.
-
-    Args:
-        train: Training pairs of both streams.
-        eval: Evaluation pairs, by stream.
-        samples: A few decoded training pairs, to be shown.
-    """
-
-    train: PairTable
-    eval: dict[str, PairTable]
-    samples: list[dict[str, str]]
 
 
 class RunInputs(NamedTuple):
@@ -78,7 +60,7 @@ class RunInputs(NamedTuple):
     tables: Tables
     manifest: dict[str, Any]
     clock: datetime | None
-    held_out: list[PreferencePair]
+    held_out: Sequence[PreferencePair]
 
 
 def run_training(
@@ -194,10 +176,10 @@ def _prepare_inputs(
     """Read, clean and tokenize the data, and show them with the plan and the memory that a run needs."""
     labels = read_score_labels(recipe)
     loss = build_loss(recipe, labels)
-    prepared = prepare(recipe, limit=limit, log=say)
+    cache = Path(str(args.output_dir)).parent / "cache"
+    prepared = prepare(recipe, limit=limit, log=say, cache=None if dry_run else cache, max_held=MAX_HELD)
     label_metadata = relabel(recipe, prepared, labels)
     remove_untrained(prepared, loss)
-    cache = Path(str(args.output_dir)).parent / "cache"
     model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run)
     tokenizer = load_start_tokenizer(model_section, recipe.text, lambda: texts_of(prepared.train))
     check_vocabulary(model_section, tokenizer)
@@ -304,99 +286,6 @@ def texts_of(pairs: Iterable[PreferencePair]) -> Iterable[str]:
     """Return all texts of pairs."""
     for pair in pairs:
         yield from pair.texts()
-
-
-def remove_untrained(prepared: PreparedData, loss: PairLoss) -> None:
-    """Remove the pairs that a loss doesn't train on, and count them.
-
-    Raises:
-        DataError: If pairs are unlabeled, or no pairs of the main stream are left.
-    """
-    require_labels([*prepared.train, *prepared.eval])
-    for part in prepared.parts:
-        for pairs in (part.train, part.eval):
-            for pair in pairs:
-                if pair.labels is not None and not loss.keeps(pair.labels):
-                    part.report.removed[Reason(f"{type(loss).__name__} doesn't train on this cell", pair.cell)] += 1
-            pairs[:] = [pair for pair in pairs if pair.labels is not None and loss.keeps(pair.labels)]
-    if not any(pair.provenance.stream == "main" for pair in prepared.train):
-        raise DataError("no pairs of the main stream are left to train on")
-
-
-def tokenize_pairs(
-    recipe: TrainRecipe,
-    prepared: PreparedData,
-    tokenizer: PreTrainedTokenizerBase,
-    loss: PairLoss,
-    *,
-    cache: Path | None,
-    clock: datetime | None = None,
-    dual: Dual | None = None,
-) -> Tables:
-    """Tokenize all pairs, or read them from the cache; pairs that don't fit are dropped and counted.
-
-    Args:
-        recipe: Recipe of the run.
-        prepared: Cleaned pairs; dropped ones are removed from them.
-        tokenizer: Tokenizer of the start model.
-        loss: Loss to train with.
-        cache: Folder of cached token ids; None to not use it.
-        clock: Time that the chat template sees; None for the current time.
-        dual: Constraint whose multiplier combines the scores of the pairs; None if the loss doesn't need them.
-
-    Returns:
-        Tables; the evaluation tables are named `main` and `buffer`.
-
-    Raises:
-        DataError: If more pairs would be dropped than the recipe allows, or pairs lack a column.
-    """
-    encoder = Encoder(tokenizer, recipe.text, cache, clock)
-    train: tuple[list[PreferencePair], list[Example]] = ([], [])
-    held_out: tuple[list[PreferencePair], list[Example]] = ([], [])
-    with progress("tokenizing", len(prepared.train) + len(prepared.eval)) as advance:
-        for part in prepared.parts:
-            for pairs, (all_pairs, all_examples) in ((part.train, train), (part.eval, held_out)):
-                encoded, examples = encoder.encode(pairs, part.report, advance)
-                pairs[:] = encoded
-                all_pairs += encoded
-                all_examples += examples
-            part.report.check_cap(recipe.max_dropped)
-    train_pairs, train_examples = train
-    check_special_tokens(train_examples, tokenizer)
-    samples = [decoded_sample(example, tokenizer) for example in train_examples[:3]]
-    use_scores = recipe.safety == "scores"
-    if use_scores and any(pair.signals.chosen_safety_score is None for pair in (*train_pairs, *held_out[0])):
-        raise DataError("safety: scores needs chosen_safety_score and rejected_safety_score for every pair")
-
-    categories = trained_categories(train_pairs, loss)
-
-    def as_table(examples: Sequence[Example], pairs: Sequence[PreferencePair]) -> PairTable:
-        margins = None if dual is None else score_margins(pairs, dual)
-        return pair_table(examples, pairs, use_scores=use_scores, score_margins=margins, categories=categories)
-
-    table = as_table(train_examples, train_pairs)
-    eval_tables = _evaluation_tables(*held_out, max_eval=recipe.max_eval, as_table=as_table)
-    for checked in (table, *eval_tables.values()):
-        require_signals(checked, loss)
-    return Tables(table, eval_tables, samples)
-
-
-def _evaluation_tables(
-    pairs: Sequence[PreferencePair],
-    examples: Sequence[Example],
-    *,
-    max_eval: int | None,
-    as_table: Callable[[Sequence[Example], Sequence[PreferencePair]], PairTable],
-) -> dict[str, PairTable]:
-    tables = {}
-    for stream in ("main", "buffer"):
-        in_stream = [row for row, pair in enumerate(pairs) if pair.provenance.stream == stream]
-        rows = sampled_rows(in_stream, max_eval)
-        if len(rows) < len(in_stream):
-            say(f"evaluating on a sample of {len(rows):,} of {len(in_stream):,} {stream} pairs (max_eval)")
-        if rows:
-            tables[stream] = as_table([examples[row] for row in rows], [pairs[row] for row in rows])
-    return tables
 
 
 def show_data(prepared: PreparedData, tables: Tables, loss: PairLoss) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ def _show_memory(
         say(str(memory.estimate(tokens)))
 
 
-def load_or_train_sft(recipe: TrainRecipe, evaluated: list[PreferencePair], cache: Path) -> ModelSection:
+def load_or_train_sft(recipe: TrainRecipe, evaluated: Sequence[PreferencePair], cache: Path) -> ModelSection:
     """Return the model of a recipe's `model.sft` section, from the cache or trained now.
 
     The cache key is a hash of the section, the content of its local files, the prompts it must not see, the number of

@@ -17,6 +17,11 @@ from torch.utils.data import Sampler
 Rows = NDArray[np.int64]
 Weights = NDArray[np.float64]
 
+# Rows of a stream whose order is an array: 128 MiB for each pass that is begun.
+MAX_SHUFFLED = 2**24
+# Of the Feistel network; four make a pseudorandom permutation of functions that are pseudorandom.
+_ROUNDS = 6
+
 
 class WeightedRow(NamedTuple):
     """A row of the table and its weight in the step's loss."""
@@ -44,28 +49,80 @@ def mean_weights(rows: StepRows, buffer_weight: float) -> tuple[Weights, Weights
 class RowStream:
     """An endless, seeded sequence of rows in which every pass contains each row once.
 
+    Up to `MAX_SHUFFLED` rows a pass is shuffled as a whole. More rows are permuted by a function of their number,
+    which takes no memory.
+
     Args:
         rows: Row indices, (N,).
         seed: Integers that together seed the sequence.
     """
 
-    def __init__(self, rows: Rows, seed: tuple[int, ...]) -> None:
+    def __init__(self, rows: Rows | range, seed: tuple[int, ...]) -> None:
         self._rows, self._seed = rows, seed
-        self._cached: dict[int, Rows] = {}
+        self._passes: dict[int, Rows | _Permutation] = {}
 
     def take(self, start: int, count: int) -> Rows:
         """Return rows [start, start + count) of the sequence."""
-        if len(self._rows) == 0:
-            return self._rows[:0]
-        passes, offsets = np.divmod(np.arange(start, start + count), len(self._rows))
-        return np.concatenate([self._pass(int(number))[offsets[passes == number]] for number in np.unique(passes)])
+        size = len(self._rows)
+        if size == 0:
+            return np.zeros(0, dtype=np.int64)
+        passes, offsets = np.divmod(np.arange(start, start + count), size)
+        return np.concatenate([self._rows_of(int(number), offsets[passes == number]) for number in np.unique(passes)])
 
-    def _pass(self, number: int) -> Rows:
-        if number not in self._cached:
+    def _rows_of(self, number: int, offsets: Rows) -> Rows:
+        """Return the rows of a pass at some offsets."""
+        if number not in self._passes:
             # Only consecutive passes are needed together.
-            self._cached = {cached: rows for cached, rows in self._cached.items() if abs(cached - number) <= 1}
-            self._cached[number] = np.random.default_rng([*self._seed, number]).permutation(self._rows)
-        return self._cached[number]
+            self._passes = {known: rows for known, rows in self._passes.items() if abs(known - number) <= 1}
+            rng = np.random.default_rng([*self._seed, number])
+            if len(self._rows) > MAX_SHUFFLED:
+                self._passes[number] = _Permutation(len(self._rows), rng)
+            else:
+                rows = self._rows
+                # `asarray` would make an object of each number.
+                array = np.arange(rows.start, rows.stop, rows.step) if isinstance(rows, range) else rows
+                self._passes[number] = rng.permutation(array)
+        known = self._passes[number]
+        if isinstance(known, np.ndarray):
+            return known[offsets]
+        numbers = known.of(offsets)
+        # A range of rows isn't an array: that of many rows would take more memory than anything else.
+        return numbers * self._rows.step + self._rows.start if isinstance(self._rows, range) else self._rows[numbers]
+
+
+class _Permutation:
+    """A seeded permutation of 0, ..., size - 1, computed number by number.
+
+    A Feistel network permutes the numbers of an even number of bits, and is applied again to a number from `size` on
+    until one below is reached (cycle walking; Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+
+    Args:
+        size: Number of rows.
+        rng: Generator of the keys.
+    """
+
+    def __init__(self, size: int, rng: np.random.Generator) -> None:
+        self._size = size
+        self._half = np.uint64(max((size - 1).bit_length() + 1, 2) // 2)
+        self._keys = rng.integers(2**64, size=_ROUNDS, dtype=np.uint64)
+
+    def of(self, numbers: Rows) -> Rows:
+        """Return the numbers at some places of the permutation, (n,)."""
+        values = self._encrypt(numbers.astype(np.uint64))
+        while (outside := values >= np.uint64(self._size)).any():
+            values[outside] = self._encrypt(values[outside])
+        return values.astype(np.int64)
+
+    def _encrypt(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        mask = (np.uint64(1) << self._half) - np.uint64(1)
+        left, right = values >> self._half, values & mask
+        for key in self._keys:
+            # The finalizer of SplitMix64.
+            mixed = right + key
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(31))) & mask)
+        return (left << self._half) | right
 
 
 @dataclass(frozen=True)
@@ -79,8 +136,8 @@ class StreamPlan:
         seed: Seed of the permutations.
     """
 
-    main: Rows
-    buffer: Rows
+    main: Rows | range
+    buffer: Rows | range
     batch_size: int
     seed: int
 
