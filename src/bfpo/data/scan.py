@@ -162,7 +162,9 @@ def _scan_pieces(source: Source, report: SourceReport, ignored_keys: Collection[
     jobs = []
     for number, file in enumerate(files):
         ranges = pieces(file, PIECE)
-        folder = cache / "rows" / digest if cache is not None and len(ranges) > 1 else None
+        # A smaller file is read again in a second.
+        is_kept = cache is not None and file.stat().st_size > PIECE // 8
+        folder = cache / "rows" / digest if cache is not None and is_kept else None
         for index, bounds in enumerate(ranges):
             target = folder and folder / f"{number:03d}-{index:05d}.npz"
             jobs.append(_Job(file, bounds, source, tuple(ignored_keys), target))
