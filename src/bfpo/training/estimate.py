@@ -301,7 +301,7 @@ def _freed_bytes(config: PretrainedConfig, arithmetic: Arithmetic) -> float:
 
 def _count_norms(model: CausalLM, hidden_size: int) -> int:
     """Return the number of norms of a layer that are as wide as the model."""
-    layers = model.config.get_text_config().num_hidden_layers
+    layers = int(model.config.get_text_config().num_hidden_layers)
     wide = [
         name for name, weight in model.named_parameters() if "norm" in name and tuple(weight.shape) == (hidden_size,)
     ]
