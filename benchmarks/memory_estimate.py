@@ -1,6 +1,6 @@
 """Compare the estimate of a run's memory with the peak of its process, for a few architectures and ways to train.
 
-    python benchmarks/memory_estimate.py      # about two minutes; writes benchmarks/results/memory_estimate.json
+    python benchmarks/memory_estimate.py      # about four minutes; writes benchmarks/results/memory_estimate.json
 
 Each run has a process of its own, on one thread: two steps of `BFPOTrainer` with random weights and random tokens.
 `peak` is the maximum resident memory that the system reports (`getrusage`), `estimate` what `bfpo train --dry-run`
