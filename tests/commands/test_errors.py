@@ -11,7 +11,7 @@ from bfpo.commands.errors import options_of, run_app, with_flags
 from bfpo.core.files import append_jsonl
 
 # Names that later commands will have, and that nothing else may take.
-RESERVED = {"serve", "export", "watch"}
+RESERVED = {"watch"}
 FULL = "No space left on device"
 
 

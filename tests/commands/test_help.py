@@ -19,7 +19,10 @@ def run(*arguments, **environment):
 
 
 def test_every_command_is_in_a_section():
-    assert {name for name, command in COMMANDS.items() if command.rich_help_panel not in PANELS} == {"compare"}
+    assert {name for name, command in COMMANDS.items() if command.rich_help_panel not in PANELS} == {
+        "compare",
+        "merge",
+    }
 
 
 def test_the_sections_come_in_the_order_of_the_work():

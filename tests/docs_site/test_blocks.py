@@ -110,6 +110,8 @@ def test_commands_exist_with_their_options(block):
         elif words[0] == "python":
             (script,) = [word for word in words if word.endswith(".py")] or [None]
             assert script is None or (ROOT / script).exists(), script
+        elif words[0].startswith("recipes/launch/"):
+            assert (ROOT / words[0]).exists(), words[0]
         else:
             assert words[0] in OTHERS, f"{words[0]}: a program that this test doesn't know"
 

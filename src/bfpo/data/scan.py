@@ -85,7 +85,7 @@ class Scan:
         return Scan(self.report, facts, pairs)
 
 
-class _Content(NamedTuple):
+class _FirstPass(NamedTuple):
     """What the first pass found.
 
     Args:
@@ -154,7 +154,9 @@ def scan_source(
     return Scan(report, facts, list(stored) if is_held else stored)
 
 
-def _scan_pieces(source: Source, report: SourceReport, ignored_keys: Collection[str], cache: Path | None) -> _Content:
+def _scan_pieces(
+    source: Source, report: SourceReport, ignored_keys: Collection[str], cache: Path | None
+) -> _FirstPass:
     files = local_files(source)
     if not files or not all(can_read(source, file) for file in files):
         raise NotReadable
@@ -180,7 +182,7 @@ def _scan_pieces(source: Source, report: SourceReport, ignored_keys: Collection[
     for piece in done:
         report.skipped.update(piece.skipped)
         report.faulty.update(piece.faulty)
-    return _Content(join_facts([piece.facts for piece in done]), None, digest, in_pieces=True)
+    return _FirstPass(join_facts([piece.facts for piece in done]), None, digest, in_pieces=True)
 
 
 class _FileState(NamedTuple):
@@ -242,7 +244,9 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _scan_rows(source: Source, report: SourceReport, ignored_keys: Collection[str], max_held: int | None) -> _Content:
+def _scan_rows(
+    source: Source, report: SourceReport, ignored_keys: Collection[str], max_held: int | None
+) -> _FirstPass:
     """Read the rows of any source, one after the other."""
     builder, digest = FactsBuilder(), sha256()
     held: list[PreferencePair] | None = []
@@ -255,7 +259,7 @@ def _scan_rows(source: Source, report: SourceReport, ignored_keys: Collection[st
             held.append(pair)
             if max_held is not None and len(held) > max_held:
                 held = None
-    return _Content(builder.finish(), held, digest.hexdigest()[:16], in_pieces=False)
+    return _FirstPass(builder.finish(), held, digest.hexdigest()[:16], in_pieces=False)
 
 
 def _rows_of(source: Source, ignored_keys: Collection[str]) -> Iterator[PreferencePair | SkipRow]:
