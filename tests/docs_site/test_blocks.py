@@ -69,6 +69,7 @@ OTHERS = {
     "ollama",
     "pass",
     "pip",
+    "sbatch",
     "vllm",
 }
 
