@@ -192,6 +192,39 @@ class Guards:
         }
 
 
+def table(folder: Path) -> str:
+    """Return the table of docs/guards.md from the records in a folder."""
+    records = {
+        (record["model"], record["guard"]): record for record in map(read_record, sorted(folder.glob("*.json")))
+    }
+    lines = [
+        "| model | guard | refused, harmful [95 %] | refused, benign | refused, look-alike | refusals by the guard | "
+        "tokens | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for setting in settings(Path(), Path()):
+        record = records.get((setting.model, setting.name))
+        if record is None:
+            continue
+        refused = {
+            metric["task"]: metric for metric in record["metrics"] if metric["metric"] in ("refusal", "over_refusal")
+        }
+        harmful = refused["harmful"]
+        cells = [f"{harmful['value']:.2f} [{harmful['low']:.2f}, {harmful['high']:.2f}]"]
+        cells += [f"{refused[kind]['value']:.2f}" for kind in ("benign", "lookalike")]
+        cells += [f"{record['refusals_of_the_guard']} of {record['answers']}"]
+        cells += [f"{record['costs']['tokens']:.0f}", f"{record['costs']['cpu_seconds']:.1f}"]
+        name = setting.name + (" (circular)" if record["circular"] else "")
+        lines.append(f"| {setting.model} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return a record."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def main() -> None:
     """Run the models behind guards that have no record yet."""
     guards = Guards(parse_and_open(__doc__))
