@@ -38,7 +38,7 @@ RUNS = {
     "docs/training.md": [
         "bfpo sft recipe.yaml lora.r=16 trainer.output_dir=runs/sft",
         "bfpo train recipe.yaml model.path=runs/sft trainer.output_dir=runs/aligned",
-        "bfpo merge runs/aligned --out merged --dtype bfloat16",
+        "bfpo export runs/aligned --to merged --out merged --dtype bfloat16",
         "bfpo chat runs/xstest-cpu",
     ],
 }
