@@ -417,3 +417,9 @@ def test_parts_of_a_model_are_joined_and_checked(real, tmp_path, monkeypatch):
     monkeypatch.setitem(pretrained.MODELS, "two", pretrained.Pretrained("Two", ("a", "b"), "0" * 64))
     with pytest.raises(DataError, match=f"SHA-256 {sha256}, expected 0000"):
         pretrained.import_model(tmp_path / "model", "two")
+
+
+def test_the_table_of_guards_is_that_of_the_records(real):
+    guards = real("guards")
+    page = (FOLDER.parents[1] / "docs/guards.md").read_text()
+    assert guards.table(guards.RESULTS / "guards") in page
