@@ -58,7 +58,7 @@ MARGIN = 0.02
 KAPPAS, SAMPLES, BOUNDS = (0.5, 1, 2, 4, 8), (1, 2, 4, 8), (0.5, 0.1, 0.02)
 TOP_K = 20
 OWN_SAMPLES, OWN_SEED = 4, 1
-ORACLE, LINEAR = "oracle:shared", "linear judge"
+ORACLE = "oracle:shared"
 ON_THE_PAGE = (
     "no guard",
     "first_safe, oracle, n = 4",

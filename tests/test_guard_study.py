@@ -104,3 +104,13 @@ def test_the_table_of_thresholds_is_that_of_the_results(study):
     assert threshold_study.table(results) in page
     less = json.loads((threshold_study.RESULTS / "threshold-0.045.json").read_text())
     assert [row["met"] for row in less["summary"]] == [3]
+
+
+def test_the_table_of_constrained_methods_is_that_of_the_results(study):
+    results = study.RESULT.parent / "testbed/constrained/comparison.md"
+    page = (study.RESULT.parents[2] / "docs/constraints.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines()[4:14]]
+    assert len(rows) == 10
+    for name, mean, safety, helpfulness, *_ in rows:
+        title = "base model" if name == "base" else f"`{name}`"
+        assert f"| {title} | {safety} | {helpfulness} | {mean} |" in page

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from head_to_head import RESULTS, Comparison, Unit, parse_and_open
-from stages import ANSWER_TOKENS, JUDGES
+from stages import ANSWER_TOKENS, JUDGES, metric_rows
 
 from bfpo.commands.judge import fit_judge
 from bfpo.config.per_token import PerTokenRecipe
@@ -183,12 +183,7 @@ class Guards:
                 "cpu_seconds": cpu_seconds / len(completions),
             },
             "refusals_of_the_guard": sum(completion.finish_reason == "guarded" for completion in completions),
-            "metrics": [
-                {"task": metric.task, "metric": metric.metric, "value": metric.value}
-                | {"low": metric.low, "high": metric.high, "n": metric.n}
-                for metric in results.metrics
-                if metric.category is None
-            ],
+            "metrics": metric_rows(results),
         }
 
 

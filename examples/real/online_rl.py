@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from head_to_head import RESULTS, answer_records, parse_and_open
-from stages import BATCH, LORA, eval_recipe, train_recipe
+from stages import BATCH, LORA, comparison_rows, eval_recipe, metric_rows, train_recipe
 from thresholds import Thresholds
 
 from bfpo.core.environment import hardware, versions
@@ -75,17 +75,8 @@ class Online:
             "hardware": hardware(),
             "run": name,
             "cost": cost,
-            "metrics": [
-                {"task": metric.task, "metric": metric.metric, "value": metric.value}
-                | {"low": metric.low, "high": metric.high, "n": metric.n}
-                for metric in results.metrics
-                if metric.category is None
-            ],
-            "against": [
-                {"run": other.against, "task": other.task, "metric": other.metric, "difference": other.difference}
-                | {"low": other.low, "high": other.high, "verdict": other.verdict}
-                for other in results.comparisons
-            ],
+            "metrics": metric_rows(results),
+            "against": comparison_rows(results),
             "answers": list(answer_records(out)),
         }
 

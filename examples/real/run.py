@@ -19,7 +19,7 @@ from typing import Any
 from pretrained import import_model
 from sources import Files
 from split import write_splits
-from stages import eval_recipe, pair_sources, redteam_recipe, sft_recipe, train_recipe
+from stages import comparison_rows, eval_recipe, metric_rows, pair_sources, redteam_recipe, sft_recipe, train_recipe
 
 from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
@@ -122,17 +122,8 @@ def summarize(runs: list[Path], files: Files, command: str, *, seed: int) -> dic
             "minutes_of_training": round(training.get("wall_seconds", 0) / 60, 1),
             "pairs": training.get("data", {}).get("train"),
             "probe": training.get("probe"),
-            "metrics": [
-                {"task": metric.task, "metric": metric.metric, "value": metric.value}
-                | {"low": metric.low, "high": metric.high, "n": metric.n}
-                for metric in results.metrics
-                if metric.category is None
-            ],
-            "against": [
-                {"run": other.against, "task": other.task, "metric": other.metric, "difference": other.difference}
-                | {"low": other.low, "high": other.high, "verdict": other.verdict}
-                for other in results.comparisons
-            ],
+            "metrics": metric_rows(results),
+            "against": comparison_rows(results),
         }
     return content
 

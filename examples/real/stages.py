@@ -6,6 +6,7 @@ from typing import Any
 
 from bfpo.config.recipes import ScoreRecipe, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.evaluation.results import Results
 from bfpo.redteam.recipe import RedteamRecipe
 
 MAX_LENGTH = 96
@@ -154,3 +155,22 @@ def eval_recipe(model: Path, suite: Path, out: Path, *, run: str, base: Path | N
             "base": None if base is None else str(base),
         }
     )
+
+
+def metric_rows(results: Results) -> list[dict[str, Any]]:
+    """Return the metrics of an evaluation for a record, without those of categories."""
+    return [
+        {"task": metric.task, "metric": metric.metric, "value": metric.value}
+        | {"low": metric.low, "high": metric.high, "n": metric.n}
+        for metric in results.metrics
+        if metric.category is None
+    ]
+
+
+def comparison_rows(results: Results) -> list[dict[str, Any]]:
+    """Return the comparisons of an evaluation with its baseline for a record."""
+    return [
+        {"run": other.against, "task": other.task, "metric": other.metric, "difference": other.difference}
+        | {"low": other.low, "high": other.high, "verdict": other.verdict}
+        for other in results.comparisons
+    ]

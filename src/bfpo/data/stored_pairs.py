@@ -30,8 +30,26 @@ class Kind(NamedTuple):
     label_source: str | None
 
 
+class _ReadInOrder(Sequence[PreferencePair]):
+    """Pairs that are cheap to iterate over, and not to pick from."""
+
+    @overload
+    def __getitem__(self, index: int) -> PreferencePair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PreferencePair]: ...
+
+    def __getitem__(self, index: int | slice) -> PreferencePair | list[PreferencePair]:
+        """Return a pair or several; all before them are read, so this is for the first few."""
+        if isinstance(index, slice):
+            return list(islice(self, *index.indices(len(self))))
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return next(islice(self, index % len(self), None))
+
+
 @dataclass(frozen=True)
-class StoredPairs(Sequence[PreferencePair]):
+class StoredPairs(_ReadInOrder):
     """Pairs that are read from their source each time they are iterated over, in their order.
 
     Args:
@@ -53,20 +71,6 @@ class StoredPairs(Sequence[PreferencePair]):
 
     def __iter__(self) -> Iterator[PreferencePair]:
         return (self._finish(index, pair) for index, pair in self._read_own())
-
-    @overload
-    def __getitem__(self, index: int) -> PreferencePair: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[PreferencePair]: ...
-
-    def __getitem__(self, index: int | slice) -> PreferencePair | list[PreferencePair]:
-        """Return a pair or several; all before them are read, so this is for the first few."""
-        if isinstance(index, slice):
-            return list(islice(self, *index.indices(len(self))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return next(islice(self, index % len(self), None))
 
     def take(self, rows: NDArray[Any]) -> Self:
         """Return some of the pairs, by ascending indices or by mask."""
@@ -147,7 +151,7 @@ class StoredPairs(Sequence[PreferencePair]):
 
 
 @dataclass(frozen=True)
-class PairChain(Sequence[PreferencePair]):
+class PairChain(_ReadInOrder):
     """The pairs of several sources, one after the other.
 
     Args:
@@ -161,20 +165,6 @@ class PairChain(Sequence[PreferencePair]):
 
     def __iter__(self) -> Iterator[PreferencePair]:
         return chain.from_iterable(self.parts)
-
-    @overload
-    def __getitem__(self, index: int) -> PreferencePair: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[PreferencePair]: ...
-
-    def __getitem__(self, index: int | slice) -> PreferencePair | list[PreferencePair]:
-        """Return a pair or several; see `StoredPairs`."""
-        if isinstance(index, slice):
-            return list(islice(self, *index.indices(len(self))))
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return next(islice(self, index % len(self), None))
 
 
 def chain_pairs(parts: Iterable[Sequence[PreferencePair]]) -> Sequence[PreferencePair]:
