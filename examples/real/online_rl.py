@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from head_to_head import RESULTS, answer_records, parse_and_open
-from stages import BATCH, LORA, comparison_rows, eval_recipe, metric_rows, train_recipe
+from stages import BATCH, HAS_BF16, LORA, comparison_rows, eval_recipe, metric_rows, train_recipe
 from thresholds import Thresholds
 
 from bfpo.core.environment import hardware, versions
@@ -139,7 +139,7 @@ class Online:
                     "resume_from_checkpoint": True,
                     "seed": SEED,
                     "use_cpu": True,
-                    "bf16": True,
+                    "bf16": HAS_BF16,
                 },
             }
         )

@@ -8,6 +8,7 @@ from bfpo.config.recipes import ScoreRecipe, SftRecipe, TrainRecipe
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import Results
 from bfpo.redteam.recipe import RedteamRecipe
+from bfpo.training.processes import bf16_slowdown
 
 MAX_LENGTH = 96
 """Prompt and answer in training, in tokens: what matters here is how an answer begins."""
@@ -18,6 +19,8 @@ JUDGES = ["refusal-rule"]
 """Judges of the evaluations."""
 TEXT = {"max_length": MAX_LENGTH}
 LORA = {"r": 16}
+# The committed results are of a processor that has instructions for bfloat16.
+HAS_BF16 = bf16_slowdown() < 1
 TRAINER = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
@@ -25,7 +28,7 @@ TRAINER = {
     "save_steps": 20,
     "save_total_limit": 1,
     "use_cpu": True,
-    "bf16": True,
+    "bf16": HAS_BF16,
     "resume_from_checkpoint": True,
 }
 

@@ -21,6 +21,7 @@ from bfpo.losses.token_level import TDPO
 from bfpo.model import attention
 from bfpo.model.layout import Span
 from bfpo.training.encode import encode_pairs
+from bfpo.training.processes import bf16_slowdown
 
 
 @pytest.fixture(scope="module")
@@ -538,10 +539,27 @@ def test_processes_that_would_train_separately_are_refused(make_trainer, make_ar
         make_trainer(args=args)
 
 
+@pytest.mark.parametrize(
+    ("bf16", "slowdown", "warns"), [(True, 50.0, True), (True, 0.5, False), (False, 50.0, False)]
+)
+def test_slow_bf16_is_warned_of(make_trainer, make_arguments, monkeypatch, capsys, bf16, slowdown, warns):
+    monkeypatch.setattr("bfpo.training.processes.bf16_slowdown", lambda: slowdown)
+    make_trainer(args=make_arguments(bf16=bf16))
+    message = "multiplies bfloat16 matrices 50 times as slowly as float32 ones; set trainer.bf16=false"
+    assert (message in capsys.readouterr().out) == warns
+
+
+def test_slowdown_of_bf16_is_that_of_products_of_matrices():
+    assert 0.1 < bf16_slowdown() < 1000
+
+
 def test_names_of_transformers_that_are_not_public_still_exist():
     assert list(inspect.signature(Trainer._get_grad_norm).parameters) == ["self", "model", "grad_norm"]
     source = inspect.getsource(Trainer.training_step)
     assert "self.loss_is_scaled_for_ga is not None" in source
+    assert "self._train_batch_size * args.gradient_accumulation_steps" in inspect.getsource(
+        Trainer.get_total_train_batch_size
+    )
 
 
 @pytest.fixture

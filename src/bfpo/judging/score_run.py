@@ -31,6 +31,7 @@ from bfpo.model.score_heads import add_score_heads, padding_id, save_score_head,
 from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
+from bfpo.training.micro_batch import fit_if_auto
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout
 from bfpo.training.preflight import check_against_model
 from bfpo.training.run import check_evaluation, count_steps, show_plan, texts_of
@@ -127,6 +128,7 @@ def _run(
     record = RunRecord("score train", recipe, out, trainer)
     say(f"training {trainer.selection} for {' and '.join(recipe.heads.names)}")
     report_layout(trainer)
+    micro_batch = fit_if_auto(trainer, recipe.trainer, resume)
     result = record.train(resume)
     with timed("evaluating the held-out pairs"):
         evaluation = _evaluate(trainer, held)
@@ -139,6 +141,7 @@ def _run(
         steps=result.global_step,
         train_loss=result.training_loss,
         evaluation=evaluation,
+        **micro_batch,
         wall_seconds=round(time.time() - start_time, 1),
         cpu_seconds=round(time.process_time() - start_cpu_time, 1),
     )

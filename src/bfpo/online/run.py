@@ -133,7 +133,7 @@ def _train(inputs: "OnlineInputs", out: Path) -> dict[str, Any]:
     for callback in (
         HackingStop(value),
         StateFile(value),
-        CompletionMark(settings, keep=inputs.args.save_total_limit),
+        CompletionMark(lambda: settings, keep=inputs.args.save_total_limit),
     ):
         trainer.add_callback(callback)
     inputs.args.save_total_limit = None

@@ -60,6 +60,10 @@ RANGES: dict[str, tuple[tuple[float, float], str]] = {
     "gradient_accumulation_steps": ((1, math.inf), "1 or more"),
 }
 
+AUTO = "auto"
+"""Value of `per_device_train_batch_size` that stands for the largest that fits; see `bfpo.training.micro_batch`."""
+_ROWS_OF_A_STEP = 8
+
 DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": "none"}
 
 
@@ -73,11 +77,17 @@ def training_arguments(options: dict[str, Any]) -> TrainingArguments:
 
     Args:
         options: Names and values of `transformers.TrainingArguments`; `output_dir` is required.
+            `per_device_train_batch_size` may be `auto`: the arguments have 1 until it is measured.
 
     Raises:
         RecipeError: If a name is unknown or in `DECIDED`, or a value is wrong; the message names the key.
     """
     return build_arguments(TrainingArguments, default_options() | check_options(options))
+
+
+def is_auto(options: Mapping[str, Any]) -> bool:
+    """Return whether keys of `trainer` leave the micro-batch to be measured."""
+    return bool(options.get("per_device_train_batch_size") == AUTO)
 
 
 def build_arguments(kind: type[Arguments], values: dict[str, Any]) -> Arguments:
@@ -119,7 +129,7 @@ def launched_processes() -> int:
 
 
 def check_options(
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     kind: type[TrainingArguments] = TrainingArguments,
     *,
     decided: Mapping[str, str] = DECIDED,
@@ -134,6 +144,9 @@ def check_options(
     Raises:
         RecipeError: If a name is unknown or in `decided`, or a value is wrong; the message names the key.
     """
+    if kind is TrainingArguments and is_auto(options):
+        rows: dict[str, Any] = {"gradient_accumulation_steps": _ROWS_OF_A_STEP}
+        options = rows | dict(options) | {"per_device_train_batch_size": 1}
     names = {field.name for field in fields(kind) if field.init}
     hints = get_type_hints(kind)
     values = {}

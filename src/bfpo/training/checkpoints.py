@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,12 +31,13 @@ class CompletionMark(TrainerCallback):
     mark contains the size and the SHA-256 of every file, and the settings that a resumed run must share.
 
     Args:
-        settings: Settings that a resumed run must share: world size, batch size, seed, a hash of the data.
+        settings: Function that returns the settings that a resumed run must share: world size, batch size, seed, a
+            hash of the data.
         keep: Number of checkpoints to keep; None keeps all. Older ones are deleted only after the new one is marked,
             and the best one never: transformers deletes before the mark, and a kill in between would leave none.
     """
 
-    def __init__(self, settings: dict[str, Any], *, keep: int | None) -> None:
+    def __init__(self, settings: Callable[[], dict[str, Any]], *, keep: int | None) -> None:
         self._settings, self._keep = settings, keep
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -44,7 +46,7 @@ class CompletionMark(TrainerCallback):
         process.wait_for_everyone()
         if process.is_main_process:
             folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-            metadata = {"step": state.global_step, "threads": torch.get_num_threads(), "run": self._settings}
+            metadata = {"step": state.global_step, "threads": torch.get_num_threads(), "run": self._settings()}
             files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / MARK]
             write_mark(folder, files, metadata)
             best = Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
@@ -90,6 +92,25 @@ def newest_complete(out: Path) -> Path | None:
         if fault is None:
             return folder
         say(f"{folder} is skipped: {fault}")
+    return None
+
+
+def micro_batch_of_run(out: Path, requested: str | bool | None) -> int | None:
+    """Return the micro-batch of the checkpoint that a run resumes from; None if there is none with a readable mark.
+
+    Args:
+        out: Output folder of the run.
+        requested: Folder of a checkpoint, or True for the run's newest one. All of a run have the same.
+    """
+    if not requested:
+        return None
+    folders = [folder for _, folder in sorted(_checkpoints(out), reverse=True)]
+    for folder in [Path(requested)] if isinstance(requested, str) else folders:
+        try:
+            return int(read_mark(folder)["run"]["per_device_train_batch_size"])
+        except (OSError, ValueError, LookupError, TypeError):
+            # Resuming says what is wrong with it.
+            continue
     return None
 
 

@@ -6,18 +6,24 @@ gathers weights.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import TrainingArguments
 
+from bfpo.core.terminal import say
 from bfpo.errors import RecipeError
 from bfpo.training.arguments import launched_processes
 from bfpo.training.batches import Batch
+
+# A processor with instructions for bfloat16 takes about half as long as for float32, one without 50 times as long.
+_SLOW = 3
 
 
 def check_devices(args: TrainingArguments) -> None:
@@ -39,6 +45,33 @@ def check_devices(args: TrainingArguments) -> None:
         )
     if args.device.type == "mps":
         raise RecipeError("MPS devices have no float64, which sums of log-probabilities need; set use_cpu: true")
+
+
+def warn_of_slow_bf16(args: TrainingArguments) -> None:
+    """Warn if the run computes in bfloat16 on a processor that multiplies such matrices much more slowly."""
+    if args.bf16 and args.device.type == "cpu" and (factor := bf16_slowdown()) >= _SLOW:
+        say(
+            f"warning: this processor multiplies bfloat16 matrices {factor:,.0f} times as slowly as float32 ones; set "
+            "trainer.bf16=false"
+        )
+
+
+@cache
+def bf16_slowdown() -> float:
+    """Return how many times as long a product of bfloat16 matrices takes on the CPU as one of float32 matrices."""
+    return _product_time(torch.bfloat16) / _product_time(torch.float32)
+
+
+def _product_time(dtype: torch.dtype) -> float:
+    """Return the time of a product of two matrices in seconds, the shortest of three."""
+    first, second = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    first @ second
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        first @ second
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def check_sharding(accelerator: Accelerator, model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from bfpo.training.arguments import training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.loss_files import build_loss, read_score_labels, resolve_loss_files
+from bfpo.training.micro_batch import fit_if_auto
 from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
 from bfpo.training.preflight import check_against_model
 from bfpo.training.probe import Answers, Probe, show_probe
@@ -131,6 +132,7 @@ def _train(
     start_time, start_cpu_time = time.time(), time.process_time()
     inputs = _prepare_inputs(recipe, args, resume, dry_run=False, limit=limit)
     trainer, record, out = _make_trainer(recipe, inputs)
+    micro_batch = fit_if_auto(trainer, recipe.trainer, inputs.resume)
     start_check = _check_start(trainer)
     probe = None
     # A model that is spread over processes can't be asked here.
@@ -159,6 +161,7 @@ def _train(
         train_loss=result.training_loss,
         evaluation={name: held_out_results(metrics, name, table) for name, table in inputs.tables.eval.items()},
         **({} if probed is None else {"probe": probed.to_json()}),
+        **micro_batch,
         wall_seconds=round(time.time() - start_time, 1),
         cpu_seconds=round(time.process_time() - start_cpu_time, 1),
     )

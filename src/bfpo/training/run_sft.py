@@ -32,6 +32,7 @@ from bfpo.training.arguments import launched_processes, training_arguments
 from bfpo.training.checkpoints import check_marked, write_mark
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
+from bfpo.training.micro_batch import fit_if_auto
 from bfpo.training.output import (
     RunRecord,
     exclusive_output,
@@ -118,6 +119,7 @@ def _run(
     record = RunRecord("sft", recipe, out, trainer)
     say(f"training {trainer.selection} on {len(train)} completions")
     report_layout(trainer)
+    micro_batch = fit_if_auto(trainer, recipe.trainer, resume)
     result = record.train(resume)
     # First: evaluating may take long.
     save_final(trainer, out)
@@ -131,6 +133,7 @@ def _run(
     return record.finish(
         reports,
         **({"model": {"path": recipe.model.path} | gguf} if gguf else {}),
+        **micro_batch,
         data=reports,
         trained={"parameters": trainer.selection.trained, "of": trainer.selection.total},
         steps=result.global_step,

@@ -39,7 +39,7 @@ from bfpo.training.checkpoints import (
     unmark_after,
 )
 from bfpo.training.metrics import FiniteLossCheck, MetricSums
-from bfpo.training.processes import check_devices, check_sharding, equal_packs, no_gradient_sync
+from bfpo.training.processes import check_devices, check_sharding, equal_packs, no_gradient_sync, warn_of_slow_bf16
 from bfpo.training.streams import MicroBatches, Rows, StepRows, StreamPlan, WeightedRow, Weights
 
 # What transformers and torch raise for files of a checkpoint that are damaged.
@@ -56,8 +56,8 @@ class StreamTrainer(Trainer, ABC):
 
     Overridden public hooks: `get_train_dataloader`, `get_eval_dataloader`, `training_step`, `compute_loss`,
     `prediction_step`, `evaluation_loop`, `save_model`, `log`, `floating_point_ops`. Semi-private names in use:
-    `_get_grad_norm` (to count clipped steps) and the class attribute `loss_is_scaled_for_ga`; a test checks that both
-    exist.
+    `_get_grad_norm` (to count clipped steps), `_train_batch_size` (to change it) and the class attribute
+    `loss_is_scaled_for_ga`; a test checks that they exist.
 
     Args:
         model: Causal language model, changed in place (dropout off, `requires_grad`, a forward for layouts).
@@ -99,6 +99,7 @@ class StreamTrainer(Trainer, ABC):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         check_devices(args)
+        warn_of_slow_bf16(args)
         config = unwrap_adapter(model).config
         largest_ids = [[tokens.largest_id] for tokens in (table, *eval_tables.values())]
         check_token_ids(config, largest_ids, str(config._name_or_path or config.model_type))
@@ -112,7 +113,7 @@ class StreamTrainer(Trainer, ABC):
             # The filter would replace a loss that isn't finite by the average of the others.
             args.logging_nan_inf_filter = False
         self.table, self.eval_tables = table, dict(eval_tables)
-        self._policy, self._requested_layout = model, layout or LayoutSection()
+        self.policy, self._requested_layout = model, layout or LayoutSection()
         super().__init__(
             model=model,
             args=args,
@@ -126,13 +127,24 @@ class StreamTrainer(Trainer, ABC):
         check_sharding(self.accelerator, model)
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.plan = StreamPlan(main, buffer, batch_size, args.seed)
-        self.add_callback(CompletionMark(self.resume_settings(), keep=args.save_total_limit))
+        self.add_callback(CompletionMark(self.resume_settings, keep=args.save_total_limit))
         args.save_total_limit = None
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._finite_loss, self._has_stepped, self._is_resuming = FiniteLossCheck(), False, False
         self._advance_evaluation: Callable[[int], None] = lambda batches: None
         self._clipped_steps, self._steps_since_log = torch.zeros((), device=args.device), 0
         self._tokens_since_log, self._last_log = 0, time.monotonic()
+
+    def set_micro_batch(self, size: int) -> None:
+        """Change how many rows of a stream are fed at a time, but not the rows of a step.
+
+        Args:
+            size: Rows; a divisor of those that a process has of a step.
+        """
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        assert rows % size == 0
+        self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps = size, rows // size
+        self._train_batch_size = self.args.train_batch_size
 
     def resume_settings(self) -> dict[str, Any]:
         """Return the settings that must not change when a run is resumed."""
@@ -260,7 +272,7 @@ class StreamTrainer(Trainer, ABC):
     @cached_property
     def _resolved_layout(self) -> tuple[LayoutSection, PackingCheck | None]:
         examples = [self.table[int(row)] for row in self.plan.main[:CHECKED_EXAMPLES]]
-        return resolve_layout(self._policy, self._requested_layout, examples, longest=self.table.longest)
+        return resolve_layout(self.policy, self._requested_layout, examples, longest=self.table.longest)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the micro-batches of this process for the epoch that training has reached."""
@@ -317,7 +329,7 @@ class StreamTrainer(Trainer, ABC):
         self._has_stepped = True
         packs = equal_packs(self.accelerator, inputs["packs"], sharded=self.shards_weights)
         losses = []
-        config = unwrap_adapter(self._policy).get_decoder().config
+        config = unwrap_adapter(self.policy).get_decoder().config
         # Around the backward passes too, in which checkpointed layers are recomputed.
         with nullcontext() if self.layout_section.kind == "padded" else span_attention(config):
             for number, pack in enumerate(self.reweighted(model, packs), start=1):
