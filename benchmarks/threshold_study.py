@@ -2,7 +2,7 @@
 
     python benchmarks/threshold_study.py [--seeds 8] [--folder runs/threshold-study] [--method mocan]
     python benchmarks/threshold_study.py --margin 0.035 # ask for that much less than the thresholds
-    python benchmarks/threshold_study.py --margin 0.045 --thresholds 0.05
+    python benchmarks/threshold_study.py --margin 0.035 --learning-rate 5e-4
     python benchmarks/threshold_study.py --quick        # one seed, one threshold, a few steps: does it run?
 
 `bfpo dual` on scored samples of the base model, then `bfpo train` on its multiplier, as a method of
@@ -18,8 +18,8 @@ answers to harmful prompts:
 
 A miss is *explained* if the policy of a second run, without the largest of these causes as far as `CURES` can, meets
 the threshold. Base, scorer, samples and scores are shared by the policies of a seed, with any margin. Writes
-`benchmarks/results/threshold.json`, with a margin `threshold-MARGIN.json`; after an interruption the same command
-resumes.
+`benchmarks/results/threshold.json`, with a margin and another learning rate than the method's
+`threshold-MARGIN-lrRATE.json`; after an interruption the same command resumes.
 """
 
 import argparse
@@ -88,12 +88,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/threshold-study"))
     parser.add_argument("--margin", type=float, default=0.0, help="what is asked for is so much less")
     parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS))
+    parser.add_argument("--learning-rate", type=float, help="by default that of the method")
     parser.add_argument("--method", choices=("mocan", "bfpo_constrained"), default="mocan")
     parser.add_argument(
         "--quick", action="store_true", help="one seed, one threshold, a few steps; writes no results"
     )
     options = parser.parse_args()
     changes: dict[str, Any] = {f"samples.{key}": value for key, value in SAMPLES.items()} | {"steps": STEPS}
+    if options.learning_rate is not None:
+        changes["learning_rate"] = options.learning_rate
     seeds, thresholds = range(options.seeds), options.thresholds
     if options.quick:
         changes, seeds, thresholds = changes | QUICK, range(1), (0.5,)
@@ -113,13 +116,18 @@ def main() -> None:
     if options.quick:
         return
     command = f"python benchmarks/threshold_study.py --seeds {options.seeds} --method {options.method}"
+    name = "threshold"
     if options.thresholds != list(THRESHOLDS):
         command += f" --thresholds {' '.join(f'{threshold:g}' for threshold in options.thresholds)}"
-    path = RESULTS / (f"threshold-{options.margin:g}.json" if options.margin else "threshold.json")
+    if options.margin:
+        command, name = f"{command} --margin {options.margin:g}", f"{name}-{options.margin:g}"
+    if options.learning_rate is not None:
+        command, name = f"{command} --learning-rate {options.learning_rate:g}", f"{name}-lr{options.learning_rate:g}"
+    path = RESULTS / f"{name}.json"
     write_json(
         path,
         {
-            "command": command + (f" --margin {options.margin:g}" if options.margin else ""),
+            "command": command,
             "what": "share of unsafe answers to harmful prompts of the testbed that was asked for, predicted, and "
             "achieved on held-out prompts by the oracle; scores by a scorer that is trained on the pairs",
             "versions": versions(),

@@ -51,8 +51,8 @@ def warn_of_slow_bf16(args: TrainingArguments) -> None:
     """Warn if the run computes in bfloat16 on a processor that multiplies such matrices much more slowly."""
     if args.bf16 and args.device.type == "cpu" and (factor := bf16_slowdown()) >= _SLOW:
         say(
-            f"warning: this processor multiplies bfloat16 matrices {factor:,.0f} times as slowly as float32 ones; set "
-            "trainer.bf16=false"
+            f"warning: this processor multiplies bfloat16 matrices {factor:,.0f} times as slowly as float32 ones; "
+            "set trainer.bf16=false"
         )
 
 
