@@ -1,12 +1,19 @@
 """Build the site of the documentation into site/, and check its links.
 
-    make site
+    make site                                           # this version, to read it here
+    python docs/build_site.py --versions FOLDER         # the same, and add it to a site of several versions
 
 The pages are those of docs/. A file outside docs/ that a page links to, such as a recipe or a results file, is copied
 to files/ on the site, and the link with it, so the same Markdown works in the repository and on the site. Notebooks
 become pages. Formulas become MathML, so pages need no script from another host.
+
+A site of several versions has a folder for each, `versions.json` in the form that the theme's menu of versions reads
+(that of mike, https://github.com/jimporter/mike), and a first page that leads to the latest release. Building a
+version again replaces its folder.
 """
 
+import argparse
+import json
 import os
 import re
 import shutil
@@ -18,12 +25,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from packaging.version import Version
+
 from bfpo import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES, SITE = ROOT / ".site-pages", ROOT / "site"
 # [text](target#anchor), and src="target" of an image that has a width.
 LINK = re.compile(r'(?P<before>\]\(|\b(?:src|href)=")(?P<target>[^)\s"#:]+)(?P<after>(?:#[^)\s"]*)?[)"])')
+LATEST, DEVELOPMENT = "latest", "dev"
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
 
@@ -146,10 +156,42 @@ def write_formulas(site: Path, convert: Callable[..., str]) -> None:
             file.write_text(FORMULA.sub(formula, text), encoding="utf-8")
 
 
+def add_version(site: Path, folder: Path, version: Version) -> Path:
+    """Add a built site to a site of several versions, and return its folder there.
+
+    Args:
+        site: The built site.
+        folder: Folder of the site of several versions.
+        version: Version that the site is of; all releases that differ in the last number only share a folder.
+    """
+    name = DEVELOPMENT if version.is_devrelease else f"{version.major}.{version.minor}"
+    out, file = folder / name, folder / "versions.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(site, out)
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    names = {entry["version"] for entry in known} | {name}
+    releases = sorted(names - {DEVELOPMENT}, key=Version, reverse=True)
+    entries = [
+        {"version": each, "title": each, "aliases": [LATEST] if each == (releases or [DEVELOPMENT])[0] else []}
+        for each in [*releases, *(names & {DEVELOPMENT})]
+    ]
+    file.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    first = entries[0]["version"]
+    page = (
+        f'<!doctype html><meta http-equiv="refresh" content="0; url={first}/index.html"><a href="{first}/">bfpo</a>\n'
+    )
+    (folder / "index.html").write_text(page, encoding="utf-8")
+    return out
+
+
 def main() -> None:
     """Build the site, and end with its broken links if there are any."""
     from latex2mathml.converter import convert
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--versions", type=Path, help="folder of a site of several versions, which this is added to")
+    versions = parser.parse_args().versions
     for folder in (PAGES, SITE):
         shutil.rmtree(folder, ignore_errors=True)
     stage(PAGES)
@@ -163,10 +205,13 @@ def main() -> None:
         "--config-file",
         str(ROOT / "mkdocs.yml"),
     ]
-    subprocess.run(build, cwd=ROOT, env=os.environ | {"BFPO_SITE_NAME": f"bfpo {__version__}"}, check=True)
+    settings = {"BFPO_SITE_NAME": f"bfpo {__version__}"} | ({"BFPO_SITE_VERSIONS": "mike"} if versions else {})
+    subprocess.run(build, cwd=ROOT, env=os.environ | settings, check=True)
     write_formulas(SITE, convert)
     if broken := broken_links(SITE):
         sys.exit("\n".join(["broken links:", *broken]))
+    if versions:
+        sys.stdout.write(f"added to {add_version(SITE, versions, Version(__version__))}\n")
 
 
 if __name__ == "__main__":

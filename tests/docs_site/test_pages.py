@@ -1,11 +1,13 @@
 """Pages that are made from the code are up to date, the site has all pages, and links lead to files and headings."""
 
+import json
 import re
 import runpy
 import sys
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from bfpo import __version__
 from bfpo.core import file_rows
@@ -141,3 +143,29 @@ def test_the_version_on_the_site_is_that_of_the_package():
     # The build puts the name with the version in the place of this variable.
     assert "site_name: !ENV [BFPO_SITE_NAME, bfpo]" in (ROOT / "mkdocs.yml").read_text()
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", __version__)
+
+
+def test_a_site_of_several_versions_starts_with_the_latest_release(tmp_path):
+    site, folder = tmp_path / "site", tmp_path / "versions"
+    site.mkdir()
+
+    def add(version):
+        (site / "index.html").write_text(version)
+        return build_site.add_version(site, folder, Version(version))
+
+    assert add("0.1.0.dev0") == folder / "dev"
+    assert 'url=dev/index.html"' in (folder / "index.html").read_text()
+    assert add("0.9.0") == folder / "0.9"
+    add("0.10.0")
+    assert add("0.10.1") == folder / "0.10"
+    assert json.loads((folder / "versions.json").read_text()) == [
+        {"version": "0.10", "title": "0.10", "aliases": ["latest"]},
+        {"version": "0.9", "title": "0.9", "aliases": []},
+        {"version": "dev", "title": "dev", "aliases": []},
+    ]
+    assert 'url=0.10/index.html"' in (folder / "index.html").read_text()
+    assert [(folder / name / "index.html").read_text() for name in ("0.10", "0.9", "dev")] == [
+        "0.10.1",
+        "0.9.0",
+        "0.1.0.dev0",
+    ]
