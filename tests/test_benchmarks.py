@@ -2,6 +2,7 @@
 
 import copy
 import json
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -234,3 +235,24 @@ def test_the_optimum_is_extrapolated_from_two_sets_of_samples(tmp_path):
     truth = optimum(dual, request, many, many)
     # Twelve samples are off by more than the extrapolation from two sets of twelve.
     assert abs(optimum(dual, request, first, second) - truth) < abs(dual.achieved - truth)
+
+
+def test_the_page_tells_what_was_measured_around_the_step():
+    def result(name):
+        return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+
+    page = (ROOT / "docs" / "performance.md").read_text()
+    section = page[page.index("## Around the step") : page.index("## On a GPU")]
+    generation, judge, report = result("generation_speed")["measured"], result("judge_speed"), result("report_speed")
+    ratios = [generation[name]["median_cpu_ratio"] for name in ("mixed", "equal")]
+    assert f"{ratios[0]:.2f} / {ratios[1]:.2f} times the tokens" in section
+    per_second = judge["answers_per_cpu_second"]
+    assert f"{judge['answers']:,} answers of XSTest" in section
+    assert f"{per_second['after']:,} answers a CPU second | {per_second['before']} before" in section
+    assert f"page of {report['runs']} runs of {report['prompts']:,} prompts" in section
+    seconds, peak = statistics.median(report["cpu_seconds"]), report["peak_bytes"] / 2**20
+    assert f"{seconds:.0f} CPU seconds, {peak:.0f} MiB" in section
+    boot = result("bootstrap_speed")
+    ours, scipy = (statistics.median(boot["cpu_seconds"][name]) for name in ("bfpo", "scipy"))
+    assert f"{boot['prompts']:,} prompts, {boot['resamples']:,} resamples" in section
+    assert f"| {ours:.2f} CPU seconds | scipy's, vectorized: {scipy:.2f} |" in section

@@ -176,8 +176,10 @@ def bootstrap(
     distribution = []
     for start in range(0, resamples, batch):
         count = min(batch, resamples - start)
-        # `np.take` is faster, but its memory layout changes the last digit of sums.
-        drawn = [sample[..., rng.integers(0, n, (count, n))] for sample, n in zip(samples, sizes, strict=True)]
+        # Indexing the last of two axes would put it first in memory, where reducing it takes five times as long.
+        drawn = [
+            np.take(sample, rng.integers(0, n, (count, n)), axis=-1) for sample, n in zip(samples, sizes, strict=True)
+        ]
         distribution.append(np.asarray(statistic(*drawn), dtype=np.float64))
     tail = (1 - level) / 2
     low, high = np.quantile(np.concatenate(distribution), [tail, 1 - tail])
