@@ -1,7 +1,7 @@
 """Scored samples of a base model, from completions with verdicts of judges or from a table of rewards and costs."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from bfpo.config.recipes import Source
 from bfpo.core.files import file_hash, parse_json
 from bfpo.core.read_messages import as_messages
-from bfpo.core.samples import Completion, Key, Prompt, Verdict, prompt_id
+from bfpo.core.samples import Completion, Prompt, Verdict, prompt_id
 from bfpo.data.readings import part_in_name
 from bfpo.data.rows import SourceRow, read_rows, refuse_lone_surrogates
-from bfpo.data.stages import read_completions, read_prompt_file, verdicts_by_judge
+from bfpo.data.stages import read_completions, read_prompt_file, verdicts_by_judge, verdicts_on
 from bfpo.data.verdict_files import judge_files
 from bfpo.data.verdict_scores import cost_field, reward_field
 from bfpo.errors import DataError
@@ -198,11 +198,12 @@ def _read_folder(folder: Path, reward_judge: str | None, cost_judge: str | None)
             costs[judge] = verdicts
     reward_name, reward_verdicts = _choose(rewards, reward_judge, folder, "rates helpfulness", "reward_judge")
     cost_name, cost_verdicts = _choose(costs, cost_judge, folder, "judges safety", "cost_judge")
-    reward_by_key, cost_by_key = _by_key(reward_verdicts, completions), _by_key(cost_verdicts, completions)
     field, grade = str(reward_field(reward_verdicts)), cost_field(cost_verdicts)
+    rewarded = verdicts_on(completions, reward_verdicts, f"{folder}: {reward_name}")
+    judged = verdicts_on(completions, cost_verdicts, f"{folder}: {cost_name}")
     rows = []
-    for completion in completions:
-        reward, verdict = getattr(reward_by_key[completion.key], field), cost_by_key[completion.key]
+    for completion, rating, verdict in zip(completions, rewarded, judged, strict=True):
+        reward = getattr(rating, field)
         if reward is None:
             raise DataError(f"{folder}: {reward_name} gave no helpfulness for {completion.key}; judge it again")
         cost = getattr(verdict, grade) if grade in ("score", "severity") else float(verdict.safe is not True)
@@ -251,21 +252,6 @@ def _choose(
         problem = f"several judges: {', '.join(names)}" if name is None else f"`{parameter}` is '{name}'"
         raise DataError(f"{folder}: {problem}; set `{parameter}` to one that {does}: {', '.join(sorted(names))}")
     return next(iter(chosen.items()))
-
-
-def _by_key(verdicts: Iterable[Verdict], completions: Sequence[Completion]) -> dict[Key, Verdict]:
-    """Return verdicts by completion, after checking that each completion has one on its text."""
-    by_key = {verdict.key: verdict for verdict in verdicts}
-    missing = [completion for completion in completions if completion.key not in by_key]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(completions)} completions have no verdict of the judge, the first is "
-            f"{missing[0].key}; judge them first"
-        )
-    for completion in completions:
-        if by_key[completion.key].text_hash != completion.text_hash:
-            raise DataError(f"the verdict on {completion.key} is about another text; judge the completions again")
-    return by_key
 
 
 def _temperature(folder: Path) -> float | None:
