@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import signature
 from itertools import groupby
 from typing import NamedTuple
 
@@ -12,7 +11,14 @@ import torch
 from torch import Tensor
 
 from bfpo.generation.sampler import Sampler
-from bfpo.generation.slots import PromptStates, SlotCache, SlotModel, UnsupportedModel
+from bfpo.generation.slots import (
+    PromptStates,
+    SlotCache,
+    SlotModel,
+    UnsupportedModel,
+    arguments_of,
+    cache_argument,
+)
 from bfpo.model.lora import CausalLM, unwrap_adapter
 
 # Prompts of equal length are encoded together up to this number of tokens.
@@ -109,11 +115,13 @@ class Decoder:
     ) -> None:
         base = unwrap_adapter(model)
         # Training extends a model's forward.
-        forward = set(signature(getattr(base.forward, "extends", base.forward)).parameters)
+        forward = arguments_of(base)
         config = base.get_decoder().config
         attention = getattr(config, "_attn_implementation", None)
-        if missing := {"position_ids", "past_key_values", "attention_mask"} - forward:
+        if missing := {"position_ids", "attention_mask"} - forward:
             raise UnsupportedModel(f"its forward has no {', '.join(sorted(missing))}")
+        if cache_argument(forward) is None:
+            raise UnsupportedModel("its forward takes no cache")
         if base.config.is_encoder_decoder or attention not in ("sdpa", "eager"):
             raise UnsupportedModel(f"its attention is {attention}")
         self._plain_model, self._model = model, SlotModel(model, forward, config)

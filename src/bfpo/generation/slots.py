@@ -1,10 +1,11 @@
 """A key-value cache of rows that start and end independently of each other."""
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -188,6 +189,22 @@ class _PeekLayer(CacheLayerMixin):
         return -1
 
 
+def arguments_of(model: nn.Module) -> set[str]:
+    """Return the names of the arguments of a model's forward."""
+    # Training extends a model's forward.
+    return set(signature(getattr(model.forward, "extends", model.forward)).parameters)
+
+
+def cache_argument(forward: set[str]) -> str | None:
+    """Return the name by which a forward takes and returns its cache; None if it takes none.
+
+    Args:
+        forward: Names of the arguments of the forward.
+    """
+    # transformers renamed it in 5.24; models with code of their own may keep the old name.
+    return next((name for name in ("cache", "past_key_values") if name in forward), None)
+
+
 class SlotModel:
     """A model's forward passes with a `SlotCache`, and with masks made here.
 
@@ -200,6 +217,9 @@ class SlotModel:
     def __init__(self, model: CausalLM, forward: set[str], config: Any) -> None:
         self._model, self._config = model, config
         self._device, self._dtype = unwrap_adapter(model).device, unwrap_adapter(model).dtype
+        self._cache_name = str(cache_argument(forward))
+        decoder = unwrap_adapter(model).get_decoder()
+        self._decoder_cache_name = cache_argument(arguments_of(decoder)) or self._cache_name
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
         self._windows = _windows(config)
         # SDPA attends causally without a mask, which saves one of the size of the prompt, squared.
@@ -227,14 +247,14 @@ class SlotModel:
             input_ids=torch.tensor(prompts, device=self._device)[:, start:],
             attention_mask=self._masks(positions, length) if needs_mask else None,
             position_ids=positions.expand(len(prompts), -1),
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_name: cache},
             **self._last_logits,
         )
         for layer in cache.layers:
             if type(layer) is not DynamicLayer or layer.keys is None or layer.keys.dim() != 4:
                 raise UnsupportedModel(f"a layer caches its state as {type(layer).__name__}")
-        if output.past_key_values is not cache or not cache.layers or cache.get_seq_length() != length:
+        if getattr(output, self._cache_name) is not cache or not cache.layers or cache.get_seq_length() != length:
             raise UnsupportedModel("it keeps a cache of its own")
         return PromptStates(output.logits[:, -1], [(layer.keys, layer.values) for layer in cache.layers])
 
@@ -251,8 +271,8 @@ class SlotModel:
             input_ids=torch.tensor(tokens, device=self._device)[:, None],
             attention_mask=self._masks(cache.positions[:, None], cache.columns),
             position_ids=cache.positions[:, None],
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_name: cache},
         )
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -282,9 +302,9 @@ class SlotModel:
             input_ids=candidates,
             attention_mask=self._masks_of(distances[:, None]),
             position_ids=positions.expand(rows, count),
-            past_key_values=Cache(layers=[_PeekLayer(*states) for states in cached]),
             use_cache=True,
             output_hidden_states=needs_hidden_states(layers),
+            **{self._decoder_cache_name: Cache(layers=[_PeekLayer(*states) for states in cached])},
         )
         return concatenated_states(output, layers)
 
