@@ -59,6 +59,24 @@ def test_summary_reports_changes_for_the_worse(tmp_path, small_runs):
     assert "distinguishably worse" not in prose
 
 
+def test_runs_with_different_prompts_are_compared_on_those_of_both(tmp_path):
+    prompts = make_prompts()
+    few = [prompt for prompt in prompts if int(prompt.prompt_id[-3:]) < 10]
+    base = judge_prompts(few, safe=0.2, helpful=0.5, refusing=0.1, seed=1)
+    write_evaluation(tmp_path / "base/evaluation", "base", few, base)
+    trained = judge_prompts(prompts, safe=0.95, helpful=0.5, refusing=0.1, seed=2)
+    write_evaluation(tmp_path / "bfpo/evaluation", "bfpo", prompts, trained, baseline=base)
+    prose = draw(tmp_path / "out", [tmp_path / "base", tmp_path / "bfpo"]).page.prose
+    results = read_results(tmp_path / "bfpo/evaluation")
+    [difference] = [other for other in results.comparisons if (other.task, other.metric) == ("harmful", "safety")]
+    assert difference.n == 10
+    assert "Safety on harmful prompts is " in prose
+    assert " for base (10 prompts) and " in prose
+    shared = f"for bfpo (40); on the 10 that both answered the difference is {format_signed(difference.difference)}"
+    assert f"{shared} (better)." in prose
+    assert "Safety on 40 harmful" not in prose
+
+
 def test_every_metric_is_in_the_table_with_its_interval(two_runs):
     prose = two_runs.page.prose
     for folder in two_runs.runs:

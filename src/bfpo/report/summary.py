@@ -6,7 +6,7 @@ from typing import NamedTuple
 from bfpo.evaluation.results import MetricComparison
 from bfpo.report.run_files import MetricKey, Run
 from bfpo.report.tables import ValueCell, metric_keys, value_cell
-from bfpo.report.words import TASKS, format_number, metric_text
+from bfpo.report.words import TASKS, format_number, format_signed, metric_text
 
 # Task, metric, and the subject of its sentence.
 MAIN = (
@@ -31,6 +31,9 @@ class MetricSentence(NamedTuple):
         before: Value of the baseline; None without one.
         after: Value of the run.
         verdict: Verdict on the difference; "" for none.
+        parts: If the runs have different prompts, how many the baseline has, the run has, and both answered; the
+            verdict is on the last.
+        difference: Difference over the prompts of both, with its sign; "" unless there are parts.
     """
 
     subject: str
@@ -38,6 +41,8 @@ class MetricSentence(NamedTuple):
     before: ValueCell | None
     after: ValueCell
     verdict: str
+    parts: tuple[str, str, str] | None = None
+    difference: str = ""
 
 
 class RunSummary(NamedTuple):
@@ -107,7 +112,12 @@ def _sentence(run: Run, baseline: Run | None, key: MetricKey, template: str) -> 
     verb = "was"
     if comparison and verdict in ("better", "worse"):
         verb = "rose" if comparison.difference > 0 else "fell"
-    return MetricSentence(subject, verb, value_cell(before), value_cell(after), verdict)
+    cells = value_cell(before), value_cell(after)
+    if comparison is None or before.n == after.n == comparison.n:
+        return MetricSentence(subject, verb, *cells, verdict)
+    parts = f"{before.n:,}", f"{after.n:,}", f"{comparison.n:,}"
+    subject = " ".join(template.format(n="", held_out="").split())
+    return MetricSentence(subject, verb, *cells, verdict, parts, format_signed(comparison.difference))
 
 
 def _phrase(run: Run, baseline: Run, comparison: MetricComparison) -> str:
