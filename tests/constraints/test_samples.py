@@ -178,7 +178,9 @@ def test_a_folder_without_usable_scores_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"grader@1: no verdict on \('q0', 0\); judge the completions again"):
         read_scored_samples(tmp_path)
     write_jsonl(path, (replace(v, text_hash="other").to_row() for v in verdicts))
-    with pytest.raises(DataError, match=r"grader@1: a verdict about another text on \('q0', 0\); judge the completions"):
+    with pytest.raises(
+        DataError, match=r"grader@1: a verdict about another text on \('q0', 0\); judge the completions"
+    ):
         read_scored_samples(tmp_path)
     write_jsonl(path, (v.to_row() for v in verdicts))
     mixed = [replace(completion, model=f"m{n % 2}") for n, completion in enumerate(completions)]

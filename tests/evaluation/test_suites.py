@@ -17,6 +17,7 @@ from bfpo.evaluation import plan, subject
 from bfpo.evaluation.gate import Bound
 from bfpo.evaluation.plan import show_plan
 from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.evaluation.subject import run_name
 from bfpo.evaluation.suite import Suite, load_suite, shipped_suites
 from bfpo.judging.open import open_judge
 
@@ -55,9 +56,10 @@ def test_the_page_lists_the_tasks_of_lm_eval_suite_by_suite():
 
 def test_the_recipes_on_the_page_are_recipes():
     page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    recipe, suite, attacked, win_rates, gates = (
+    recipe, offline, suite, attacked, win_rates, gates = (
         parse_yaml(block, "docs") for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     )
+    assert check_recipe(offline, EvalRecipe, "docs").suites == ["testbed"]
     checked = check_recipe(recipe, EvalRecipe, "docs")
     read = {task.source for name in checked.suites for task in load_suite(name)[1].tasks}
     assert set(checked.data) <= read
@@ -70,6 +72,15 @@ def test_the_recipes_on_the_page_are_recipes():
     assert check_recipe(content, EvalRecipe, "docs").suites == ["helpfulness"]
     assert check_recipe(suite, Suite, "docs").tasks
     assert [check_recipe(bound, Bound, "docs") for bound in gates]
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [({"out": "runs/mine/evaluation"}, "mine"), ({"out": "runs/mine"}, "mine"), ({"out": "a", "run": "b"}, "b")],
+)
+def test_a_run_is_named_after_its_folder(keys, name):
+    recipe = {"model": {"path": "m"}, "suites": ["testbed"], **keys}
+    assert run_name(check_recipe(recipe, EvalRecipe, "recipe")) == name
 
 
 def test_a_dry_run_counts_estimates_time_and_cost_and_writes_nothing(toy, monkeypatch, capsys):

@@ -21,7 +21,7 @@ from bfpo.data.stages import generate_completions, read_completions
 from bfpo.data.unread_answers import describe_missing_answers
 from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.open import EngineSection
-from bfpo.generation.openai_server import ServerEngine, ServerOptions
+from bfpo.generation.openai_server import ServerEngine, ServerOptions, warn_of_missing_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faulty_server import FAULTS, faulty_server
@@ -728,3 +728,33 @@ def test_transformers_serve_answers(tmp_path, make_model, tokenizer):
     assert all(completion.completion_tokens <= 9 for completion in completions)
     assert answer.prompt_tokens > completions[0].prompt_tokens
     assert not server.faults
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (200, {"data": [{"id": "tiny"}]}, ""),
+        (200, {"data": [{"id": "a"}, {"id": "b"}]}, "lists a, b, and not 'tiny'"),
+        (200, {"data": []}, "lists no model, and not 'tiny'"),
+        (200, ["other"], ""),
+        (404, {}, ""),
+    ],
+)
+def test_a_model_that_a_server_does_not_list_is_warned_of(monkeypatch, capsys, status, body, message):
+    asked = []
+
+    def get(url, **options):
+        asked.append(url)
+        return httpx.Response(status, json=body, request=httpx.Request("GET", url))
+
+    monkeypatch.setattr(httpx, "get", get)
+    warn_of_missing_model(ServerOptions("http://localhost:1/v1", "tiny"))
+    assert asked == ["http://localhost:1/v1/models"]
+    assert capsys.readouterr().err.strip() == (f"warning: http://localhost:1/v1 {message}" if message else "")
+
+
+def test_a_server_that_does_not_answer_is_warned_of(capsys):
+    warn_of_missing_model(ServerOptions("http://localhost:1/v1", "tiny"))
+    assert (
+        "http://localhost:1/v1 doesn't answer (ConnectError); requests fail until it does" in capsys.readouterr().err
+    )

@@ -189,6 +189,12 @@ def test_a_dry_run_shows_the_data_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_recipe_for_a_gpu_is_checked_without_one(capsys):
+    for_gpu = {key: value for key, value in TRAINER.items() if key != "use_cpu"} | {"bf16": True}
+    run_training(recipe(trainer=for_gpu), dry_run=True)
+    assert "dry run: nothing was trained" in capsys.readouterr().out
+
+
 def test_prepared_files_give_the_numbers_of_their_sources(baseline):
     write_prepared(prepare(recipe()), Path("prepared"))
     files = {"data": [{"path": "prepared/pairs.jsonl"}], "buffer": [], "holdout": 0.0}

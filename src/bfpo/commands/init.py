@@ -186,7 +186,7 @@ def _describe(
     # With the targets of the beta that the recipe will have.
     show_cells(encoded, LabelingFunction.from_parameters(), choose_beta(answer)[0])
     show_cell_lengths(encoded)
-    show_token_lengths(examples, 1024)
+    show_token_lengths(examples)
     return DataFacts(
         data=[source.model_dump(exclude_defaults=True) for source in sources],
         buffer=[source.model_dump(exclude_defaults=True) for source in buffer],

@@ -187,8 +187,13 @@ def show_text_lengths(pairs: Sequence[PreferencePair]) -> None:
     _show_quantiles("Lengths in words", lengths)
 
 
-def show_token_lengths(examples: Sequence[Example], max_length: int) -> None:
-    """Print quantiles of the lengths in tokens, and how many pairs would be truncated at several limits."""
+def show_token_lengths(examples: Sequence[Example], max_length: int | None = None) -> None:
+    """Print quantiles of the lengths in tokens, and how many pairs would be truncated at several limits.
+
+    Args:
+        examples: Tokenized pairs.
+        max_length: The limit that is in force; None before there is one.
+    """
     if not examples:
         return
     lengths = {
@@ -199,7 +204,7 @@ def show_token_lengths(examples: Sequence[Example], max_length: int) -> None:
     _show_quantiles("Lengths in tokens, before truncation", lengths)
     prompts = np.array(lengths["prompt"])
     longest = prompts + np.maximum(lengths["chosen"], lengths["rejected"])
-    limits = sorted({256, 512, 1024, 2048, max_length})
+    limits = sorted({256, 512, 1024, 2048} | ({max_length} if max_length else set()))
     rows = [
         (
             f"{limit}{'  (this one)' if limit == max_length else ''}",

@@ -15,7 +15,7 @@ from bfpo.deployment.chat_requests import ChatRequest, RefusedRequest
 from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.guards.screen import Screen, Screening
 from bfpo.generation.in_process import TransformersEngine, load_engine
-from bfpo.generation.openai_server import ServerEngine, ServerOptions
+from bfpo.generation.openai_server import ServerEngine, ServerOptions, warn_of_missing_model
 from bfpo.judging.guarded_engine import FirstSafeSection, Guard, guard_engine, open_guard_judge
 from bfpo.judging.spec import parse_judge
 
@@ -106,8 +106,9 @@ class GuardedModel:
             self._count("unanswered")
             reason = next(iter(error.failed.values()))
             if error.refused:
-                too_long = "context_length_exceeded" if "too long" in reason else None
-                raise RefusedRequest(reason, param="messages", code=too_long) from None
+                too_long = "too long" in reason
+                code, param = ("context_length_exceeded", "messages") if too_long else (None, None)
+                raise RefusedRequest(reason, param=param, code=code) from None
             raise RefusedRequest(f"the model gave no answer: {reason}", status=502, code="no_answer") from None
         except ModelError as error:
             self._count("unanswered")
@@ -185,5 +186,6 @@ def open_local(checkpoint: str, *, dtype: str) -> TransformersEngine:
 
 
 def open_served(options: ServerOptions) -> ServerEngine:
-    """Return the engine of a model on a server."""
+    """Return the engine of a model on a server, which is warned of if it isn't there yet."""
+    warn_of_missing_model(options)
     return ServerEngine(options, Sampling())

@@ -1,5 +1,6 @@
 """Comparing an evaluation with an earlier one, prompt by prompt and judge by judge."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ from bfpo.evaluation.comparisons import ModelComparison
 from bfpo.evaluation.dominance import PooledScores, compare_models, pool_scores
 from bfpo.evaluation.judge_outputs import JudgeOutput
 from bfpo.evaluation.preferences import PairwisePreference
-from bfpo.evaluation.results import FILE_NAME, MetricComparison, Results, read_results
+from bfpo.evaluation.results import EVALUATION_FOLDER, FILE_NAME, MetricComparison, Results, read_results
 from bfpo.evaluation.suite import Task, select_prompts
 from bfpo.evaluation.suite_scores import SuiteScores, compare_suites, score_suites
 
@@ -43,13 +44,14 @@ def read_baseline(path: str, template_policy: str | None) -> Baseline:
     Raises:
         DataError: If the results are missing, or of another template policy.
     """
-    inner = Path(path) / "evaluation"
+    inner = Path(path) / EVALUATION_FOLDER
     folder = inner if (inner / FILE_NAME).is_file() else Path(path)
     results = read_results(folder)
     if template_policy is not None and results.template_policy != template_policy:
         raise DataError(
             f"base {folder}: its template policy is '{results.template_policy}', this run's is '{template_policy}'; "
-            "such runs don't compare, evaluate both under one policy"
+            "such runs don't compare. If both put the same text to the model, set template_policy: "
+            f"{json.dumps(results.template_policy)}; otherwise evaluate both under one policy"
         )
     return Baseline(folder, results)
 

@@ -18,6 +18,8 @@ from bfpo.evaluation.comparisons import DifferenceVerdict, ModelComparison
 
 SCHEMA = 3
 FILE_NAME = "results.json"
+# Where the folder of a run has its evaluation.
+EVALUATION_FOLDER = "evaluation"
 # Suffix of rates that are corrected for their judge's errors.
 CORRECTED = "_corrected"
 

@@ -7,6 +7,7 @@ from bfpo.core.files import parse_json
 from bfpo.core.samples import Engine, Judge, Prompt
 from bfpo.errors import DataError
 from bfpo.evaluation.recipe import EvalRecipe
+from bfpo.evaluation.results import EVALUATION_FOLDER
 from bfpo.evaluation.suite import Suite, Task
 from bfpo.generation.open import open_engine
 from bfpo.judging.guarded_engine import FirstSafeSection, guard_engine
@@ -29,8 +30,9 @@ def model_name(recipe: EvalRecipe) -> str:
 
 
 def run_name(recipe: EvalRecipe) -> str:
-    """Return the short name of the run."""
-    return recipe.run or Path(recipe.out).resolve().name
+    """Return the short name of the run; of `runs/NAME/evaluation`, where runs keep their evaluation, it is NAME."""
+    folder = Path(recipe.out).resolve()
+    return recipe.run or (folder.parent.name if folder.name == EVALUATION_FOLDER else folder.name)
 
 
 def open_model(recipe: EvalRecipe) -> Engine:

@@ -119,7 +119,8 @@ def _verdict_warnings(suites: Mapping[str, Suite], outputs: Sequence[JudgeOutput
             part = "thoughts" if output.reads == "reasoning" else "answers"
             warnings.append(
                 f"{output.label} left {len(reasons):,} of {len(judged):,} {part} undecided "
-                f"({len(reasons) / len(judged):.0%}); they count as not safe. Most frequent reason: {reason}."
+                f"({len(reasons) / len(judged):.0%}); where safety is measured they count as not safe. Most frequent "
+                f"reason: {reason}."
             )
     return warnings
 

@@ -67,7 +67,7 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
     try:
         with _step(1, "the world: requests, answers, preferences", log):
             write_world(options, world)
-        with _step(2, "a base model that answers every request", log):
+        with _step(2, "a base model that answers most harmful requests", log):
             make_base(out, seed=seed)
         with _step(3, f"{METHODS[method].title}: preference training", log):
             if (online := METHODS[method].online) is not None:

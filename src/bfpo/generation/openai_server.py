@@ -27,7 +27,7 @@ import httpx2 as httpx
 
 from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Key, Prompt, Sampling
-from bfpo.core.terminal import say
+from bfpo.core.terminal import say, warn
 from bfpo.errors import ModelError, Unanswered
 from bfpo.generation.identical_samples import IdenticalSamples
 from bfpo.generation.model_text import read_parts_in_text
@@ -44,6 +44,8 @@ _MAX_FAILURES = 20
 _MAX_EQUAL_REFUSALS = 5
 # Longest pause that a server's Retry-After can request, in seconds.
 _MAX_PAUSE = 300.0
+# Time to wait for the list of a server's models, in seconds.
+_LIST_TIMEOUT = 5.0
 # Shortest pause that is announced, in seconds.
 _ANNOUNCED_PAUSE = 5.0
 
@@ -391,6 +393,26 @@ class ServerEngine:
             tool_calls=repaired.tool_calls,
         )
         return read_parts_in_text(completion)
+
+
+def warn_of_missing_model(options: ServerOptions) -> None:
+    """Warn if a server doesn't answer, or lists models without the one that will be asked.
+
+    It isn't an error: the server may start later, or answer to names that it doesn't list.
+    """
+    api_key = _read_api_key(options.key_variable)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        response = httpx.get(f"{options.url}/models", headers=headers, timeout=_LIST_TIMEOUT)
+        names = [str(model["id"]) for model in response.raise_for_status().json()["data"]]
+    except httpx.TransportError as error:
+        warn(f"{options.url} doesn't answer ({type(error).__name__}); requests fail until it does")
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        # It has no such list.
+        return
+    else:
+        if options.model not in names:
+            warn(f"{options.url} lists {', '.join(names[:5]) or 'no model'}, and not '{options.model}'")
 
 
 def _read_api_key(variable: str) -> str:

@@ -28,7 +28,7 @@ from bfpo.judging.score_trainer import ScoreTrainer
 from bfpo.model.load import empty_model
 from bfpo.model.lora import CausalLM, add_adapter, lora_config, unwrap_adapter
 from bfpo.model.score_heads import add_score_heads, padding_id, save_score_head, with_heads
-from bfpo.training.arguments import training_arguments
+from bfpo.training.arguments import for_any_machine, training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.micro_batch import fit_if_auto
@@ -61,7 +61,7 @@ def run_score(recipe: ScoreRecipe, *, dry_run: bool = False, limit: int | None =
         ModelError: If the model can't be loaded, or can't have score heads.
         RecipeError: If a value of the recipe can't be used.
     """
-    options = dict(recipe.trainer)
+    options = for_any_machine(recipe.trainer) if dry_run else dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
     check_against_model(recipe)

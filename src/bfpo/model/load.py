@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils.hub import cached_file
+from transformers.utils.logging import disable_progress_bar
 
 from bfpo.config.recipes import ModelSection, is_gguf
 from bfpo.core.chain import SHARED
@@ -267,6 +268,8 @@ def _model_errors(path: str, name: str) -> Iterator[None]:
         path: Folder or hub id.
         name: Name of what is loaded, for the message.
     """
+    # transformers' bars for loading weights would break the lines of a command.
+    disable_progress_bar()
     folder = Path(path)
     _check_path(path)
     _check_json_files(folder)

@@ -18,7 +18,14 @@ from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
 from bfpo.evaluation.dominance import PooledScores, pool_scores
 from bfpo.evaluation.metric_specs import JudgedCompletion
-from bfpo.evaluation.results import FILE_NAME, MetricComparison, MetricResult, Results, read_results
+from bfpo.evaluation.results import (
+    EVALUATION_FOLDER,
+    FILE_NAME,
+    MetricComparison,
+    MetricResult,
+    Results,
+    read_results,
+)
 from bfpo.evaluation.scoring import score_prompts
 from bfpo.evaluation.verdicts import verdicts_of_evaluation
 from bfpo.generation.dialogues import AttackTurn, attack_folder, by_conversation, read_turns
@@ -128,7 +135,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _evaluation_folder(folder: Path) -> Path:
-    inner = folder / "evaluation"
+    inner = folder / EVALUATION_FOLDER
     return inner if (inner / FILE_NAME).is_file() else folder
 
 

@@ -90,6 +90,11 @@ def is_auto(options: Mapping[str, Any]) -> bool:
     return bool(options.get("per_device_train_batch_size") == AUTO)
 
 
+def for_any_machine(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keys of `trainer` with which a run for a GPU can be checked and planned on a machine without one."""
+    return {**trainer} if torch.accelerator.is_available() else {**trainer, "use_cpu": True}
+
+
 def build_arguments(kind: type[Arguments], values: dict[str, Any]) -> Arguments:
     """Build training arguments from checked values.
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import psutil
-import torch
 from transformers import TrainingArguments
 
 from bfpo.config.recipes import LayoutSection, TrainRecipe
@@ -204,9 +203,6 @@ def show_launch_plan(
             needs.
     """
     device = find_hardware(hardware, gpus)
-    # A run for GPUs is planned on any machine.
-    on_this_machine = {} if torch.cuda.is_available() else {"use_cpu": True}
-    recipe = recipe.model_copy(update={"trainer": recipe.trainer | on_this_machine})
     inputs = read_inputs(recipe, limit=limit)
     args, table = inputs.args, inputs.tables.train
     needed = _footprint_on(recipe, inputs, gpu=hardware != "cpu")

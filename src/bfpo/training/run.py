@@ -22,7 +22,7 @@ from bfpo.losses.build import make_loss
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.gguf import gguf_metadata
 from bfpo.model.lora import CausalLM, lora_config
-from bfpo.training.arguments import training_arguments
+from bfpo.training.arguments import for_any_machine, training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.loss_files import build_loss, read_score_labels, resolve_loss_files
@@ -100,7 +100,7 @@ def read_inputs(recipe: TrainRecipe, *, limit: int | None = None) -> RunInputs:
     Raises:
         RecipeError: If the recipe asks for several trainings (`outer`).
     """
-    recipe, args, resume = _check(recipe)
+    recipe, args, resume = _check(recipe.model_copy(update={"trainer": for_any_machine(recipe.trainer)}))
     return _prepare_inputs(recipe, args, resume, dry_run=True, limit=limit)
 
 

@@ -28,7 +28,7 @@ from bfpo.model.gguf import gguf_metadata
 from bfpo.model.load import add_shared
 from bfpo.model.lora import CausalLM, add_adapter, lora_config
 from bfpo.model.shared_adapter import find_shared
-from bfpo.training.arguments import launched_processes, training_arguments
+from bfpo.training.arguments import for_any_machine, launched_processes, training_arguments
 from bfpo.training.checkpoints import check_marked, write_mark
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
@@ -66,7 +66,7 @@ def run_sft(
     Returns:
         Content of `run.json`; empty for a dry run.
     """
-    options = dict(recipe.trainer)
+    options = for_any_machine(recipe.trainer) if dry_run else dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
     check_against_model(recipe)

@@ -87,7 +87,7 @@ def _put_model(
         section["dtype"] = "bfloat16"
     if choice.name == "qlora":
         section["load_in_4bit"] = True
-    reasons = [f"{model.parameters / 1e6:,.0f} M weights, {model.kind}; it is also the reference"]
+    reasons = [f"{model.parameters / 1e6:,.3g} M weights, {model.kind}; it is also the reference"]
     if goal == "sft-first":
         rate, reason = _sft_rate(model, choice)
         section = {
@@ -133,6 +133,11 @@ def _put_data(starter: StarterRecipe, goal: Goal, facts: DataFacts) -> None:
         starter.put("max_dropped", share, f"{facts.dropped:.0%} of a source's pairs contradict others or are broken")
     if holdout := _holdout(facts.pairs):
         starter.put("holdout", holdout, "share of the prompts that is evaluated on, chosen by a hash")
+    else:
+        starter.warnings.append(
+            f"{facts.pairs:,} pairs are too few to hold some out: nothing is evaluated after training, and the model "
+            "isn't asked before and after; add pairs under eval"
+        )
 
 
 def _put_settings(

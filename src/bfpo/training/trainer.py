@@ -61,9 +61,9 @@ class StartCheck(NamedTuple):
         if self.largest_target is None or self.largest_target <= abs(self.typical_logp):
             return None
         return (
-            f"targets of up to {self.largest_target:.3g} nats are larger than the log-probability of a typical "
-            f"completion ({self.typical_logp:.3g} nats) and can't be reached; raise loss.beta, or lower "
-            "loss.safety_weight if it is set"
+            f"targets of the first pairs are up to {self.largest_target:.3g} nats, larger than the log-probability "
+            f"of a typical completion ({self.typical_logp:.3g} nats), and can't be reached; raise loss.beta, or "
+            "lower loss.safety_weight if it is set"
         )
 
 
