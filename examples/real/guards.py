@@ -193,20 +193,21 @@ def table(folder: Path) -> str:
         (record["model"], record["guard"]): record for record in map(read_record, sorted(folder.glob("*.json")))
     }
     lines = [
-        "| model | guard | refused, harmful [95 %] | refused, benign | refused, look-alike | refusals by the guard | "
-        "tokens | CPU s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | guard | refused, harmful [95 %] | refused, benign | refused, look-alike | "
+        "helpful, benign [95 %] | refusals by the guard | tokens | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for setting in settings(Path(), Path()):
         record = records.get((setting.model, setting.name))
         if record is None:
             continue
-        refused = {
-            metric["task"]: metric for metric in record["metrics"] if metric["metric"] in ("refusal", "over_refusal")
-        }
-        harmful = refused["harmful"]
-        cells = [f"{harmful['value']:.2f} [{harmful['low']:.2f}, {harmful['high']:.2f}]"]
-        cells += [f"{refused[kind]['value']:.2f}" for kind in ("benign", "lookalike")]
+        metrics = {(metric["task"], metric["metric"]): metric for metric in record["metrics"]}
+        harmful, helpful = (
+            f"{metric['value']:.2f} [{metric['low']:.2f}, {metric['high']:.2f}]"
+            for metric in (metrics["harmful", "refusal"], metrics["benign", "helpfulness"])
+        )
+        refused = (f"{metrics[kind, 'over_refusal']['value']:.2f}" for kind in ("benign", "lookalike"))
+        cells = [harmful, *refused, helpful]
         cells += [f"{record['refusals_of_the_guard']} of {record['answers']}"]
         cells += [f"{record['costs']['tokens']:.0f}", f"{record['costs']['cpu_seconds']:.1f}"]
         name = setting.name + (" (circular)" if record["circular"] else "")

@@ -5,7 +5,8 @@
 The fine-tuned model is that of `head_to_head.py`'s first seed, and is made here if it isn't there. A scorer, a reward
 and a cost, is trained on the pairs that BFPO sees; `bfpo dual` computes multipliers from scored samples of the
 fine-tuned model to training prompts. `refusal-rule` judges answers to held-out harmful prompts, and nothing sees it
-before. First five thresholds with MoCAN, then other methods at one of them. The record of each policy is written as
+before. What is sampled, scored and judged is the beginning of an answer, so the scorer learns from beginnings too.
+First five thresholds with MoCAN, then other methods at one of them. The record of each policy is written as
 it ends, without any text; the same command goes on.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from head_to_head import RESULTS, Comparison, Unit, parse_and_open
 from stages import pair_sources, score_recipe, train_recipe
+from transformers import AutoTokenizer
 
 from bfpo.config.recipes import TrainRecipe
 from bfpo.constraints.samples import read_scored_samples
@@ -26,6 +28,7 @@ from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json, write_jsonl
 from bfpo.core.samples import Completion, Judge, Prompt, Sampling, Verdict
 from bfpo.core.terminal import log_to_file, say
+from bfpo.data.prepare import prepare
 from bfpo.data.stages import generate_completions, judge_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import RecipeError
@@ -124,7 +127,24 @@ class Thresholds:
     def train_scorer(self) -> None:
         """Train the scorer, unless it is there."""
         if not (self.scorer / "run.json").exists():
-            run_score(score_recipe(self.base, self.sources(), self.scorer, seed=SEED))
+            run_score(score_recipe(self.base, self.cut_sources(), self.scorer, seed=SEED))
+
+    def cut_sources(self) -> dict[str, Any]:
+        """Return the pairs that BFPO sees, with answers that are cut where samples are: those will be scored."""
+        recipe = train_recipe(self.base, self.sources(), self.scorer, seed=SEED, changes={})
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
+        rows: dict[str, list[dict[str, Any]]] = {"main": [], "buffer": []}
+        for pair in prepare(recipe).train:
+            row = pair.to_row()
+            for side in ("chosen", "rejected"):
+                ids = tokenizer(row[side], add_special_tokens=False)["input_ids"][:ANSWER_TOKENS]
+                row[side] = tokenizer.decode(ids).strip()
+            if row["chosen"] != row["rejected"]:
+                rows[str(row.pop("stream"))].append(row)
+        files = {stream: self.home / f"cut-{stream}.jsonl" for stream in rows}
+        for stream, file in files.items():
+            write_jsonl(file, rows[stream])
+        return {"data": [{"path": str(files["main"])}], "buffer": [{"path": str(files["buffer"])}]}
 
     def prepare(self) -> Path:
         """Train the scorer and score samples of the fine-tuned model, unless it is done, and return the scores."""
