@@ -258,6 +258,7 @@ INTRODUCTION = """
 
 One YAML file, one command, one model. Unknown keys are refused with the most similar known key, keys of older stacks
 with what to use instead; `bfpo migrate FILE` converts a whole file of another stack into a recipe.
+Paths are relative to the folder that the command is started in, not to the file.
 """
 COMMAND_LINE = """
 ## On the command line

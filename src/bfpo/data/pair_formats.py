@@ -401,5 +401,8 @@ def _split_common_prefix(chosen: str, rejected: str) -> tuple[Conversation, str,
     length = next((index for index, (ours, theirs) in letters if ours != theirs), min(len(chosen), len(rejected)))
     space = chosen.rfind(" ", 0, length)
     if not chosen[: max(space, 0)].strip():
-        raise DataError("no column 'prompt', and 'chosen' and 'rejected' don't begin with the same words")
+        raise DataError(
+            "no column 'prompt', and 'chosen' and 'rejected' don't begin with the same words; if another column has "
+            "the prompts, name it in the recipe: columns: {prompt: NAME}"
+        )
     return user_says(chosen[:space]), chosen[space:], rejected[space:]
