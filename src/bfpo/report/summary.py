@@ -31,8 +31,8 @@ class MetricSentence(NamedTuple):
         before: Value of the baseline; None without one.
         after: Value of the run.
         verdict: Verdict on the difference; "" for none.
-        parts: If the runs have different prompts, how many the baseline has, the run has, and both answered; the
-            verdict is on the last.
+        parts: Numbers of prompts of the baseline, of the run, and of both, if they differ; the verdict is on those of
+            both.
         difference: Difference over the prompts of both, with its sign; "" unless there are parts.
     """
 
