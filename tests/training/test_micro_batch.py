@@ -89,7 +89,9 @@ def test_resumed_run_keeps_the_micro_batch_of_its_checkpoint(needs, monkeypatch)
 
 def test_nothing_fits_says_what_to_lower(monkeypatch):
     monkeypatch.setattr(micro_batch, "memory_limit", lambda device: 1000)
-    with pytest.raises(RecipeError, match=r"one row of each stream needs .* lower layout.max_tokens_per_pack"):
+    with pytest.raises(
+        RecipeError, match=r"not even one row of each stream fits into .* GiB: lower layout.max_tokens"
+    ):
         run_training(recipe(trainer=AUTO))
 
 

@@ -6,6 +6,7 @@ stay the same whatever is chosen: a larger micro-batch means fewer of them.
 
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -138,7 +139,7 @@ def _largest(trainer: StreamTrainer, rows: int, limit: int) -> tuple[int, int]:
             if not _agree(peak <= limit):
                 if not best:
                     raise RecipeError(
-                        f"one row of each stream needs {peak / 2**30:,.2f} GiB of {limit / 2**30:,.2f}: lower "
+                        f"not even one row of each stream fits into {limit / 2**30:,.2f} GiB: lower "
                         "layout.max_tokens_per_pack or text.max_length, set trainer.activation_checkpointing=true, "
                         "or train an adapter (lora.r=16)"
                     )
@@ -159,9 +160,8 @@ def _measure(trainer: StreamTrainer, size: int, tokens: int) -> int:
     """
     streams = (trainer.plan.main, trainer.plan.buffer)
     rows = [row for stream in streams if len(stream) for row in _longest(trainer.table, np.asarray(stream), size)]
-    packs = Collator(trainer.table, trainer.layout_section)([WeightedRow(row, 1 / len(rows)) for row in rows])[
-        "packs"
-    ]
+    weighted = [WeightedRow(row, 1 / len(rows)) for row in rows]
+    packs = Collator(trainer.table, trainer.layout_section)(weighted)["packs"]
     pack = max(packs, key=lambda pack: pack.layout.num_tokens)
     device = trainer.args.device
     before = _memory(device)
@@ -169,7 +169,7 @@ def _measure(trainer: StreamTrainer, size: int, tokens: int) -> int:
         try:
             _forward_and_backward(trainer, pack)
         except torch.OutOfMemoryError:
-            return 2**63
+            return sys.maxsize
         finally:
             trainer.policy.zero_grad(set_to_none=True)
             gc.collect()
@@ -181,8 +181,8 @@ def _measure(trainer: StreamTrainer, size: int, tokens: int) -> int:
 def _forward_and_backward(trainer: StreamTrainer, pack: Batch) -> None:
     args, model = trainer.args, trainer.policy
     config = unwrap_adapter(model).get_decoder().config
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable(args.activation_checkpointing_kwargs)
     model.train()
     attention = nullcontext() if trainer.layout_section.kind == "padded" else span_attention(config)
     with on_device(model, args.device), trainer.accelerator.autocast(), attention:
