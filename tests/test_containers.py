@@ -51,9 +51,10 @@ def test_what_an_image_copies_is_let_in(file):
     assert [name for name in copied if not (ROOT / name).exists()] == []
 
 
-def test_the_version_of_hatchling_is_that_of_the_tests():
-    (pin,) = re.findall(r"^hatchling==(.+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
-    assert [re.findall(r"hatchling==(\S+)", file.read_text()) for file in FILES] == [[pin], [pin]]
+@pytest.mark.parametrize("package", ["hatchling", "hatch-vcs"])
+def test_what_builds_the_wheel_is_what_the_tests_use(package):
+    (pin,) = re.findall(rf"^{package}==(.+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    assert [re.findall(rf"{package}==(\S+)", file.read_text()) for file in FILES] == [[pin], [pin]]
 
 
 def test_the_services_are_pinned_and_get_their_key_from_outside():

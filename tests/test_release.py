@@ -7,6 +7,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ from bfpo.core.files import write_jsonl
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-VERSION = re.compile(r'^__version__ = "(.+)"$', flags=re.MULTILINE)
 # Those need a GPU, or are not for users.
 NOT_IN_ALL = {"all", "dev", "docs", "qlora"}
 
@@ -30,38 +30,45 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def wrong_tags(repository: Path) -> list[str]:
-    """Return the tags vX whose commit has another version than X."""
-    wrong = []
-    for tag in git(repository, "tag", "--list", "v[0-9]*").split():
-        source = git(repository, "show", f"{tag}:src/bfpo/__init__.py")
-        if VERSION.search(source)[1] != tag.removeprefix("v"):
-            wrong.append(tag)
-    return wrong
+def test_the_version_of_a_build_is_that_of_its_tag(tmp_path):
+    """The newest tag is that of a release; a later commit is of the next one, and has a number."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
 
+    def version():
+        command = [sys.executable, "-m", "hatchling", "version"]
+        return subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True).stdout.strip()
 
-def test_a_tag_is_the_version_of_its_commit(tmp_path):
-    assert wrong_tags(ROOT) == []
-    source = tmp_path / "src" / "bfpo" / "__init__.py"
-    source.parent.mkdir(parents=True)
+    assert version() == "0.1.0.dev0"
     git(tmp_path, "init", "-q")
-    for version, tag in (("0.1.0", "v0.1.0"), ("0.2.0.dev0", "v0.2.0")):
-        source.write_text(f'__version__ = "{version}"\n')
-        git(tmp_path, "add", ".")
-        git(tmp_path, "commit", "-q", "-m", version)
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    assert version() == "0.1.0.dev1"
+    for tag in ("v0.1.0", "v0.2.0"):
+        git(tmp_path, "commit", "-q", "--allow-empty", "-m", tag)
         git(tmp_path, "tag", tag)
-    assert wrong_tags(tmp_path) == ["v0.2.0"]
+        assert version() == tag.removeprefix("v")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "later")
+    assert version() == "0.2.1.dev1"
 
 
-def test_a_version_that_was_released_is_not_in_development():
+def test_a_version_that_was_released_is_in_the_changelog():
     version = Version(bfpo.__version__)
     assert str(version) == bfpo.__version__
-    released = [Version(tag.removeprefix("v")) for tag in git(ROOT, "tag", "--list", "v[0-9]*").split()]
-    assert [other for other in released if other > version] == []
     headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert headings[0] == "[Unreleased]"
     dated = [re.fullmatch(r"\[(\S+)\] - \d{4}-\d\d-\d\d", heading)[1] for heading in headings[1:]]
-    assert (bfpo.__version__ in dated) == (not version.is_devrelease)
+    tags = git(ROOT, "tag", "--list", "v[0-9]*", "--sort=-version:refname").split()
+    assert dated == [tag.removeprefix("v") for tag in tags]
+
+
+def test_without_an_installation_the_version_is_unknown(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: _raise(PackageNotFoundError(name)))
+    assert bfpo.__version__ == "0+unknown"
+
+
+def _raise(error: Exception) -> str:
+    raise error
 
 
 def test_the_changelog_has_the_sections_of_its_format():
@@ -71,7 +78,9 @@ def test_the_changelog_has_the_sections_of_its_format():
 
 def test_the_citation_is_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == Version(bfpo.__version__).base_version
+    # Between releases it is of the next one, or of the last.
+    dated = re.findall(r"^## \[(\d\S+)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert citation["version"] in {Version(bfpo.__version__).base_version, *dated[:1]}
     assert citation["license"] == PROJECT["license"]
     assert citation["preferred-citation"]["url"].endswith("2408.15313")
 
@@ -106,7 +115,7 @@ def test_the_wheel_has_the_package_and_nothing_else(built):
     names = set(zipfile.ZipFile(built[0]).namelist())
     tracked = set(git(ROOT, "ls-files", "src/bfpo").splitlines())
     assert {f"src/{name}" for name in names if name.startswith("bfpo/")} == tracked
-    about = f"bfpo-{bfpo.__version__}.dist-info"
+    about = f"bfpo-{built[0].name.split('-')[1]}.dist-info"
     rest = {name for name in names if not name.startswith("bfpo/")}
     assert rest == {
         f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
@@ -151,7 +160,8 @@ def test_the_wheel_works_outside_of_the_checkout(built, tmp_path):
     where = run(
         program, "-c", "import bfpo, importlib.metadata as m; print(bfpo.__file__, m.version('bfpo'))"
     ).split()
-    assert where == [str(packages / "bfpo" / "__init__.py"), bfpo.__version__]
+    version = built[0].name.split("-")[1]
+    assert where == [str(packages / "bfpo" / "__init__.py"), version]
     command = tmp_path / "env" / "bin" / "bfpo"
     labels = {"is_chosen_safe": True, "is_rejected_safe": False}
     pairs = [{"prompt": f"which {number}", "chosen": "a box", "rejected": "a ball", **labels} for number in range(4)]
@@ -162,7 +172,7 @@ def test_the_wheel_works_outside_of_the_checkout(built, tmp_path):
         "trainer": {"output_dir": "runs/toy", "use_cpu": True},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert run(command, "--version") == f"bfpo {bfpo.__version__}\n"
-    assert f"- bfpo: {bfpo.__version__}\n- commit: unknown\n" in run(command, "env")
+    assert run(command, "--version") == f"bfpo {version}\n"
+    assert f"- bfpo: {version}\n- commit: unknown\n" in run(command, "env")
     assert "su" in run(command, "data", "inspect", "pairs.jsonl")
     assert "4 pairs" in run(command, "train", "recipe.yaml", "--dry-run")

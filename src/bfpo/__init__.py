@@ -6,10 +6,8 @@ Public names are loaded on first use, so `import bfpo` loads neither torch nor t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# A release drops ".dev0" and gets the tag v0.1.0; CONTRIBUTING.md says how.
-__version__ = "0.1.0.dev0"
-
 if TYPE_CHECKING:
+    __version__: str
     from bfpo.core.pairs import PreferencePair, SafetyLabels
     from bfpo.losses.labeling import LabelingFunction
     from bfpo.losses.pairwise import bfpo_loss
@@ -37,6 +35,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("bfpo")
+        except PackageNotFoundError:
+            # The source is on the path and not installed.
+            return "0+unknown"
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'bfpo' has no attribute '{name}'")

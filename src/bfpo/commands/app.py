@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bfpo import __version__
+import bfpo
 from bfpo.commands.deploy import deploy_app
 from bfpo.commands.errors import run_app
 from bfpo.commands.groups import GROUPS
@@ -47,7 +47,7 @@ app.add_typer(deploy_app)
 
 def _print_version(is_requested: bool) -> None:
     if is_requested:
-        typer.echo(f"bfpo {__version__}")
+        typer.echo(f"bfpo {bfpo.__version__}")
         raise typer.Exit
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bfpo import __version__
+import bfpo
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "nu
 def versions() -> dict[str, str]:
     """Return the versions of Python, bfpo and the packages that results depend on."""
     packages = {package: installed_version(package) for package in PACKAGES}
-    return {"python": platform.python_version(), "bfpo": __version__, **packages}
+    return {"python": platform.python_version(), "bfpo": bfpo.__version__, **packages}
 
 
 def installed_version(package: str) -> str:
