@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -20,7 +21,15 @@ import build_site
 sys.path.pop(0)
 
 
-@pytest.mark.parametrize(("page", "script"), [("cli", "make_cli_page"), ("file-formats", "make_file_formats_page")])
+OLD_TYPER = pytest.mark.skipif(
+    Version(version("typer")) < Version("0.29"), reason="the script reads parameters as typer 0.29 has them"
+)
+
+
+@pytest.mark.parametrize(
+    ("page", "script"),
+    [pytest.param("cli", "make_cli_page", marks=OLD_TYPER), ("file-formats", "make_file_formats_page")],
+)
 def test_a_page_is_what_its_script_makes(page, script):
     made = runpy.run_path(str(ROOT / f"docs/{script}.py"))["page"]()
     committed = (ROOT / f"docs/{page}.md").read_text()

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -82,10 +82,16 @@ def test_an_evaluation_in_an_old_folder_resumes(toy):
     assert write_report(Path("page"), [Path("old")]).is_file()
 
 
+def rounded(row):
+    return {key: round(value, 8) if isinstance(value, float) else value for key, value in asdict(row).items()}
+
+
 def test_an_old_folder_is_a_baseline(toy):
     expected = read_results(OLD / "schema_2_toy_compared")
     results = evaluate(toy.recipe("careful", base=str(OLD / "schema_2_toy")))
-    assert [row for row in results.comparisons if row.category is None] == expected.comparisons
+    # Versions of scipy differ in the tenth digit of quantiles.
+    rows = [rounded(row) for row in results.comparisons if row.category is None]
+    assert rows == [rounded(row) for row in expected.comparisons]
     assert results.model_comparisons == expected.model_comparisons
     assert toy.judges["one"].calls == 32
     assert write_report(Path("page"), [OLD / "schema_2_toy", Path("out/careful")]).is_file()
