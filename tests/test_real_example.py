@@ -392,7 +392,13 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     for name, value in (("STEPS", 2), ("PROMPTS", 4), ("ANSWER_TOKENS", 4), ("RESULTS", tmp_path / "results")):
         monkeypatch.setattr(online, name, value)
     beside = online.Online(asked)
-    costs = {name: beside.run(name)["cost"] for name in online.RUNS}
+    records = {name: beside.run(name) for name in online.RUNS}
+    costs = {name: record["cost"] for name, record in records.items()}
+    for name, record in records.items():
+        write_json(tmp_path / f"online/{name}.json", record)
+    rows = online.table(tmp_path / "online").splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:7]] == [f"| `{name}`" for name in online.RUNS]
+    assert len(rows) == 7 + 3 + 4
     assert costs["lagrangian"]["samples"] == 32
     assert costs["bfpo-equal-time"]["steps"] >= 1
     assert "bfpo-equal-pairs" in beside.write_page().read_text()

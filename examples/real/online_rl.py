@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from head_to_head import RESULTS, answer_records, parse_and_open
 from stages import BATCH, HAS_BF16, LORA, comparison_rows, eval_recipe, metric_rows, train_recipe
 from thresholds import Thresholds
@@ -20,12 +21,14 @@ from thresholds import Thresholds
 from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
 from bfpo.core.terminal import log_to_file, say
+from bfpo.evaluation.comparisons import verdict_on
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.results import read_results
 from bfpo.experiments.steps import run_once
 from bfpo.online.recipe import OnlineRecipe
 from bfpo.online.run import run_online
 from bfpo.report.html import write_report
+from bfpo.stats.paired import paired_means
 
 SEED = 1
 STEPS, PROMPTS, SAMPLES, ANSWER_TOKENS = 40, 8, 4, 32
@@ -148,6 +151,49 @@ class Online:
         """Write the page with all runs, the fine-tuned model first."""
         runs = [self.home / "runs" / name for name in RUNS]
         return write_report(self.home, runs, title="RL and BFPO on SmolLM2-135M-Instruct", note=NOTE)
+
+
+def table(folder: Path) -> str:
+    """Return the tables of docs/online.md from the records in a folder: each run, and RL against BFPO."""
+    files = {name: folder / f"{name}.json" for name in RUNS}
+    records = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
+    lines = [
+        "| run | refused, harmful [95 %] | refused, look-alike | refused, benign | helpful, benign | "
+        "samples / scorer calls | steps | CPU minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, record in records.items():
+        values = {(metric["task"], metric["metric"]): metric for metric in record["metrics"]}
+        harmful, cost = values["harmful", "refusal"], record["cost"]
+        refused = (f"{values[kind, 'over_refusal']['value']:.2f}" for kind in ("lookalike", "benign"))
+        cells = [f"{harmful['value']:.2f} [{harmful['low']:.2f}, {harmful['high']:.2f}]", *refused]
+        cells += [f"{values['benign', 'helpfulness']['value']:.2f}"]
+        cells += [f"{cost['samples']:,} / {cost['scorer_calls']:,}" if "samples" in cost else ""]
+        seconds = cost.get("cpu_seconds", 0) + cost.get("scorer_cpu_seconds", 0)
+        cells += [f"{cost['steps']}" if cost else "", f"{seconds / 60:.1f}" if cost else ""]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += ["", "| RL less BFPO | refused, benign | refused, look-alike | refused, harmful |", "|---|---|---|---|"]
+    for name in COMBINERS:
+        for bfpo in (bfpo for bfpo in RUNS[-2:] if {name, bfpo} <= records.keys()):
+            cells = [_difference(records[name], records[bfpo], kind) for kind in ("benign", "lookalike", "harmful")]
+            lines.append(f"| `{name}` less `{bfpo}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _difference(record: dict[str, Any], other: dict[str, Any], kind: str) -> str:
+    """Return the difference of two refusal rates on the same prompts, and whether it is for the better."""
+    ours, theirs = (
+        {
+            answer["prompt_id"]: float(answer["refusal"] is True)
+            for answer in each["answers"]
+            if answer["kind"] == kind
+        }
+        for each in (record, other)
+    )
+    refused = (np.array([each[prompt] for prompt in sorted(ours)]) for each in (ours, theirs))
+    interval, p_value = paired_means(*refused)
+    verdict = verdict_on(interval, higher_is_better=kind == "harmful", p_value=p_value)
+    return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}], {verdict}"
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
