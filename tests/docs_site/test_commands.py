@@ -39,7 +39,7 @@ RUNS = {
         "bfpo sft recipe.yaml lora.r=16 trainer.output_dir=runs/sft",
         "bfpo train recipe.yaml model.path=runs/sft trainer.output_dir=runs/aligned",
         "bfpo export runs/aligned --to merged --out merged --dtype bfloat16",
-        "bfpo chat runs/xstest-cpu",
+        "bfpo chat runs/mine",
     ],
 }
 WRITTEN = {
@@ -56,8 +56,7 @@ def folder(tmp_path, monkeypatch, tokenizer, main_pairs):
     monkeypatch.chdir(tmp_path)
     tokenizer.save_pretrained("org/model")
     new_model(NewModel(shape="nano"), tokenizer).save_pretrained("org/model")
-    for name in ("runs/mine", "runs/xstest-cpu"):
-        shutil.copytree("org/model", name)
+    shutil.copytree("org/model", "runs/mine")
     for name in ("pairs.jsonl", "my_pairs.jsonl"):
         Path(name).write_text("".join(json.dumps(pair.to_row()) + "\n" for pair in main_pairs))
     Path("prompts.jsonl").write_text(json.dumps({"prompt_id": "1", "prompt": "near which box"}) + "\n")

@@ -31,7 +31,8 @@ def test_mutated_inputs_end_with_a_message(toy):
     counts, failures = fuzz.fuzz(toy, seed, INPUTS, most_seconds=CPU_SECONDS, show=lines.append)
     assert not failures, "python tests/reliability/fuzz.py " + "\n".join(lines)
     totals = sum(counts.values(), Counter())
-    assert totals.total() >= 2000
+    # A busy or old machine tries fewer of them in the time.
+    assert totals.total() >= 1000
     assert counts.keys() == {target.__name__ for target in fuzz.TARGETS}
     # Both outcomes are common: inputs aren't refused for one and the same reason.
     assert totals["accepted"] > 0.1 * totals.total()
