@@ -83,8 +83,8 @@ def test_alpaca_evals_length_controlled_win_rate(settings, undecided, published)
     preferences, *others = synthetic_annotations(*settings)
     preferences[undecided] = np.nan
     rate = alpaca_eval_win_rate(preferences, *others, resamples=40)
-    # liblinear stops at a tolerance of 1e-4, so the last digits may differ on another machine: by 2e-3 with the oldest
-    # versions of scipy and scikit-learn.
+    # liblinear stops at a tolerance of 1e-4, so the last digits may differ on another machine: by 2e-3 with the
+    # oldest versions of scipy and scikit-learn.
     assert 100 * rate.value == pytest.approx(published, abs=3e-3)
     assert rate.low < rate.value < rate.high
 
