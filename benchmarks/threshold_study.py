@@ -2,7 +2,7 @@
 
     python benchmarks/threshold_study.py [--seeds 8] [--folder runs/threshold-study] [--method mocan]
     python benchmarks/threshold_study.py --margin 0.035 # ask for that much less than the thresholds
-    python benchmarks/threshold_study.py --margin 0.035 --learning-rate 5e-4
+    python benchmarks/threshold_study.py --margin 0.035 --learning-rate 5e-4 --steps 800
     python benchmarks/threshold_study.py --quick        # one seed, one threshold, a few steps: does it run?
 
 `bfpo dual` on scored samples of the base model, then `bfpo train` on its multiplier, as a method of
@@ -18,8 +18,8 @@ answers to harmful prompts:
 
 A miss is *explained* if the policy of a second run, without the largest of these causes as far as `CURES` can, meets
 the threshold. Base, scorer, samples and scores are shared by the policies of a seed, with any margin. Writes
-`benchmarks/results/threshold.json`, with a margin and another learning rate than the method's
-`threshold-MARGIN-lrRATE.json`; after an interruption the same command resumes.
+`benchmarks/results/threshold.json`, with a margin, another learning rate and another
+number of steps `threshold-MARGIN-lrRATE-stepsSTEPS.json`; after an interruption the same command resumes.
 """
 
 import argparse
@@ -89,12 +89,13 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.0, help="what is asked for is so much less")
     parser.add_argument("--thresholds", type=float, nargs="+", default=list(THRESHOLDS))
     parser.add_argument("--learning-rate", type=float, help="by default that of the method")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of a training")
     parser.add_argument("--method", choices=("mocan", "bfpo_constrained"), default="mocan")
     parser.add_argument(
         "--quick", action="store_true", help="one seed, one threshold, a few steps; writes no results"
     )
     options = parser.parse_args()
-    changes: dict[str, Any] = {f"samples.{key}": value for key, value in SAMPLES.items()} | {"steps": STEPS}
+    changes: dict[str, Any] = {f"samples.{key}": value for key, value in SAMPLES.items()} | {"steps": options.steps}
     if options.learning_rate is not None:
         changes["learning_rate"] = options.learning_rate
     seeds, thresholds = range(options.seeds), options.thresholds
@@ -123,6 +124,8 @@ def main() -> None:
         command, name = f"{command} --margin {options.margin:g}", f"{name}-{options.margin:g}"
     if options.learning_rate is not None:
         command, name = f"{command} --learning-rate {options.learning_rate:g}", f"{name}-lr{options.learning_rate:g}"
+    if options.steps != STEPS:
+        command, name = f"{command} --steps {options.steps}", f"{name}-steps{options.steps}"
     path = RESULTS / f"{name}.json"
     write_json(
         path,
@@ -180,7 +183,9 @@ class SeedStudy:
         result |= {"threshold": threshold} | compare(result, threshold)
         if with_cures and result.get("is_met") is False:
             cause = max(CURES, key=lambda name: result["steps"][name])
-            again = self.policy(asked, {**changes, **CURES[cause]})
+            # Twice as many steps as these.
+            cure = CURES[cause] | ({"steps": 2 * changes["steps"]} if "steps" in CURES[cause] else {})
+            again = self.policy(asked, {**changes, **cure})
             is_met = compare(again, threshold).get("is_met", False)
             result["miss"] = {"cause": cause, "explained": is_met, "rerun": again}
         return result

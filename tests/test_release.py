@@ -1,5 +1,6 @@
 """The package as it is released: its version, its lists of extras, its files, and that it works from a wheel."""
 
+import json
 import os
 import re
 import subprocess
@@ -176,3 +177,13 @@ def test_the_wheel_works_outside_of_the_checkout(built, tmp_path):
     assert f"- bfpo: {version}\n- commit: unknown\n" in run(command, "env")
     assert "su" in run(command, "data", "inspect", "pairs.jsonl")
     assert "4 pairs" in run(command, "train", "recipe.yaml", "--dry-run")
+
+
+def test_the_limits_are_those_of_the_matrix():
+    cells = json.loads((ROOT / "benchmarks" / "results" / "matrix.json").read_text())["cells"]
+    limits = (ROOT / "docs" / "limits.md").read_text()
+    for package in ("transformers", "torch"):
+        tested = {cell["packages"][package].partition("+")[0] for cell in cells.values()}
+        assert f"| {', '.join(sorted(tested))} |" in limits
+    assert {cell["set"] for cell in cells.values()} == {"minimum", "newest"}
+    assert [cell["failures"] for cell in cells.values()] == [[], []]
