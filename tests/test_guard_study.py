@@ -110,6 +110,9 @@ def test_the_table_of_thresholds_is_that_of_the_results(study):
         0.136,
         0.092,
     )
+    longer = json.loads((threshold_study.RESULTS / "threshold-0.035-lr0.0005-steps800.json").read_text())
+    assert threshold_study.table(longer) in page
+    assert [(row["met"], row["met_with_interval"]) for row in longer["summary"]] == [(8, 2)]
     less = json.loads((threshold_study.RESULTS / "threshold-0.045.json").read_text())
     assert [row["met"] for row in less["summary"]] == [3]
 
