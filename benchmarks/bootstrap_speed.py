@@ -1,6 +1,6 @@
 """Compare the bootstrap of `bfpo.stats` with scipy's, in alternation: the difference of two runs' harmonic means.
 
-    python benchmarks/bootstrap_speed.py     # about two minutes
+    python benchmarks/bootstrap_speed.py     # a few seconds
 
 The two runs answer the same prompts, which are resampled together; scipy's function has no such pairs beside
 independent groups in one call, so it draws each of the four columns by itself. Writes

@@ -14,7 +14,7 @@ import fuzz
 
 # Targets whose unmutated input is refused too: the file of a judge that needs a server, say.
 REFUSED = {fuzz.judge_specs, fuzz.overrides, fuzz.losses, fuzz.tokenizer_files}
-INPUTS, CPU_SECONDS = 2500, 60
+INPUTS, CPU_SECONDS = 2500, 120
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,7 @@ def test_mutated_inputs_end_with_a_message(toy):
     counts, failures = fuzz.fuzz(toy, seed, INPUTS, most_seconds=CPU_SECONDS, show=lines.append)
     assert not failures, "python tests/reliability/fuzz.py " + "\n".join(lines)
     totals = sum(counts.values(), Counter())
-    # A busy or old machine tries fewer of them in the time.
-    assert totals.total() >= 1000
+    assert totals.total() >= 2000
     assert counts.keys() == {target.__name__ for target in fuzz.TARGETS}
     # Both outcomes are common: inputs aren't refused for one and the same reason.
     assert totals["accepted"] > 0.1 * totals.total()

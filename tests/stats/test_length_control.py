@@ -1,10 +1,12 @@
 """Raw win rates against published ones, and length-controlled win rates."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.version import Version
 
 from bfpo.errors import DataError
 from bfpo.evaluation.alpaca_eval import read_alpaca_annotations
@@ -85,7 +87,8 @@ def test_alpaca_evals_length_controlled_win_rate(settings, undecided, published)
     rate = alpaca_eval_win_rate(preferences, *others, resamples=40)
     # liblinear stops at a tolerance of 1e-4, so the last digits may differ on another machine: by 2e-3 with the
     # oldest versions of scipy and scikit-learn.
-    assert 100 * rate.value == pytest.approx(published, abs=3e-3)
+    is_old = Version(version("scipy")) < Version("1.16") or Version(version("scikit-learn")) < Version("1.7")
+    assert 100 * rate.value == pytest.approx(published, abs=3e-3 if is_old else 1e-3)
     assert rate.low < rate.value < rate.high
 
 

@@ -1,6 +1,7 @@
 """`per_device_train_batch_size: auto`: the largest micro-batch that fits, and the same steps."""
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -105,8 +106,12 @@ def test_peak_memory_sees_what_was_freed_again():
     device = torch.device("cpu")
     before = micro_batch._memory(device)
     with micro_batch.peak_memory(device) as peak:
-        torch.ones(64 * 2**20 // 4).sum()
-    assert peak() >= before
+        held = torch.ones(64 * 2**20 // 4)
+        time.sleep(0.1)
+        del held
+        time.sleep(0.1)
+        assert micro_batch._memory(device) < before + 32 * 2**20
+        assert peak() >= before + 48 * 2**20
 
 
 def test_memory_limit_is_that_of_the_container(tmp_path, monkeypatch):

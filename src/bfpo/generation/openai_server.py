@@ -254,7 +254,7 @@ class ServerEngine:
         client = httpx.AsyncClient(
             transport=self._transport,
             timeout=None,  # `_post` limits the whole response.
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            headers=_headers(api_key),
             limits=httpx.Limits(max_connections=self.options.concurrency),
         )
         loop = asyncio.new_event_loop()
@@ -400,8 +400,7 @@ def warn_of_missing_model(options: ServerOptions) -> None:
 
     It isn't an error: the server may start later, or answer to names that it doesn't list.
     """
-    api_key = _read_api_key(options.key_variable)
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = _headers(_read_api_key(options.key_variable))
     try:
         response = httpx.get(f"{options.url}/models", headers=headers, timeout=_LIST_TIMEOUT)
         names = [str(model["id"]) for model in response.raise_for_status().json()["data"]]
@@ -413,6 +412,10 @@ def warn_of_missing_model(options: ServerOptions) -> None:
     else:
         if options.model not in names:
             warn(f"{options.url} lists {', '.join(names[:5]) or 'no model'}, and not '{options.model}'")
+
+
+def _headers(api_key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _read_api_key(variable: str) -> str:

@@ -18,7 +18,7 @@ from bfpo.online.arguments import online_arguments
 from bfpo.online.prompts import longest_prompt, read_online_prompts, show_prompts
 from bfpo.online.recipe import OnlineRecipe
 from bfpo.training.estimate import Arithmetic, footprint
-from bfpo.training.processes import check_devices, warn_of_slow_bf16
+from bfpo.training.processes import check_devices
 from bfpo.training.start import check_vocabulary, load_start_tokenizer
 
 
@@ -58,7 +58,6 @@ def check_online(recipe: OnlineRecipe) -> tuple[OnlineRecipe, RLOOConfig, str | 
     resume = options.pop("resume_from_checkpoint", None)
     args = online_arguments(options, revision=recipe.model.revision if recipe.lora is None else None)
     check_devices(args)
-    warn_of_slow_bf16(args)
     section = recipe.combine
     if not isinstance(section, LagrangianSection) or section.multiplier is None:
         return recipe, args, resume

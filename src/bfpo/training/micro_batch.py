@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,6 @@ from accelerate.utils import gather_object
 from bfpo.core.terminal import say, timed
 from bfpo.data.table import TokenTable
 from bfpo.errors import RecipeError
-from bfpo.model.attention import span_attention
-from bfpo.model.lora import unwrap_adapter
 from bfpo.training.arguments import is_auto
 from bfpo.training.batches import Batch, Collator
 from bfpo.training.checkpoints import micro_batch_of_run
@@ -180,12 +178,10 @@ def _measure(trainer: StreamTrainer, size: int, tokens: int) -> int:
 
 def _forward_and_backward(trainer: StreamTrainer, pack: Batch) -> None:
     args, model = trainer.args, trainer.policy
-    config = unwrap_adapter(model).get_decoder().config
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable(args.activation_checkpointing_kwargs)
     model.train()
-    attention = nullcontext() if trainer.layout_section.kind == "padded" else span_attention(config)
-    with on_device(model, args.device), trainer.accelerator.autocast(), attention:
+    with on_device(model, args.device), trainer.accelerator.autocast(), trainer.attention_of_layout():
         batch = pack.to(args.device)
         losses = trainer.example_losses(model, batch, MetricSums(), training=False)
         (losses * batch.weights).sum().backward()

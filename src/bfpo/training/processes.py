@@ -27,7 +27,7 @@ _SLOW = 3
 
 
 def check_devices(args: TrainingArguments) -> None:
-    """Check that the launched processes and devices are the ones that would be used.
+    """Check that the launched processes and devices are the ones that would be used, and warn of slow arithmetic.
 
     Raises:
         RecipeError: If transformers doesn't see all launched processes, one process would use several GPUs, or the
@@ -45,9 +45,10 @@ def check_devices(args: TrainingArguments) -> None:
         )
     if args.device.type == "mps":
         raise RecipeError("MPS devices have no float64, which sums of log-probabilities need; set use_cpu: true")
+    _warn_of_slow_bf16(args)
 
 
-def warn_of_slow_bf16(args: TrainingArguments) -> None:
+def _warn_of_slow_bf16(args: TrainingArguments) -> None:
     """Warn if the run computes in bfloat16 on a processor that multiplies such matrices much more slowly."""
     if args.bf16 and args.device.type == "cpu" and (factor := bf16_slowdown()) >= _SLOW:
         say(

@@ -3,7 +3,7 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -39,7 +39,7 @@ from bfpo.training.checkpoints import (
     unmark_after,
 )
 from bfpo.training.metrics import FiniteLossCheck, MetricSums
-from bfpo.training.processes import check_devices, check_sharding, equal_packs, no_gradient_sync, warn_of_slow_bf16
+from bfpo.training.processes import check_devices, check_sharding, equal_packs, no_gradient_sync
 from bfpo.training.streams import MicroBatches, Rows, StepRows, StreamPlan, WeightedRow, Weights
 
 # What transformers and torch raise for files of a checkpoint that are damaged.
@@ -99,7 +99,6 @@ class StreamTrainer(Trainer, ABC):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         check_devices(args)
-        warn_of_slow_bf16(args)
         config = unwrap_adapter(model).config
         largest_ids = [[tokens.largest_id] for tokens in (table, *eval_tables.values())]
         check_token_ids(config, largest_ids, str(config._name_or_path or config.model_type))
@@ -274,6 +273,15 @@ class StreamTrainer(Trainer, ABC):
         examples = [self.table[int(row)] for row in self.plan.main[:CHECKED_EXAMPLES]]
         return resolve_layout(self.policy, self._requested_layout, examples, longest=self.table.longest)
 
+    def attention_of_layout(self) -> AbstractContextManager[None]:
+        """Return the context in which the layout's rows go forward and backward.
+
+        It is needed around backward passes too, in which checkpointed layers are recomputed.
+        """
+        if self.layout_section.kind == "padded":
+            return nullcontext()
+        return span_attention(unwrap_adapter(self.policy).get_decoder().config)
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the micro-batches of this process for the epoch that training has reached."""
         args = self.args
@@ -329,9 +337,7 @@ class StreamTrainer(Trainer, ABC):
         self._has_stepped = True
         packs = equal_packs(self.accelerator, inputs["packs"], sharded=self.shards_weights)
         losses = []
-        config = unwrap_adapter(self.policy).get_decoder().config
-        # Around the backward passes too, in which checkpointed layers are recomputed.
-        with nullcontext() if self.layout_section.kind == "padded" else span_attention(config):
+        with self.attention_of_layout():
             for number, pack in enumerate(self.reweighted(model, packs), start=1):
                 is_synchronized = number == len(packs) and self.accelerator.sync_gradients
                 # Without synchronization FSDP would keep whole gradients on every process instead of shards.
