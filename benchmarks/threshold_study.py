@@ -18,8 +18,8 @@ answers to harmful prompts:
 
 A miss is *explained* if the policy of a second run, without the largest of these causes as far as `CURES` can, meets
 the threshold. Base, scorer, samples and scores are shared by the policies of a seed, with any margin. Writes
-`benchmarks/results/threshold.json`, with a margin, another learning rate and another
-number of steps `threshold-MARGIN-lrRATE-stepsSTEPS.json`; after an interruption the same command resumes.
+`benchmarks/results/threshold.json`, with a margin, another learning rate and another number of steps
+`threshold-MARGIN-lrRATE-stepsSTEPS.json`; after an interruption the same command resumes.
 """
 
 import argparse
@@ -65,13 +65,15 @@ SAMPLES = {"harmful_prompts": 700, "benign_prompts": 300, "samples": 24, "pairs_
 HELD_OUT_ANSWERS, SAME_ANSWERS = 5, 2
 CURES: dict[str, dict[str, Any]] = {
     "importance": {"samples.samples": 48},
-    "training": {"steps": 2 * STEPS},
+    "training": {},
     "prompts": {"samples.harmful_prompts": 1400},
     "scorer": {"scorer.steps": 400},
     # Longer training on more pairs; `loss.sft_weight` 0.05 changed nothing on seed 0.
-    "malformed": {"steps": 2 * STEPS, "samples.pairs_per_prompt": 2 * SAMPLES["pairs_per_prompt"]},
+    "malformed": {"samples.pairs_per_prompt": 2 * SAMPLES["pairs_per_prompt"]},
 }
-"""Cause of a miss → what a second run changes: keys of the method, or the number of steps."""
+"""Cause of a miss → what a second run changes of the method."""
+TRAINED_LONGER = {"training", "malformed"}
+"""Causes against which it takes twice as many steps, too."""
 QUICK: dict[str, Any] = {
     "scorer.steps": 10,
     "samples.harmful_prompts": 20,
@@ -183,9 +185,8 @@ class SeedStudy:
         result |= {"threshold": threshold} | compare(result, threshold)
         if with_cures and result.get("is_met") is False:
             cause = max(CURES, key=lambda name: result["steps"][name])
-            # Twice as many steps as these.
-            cure = CURES[cause] | ({"steps": 2 * changes["steps"]} if "steps" in CURES[cause] else {})
-            again = self.policy(asked, {**changes, **cure})
+            longer = {"steps": 2 * changes["steps"]} if cause in TRAINED_LONGER else {}
+            again = self.policy(asked, {**changes, **CURES[cause], **longer})
             is_met = compare(again, threshold).get("is_met", False)
             result["miss"] = {"cause": cause, "explained": is_met, "rerun": again}
         return result

@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -64,12 +65,8 @@ def test_a_version_that_was_released_is_in_the_changelog():
 
 
 def test_without_an_installation_the_version_is_unknown(monkeypatch):
-    monkeypatch.setattr("importlib.metadata.version", lambda name: _raise(PackageNotFoundError(name)))
+    monkeypatch.setattr("importlib.metadata.version", Mock(side_effect=PackageNotFoundError))
     assert bfpo.__version__ == "0+unknown"
-
-
-def _raise(error: Exception) -> str:
-    raise error
 
 
 def test_the_changelog_has_the_sections_of_its_format():

@@ -92,7 +92,7 @@ def is_auto(options: Mapping[str, Any]) -> bool:
 
 def for_any_machine(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Return keys of `trainer` with which a run for a GPU can be checked and planned on a machine without one."""
-    return {**trainer} if torch.accelerator.is_available() else {**trainer, "use_cpu": True}
+    return {**trainer} if torch.cuda.is_available() else {**trainer, "use_cpu": True}
 
 
 def build_arguments(kind: type[Arguments], values: dict[str, Any]) -> Arguments:
