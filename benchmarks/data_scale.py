@@ -38,6 +38,8 @@ ROWS = {10_000: 5, 100_000: 5, 1_000_000: 3, 10_000_000: 1}
 PLANS = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 # Phases of preparing, each needs those before it.
 PREPARING = ("read", "write", "read again")
+# The rows that are tokenized, too: what a row costs besides its bytes weighs less.
+READ_LONG = "read, long rows"
 
 
 def words(count: int) -> list[str]:
@@ -75,10 +77,12 @@ def make_rows(path: Path, count: int, lengths: tuple[int, int, int], *, labeled:
     temporary.rename(path)
 
 
-def recipe_of(folder: Path) -> Any:
-    """Return a recipe with both streams."""
+def recipe_of(folder: Path, phase: str) -> Any:
+    """Return a recipe with both streams, or with the file of long rows."""
     from bfpo.config.recipes import DataRecipe, Source
 
+    if phase == READ_LONG:
+        return DataRecipe(data=[Source(path=str(folder / "long.jsonl"))], holdout=0.01)
     return DataRecipe(
         data=[Source(path=str(folder / "main.jsonl"))],
         buffer=[Source(path=str(folder / "buffer.jsonl"), assume_safe=True)],
@@ -114,20 +118,22 @@ def preparing(folder: Path, count: int, phase: str, cores: int | None) -> dict[s
 
     if cores is not None:
         scan._cores = lambda: cores  # type: ignore[assignment]
-    size = sum((folder / f"{name}.jsonl").stat().st_size for name in ("main", "buffer"))
+    recipe = recipe_of(folder, phase)
+    size = sum(Path(source.path).stat().st_size for source in (*recipe.data, *recipe.buffer))
     result: dict[str, Any] = {"file_bytes": size}
-    cache = folder / "cache"
-    if phase == "read":
+    # Tokenizing has its own.
+    cache = folder / ("cache-long" if phase == READ_LONG else "cache")
+    if phase in ("read", READ_LONG):
         for file in cache.rglob("*.npz"):
             file.unlink()
     if phase == "write":
         # What is read for it isn't measured.
-        prepared = prepare(recipe_of(folder), max_held=0, cache=cache)
+        prepared = prepare(recipe, max_held=0, cache=cache)
         with measured(result):
             write_prepared(prepared, folder / "out")
         return result
     with measured(result):
-        prepared = prepare(recipe_of(folder), max_held=0, cache=cache)
+        prepared = prepare(recipe, max_held=0, cache=cache)
     return result | {"trained": len(prepared.train), "held_out": len(prepared.eval)}
 
 
@@ -184,7 +190,7 @@ def planning(folder: Path, count: int, phase: str, cores: int | None) -> dict[st
 
 
 MEASUREMENTS: dict[str, Callable[[Path, int, str, int | None], dict[str, Any]]] = {
-    **dict.fromkeys(PREPARING, preparing),
+    **dict.fromkeys((*PREPARING, READ_LONG), preparing),
     **dict.fromkeys(("first start", "start again"), tokenizing),
     "plan": planning,
 }
@@ -284,6 +290,7 @@ def jobs(rows: list[int], max_tokenized: int, *, quick: bool) -> Iterator[tuple[
             yield from ((phase, size, number) for phase in PREPARING)
     for size in rows:
         if size <= max_tokenized:
+            yield from ((READ_LONG, size, number) for number in range(1 if quick else ROWS.get(size, 1)))
             yield "first start", size, 0
             for number in range(1 if quick else ROWS.get(size, 1)):
                 yield "start again", size, number
