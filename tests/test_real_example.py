@@ -387,6 +387,12 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     assert "infeasible" in infeasible
     assert "achieved" not in infeasible
     assert str(tmp_path) not in json.dumps([base, mocan, infeasible, supervised])
+    for name, record in {"base": base, "mocan-0.05": infeasible, "mocan-0.4": mocan}.items():
+        write_json(tmp_path / f"thresholds/{name}.json", record)
+    rows = thresholds.table(tmp_path / "thresholds").splitlines()
+    assert [row.split(" | ")[:2] for row in rows[2:]] == [["| `base`", ""], ["| `mocan`", "40%"], ["| `mocan`", "5%"]]
+    assert "infeasible" in rows[-1]
+    assert len({row.count("|") for row in rows}) == 1
     # RL on the same scorer, and BFPO at equal pairs and at equal time.
     online = real("online_rl")
     for name, value in (("STEPS", 2), ("PROMPTS", 4), ("ANSWER_TOKENS", 4), ("RESULTS", tmp_path / "results")):

@@ -294,6 +294,35 @@ def share(values: list[bool], samples: int) -> list[float]:
     return [round(bound, 4) for bound in score_interval(array.reshape(-1, samples).mean(axis=1), most=array.size)]
 
 
+def table(folder: Path) -> str:
+    """Return the table of docs/constraints.md from the records in a folder."""
+    lines = [
+        "| policy | at most | λ | unsafe, predicted [95 %] | by the scorer, same prompts | "
+        "by the scorer, new prompts | not refused, new prompts | refused, benign | CPU minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for policy in policies():
+        file = folder / policy.record.name
+        if not file.exists():
+            continue
+        record = json.loads(file.read_text(encoding="utf-8"))
+        cells = ["" if policy.threshold is None else f"{policy.threshold:.0%}"]
+        if "infeasible" in record:
+            cells += ["none", "infeasible", *[""] * 4]
+        else:
+            is_predicted = "predicted" in record
+            cells += [f"{record['multiplier']:.3g}", _percent(record["predicted"])] if is_predicted else ["", ""]
+            shares = ("scorer_on_same_prompts", "scorer_on_held_out_prompts", "achieved", "refused_benign")
+            cells += [_percent(record[share]) for share in shares]
+        lines.append(f"| `{policy.method}` | {' | '.join(cells)} | {record['cpu_minutes']:.1f} |")
+    return "\n".join(lines)
+
+
+def _percent(interval: list[float]) -> str:
+    value, low, high = interval
+    return f"{value:.0%} [{low:.0%}, {high:.0%}]"
+
+
 def main() -> None:
     """Run the policies that have no record yet."""
     thresholds = Thresholds(parse_and_open(__doc__))
