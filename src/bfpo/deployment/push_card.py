@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 
 from bfpo.deployment.licenses import LICENSES, describe, normalize
@@ -64,8 +65,7 @@ def make_card(text: str, facts: CardFacts, *, local_name: str, evaluation: str |
     """
     try:
         card = ModelCard(text or f"# {facts.repo_id.partition('/')[2] or facts.repo_id}\n")
-    except Exception as error:
-        # yaml's classes, and ValueError.
+    except (yaml.YAMLError, ValueError) as error:
         raise DataError(f"README.md: its metadata can't be read ({str(error).splitlines()[0]})") from None
     for key, value in _metadata(facts).items():
         setattr(card.data, key, value)

@@ -14,7 +14,7 @@ from bfpo.data.stages import read_prompt_file
 from bfpo.errors import RecipeError
 from bfpo.evaluation.baseline import read_baseline
 from bfpo.evaluation.pipeline import evaluate
-from bfpo.evaluation.results import FILE_NAME, Results
+from bfpo.evaluation.results import EVALUATION_FOLDER, FILE_NAME, Results
 from bfpo.evaluation.subject import TEMPLATE_POLICY
 from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.generation.in_process import load_engine
@@ -188,12 +188,12 @@ def _evaluate(
         tasks_by_kind(SUITE, prompts),
         open_engine,
         [oracle],
-        folder / "evaluation",
+        folder / EVALUATION_FOLDER,
         run=folder.name,
         model=str(folder),
         sampling=SAMPLING,
         by_category=False,
         baseline=None if baseline is None else read_baseline(str(baseline), TEMPLATE_POLICY),
     ).results
-    results.write(folder / "evaluation")
+    results.write(folder / EVALUATION_FOLDER)
     return results

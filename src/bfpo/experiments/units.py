@@ -22,7 +22,7 @@ from bfpo.config.recipes import TrainRecipe
 from bfpo.core.files import content_hash
 from bfpo.core.terminal import log_to_file, progress
 from bfpo.errors import BfpoError, DataError, RecipeError, Stopped, TrainingError, did_you_mean
-from bfpo.evaluation.results import FILE_NAME, read_results
+from bfpo.evaluation.results import EVALUATION_FOLDER, FILE_NAME, read_results
 from bfpo.experiments.costs import Cost, measured
 from bfpo.experiments.methods import samples_folder, train_recipes
 from bfpo.experiments.recipe import DATA_DIALS, ExperimentRecipe, all_settings
@@ -64,7 +64,7 @@ class Unit:
     @property
     def evaluation(self) -> Path:
         """Folder of the evaluation."""
-        return self.folder / "evaluation"
+        return self.folder / EVALUATION_FOLDER
 
     @property
     def has_results(self) -> bool:
