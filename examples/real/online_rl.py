@@ -31,7 +31,7 @@ from bfpo.report.html import write_report
 from bfpo.stats.paired import paired_means
 
 SEED = 1
-STEPS, PROMPTS, SAMPLES, ANSWER_TOKENS = 40, 8, 4, 32
+STEPS, PROMPTS, SAMPLES, ANSWER_TOKENS = 30, 8, 4, 32
 LEARNING_RATE = 5e-4
 """Peak learning rate of the online runs: at 2e-4, BFPO's, 14 steps moved neither reward nor cost."""
 COMBINERS: dict[str, dict[str, Any]] = {

@@ -199,6 +199,28 @@ def test_wrong_inputs_are_refused(options, error, message):
         BFPOTrainer(**{"model": "org/tiny", "train_dataset": ROWS, **options})
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
+def test_arguments_of_trl_are_refused():
+    trl = pytest.importorskip("trl")
+    with pytest.raises(TypeError, match=r"args is TRL's DPOConfig, .* loss=BFPO\(beta=0.1\)"):
+        BFPOTrainer("org/tiny", trl.DPOConfig("out", beta=0.2, bf16=False), ROWS)
+
+
+def test_a_row_that_is_too_long_is_named():
+    long = {**ROWS[0], "prompt": "red box " * 40}
+    with pytest.raises(DataError, match=r"^buffer_dataset row 2 can't be encoded in 64 tokens, as 1 of 8 pairs"):
+        BFPOTrainer("org/tiny", None, ROWS, buffer_dataset=[ROWS[0], long], text=TextSection(max_length=64))
+    demonstrations = [COMPLETIONS[0], {**COMPLETIONS[0], "prompt": long["prompt"]}]
+    with pytest.raises(DataError, match=r"train_dataset row 2 can't be encoded in 64 tokens"):
+        SFTTrainer("org/tiny", None, demonstrations, text=TextSection(max_length=64))
+
+
+def test_truncation_is_logged(caplog):
+    long = {**ROWS[0], "rejected": "red box " * 40}
+    BFPOTrainer("org/tiny", None, [*ROWS, long], text=TextSection(max_length=64))
+    assert "1 of 7 pairs: completion truncated (text.max_length: 64)" in caplog.text
+
+
 def test_wrong_demonstrations_are_refused(tokenizer):
     with pytest.raises(TypeError, match="SFTTrainer needs a train_dataset"):
         SFTTrainer("org/tiny")

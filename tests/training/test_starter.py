@@ -124,7 +124,9 @@ def test_a_recipe_is_valid_and_every_key_has_a_reason(goal, machine, choice):
     # An adapter that was fine-tuned is trained further: there is no second one.
     assert (recipe.lora is None) == (choice is DOWN or goal == "sft-first")
     if goal == "at-most":
-        assert "bfpo dual samples --max 0.02 --kind harmful --recipe recipe.yaml --out dual" in starter.next_steps
+        assert (
+            "bfpo dual scored.jsonl --max 0.02 --kind harmful --recipe recipe.yaml --out dual" in starter.next_steps
+        )
 
 
 def test_what_the_data_lack_is_said():

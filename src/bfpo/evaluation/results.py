@@ -144,7 +144,7 @@ class TaskData:
         license: License of the data; None if unknown.
         hash: Hash of the prompts or rows that were used.
         prompts: Number of prompts or rows that were used.
-        source: Key of `bfpo.data.prompts.SOURCES`, or `lm-eval`.
+        source: Key of `bfpo.data.prompt_sets.PROMPT_SETS`, or `lm-eval`.
         origin: Path, or hub id with revision (`from` in the file).
         published: Number of prompts or rows of the data (`of` in the file).
         compared_with: Generators of the outputs that completions are compared with.

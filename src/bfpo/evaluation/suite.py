@@ -29,7 +29,7 @@ class SuiteTask(Section):
     """One task of a suite: prompts of one kind from one data set."""
 
     source: str
-    """A key of `bfpo.data.prompts.SOURCES`; `file` is your own file."""
+    """A key of `bfpo.data.prompt_sets.PROMPT_SETS`; `file` is your own file."""
     name: str | None = None
     """Name of the task; default the source's."""
     only: Kind | None = None

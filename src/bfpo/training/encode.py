@@ -5,6 +5,7 @@ recipe allows dropping, so a row that doesn't fit is an error.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -109,8 +110,9 @@ def encode_pairs(
     tokenizer: PreTrainedTokenizerBase,
     text: TextSection | None = None,
     categories: Sequence[str] | None = None,
+    row_names: Sequence[str] | None = None,
 ) -> PairTable:
-    """Tokenize labeled pairs; pairs that the loss doesn't train on are left out.
+    """Tokenize labeled pairs; pairs that the loss doesn't train on are left out, and truncation is logged.
 
     Args:
         pairs: Pairs of both streams.
@@ -118,46 +120,76 @@ def encode_pairs(
         tokenizer: Tokenizer with a chat template.
         text: Maximum length, truncation and chat template.
         categories: Harm categories that the loss distinguishes; None for those of the pairs.
+        row_names: Name of each pair for messages; None to number them.
 
     Raises:
         DataError: If a pair is unlabeled or doesn't fit, no pairs are left, or none has a category and the loss needs
             them.
     """
     require_labels(pairs)
-    trained = [pair for pair in pairs if pair.labels is not None and loss.keeps(pair.labels)]
+    names = numbered("pairs", len(pairs)) if row_names is None else row_names
+    trained = {
+        name: pair
+        for name, pair in zip(names, pairs, strict=True)
+        if pair.labels is not None and loss.keeps(pair.labels)
+    }
     if len(trained) < len(pairs):
         logger.warning("%s leaves out %d of %d pairs", type(loss).__name__, len(pairs) - len(trained), len(pairs))
-    trained, examples = _encode(trained, tokenizer, text, "pairs")
+    encoded, examples = _encode(trained, tokenizer, text, "pairs")
     return pair_table(
-        examples, trained, categories=trained_categories(trained, loss) if categories is None else categories
+        examples, encoded, categories=trained_categories(encoded, loss) if categories is None else categories
     )
 
 
 def encode_demonstrations(
-    demonstrations: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, text: TextSection | None = None
+    demonstrations: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSection | None = None,
+    name: str = "demonstrations",
 ) -> TokenTable:
-    """Tokenize demonstrations.
+    """Tokenize demonstrations; truncation is logged.
 
     Args:
         demonstrations: Prompts with the completions to imitate.
         tokenizer: Tokenizer with a chat template.
         text: Maximum length, truncation and chat template.
+        name: Name of the data set, for messages.
 
     Raises:
         DataError: If a demonstration doesn't fit, or there are none.
     """
-    encoded, examples = _encode(demonstrations, tokenizer, text, "completions")
+    named = dict(zip(numbered(name, len(demonstrations)), demonstrations, strict=True))
+    encoded, examples = _encode(named, tokenizer, text, "completions")
     return token_table(examples, [demonstration.row_id for demonstration in encoded])
 
 
+def numbered(name: str, count: int) -> list[str]:
+    """Return the names of a data set's rows, for messages."""
+    return [f"{name} row {number}" for number in range(1, count + 1)]
+
+
 def _encode(
-    values: Sequence[Value], tokenizer: PreTrainedTokenizerBase, text: TextSection | None, name: str
+    values: Mapping[str, Value], tokenizer: PreTrainedTokenizerBase, text: TextSection | None, name: str
 ) -> tuple[list[Value], list[Example]]:
+    text = text or TextSection()
     report = SourceReport(name, Source(path="-"), taken=len(values))
-    encoded, examples = Encoder(tokenizer, text or TextSection()).encode(values, report)
+    encoded, examples = Encoder(tokenizer, text).encode(list(values.values()), report)
+    if len(encoded) < len(values):
+        kept = set(map(id, encoded))
+        row = next(row for row, value in values.items() if id(value) not in kept)
+        reasons = ", ".join(sorted({reason.text for reason in report.dropped}))
+        raise DataError(
+            f"{row} can't be encoded in {text.max_length} tokens, as {len(values) - len(encoded)} of {len(values)} "
+            f"{name} ({reasons}); shorten or remove them, or pass text=TextSection(max_length=...)"
+        )
     report.check_cap(0.0)
     if not encoded:
         raise DataError(f"there are no {name} to train on")
+    notes: Counter[str] = Counter()
+    for reason, count in report.noted.items():
+        notes[reason.text] += count
+    for note, count in notes.items():
+        logger.warning("%d of %d %s: %s (text.max_length: %d)", count, len(values), name, note, text.max_length)
     check_special_tokens(examples, tokenizer)
     return encoded, examples
 

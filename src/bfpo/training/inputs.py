@@ -75,6 +75,12 @@ def _check_types(model: object, args: object, tokenizer: object) -> None:
         raise TypeError(f"model is a {type(model).__name__}; expected a folder, a hub id or a model of transformers")
     if not isinstance(args, TrainingArguments | None):
         raise TypeError(f"args is a {type(args).__name__}; expected transformers.TrainingArguments")
+    if any(base.__module__.partition(".")[0] == "trl" for base in type(args).__mro__):
+        raise TypeError(
+            f"args is TRL's {type(args).__name__}, whose own fields would be ignored; pass "
+            "transformers.TrainingArguments, beta with the loss (loss=BFPO(beta=0.1)) and the maximum length with "
+            "text=TextSection(max_length=1024)"
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
         raise TypeError(f"processing_class is a {type(tokenizer).__name__}; expected a tokenizer")
 

@@ -85,7 +85,7 @@ class SFTTrainer(StreamTrainer):
             if isinstance(dataset, TokenTable):
                 return dataset
             assert tokenizer is not None
-            return encode_demonstrations(as_demonstrations(dataset, name), tokenizer, text)
+            return encode_demonstrations(as_demonstrations(dataset, name), tokenizer, text, name)
 
         table = as_table(train_dataset, "train_dataset")
         super().__init__(

@@ -219,11 +219,12 @@ def _add_next_steps(starter: StarterRecipe, goal: Goal, facts: DataFacts, model:
     steps += [f"bfpo train {path} --dry-run", f"bfpo train {path}"]
     if goal == "at-most":
         steps[-1:] = [
-            "# samples of the base model on your prompts (with kinds: harmful, benign), their safety and helpfulness",
+            "# samples of the base model on your prompts (with kinds: harmful, benign), and their reward and cost",
             f"bfpo generate {model.path} prompts.jsonl --samples 64 --temperature 1 --out samples/completions.jsonl",
-            "bfpo judge run samples/completions.jsonl --judge JUDGE --out samples/verdicts.jsonl",
             "cp prompts.jsonl samples/",
-            f"bfpo dual samples --max 0.02 --kind harmful --recipe {path} --out dual",
+            "# no reward or cost model? train one on your pairs: docs/scores.md",
+            "bfpo score apply samples/completions.jsonl --reward reward:MODEL --cost cost:MODEL --out scored.jsonl",
+            f"bfpo dual scored.jsonl --max 0.02 --kind harmful --recipe {path} --out dual",
             f"bfpo train {path} loss.multiplier=dual/dual.json",
             "# measure the trained model: docs/constraints.md says how far from the prediction it may be",
         ]

@@ -28,7 +28,7 @@ from bfpo.model.lora import add_adapter
 from bfpo.model.reference import AdapterOff, Reference, SharedReference
 from bfpo.training.batches import Batch, Collator
 from bfpo.training.category_margins import CategoryMargins
-from bfpo.training.encode import Pairs, as_buffer, as_pairs, encode_pairs, named_datasets, require_signals
+from bfpo.training.encode import Pairs, as_buffer, as_pairs, encode_pairs, named_datasets, numbered, require_signals
 from bfpo.training.inputs import ModelOrPath, resolve_inputs
 from bfpo.training.metrics import MetricSums, pair_metrics
 from bfpo.training.reference_pass import ReferencePass, on_device, resolve_reference, tolerance
@@ -168,9 +168,11 @@ class BFPOTrainer(StreamTrainer):
             if isinstance(dataset, PairTable):
                 table = dataset
             else:
-                pairs = [*as_pairs(dataset, name), *map(as_buffer, as_pairs(buffer, "buffer_dataset"))]
+                main, added = as_pairs(dataset, name), as_pairs(buffer, "buffer_dataset")
+                row_names = [*numbered(name, len(main)), *numbered("buffer_dataset", len(added))]
                 assert tokenizer is not None
-                table = encode_pairs(pairs, self.loss, tokenizer, text, categories)
+                pairs = [*main, *map(as_buffer, added)]
+                table = encode_pairs(pairs, self.loss, tokenizer, text, categories, row_names)
             require_signals(table, self.loss)
             return table
 
