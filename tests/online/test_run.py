@@ -206,9 +206,13 @@ def test_nothing_to_learn_is_an_error():
 def test_reward_hacking_ends_the_run(capsys):
     Disappointed.batches = 0
     watch = {"judge": f"{__name__}:Disappointed:bandit", "every": 1, "window": 2}
-    trainer = {"max_steps": 30, "learning_rate": 0.1, "per_device_train_batch_size": 128, "num_generations": 64}
+    trainer = {"max_steps": 30, "learning_rate": 0.1, "per_device_train_batch_size": 48, "num_generations": 8}
+    # Prompts are the unit of what is compared.
+    rows = [{"prompt_id": name, "prompt": name, "kind": "benign"} for name in bandits.ANSWERS]
+    write_jsonl(Path("many.jsonl"), rows)
+    prompts = [{"name": "file", "path": "many.jsonl", "license": "MIT"}]
     # Costs don't rise here: the multiplier is at its largest.
-    run = run_online(recipe(watch=watch, combine={"rate": 0.0, "start": 0.5}, trainer=trainer))
+    run = run_online(recipe(prompts=prompts, watch=watch, combine={"rate": 0.0, "start": 0.5}, trainer=trainer))
     assert run["steps"] < 30
     assert run["stopped_early"].startswith("reward hacking: from steps 1-2 to steps")
     assert "Training stopped early: reward hacking" in Path("out/README.md").read_text()

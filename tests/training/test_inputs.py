@@ -202,7 +202,7 @@ def test_wrong_inputs_are_refused(options, error, message):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")
 def test_arguments_of_trl_are_refused():
     trl = pytest.importorskip("trl")
-    with pytest.raises(TypeError, match=r"args is TRL's DPOConfig, .* loss=BFPO\(beta=0.1\)"):
+    with pytest.raises(TypeError, match=r"args is TRL's DPOConfig, .*loss=BFPO\(beta=0.1\)"):
         BFPOTrainer("org/tiny", trl.DPOConfig("out", beta=0.2, bf16=False), ROWS)
 
 

@@ -19,8 +19,8 @@ class WatchSection(Section):
     every: Count = 5
     """Number of steps from a batch that it reads to the next."""
     window: Annotated[int, Field(ge=2)] = 5
-    """Number of batches that are compared: the latest against the safest before. Training stops if the reward is
-    higher, the cost is not, and the share that this judge calls safe is lower, each beyond chance at 95 %."""
+    """Number of batches in a window. Training stops if in the latest window the reward is higher than in the safest
+    before, the cost is not, and the share that this judge calls safe is lower, beyond chance over all windows."""
 
 
 class OnlineRecipe(Section):

@@ -14,7 +14,7 @@ from bfpo.losses.combine import Combiner
 from bfpo.losses.combiners import Array
 from bfpo.online.scores import Score, Scorers, count_missing, judge_if_read
 from bfpo.online.state import RunState
-from bfpo.online.watch import WatchedBatch, describe_hacking
+from bfpo.online.watch import describe_hacking, watched_batch
 
 
 class CombinedValue:
@@ -92,7 +92,8 @@ class CombinedValue:
         self._log(reward, cost, log_metric)
         self.combiner = self.combiner.after(reward, cost)
         self.state.keep(self.combiner)
-        self._watch_batch(samples, reward, cost, trainer_state.global_step + 1, log_metric)
+        step = trainer_state.global_step + 1
+        self._watch_batch(samples, reward, cost, step, trainer_state.max_steps, log_metric)
         start = PartialState().process_index * len(samples)
         own_values = values[start : start + len(samples)]
         return [None if np.isnan(value) else float(value) for value in own_values]
@@ -145,6 +146,7 @@ class CombinedValue:
         reward: Array,
         cost: Array,
         step: int,
+        max_steps: int,
         log_metric: Callable[[str, float], None],
     ) -> None:
         if self._watch is None:
@@ -153,18 +155,8 @@ class CombinedValue:
         if (step - 1) % every or np.isnan(reward).all():
             return
         verdicts = judge_if_read(judge, samples)
-        safe = gather_object([verdict is not None and verdict.safe is True for verdict in verdicts])
-        share = sum(safe) / len(safe)
-        log_metric("online/watched_safety", share)
-        self.state.watched.append(
-            WatchedBatch(
-                step,
-                len(safe),
-                float(np.nanmean(reward)),
-                float(np.nanvar(reward)),
-                float(np.nanmean(cost)),
-                float(np.nanvar(cost)),
-                share,
-            )
-        )
-        self.hacking = describe_hacking(self.state.watched, window)
+        called_safe = gather_object([verdict is not None and verdict.safe is True for verdict in verdicts])
+        safe = np.array(called_safe, dtype=bool).reshape(reward.shape)
+        log_metric("online/watched_safety", float(safe.mean()))
+        self.state.watched.append(watched_batch(step, reward, cost, safe))
+        self.hacking = describe_hacking(self.state.watched, window, planned=-(-max_steps // every))
