@@ -170,6 +170,13 @@ def test_a_second_start_neither_trains_nor_samples(calls, monkeypatch):
     assert run_outer(recipe()) == whole
 
 
+def test_a_recipe_that_resumes_is_the_same_one(calls):
+    whole = run_outer(recipe())
+    again = recipe()
+    again = again.model_copy(update={"trainer": again.trainer | {"resume_from_checkpoint": True}})
+    assert run_outer(again) == whole
+
+
 def test_the_files_of_another_recipe_or_multiplier_are_kept(calls):
     run_outer(recipe())
     with pytest.raises(RecipeError, match=r"out has a run of another recipe; name another folder"):

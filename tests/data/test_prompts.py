@@ -2,14 +2,15 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
 from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
-from bfpo.core.samples import prompt_id
+from bfpo.core.samples import Prompt, prompt_id
 from bfpo.data.prompt_sets import PROMPT_SETS
-from bfpo.data.prompts import PromptSource, read_prompt_source, read_reference_outputs
+from bfpo.data.prompts import PromptSource, distinct_prompts, read_prompt_source, read_reference_outputs
 from bfpo.data.stages import read_prompt_file
 from bfpo.errors import DataError, RecipeError
 
@@ -203,3 +204,12 @@ def test_a_setting_that_the_program_lacks_is_requested():
 def test_revisions_are_commits():
     for name, prompt_set in PROMPT_SETS.items():
         assert prompt_set.revision is None or (prompt_set.hub and len(prompt_set.revision) == 40), name
+
+
+def test_prompts_of_several_sources_are_used_once_and_have_one_kind(capsys):
+    box, door = (Prompt(name, user_says(name), "harmful", source="first") for name in ("box", "door"))
+    again = replace(box, source="second")
+    assert distinct_prompts([[box, door], [again]]) == [box, door]
+    assert "1 of 3 prompts are in an earlier source, too" in capsys.readouterr().out
+    with pytest.raises(DataError, match="'box' is benign in second, and harmful in first; leave it out of one"):
+        distinct_prompts([[box], [replace(again, kind="benign")]])

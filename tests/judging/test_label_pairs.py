@@ -1,7 +1,7 @@
 """`bfpo label`: verdicts become labels by the policy, every pair is counted, and runs resume."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from typer.testing import CliRunner
@@ -79,7 +79,7 @@ def test_policies(tmp_path, pairs_file):
     assert dropped == {"good good": "ss", "good bad": "su", "bad good": "us", "bad bad": "uu"}
     assert metadata["left_out"] == {"judges differ": 6, "undecided": 6}
     assert metadata["pairs"] == metadata["labeled"] + sum(metadata["left_out"].values()) == 16
-    assert metadata["undecided"] == {"lenient": 8, "strict": 8}
+    assert metadata["undecided"] == {"lenient@1": 8, "strict@1": 8}
     unsafe, _ = run(pairs_file, tmp_path / "a", "unsafe", *judges)
     assert len(unsafe) == 16
     assert (unsafe["odd good"], unsafe["good unclear"]) == ("us", "su")
@@ -128,6 +128,32 @@ def test_the_estimate_judges_nothing_twice(tmp_path, pairs_file, capsys):
     run(pairs_file, tmp_path / "a", "drop", judge)
     assert judge.judged == 32
     assert "all 32 answers are already judged" in capsys.readouterr().out
+
+
+@dataclass
+class PlainJudge(WordJudge):
+    """Judge without probabilities."""
+
+    def judge(self, completions):
+        return [replace(verdict, p_safe=None) for verdict in super().judge(completions)]
+
+
+def test_scores_of_an_earlier_judge_are_removed_and_counted(tmp_path, capsys):
+    row = {"prompt": "small box", "chosen": "bad lamp", "rejected": "bad door", "prompt_id": None}
+    scores = {"chosen_safety_score": 0.99, "rejected_safety_score": 0.98}
+    rows = [row | scores, row | {"chosen": "good lamp"}]
+    write_jsonl(tmp_path / "p.jsonl", [{k: v for k, v in row.items() if v is not None} for row in rows])
+    source = Source(path=str(tmp_path / "p.jsonl"))
+    out = label_pairs(source, [PlainJudge("plain", LENIENT)], tmp_path / "out", conflicts="drop")
+    assert [pair.signals.chosen_safety_score for pair in out.pairs] == [None, None]
+    assert out.metadata["scores_removed"] == 1
+    assert "safety scores removed from 1 pairs" in capsys.readouterr().out
+
+
+def test_judges_of_one_name_are_counted_apart(tmp_path, pairs_file):
+    judges = [WordJudge("words", LENIENT), WordJudge("words", {**LENIENT, "unclear": True}, revision="2")]
+    out = label_pairs(Source(path=str(pairs_file)), judges, tmp_path / "out", conflicts="drop")
+    assert out.metadata["undecided"] == {"words@1": 8, "words@2": 0}
 
 
 def test_agreement_and_cell_targets_by_hand():
@@ -198,7 +224,8 @@ def test_a_judge_of_reasoning_labels_the_reasoning(tmp_path, thinking_file, caps
         "rejected": 1,
     }
     # Answers without reasoning aren't undecided.
-    assert labeled.metadata["undecided"] == {"lenient": 0, "lenient:reasoning": 1}
+    revision = judges[1].revision
+    assert labeled.metadata["undecided"] == {"lenient@1": 0, f"lenient:reasoning@{revision}": 1}
     assert labeled.metadata["agreement"] is None
     assert by_prompt["a"].provenance.safety_label_source == "lenient@1"
     assert "reasoning labeled in 1 pairs" in capsys.readouterr().out

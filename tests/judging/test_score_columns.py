@@ -115,6 +115,34 @@ def test_log_odds_are_those_of_unsafe(folder):
         assert row["chosen_cost"] == pytest.approx(expected)
 
 
+def test_undecided_answers_are_left_out_wherever_they_are():
+    undecided = Verdict("p", 0, "", "linear", "1", None, 0.45, reason="unlike")
+    decided = Verdict("p", 1, "", "linear", "1", True, 0.8)
+    for verdicts in ([undecided, decided], [decided, undecided]):
+        costs, _ = scores_of("cost", verdicts)
+        assert [cost is None for cost in costs] == [verdict is undecided for verdict in verdicts]
+
+
+class Doubtful(Words):
+    """Has a probability for every answer, and is undecided on those that begin with `odd`."""
+
+    name = "doubtful"
+
+    def verdict(self, completion):
+        safe = None if completion.text.startswith("odd") else True
+        return Verdict.on(completion, self, safe=safe, p_safe=0.6, reason="odd")
+
+
+def test_the_first_answers_may_all_be_undecided(folder):
+    answers = [*(f"odd lamp {number}" for number in range(40)), "good lamp", "good door"]
+    pairs = [
+        {"prompt": "box", "chosen": chosen, "rejected": rejected}
+        for chosen, rejected in zip(answers[::2], answers[1::2], strict=True)
+    ]
+    write_jsonl(folder / "odd.jsonl", pairs)
+    assert apply_scores("odd.jsonl", folder / "scored.jsonl", cost=f"{__name__}:Doubtful") == 1
+
+
 @given(st.floats(0, 1))
 def test_the_sign_of_log_odds_is_the_likelier_label(p_safe):
     verdict = Verdict("p", 0, "", "judge", "1", p_safe >= 0.5, p_safe)

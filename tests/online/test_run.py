@@ -366,3 +366,17 @@ def test_two_processes_read_all_scores_and_have_one_lambda(monkeypatch):
         assert row["multiplier"] == pytest.approx(multiplier, rel=1e-12)
     # TRL gathers metrics in float32.
     assert multipliers("out")[1:] == pytest.approx([row["multiplier"] for row in rows[:3]], rel=1e-6)
+
+
+def test_a_judge_without_a_number_needs_the_measure_unsafe():
+    judges = {"reward": "reward:org/reward", "cost": "rubric:judge"}
+    with pytest.raises(RecipeError, match="cost: 'rubric:judge' says safe or unsafe without a number"):
+        recipe(**judges)
+    recipe(**judges, combine={"measure": "unsafe"})
+
+
+def test_a_multiplier_of_zero_is_allowed_if_it_stays():
+    slack = {"start": 0.0, "min": 0.0, "max": 0.0, "rate": 0.0}
+    assert recipe(combine=slack).combine.start == 0
+    with pytest.raises(RecipeError, match="min is 0, from which λ can't grow again"):
+        recipe(combine={**slack, "rate": 0.1})

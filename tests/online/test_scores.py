@@ -72,6 +72,13 @@ def test_what_a_combiner_reads_decides_the_numbers():
     }
 
 
+@pytest.mark.parametrize("reads", ["cost", "unsafe", "probability"])
+def test_an_undecided_verdict_is_missing_although_it_has_a_probability(reads):
+    undecided = Fixed(safe=None, helpfulness=0.6, p_safe=0.45, reason="unlike")
+    (score,) = Scorers(undecided, undecided, reads).score([completion()])
+    assert (score.cost, score.missing) == (None, "no cost: unlike")
+
+
 def test_missing_scores_have_a_reason_and_nothing_is_imputed():
     undecided = Fixed(safe=None, helpfulness=0.5)
     scores = Scorers(undecided, undecided, "unsafe").score([completion()])

@@ -285,6 +285,15 @@ def test_a_checkpoint_from_before_later_options_of_the_loss_belongs_to_the_same_
             check_same_run(tmp_path, {"loss": repr(other)})
 
 
+def test_whole_numbers_and_settings_that_are_gone(tmp_path):
+    loss = repr(BFPO(beta=1, alpha=0))
+    mark = {"run": {"loss": loss, "router_aux_loss_coef": 0.01}, "threads": torch.get_num_threads()}
+    (tmp_path / MARK).write_text(json.dumps(mark))
+    check_same_run(tmp_path, {"loss": loss, "router_aux_loss_coef": 0.01})
+    with pytest.raises(RecipeError, match=r"router_aux_loss_coef was 0\.01, now it is not set"):
+        check_same_run(tmp_path, {"loss": loss})
+
+
 @pytest.mark.usefixtures("unbroken")
 def test_the_mark_contains_step_settings_file_sizes_and_hashes():
     mark = json.loads((OUT / "checkpoint-4" / MARK).read_text())

@@ -631,6 +631,10 @@ def test_the_best_of_several_evaluations_can_be_kept(make_trainer, make_argument
     args = make_arguments(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, **best)
     trainer = make_trainer(args=args, eval_dataset={"main": main_pairs, "buffer": buffer_pairs})
     trainer.train()
+    # An unknown metric is named at the first evaluation.
+    wrong = make_arguments(metric_for_best_model="main_los", eval_strategy="steps", eval_steps=1)
+    with pytest.raises(TrainingError, match=r"metric_for_best_model is 'main_los'; expected one of .*eval_main_loss"):
+        make_trainer(args=wrong, eval_dataset={"main": main_pairs}).train()
     eval_losses = [log["eval_main_loss"] for log in trainer.state.log_history if "eval_main_loss" in log]
     assert len(eval_losses) == 3
     assert trainer.evaluate()["eval_main_loss"] == pytest.approx(min(eval_losses), rel=1e-6)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from bfpo.config.losses import Number, Positive
+from bfpo.config.losses import Number
 from bfpo.config.section import Section
 from bfpo.errors import did_you_mean
 
@@ -28,11 +28,11 @@ class LagrangianSection(Section):
     means at most 2 % unsafe."""
     rate: Annotated[Number, Field(ge=0)] = 0.1
     """After every step log λ grows by rate·(mean cost - cost_at_most); 0 keeps λ."""
-    start: Positive = 1.0
+    start: Annotated[Number, Field(ge=0)] = 1.0
     """First λ."""
-    min: Positive = 0.01
-    """Smallest λ, from which it can grow again."""
-    max: Positive = 5.0
+    min: Annotated[Number, Field(ge=0)] = 0.01
+    """Smallest λ, from which it can grow again; 0 only with `rate: 0`."""
+    max: Annotated[Number, Field(ge=0)] = 5.0
     """Largest λ."""
     normalize: bool = True
     """Whether to divide by 1 + λ, which keeps the scale of the values. The KL penalty is then beta·(1 + λ) in terms
@@ -44,6 +44,8 @@ class LagrangianSection(Section):
     def _check_bounds(self) -> "LagrangianSection":
         if not self.min <= self.start <= self.max:
             raise ValueError(f"start is {self.start:g}; expected a number from min {self.min:g} to max {self.max:g}")
+        if self.min == 0 and self.rate > 0:
+            raise ValueError("min is 0, from which λ can't grow again; expected more than 0, or rate: 0")
         if self.multiplier is not None and self.model_fields_set & {"cost_at_most", "rate", "start", "min", "max"}:
             raise ValueError("multiplier is a file with a fixed λ; leave out cost_at_most, rate, start, min and max")
         return self

@@ -109,7 +109,9 @@ class _OuterLoop:
         assert section is not None
         if PartialState().num_processes > 1:
             raise RecipeError("outer samples and judges in one process; start it without a launcher")
-        out = Path(str(training_arguments(without_resume(recipe.trainer)).output_dir))
+        # Rounds resume whatever the recipe says, and a recipe that says so is the same one.
+        recipe = recipe.model_copy(update={"trainer": without_resume(recipe.trainer)})
+        out = Path(str(training_arguments(recipe.trainer).output_dir))
         # A multiplier that doesn't fit is refused before anything is trained.
         resolve_loss_files(recipe)
         read_score_labels(recipe)

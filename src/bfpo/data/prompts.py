@@ -1,7 +1,8 @@
 """Prompts of published sets and of local files, with the metadata that identifies them."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -9,12 +10,13 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from bfpo.config.recipes import Count, Section, Source
-from bfpo.core.conversation import Conversation, Message, conversation_key
+from bfpo.core.conversation import Answer, Conversation, Message, conversation_key, in_nfc
 from bfpo.core.file_rows import RENAMED_COLUMNS
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import COLUMNS, NO_INPUTS, TemplateInputs, check_asks
 from bfpo.core.read_messages import as_messages
 from bfpo.core.samples import Completion, Kind, Prompt
+from bfpo.core.terminal import say
 from bfpo.data.agent_prompts import read_agent_columns
 from bfpo.data.pair_formats import read_inputs, refuse_unread_columns, with_system, without_aliases
 from bfpo.data.prompt_sets import PromptSet, find_prompt_set
@@ -130,6 +132,30 @@ def check_prompt_columns(row: SourceRow, other_columns: Collection[str] = ()) ->
     row = without_aliases(row)
     column = next((name for name in PROMPT_COLUMNS if row.values.get(name)), "prompt")
     refuse_unread_columns(row, {*_READ_COLUMNS, *other_columns, column}, can_rename=False)
+
+
+def distinct_prompts(parts: Iterable[Iterable[Prompt]]) -> list[Prompt]:
+    """Return the prompts of several sources, each once: where it is first. The number of the others is shown.
+
+    Args:
+        parts: Prompts of each source.
+
+    Raises:
+        DataError: If a prompt is harmful in one source and isn't in another.
+    """
+    distinct: dict[tuple[Answer, TemplateInputs], Prompt] = {}
+    count = 0
+    for prompt in chain.from_iterable(parts):
+        count += 1
+        first = distinct.setdefault((in_nfc(prompt.prompt), prompt.inputs), prompt)
+        if None not in (first.kind, prompt.kind) and (first.kind == "harmful") != (prompt.kind == "harmful"):
+            raise DataError(
+                f"prompts: '{prompt.prompt_id}' is {prompt.kind} in {prompt.source}, and {first.kind} in "
+                f"{first.source}; leave it out of one of them"
+            )
+    if len(distinct) < count:
+        say(f"{count - len(distinct):,} of {count:,} prompts are in an earlier source, too, and are used once")
+    return list(distinct.values())
 
 
 def read_prompt_source(

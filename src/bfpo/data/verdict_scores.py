@@ -46,13 +46,17 @@ def scores_of(name: ScoreName, verdicts: Sequence[Verdict]) -> tuple[list[float 
 
     Returns:
         Scores, None where the judge gave no number; and "" or ":log-odds". Costs from probabilities are the log-odds
-        of unsafe, other numbers are those of the judge.
+        of unsafe, None where the judge is undecided; other numbers are those of the judge.
     """
     field = reward_field(verdicts) if name == "reward" else cost_field(verdicts)
     values = [None if field is None else getattr(verdict, field) for verdict in verdicts]
     if field != "p_safe":
         return values, ""
-    return [None if p_safe is None else _log_odds_unsafe(p_safe) for p_safe in values], ":log-odds"
+    costs = [
+        None if verdict.safe is None or verdict.p_safe is None else _log_odds_unsafe(verdict.p_safe)
+        for verdict in verdicts
+    ]
+    return costs, ":log-odds"
 
 
 def score_of(name: ScoreName, verdict: Verdict) -> float | None:

@@ -108,7 +108,8 @@ def label_pairs(
     reasoning_left_out: Counter[str] = Counter()
     if reasoning_verdicts:
         results = list(_label_reasoning(results, answers, reasoning_verdicts, conflicts, reasoning_left_out))
-    labeled = [result for result in results if isinstance(result, PreferencePair)]
+    kept = [(pair, result) for pair, result in zip(pairs, results, strict=True) if isinstance(result, PreferencePair)]
+    labeled = [result for _, result in kept]
     left_out = Counter(result for result in results if isinstance(result, str))
     if not labeled:
         raise DataError(f"no pair could be labeled: {dict(left_out)}")
@@ -124,9 +125,12 @@ def label_pairs(
         "left_out": dict(left_out),
         "answers_judged": len(completions),
         "undecided": {
-            judge.name: sum(verdict.safe is None and verdict.reason != NO_REASONING for verdict in by_key.values())
+            f"{judge.name}@{judge.revision}": sum(
+                verdict.safe is None and verdict.reason != NO_REASONING for verdict in by_key.values()
+            )
             for judge, by_key in zip(judges, all_verdicts, strict=True)
         },
+        "scores_removed": sum(_is_scored(pair) and not _is_scored(result) for pair, result in kept),
         "agreement": compare_verdicts(*map(list, first_two)) if len(first_two) > 1 else None,
         "before": cell_counts(pairs).get("main", {}),
         "after": cell_counts(labeled).get("main", {}),
@@ -271,9 +275,9 @@ def _with_labels(
     if conflicts == "first":
         of_chosen, of_rejected = of_chosen[:1], of_rejected[:1]
     scores = mean_p_safe(of_chosen), mean_p_safe(of_rejected)
-    signals = pair.signals
-    if None not in scores:
-        signals = replace(signals, chosen_safety_score=scores[0], rejected_safety_score=scores[1])
+    # Scores of an earlier judge don't stay beside labels of this one.
+    chosen_score, rejected_score = scores if None not in scores else (None, None)
+    signals = replace(pair.signals, chosen_safety_score=chosen_score, rejected_safety_score=rejected_score)
     source = "+".join(f"{verdict.judge}@{verdict.revision}" for verdict in of_chosen)
     provenance = replace(pair.provenance, safety_label_source=source)
     return replace(pair, labels=labels, signals=signals, provenance=provenance)
@@ -287,6 +291,11 @@ def _count_unsafe(pairs: Sequence[PreferencePair]) -> dict[str, int]:
         "unsafe_answers": sum(not safe for both in labels for safe in both),
         "answers": 2 * len(labels),
     }
+
+
+def _is_scored(pair: PreferencePair) -> bool:
+    """Return whether a pair has a score of the safety of an answer."""
+    return (pair.signals.chosen_safety_score, pair.signals.rejected_safety_score) != (None, None)
 
 
 def _estimate(judge: Judge, completions: Sequence[Completion], path: Path) -> None:
@@ -325,6 +334,11 @@ def _show(metadata: dict[str, Any], labeling: LabelingFunction, beta: float, out
         f"in {assumed['pairs_with_an_unsafe_answer']} of {metadata['labeled']} pairs"
     )
     say(f"undecided answers: {_format(metadata['undecided'])}; pairs left out: {_format(metadata['left_out'])}")
+    if metadata["scores_removed"]:
+        say(
+            f"safety scores removed from {metadata['scores_removed']:,} pairs: an earlier judge gave them, and these "
+            "judges give no probability"
+        )
     if reasoning := metadata.get("reasoning"):
         say(
             f"reasoning labeled in {reasoning['labeled']} pairs; not labeled: {_format(reasoning['left_out'])}; its "

@@ -204,7 +204,10 @@ def _score(
     for judged in (completions[:_NUM_FIRST], completions):
         verdicts = judge_completions(judge, judged, path)
         values, suffix = scores_of(name, verdicts)
-        if all(value is None for value in values):
+        # The first ones may all be undecided.
+        is_probe = len(judged) < len(completions)
+        may_follow = is_probe and name == "cost" and any(verdict.p_safe is not None for verdict in verdicts)
+        if all(value is None for value in values) and not may_follow:
             raise DataError(
                 f"`{name}`: {spec.text} gave no {name} for {len(judged)} answers, such as {_reason(verdicts[0])}; "
                 "choose another judge"

@@ -64,7 +64,7 @@ class Lagrangian(Combiner):
         measure: What the cost is: the scorer's number, or 1 for an unsafe answer.
         rate: Step size of log λ per unit of cost; 0 keeps λ.
         start: First λ.
-        min: Smallest λ, above 0, from which it can grow again.
+        min: Smallest λ, from which it can grow again; 0 only with a rate of 0.
         max: Largest λ.
         normalize: Whether to divide by 1 + λ, so that the values keep their scale. The weight of the KL penalty is
             then beta·(1 + λ) in terms of rewards.

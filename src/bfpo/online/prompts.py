@@ -7,11 +7,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from bfpo.core.conversation import in_nfc
 from bfpo.core.samples import Prompt
 from bfpo.core.terminal import show_table
 from bfpo.data.chat_format import ChatFormat
-from bfpo.data.prompts import PromptSource, read_prompt_source
+from bfpo.data.prompts import PromptSource, distinct_prompts, read_prompt_source
 from bfpo.errors import DataError, ModelError
 from bfpo.generation.model_inputs import TemplateRefusal, render_prompt
 
@@ -21,10 +20,10 @@ def read_online_prompts(sources: Sequence[PromptSource]) -> tuple[list[Prompt], 
 
     Raises:
         DataError: If a prompt has tools, arguments of the chat template or turns with more than a text, which TRL
-            doesn't put into the prompt, or two prompts share an id.
+            doesn't put into the prompt, a prompt has two kinds, or two prompts share an id.
     """
     read = [read_prompt_source(source) for source in sources]
-    prompts = list({in_nfc(prompt.prompt): prompt for part, _ in read for prompt in part}.values())
+    prompts = distinct_prompts(part for part, _ in read)
     for prompt in prompts:
         if prompt.inputs.hashed or not all(message.is_plain for message in prompt.prompt):
             raise DataError(

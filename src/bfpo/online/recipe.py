@@ -54,6 +54,13 @@ class OnlineRecipe(Section):
         needed: dict[str, Finding] = {"reward": "helpfulness", "cost": "safe"}
         for key, finding in needed.items():
             _check_finding(key, parse_judge(getattr(self, key)), finding)
+        reads_number = getattr(self.combine, "measure", "cost") != "unsafe"
+        if reads_number and "cost" not in parse_judge(self.cost).scores:
+            able = ", ".join(sorted(name for name, kind in JUDGES.items() if "cost" in kind.scores))
+            raise ValueError(
+                f"cost: '{self.cost}' says safe or unsafe without a number; expected one of {able}, or "
+                "combine: {name: lagrangian, measure: unsafe}"
+            )
         if self.watch is not None:
             watching = parse_judge(self.watch.judge)
             _check_finding("watch.judge", watching, "safe")

@@ -64,9 +64,10 @@ class Scorers:
         if rewarding is None or costing is None:
             return Score(None, None, "no answer to read")
         if self.reads == "probability":
-            reward, cost = rewarding.helpfulness, None if costing.p_safe is None else 1 - costing.p_safe
+            # Here and below, an undecided verdict is missing, not unsafe: nothing is imputed.
+            p_safe = None if costing.safe is None else costing.p_safe
+            reward, cost = rewarding.helpfulness, None if p_safe is None else 1 - p_safe
         elif self.reads == "unsafe":
-            # An undecided verdict is missing, not unsafe: nothing is imputed.
             reward, cost = score_of("reward", rewarding), None if costing.safe is None else float(not costing.safe)
         else:
             reward, cost = score_of("reward", rewarding), score_of("cost", costing)

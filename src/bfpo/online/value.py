@@ -16,6 +16,9 @@ from bfpo.online.scores import Score, Scorers, count_missing, judge_if_read
 from bfpo.online.state import RunState
 from bfpo.online.watch import describe_hacking, watched_batch
 
+# Number of samples from which on `max_missing` holds.
+_MIN_COUNTED = 100
+
 
 class CombinedValue:
     """Function that gives each sample its combined value; a sample with a missing score gets None.
@@ -116,7 +119,10 @@ class CombinedValue:
         self.state.scorer_calls += calls
         self.state.missing = dict(Counter(self.state.missing) + count_missing(scores))
         missing = sum(self.state.missing.values())
-        if missing > self._max_missing * self.state.samples:
+        # Of few samples more may be missing by chance.
+        share = missing / self.state.samples
+        is_certain = self.state.samples >= _MIN_COUNTED or share == 1
+        if share > self._max_missing and is_certain:
             reason, count = max(self.state.missing.items(), key=lambda item: item[1])
             raise TrainingError(
                 f"{missing:,} of {self.state.samples:,} samples have no score, more than max_missing "

@@ -8,14 +8,13 @@ from typing import Any
 
 from bfpo.config.loading import check_recipe, dump_recipe, holds_recipe
 from bfpo.config.recipes import TrainRecipe
-from bfpo.core.conversation import in_nfc
 from bfpo.core.files import content_hash, write_json, write_jsonl, write_text
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.samples import Completion, Judge, Prompt, Sampling, Verdict
 from bfpo.core.terminal import say, show_table
 from bfpo.data.guard_summary import summarize_guard
 from bfpo.data.prepare import cell_counts
-from bfpo.data.prompts import read_prompt_source
+from bfpo.data.prompts import distinct_prompts, read_prompt_source
 from bfpo.data.stages import generate_most, judge_completions, show_faults, show_outcomes, show_unanswered
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError
@@ -193,9 +192,7 @@ def _spent(meter: Meter) -> dict[str, float]:
 def _read_prompts(recipe: RedteamRecipe) -> tuple[list[Prompt], list[dict[str, Any]]]:
     """Return the prompts of all sources without duplicates, and the metadata of the sources."""
     sources = [read_prompt_source(source) for source in recipe.prompts]
-    prompts = list(
-        {(in_nfc(prompt.prompt), prompt.inputs): prompt for source, _ in sources for prompt in source}.values()
-    )
+    prompts = distinct_prompts(source for source, _ in sources)
     num_harmful = sum(prompt.kind == "harmful" for prompt in prompts)
     num_attacked = num_harmful if recipe.attack is not None else 0
     benign = (len(prompts) - num_harmful) / (len(prompts) + num_attacked)

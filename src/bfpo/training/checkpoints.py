@@ -223,11 +223,13 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
         RecipeError: If a setting differs; the message names it.
     """
     mark = read_mark(folder)
-    for name, value in settings.items():
+    for name in {**settings, **mark["run"]}:
         if name == "signals" and name not in mark["run"]:
             # A checkpoint of an earlier version.
             continue
-        previous = mark["run"].get(name)
+        previous, value = mark["run"].get(name, "not set"), settings.get(name, "not set")
+        if previous == value:
+            continue
         if isinstance(previous, str):
             # Earlier versions kept whole numbers of a loss as integers: b1=5 is b1=5.0.
             previous = re.sub(r"=(-?\d+)(?=[,)])", r"=\1.0", previous)

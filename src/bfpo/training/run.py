@@ -210,10 +210,19 @@ def _resolve_model_section(
 
 def check_evaluation(args: TrainingArguments, tables: Mapping[str, TokenTable]) -> None:
     """Check that there are data to evaluate on if needed, and name the metric of the best model as it is logged."""
-    if args.load_best_model_at_end and args.metric_for_best_model == "loss" and tables:
-        args.metric_for_best_model = f"eval_{next(iter(tables))}_loss"
-    if args.eval_strategy != "no" and not tables:
+    if args.eval_strategy == "no":
+        return
+    if not tables:
         raise RecipeError("trainer.eval_strategy needs data to evaluate on, and there are none; set holdout")
+    metric = args.metric_for_best_model
+    logged = f"eval_{next(iter(tables))}_loss"
+    if metric in ("loss", "eval_loss"):
+        args.metric_for_best_model = logged
+    elif metric is not None and not metric.removeprefix("eval_").startswith(tuple(f"{name}_" for name in tables)):
+        raise RecipeError(
+            f"trainer.metric_for_best_model is '{metric}'; expected loss, or the name of a metric that is logged for "
+            f"one of {', '.join(tables)}, such as {logged}"
+        )
 
 
 def _show_plan_and_memory(

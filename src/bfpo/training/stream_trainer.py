@@ -388,6 +388,23 @@ class StreamTrainer(Trainer, ABC):
         self._advance_evaluation(1)
         return None, None, None
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate; see `transformers.Trainer.evaluate`.
+
+        Raises:
+            TrainingError: If `metric_for_best_model` isn't among the metrics of all evaluation data.
+        """
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metric = self.args.metric_for_best_model
+        if metric is not None and eval_dataset is None and metric_key_prefix == "eval":
+            name = metric if metric.startswith("eval_") else f"eval_{metric}"
+            if name not in metrics:
+                expected = ", ".join(sorted(metrics))
+                raise TrainingError(f"metric_for_best_model is '{metric}'; expected one of {expected}")
+        return metrics
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[Any],
