@@ -25,7 +25,7 @@ from bfpo.losses.dual import Constraint, Dual, FrontierPoint
 from bfpo.losses.labeling import LabelingFunction
 from bfpo.model.new import CHAT_TEMPLATE
 from bfpo.training.arguments import DECIDED, training_arguments
-from bfpo.training.run import run_training
+from bfpo.training.run import check_evaluation, run_training
 from bfpo.training.run_sft import run_sft
 from bfpo.training.stream_trainer import StreamTrainer
 
@@ -434,3 +434,20 @@ def test_a_start_model_that_would_not_fit_is_refused_before_it_is_trained(nested
 def test_a_recipe_that_cannot_be_trained_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         run_training(recipe(**changes))
+
+
+@pytest.mark.parametrize(
+    "options", [{"metric_for_best_model": "loss"}, {"lr_scheduler_type": "reduce_lr_on_plateau"}]
+)
+def test_the_loss_of_the_best_model_is_that_of_the_first_data(options, tmp_path):
+    args = training_arguments({"output_dir": str(tmp_path), "eval_strategy": "steps", "use_cpu": True, **options})
+    check_evaluation(args, {"main": None, "buffer": None})
+    assert args.metric_for_best_model == "eval_main_loss"
+
+
+def test_a_metric_of_other_data_is_refused_before_training(tmp_path):
+    options = {"output_dir": str(tmp_path), "eval_strategy": "steps", "use_cpu": True}
+    args = training_arguments({**options, "metric_for_best_model": "accuracy"})
+    with pytest.raises(RecipeError, match=r"metric_for_best_model is 'accuracy'; expected loss, .* eval_main_loss"):
+        check_evaluation(args, {"main": None})
+    check_evaluation(training_arguments({**options, "metric_for_best_model": "main_loss"}), {"main": None})
