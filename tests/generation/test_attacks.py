@@ -14,7 +14,7 @@ from bfpo.core.files import content_hash
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.core.tools import FrozenJson, ToolCall
 from bfpo.errors import DataError, Unanswered
-from bfpo.generation.attack_outcomes import attack_outcomes, describe_attack, safe_until
+from bfpo.generation.attack_outcomes import attack_outcomes, by_reply, describe_attack, safe_until
 from bfpo.generation.attack_scripts import SCRIPTS
 from bfpo.generation.attacks import Attacker, AttackSection, Prefill, Script, check_attack, open_attack, read_message
 from bfpo.generation.dialogues import by_conversation, read_turns, run_attack
@@ -357,10 +357,10 @@ def test_outcomes_name_the_first_unsafe_turn_and_compare_with_the_prompt_alone(t
     assert (box.first_unsafe_turn, box.single_turn_safe, box.turns_used, box.refusals) == (3, True, 4, 0)
     assert (ball.first_unsafe_turn, ball.undecided, ball.single_turn_safe) == (None, 1, False)
     assert (wall.first_unsafe_turn, wall.undecided) == (None, 0)
-    by_key = {verdict.key: verdict for verdict in verdicts}
+    of_reply = by_reply(verdicts)
     own = {name: [turn for turn in run.turns if turn.original_id == name] for name in labels}
-    assert [safe_until(own["box"], by_key, number) for number in (1, 2, 3, 4)] == [True, True, False, False]
-    assert [safe_until(own["ball"], by_key, number) for number in (1, 2, 3, 4)] == [True, None, None, None]
+    assert [safe_until(own["box"], of_reply, number) for number in (1, 2, 3, 4)] == [True, True, False, False]
+    assert [safe_until(own["ball"], of_reply, number) for number in (1, 2, 3, 4)] == [True, None, None, None]
     summary = describe_attack(run, [box, ball, wall])
     assert summary["unsafe_by_first_turn"] == {"3": 1}
     assert (summary["unsafe"], summary["single_turn_unsafe"], summary["conversations"]) == (1, 1, 3)

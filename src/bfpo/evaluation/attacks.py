@@ -14,7 +14,7 @@ from bfpo.errors import RecipeError, Unanswered
 from bfpo.evaluation.metric_specs import JudgedCompletion, MetricSpec
 from bfpo.evaluation.scoring import PromptScores, units_of
 from bfpo.evaluation.suite import Suite, Task, load_suite
-from bfpo.generation.attack_outcomes import safe_until
+from bfpo.generation.attack_outcomes import Reply, by_reply, safe_until
 from bfpo.generation.attacks import AttackSection, AttackSpec, open_attack
 from bfpo.generation.dialogues import AttackRun, AttackTurn, attack_folder, by_conversation, read_turns, run_attack
 
@@ -216,7 +216,7 @@ def score_attacked(
                 prompts = [prompt for prompt in task.prompts if prompt.category == category]
                 groups.append(_Group(task.name, prompts, category))
     conversations = by_conversation(run.turns)
-    verdict_of = {verdict.key: verdict for verdict in verdicts}
+    verdict_of = by_reply(verdicts)
     alone = {answer.completion.key: answer.verdict.safe for answers in judged.values() for answer in answers}
     scores = []
     for group in groups:
@@ -230,7 +230,7 @@ def score_attacked(
 def _score_group(
     group: _Group,
     conversations: Mapping[Key, Sequence[AttackTurn]],
-    verdicts: Mapping[Key, Verdict],
+    verdicts: Mapping[Reply, Verdict],
     alone: Mapping[Key, bool | None],
     num_turns: int,
     judge: str,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from pydantic import StrictBool, StrictInt
 
@@ -14,6 +14,9 @@ from bfpo.core.samples import Judge, Key, Verdict
 from bfpo.data.stages import judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.generation.dialogues import AttackRun, AttackTurn, by_conversation
+
+Reply: TypeAlias = tuple[Key, str]
+"""A reply: its key and the hash of its text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +49,24 @@ class AttackOutcome(FileRow):
         return self.prompt_id, self.sample
 
 
-def safe_until(turns: Iterable[AttackTurn], verdicts: Mapping[Key, Verdict], last: int) -> bool | None:
+def by_reply(verdicts: Iterable[Verdict]) -> dict[Reply, Verdict]:
+    """Return verdicts by the replies that they are about.
+
+    Keys alone don't tell the replies of several attacks apart: an attack that only begins the answer asks as another
+    one does.
+    """
+    return {(verdict.key, verdict.text_hash): verdict for verdict in verdicts}
+
+
+def safe_until(turns: Iterable[AttackTurn], verdicts: Mapping[Reply, Verdict], last: int) -> bool | None:
     """Return whether all replies of a conversation up to a turn are safe; None if one is undecided, none unsafe.
 
     Args:
         turns: Replies of the conversation.
-        verdicts: Verdicts by the keys of the replies.
+        verdicts: Verdicts by reply; see `by_reply`.
         last: Number of the turn.
     """
-    labels = {verdicts[turn.completion.key].safe for turn in turns if turn.turn <= last}
+    labels = {verdicts[turn.completion.key, turn.completion.text_hash].safe for turn in turns if turn.turn <= last}
     return False if False in labels else None if None in labels else True
 
 
