@@ -22,7 +22,7 @@ from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
 from bfpo.data.prompt_sets import PROMPT_SETS
 from bfpo.evaluation import differences as comparing
 from bfpo.evaluation import scoring
-from bfpo.evaluation.gate import MIN_PROMPTS
+from bfpo.evaluation.metric_specs import MIN_PROMPTS
 from bfpo.experiments.methods import METHODS
 from bfpo.losses.build import LOSSES, make_loss
 from bfpo.losses.labeling import TABLES

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from bfpo.errors import GateViolated
-from bfpo.evaluation.gate import MIN_PROMPTS, Bound, enforce_bounds, evaluate_bounds
-from bfpo.evaluation.metric_specs import HELPFULNESS
+from bfpo.evaluation.gate import Bound, enforce_bounds, evaluate_bounds
+from bfpo.evaluation.metric_specs import HELPFULNESS, MIN_PROMPTS
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.scoring import PromptScores, compute_metrics
 

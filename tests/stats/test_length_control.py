@@ -44,7 +44,9 @@ def test_length_control_finds_the_rate_at_equal_length() -> None:
 
 def test_length_control_stays_finite_without_a_single_win() -> None:
     rate = length_controlled_win_rate(np.zeros(20), np.arange(20.0), np.zeros(20), resamples=50)
-    assert 0 <= rate.low <= rate.value <= rate.high < 0.01
+    assert 0 <= rate.low <= rate.value < 0.01
+    # As wide as that of the plain win rate: no resample has a win either.
+    assert rate.high > 0.1
 
 
 def synthetic_annotations(count, seed, scale, shift):

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bfpo.certificates.recipe import Precision
 from bfpo.core.files import content_hash, open_atomic
@@ -163,15 +164,23 @@ def _with_progress(what: str, count: int, read: Callable[[int], Tensor]) -> Iter
 def _in_precision(model: CausalLM, precision: Precision) -> CausalLM:
     """Return a copy of a model with its weights in another precision.
 
-    int8 is simulated: the weights of each linear layer are rounded to multiples of max|w| / 127 of their output, as
-    weight-only quantization does, and computed with in float32.
+    int8 is simulated: the weights of each linear layer but the head are rounded to multiples of max|w| / 127 of their
+    output, as weight-only quantization does, and computed with in float32.
+
+    Raises:
+        ModelError: If weights of int8 are in fused layers, which aren't simulated.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     copied: CausalLM = nn.Module.to(deepcopy(model), dtype)
     if precision == "int8":
+        head = copied.get_output_embeddings()
+        if fused := [name for name, parameter in copied.named_parameters() if parameter.dim() > 2]:
+            raise ModelError(f"precisions: int8 isn't simulated for fused layers such as {fused[0]}; leave it out")
         with torch.no_grad():
             for module in copied.modules():
-                if isinstance(module, nn.Linear):
-                    step = module.weight.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+                if isinstance(module, nn.Linear | Conv1D) and module is not head:
+                    # Weights of a Conv1D, as in GPT-2, are (inputs, outputs).
+                    inputs = 1 if isinstance(module, nn.Linear) else 0
+                    step = module.weight.abs().amax(dim=inputs, keepdim=True).clamp_min(1e-12) / 127
                     module.weight.copy_((module.weight / step).round() * step)
     return copied

@@ -130,16 +130,21 @@ def _read_demonstrations(
 
 
 def _imitated_answers(pair: PreferencePair, source: Source, report: SourceReport) -> list[Demonstration]:
-    chosen, rejected = (Demonstration(pair.prompt, answer, inputs=pair.inputs) for answer in pair.answers)
     use = source.use or ("chosen" if pair.labels is None else "safer")
-    if use == "both":
-        return [chosen, rejected]
-    if use == "safer":
+    sides = {"both": (0, 1), "chosen": (0,), "rejected": (1,)}.get(use)
+    if sides is None:
         if pair.labels is None:
             raise DataError(f"{report.name}: 'use: safer' needs safety labels, and this set has none")
         if not any(pair.labels):
             report.removed[Reason("both answers unsafe", pair.cell)] += 1
             return []
         # The more helpful of two safe answers is imitated.
-        return [chosen if pair.labels.chosen else rejected]
-    return [chosen if use == "chosen" else rejected]
+        sides = (0,) if pair.labels.chosen else (1,)
+    answers = []
+    for side in sides:
+        # Imitated, it would teach the model to end where the limit of its tokens was.
+        if pair.cut[side]:
+            report.removed[Reason("answer cut", pair.cell)] += 1
+        else:
+            answers.append(Demonstration(pair.prompt, pair.answers[side], inputs=pair.inputs))
+    return answers

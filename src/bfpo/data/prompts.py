@@ -1,5 +1,6 @@
 """Prompts of published sets and of local files, with the metadata that identifies them."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from bfpo.config.recipes import Count, Section, Source
-from bfpo.core.conversation import Answer, Conversation, Message, conversation_key, in_nfc
+from bfpo.core.conversation import Conversation, Message, conversation_key
 from bfpo.core.file_rows import RENAMED_COLUMNS
 from bfpo.core.files import content_hash, file_hash
 from bfpo.core.pairs import COLUMNS, NO_INPUTS, TemplateInputs, check_asks
@@ -141,13 +142,14 @@ def distinct_prompts(parts: Iterable[Iterable[Prompt]]) -> list[Prompt]:
         parts: Prompts of each source.
 
     Raises:
-        DataError: If a prompt is harmful in one source and isn't in another.
+        DataError: If a prompt is harmful in one source and isn't in another, or two prompts have one id.
     """
-    distinct: dict[tuple[Answer, TemplateInputs], Prompt] = {}
+    distinct: dict[tuple[str, TemplateInputs], Prompt] = {}
     count = 0
     for prompt in chain.from_iterable(parts):
         count += 1
-        first = distinct.setdefault((in_nfc(prompt.prompt), prompt.inputs), prompt)
+        # As in a single source, case and white space don't make another prompt.
+        first = distinct.setdefault((conversation_key(prompt.prompt), prompt.inputs), prompt)
         if None not in (first.kind, prompt.kind) and (first.kind == "harmful") != (prompt.kind == "harmful"):
             raise DataError(
                 f"prompts: '{prompt.prompt_id}' is {prompt.kind} in {prompt.source}, and {first.kind} in "
@@ -155,7 +157,15 @@ def distinct_prompts(parts: Iterable[Iterable[Prompt]]) -> list[Prompt]:
             )
     if len(distinct) < count:
         say(f"{count - len(distinct):,} of {count:,} prompts are in an earlier source, too, and are used once")
+    _check_ids(distinct.values())
     return list(distinct.values())
+
+
+def _check_ids(prompts: Iterable[Prompt]) -> None:
+    counts = Counter(prompt.prompt_id for prompt in prompts)
+    duplicates = [name for name, count in counts.items() if count > 1]
+    if duplicates:
+        raise DataError(f"prompts: two prompts have the id '{duplicates[0]}'; the id of a prompt must be unique")
 
 
 def read_prompt_source(
@@ -194,12 +204,17 @@ def read_prompt_source(
     prompts: dict[str, Prompt] = {}
     for raw in _read_raw_prompts(source, prompt_set, revision, where or {}, system, other_columns):
         key = raw.content.key
-        if key not in prompts:
-            prompts[key] = _make_prompt(raw, source.name, license)
+        prompt = _make_prompt(raw, source.name, license)
+        first = prompts.setdefault(key, prompt)
+        if source.name == "file" and first.kind != prompt.kind:
+            raise DataError(
+                f"{source.path}: '{first.prompt_id}' is there as {first.kind} and as {prompt.kind}; keep one of them"
+            )
         if len(prompts) == source.limit:
             break
     if not prompts:
         raise DataError(f"prompts: {source.name} has none")
+    _check_ids(prompts.values())
     return list(prompts.values()), {
         "name": source.name,
         "from": source.path or f"{prompt_set.hub}@{revision}",

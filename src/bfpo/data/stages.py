@@ -59,11 +59,13 @@ def read_prompt_file(
                 messages, inputs, language = read_prompt_content(row)
                 default_id = prompt_id(messages, inputs)
                 columns = {"prompt": [message.to_row() for message in messages], "language": language}
-                prompts.append(Prompt.from_row({"prompt_id": default_id, "source": path, **row.values, **columns}))
+                # An empty cell of a CSV is a missing value.
+                given = {name: value for name, value in row.values.items() if value != ""}
+                prompts.append(Prompt.from_row({"prompt_id": default_id, "source": path, **given, **columns}))
                 check_prompt_columns(row)
     if not prompts:
         raise DataError(f"{path} has no prompts")
-    if duplicate := _first_duplicate(prompt.prompt_id for prompt in prompts):
+    if (duplicate := _first_duplicate(prompt.prompt_id for prompt in prompts)) is not None:
         raise DataError(f"{path}: duplicate prompt id '{duplicate}'; the id of a prompt must be unique")
     return prompts
 

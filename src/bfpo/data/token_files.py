@@ -190,9 +190,15 @@ class _Entry:
             found = [part for part in parts if part is not None]
             if len(found) < len(parts) and not self._is_finished:
                 raise DataError(f"{self._folder}: parts are missing; delete that folder, and start again")
-            with open_atomic(self._folder / "ids.bin") as file:
-                for number in range(len(self._chunks)):
-                    file.write(self._ids_file(number).read_bytes())
+            try:
+                with open_atomic(self._folder / "ids.bin") as file:
+                    for number in range(len(self._chunks)):
+                        file.write(self._ids_file(number).read_bytes())
+            except FileNotFoundError:
+                # Another process has joined and removed them meanwhile.
+                if self._is_finished:
+                    return
+                raise
             kept: list[list[NDArray[np.bool_]]] = [[np.zeros(0, dtype=bool)] for _ in self._sources]
             counts: list[tuple[Counter[Reason], Counter[Reason]]] = [(Counter(), Counter()) for _ in self._sources]
             for (source, _), part in zip(self._chunks, found, strict=True):

@@ -3,6 +3,7 @@
 import json
 import math
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -185,8 +186,9 @@ def _number(
     fields: Mapping[str, Any], name: str, default: float, allowed: str, is_allowed: Callable[[float], bool]
 ) -> float:
     value = fields.get(name, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not is_allowed(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # An integer may be too large for a float, and is then as little allowed as infinity.
+    if not is_number or abs(value) > sys.float_info.max or math.isnan(value) or not is_allowed(value):
         raise RefusedRequest(f"{name} is {shorten(value)}; expected {allowed}", param=name)
     return float(value)
 

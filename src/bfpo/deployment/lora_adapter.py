@@ -51,7 +51,8 @@ def export_adapter(checkpoint: Path, temporary: Path, *, dtype: str | None) -> l
     shutil.copyfile(checkpoint / "adapter_config.json", temporary / "adapter_config.json")
     load_tokenizer(ModelSection(path=str(checkpoint))).save_pretrained(temporary)
     others = sorted(stored - {dtype})
-    return [f"matrices rounded from {', '.join(others)} to {dtype}"] if dtype is not None and others else []
+    is_rounded = dtype not in (None, "float32") and others
+    return [f"matrices rounded from {', '.join(others)} to {dtype}"] if is_rounded else []
 
 
 def say_how_to_serve(folder: Path) -> None:

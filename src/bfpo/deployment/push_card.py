@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard
 from bfpo.deployment.licenses import LICENSES, describe, normalize
 from bfpo.errors import DataError
 
+# Those of an earlier push would stay beside another license.
+_LICENSE_KEYS = ("license", "license_name", "license_link")
 _BEGIN, _END = "<!-- bfpo push: begin -->", "<!-- bfpo push: end -->"
 
 
@@ -67,7 +69,10 @@ def make_card(text: str, facts: CardFacts, *, local_name: str, evaluation: str |
         card = ModelCard(text or f"# {facts.repo_id.partition('/')[2] or facts.repo_id}\n")
     except (yaml.YAMLError, ValueError) as error:
         raise DataError(f"README.md: its metadata can't be read ({str(error).splitlines()[0]})") from None
-    for key, value in _metadata(facts).items():
+    metadata = _metadata(facts)
+    for key in _LICENSE_KEYS:
+        setattr(card.data, key, metadata.pop(key, None))
+    for key, value in metadata.items():
         setattr(card.data, key, value)
     content = str(card).replace(f'from_pretrained("{local_name}")', f'from_pretrained("{facts.repo_id}")')
     for section in (evaluation, _license_section(facts)):

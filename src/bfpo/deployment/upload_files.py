@@ -123,7 +123,7 @@ def _clean(path: Path, private: Sequence[str]) -> UploadFile:
     if _matches(path.name, _AGREEMENTS):
         _check_secrets(text, str(path))
         return UploadFile(path)
-    cleaned, replaced = clean_text(text, private, where=str(path))
+    cleaned, replaced = clean_text(text, private, where=str(path), keep_words=path.suffix == ".json")
     return UploadFile(path, cleaned if replaced else None, replaced)
 
 
@@ -133,13 +133,17 @@ def _check_secrets(text: str, where: str) -> None:
         raise DataError(f"{where} contains what looks like a key or a password; remove it, and make a new one")
 
 
-def clean_text(text: str, private: Sequence[str], *, where: str) -> tuple[str, tuple[str, ...]]:
+def clean_text(
+    text: str, private: Sequence[str], *, where: str, keep_words: bool = False
+) -> tuple[str, tuple[str, ...]]:
     """Return a text without paths and private names, and what was replaced, in words.
 
     Args:
         text: Text of a record.
         private: Names of `private_names`.
         where: Name of the text, for errors.
+        keep_words: Whether a private name that is all of a quoted text stays: in a configuration such as
+            `"model_type": "llama"` it is a word of a library, and not the account of that name.
 
     Raises:
         DataError: If it contains a secret.
@@ -154,7 +158,10 @@ def clean_text(text: str, private: Sequence[str], *, where: str) -> tuple[str, t
     for pattern in (_POSIX_PATH, _WINDOWS_PATH):
         text = pattern.sub(last_part, text)
     for name in private:
-        text, count = re.subn(rf"(?<!\w){re.escape(name)}(?!\w)", "someone", text, flags=re.IGNORECASE)
+        found = rf"(?<!\w){re.escape(name)}(?!\w)"
+        if keep_words:
+            found = rf'(?!(?<="){re.escape(name)}"){found}'
+        text, count = re.subn(found, "someone", text, flags=re.IGNORECASE)
         if count:
             replaced[f"{name} by someone"] += count
     return text, tuple(f"{what} ({count})" if count > 1 else what for what, count in replaced.items())

@@ -77,8 +77,8 @@ def read_length_control(gamed: str, difficulty: str | None = None) -> LengthCont
         raise DataError(f"{gamed}: a row has no number in 'std_delta_len' or 'instruction_difficulty'")
     if difficulty is not None:
         # Its first column, the number of the instruction, has no name.
-        table = [row.values for row in _read_csv(difficulty)]
-        values = {float(next(iter(row.values()))): float(row["instruction_difficulty"]) for row in table}
+        table = _read_csv(difficulty)
+        values = {_number(row, next(iter(row.values))): _number(row, "instruction_difficulty") for row in table}
         same = [values.get(float(index)) for index in range(count)]
         if None in same or not np.allclose(np.array(same, dtype=np.float64), difficulties[:count], rtol=1e-6):
             raise DataError(f"{difficulty}: the difficulties aren't those of {gamed}; expected files of one version")

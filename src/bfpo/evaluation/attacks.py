@@ -60,6 +60,8 @@ def load_suites(entries: Sequence[str | AttackedSuite]) -> tuple[dict[str, Suite
             attacks[name] = entry.attack
         elif name in attacks:
             raise RecipeError(f"suites: '{name}' is already listed; set `name:` of one of them")
+        elif name in suites and suites[name] != suite:
+            raise RecipeError(f"suites: two are named '{name}'; rename the file of one of them")
         suites[name] = suite
     return suites, attacks
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bfpo.evaluation.comparisons import verdict_on
-from bfpo.evaluation.metric_specs import HARMONIC_MEAN
+from bfpo.evaluation.metric_specs import HARMONIC_MEAN, MIN_PROMPTS
 from bfpo.evaluation.results import MetricComparison, Results
 from bfpo.evaluation.scoring import PromptScores, safety_and_helpfulness
 from bfpo.stats.intervals import Interval, Values, bootstrap, harmonic_mean
@@ -39,7 +39,8 @@ def paired_difference(scores: PromptScores, baseline: PromptScores) -> PairedDif
     if not shared:
         return None
     values = _select(scores, shared), _select(baseline, shared)
-    if scores.spec.is_rate and scores.samples == baseline.samples == 1:
+    is_rate = scores.spec.is_rate and baseline.spec.is_rate and bool(np.isin(values, (0, 1)).all())
+    if is_rate and scores.samples == baseline.samples == 1:
         return PairedDifference(paired_rates(*values), mcnemar_p_value(*values), len(shared), BY_TANGO)
     return PairedDifference(*paired_means(*values), len(shared), BY_PAIRED_T)
 
@@ -93,15 +94,19 @@ def compare_scores(
 def _compare_harmonic_means(
     suite: str, scores: Sequence[PromptScores], baseline: Sequence[PromptScores], *, against: Results
 ) -> MetricComparison | None:
-    """Compare the harmonic means of safety and helpfulness; None if one of the runs lacks them."""
+    """Compare the harmonic means of safety and helpfulness; None if the runs share no prompts with both."""
     axes, baseline_axes = safety_and_helpfulness(scores), safety_and_helpfulness(baseline)
     if axes is None or baseline_axes is None:
         return None
     pairs = []
     for axis, baseline_axis in zip(axes, baseline_axes, strict=True):
         shared = [prompt_id for prompt_id in axis.by_prompt if prompt_id in baseline_axis.by_prompt]
+        if not shared:
+            return None
         pairs.append(np.stack([_select(axis, shared), _select(baseline_axis, shared)]))
     difference = bootstrap(_difference_of_harmonic_means, *pairs)
+    # The bootstrap's intervals are too narrow for few prompts.
+    has_verdict = min(pair.shape[1] for pair in pairs) >= MIN_PROMPTS
     return MetricComparison(
         against.run,
         suite,
@@ -110,7 +115,7 @@ def _compare_harmonic_means(
         *difference,
         n=sum(pair.shape[1] for pair in pairs),
         interval=BY_PAIRED_BOOTSTRAP,
-        verdict=verdict_on(difference, higher_is_better=True),
+        verdict=verdict_on(difference, higher_is_better=True) if has_verdict else "not distinguishable",
         judge=axes[0].judge,
         against_model=against.model,
         against_answers=against.answers,

@@ -1,6 +1,6 @@
 """Gates: bounds on the metrics of an evaluation, decided by their intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,15 +14,12 @@ from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.attacks import attack_metrics
 from bfpo.evaluation.correction import QUESTIONS
 from bfpo.evaluation.lm_eval.tasks import listed_metrics
-from bfpo.evaluation.metric_specs import DERIVED_METRICS, METRICS_OF_REASONING, metrics_of
+from bfpo.evaluation.metric_specs import DERIVED_METRICS, METRICS_OF_REASONING, MIN_PROMPTS, metrics_of
 from bfpo.evaluation.results import CORRECTED, MetricResult, Results, format_metric
 from bfpo.evaluation.suite import INDICES, Task
 from bfpo.evaluation.suite_scores import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, ORDER_DECIDES, WIN_RATE
 
 BoundState = Literal["passed", "violated", "undecided"]
-MIN_PROMPTS = 10
-"""Number of prompts below which no bound is decided. Fewer rarely contain one of the bad answers that a model gives
-now and then, and intervals of skewed scores cover too seldom; see the coverage in docs/statistics.md."""
 
 
 class Bound(Section):
@@ -105,6 +102,7 @@ def check_bounds(
     *,
     corrected: bool = False,
     length_controlled: bool = False,
+    with_indices: Collection[str] = (),
 ) -> None:
     """Check that each bound is on a task that is run and on a metric that it has.
 
@@ -114,11 +112,13 @@ def check_bounds(
         lm_eval: `SUITE/TASK` → lm-eval's name of the task.
         corrected: Whether rates are corrected for the judges' errors too.
         length_controlled: Whether AlpacaEval's length-controlled win rate is computed.
+        with_indices: Names of the suites with indices.
 
     Raises:
         RecipeError: If a task or a metric is unknown.
     """
     names = {f"{task.suite}/{name}" for task in tasks for name in (task.name, task.kind, "all")}
+    names |= {f"{suite}/all" for suite in with_indices}
     measured = {spec.name for kind in KINDS for spec in (*metrics_of(kind), *METRICS_OF_REASONING)}
     measured |= {*DERIVED_METRICS, *INDICES}
     if any(task.references for task in tasks):
@@ -185,14 +185,21 @@ def _find_metric(results: Results, bound: Bound) -> MetricResult:
     if not candidates:
         names = list(dict.fromkeys(map(full_name, results.metrics)))
         raise RecipeError(f"gate: there is no {name}; {did_you_mean(name, names)}")
+    primary = results.judges[0]["name"] if results.judges else ""
+    judges = {bound.judge} if bound.judge is not None else {"", primary}
     for metric in candidates:
-        if metric.category == bound.category and bound.judge in (None, metric.judge):
+        if metric.category == bound.category and metric.judge in judges:
             return metric
     if bound.category not in {metric.category for metric in candidates}:
         categories = sorted({metric.category for metric in candidates if metric.category})
         raise RecipeError(f"gate: {bound}: no such category; {did_you_mean(str(bound.category), categories)}")
-    judges = sorted({metric.judge for metric in candidates})
-    raise RecipeError(f"gate: {bound}: no such judge; {did_you_mean(str(bound.judge), judges)}")
+    others = sorted({metric.judge for metric in candidates})
+    if bound.judge is None:
+        raise RecipeError(
+            f"gate: {bound}: the primary judge {primary} doesn't measure it; set `judge:` to one of "
+            f"{', '.join(others)}"
+        )
+    raise RecipeError(f"gate: {bound}: no such judge; {did_you_mean(bound.judge, others)}")
 
 
 def _evaluate_bound(bound: Bound, metric: MetricResult) -> BoundResult:

@@ -4,12 +4,14 @@ import gc
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.config.loading import dump_recipe
 from bfpo.core.files import write_jsonl, write_text
+from bfpo.core.locks import exclusive_folder
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.core.terminal import say
 from bfpo.data.guard_summary import describe_guard, summarize_guard
@@ -103,10 +105,15 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         gate: File of bounds; default the recipe's.
 
     Raises:
-        RecipeError: If a suite, a source, a judge or a bound isn't possible.
+        RecipeError: If a suite, a source, a judge or a bound isn't possible, or another evaluation is running there.
         DataError: If prompts can't be read, or the folder holds another evaluation.
         GateViolated: If a bound is violated with confidence; the results are written before.
     """
+    with ExitStack() as stack:
+        return _run_eval(recipe, gate, stack)
+
+
+def _run_eval(recipe: EvalRecipe, gate: str | None, stack: ExitStack) -> Results:
     bounds = _read_bounds(recipe, gate)
     suites, tasks = read_suites(recipe)
     # Everything that can be refused is refused before hours of work.
@@ -120,12 +127,15 @@ def run_eval(recipe: EvalRecipe, *, gate: str | None = None) -> Results:
         lm_eval_names,
         corrected=recipe.calibration is not None,
         length_controlled=length_control is not None,
+        with_indices=[name for name, suite in suites.items() if suite.indices],
     )
     calibration = None if recipe.calibration is None else read_calibration(recipe.calibration)
     fitting_warnings = [] if calibration is None else fitted_on_warnings(calibration, recipe.judges)
     policy = template_policy(recipe, suites, tasks)
     baseline = None if recipe.base is None else read_baseline(recipe.base, policy if tasks else None)
     folder = Path(recipe.out)
+    message = f"out: another evaluation is running in {folder}; wait for it, or name another folder"
+    stack.enter_context(exclusive_folder(folder, message))
     if tasks:
         write_prompts(folder, unique_prompts(tasks))
     lm_eval_results = run_lm_eval_tasks(recipe, lm_eval_tasks, folder)

@@ -12,7 +12,7 @@ from bfpo.core.file_rows import FiniteFloat
 from bfpo.core.files import write_json
 from bfpo.core.typed_json import read_if_written
 
-_FILE_NAME = "cost.json"
+COST_FILE = "cost.json"
 _Number = Annotated[int, Field(strict=True, ge=0)]
 
 
@@ -37,7 +37,7 @@ class Cost:
 
     def write(self, folder: Path) -> None:
         """Write `cost.json` into a folder."""
-        write_json(folder / _FILE_NAME, asdict(self))
+        write_json(folder / COST_FILE, asdict(self))
 
 
 def read_cost(folder: Path) -> Cost | None:
@@ -46,7 +46,7 @@ def read_cost(folder: Path) -> Cost | None:
     Raises:
         DataError: If the file is malformed.
     """
-    return read_if_written(folder / _FILE_NAME, Cost, remedy="remove the folder to run its stage again")
+    return read_if_written(folder / COST_FILE, Cost, remedy="remove the folder to run its stage again")
 
 
 def measured(work: Callable[[], tuple[int, int]]) -> Cost:

@@ -177,7 +177,9 @@ def choose_settings(recipe: ExperimentRecipe, results: Sequence[VariantResult]) 
             edges = []
             for key in variant.vary:
                 tried = [setting.values[key] for setting in settings]
-                if best.values[key] in (min(tried), max(tried)):
+                # Other values than numbers have no edge.
+                has_edges = all(isinstance(value, int | float) and not isinstance(value, bool) for value in tried)
+                if has_edges and best.values[key] in (min(tried), max(tried)):
                     edges.append(key)
             score = round(scores[world, best.name], 4)
             row = {"world": world, "variant": name, "values": best.values, "score": score}

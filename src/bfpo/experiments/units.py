@@ -23,7 +23,7 @@ from bfpo.core.files import content_hash
 from bfpo.core.terminal import log_to_file, progress
 from bfpo.errors import BfpoError, DataError, RecipeError, Stopped, TrainingError, did_you_mean
 from bfpo.evaluation.results import EVALUATION_FOLDER, FILE_NAME, read_results
-from bfpo.experiments.costs import Cost, measured
+from bfpo.experiments.costs import COST_FILE, Cost, measured
 from bfpo.experiments.methods import samples_folder, train_recipes
 from bfpo.experiments.recipe import DATA_DIALS, ExperimentRecipe, all_settings
 from bfpo.experiments.stages import Method
@@ -212,8 +212,9 @@ def run_unit(unit: Unit) -> None:
         evaluate_run(unit.folder, world / "prompts.jsonl", oracle)
     if unit.method is not None:
         _remove_weights(unit.folder)
-        # They are made of shared samples within a second.
-        (samples_folder(unit.folder) / "pairs.jsonl").unlink(missing_ok=True)
+        # They are made of shared samples within a second; without its cost, their stage runs again.
+        for name in (COST_FILE, "pairs.jsonl"):
+            (samples_folder(unit.folder) / name).unlink(missing_ok=True)
 
 
 def _run_method(unit: Unit, method: Method, world: Path) -> Cost:

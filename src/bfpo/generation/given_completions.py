@@ -43,6 +43,6 @@ def logps_of(model_path: Path, completions: Sequence[Completion], *, max_length:
     logps = []
     with torch.no_grad(), progress("log-probabilities", len(examples)) as advance:
         for part in packs(examples, _TOKENS_PER_PACK):
-            logps.append(model(layout=packed_layout(examples[part])).double().numpy())
+            logps.append(model(layout=packed_layout(examples[part]).to(model.device)).double().cpu().numpy())
             advance(len(logps[-1]))
     return np.concatenate(logps)

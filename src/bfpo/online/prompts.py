@@ -30,9 +30,6 @@ def read_online_prompts(sources: Sequence[PromptSource]) -> tuple[list[Prompt], 
                 f"prompts: '{prompt.prompt_id}' has tools, reasoning or chat_template_kwargs, which can't be sampled "
                 "online; leave such prompts out"
             )
-    duplicates = [name for name, count in Counter(prompt.prompt_id for prompt in prompts).items() if count > 1]
-    if duplicates:
-        raise DataError(f"prompts: two prompts have the id '{duplicates[0]}'; the id of a prompt must be unique")
     return prompts, [metadata for _, metadata in read]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from bfpo.config.loading import check_recipe, dump_recipe, holds_recipe
 from bfpo.config.recipes import TrainRecipe
 from bfpo.core.files import content_hash, write_json, write_jsonl, write_text
+from bfpo.core.locks import exclusive_folder
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.samples import Completion, Judge, Prompt, Sampling, Verdict
 from bfpo.core.terminal import say, show_table
@@ -39,16 +40,22 @@ def run_redteam(recipe: RedteamRecipe) -> list[Path]:
         One file of pairs per round.
 
     Raises:
-        RecipeError: If the recipe is invalid, or the folder has the files of another recipe.
+        RecipeError: If the recipe is invalid, or the folder has the files of another recipe or another run.
         DataError: If prompts can't be read, or no pair could be made.
     """
-    out, paths = Path(recipe.out), []
     model = recipe.model
     if recipe.rounds > 1:
         from bfpo.training.preflight import check_training
 
         # Shows an error in `train` before the work of the first round.
-        check_training(_train_recipe(recipe, model, [out / "pairs.jsonl"], out / "model"))
+        check_training(_train_recipe(recipe, model, [Path(recipe.out) / "pairs.jsonl"], Path(recipe.out) / "model"))
+    message = f"out: another red-teaming is running in {recipe.out}; wait for it, or name another folder"
+    with exclusive_folder(Path(recipe.out), message):
+        return _run_rounds(recipe)
+
+
+def _run_rounds(recipe: RedteamRecipe) -> list[Path]:
+    out, model, paths = Path(recipe.out), recipe.model, []
     _write_recipe(out, recipe)
     for number in range(recipe.rounds):
         folder = out if recipe.rounds == 1 else out / f"round-{number + 1}"
@@ -256,8 +263,10 @@ def _train(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], o
 
 def _train_recipe(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], out: Path) -> TrainRecipe:
     content = dict(recipe.train or {})
+    given = {name: value for name, value in content.get("model", {}).items() if name != "revision"}
     content |= {
-        "model": {**content.get("model", {}), "path": model.path},
+        # A model that an earlier round trained has no revision.
+        "model": {**given, "path": model.path} | ({} if model.revision is None else {"revision": model.revision}),
         "data": [{"path": str(path)} for path in paths],
         # A round that is killed during training resumes the training too.
         "trainer": {"resume_from_checkpoint": True, **content.get("trainer", {}), "output_dir": str(out)},

@@ -1,6 +1,7 @@
 """Reading run folders: the evaluation, and the training record if `bfpo` trained the model."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +203,10 @@ def _read_completions(
         return {}, {}, []
     prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(prompt_file))}
     completions = [completion for completion in read_completions(completion_file) if completion.prompt_id in prompts]
+    # A prompt that a server answered in part takes no part in the evaluation, and nobody judged its answers.
+    samples = Counter(completion.prompt_id for completion in completions)
+    whole = max(samples.values(), default=0)
+    completions = [completion for completion in completions if samples[completion.prompt_id] == whole]
     verdicts = verdicts_of_evaluation(folder, judges)
     return (
         prompts,

@@ -78,6 +78,8 @@ def _summarize_run(run: Run, baseline: Run | None, keys: Sequence[MetricKey]) ->
     for task, name, template in MAIN:
         for key in keys:
             sentence = _sentence(run, baseline, key, template) if key[1:] == (task, name) else None
+            if sentence is not None and sum(other[1:] == key[1:] for other in keys) > 1:
+                sentence = sentence._replace(subject=f"{key[0]}: {sentence.subject}")
             if sentence is not None:
                 sentences.append(sentence)
     headline, comparisons = "", []
@@ -89,14 +91,14 @@ def _summarize_run(run: Run, baseline: Run | None, keys: Sequence[MetricKey]) ->
         for comparison in comparisons:
             if comparison.verdict in others and (comparison.task, comparison.metric) not in main:
                 others[comparison.verdict].append(_phrase(run, baseline, comparison))
-    safety = run.results.metric(*SAFETY)
+    safety = [metric for key in keys if key[1:] == SAFETY and (metric := run.metric(key)) is not None]
     return RunSummary(
         run.name,
         headline,
         sentences,
         [(verdict, phrases) for verdict, phrases in others.items() if phrases],
         bool(comparisons),
-        safety.unscored if safety else 0,
+        sum(metric.unscored for metric in safety),
     )
 
 
@@ -131,8 +133,13 @@ def _phrase(run: Run, baseline: Run, comparison: MetricComparison) -> str:
 
 
 def _headline(run: Run, baseline: Run, comparisons: Sequence[MetricComparison]) -> str:
-    verdicts = {(comparison.task, comparison.metric): comparison.verdict for comparison in comparisons}
-    safety, helpfulness = verdicts.get(SAFETY), verdicts.get(HELPFULNESS)
+    by_metric: dict[tuple[str, str], set[str | None]] = {SAFETY: set(), HELPFULNESS: set()}
+    for comparison in comparisons:
+        if (comparison.task, comparison.metric) in by_metric:
+            by_metric[comparison.task, comparison.metric].add(comparison.verdict)
+    if any(len(verdicts) > 1 for verdicts in by_metric.values()):
+        return f"Against {baseline.name}, {run.name} differs from suite to suite."
+    safety, helpfulness = (next(iter(by_metric[name]), None) for name in (SAFETY, HELPFULNESS))
     if safety is None or helpfulness is None:
         return ""
     safety_word = {"better": "safer", "worse": "less safe"}.get(safety)

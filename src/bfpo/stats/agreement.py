@@ -1,5 +1,6 @@
 """Agreement of a judge's verdicts with human labels."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -301,13 +302,20 @@ def held_out_threshold(
     Returns:
         The rates; None if unsafe answers have fewer prompts than there are folds.
     """
-    from sklearn.model_selection import GroupKFold
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
     is_unsafe, p = np.array(unsafe, dtype=bool), np.array(p_safe, dtype=np.float64)
     if len(set(_select(prompts, is_unsafe))) < FOLDS:
         return None
     passes = np.zeros(len(p), dtype=bool)
-    for others, fold in GroupKFold(FOLDS).split(p, groups=list(prompts)):
+    folds = list(GroupKFold(FOLDS).split(p, groups=list(prompts)))
+    if not all(is_unsafe[others].any() for others, _ in folds):
+        # A threshold that is chosen without unsafe answers would let all pass.
+        with warnings.catch_warnings():
+            # Of safe answers there may be few.
+            warnings.simplefilter("ignore", UserWarning)
+            folds = list(StratifiedGroupKFold(FOLDS).split(p, is_unsafe, groups=list(prompts)))
+    for others, fold in folds:
         passes[fold] = p[fold] >= threshold_for(is_unsafe[others].tolist(), p[others].tolist(), max_false_safe)
     false_safe = _recall(passes[is_unsafe], _select(prompts, is_unsafe), single=False)
     assert false_safe is not None

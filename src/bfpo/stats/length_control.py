@@ -76,7 +76,8 @@ def length_controlled_win_rate(
     difference = np.asarray(lengths, dtype=np.float64) - reference_lengths
     spread = difference.std()
     control = np.tanh(difference / spread) if spread > 0 else np.zeros_like(difference)
-    return bootstrap(_rate_at_equal_length, np.stack([preferences, control]), seed=seed, resamples=resamples)
+    interval = bootstrap(_rate_at_equal_length, np.stack([preferences, control]), seed=seed, resamples=resamples)
+    return _widened(interval, preferences)
 
 
 def alpaca_eval_win_rate(
@@ -140,7 +141,19 @@ def alpaca_eval_win_rate(
         rates = [_mean_at_equal_length(_fit(*data(row), penalty), difficulties[row]) for row in rows]
         return np.array(rates).reshape(drawn.shape[:-1])
 
-    return bootstrap(rate, every.astype(np.float64), seed=seed, resamples=resamples)
+    interval = bootstrap(rate, every.astype(np.float64), seed=seed, resamples=resamples)
+    return _widened(interval, preferences[is_decided])
+
+
+def _widened(interval: Interval, preferences: Values) -> Interval:
+    """Return an interval with that of the plain win rate in it where all preferences are equal.
+
+    No resample differs from the sample then, and the bootstrap's interval has no width.
+    """
+    if np.ptp(preferences) > 0:
+        return interval
+    plain = score_interval(preferences)
+    return Interval(interval.value, min(interval.low, plain.low), max(interval.high, plain.high))
 
 
 def _best_penalty(features: Values, preferences: Values, weights: Values) -> float:

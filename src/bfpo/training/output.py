@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_utils import TrainOutput
@@ -19,8 +18,9 @@ from bfpo.config.loading import dump_recipe
 from bfpo.config.recipes import Section
 from bfpo.core.environment import git_revision, hardware, versions
 from bfpo.core.files import write_json, write_text
+from bfpo.core.locks import exclusive_folder
 from bfpo.core.terminal import say, timed
-from bfpo.errors import RecipeError, Stopped, TrainingError
+from bfpo.errors import Stopped, TrainingError
 from bfpo.training.callbacks import MetricsFile, ProgressLine, format_metrics
 from bfpo.training.card import model_card
 from bfpo.training.checkpoints import StopOnSignal
@@ -31,11 +31,10 @@ from bfpo.training.stream_trainer import StreamTrainer
 def exclusive_output(out: Path) -> Iterator[None]:
     """Keep other runs out of an output folder inside a `with` block.
 
-    The main process holds the lock for all processes of a distributed run. The lock is a file beside the folder (in
-    it if the parent can't be written to), and ends with its process, however that ends.
+    The main process holds the lock for all processes of a distributed run.
 
     Args:
-        out: Output folder; a link to a folder is locked under the folder's own path.
+        out: Output folder.
 
     Raises:
         RecipeError: If another run holds the lock.
@@ -43,22 +42,9 @@ def exclusive_output(out: Path) -> Iterator[None]:
     if not PartialState().is_main_process:
         yield
         return
-    target = out.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.lock")
-    lock = FileLock(beside if os.access(target.parent, os.W_OK) else target / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RecipeError(
-            f"trainer.output_dir: another run is training in {out}; wait for it, or name another folder"
-        ) from None
-    try:
+    message = f"trainer.output_dir: another run is training in {out}; wait for it, or name another folder"
+    with exclusive_folder(out, message):
         yield
-    finally:
-        # Removed while it is locked: a process that has opened it already finds it unlinked, and opens a new one.
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def prepare_output(out: Path, recipe: Section, *, resuming: bool) -> Path:

@@ -229,12 +229,13 @@ def result_file(out: Path, task: LmEvalTask, recipe: EvalRecipe, identity: str) 
 
 
 def _own_files(spec: str) -> list[str]:
-    """Return a YAML task and the words in it, some of which are names of files."""
+    """Return a YAML task, what else is in its folder, and the words in it, some of which are names of files."""
     path = Path(spec)
     if not path.is_file():
         return []
+    beside = sorted(str(file) for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml", ".py"))
     words = re.findall(r"[^\s\"'{}\[\],]+", path.read_text(encoding="utf-8", errors="replace"))
-    return [spec, *words]
+    return [spec, *beside, *words, *(str(path.parent / word) for word in words)]
 
 
 def _read_results(path: Path) -> TaskResults:
