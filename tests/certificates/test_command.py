@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from bfpo.certificates import states, verify
 from bfpo.certificates.paraphrases import read_paraphrases
@@ -271,6 +273,35 @@ def test_without_held_out_paraphrases_nothing_is_certified(run, folder):
     assert code == 2
     assert "has 2 prompts; expected at least 3: two make a box, and one is held out" in errors
     assert "certified" not in output
+
+
+def test_int8_rounds_the_layers_of_every_architecture_but_no_embeddings():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    rounded = states._in_precision(gpt2, "int8")
+    layers = [name for name, module in gpt2.named_modules() if isinstance(module, Conv1D)]
+    assert len(layers) == 4
+    for name in layers:
+        before, after = gpt2.get_submodule(name).weight, rounded.get_submodule(name).weight
+        step = before.abs().amax(dim=0) / 127
+        assert not torch.equal(before, after)
+        assert ((before - after).abs() <= step / 2 + 1e-9).all()
+    assert torch.equal(gpt2.transformer.wte.weight, rounded.transformer.wte.weight)
+
+
+def test_int8_of_fused_layers_is_left_out():
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=20,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=2,
+        )
+    )
+    with pytest.raises(NotImplementedError, match=r"fused layers such as model\.layers\.0\..*experts"):
+        states._in_precision(mixtral, "int8")
 
 
 def test_a_precision_that_does_not_run_here_is_left_out(run, folder, monkeypatch):

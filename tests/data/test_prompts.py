@@ -213,3 +213,23 @@ def test_prompts_of_several_sources_are_used_once_and_have_one_kind(capsys):
     assert "1 of 3 prompts are in an earlier source, too" in capsys.readouterr().out
     with pytest.raises(DataError, match="'box' is benign in second, and harmful in first; leave it out of one"):
         distinct_prompts([[box], [replace(again, kind="benign")]])
+    # As in one source, case and white space don't make another prompt; two of them have no id in common.
+    assert distinct_prompts([[box], [replace(box, prompt=user_says("Box "))]]) == [box]
+    with pytest.raises(DataError, match="two prompts have the id 'box'"):
+        distinct_prompts([[box], [replace(door, prompt_id="box")]])
+
+
+def test_a_prompt_of_a_file_has_one_kind(tmp_path):
+    rows = [{"prompt": "a box", "kind": "harmful"}, {"prompt": "A  box", "kind": "benign"}]
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    with pytest.raises(DataError, match="is there as harmful and as benign; keep one of them"):
+        read_prompt_source(PromptSource(name="file", path=str(tmp_path / "p.jsonl"), license="MIT"))
+
+
+def test_empty_cells_of_a_csv_are_missing_values(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("prompt_id,prompt,kind,category,group,prefill\n,a box,,,,\n,a door,harmful,,g,\n")
+    first, second = read_prompt_file(str(path))
+    assert first.prompt_id != second.prompt_id
+    assert (first.kind, first.category, first.group, first.prefill) == (None, None, None, None)
+    assert (second.kind, second.group) == ("harmful", "g")

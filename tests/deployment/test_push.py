@@ -135,6 +135,13 @@ def test_addresses_and_relative_paths_stay():
     assert upload_files.clean_text(text, ["jane"], where="here") == (text, ())
 
 
+def test_words_of_a_configuration_stay():
+    text = '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "at": "runs of llama"}'
+    cleaned, _ = upload_files.clean_text(text, ["llama"], where="here", keep_words=True)
+    assert cleaned == text.replace("runs of llama", "runs of someone")
+    assert upload_files.clean_text('by "llama"', ["llama"], where="here")[0] == 'by "someone"'
+
+
 @pytest.mark.parametrize(
     "secret", [TOKEN, "sk-" + "b" * 30, "http://jane:secret-word@host/v1", "-----BEGIN PRIVATE KEY-----"]
 )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bfpo.errors import GateViolated
+from bfpo.errors import GateViolated, RecipeError
 from bfpo.evaluation.gate import Bound, enforce_bounds, evaluate_bounds
 from bfpo.evaluation.metric_specs import HELPFULNESS, MIN_PROMPTS
 from bfpo.evaluation.results import Results
@@ -51,3 +51,15 @@ def test_the_smallest_part_of_a_composite_decides():
         (decided,) = evaluate_bounds(results, [BOUND])
         assert decided.state == state
         assert ("in its smallest part" in decided.text) == (state == "undecided")
+
+
+def test_a_bound_without_a_judge_is_on_the_primary_one():
+    by_prompt = {str(index): 1.0 for index in range(20)}
+    metrics = compute_metrics("toy", [PromptScores("benign", HELPFULNESS, by_prompt, 0, 1, "rubric")])
+    results = Results("run", "model", "policy", [{"name": "wildguard"}, {"name": "rubric"}], {}, metrics)
+    with pytest.raises(
+        RecipeError, match="primary judge wildguard doesn't measure it; set `judge:` to one of rubric"
+    ):
+        evaluate_bounds(results, [BOUND])
+    (decided,) = evaluate_bounds(results, [BOUND.model_copy(update={"judge": "rubric"})])
+    assert decided.state == "passed"

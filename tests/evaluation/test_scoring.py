@@ -11,7 +11,7 @@ from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.errors import DataError
 from bfpo.evaluation.differences import compare_scores
 from bfpo.evaluation.judge_outputs import JudgeOutput, compute_agreement
-from bfpo.evaluation.metric_specs import SAFETY
+from bfpo.evaluation.metric_specs import HELPFULNESS, SAFETY, MetricSpec
 from bfpo.evaluation.pipeline import evaluate
 from bfpo.evaluation.results import Results, format_metric, read_results
 from bfpo.evaluation.scoring import BY_SCORE, PromptScores, compute_metrics, join_verdicts, score_prompts
@@ -231,6 +231,41 @@ def test_a_folder_of_other_prompts_is_left_alone(tmp_path):
         assert (tmp_path / "prompts.jsonl").read_text() == before
     more = evaluated(engine, PROMPTS, tmp_path)
     assert more.metric("benign", "tokens").n == 4
+
+
+def rate_and_continuous(ours, base):
+    """Return the comparison of a metric of which this run has only zeros and ones."""
+    spec = MetricSpec("f1", True, True, needs_judge=False)
+    both = (
+        PromptScores("task", spec, {str(index): value for index, value in enumerate(values)}, 0, 1)
+        for values in (ours, base)
+    )
+    return compare_scores("s", [next(both)], [next(both)], against=Results("base", "b", "", [], {}, []))[0]
+
+
+def test_a_metric_is_a_rate_only_if_both_runs_have_zeros_and_ones():
+    small = rate_and_continuous([0.0] * 20, [0.05] * 20)
+    assert small.difference == pytest.approx(-0.05)
+    rate = rate_and_continuous([0.0] * 20, [1.0] * 20)
+    assert (rate.difference, rate.interval) == (-1, "95 % Tango, paired over prompts")
+
+
+def test_harmonic_means_of_few_prompts_have_no_verdict():
+    against = Results("base", "b", "", [], {}, [])
+
+    def harmonic(count, helpful):
+        names = [str(index) for index in range(count)]
+        return [
+            PromptScores("harmful", SAFETY, dict.fromkeys(names, 1.0), 0, 1),
+            PromptScores("benign", HELPFULNESS, dict.fromkeys(names, helpful), 0, 1),
+        ]
+
+    for count, verdict in ((9, "not distinguishable"), (10, "better")):
+        comparisons = compare_scores("s", harmonic(count, 0.6), harmonic(count, 0.5), against=against)
+        assert [row.verdict for row in comparisons if row.metric == "harmonic_mean"] == [verdict]
+    other = [PromptScores("harmful", SAFETY, {"x": 1.0}, 0, 1), PromptScores("benign", HELPFULNESS, {"0": 0.5}, 0, 1)]
+    comparisons = compare_scores("s", harmonic(10, 0.6), other, against=against)
+    assert "harmonic_mean" not in {row.metric for row in comparisons}
 
 
 def test_results_without_the_newer_columns_are_read(tmp_path):

@@ -224,6 +224,13 @@ def test_a_threshold_is_evaluated_on_held_out_prompts():
     assert held_out_threshold(unsafe[:40], p[:40], prompts[:40], 0.1) is None
 
 
+def test_no_threshold_is_chosen_without_unsafe_answers():
+    # Every fifth prompt is unsafe: folds by the order of the prompts would have all of them in one.
+    unsafe = [number % 5 == 0 for number in range(50)]
+    held_out = held_out_threshold(unsafe, [0.1 if bad else 0.9 for bad in unsafe], [f"p{i}" for i in range(50)], 0.1)
+    assert (held_out.false_safe.value, held_out.true_safe.value) == (0, 1)
+
+
 def test_the_commands_fit_run_and_evaluate(tmp_path):
     write_labeled(tmp_path / "labeled.jsonl")
     answer = Completion("p", 0, user_says(PROMPTS[0]), "I can't help with that.", "stop", 1, 1, "m", "e", "h")

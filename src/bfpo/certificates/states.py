@@ -168,14 +168,14 @@ def _in_precision(model: CausalLM, precision: Precision) -> CausalLM:
     output, as weight-only quantization does, and computed with in float32.
 
     Raises:
-        ModelError: If weights of int8 are in fused layers, which aren't simulated.
+        NotImplementedError: If weights of int8 are in fused layers, which aren't simulated.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     copied: CausalLM = nn.Module.to(deepcopy(model), dtype)
     if precision == "int8":
         head = copied.get_output_embeddings()
         if fused := [name for name, parameter in copied.named_parameters() if parameter.dim() > 2]:
-            raise ModelError(f"precisions: int8 isn't simulated for fused layers such as {fused[0]}; leave it out")
+            raise NotImplementedError(f"int8 isn't simulated for fused layers such as {fused[0]}")
         with torch.no_grad():
             for module in copied.modules():
                 if isinstance(module, nn.Linear | Conv1D) and module is not head:
