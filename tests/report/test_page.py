@@ -59,6 +59,21 @@ def test_summary_reports_changes_for_the_worse(tmp_path, small_runs):
     assert "distinguishably worse" not in prose
 
 
+def test_suites_that_disagree_have_no_common_headline(tmp_path, small_runs):
+    for folder in small_runs:
+        content = read_content(folder)
+        names = ("safety", "helpfulness")
+        metrics = [{**row, "suite": "mine"} for row in content["metrics"] if row["metric"] in names]
+        comparisons = [
+            {**row, "suite": "mine", "verdict": "worse"} for row in content["comparisons"] if row["metric"] in names
+        ]
+        change_results(folder, metrics=content["metrics"] + metrics, comparisons=content["comparisons"] + comparisons)
+    prose = draw(tmp_path / "out", small_runs).page.prose
+    assert "Against base, bfpo differs from suite to suite." in prose
+    assert "mine: Safety on" in prose
+    assert "testbed: Safety on" in prose
+
+
 def test_runs_with_different_prompts_are_compared_on_those_of_both(tmp_path):
     prompts = make_prompts()
     few = [prompt for prompt in prompts if int(prompt.prompt_id[-3:]) < 10]
