@@ -50,6 +50,7 @@ def test_arguments_of_the_template_are_honored():
         ({"top_k": 5}, "top_k", "unknown field"),
         ({"temperature": "hot"}, "temperature", "from 0 to 2"),
         ({"temperature": True}, "temperature", "from 0 to 2"),
+        ({"temperature": 10**400}, "temperature", "from 0 to 2"),
         ({"top_p": 0}, "top_p", "above 0"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "differ"),

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from bfpo.config.loading import check_recipe
-from bfpo.core.files import write_jsonl
+from bfpo.core.files import file_hash, write_jsonl
 from bfpo.errors import DataError, GateViolated, MissingExtra, RecipeError
 from bfpo.evaluation import plan
 from bfpo.evaluation.lm_eval import suite as module
@@ -312,3 +312,15 @@ def test_lm_eval_really_runs_in_an_evaluation(tmp_path, make_model, tokenizer, m
     monkeypatch.setattr(module, "run_task", None)
     assert evaluate(content(2, base="out1")).metrics == results.metrics, "nothing is run again"
     assert "winogrande" in write_report(Path("page"), [Path("out1"), Path("out2")]).read_text()
+
+
+def test_results_are_kept_apart_by_what_a_task_includes(tmp_path):
+    own = tmp_path / "own" / "task.yaml"
+    own.parent.mkdir()
+    own.write_text("include: base.yaml\ndoc_to_choice: !function utils.choices\n")
+    files = []
+    for base, program in (("a: 1", "x"), ("a: 2", "x"), ("a: 2", "y")):
+        (own.parent / "base.yaml").write_text(base)
+        (own.parent / "utils.py").write_text(f"choices = '{program}'")
+        files.append(sorted(map(file_hash, filter(Path.is_file, map(Path, module._own_files(str(own)))))))
+    assert len(set(map(tuple, files))) == 3

@@ -283,6 +283,11 @@ def test_no_gate_on_an_approximation(toy):
         (lambda: _replace("df_gamed.csv", "concise,0,0.75", "concise,0,x"), "'preference' is 'x'; expected a number"),
         (lambda: _replace("df_gamed.csv", "concise,0,0.75", "concise,0,1.75"), "'preference' isn't from 0 to 1"),
         (lambda: _replace("difficulty.csv", "\n3,0.5", "\n3,0.25"), "the difficulties aren't those of df_gamed.csv"),
+        (
+            lambda: _replace("difficulty.csv", "instruction_difficulty", "hardness"),
+            "no column 'instruction_diff",
+        ),
+        (lambda: _replace("difficulty.csv", "\n3,0.5", "\n3,hard"), "is 'hard'; expected a number"),
     ],
 )
 def test_files_of_length_control_are_checked_first(toy, change, message):

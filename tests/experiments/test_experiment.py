@@ -381,6 +381,19 @@ def test_the_choice_is_mean_minus_spread_and_names_edges(tmp_path):
     assert best["score"] == pytest.approx(0.7)
 
 
+def test_values_that_have_no_order_have_no_edges(tmp_path):
+    variant = {
+        "method": "bfpo",
+        "changes": {"train_only": ["*down_proj*"]},
+        "vary": {"train_only": [["*down_proj*"], None]},
+    }
+    recipe = make_recipe(tmp_path, seeds=[0, 1], variants={"bfpo": variant})
+    units = make_units(recipe)
+    with_results(units, lambda unit: 0.5)
+    (best,) = choose_settings(recipe, collect_results(recipe, units))
+    assert best["edges"] == []
+
+
 def test_recipes_of_the_testbed_build():
     files = sorted((Path(__file__).parents[2] / "recipes" / "testbed").glob("*.yaml"))
     assert files

@@ -130,6 +130,28 @@ def test_tables_are_those_of_held_pairs(changes, tokenizer, tmp_path, monkeypatc
     assert found.train.row_ids[1:3][0] == list(found.train.row_ids)[1]
 
 
+def test_two_processes_may_join_the_parts_at_once(tokenizer, tmp_path, monkeypatch):
+    _, expected, _ = tables(recipe(), tokenizer, max_held=2, cache=tmp_path / "one")
+    join, ids_file = token_files._Entry._join, token_files._Entry._ids_file
+    has_joined = []
+
+    def late(entry, number):
+        # Another process joins while this one begins to read the parts.
+        if not has_joined:
+            has_joined.append(True)
+            join(entry)
+        return ids_file(entry, number)
+
+    def late_join(entry):
+        monkeypatch.setattr(token_files._Entry, "_ids_file", late)
+        join(entry)
+
+    monkeypatch.setattr(token_files._Entry, "_join", late_join)
+    _, found, _ = tables(recipe(), tokenizer, max_held=2, cache=tmp_path / "two")
+    assert has_joined
+    assert_equal(found.train, expected.train)
+
+
 def test_what_is_dropped_is_counted_in_the_reports(tokenizer, tmp_path):
     prepared, _, _ = tables(recipe(), tokenizer, max_held=2, cache=tmp_path)
     report = prepared.parts[0].report
