@@ -316,7 +316,7 @@ class Results:
     schema: int = SCHEMA
 
     def metric(self, task: str, metric: str) -> MetricResult | None:
-        """Return a metric over all prompts of a task, by the primary judge; None if it wasn't computed."""
+        """Return a metric over all prompts of a task: of the first suite and judge that have it; None if none has."""
         for result in self.metrics:
             if (result.task, result.metric, result.category) == (task, metric, None):
                 return result

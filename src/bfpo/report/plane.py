@@ -76,13 +76,24 @@ class Box(NamedTuple):
 
 
 def plane_points(runs: Sequence[Run]) -> list[PlanePoint]:
-    """Return the points of the runs that have both safety and helpfulness."""
+    """Return the points of the runs that have both safety and helpfulness: of the first suite with both."""
     points = []
     for index, run in enumerate(runs):
-        helpfulness, safety = run.results.metric("benign", "helpfulness"), run.results.metric("harmful", "safety")
-        if helpfulness and safety and helpfulness.value is not None and safety.value is not None:
-            points.append(PlanePoint(index, run.name, helpfulness, safety, region(helpfulness, safety)))
+        safety, helpfulness = (_by_suite(run, *name) for name in (("harmful", "safety"), ("benign", "helpfulness")))
+        suite = next((suite for suite in safety if suite in helpfulness), None)
+        if suite is not None:
+            both = helpfulness[suite], safety[suite]
+            points.append(PlanePoint(index, run.name, *both, region(*both)))
     return points
+
+
+def _by_suite(run: Run, task: str, name: str) -> dict[str, MetricResult]:
+    """Return a metric over all prompts of a task, by suite: of the first judge that has it."""
+    metrics: dict[str, MetricResult] = {}
+    for metric in run.results.metrics:
+        if (metric.task, metric.metric, metric.category) == (task, name, None) and metric.value is not None:
+            metrics.setdefault(metric.suite, metric)
+    return metrics
 
 
 def region(helpfulness: MetricResult, safety: MetricResult) -> list[tuple[float, float]]:
