@@ -406,6 +406,7 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     assert [row.split(" | ")[0] for row in rows[2:7]] == [f"| `{name}`" for name in online.RUNS]
     assert len(rows) == 7 + 3 + 4
     assert costs["lagrangian"]["samples"] == 32
+    assert [sorted(step) for step in records["lagrangian"]["curve"]] == [["cost", "kl", "multiplier", "reward"]] * 2
     assert costs["bfpo-equal-time"]["steps"] >= 1
     assert "bfpo-equal-pairs" in beside.write_page().read_text()
 
@@ -429,6 +430,12 @@ def test_parts_of_a_model_are_joined_and_checked(real, tmp_path, monkeypatch):
     monkeypatch.setitem(pretrained.MODELS, "two", pretrained.Pretrained("Two", ("a", "b"), "0" * 64))
     with pytest.raises(DataError, match=f"SHA-256 {sha256}, expected 0000"):
         pretrained.import_model(tmp_path / "model", "two")
+
+
+def test_the_tables_of_rl_are_those_of_the_records(real):
+    online = real("online_rl")
+    page = (FOLDER.parents[1] / "docs/online.md").read_text()
+    assert online.table(online.RESULTS / "online") in page
 
 
 def test_the_table_of_guards_is_that_of_the_records(real):

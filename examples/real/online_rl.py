@@ -80,6 +80,7 @@ class Online:
             "hardware": hardware(),
             "run": name,
             "cost": cost,
+            "curve": read_curve(model) if name in COMBINERS else [],
             "metrics": metric_rows(results),
             "against": comparison_rows(results),
             "answers": list(answer_records(out)),
@@ -153,6 +154,14 @@ class Online:
         """Write the page with all runs, the fine-tuned model first."""
         runs = [self.home / "runs" / name for name in RUNS]
         return write_report(self.home, runs, title="RL and BFPO on SmolLM2-135M-Instruct", note=NOTE)
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """Return what a run measured in each step: reward, cost, λ if there is one, KL divergence in nats a token."""
+    names = {"reward": "online/reward", "cost": "online/cost", "multiplier": "online/multiplier", "kl": "kl"}
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "online/reward" in row]
+    return [{key: round(row[name], 4) for key, name in names.items() if name in row} for row in rows]
 
 
 def table(folder: Path) -> str:
