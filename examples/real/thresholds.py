@@ -54,8 +54,12 @@ PROMPTS = {"harmful": 60, "benign": 30}
 SAMPLES, PAIRS_PER_PROMPT, TEMPERATURE = 16, 16, 1.0
 HELD_OUT_ANSWERS = 2
 """Answers of a policy to each held-out harmful prompt."""
-LEARNING_RATE = 2e-4
-MOCAN: dict[str, Any] = {"loss": {"name": "ipo", "beta": 0.5}, "labels": {"from": "scores"}}
+LEARNING_RATE, STEPS = 5e-4, 100
+"""Of the trainings on samples."""
+BASELINE_RATE = 2e-4
+# As published. IPO's squared loss on the testbed is closer to what is asked, but with four pairs a step its own loss
+# didn't fall here: 60 steps at 2e-4 leave it as it is, and 4e-4 and 1e-3 raise it.
+MOCAN: dict[str, Any] = {"loss": {"name": "dpo", "beta": 0.5}, "labels": {"from": "scores"}}
 METHODS: dict[str, dict[str, Any]] = {
     "bfpo_constrained": {"loss": {"name": "bfpo", "beta": 0.05}},
     "c_dpo": {
@@ -222,7 +226,10 @@ class Thresholds:
         }
 
     def _recipe(self, sources: Mapping[str, Any], out: Path, changes: Mapping[str, Any]) -> TrainRecipe:
-        common = {"probe": None, "trainer": {"learning_rate": LEARNING_RATE}}
+        trainer: dict[str, Any] = {"learning_rate": LEARNING_RATE, "max_steps": STEPS}
+        if "buffer" in sources:
+            trainer = {"learning_rate": BASELINE_RATE}
+        common = {"probe": None, "trainer": trainer}
         return train_recipe(self.base, sources, out, seed=SEED, changes={**changes, **common})
 
     def _with_multiplier(self, changes: Mapping[str, Any], dual: Path) -> dict[str, Any]:
