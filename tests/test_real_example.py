@@ -438,6 +438,12 @@ def test_the_tables_of_rl_are_those_of_the_records(real):
     assert online.table(online.RESULTS / "online") in page
 
 
+def test_the_table_of_thresholds_is_that_of_the_records(real):
+    thresholds = real("thresholds")
+    page = (FOLDER.parents[1] / "docs/constraints.md").read_text()
+    assert thresholds.table(thresholds.RESULTS / "thresholds") in page
+
+
 def test_the_table_of_guards_is_that_of_the_records(real):
     guards = real("guards")
     page = (FOLDER.parents[1] / "docs/guards.md").read_text()
