@@ -46,9 +46,9 @@ def read_paraphrases(path: str, holdout: float) -> list[ParaphraseGroup]:
     """
     groups: dict[str, list[Prompt]] = {}
     for prompt in read_prompt_file(path):
-        if not prompt.group or prompt.kind is None:
+        if prompt.group is None or prompt.kind is None:
             raise DataError(
-                f"{path}: prompt '{prompt.prompt_id}' has no {'kind' if prompt.group else 'group'}; each "
+                f"{path}: prompt '{prompt.prompt_id}' has no {'group' if prompt.group is None else 'kind'}; each "
                 "prompt needs the `group` of its request, and its `kind`: harmful, benign or lookalike"
             )
         groups.setdefault(prompt.group, []).append(prompt)

@@ -118,10 +118,10 @@ class SavedEngine:
             sample,
             text=message.content,
             finish_reason=ending if ending in ("refused", "guarded") else read_finish_reason(ending),
-            prompt_tokens=words if (stated := _token_count(row, "prompt_tokens")) is None else stated,
-            completion_tokens=sum(len(text.split()) for text in message.texts())
-            if (stated := _token_count(row, "completion_tokens")) is None
-            else stated,
+            prompt_tokens=_token_count(row, "prompt_tokens", words),
+            completion_tokens=_token_count(
+                row, "completion_tokens", sum(len(text.split()) for text in message.texts())
+            ),
             model=str(row.values.get("model") or self._name),
             engine=str(row.values.get("engine") or self.name),
             settings_hash=self.settings_hash,
@@ -258,12 +258,12 @@ def _begins_with(conversation: Conversation, prompt: Conversation) -> bool:
     return turns[: len(start)] == start
 
 
-def _token_count(row: SourceRow, column: str) -> int | None:
-    """Return a number of tokens; None where the row has none."""
+def _token_count(row: SourceRow, column: str, words: int) -> int:
+    """Return a number of tokens; that of words where the row has none."""
     with row.locate_errors():
         number = row.number(column)
         if number is None:
-            return None
+            return words
         if not 0 <= number < 2**31:
             raise DataError(f"column '{column}' is {number}; expected a number of tokens")
     return int(number)
