@@ -40,7 +40,7 @@ class OnlineRecipe(Section):
     combine: CombineSection = LagrangianSection()
     """How reward and cost become the number that is maximized."""
     max_missing: Share = 0.1
-    """Maximum share of samples without a score, from 100 samples on; they are left out and counted, more stop the run."""
+    """Maximum share of samples without a score, from 100 on; they are left out and counted, and more stop the run."""
     watch: WatchSection | None = None
     """A held-out judge, which ends the run at reward hacking."""
     lora: LoraSection | None = None
