@@ -1,8 +1,8 @@
-"""What cleaning and splitting know of a pair: hashes and labels in arrays, 42 bytes a pair, without its texts."""
+"""What cleaning and splitting know of a pair: hashes and labels in arrays, 46 bytes a pair, without its texts."""
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from hashlib import sha256
 from json.encoder import encode_basestring
 from typing import Any, NamedTuple, Self
@@ -20,7 +20,7 @@ from bfpo.core.conversation import (
     last_request,
     prompt_key,
 )
-from bfpo.core.pairs import CELLS, Cell, PreferencePair, Provenance, SafetyLabels, TemplateInputs
+from bfpo.core.pairs import CELLS, PreferencePair, Provenance, SafetyLabels, TemplateInputs
 
 Hashes = NDArray[np.uint64]
 
@@ -51,28 +51,20 @@ LABELS: tuple[SafetyLabels | None, ...] = tuple(SafetyLabels(*(side == "s" for s
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Facts about N pairs, in their order. Arrays are (N,).
+class PairFacts:
+    """What is held of N clean pairs, in their order. Arrays are (N,).
 
     Args:
         row_hashes: `row_id` of each pair as a number.
         prompt_keys: `prompt_key` as a number.
-        request_keys: Key of the last user turn; those of the prompts if every prompt is a single turn.
-        chosen_hashes: Hash of prompt, inputs of the template and chosen answer, in NFC.
-        rejected_hashes: Same with the rejected answer.
         cells: Index in `CELLS`; -1 for an unlabeled pair.
-        faults: 0, or 1 + index in `FAULTS`.
         origins: Index in `provenances`.
         provenances: Origins of the pairs.
     """
 
     row_hashes: Hashes
     prompt_keys: Hashes
-    request_keys: Hashes
-    chosen_hashes: Hashes
-    rejected_hashes: Hashes
     cells: NDArray[np.int8]
-    faults: NDArray[np.int8]
     origins: NDArray[np.int32]
     provenances: tuple[Provenance, ...]
 
@@ -81,25 +73,40 @@ class Facts:
 
     def take(self, rows: NDArray[Any]) -> Self:
         """Return the facts of some pairs, by index or by mask."""
-        arrays = {name: getattr(self, name)[rows] for name in ARRAYS}
-        if self.request_keys is self.prompt_keys:
-            arrays["request_keys"] = arrays["prompt_keys"]
-        return replace(self, **arrays)
-
-    @property
-    def is_buffer(self) -> NDArray[np.bool_]:
-        """Whether each pair belongs to the buffer stream."""
-        in_buffer = [provenance.stream == "buffer" for provenance in self.provenances]
-        return np.array(in_buffer, dtype=bool)[self.origins]
-
-    def cell_of(self, index: int) -> Cell | None:
-        """Return the cell of a pair; None if it is unlabeled."""
-        cell = int(self.cells[index])
-        return CELLS[cell] if cell >= 0 else None
+        names = (field.name for field in fields(self) if field.name != "provenances")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
     def row_id(self, index: int) -> str:
         """Return the `row_id` of a pair."""
         return f"{int(self.row_hashes[index]):016x}"
+
+
+@dataclass(frozen=True)
+class Facts(PairFacts):
+    """Facts about N pairs, in their order, from which cleaning follows. Arrays are (N,).
+
+    Args:
+        request_keys: Key of the last user turn; those of the prompts if every prompt is a single turn.
+        chosen_hashes: Hash of prompt, inputs of the template and chosen answer, in NFC.
+        rejected_hashes: Same with the rejected answer.
+        faults: 0, or 1 + index in `FAULTS`.
+    """
+
+    request_keys: Hashes
+    chosen_hashes: Hashes
+    rejected_hashes: Hashes
+    faults: NDArray[np.int8]
+
+    def take(self, rows: NDArray[Any]) -> Self:
+        """Return the facts of some pairs, by index or by mask."""
+        taken = super().take(rows)
+        if self.request_keys is self.prompt_keys:
+            return replace(taken, request_keys=taken.prompt_keys)
+        return taken
+
+    def held(self) -> PairFacts:
+        """Return what is still needed of clean pairs, without copying it."""
+        return PairFacts(self.row_hashes, self.prompt_keys, self.cells, self.origins, self.provenances)
 
 
 ARRAYS = (

@@ -80,7 +80,7 @@ class Scan:
         facts = replace(self.facts, provenances=tuple(map(rename, self.facts.provenances)))
         self.report.name = name
         if isinstance(self.pairs, StoredPairs):
-            return Scan(self.report, facts, replace(self.pairs, facts=facts))
+            return Scan(self.report, facts, replace(self.pairs, facts=facts.held()))
         pairs = [replace(pair, provenance=rename(pair.provenance)) for pair in self.pairs]
         return Scan(self.report, facts, pairs)
 
@@ -147,7 +147,7 @@ def scan_source(
     cells = facts.cells if is_labeled or not source.assume_safe else np.zeros_like(facts.cells)
     facts = replace(facts, cells=cells, provenances=tuple(final))
     read = partial(_read_again, source, ignored_keys, states, in_pieces=content.in_pieces)
-    stored = StoredPairs(read, content.digest, facts, rows)
+    stored = StoredPairs(read, content.digest, facts.held(), rows)
     if content.pairs is not None:
         stored = replace(stored, read=partial(iter, content.pairs))
     is_held = content.pairs is not None or max_held is None or len(all_facts) <= max_held
@@ -204,13 +204,18 @@ class _Job(NamedTuple):
 
 
 def _run(jobs: list[_Job]) -> Iterator[Piece]:
-    workers = min(len(jobs), _cores())
-    if workers == 1 or sum(job.size for job in jobs) <= PIECE:
+    # What is known of a piece is read here: from another process it would come through a pipe.
+    is_known = [job.target is not None and job.target.exists() for job in jobs]
+    unread = [job for job, known in zip(jobs, is_known, strict=True) if not known]
+    workers = min(len(unread), _cores())
+    if workers <= 1 or sum(job.size for job in unread) <= PIECE:
         yield from map(_scan_piece, jobs)
         return
     # Forked: a new interpreter would import the caller's script again.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(_scan_piece, jobs)
+        scanned = pool.map(_scan_piece, unread)
+        for job, known in zip(jobs, is_known, strict=True):
+            yield _scan_piece(job) if known else next(scanned)
 
 
 def _cores() -> int:

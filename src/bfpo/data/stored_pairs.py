@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bfpo.core.conversation import user_says
 from bfpo.core.files import content_hash
 from bfpo.core.pairs import CELLS, Cell, PreferencePair, StreamName
-from bfpo.data.facts import LABELS, Facts, PlainPair
+from bfpo.data.facts import LABELS, PairFacts, PlainPair
 
 # Cells with the answers exchanged, also that of unlabeled pairs, -1.
 _EXCHANGED = np.array([0, 2, 1, 3, -1], dtype=np.int8)
@@ -62,7 +62,7 @@ class StoredPairs(_ReadInOrder):
 
     read: Callable[[], Iterable[PlainPair | PreferencePair]]
     content: str
-    facts: Facts
+    facts: PairFacts
     rows: NDArray[np.int64]
     exchanged: NDArray[np.bool_] | None = None
 
