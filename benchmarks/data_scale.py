@@ -17,10 +17,11 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,38 @@ def recipe_of(folder: Path, phase: str) -> Any:
 def measured(result: dict[str, Any]) -> Iterator[None]:
     """Add the seconds of a block, of the processor and of the clock, and the peak memory of all its processes."""
     start, cpu = time.perf_counter(), used_seconds()
-    yield
-    # Workers share memory with this process, so the sum is an upper bound if there is one worker for each core.
-    workers = (os.cpu_count() or 1) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    ended, peaks = threading.Event(), [0]
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            peaks.append(resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
     (peak,) = (line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     result |= {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": used_seconds() - cpu,
-        "peak_bytes": 1024 * (int(peak) + workers),
+        # The peak of this process is exact; that of all is looked at ten times a second.
+        "peak_bytes": max(1024 * int(peak), *peaks),
     }
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process and its workers; what several share counts once."""
+    workers = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    total = 0
+    for process in ("self", *workers):
+        # A worker may have ended.
+        with suppress(OSError):
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+            total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total
 
 
 def used_seconds() -> float:
