@@ -92,6 +92,7 @@ class Comparison:
     def __init__(self, protocol: dict[str, Any], model: Path, data: Path, out: Path) -> None:
         self.protocol, self.model, self.data, self.out = protocol, model, data, out
         self.records = RESULTS / protocol["records"]
+        self.dtype = protocol.get("dtype", "float32")
 
     def record(self, unit: Unit) -> Path:
         """Return the file of a unit's record."""
@@ -142,7 +143,8 @@ class Comparison:
         if unit.part == "attacked":
             answers = self.answers_under_attack(path, folder, unit.name)
         else:
-            run_eval(eval_recipe(path, self.data / unit.part / "suite.yaml", folder, run=unit.name))
+            suite = self.data / unit.part / "suite.yaml"
+            run_eval(eval_recipe(path, suite, folder, run=unit.name, dtype=self.dtype))
             answers = list(answer_records(folder))
         if unit.part == "test":
             held_out = [row.to_row() for row in score_pairs(path, self.data / "held-out-pairs.jsonl")]
@@ -198,7 +200,7 @@ class Comparison:
         """Attack a model, and return what the judges say about each reply, without texts."""
         attacked = self.protocol["attacked"]
         suite = str(self.data / "test" / "suite.yaml")
-        recipe = eval_recipe(path, suite, folder, run=name)
+        recipe = eval_recipe(path, suite, folder, run=name, dtype=self.dtype)
         suites = [AttackedSuite(suite=suite, attack=attack) for attack in attacked["attacks"]]
         changes = {
             "suites": [suite, *suites],
@@ -231,7 +233,7 @@ class Comparison:
                 run_once(sft_recipe(self.model, self.data, home / "sft", seed=seed))
                 merge_checkpoint(home / "sft", base)
             if not (home / "redteam" / "pairs.jsonl").exists():
-                run_redteam(redteam_recipe(base, self.data, home / "redteam", seed=seed))
+                run_redteam(redteam_recipe(base, self.data, home / "redteam", seed=seed, dtype=self.dtype))
         return base
 
 

@@ -53,12 +53,20 @@ def sft_recipe(model: Path, data: Path, out: Path, *, seed: int) -> SftRecipe:
     )
 
 
-def redteam_recipe(model: Path, data: Path, out: Path, *, seed: int) -> RedteamRecipe:
-    """Return the recipe of red-teaming: the model's own answers, labeled by `judge.RuleOnOwnAnswers`."""
+def redteam_recipe(model: Path, data: Path, out: Path, *, seed: int, dtype: str = "float32") -> RedteamRecipe:
+    """Return the recipe of red-teaming: the model's own answers, labeled by `judge.RuleOnOwnAnswers`.
+
+    Args:
+        model: The model that answers.
+        data: Folder of the splits.
+        out: Output folder.
+        seed: Seed of the samples.
+        dtype: Data type of the weights that answer.
+    """
     return RedteamRecipe.model_validate(
         {
             "out": str(out),
-            "model": {"path": str(model)},
+            "model": {"path": str(model), "dtype": dtype},
             "prompts": [
                 {"name": "file", "path": str(data / f"redteam-{kind}.jsonl"), "kind": kind, "license": license_}
                 for kind, license_ in (("harmful", "MIT"), ("benign", "CC-BY-NC-4.0"))
@@ -145,13 +153,24 @@ def score_recipe(base: Path, sources: Mapping[str, Any], out: Path, *, seed: int
     return ScoreRecipe.model_validate({**recipe, "trainer": trainer})
 
 
-def eval_recipe(model: Path, suite: Path, out: Path, *, run: str, base: Path | None = None) -> EvalRecipe:
-    """Return the recipe of an evaluation: greedy answers to held-out prompts."""
+def eval_recipe(
+    model: Path, suite: Path, out: Path, *, run: str, base: Path | None = None, dtype: str = "float32"
+) -> EvalRecipe:
+    """Return the recipe of an evaluation: greedy answers to held-out prompts.
+
+    Args:
+        model: The model that answers.
+        suite: The suite with the prompts.
+        out: Output folder.
+        run: Name of the run in the results.
+        base: Evaluation that this one is compared with.
+        dtype: Data type of the weights that answer.
+    """
     return EvalRecipe.model_validate(
         {
             "out": str(out),
             "run": run,
-            "model": {"path": str(model)},
+            "model": {"path": str(model), "dtype": dtype},
             "suites": [str(suite)],
             "judges": JUDGES,
             "sampling": {"temperature": 0, "max_new_tokens": ANSWER_TOKENS},
