@@ -135,6 +135,28 @@ def test_addresses_and_relative_paths_stay():
     assert upload_files.clean_text(text, ["jane"], where="here") == (text, ())
 
 
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("judge: cost:/mnt/acme/scorer/heads/cost", "judge: cost:cost"),
+        ("[linear:/data/acme/judge.npz]", "[linear:judge.npz]"),
+        ("at -/data/acme/x", "at -x"),
+        ("C:/Users/alice/x and D:\\\\alice\\\\my files\\\\y.json", "x and y.json"),
+        ("in /home/alice/my files/x, file:///home/alice/y, ~/runs/z", "in x, y, z"),
+        ("train / eval 80/20, http://host:80/v1/x, </b>/a", "train / eval 80/20, http://host:80/v1/x, </b>/a"),
+    ],
+)
+def test_paths_are_replaced_wherever_they_stand(text, cleaned):
+    assert upload_files.clean_text(text, [], where="here")[0] == cleaned
+
+
+def test_keys_and_whole_values_of_yaml_stay():
+    text = "data:\n- name: max\n  max: 20.0\n- max\ntitle: runs of max\n"
+    cleaned, replaced = upload_files.clean_text(text, ["data", "max"], where="here", keep_words=True)
+    assert cleaned == text.replace("runs of max", "runs of someone")
+    assert replaced == ("max by someone",)
+
+
 def test_words_of_a_configuration_stay():
     text = '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "at": "runs of llama"}'
     cleaned, _ = upload_files.clean_text(text, ["llama"], where="here", keep_words=True)

@@ -26,9 +26,14 @@ _RECORDS = (
 ALLOWED = (*_WEIGHTS, *_VOCABULARY, *_AGREEMENTS, *_RECORDS)
 """Names of the files that are uploaded, from the checkpoint's own folder only."""
 
-# Not in an address such as https://host/path, and not in a relative path.
-_POSIX_PATH = re.compile(r"(?<![\w:/.~<-])(?:~|file://)?/(?:[\w.@+ -]+/)+([\w.@+-]+)")
-_WINDOWS_PATH = re.compile(r"\b[A-Za-z]:(?:\\+[\w.@+ -]+)+?\\+([\w.@+-]+)(?![\w\\])")
+# A folder may have spaces in its name, not around it: `80 / 20` has no path.
+_FOLDER = r"[\w.@+-](?:[\w.@+ -]*[\w.@+-])?"
+# Behind a colon, as in `linear:/folder/judge.npz`; not in an address such as https://host/path, nor in a relative path.
+_POSIX_PATH = re.compile(rf"(?<![\w/.~<])(?:~|file://)?/(?:{_FOLDER}/)+([\w.@+-]+)")
+_WINDOWS_PATH = re.compile(rf"\b[A-Za-z]:(?:[\\/]+{_FOLDER})+[\\/]+([\w.@+-]+)")
+# What is around a whole key or a whole value in YAML.
+_YAML_BEFORE = re.compile(r"[\s-]*(?:[\w.]+:\s+)?['\"]?")
+_YAML_AFTER = re.compile(r"['\"]?\s*(?::(?:\s|$)|$)")
 _SECRETS = (
     re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
     re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
@@ -123,7 +128,7 @@ def _clean(path: Path, private: Sequence[str]) -> UploadFile:
     if _matches(path.name, _AGREEMENTS):
         _check_secrets(text, str(path))
         return UploadFile(path)
-    cleaned, replaced = clean_text(text, private, where=str(path), keep_words=path.suffix == ".json")
+    cleaned, replaced = clean_text(text, private, where=str(path), keep_words=path.suffix in (".json", ".yaml"))
     return UploadFile(path, cleaned if replaced else None, replaced)
 
 
@@ -142,7 +147,7 @@ def clean_text(
         text: Text of a record.
         private: Names of `private_names`.
         where: Name of the text, for errors.
-        keep_words: Whether a private name that is all of a quoted text stays: in a configuration such as
+        keep_words: Whether a private name that is a whole key or a whole value stays: in a configuration such as
             `"model_type": "llama"` it is a word of a library, and not the account of that name.
 
     Raises:
@@ -155,13 +160,25 @@ def clean_text(
         replaced[f"{match[0]} by {match[1]}"] += 1
         return match[1]
 
-    for pattern in (_POSIX_PATH, _WINDOWS_PATH):
+    for pattern in (_WINDOWS_PATH, _POSIX_PATH):
         text = pattern.sub(last_part, text)
     for name in private:
-        found = rf"(?<!\w){re.escape(name)}(?!\w)"
-        if keep_words:
-            found = rf'(?!(?<="){re.escape(name)}"){found}'
-        text, count = re.subn(found, "someone", text, flags=re.IGNORECASE)
-        if count:
-            replaced[f"{name} by someone"] += count
+
+        def hidden(match: re.Match[str], name: str = name) -> str:
+            if keep_words and _is_whole(match):
+                return match[0]
+            replaced[f"{name} by someone"] += 1
+            return "someone"
+
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", hidden, text, flags=re.IGNORECASE)
     return text, tuple(f"{what} ({count})" if count > 1 else what for what, count in replaced.items())
+
+
+def _is_whole(match: re.Match[str]) -> bool:
+    """Return whether a match is all of a quoted text in JSON, or all of a key or a value in YAML."""
+    text, start, end = match.string, match.start(), match.end()
+    if text[start - 1 : start] == text[end : end + 1] == '"':
+        return True
+    before = text[text.rfind("\n", 0, start) + 1 : start]
+    after = text[end:].partition("\n")[0]
+    return bool(_YAML_BEFORE.fullmatch(before) and _YAML_AFTER.match(after))
