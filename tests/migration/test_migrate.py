@@ -14,6 +14,7 @@ from bfpo.config.recipes import SftRecipe, TrainRecipe
 from bfpo.errors import RecipeError
 from bfpo.losses.build import make_loss
 from bfpo.migration.convert import convert
+from bfpo.migration.rules import DEFAULTS
 from bfpo.migration.stacks import detect_kind, detect_stack
 from bfpo.training.arguments import training_arguments
 
@@ -68,7 +69,8 @@ def test_the_recipe_can_be_built_and_every_key_has_an_outcome(name):
     training_arguments(trainer | {"use_cpu": True})
     if kind == "train":
         make_loss(recipe.loss.model_dump())
-    assert recipe.trainer.get("learning_rate") == content.get("learning_rate")
+    if "learning_rate" in content:
+        assert recipe.trainer["learning_rate"] == content["learning_rate"]
 
 
 @pytest.mark.parametrize(
@@ -185,8 +187,64 @@ def test_mixtures_of_trl_and_the_handbook():
     ]
 
 
+def test_files_and_keys_of_trl_s_datasets_are_kept_or_named(capsys):
+    entries = [
+        {"path": "json", "data_files": ["a.jsonl", "b.jsonl"]},
+        {"path": "json", "data_files": {"train": "c.jsonl", "test": "d.jsonl"}, "data_dir": "foo"},
+        {"path": "org/set", "data_files": "e.jsonl", "columns": ["x"], "split": "train"},
+    ]
+    trl = {"model_name_or_path": "a/b", "beta": 0.1, "datasets": entries}
+    sources = [(source.path, source.split) for source in migrate_content(trl).data]
+    assert sources == [("a.jsonl", None), ("b.jsonl", None), ("foo/c.jsonl", None), ("org/set", "train")]
+    shown = capsys.readouterr().out.partition("Unsupported")[2]
+    assert "datasets.data_files: e.jsonl" in shown
+    assert "datasets.columns: ['x']" in shown
+
+
+@pytest.mark.filterwarnings("ignore")  # of importing trl
+@pytest.mark.parametrize(("config", "kind"), [("DPOConfig", "train"), ("SFTConfig", "sft")])
+def test_defaults_of_trl_are_written(config, kind):
+    trl = pytest.importorskip("trl")
+    ours = {field.name: field.default for field in fields(TrainingArguments)}
+    theirs = {field.name: field.default for field in fields(getattr(trl, config)) if field.name in ours}
+    other = {key: value for key, value in theirs.items() if value is not MISSING and value != ours[key]}
+    # None turns it on.
+    other["bf16"] = True
+    written = {key: value for key, (_, value) in DEFAULTS["TRL"][kind].items()}
+    assert written == other
+    content = {"model_name_or_path": "a/b", "dataset_name": "c/d"}
+    trainer = migrate_content(content, kind=kind).trainer
+    assert (trainer["learning_rate"], trainer["bf16"]) == (other["learning_rate"], True)
+    assert trainer["activation_checkpointing"] is True
+    given = {"learning_rate": 1e-3, "bf16": False, "gradient_checkpointing": False, "logging_steps": 1}
+    kept = migrate_content(content | given, kind=kind).trainer
+    assert (kept["learning_rate"], kept["bf16"], kept["activation_checkpointing"], kept["logging_steps"]) == (
+        1e-3,
+        False,
+        False,
+        1,
+    )
+    # Half precision is one or the other.
+    assert "bf16" not in migrate_content(content | {"fp16": True}, kind=kind).trainer
+
+
+def test_defaults_of_other_stacks_are_written():
+    short = {key: value for key, value in FACTORY_DPO.items() if key != "cutoff_len"}
+    assert migrate_content(short).text.max_length == 2048
+    handbook = {key: value for key, value in HANDBOOK_QLORA.items() if key != "optim"}
+    assert migrate_content(handbook).trainer["optim"] == "rmsprop"
+
+
+@pytest.mark.parametrize("tuning", ["freeze", "oft"])
+def test_other_ways_of_tuning_are_not_taken_for_full_training(tuning):
+    outcomes = outcomes_by_key(FACTORY_DPO | {"finetuning_type": tuning})
+    assert outcomes["finetuning_type"] == "unsupported"
+
+
 def test_secrets_are_neither_written_nor_shown(capsys):
-    migrate_content(OFFICIAL_BFPO | {"hub_token": "hf_secret"})
+    secrets = {"hub_token": "hf_secret", "swanlab_api_key": "hf_secret", "model_init_kwargs": {"token": "hf_secret"}}
+    migrate_content(OFFICIAL_BFPO | secrets)
+    migrate_content(FACTORY_DPO | {"hf_hub_token": "hf_secret", "swanlab_lark_webhook_url": "http://hf_secret"})
     assert "hf_secret" not in capsys.readouterr().out + Path("recipe.yaml").read_text()
 
 

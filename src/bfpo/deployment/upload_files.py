@@ -28,7 +28,7 @@ ALLOWED = (*_WEIGHTS, *_VOCABULARY, *_AGREEMENTS, *_RECORDS)
 
 # A folder may have spaces in its name, not around it: `80 / 20` has no path.
 _FOLDER = r"[\w.@+-](?:[\w.@+ -]*[\w.@+-])?"
-# Behind a colon, as in `linear:/folder/judge.npz`; not in an address such as https://host/path, nor in a relative path.
+# Behind a colon, too, as in `linear:/folder/judge.npz`; not in https://host/path, nor in a relative path.
 _POSIX_PATH = re.compile(rf"(?<![\w/.~<])(?:~|file://)?/(?:{_FOLDER}/)+([\w.@+-]+)")
 _WINDOWS_PATH = re.compile(rf"\b[A-Za-z]:(?:[\\/]+{_FOLDER})+[\\/]+([\w.@+-]+)")
 # What is around a whole key or a whole value in YAML.

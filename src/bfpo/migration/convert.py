@@ -1,18 +1,19 @@
 """Conversion of the keys of an old file to a recipe."""
 
+import re
 from dataclasses import fields
 from typing import Any
 
 from transformers import TrainingArguments
 
 from bfpo.migration.draft import Draft, KeyOutcome, Outcome
-from bfpo.migration.rules import LOSSES, NOT_NEEDED, RENAMED, UNSUPPORTED
+from bfpo.migration.rules import DEFAULTS, LOSSES, NOT_NEEDED, RENAMED, UNSUPPORTED
 from bfpo.migration.sources import put_sources
 from bfpo.migration.stacks import RecipeKind, Stack
 from bfpo.training.arguments import DECIDED
 
-# Options of transformers that are a secret or publish the model; they are not part of a recipe.
-SECRETS = ("hub_token", "push_to_hub_token")
+# Options that are a secret; they are not part of a recipe.
+_SECRET = re.compile(r"(^|hub_)token$|api_key$|secret$|password$|webhook_url$")
 HOLDOUT = 0.01
 _STACK_DEFAULT = "the default of that stack"
 
@@ -41,6 +42,7 @@ def convert(content: dict[str, Any], stack: Stack, kind: RecipeKind, *, name: st
         _put_official_loss(draft)
     else:
         _put_loss(draft, stack)
+    _put_defaults(draft, stack, kind)
     _apply_rules(draft)
     _put_trainer(draft, name)
     _put_holdout(draft)
@@ -48,17 +50,31 @@ def convert(content: dict[str, Any], stack: Stack, kind: RecipeKind, *, name: st
 
 
 def _mask_secrets(draft: Draft) -> None:
-    for key in SECRETS:
-        if key in draft.remaining:
+    for key in list(draft.remaining):
+        draft.remaining[key] = _masked(draft.remaining[key])
+        if _SECRET.search(key):
             draft.remaining[key] = "not shown" if draft.remaining[key] else None
             reason = "recipes contain no secrets; set the environment variable HF_TOKEN"
             draft.note("not needed", key, reason)
+
+
+def _masked(value: Any) -> Any:
+    """Return a value without the secrets in its sections."""
+    if isinstance(value, dict):
+        return {
+            key: "not shown" if isinstance(key, str) and _SECRET.search(key) and inner else _masked(inner)
+            for key, inner in value.items()
+        }
+    return [_masked(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _put_adapter(draft: Draft, stack: Stack) -> None:
     remaining = draft.remaining
     is_factory = stack == "LLaMA-Factory"
     is_lora = remaining.get("finetuning_type", "lora") == "lora" if is_factory else bool(remaining.get("use_peft"))
+    if is_factory and remaining.get("finetuning_type", "lora") not in ("lora", "full"):
+        reason = "the recipe trains all weights; name the trained ones in train_only, e.g. [layers.30., layers.31.]"
+        draft.note("unsupported", "finetuning_type", reason, recipe_key="train_only")
     for key in ("finetuning_type", "use_peft", "stage"):
         if key in remaining:
             recipe_key = "lora" if is_lora and key != "stage" else ""
@@ -190,6 +206,17 @@ def _put_loss(draft: Draft, stack: Stack) -> None:
     for key in ("b1", "alpha"):
         if key in remaining:
             draft.note("unsupported", key, "an option of the loss bfpo")
+
+
+def _put_defaults(draft: Draft, stack: Stack, kind: RecipeKind) -> None:
+    """Write what the stack does where the file says nothing, and `bfpo` would do something else."""
+    defaults = DEFAULTS.get(stack, {}).get(kind, {})
+    if stack == "alignment-handbook" and "dataset_mixture" in draft.old:
+        defaults = DEFAULTS["TRL"][kind]
+    for key, (recipe_key, value) in defaults.items():
+        is_given = key in draft.old or (key == "bf16" and draft.old.get("fp16"))
+        if not is_given and not draft.has(recipe_key):
+            draft.compute(key, recipe_key, value, _STACK_DEFAULT)
 
 
 def _apply_rules(draft: Draft) -> None:

@@ -31,6 +31,7 @@ class Draft:
     """
 
     def __init__(self, content: dict[str, Any]) -> None:
+        self.old = content
         self.remaining = dict(content)
         self.recipe: dict[str, Any] = {}
         self.outcomes: list[KeyOutcome] = []
@@ -38,6 +39,15 @@ class Draft:
     def take(self, key: str) -> Any:
         """Remove a key from the remaining ones and return its value; None if it is missing."""
         return self.remaining.pop(key, None)
+
+    def has(self, recipe_key: str) -> bool:
+        """Return whether a dotted key of the recipe is set."""
+        section: Any = self.recipe
+        for name in recipe_key.split("."):
+            if not isinstance(section, dict) or name not in section:
+                return False
+            section = section[name]
+        return True
 
     def put(self, recipe_key: str, value: Any) -> None:
         """Set a dotted key of the recipe."""

@@ -7,6 +7,8 @@ Keys are those of wx-zhang/bfpo `src/alignment/configs.py` @4560578, huggingface
 
 from typing import Any
 
+from bfpo.migration.stacks import RecipeKind, Stack
+
 # Keys whose value is copied to a recipe key.
 RENAMED = {
     "model_name_or_path": "model.path",
@@ -118,6 +120,26 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 _LENGTH = "only prompt and completion together have a limit (text.max_length); text.truncation sets which end is cut"
 UNSUPPORTED |= dict.fromkeys(("max_prompt_length", "max_completion_length", "max_target_length"), (None, _LENGTH))
 
+# Stack → kind of recipe → option that the file may leave out → recipe key, and the value that it then has, where
+# ours is another one (TRL 1.16.0 `_BaseConfig` and `DPOConfig`; `DPOConfig` and `BFPOConfig` of the files above;
+# LLaMA-Factory's hparams/data_args.py @072bfe2).
+_TRL: dict[str, tuple[str, Any]] = {
+    "bf16": ("trainer.bf16", True),
+    "gradient_checkpointing": ("trainer.activation_checkpointing", True),
+    "logging_steps": ("trainer.logging_steps", 10),
+}
+_RMSPROP: dict[str, tuple[str, Any]] = {"optim": ("trainer.optim", "rmsprop")}
+_CUTOFF: dict[str, tuple[str, Any]] = {"cutoff_len": ("text.max_length", 2048)}
+DEFAULTS: dict[Stack, dict[RecipeKind, dict[str, tuple[str, Any]]]] = {
+    "TRL": {
+        "train": {"learning_rate": ("trainer.learning_rate", 1e-6), **_TRL},
+        "sft": {"learning_rate": ("trainer.learning_rate", 2e-5), **_TRL},
+    },
+    "official BFPO": {"train": _RMSPROP},
+    # Only files with `dataset_mixer`: later versions of the handbook use TRL's configurations.
+    "alignment-handbook": {"train": _RMSPROP},
+    "LLaMA-Factory": {"train": _CUTOFF, "sft": _CUTOFF},
+}
 # Loss of TRL → loss of bfpo. TRL and LLaMA-Factory average `ipo` over tokens (TRL 1.16.0 `_compute_loss`).
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo_avg"}
 # Data sets that need another adapter than the default one.

@@ -8,6 +8,8 @@ from bfpo.migration.stacks import RecipeKind, Stack
 
 SourceSection = dict[str, Any]
 
+# Paths of `datasets` that name a format, not a data set.
+_FILE_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 _HOLDOUT_COUNT = "the old value is a count, holdout is a share of the prompts; set holdout yourself"
 
 
@@ -114,12 +116,7 @@ def _put_trl(draft: Draft, kind: RecipeKind) -> None:
     remaining = draft.remaining
     entries = remaining.get("datasets")
     if entries:
-        data = []
-        for entry in entries:
-            files = entry.get("data_files")
-            path = files if isinstance(files, str) else entry["path"]
-            data.append(make_source(path, kind, name=entry.get("name"), split=entry.get("split")))
-        draft.compute("datasets", "data", data)
+        draft.compute("datasets", "data", [source for entry in entries for source in _read_entry(draft, entry, kind)])
     elif remaining.get("dataset_name"):
         path, name = remaining["dataset_name"], remaining.get("dataset_config")
         train, test = remaining.get("dataset_train_split", "train"), remaining.get("dataset_test_split", "test")
@@ -130,6 +127,26 @@ def _put_trl(draft: Draft, kind: RecipeKind) -> None:
     for key in ("dataset_config", "dataset_train_split", "dataset_test_split"):
         if key in remaining:
             draft.note("computed" if has_data else "not needed", key, recipe_key="data, eval")
+
+
+def _read_entry(draft: Draft, entry: dict[str, Any], kind: RecipeKind) -> list[SourceSection]:
+    """Return the sources of an entry of TRL's `datasets`; what they lack is noted."""
+    read = {"path", "name", "split"}
+    files, split = entry.get("data_files"), entry.get("split")
+    if isinstance(files, dict):
+        # Files by split, of which the others are not trained on.
+        files, split = files.get(split or "train"), None
+    sources = [make_source(entry["path"], kind, name=entry.get("name"), split=split)]
+    if files and entry["path"] in _FILE_FORMATS:
+        folder = f"{entry['data_dir']}/" if entry.get("data_dir") else ""
+        paths = [files] if isinstance(files, str) else files
+        sources = [make_source(f"{folder}{path}", kind, split=split) for path in paths]
+        read |= {"data_files", "data_dir"}
+    for key, value in entry.items():
+        if key not in read and value is not None:
+            reason = "write it into the source in data"
+            draft.outcomes.append(KeyOutcome("unsupported", f"datasets.{key}", value, "data", reason))
+    return sources
 
 
 def _put_named(draft: Draft, kind: RecipeKind) -> None:
