@@ -168,6 +168,20 @@ def test_labels_and_curves_come_from_the_training_record(two_runs):
     assert prose.count("loss of each stream") >= 1
 
 
+def test_corrected_labels_are_those_that_pairs_of_a_judge_are_trained_on(tmp_path, small_runs):
+    errors = {"sensitivity": 0.9, "specificity": 0.8}
+    write_training(small_runs[1], "train", {"name": "bfpo", "beta": 0.05, "graded": True, "label_errors": errors})
+    prose = draw(tmp_path / "out", small_runs).page.prose
+    judged, _, others = prose.partition("pairs that a judge labeled, corrected for its errors")[2].partition(
+        "other pairs"
+    )
+    assert "(sensitivity 0.9, specificity 0.8); the label of two versions of one answer is multiplied" in judged
+    for target in ("+12.86", "+27.14", "−30", "−15.71"):
+        assert f"target {target} nats" in judged
+    for target in ("+10", "+20", "−20", "−10"):
+        assert f"target {target} nats" in others
+
+
 def test_loss_without_a_label_table_is_described(tmp_path, small_runs):
     write_training(small_runs[1], "train", {"name": "dpo", "beta": 0.1})
     prose = draw(tmp_path / "out", small_runs).page.prose
@@ -273,6 +287,30 @@ def test_csv_tables_contain_no_formulas(tmp_path, small_runs):
     assert {(row["run"], row["against"]) for row in tables[1]} == {(f"'{formulas[0]}", f"'{formulas[1]}")}
     # Numbers stay numbers.
     assert any(row["difference"].startswith("-") for row in tables[1])
+
+
+def test_the_differences_that_are_counted_are_those_of_the_table(tmp_path, small_runs):
+    report = draw(tmp_path / "out", small_runs)
+    comparisons = read_content(small_runs[1])["comparisons"]
+    shown = sum(row["verdict"] is not None for row in comparisons)
+    assert f"The {shown} differences are tested separately" in report.page.prose
+    change_results(
+        small_runs[1], comparisons=[*comparisons, *(row | {"judge": "second"} for row in comparisons if row["judge"])]
+    )
+    assert f"The {shown} differences are tested" in draw(tmp_path / "second", small_runs).page.prose
+    # Compared with a run that isn't on the page.
+    change_results(small_runs[1], comparisons=[row | {"against": "other"} for row in comparisons])
+    assert "are tested separately" not in draw(tmp_path / "other", small_runs).page.prose
+
+
+def test_categories_of_two_suites_are_told_apart(tmp_path, small_runs):
+    content = read_content(small_runs[1])
+    safety = next(row for row in content["metrics"] if row["metric"] == "safety")
+    rows = [safety | {"suite": suite, "category": "weapons"} for suite in ("strongreject", "testbed")]
+    change_results(small_runs[1], metrics=[*content["metrics"], *rows])
+    prose = draw(tmp_path / "out", small_runs[1:]).page.prose
+    assert "weapons Safety, strongreject: harmful prompts" in prose
+    assert "weapons Safety, testbed: harmful prompts" in prose
 
 
 def test_different_judges_are_flagged(tmp_path, small_runs):

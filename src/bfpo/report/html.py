@@ -30,7 +30,7 @@ from bfpo.report.lengths import length_figures
 from bfpo.report.markdown import as_markdown
 from bfpo.report.model_comparisons import compare_runs
 from bfpo.report.plane import PlanePoint, draw_plane, front, plane_points
-from bfpo.report.provenance import label_table, metadata, protocol_warnings
+from bfpo.report.provenance import label_tables, metadata, protocol_warnings
 from bfpo.report.run_files import Run, read_runs
 from bfpo.report.samples import FAILURES_PER_KIND, SAMPLES_PER_KIND, sample_groups
 from bfpo.report.summary import summarize
@@ -120,7 +120,8 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
     on_plane = {point.run_index for point in points}
     best = {points[index].coordinates for index in front([point.coordinates for point in points])}
     curves = [learning_curves(run, index) for index, run in enumerate(runs)]
-    label_tables = [label_table(run) for run in runs]
+    groups = metric_groups(runs)
+    tables = [table for run in runs for table in label_tables(run)]
     page = load_template("template.html").render(
         title=title,
         note=note,
@@ -148,14 +149,12 @@ def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
         composite_notes=composite_notes(runs),
         agreement_rows=agreement_rows(runs),
         category_rows=category_rows(runs),
-        metric_groups=metric_groups(runs),
+        metric_groups=groups,
         interval_kinds=_interval_kinds(runs),
         has_undecided=any(metric.least is not None for run in runs for metric in run.results.metrics),
-        num_comparisons=sum(
-            comparison.verdict is not None for run in runs[1:] for comparison in run.results.comparisons
-        ),
+        num_comparisons=sum(bool(cell.verdict) for group in groups for row in group.rows for cell in row.differences),
         learning_curves=[run_curves for run_curves in curves if run_curves is not None],
-        label_tables=[table for table in label_tables if table is not None],
+        label_tables=tables,
         language_rows=language_rows(runs),
         certificate_headings=HEADINGS,
         certificate_rows=certificate_rows(runs),

@@ -153,12 +153,17 @@ def category_rows(runs: Sequence[Run]) -> list[CategoryRow]:
                 table.setdefault((metric.suite, metric.task, metric.category, metric.metric), metric)
         tables.append(table)
     rows = []
-    for key in dict.fromkeys(key for table in tables for key in table):
+    keys = dict.fromkeys(key for table in tables for key in table)
+    # Two suites may have a task of one kind, with the same categories.
+    has_suites = len({suite for suite, *_ in keys}) > 1
+    for key in keys:
         suite, task, category, name = key
         metrics = [table.get(key) for table in tables]
         cells = [(value_cell(metric), _color(metric)) for metric in metrics]
         prompts = max(metric.n for metric in metrics if metric is not None)
-        task_name = TASKS.get(task, task) if task in KINDS else f"{suite}: {task}"
+        task_name = TASKS.get(task, task)
+        if has_suites or task not in KINDS:
+            task_name = f"{suite}: {task_name}"
         rows.append(CategoryRow(task_name, category, metric_text(name).label, cells, prompts))
     return rows
 

@@ -39,6 +39,7 @@ class LabelTable(NamedTuple):
         beta: The loss's beta, as text.
         cells: Cells by short name; empty when the loss has no label table.
         reason: Why there is no label table; "" if there is one.
+        pairs: Pairs that it is for, in words; "" for all.
     """
 
     run: str
@@ -46,40 +47,66 @@ class LabelTable(NamedTuple):
     beta: str
     cells: dict[str, LabelCell]
     reason: str
+    pairs: str = ""
 
 
-def label_table(run: Run) -> LabelTable | None:
-    """Return the label table of a run; None when its record has no preference loss."""
+_GRADED = "the label of two versions of one answer is multiplied by the difference of their degrees"
+
+
+def label_tables(run: Run) -> list[LabelTable]:
+    """Return the label table of a run, or two if the labels of judged pairs are corrected; none without a loss."""
     options = run.section("recipe", "loss")
     if not options:
-        return None
+        return []
     name = str(options.get("name", "bfpo"))
     if ":" in name:
         # The class may not be importable here, and a page does not run code that a record names.
         reason = "it is a custom loss, and the run's record has no label table"
-        return LabelTable(run.name, name, MISSING, {}, reason)
+        return [LabelTable(run.name, name, MISSING, {}, reason)]
     from bfpo.losses.build import make_loss
 
     try:
         loss = make_loss(options)
     except RecipeError as error:
-        return LabelTable(run.name, name, MISSING, {}, f"this version of bfpo cannot build it ({error})")
+        return [LabelTable(run.name, name, MISSING, {}, f"this version of bfpo cannot build it ({error})")]
     labeling = getattr(loss, "labeling", None)
+    beta = f"{loss.beta:g}"
     if not isinstance(labeling, LabelingFunction):
-        reason = "it does not regress to the labels of a fixed table"
-        return LabelTable(run.name, name, f"{loss.beta:g}", {}, reason)
-    cells: dict[str, LabelCell] = {}
+        return [LabelTable(run.name, name, beta, {}, "it does not regress to the labels of a fixed table")]
+    by_pairs = {"": labeling}
+    if (errors := getattr(loss, "label_errors", None)) is not None:
+        found = f"sensitivity {errors.sensitivity:g}, specificity {errors.specificity:g}"
+        by_pairs = {
+            f"pairs that a judge labeled, corrected for its errors ({found})": labeling.corrected(errors),
+            "other pairs": labeling,
+        }
+    note = [_GRADED] if getattr(loss, "graded", False) else []
+    return [
+        LabelTable(
+            run.name,
+            name,
+            beta,
+            _label_cells(run, of_pairs, loss.beta),
+            reason="",
+            pairs="; ".join([*filter(None, [pairs]), *note]),
+        )
+        for pairs, of_pairs in by_pairs.items()
+    ]
+
+
+def _label_cells(run: Run, labeling: LabelingFunction, beta: float) -> dict[str, LabelCell]:
+    cells = {}
     for cell in CELLS:
         label = getattr(labeling, cell)
         margin = last_margin(run, cell)
         cells[cell] = LabelCell(
             cell,
             format_exact(label),
-            format_exact(label / loss.beta),
+            format_exact(label / beta),
             lesson(cell, label),
             MISSING if margin is None else format_exact(round(margin, 1)),
         )
-    return LabelTable(run.name, name, f"{loss.beta:g}", cells, "")
+    return cells
 
 
 def metadata(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
