@@ -184,6 +184,17 @@ def test_options_that_do_not_fit_are_refused(model_folder, options, message):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("out", [".", "link"])
+def test_the_folder_may_be_this_one_or_a_link(model_folder, tmp_path, monkeypatch, out):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(empty)
+    monkeypatch.chdir(empty if out == "." else tmp_path)
+    export_checkpoint(tmp_path / model_folder, Path(out), to="merged")
+    assert (empty / "export.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir() if "tmp" in path.name) == []
+
+
 def test_the_source_is_identified_by_its_content(model_folder, make_model, save):
     export(model_folder, "merged")
     first = record()["source"]["identity"]

@@ -62,3 +62,15 @@ def test_other_templates_are_left_out_with_a_comment(tokenizer, template, reason
     assert text.splitlines()[1].startswith("# No TEMPLATE: the chat template can't be translated exactly (")
     own.chat_template = None
     assert 'TEMPLATE """{{ .Prompt }}"""' in make_modelfile("a.gguf", own, [own.eos_token_id])[0]
+
+
+def test_a_brace_before_a_message_is_no_part_of_an_action(tokenizer):
+    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<|im_start|>")
+    own.chat_template = (
+        "{% for m in messages %}{{ '{' + m.role + ': {' + m.content + '}}' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '{assistant: {' }}{% endif %}"
+    )
+    template = translate_template(own).go_template()
+    assert '{user: {{ "{" }}{{ .Content }}}}' in template
+    # Go takes the leftmost two braces for the start of an action.
+    assert "{{{" not in template

@@ -300,6 +300,7 @@ def test_without_a_token_the_login_is_named(folder, monkeypatch):
     ("repo", "missing", "error", "words"),
     [
         ("mine", "", RecipeError, "owner/name"),
+        ("me/my model", "", RecipeError, "REPO_ID is no name of a repository: .*alphanumeric"),
         ("me/mine", "config.json", ModelError, "contains no model"),
         ("me/mine", "model.safetensors", ModelError, "no weights"),
     ],
@@ -318,6 +319,7 @@ def test_what_is_no_upload_is_refused(folder, repo, missing, error, words):
         (["--license", "mit", "--yes"], 2, "by --base-license"),
         (["--yes", "--base-license", "mit"], 2, "by --license"),
         (["--yes", "--data-license", "pku"], 2, "expected NAME=ID"),
+        (["--yes", "--base-model", "a bad id", "--license", "mit"], 2, "--base-model is no name of a repository"),
         (["--yes", "--data-license", "other=mit", "--base-license", "mit"], 2, "are pku, pairs"),
         (["--yes", "--license", "mit", "--base-license", "mit"], 0, ""),
     ],

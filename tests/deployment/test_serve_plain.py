@@ -98,11 +98,12 @@ def test_without_vllm_the_error_shows_the_command(in_checkpoints, monkeypatch):
         serve_by_vllm("whole", name="mine", host="127.0.0.1", port=9, dtype="auto")
 
 
-def test_an_installed_vllm_is_run_and_stopped_with_this_process(in_checkpoints, tmp_path):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP])  # a closed terminal sends the second
+def test_an_installed_vllm_is_run_and_stopped_with_this_process(in_checkpoints, tmp_path, stop):
     script = tmp_path / "vllm"
     script.write_text(
-        f"#!{sys.executable}\nimport signal, sys, time\n"
-        "signal.signal(signal.SIGINT, lambda *_: sys.exit(5))\nprint('up', sys.argv[1:3], flush=True)\n"
+        f"#!{sys.executable}\nimport os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(5))\nprint('up', sys.argv[1:3], os.getpid(), flush=True)\n"
         "time.sleep(60)\n"
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -113,9 +114,12 @@ def test_an_installed_vllm_is_run_and_stopped_with_this_process(in_checkpoints, 
         text=True,
     )
     assert process.stdout.readline().startswith("vllm serve ")
-    assert process.stdout.readline() == f"up ['serve', '{in_checkpoints}/whole']\n"
-    process.send_signal(signal.SIGINT)
+    *started, server = process.stdout.readline().split()
+    assert started == ["up", "['serve',", f"'{in_checkpoints}/whole']"]
+    process.send_signal(stop)
     assert process.wait(20) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(server), 0)
     process.stdout.close()
 
 
@@ -139,6 +143,11 @@ def test_a_server_that_ends_by_itself_is_an_error(in_checkpoints, tmp_path, monk
         (["whole", "--name", "a name"], "--name is 'a name'"),
         (["whole", "--name", "a--b"], "--name is 'a--b'"),
         (["model.gguf"], "llama-server"),
+        (["whole", "--dtype", "bogus"], "--dtype is 'bogus'; known: bfloat16, float16, float32"),
+        (
+            ["--server", "http://localhost:1/v1", "--model", "m", "--guard", "guard.yaml", "--dtype", "float16"],
+            "--dtype is for a CHECKPOINT",
+        ),
         (["nowhere/at/all"], "no such folder"),
         (["whole", "--guard", "missing.yaml"], "missing.yaml"),
     ],

@@ -106,7 +106,7 @@ def serve(
     from bfpo.errors import RecipeError
     from bfpo.judging.guarded_engine import load_guard
 
-    check_target(checkpoint, server, model, guard)
+    check_target(checkpoint, server, model, guard, dtype=dtype)
     if guard is None:
         assert checkpoint is not None
         serve_plain(checkpoint, engine=engine, name=name, host=host, port=port, dtype=dtype)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from bfpo.config.recipes import is_gguf
 from bfpo.deployment.listening import check_packages, listen
-from bfpo.errors import RecipeError
+from bfpo.errors import RecipeError, did_you_mean
 from bfpo.generation.openai_server import ServerOptions
 from bfpo.judging.guarded_engine import Guard
 
@@ -35,8 +35,11 @@ def serve_plain(
         DeploymentError: If the server ends by itself.
     """
     from bfpo.deployment.plain_servers import serve_by_transformers, serve_by_vllm
+    from bfpo.model.merge import DTYPES
 
     name = name or default_name(checkpoint)
+    if dtype is not None and dtype not in (*DTYPES, *(("auto", "half", "float") if engine == "vllm" else ())):
+        raise RecipeError(f"`dtype` is '{dtype}'; {did_you_mean(dtype, list(DTYPES))}")
     if engine == "vllm":
         serve_by_vllm(checkpoint, name=name, host=host, port=port, dtype=dtype or "auto")
     else:
@@ -97,8 +100,10 @@ def default_name(checkpoint: str) -> str:
     return path.resolve().name if path.is_dir() else checkpoint
 
 
-def check_target(checkpoint: str | None, server: str | None, model: str | None, guard: Path | None) -> None:
-    """Check that the arguments name one model, and a guard if it is on a server.
+def check_target(
+    checkpoint: str | None, server: str | None, model: str | None, guard: Path | None, *, dtype: str | None
+) -> None:
+    """Check that the arguments name one model, and a guard and no data type if it is on a server.
 
     Raises:
         RecipeError: If they don't.
@@ -109,3 +114,5 @@ def check_target(checkpoint: str | None, server: str | None, model: str | None, 
         raise RecipeError("--server and --model belong together: the address, and the model's name there")
     if server is not None and guard is None:
         raise RecipeError("--server without --guard does nothing that the server doesn't; add --guard guard.yaml")
+    if server is not None and dtype is not None:
+        raise RecipeError("--dtype is for a CHECKPOINT; the server has chosen that of its weights")

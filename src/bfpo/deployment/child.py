@@ -8,11 +8,17 @@ from types import FrameType
 
 from bfpo.errors import DeploymentError
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
+# A server reads its settings again on SIGHUP, if it doesn't ignore it.
+_PASSED_ON: dict[int, int] = {getattr(signal, "SIGHUP", -1): signal.SIGTERM}
+
 
 def run_until_stopped(
     command: Sequence[str], *, environment: Mapping[str, str] | None = None, folder: Path | None = None
 ) -> None:
-    """Run a command until it ends; SIGINT and SIGTERM are passed on to it, and then end it without an error.
+    """Run a command until it ends; signals to stop are passed on to it, and then end it without an error.
+
+    SIGINT, SIGTERM, and SIGHUP, which a closed terminal sends.
 
     Args:
         command: The command.
@@ -22,21 +28,27 @@ def run_until_stopped(
     Raises:
         DeploymentError: If it ends by itself.
     """
-    # In a session of its own: a Ctrl-C in the terminal would reach it twice, which uvicorn takes for "at once".
-    process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)
-    is_stopped = False
+    process: subprocess.Popen[bytes] | None = None
+    stopped_by: int | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal is_stopped
-        is_stopped = True
-        process.send_signal(number)
+        nonlocal stopped_by
+        stopped_by = _PASSED_ON.get(number, number)
+        if process is not None:
+            process.send_signal(stopped_by)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Before the child is there: a signal in between would leave it behind.
+    handlers = {number: signal.signal(number, stop) for number in _STOPPING}
     try:
+        # In a session of its own: a Ctrl-C in the terminal would reach it twice, which uvicorn takes for "at once".
+        process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)
+        if stopped_by is not None:
+            process.send_signal(stopped_by)
         code = process.wait()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        process.kill()
-    if not is_stopped:
+        if process is not None:
+            process.kill()
+    if stopped_by is None:
         raise DeploymentError(f"{command[0]} ended with exit code {code}; its messages are above")

@@ -1,6 +1,7 @@
 """The work of `bfpo export`: from a checkpoint to files that other programs run."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def export_checkpoint(
         with _temporary(out) as temporary:
             lost = export_adapter(checkpoint, temporary / "files", dtype=dtype)
             write_json(temporary / "files" / RECORD, _record(checkpoint, to) | {"lost": lost})
-            (temporary / "files").replace(out)
+            (temporary / "files").replace(out.resolve())
         say_how_to_serve(out)
         return
     if with_adapter:
@@ -108,23 +109,33 @@ def _record(checkpoint: Path, to: str) -> dict[str, Any]:
 
 def _export_gguf(checkpoint: Path, out: Path, options: GgufOptions, *, trust_remote_code: bool) -> None:
     options.check()
+    title = out.resolve().name
     with _temporary(out) as temporary:
         source = checkpoint
         if is_adapter(str(checkpoint)):
             source = temporary / "merged"
             merge_checkpoint(checkpoint, source, trust_remote_code=trust_remote_code)
         with timed("writing the GGUF file"):
-            written = write_files(source, temporary / "files", options, title=out.name, name=f"'{checkpoint}'")
+            written = write_files(
+                source,
+                temporary / "files",
+                options,
+                title=title,
+                name=f"'{checkpoint}'",
+                trust_remote_code=trust_remote_code,
+            )
         record = _record(checkpoint, "gguf") | written.record
         write_json(temporary / "files" / RECORD, record)
-        (temporary / "files").replace(out)
+        (temporary / "files").replace(out.resolve())
     say(f"wrote {out / written.file} ({options.quantization}) and {out / 'Modelfile'}")
     for loss in written.record["lost"]:
         say(f"note: {loss}")
-    say(f"llama.cpp: llama-cli -m {out / written.file}; Ollama: ollama create {out.name} -f {out / 'Modelfile'}")
+    run = shlex.join(["llama-cli", "-m", str(out / written.file)])
+    create = shlex.join(["ollama", "create", title, "-f", str(out / "Modelfile")])
+    say(f"llama.cpp: {run}; Ollama: {create}")
     if options.check_answers:
         # After the renaming: the comparison may take long, and an interrupted one must not lose the file.
-        check_gguf(checkpoint, out, written, record, out / RECORD)
+        check_gguf(checkpoint, out, written, record, out / RECORD, trust_remote_code=trust_remote_code)
 
 
 def _check_folder(checkpoint: Path) -> None:
@@ -162,7 +173,8 @@ def _copy_model(checkpoint: Path, out: Path, dtype: str | None, *, trust_remote_
 @contextmanager
 def _temporary(out: Path) -> Iterator[Path]:
     """Yield a new folder beside an output folder, and remove what is left of it."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    target = out.resolve()
+    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
         yield folder

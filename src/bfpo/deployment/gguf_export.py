@@ -82,7 +82,9 @@ class WrittenFiles(NamedTuple):
     record: dict[str, Any]
 
 
-def write_files(source: Path, folder: Path, options: GgufOptions, *, title: str, name: str) -> WrittenFiles:
+def write_files(
+    source: Path, folder: Path, options: GgufOptions, *, title: str, name: str, trust_remote_code: bool = False
+) -> WrittenFiles:
     """Write the GGUF file of a model and its `Modelfile` into a new folder.
 
     Args:
@@ -91,11 +93,12 @@ def write_files(source: Path, folder: Path, options: GgufOptions, *, title: str,
         options: Settings.
         title: Name of the model.
         name: Name of the checkpoint, for errors.
+        trust_remote_code: Whether to run code that comes with the model.
 
     Raises:
         ModelError: If the model can't be written as a GGUF file, or the converter fails.
     """
-    section = ModelSection(path=str(source))
+    section = ModelSection(path=str(source), trust_remote_code=trust_remote_code)
     config, tokenizer = load_config(section), load_tokenizer(section)
     end_ids = _end_ids(source, tokenizer, name)
     folder.mkdir(parents=True)
@@ -128,7 +131,15 @@ def write_files(source: Path, folder: Path, options: GgufOptions, *, title: str,
     return WrittenFiles(path.name, end_ids, _scaled_rope(config), record)
 
 
-def check_gguf(checkpoint: Path, out: Path, written: WrittenFiles, record: dict[str, Any], record_file: Path) -> None:
+def check_gguf(
+    checkpoint: Path,
+    out: Path,
+    written: WrittenFiles,
+    record: dict[str, Any],
+    record_file: Path,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
     """Compare greedy answers of a GGUF file with those of its source, print them and add them to `export.json`.
 
     The file is run by transformers, if it knows the architecture, and by llama.cpp, if `xllamacpp` is installed.
@@ -139,12 +150,13 @@ def check_gguf(checkpoint: Path, out: Path, written: WrittenFiles, record: dict[
         written: What was written.
         record: Content of `export.json` so far.
         record_file: `export.json`.
+        trust_remote_code: Whether to run code that comes with the source.
 
     Raises:
         ExportMismatch: If the file encodes prompts as other tokens than its source.
     """
     file, end_ids = out / written.file, written.end_ids
-    section = ModelSection(path=str(checkpoint))
+    section = ModelSection(path=str(checkpoint), trust_remote_code=trust_remote_code)
     prompts = encode_prompts(tokenizer := load_tokenizer(section))
     with timed("answering with the source"):
         source = Answered(prompts, answer_prompts(_place(load_model(section)), prompts, end_ids))

@@ -1,6 +1,7 @@
 """LoRA adapters that vLLM, transformers and peft load beside their base model."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,10 +59,10 @@ def export_adapter(checkpoint: Path, temporary: Path, *, dtype: str | None) -> l
 def say_how_to_serve(folder: Path) -> None:
     """Print the command by which vLLM serves an exported adapter."""
     config: Any = PeftConfig.from_pretrained(str(folder))
-    base, name = str(config.base_model_name_or_path), file_name(folder.name)
-    options = f" --revision {config.revision}" if config.revision else ""
+    base, name = str(config.base_model_name_or_path), file_name(folder.resolve().name)
+    revision = ["--revision", str(config.revision)] if config.revision else []
     say(f"wrote {folder}: an adapter of rank {config.r} on {base}. To serve it as the model '{name}':")
-    say(f"  vllm serve {base}{options} {' '.join(adapter_options(folder, name, config.r))}")
+    say(f"  {shlex.join(['vllm', 'serve', base, *revision, *adapter_options(folder, name, config.r)])}")
     if Path(base).is_dir():
         say(f"note: its base model is the folder '{base}', which must be copied along")
 

@@ -174,4 +174,6 @@ def _cut(text: str, start: str, end: str) -> str:
 
 def _literal(text: str) -> str:
     """Return a text as Go's templates print it."""
-    return text.replace("{{", '{{ "{{" }}')
+    text = text.replace("{{", '{{ "{{" }}')
+    # An action follows: together with its marks, a brace at the end would be read as the action's.
+    return f'{text[:-1]}{{{{ "{{" }}}}' if text.endswith("{") else text

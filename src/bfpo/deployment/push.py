@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx2 as httpx
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from bfpo.config.loading import parse_yaml
 from bfpo.core.files import parse_json, write_text
@@ -66,8 +67,9 @@ def push(
         DataError: If a file contains a secret or is malformed.
         DeploymentError: If the hub can't be reached, or refuses the upload.
     """
-    if options.repo_id.count("/") != 1 or not all(options.repo_id.split("/")):
+    if options.repo_id.count("/") != 1:
         raise RecipeError(f"REPO_ID is '{options.repo_id}'; expected owner/name")
+    _check_id("REPO_ID", options.repo_id)
     private = private_names(options.repo_id)
     files, left_out = select_files(folder, private)
     if evaluation is not None:
@@ -89,6 +91,13 @@ def push(
     say(f"uploaded to {url}")
 
 
+def _check_id(option: str, repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise RecipeError(f"{option} is no name of a repository: {str(error).rstrip('.')}") from None
+
+
 def _find_facts(folder: Path, options: PushOptions, api: HfApi, ask: Ask | None) -> CardFacts:
     adapter, manifest = _read_json(folder / "adapter_config.json"), _read_json(folder / "data_manifest.json")
     base = options.base_model or _base_of(folder, adapter)
@@ -97,8 +106,11 @@ def _find_facts(folder: Path, options: PushOptions, api: HfApi, ask: Ask | None)
         base = _find(None, f"the base model is the folder '{base}'; its id on the hub", "--base-model", ask)
     base_license = ""
     if base:
+        _check_id("--base-model", base)
         known = options.base_license or _license_on_hub(api, base)
         base_license = normalize(_find(known, f"license of the base model {base}", "--base-license", ask))
+    elif options.base_license is not None:
+        raise RecipeError(f"--base-license is {options.base_license}, but the model has no base; add --base-model")
     sources, labels = read_sources(manifest)
     given = dict(options.data_licenses or {})
     if unknown := sorted(given.keys() - {source.name for source in sources}):
@@ -261,8 +273,6 @@ def _upload(api: HfApi, options: PushOptions, staging: Path) -> str:
             raise RecipeError(f"{repo_id} exists and is public; make it private on the hub, or leave out --private")
         api.upload_folder(repo_id=repo_id, folder_path=staging, commit_message="Upload a model with bfpo push")
     except (HfHubHTTPError, httpx.HTTPError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
-        if isinstance(error, RecipeError):
-            raise
         raise DeploymentError(_describe(error, api.endpoint, repo_id)) from error
     return str(url)
 

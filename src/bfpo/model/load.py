@@ -303,6 +303,9 @@ def _check_json_files(folder: Path) -> None:
 def _reason(error: Exception, folder: Path) -> str:
     """Return the first line of an error, with the file and the error's class where it doesn't name them."""
     reason = _first_line(error)
+    if "trust_remote_code" in str(error):
+        # transformers names its own argument.
+        return f"{reason}; to run that code, if you trust it: `trust_remote_code`"
     if isinstance(error, UnpicklingError):
         files = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         return (

@@ -34,6 +34,8 @@ def save_checkpoint(
         out: Output folder; empty or missing.
         records: Content of further JSON files, by file name.
     """
+    # The folder's own path: nothing can be renamed to `.`, or to a link.
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

@@ -58,7 +58,8 @@ def prepare_output(out: Path, recipe: Section, *, resuming: bool) -> Path:
     state = PartialState()
     if state.is_main_process:
         has_earlier_run = (out / "run.json").exists() or (out / "metrics.jsonl").exists()
-        target = out.resolve() if out.is_symlink() else out
+        # The folder's own path: a link, or `.`, can't be moved.
+        target = out.resolve()
         if has_earlier_run and not resuming:
             new_path = _free_path(target)
             target.rename(new_path)
