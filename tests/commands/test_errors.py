@@ -97,6 +97,27 @@ def test_no_error_ends_in_a_traceback(error, message, tmp_path, monkeypatch, cap
     assert "Traceback" not in printed
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("file", "file is a file, expected a folder; name another path"),
+        ("file/x/y", "leads through a file, expected a folder"),
+    ],
+)
+def test_a_path_of_the_wrong_kind_is_bad_input(tmp_path, capsys, path, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        run_app(app, ["quickstart", "--out", str(tmp_path / path)])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_for_a_file_is_bad_input(tmp_path, monkeypatch, capsys):
+    error = IsADirectoryError(errno.EISDIR, "Is a directory", ".")
+    code, printed = run_with(error, tmp_path, monkeypatch, capsys)
+    assert (code, printed) == (2, "error: . is a folder, expected a file; name another path\n")
+
+
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr("bfpo.report.card.card_section", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):

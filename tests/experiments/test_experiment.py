@@ -133,6 +133,11 @@ TWICE = {
         ({"variants": {"bfpo": {"method": "bfpo", "changes": {"learning_rate": float("inf")}}}}, "learning_rate"),
         ({"results": "taken"}, "results: taken is a file"),
         ({"seeds": [0]}, "seeds"),
+        ({"seeds": [0, 2**32]}, r"seeds\.1"),
+        (
+            {"variants": {"rl": {"method": "safe_rlhf", "vary": {"learning_rate": [1e-3, 0.5]}}}},
+            "'learning_rate' is an option of trainings on pairs, and 'safe_rlhf' has none; the options of 'online'",
+        ),
         ({"seeds": [1, 1]}, "has a duplicate"),
         ({"variants": {"bfpo": {"method": "bfpo"}, "base": {"method": "bfpo"}}}, "the name of the base model"),
     ],

@@ -65,7 +65,9 @@ def root(
 def quickstart(
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/quickstart"),
     method: Annotated[str, typer.Option(help="Training method to compare with the base: bfpo, dpo_h, ...")] = "bfpo",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the world, the base model and the training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the world, the base model and the training.")
+    ] = 0,
     open_page: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
     """Show what BFPO does, in two minutes on a CPU and without downloads."""

@@ -13,6 +13,13 @@ from bfpo.errors import BfpoError, RecipeError
 
 _DISK_FULL = re.compile(r"No space left on device|os error 28|PytorchStreamWriter failed writing")
 
+# What a path is that the user has named, where something else is expected.
+_WRONG_KINDS: dict[type[OSError], str] = {
+    FileExistsError: "is a file, expected a folder",
+    NotADirectoryError: "leads through a file, expected a folder",
+    IsADirectoryError: "is a folder, expected a file",
+}
+
 
 def run_app(app: typer.Typer, arguments: Sequence[str]) -> None:
     """Run the command line; `--debug`, wherever it stands, shows tracebacks.
@@ -27,6 +34,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str]) -> None:
         if any("\0" in argument for argument in arguments):
             raise RecipeError("an argument contains a NUL character; remove it")
         app(args=arguments)
+    # Not narrower: of anything else than the package's own errors a line is shown, with how to report it.
     except Exception as error:
         if debug:
             raise
@@ -38,6 +46,9 @@ def _describe(error: Exception) -> tuple[str, int]:
     """Return the message and the exit code of an error."""
     if isinstance(error, BfpoError):
         return str(error), error.exit_code
+    for kind, fault in _WRONG_KINDS.items():
+        if isinstance(error, kind) and error.filename is not None:
+            return f"{error.filename} {fault}; name another path", 2
     # Weights are written by libraries that raise errors of their own for a full disk.
     if isinstance(error, OSError) or _DISK_FULL.search(str(error)):
         return _describe_os_error(error), 1

@@ -24,7 +24,7 @@ from bfpo.experiments.steps import (
     run_once,
     write_world,
 )
-from bfpo.report.html import write_report
+from bfpo.report.html import check_ownership, write_report
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
 
@@ -59,7 +59,8 @@ def quickstart(out: Path, *, method: str = "bfpo", seed: int = 0) -> list[Result
         METHODS[method], world=world, base=base, out=out / method, seed=seed, steps=METHOD_STEPS
     )
     options = WorldOptions(seed=seed)
-    # A folder with another quickstart is refused before anything is trained, not at the step that finds it.
+    # A folder with something else is refused before anything is trained, not at the step that finds it.
+    check_ownership(out)
     holds_world(options, world)
     planned: list[SftRecipe | TrainRecipe] = [*base_recipes(out, seed=seed), *trainings]
     for recipe in planned:

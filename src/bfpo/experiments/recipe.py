@@ -12,7 +12,7 @@ from bfpo.config.recipes import Count, Section
 from bfpo.core.files import parse_json
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.experiments.methods import METHODS, online_recipe, train_recipes
-from bfpo.experiments.stages import Method
+from bfpo.experiments.stages import Method, OnlineStage, Stage
 from bfpo.testbed.world import WorldOptions
 
 DATA_DIALS = (
@@ -55,7 +55,7 @@ class ExperimentRecipe(Section):
     """Name → method."""
     worlds: Annotated[dict[str, WorldOptions], Field(min_length=1)]
     """Name → dials; `seeds` sets the seeds."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=2)]
     """Seeds, two or more: each is a split, a base model, data and a training run of its own. The statistics are over
     seeds."""
     against: str
@@ -63,7 +63,7 @@ class ExperimentRecipe(Section):
     tuning: str | None = None
     """comparison.json that `tuned` reads."""
     steps: Count = 100
-    """Number of optimizer steps."""
+    """Number of optimizer steps of trainings on pairs; `online.steps` is that of reinforcement learning."""
     jobs: Count = 2
     """Number of worker processes, of one thread each."""
 
@@ -133,6 +133,14 @@ def _variant_settings(name: str, variant: Variant, tuned: dict[str, Any]) -> lis
     """Return the center of a variant, then one setting for each other value to try."""
     if variant.method not in METHODS:
         raise RecipeError(f"variants.{name}.method '{variant.method}'; {did_you_mean(variant.method, [*METHODS])}")
+    if METHODS[variant.method].online is not None:
+        unread = Stage.model_fields.keys() - {"loss"}
+        of_pairs = [key for key in (*variant.changes, *variant.vary) if key.partition(".")[0] in unread]
+        if of_pairs:
+            raise RecipeError(
+                f"variants.{name}: '{of_pairs[0]}' is an option of trainings on pairs, and '{variant.method}' has "
+                f"none; the options of 'online' are {', '.join(OnlineStage.model_fields)}"
+            )
     content = change_values(METHODS[variant.method].model_dump(), tuned | variant.changes)
     center = {key: value_at(content, key) for key in variant.vary}
     if unset := [key for key, value in center.items() if value is None]:
