@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
 
 import bfpo
 from bfpo.commands.app import app
@@ -87,6 +88,8 @@ def run_with(error, tmp_path, monkeypatch, capsys, *options):
         (RuntimeError("I/O error: No space left on device (os error 28)\nat"), "(os error 28); what was finished"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), "error: x: Permission denied\n"),
         (RuntimeError("gloo: connection closed"), "the connection to another process was lost"),
+        (MemoryError(), "error: out of memory; less is needed with a smaller per_device_train_batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "CUDA out of memory. Tried; less is needed"),
         (KeyError("name"), "error: unexpected KeyError: 'name'; this is a bug in bfpo, please report it"),
     ],
 )

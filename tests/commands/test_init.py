@@ -100,6 +100,7 @@ def test_what_is_missing_is_asked_for_on_a_terminal(monkeypatch):
         ({"goal": "safe"}, "`goal` is 'safe'; did you mean 'safer'"),
         ({"device": "tpu"}, "`device` is 'tpu'; "),
         ({"data": ["unlabeled.jsonl"]}, "12 of 12 pairs have no safety labels; choose label-first"),
+        ({"buffer": ["prompts.jsonl"]}, "`buffer` 'prompts.jsonl' has prompts without answers; a buffer needs pairs"),
         ({"data": ["prompts.jsonl", "pairs.jsonl"]}, "prompts without answers, and pairs; give one of both"),
     ],
 )

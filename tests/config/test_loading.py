@@ -57,6 +57,12 @@ def test_broken_yaml_names_file_and_line():
     [
         ({"bufer": []}, r"bufer: unknown key; did you mean 'buffer'\? known: benchmarks, buffer"),
         ({"max_length": 512}, "max_length: unknown key; it belongs at 'text.max_length'"),
+        # The loss bso has a limit, too.
+        (
+            {"limit": 9},
+            "limit: unknown key; it belongs at 'data.0.limit' or 'buffer.0.limit' or 'eval.0.limit'; known",
+        ),
+        ({"limit": 9, "loss": {"name": "bso"}}, "'eval.0.limit' or 'loss.limit'; known"),
         ({"data": [{"path": "x", "limti": 3}]}, r"data.0.limti: unknown key; did you mean 'limit'"),
         ({"data": []}, "data: List should have at least 1 item"),
         ({"data": [{}]}, "data.0.path: Field required"),
@@ -139,6 +145,13 @@ def test_overrides_reach_sections_and_lists(tmp_path):
     assert recipe.loss == BFPOSection(beta=0.05)
     assert (recipe.data[0].limit, recipe.holdout, recipe.train_only) == (10, 0.1, ["down"])
     assert recipe.trainer == {"output_dir": "runs/x"}
+
+
+def test_an_override_changes_one_place_though_yaml_has_an_alias_for_two(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL | {"data": "D"}).replace("D", "&d [{path: a.jsonl}]") + "buffer: *d\n")
+    recipe = load_recipe(file, TrainRecipe, ["data.0.path=b.jsonl"])
+    assert ([source.path for source in recipe.data], recipe.buffer[0].path) == (["b.jsonl"], "a.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,39 @@ def test_deeply_nested_json_is_refused(opening, closing):
                 parse_json(text)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("my notes line 1\nmy only last line", r"row 1: not JSON .*; name another file, or remove"),
+        ("one line of text", "is no file of JSON objects; name another file"),
+        ('{"a": 1}\n[2]\n{"b"', r"row 2: not JSON \(list, not an object\)"),
+        ('{\n  "a": 1\n}', "row 1: not JSON"),
+    ],
+)
+def test_a_file_of_another_kind_stays_as_it_is(tmp_path, content, message):
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_repaired_jsonl(path)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("content", "rows", "repaired"),
+    [
+        ('{"a": 1}\n{"b": ', [{"a": 1}], '{"a": 1}\n'),
+        ('{"a": 1}\n{"b": 2}', [{"a": 1}, {"b": 2}], '{"a": 1}\n{"b": 2}\n'),
+        ('{"a"', [], ""),
+        ("", [], ""),
+    ],
+)
+def test_what_an_interrupted_write_left_is_cut_off(tmp_path, content, rows, repaired):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    assert read_repaired_jsonl(path) == rows
+    assert path.read_text() == repaired
+
+
 def test_many_brackets_are_no_depth():
     rows = [[{"a": "[{" * 500}] for _ in range(500)]
     assert parse_json(json.dumps(rows)) == rows

@@ -21,6 +21,19 @@ def test_the_current_directory_is_searched(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("code", "message"),
+    [("def f(:", "SyntaxError: invalid syntax"), ("nothing", "NameError: name 'nothing' is not defined")],
+)
+def test_a_fault_in_the_users_own_code_is_named(tmp_path, monkeypatch, code, message):
+    (tmp_path / f"faulty_{len(code)}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = f"faulty_{len(code)}:answer"
+    with pytest.raises(RecipeError, match=rf"^judge is '{path}'; importing it failed: {message}"):
+        import_object(path, "judge")
+
+
+@pytest.mark.parametrize(
     ("path", "message"),
     [
         ("nowhere.losses:Mine", "No module named 'nowhere'"),

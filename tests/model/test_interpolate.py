@@ -1,3 +1,5 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,12 @@ def test_models_that_do_not_fit_are_refused(make_model, tokenizer):
     message = r"parameter '\S+' is .* in 'first' and .* in 'narrow'; expected models of one architecture"
     with pytest.raises(ModelError, match=message):
         interpolate_checkpoints("first", "narrow", Path("out"), weight=0.5)
+    shutil.copytree("first", "longer")
+    config = json.loads(Path("longer/config.json").read_text())
+    Path("longer/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5, "pad_token_id": 7}))
+    message = r"'first' and 'longer' differ in rms_norm_eps of config\.json; expected models of one architecture"
+    with pytest.raises(ModelError, match=message):
+        interpolate_checkpoints("first", "longer", Path("out"), weight=0.5)
     AutoModelForCausalLM.from_pretrained("first").save_pretrained("other")
     larger = AutoTokenizer.from_pretrained("first")
     larger.add_tokens(["<new>"])

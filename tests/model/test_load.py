@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import LoraSection, ModelSection, NewModel, TrainRecipe
 from bfpo.core.files import write_jsonl
 from bfpo.errors import ModelError
-from bfpo.model.load import JSON_FILES, empty_model, load_model, load_tokenizer
+from bfpo.model.load import JSON_FILES, add_experts, empty_model, load_model, load_tokenizer
 from bfpo.model.lora import add_adapter, lora_config
 from bfpo.model.merge import merge_checkpoint
 from bfpo.model.new import new_model
@@ -269,3 +270,37 @@ def test_damaged_weights_are_a_model_error(base, content):
     (base / "model.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match="model 'base': "):
         load_model(ModelSection(path="base"))
+
+
+def rename_tensors(file, old, new):
+    tensors = load_file(file)
+    save_file({name.replace(old, new): tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def test_missing_weights_are_not_taken_for_trained_ones(base):
+    rename_tensors(base / "model.safetensors", "mlp.down_proj", "mlp.other")
+    with pytest.raises(ModelError, match=r"model 'base': 2 weights of LlamaForCausalLM are missing .*down_proj"):
+        load_model(ModelSection(path="base"))
+
+
+def test_an_adapter_of_another_model_is_refused(base, tokenizer):
+    save_adapter(base, tokenizer)
+    rename_tensors(Path("adapter/adapter_model.safetensors"), "model.model.", "model.transformer.")
+    message = r"adapter 'adapter': \d+ of its weights are missing, or it is for another base model: base_model\.model"
+    with pytest.raises(ModelError, match=message):
+        load_model(ModelSection(path="adapter"))
+    with pytest.raises(ModelError, match=message):
+        merge_checkpoint(Path("adapter"), Path("merged"))
+    shutil.copytree("adapter", "other")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(ModelError, match=message):
+        add_experts(model, {"answer": "adapter"})
+    rename_tensors(Path("adapter/adapter_model.safetensors"), "model.transformer.", "model.model.")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(ModelError, match=r"adapter 'other': .* of its weights are missing"):
+        add_experts(model, {"analysis": "adapter", "guidance": "adapter", "answer": "other"})
+
+
+def test_a_file_in_place_of_a_folder_is_named(base):
+    with pytest.raises(ModelError, match=r"model 'base/config\.json' is a file; name its folder"):
+        load_model(ModelSection(path="base/config.json"))

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, TrainingArguments
 
 from bfpo.data.table import Example
-from bfpo.errors import RecipeError
+from bfpo.errors import ModelError, RecipeError
 from bfpo.losses.pairwise import BFPO
 from bfpo.model.attention import span_attention
 from bfpo.model.layout import packed_layout, padded_layout
@@ -16,7 +16,7 @@ from bfpo.training.encode import encode_pairs
 from bfpo.training.sft import SFTTrainer
 from bfpo.training.trainer import BFPOTrainer
 
-from ..model.families import family
+from ..model.families import SIZE, family
 
 FAMILIES = ["mixtral", "qwen3_moe"]
 
@@ -36,6 +36,23 @@ def test_the_loss_is_the_models_own_over_real_tokens(name):
         scores, loss = scores_and_router_loss(model, layout, score=completion_logps)
         torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(scores, completion_logps(model, layout), rtol=0, atol=0)
+
+
+def test_the_number_of_experts_has_another_name_in_other_families():
+    config = GraniteMoeConfig(**SIZE, num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager")
+    model, padded = GraniteMoeForCausalLM(config), padded_layout(examples())
+    mask = torch.tensor([[True] * length + [False] * (14 - length) for length in padded.row_lengths])
+    own = model(padded.input_ids, attention_mask=mask.long(), output_router_logits=True).aux_loss
+    torch.testing.assert_close(
+        scores_and_router_loss(model, padded, score=completion_logps)[1], own, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_model_that_gives_no_router_logits_is_named():
+    with pytest.raises(
+        ModelError, match="llama: transformers gives no logits of its routers; set router_aux_loss_coef"
+    ):
+        scores_and_router_loss(family("llama"), padded_layout(examples()), score=completion_logps)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -84,7 +84,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.7,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
     guard: GuardFile = None,
     steps: StepsFile = None,
 ) -> None:

@@ -3,12 +3,12 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bfpo.config.loading import check_recipe, read_recipe
 from bfpo.config.recipes import DataRecipe, Source, TextSection, TrainRecipe
-from bfpo.core.files import write_json, write_jsonl
+from bfpo.core.files import check_own_files, write_json, write_jsonl
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.terminal import say, show_table, timed
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS, parse_source
@@ -92,10 +92,13 @@ def prepare_recipe(path: Path, overrides: list[str], out: Path, *, limit: int | 
     recipe = read_data_recipe(path, overrides)
     # What is known of the rows is kept until the end, so that a killed command goes on from there.
     unfinished = out / ".unfinished"
+    check_own_files(out, ("pairs.jsonl", "eval.jsonl"), ("data_manifest.json", ".unfinished"), "bfpo data prepare")
     prepared = prepare(recipe, limit=limit, log=say, cache=unfinished, max_held=MAX_HELD)
     show_sources(part.report for part in prepared.parts)
     labeling, beta = _labeling_of(recipe) if isinstance(recipe, TrainRecipe) else (None, 1.0)
     show_cells(chain_pairs([prepared.train, prepared.eval]), labeling, beta)
+    _check_not_read(out, [part.report for part in prepared.parts])
+    unfinished.mkdir(parents=True, exist_ok=True)
     with timed("writing the pairs"):
         paths = write_prepared(prepared, out)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -106,6 +109,19 @@ def prepare_recipe(path: Path, overrides: list[str], out: Path, *, limit: int | 
     say("use in a recipe instead of data, buffer, eval and holdout:")
     for line in lines:
         say(f"  {line}")
+
+
+def _check_not_read(out: Path, reports: Iterable[SourceReport]) -> None:
+    """Check that no file that is about to be written is a source.
+
+    Raises:
+        RecipeError: If one is.
+    """
+    written = {(out / name).resolve() for name in ("pairs.jsonl", "eval.jsonl")}
+    for report in reports:
+        for file in report.files:
+            if Path(file).resolve() in written:
+                raise RecipeError(f"`out` is {out}, whose {Path(file).name} is a source; name another folder")
 
 
 def degrade_source(source: str, out: Path, *, versions: int, limit: int | None) -> None:
@@ -120,7 +136,9 @@ def degrade_source(source: str, out: Path, *, versions: int, limit: int | None) 
     Raises:
         DataError: If the data are malformed, or no answer can be degraded.
     """
+    check_own_files(out, ("pairs.jsonl",), ("degrade.json",), "bfpo data degrade")
     report, pairs = load_pairs(parse_source(source), "main", limit=limit)
+    _check_not_read(out, [report])
     outcomes: Counter[str] = Counter()
     graded = list(graded_pairs(pairs, versions, outcomes))
     show_table(f"Chosen answers of {report.name}", ("outcome", "answers"), outcomes.most_common())

@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 
 import typer
 
+from bfpo.commands.outputs import protect_inputs
 from bfpo.core.terminal import escape_controls
 from bfpo.errors import BfpoError, RecipeError
 
 _DISK_FULL = re.compile(r"No space left on device|os error 28|PytorchStreamWriter failed writing")
-
+_LESS_MEMORY = (
+    "less is needed with a smaller per_device_train_batch_size (auto finds one), layout.max_tokens_per_pack, "
+    "trainer.activation_checkpointing or lora; bfpo train --plan estimates it"
+)
 # What a path is that the user has named, where something else is expected.
 _WRONG_KINDS: dict[type[OSError], str] = {
     FileExistsError: "is a file, expected a folder",
@@ -33,7 +37,9 @@ def run_app(app: typer.Typer, arguments: Sequence[str]) -> None:
     try:
         if any("\0" in argument for argument in arguments):
             raise RecipeError("an argument contains a NUL character; remove it")
-        app(args=arguments)
+        command = typer.main.get_command(app)
+        protect_inputs(command)
+        command(args=arguments)
     # Not narrower: of anything else than the package's own errors a line is shown, with how to report it.
     except Exception as error:
         if debug:
@@ -49,6 +55,10 @@ def _describe(error: Exception) -> tuple[str, int]:
     for kind, fault in _WRONG_KINDS.items():
         if isinstance(error, kind) and error.filename is not None:
             return f"{error.filename} {fault}; name another path", 2
+    if _is_out_of_memory(error):
+        return f"{_first_line(error) or 'out of memory'}; {_LESS_MEMORY}", 1
+    if (refused := _fault_of_option(error)) is not None:
+        return refused, 2
     # Weights are written by libraries that raise errors of their own for a full disk.
     if isinstance(error, OSError) or _DISK_FULL.search(str(error)):
         return _describe_os_error(error), 1
@@ -57,6 +67,20 @@ def _describe(error: Exception) -> tuple[str, int]:
         return "the connection to another process was lost: that process has ended, its reason is above", 1
     cause = f"unexpected {type(error).__name__}: {_first_line(error)[:300]}"
     return f"{cause}; this is a bug in bfpo, please report it with the traceback that --debug shows", 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _fault_of_option(error: Exception) -> str | None:
+    """Return what a section that is made of options refuses; None for another error."""
+    pydantic = sys.modules.get("pydantic")
+    if pydantic is None or not isinstance(error, pydantic.ValidationError):
+        return None
+    fault = error.errors()[0]
+    name = ".".join(map(str, fault["loc"]))
+    return f"`{name}` is {fault['input']!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
 
 
 def _describe_os_error(error: Exception) -> str:

@@ -160,7 +160,11 @@ def _read_data(
             raise RecipeError("`data` has prompts without answers, and pairs; give one of both")
         return DataFacts([{"path": text} for text in data], has_pairs=False)
     sources = [source for source in found if source is not None]
-    buffer_sources = [source for text in buffer if (source := find_source(text, can_ask=can_ask)) is not None]
+    buffer_sources = []
+    for text in buffer:
+        if (source := find_source(text, can_ask=can_ask)) is None:
+            raise RecipeError(f"`buffer` '{text}' has prompts without answers; a buffer needs pairs")
+        buffer_sources.append(source)
     # What would stop a run is counted here, and the recipe says so.
     recipe = DataRecipe(data=sources, buffer=buffer_sources, max_dropped=0.999)
     prepared = prepare(recipe, log=say)

@@ -44,8 +44,13 @@ def train(
     plan: Annotated[
         bool, typer.Option("--plan", help="Show the memory of each GPU, micro-batch, time and cost, and stop.")
     ] = False,
-    hardware: Annotated[str, typer.Option(help="For --plan: a100-80gb, h100, h200, l4, rtx4090 or cpu.")] = "h100",
-    gpus: Annotated[int, typer.Option(min=1, help="For --plan: number of GPUs; of threads on a CPU.")] = 1,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="For --plan: a100-80gb, h100, h200, l4, rtx4090 or cpu.", show_default="h100"),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="For --plan: number of GPUs; of threads on a CPU.", show_default="1")
+    ] = None,
     price: Annotated[
         float | None, typer.Option(min=0, help="For --plan: price of an hour of a GPU.", show_default=False)
     ] = None,
@@ -53,13 +58,17 @@ def train(
     """Train a model on labeled preference pairs."""
     from bfpo.config.loading import load_recipe
     from bfpo.config.recipes import TrainRecipe
+    from bfpo.errors import RecipeError
 
     checked = load_recipe(recipe, TrainRecipe, overrides)
     if plan:
         from bfpo.training.launch_plan import show_launch_plan
 
-        show_launch_plan(checked, hardware=hardware, gpus=gpus, price=price, limit=limit)
+        show_launch_plan(checked, hardware=hardware or "h100", gpus=gpus or 1, price=price, limit=limit)
         return
+    for option, value in (("--hardware", hardware), ("--gpus", gpus), ("--price", price)):
+        if value is not None:
+            raise RecipeError(f"{option} is for --plan; to use several processes, start them by accelerate launch")
     if checked.outer is not None:
         from bfpo.constraints.outer import check_outer, run_outer
 

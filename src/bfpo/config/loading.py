@@ -6,6 +6,7 @@ a key is worse than refusing it.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -258,12 +259,15 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 def _descend(section: Any, key: str, override: str) -> Any:
     if isinstance(section, list):
-        return section[_index(section, key, override)]
-    if not isinstance(section, dict):
+        place: Any = _index(section, key, override)
+    elif isinstance(section, dict):
+        place = key
+    else:
         raise RecipeError(f"override '{override}': '{key}' can't be a key of {section!r}, which is not a section")
-    if section.get(key) is None:
-        section[key] = {}
-    return section[key]
+    inner = section.get(place) if isinstance(section, dict) else section[place]
+    # A copy: behind an alias of YAML the same section is in several places.
+    section[place] = {} if inner is None and isinstance(section, dict) else copy(inner)
+    return section[place]
 
 
 def _index(entries: list[Any], key: str, override: str) -> int:
@@ -313,7 +317,7 @@ def _describe(fault: ErrorDetails, content: Any, kind: type[Section]) -> str:
         section, label = _section_at(kind, home)
         owner = f" of '{label}'" if label else ""
         hint = did_you_mean(str(last), [field.alias or name for name, field in section.model_fields.items()])
-        return f"{key}: unknown key{owner}; {_other_places(str(last), key, kind)}{hint}"
+        return f"{key}: unknown key{owner}; {_other_places(str(last), key, content, kind)}{hint}"
     message = fault["msg"].removeprefix("Value error, ")
     got = f" (got {fault['input']!r})" if fault["type"] not in ("missing", "value_error") else ""
     return f"{key or 'recipe'}: {message}{got}"
@@ -344,14 +348,23 @@ def _section_at(kind: type[Section], location: Sequence[int | str]) -> tuple[typ
     return section, label
 
 
-def _other_places(key: str, here: str, kind: type[Section]) -> str:
-    """Return a hint where an unknown key belongs; "" where no section has it, or another loss has it."""
-    places = [
-        f"'{name}.{key}'"
-        for name, field in kind.model_fields.items()
-        if any(key in section.model_fields for _, section in _sections_in(field.annotation) if section is not Source)
-    ]
-    return f"it belongs at {' or '.join(places)}; " if places and f"'{here}'" not in places else ""
+def _other_places(key: str, here: str, content: Any, kind: type[Section]) -> str:
+    """Return a hint where an unknown key at the top of a recipe belongs; "" where no section has it."""
+    if "." in here:
+        return ""
+    places = []
+    for name, field in kind.model_fields.items():
+        members = dict(_sections_in(field.annotation))
+        if set(members) == {""}:
+            section = members[""]
+        else:
+            given = content.get(name) if isinstance(content, Mapping) else None
+            labels = set(map(str, given.values())) if isinstance(given, Mapping) else set()
+            chosen = [member for label, member in members.items() if label in labels]
+            section = chosen[0] if chosen else type(field.get_default(call_default_factory=True))
+        if key in getattr(section, "model_fields", ()):
+            places.append(f"'{name}.0.{key}'" if section is Source else f"'{name}.{key}'")
+    return f"it belongs at {' or '.join(places)}; " if places else ""
 
 
 def _sections_in(annotation: Any, label: str = "") -> Iterator[tuple[str, type[Section]]]:

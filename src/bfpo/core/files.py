@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bfpo.errors import DataError
+from bfpo.errors import DataError, RecipeError
 
 # Levels of a JSON value; more than any file has, and far from the depth at which Python stops to recurse.
 MAX_DEPTH = 200
@@ -64,6 +64,25 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
             file.write(line.encode("utf-8"))
 
 
+def check_own_files(folder: Path, names: Iterable[str], marks: Iterable[str], command: str) -> None:
+    """Check that files in a folder are of an earlier run of a command, which may replace them.
+
+    Args:
+        folder: Output folder.
+        names: Names of the files that the command writes.
+        marks: Names of files of which a run of the command leaves one.
+        command: The command, for the error.
+
+    Raises:
+        RecipeError: If the folder has one of the files, and no mark.
+    """
+    existing = [name for name in names if (folder / name).exists()]
+    if existing and not any((folder / mark).exists() for mark in marks):
+        raise RecipeError(
+            f"{folder / existing[0]} was not written by {command}; name another folder, or move the file"
+        )
+
+
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Append JSON objects to a file; if the program is killed meanwhile, `read_repaired_jsonl` still reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,22 +119,20 @@ def _depth(content: Any) -> int:
 def read_repaired_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a file that `append_jsonl` wrote, after cutting off an incomplete last line.
 
-    A complete last line without its line break, as some editors leave it, is kept.
+    A complete last line without its line break, as some editors leave it, is kept. A file of another kind, which
+    the user named by mistake, isn't changed.
 
     Args:
         path: File of the program's own; a missing file has no rows.
 
     Raises:
-        DataError: If a line before the last isn't a JSON object: an interrupted write doesn't explain that.
+        DataError: If a line before the last isn't a JSON object, or the only one isn't the beginning of one: an
+            interrupted write doesn't explain that.
     """
     if not path.exists():
         return []
     content = path.read_bytes()
     complete, _, last_line = content.rpartition(b"\n")
-    if last_line:
-        # An object ends with its brace, so a line that was cut off earlier doesn't parse.
-        complete = content if _is_object(last_line) else complete
-        write_text(path, (complete + b"\n" if complete else b"").decode("utf-8"))
     rows = []
     for number, line in enumerate(complete.splitlines(), start=1):
         try:
@@ -123,8 +140,18 @@ def read_repaired_jsonl(path: Path) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{type(row).__name__}, not an object")
         except ValueError as error:
-            raise DataError(f"{path} row {number}: not JSON ({error}); the file is damaged, remove it") from None
+            raise DataError(
+                f"{path} row {number}: not JSON ({error}); name another file, or remove this one if it is damaged"
+            ) from None
         rows.append(row)
+    if last_line:
+        # An object ends with its brace, so a line that was cut off earlier doesn't parse.
+        if _is_object(last_line):
+            rows.append(parse_json(last_line))
+            complete = content
+        elif not (rows or last_line.startswith(b"{")):
+            raise DataError(f"{path} is no file of JSON objects; name another file, or remove this one")
+        write_text(path, (complete + b"\n" if complete else b"").decode("utf-8"))
     return rows
 
 

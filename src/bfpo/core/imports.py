@@ -29,4 +29,7 @@ def import_object(path: str, what: str) -> Any:
         imported: Any = getattr(import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise RecipeError(f"{what} is '{path}'; {error}") from error
+    # Not narrower: code of others runs here.
+    except Exception as error:
+        raise RecipeError(f"{what} is '{path}'; importing it failed: {type(error).__name__}: {error}") from error
     return imported

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2 as httpx
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from bfpo.config.loading import parse_yaml
 from bfpo.core.files import parse_json, write_text

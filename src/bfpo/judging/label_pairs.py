@@ -4,6 +4,7 @@ By default a pair is labeled when all judges decide and agree on both of its ans
 otherwise. An undecided answer never counts as safe. Judges of reasoning label the reasoning of both answers.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,6 +86,8 @@ def label_pairs(
     """
     if conflicts not in POLICIES:
         raise RecipeError(f"`conflicts` is '{conflicts}'; {did_you_mean(conflicts, list(POLICIES))}")
+    if not 0 < beta < math.inf:
+        raise RecipeError(f"`beta` is {beta}; expected a number above 0")
     report, pairs = load_pairs(source, "main", limit=limit)
     answers = [(as_completion(pair, 0), as_completion(pair, 1)) for pair in pairs]
     # An answer that occurs in several pairs is judged once.

@@ -11,6 +11,7 @@ from bfpo.core.terminal import say
 from bfpo.errors import ModelError, RecipeError
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.model.merge import DTYPES
+from bfpo.model.reference_cache import without_provenance
 from bfpo.model.save import check_out, save_checkpoint
 
 
@@ -29,8 +30,8 @@ def interpolate_checkpoints(first: str, second: str, out: Path, *, weight: float
 
     Raises:
         RecipeError: If the weight or `dtype` isn't allowed.
-        ModelError: If a model can't be loaded, the models differ in their parameters or vocabularies, or `out` isn't
-            empty.
+        ModelError: If a model can't be loaded, the models differ in their parameters, settings or vocabularies, or
+            `out` isn't empty.
 
     Source:
         P-SACPO, Wachi et al., arXiv 2404.11049: merging the model aligned for helpfulness with that of the second
@@ -52,6 +53,13 @@ def interpolate_checkpoints(first: str, second: str, out: Path, *, weight: float
                 f"parameter '{name}' is {shapes[0]} in '{first}' and {shapes[1]} in '{second}'; expected models of "
                 "one architecture"
             )
+    settings = [without_provenance(each.config.to_dict()) for each in (other, model)]
+    keys = {key for each in settings for key in each if not key.endswith("_token_id")}
+    if differing := sorted(key for key in keys if settings[0].get(key) != settings[1].get(key)):
+        raise ModelError(
+            f"'{first}' and '{second}' differ in {', '.join(differing[:5])} of config.json; expected models of one "
+            "architecture"
+        )
     with torch.no_grad():
         for name, parameter in ours.items():
             parameter.copy_((1 - weight) * theirs[name] + weight * parameter)

@@ -5,7 +5,9 @@ A folder may come from anywhere: libraries raise errors of every class for malfo
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -80,19 +82,27 @@ def load_model(section: ModelSection) -> CausalLM:
         if is_gguf(base):
             model = load_gguf_model(base, base_revision, dtype=dtype, attn_implementation=attention)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base,
                 revision=base_revision or "main",
                 dtype=dtype,
                 attn_implementation=attention,
                 trust_remote_code=section.trust_remote_code,
+                output_loading_info=True,
                 **options,
             )
+            model, info = loaded
+            if missing := sorted(info["missing_keys"]):
+                # transformers would leave them at random values.
+                raise ModelError(
+                    f"model '{base}': {len(missing)} weights of {type(model).__name__} are missing or have another "
+                    f"name: {', '.join(missing[:3])}"
+                )
         if config is not None:
             has_token_rows = getattr(config, "trainable_token_indices", None) is not None
             num_tokens = len(load_tokenizer(section)) if has_token_rows else None
             resize_to_adapter(model, path, revision, num_tokens=num_tokens)
-            with without_checkpointing_warning():
+            with without_checkpointing_warning(), _whole_adapter(path):
                 return PeftModel.from_pretrained(
                     prepare_for_adapter(model), path, is_trainable=True, revision=revision
                 )
@@ -126,9 +136,10 @@ def add_experts(model: CausalLM, adapters: Mapping[str, str]) -> PeftModel:
             if name != SHARED:
                 check_beside(path, shared)
             if adapted is None:
-                adapted = PeftModel.from_pretrained(model, path, adapter_name=name)
+                with _whole_adapter(path):
+                    adapted = PeftModel.from_pretrained(model, path, adapter_name=name)
             else:
-                adapted.load_adapter(path, name)
+                _check_whole(path, adapted.load_adapter(path, name).missing_keys)
     assert adapted is not None
     return adapted
 
@@ -145,7 +156,7 @@ def add_shared(model: PeftModel, shared: SharedAdapter) -> None:
     """
     path, own = shared.path, model.active_adapter
     with _model_errors(path, f"shared_adapter '{path}'"), torch.random.fork_rng(), without_checkpointing_warning():
-        model.load_adapter(path, SHARED)
+        _check_whole(path, model.load_adapter(path, SHARED).missing_keys)
     # Its own first: transformers resumes the first of the active adapters.
     activate(model, [own, SHARED])
     model.set_requires_grad(own)
@@ -157,6 +168,25 @@ def add_shared(model: PeftModel, shared: SharedAdapter) -> None:
             shared.write_record(Path(folder))
 
     model.save_pretrained = save_own  # type: ignore[assignment]
+
+
+@contextmanager
+def _whole_adapter(path: str) -> Iterator[None]:
+    """Turn peft's warning that weights of an adapter are missing, and stay as they were made, into an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*Found missing adapter keys", UserWarning)
+        try:
+            yield
+        except UserWarning as warning:
+            _check_whole(path, re.findall(r"'(base_model\.[^']*)'", str(warning)) or [str(warning)])
+
+
+def _check_whole(path: str, missing: Sequence[str]) -> None:
+    if missing:
+        raise ModelError(
+            f"adapter '{path}': {len(missing)} of its weights are missing, or it is for another base model: "
+            f"{', '.join(missing[:3])}"
+        )
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
@@ -286,6 +316,8 @@ def _check_path(path: str) -> None:
     """Check that a path is a folder or looks like a hub id; the hub's own message would only speak of ids."""
     if is_gguf(path):
         return
+    if Path(path).is_file():
+        raise ModelError(f"model '{path}' is a file; name its folder")
     if not Path(path).is_dir() and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
         raise ModelError(f"model '{path}': no such folder, and not a hub id (org/name)")
 

@@ -8,6 +8,7 @@ training (learning rate, labels, paths): runs and sweeps over the same weights a
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +165,17 @@ def hash_model(model: CausalLM) -> str:
     if isinstance(model, PeftModel):
         configs += [config.to_dict() for config in model.peft_config.values()]
     for config in configs:
-        # Sets are sorted: their order differs between processes.
-        values = {
-            key: sorted(value) if isinstance(value, set) else value
-            for key, value in config.items()
-            if not _is_provenance(key)
-        }
-        digest.update(content_hash(values).encode())
+        digest.update(content_hash(without_provenance(config)).encode())
     return digest.hexdigest()
+
+
+def without_provenance(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a configuration that say what a model computes; sets, whose order differs, as lists."""
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.items()
+        if not _is_provenance(key)
+    }
 
 
 def _is_provenance(key: str) -> bool:

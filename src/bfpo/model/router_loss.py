@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from bfpo.errors import RecipeError
+from bfpo.errors import ModelError, RecipeError
 from bfpo.model.layout import Layout
 from bfpo.model.logps import Score
 from bfpo.model.lora import CausalLM, unwrap_adapter
@@ -55,7 +55,7 @@ def scores_and_router_loss(model: PreTrainedModel, layout: Layout, *, score: Sco
         return args, kwargs | {"output_router_logits": True}
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        router_logits.append(output.router_logits)
+        router_logits.append(getattr(output, "router_logits", None))
 
     decoder = model.get_decoder()
     handles = (decoder.register_forward_pre_hook(ask, with_kwargs=True), decoder.register_forward_hook(keep))
@@ -65,9 +65,13 @@ def scores_and_router_loss(model: PreTrainedModel, layout: Layout, *, score: Sco
         for handle in handles:
             handle.remove()
     config = model.config.get_text_config()
-    loss = load_balancing_loss_func(
-        router_logits[0], config.num_experts, config.num_experts_per_tok, _padding_mask(layout)
-    )
+    if not router_logits[0]:
+        raise ModelError(
+            f"{config.model_type}: transformers gives no logits of its routers; set router_aux_loss_coef to 0"
+        )
+    # Configurations have several names for the number of experts.
+    num_experts = router_logits[0][0].shape[-1]
+    loss = load_balancing_loss_func(router_logits[0], num_experts, config.num_experts_per_tok, _padding_mask(layout))
     assert isinstance(loss, Tensor)
     return scores, loss
 

@@ -95,7 +95,7 @@ def label_tables(run: Run) -> list[LabelTable]:
 
 
 def _label_cells(run: Run, labeling: LabelingFunction, beta: float) -> dict[str, LabelCell]:
-    cells = {}
+    cells: dict[str, LabelCell] = {}
     for cell in CELLS:
         label = getattr(labeling, cell)
         margin = last_margin(run, cell)
