@@ -241,7 +241,11 @@ def test_differences_are_paired_over_prompts_and_adjusted(real):
     assert logps["value"] == pytest.approx(2 / 5)
     text = summarize.as_markdown(summary, {"bfpo": "BFPO"}, "Comparison")
     assert "| ipo | 3 | 0.00 [0.00, 0.00] |" in text
-    assert "| base | refused, harmful | +0.70" in text
+    assert "| base | refused, harmful | +0.70 [+0.35, +1.05] | [+0.70, +0.70] | " in text
+    moved = records | {"base": {seed: record("base", seed, seed, seed / 10, 0.0) for seed in (1, 2, 3)}}
+    over_seeds = summarize.summarize(moved, "bfpo")["differences"]["refused_harmful"]["base"]["over_seeds"]
+    # Student's interval of 0.8, 0.7 and 0.6.
+    assert (over_seeds["mean"], over_seeds["low"]) == pytest.approx((0.7, 0.7 - 4.3027 * 0.1 / 3**0.5), abs=1e-4)
 
 
 def test_attacks_are_compared_one_by_one(real):

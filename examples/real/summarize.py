@@ -7,7 +7,8 @@ protocol than `protocol.yaml`, `comparison-MODEL`.
 * Refusals are recognized by their words. `judge-eval.json` has how often that is right on answers that were labeled;
   rates of refusal are reported a second time, corrected for these errors, with their uncertainty.
 * A difference is paired over prompts: on each prompt, the mean over the seeds that both methods have. Its interval is
-  Student's over prompts, and the p-values of one metric are adjusted for the number of methods (Holm).
+  Student's over prompts, and the p-values of one metric are adjusted for the number of methods (Holm). A second
+  interval is Student's over three seeds or more, paired by seed: what another seed would change.
 """
 
 import argparse
@@ -157,7 +158,7 @@ def summarize(
             }
     differences: dict[str, Any] = {}
     for metric in metrics:
-        compared = {}
+        compared, by_seed = {}, {}
         for method in records:
             if method == against or (metric.name == "preference" and method in ("base", "original")):
                 continue
@@ -165,9 +166,12 @@ def summarize(
                 compared[method] = paired_means(
                     _over_prompts(metric, records, against, seeds), _over_prompts(metric, records, method, seeds)
                 )
+                by_seed[method] = [
+                    _mean(metric, records, against, seed) - _mean(metric, records, method, seed) for seed in seeds
+                ]
         adjusted = holm([p_value for _, p_value in compared.values()])
         differences[metric.name] = {
-            method: _difference(interval, p_value, metric)
+            method: _difference(interval, p_value, metric) | {"over_seeds": _over_seeds(by_seed[method])}
             for (method, (interval, _)), p_value in zip(compared.items(), adjusted, strict=True)
         }
     return {"against": against, "values": values, "differences": differences}
@@ -209,7 +213,7 @@ def as_markdown(
         for metric in metrics
         for method, difference in summary["differences"][metric.name].items()
     ]
-    head = ["compared with", "metric", "difference", "p, adjusted", f"{titles[against]} is"]
+    head = ["compared with", "metric", "difference", "over seeds", "p, adjusted", f"{titles[against]} is"]
     return text + _table(head, [line for _, line in sorted(lines, key=lambda line: line[0])]) + "\n"
 
 
@@ -258,7 +262,9 @@ def _cell(value: Mapping[str, float | None] | None) -> str:
 
 def _difference_cells(difference: Mapping[str, Any]) -> list[str]:
     interval = f"{difference['value']:+.2f} [{difference['low']:+.2f}, {difference['high']:+.2f}]"
-    return [interval, f"{difference['p']:.3f}", difference["verdict"]]
+    seeds = difference["over_seeds"]
+    over_seeds = "" if seeds["low"] is None else f"[{seeds['low']:+.2f}, {seeds['high']:+.2f}]"
+    return [interval, over_seeds, f"{difference['p']:.3f}", difference["verdict"]]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
