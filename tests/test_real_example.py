@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import importlib
 import json
+import shutil
 import sys
 import threading
 import zipfile
@@ -434,6 +435,19 @@ def test_parts_of_a_model_are_joined_and_checked(real, tmp_path, monkeypatch):
     monkeypatch.setitem(pretrained.MODELS, "two", pretrained.Pretrained("Two", ("a", "b"), "0" * 64))
     with pytest.raises(DataError, match=f"SHA-256 {sha256}, expected 0000"):
         pretrained.import_model(tmp_path / "model", "two")
+
+
+def test_the_tables_of_the_comparison_are_those_of_the_records(real, tmp_path, monkeypatch):
+    summarize = real("summarize")
+    before = {path.name: path.read_text() for path in (summarize.PAGE, *summarize.FOLDER.glob("comparison*.md"))}
+    shutil.copytree(summarize.FOLDER, tmp_path / "real")
+    shutil.copy(summarize.PAGE, tmp_path)
+    monkeypatch.setattr(summarize, "FOLDER", tmp_path / "real")
+    monkeypatch.setattr(summarize, "PAGE", tmp_path / summarize.PAGE.name)
+    monkeypatch.setattr(sys, "argv", ["summarize.py"])
+    summarize.main()
+    after = {path.name: path.read_text() for path in (summarize.PAGE, *summarize.FOLDER.glob("comparison*.md"))}
+    assert after == before
 
 
 def test_the_tables_of_rl_are_those_of_the_records(real):

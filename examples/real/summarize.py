@@ -1,7 +1,7 @@
 """Tables of the comparison: `python examples/real/summarize.py [--protocol FILE]`.
 
 Reads the records of the units, and writes `comparison.json` and `comparison.md` beside their folder, or, of another
-protocol than `protocol.yaml`, `comparison-MODEL`.
+protocol than `protocol.yaml`, `comparison-MODEL`; and the tables of docs/real-models.md.
 
 * A value of a method is the mean over its seeds, with Student's interval over three seeds or more.
 * Refusals are recognized by their words. `judge-eval.json` has how often that is right on answers that were labeled;
@@ -31,6 +31,7 @@ from bfpo.stats.paired import paired_means
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / "benchmarks" / "results" / "real"
+PAGE = HERE.parents[1] / "docs" / "real-models.md"
 Record = Mapping[str, Any]
 Scores = dict[str, float]
 
@@ -147,7 +148,9 @@ def summarize(
     values: dict[str, Any] = {}
     for method, by_seed in records.items():
         values[method] = {"seeds": sorted(by_seed)} | {
-            metric.name: _over_seeds([_mean(metric, records, method, seed) for seed in sorted(by_seed)])
+            metric.name: _over_seeds(
+                [_mean(metric, records, method, seed) for seed in sorted(by_seed)], is_share=metric.name != "logp"
+            )
             for metric in metrics
             if metric.name != "preference" or method not in ("base", "original")
         }
@@ -237,11 +240,13 @@ def _over_prompts(metric: Metric, records: Any, method: str, seeds: Iterable[int
     return np.array([np.mean([scores[prompt] for scores in by_seed]) for prompt in sorted(by_seed[0])])
 
 
-def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+def _over_seeds(values: Sequence[float], *, is_share: bool = False) -> dict[str, float | None]:
     if len(values) < MIN_SEEDS:
         return {"mean": float(np.mean(values)), "low": None, "high": None}
     interval = t_interval(np.array(values))
-    return {"mean": interval.value, "low": interval.low, "high": interval.high}
+    # Student's interval of a few shares may go beyond all shares.
+    low, high = (max(interval.low, 0.0), min(interval.high, 1.0)) if is_share else (interval.low, interval.high)
+    return {"mean": interval.value, "low": low, "high": high}
 
 
 def _difference(interval: Interval, p_value: float, metric: Metric) -> dict[str, Any]:
@@ -288,6 +293,55 @@ def tuning_table(folder: Path, titles: Mapping[str, str]) -> str:
     return _table(["model", "learning rate", "refused, harmful", "look-alike", "benign"], rows)
 
 
+# Columns of the page; the order of the differences is that of what speaks against BFPO.
+_PAGE_VALUES = ("refused_harmful", "over_refusal", "refused_benign", "logp", "preference")
+_PAGE_DIFFERENCES = ("refused_benign", "over_refusal", "refused_harmful")
+
+
+def page_tables(summary: Mapping[str, Any], titles: Mapping[str, str], metrics: Sequence[Metric] = ()) -> str:
+    """Return the tables of docs/real-models.md: values, and differences with both intervals.
+
+    Args:
+        summary: What `summarize` returned.
+        titles: Title of each method.
+        metrics: Metrics of attacks, in their order; none for those of the comparison.
+    """
+    by_name = {metric.name: metric for metric in (*METRICS, *metrics)}
+    columns = tuple(metric.name for metric in metrics)
+    rows = [
+        [
+            titles[method],
+            str(len(values["seeds"])),
+            *(_cell(values.get(name)) for name in columns or _PAGE_VALUES),
+        ]
+        for method, values in summary["values"].items()
+    ]
+    head = ["model", "seeds", *(by_name[name].title for name in columns or _PAGE_VALUES)]
+    text = f"{_table(head, rows)}\n\n"
+    names = columns or _PAGE_DIFFERENCES
+    rows = [
+        [titles[method], *(_page_difference(summary["differences"][name][method]) for name in names)]
+        for method in summary["values"]
+        if method in summary["differences"][names[0]]
+    ]
+    head = [f"{titles[summary['against']]} less", *(by_name[name].title for name in names)]
+    return f"{text}{_table(head, rows)}\n"
+
+
+def _page_difference(difference: Mapping[str, Any]) -> str:
+    interval, over_seeds, _, verdict = _difference_cells(difference)
+    return f"{interval}, {verdict}" + (f"; over seeds {over_seeds}" if over_seeds else "")
+
+
+def write_page(name: str, tables: str) -> None:
+    """Write tables between the marks of a name on the page."""
+    before, start, rest = PAGE.read_text(encoding="utf-8").partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    assert start
+    assert end
+    write_text(PAGE, f"{before}{start}\n\n{tables}\n{end}{after}")
+
+
 def main() -> None:
     """Write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -309,6 +363,9 @@ def main() -> None:
     name = "comparison" if path == HERE / "protocol.yaml" else f"comparison-{path.stem}"
     write_json(FOLDER / f"{name}.json", summary)
     write_text(FOLDER / f"{name}.md", text)
+    write_page(name, page_tables(summary, titles))
+    if "attacked" in summary:
+        write_page(f"{name}, attacked", page_tables(summary["attacked"], titles, metrics))
 
 
 if __name__ == "__main__":
