@@ -40,6 +40,18 @@ def test_docs_agree_with_the_results(results):
     assert with_results(page, results) == page
 
 
+def test_the_profile_on_the_page_is_that_of_its_results():
+    from step_profile import MARKS, as_table, kind_of
+
+    results = json.loads((ROOT / "benchmarks/results/step_profile.json").read_text())
+    written = (ROOT / "docs/performance.md").read_text().partition(MARKS[0])[2].partition(MARKS[1])[0]
+    assert written.strip() == as_table(results).strip()
+    kinds = results["seconds_by_kind"]
+    assert 0.7 < (kinds["matrix products"] + kinds["attention"]) / sum(kinds.values()) < 0.8
+    names = ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "aten::mm", "aten::mul")
+    assert [kind_of(name).split()[0] for name in names] == ["attention", "matrix", "element-wise"]
+
+
 def test_a_slower_step_misses_its_target(results):
     from speed.report import HH, targets_table
 
