@@ -123,6 +123,22 @@ def test_an_installed_vllm_is_run_and_stopped_with_this_process(in_checkpoints, 
     process.stdout.close()
 
 
+def test_a_server_behind_nohup_outlives_its_terminal(tmp_path):
+    code = (
+        "import signal; from bfpo.deployment.child import run_until_stopped\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "run_until_stopped(['sh', '-c', 'echo up; sleep 60'])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    process.stdout.close()
+
+
 def test_a_server_that_ends_by_itself_is_an_error(in_checkpoints, tmp_path, monkeypatch):
     script = tmp_path / "vllm"
     script.write_text("#!/bin/sh\nexit 7\n")

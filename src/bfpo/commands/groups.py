@@ -59,8 +59,7 @@ def fit_judge(
     labeled: LabeledSources,
     out: Annotated[Path, typer.Option(help="File of the judge; its card is written beside it.")] = Path("judge.npz"),
     doubt: Annotated[
-        float,
-        typer.Option(min=0, max=0.5, help="Abstain on safety where the estimated error probability exceeds this."),
+        float, typer.Option(help="Abstain on safety where the estimated error probability exceeds this.")
     ] = 0.3,
 ) -> None:
     """Fit a linear judge to labeled completions, and evaluate it on other sources and on held-out prompts."""

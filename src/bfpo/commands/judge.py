@@ -74,6 +74,8 @@ def fit_judge(labeled: str | Sequence[str], out: Path, *, abstain_threshold: flo
         DataError: If there are too few answers, or too few with one of the labels.
         RecipeError: If `abstain_threshold` is out of its range, or a file of labels is named twice.
     """
+    if not 0 < abstain_threshold <= 0.5:
+        raise RecipeError(f"`doubt` is {abstain_threshold}; expected more than 0 and at most 0.5")
     names = [labeled] if isinstance(labeled, str) else list(labeled)
     # A source on the hub has no local files.
     files = [str(file.resolve()) for name in names for file in label_files(name) or [Path(name)]]

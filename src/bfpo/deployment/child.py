@@ -18,7 +18,7 @@ def run_until_stopped(
 ) -> None:
     """Run a command until it ends; signals to stop are passed on to it, and then end it without an error.
 
-    SIGINT, SIGTERM, and SIGHUP, which a closed terminal sends.
+    SIGINT, SIGTERM, and SIGHUP, which a closed terminal sends; not those that this process ignores.
 
     Args:
         command: The command.
@@ -37,8 +37,9 @@ def run_until_stopped(
         if process is not None:
             process.send_signal(stopped_by)
 
-    # Before the child is there: a signal in between would leave it behind.
-    handlers = {number: signal.signal(number, stop) for number in _STOPPING}
+    # Before the child is there: a signal in between would leave it behind. `nohup` ignores SIGHUP, and so it stays.
+    handled = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, stop) for number in handled}
     try:
         # In a session of its own: a Ctrl-C in the terminal would reach it twice, which uvicorn takes for "at once".
         process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True)
