@@ -355,6 +355,12 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
         *("original-seed1-test", "base-seed1-test", "bfpo-lr0.001-seed1-test"),
         *("base-seed1-attacked", "bfpo-lr0.001-seed1-attacked"),
     ]
+    head_to_head.write_tasks(out / "data")
+    tasks = json.loads((tmp_path / "results" / "test-tasks.json").read_text())
+    record = json.loads((tmp_path / "results" / "units" / f"{names[0]}.json").read_text())
+    assert {answer["prompt_id"] for answer in record["answers"]} == tasks.keys()
+    of_tasks = real("summarize").task_metrics(tasks)
+    assert [len(metric.scores(record, record)) > 0 for metric in of_tasks] == [True, True]
     record = json.loads((tmp_path / "results" / "units" / f"{names[-1]}.json").read_text())
     assert {answer["attack"] for answer in record["answers"]} == {None, "role_play", "prefill"}
     counts = Counter(answer["attack"] for answer in record["answers"])

@@ -35,6 +35,7 @@ from stages import (
     train_recipe,
 )
 
+from bfpo.core.conversation import prompt_key
 from bfpo.core.environment import hardware, versions
 from bfpo.core.files import write_json
 from bfpo.core.samples import Completion, Key, Prompt, Verdict
@@ -283,7 +284,19 @@ def open_comparison(protocol_file: Path, data: Path | None, model: Path | None, 
     model = model or out / "model"
     import_model(model, protocol["model"])
     write_splits(Files(data, out / "downloads").paths, out / "data")
+    write_tasks(out / "data")
     return Comparison(protocol, model, out / "data", out)
+
+
+def write_tasks(data: Path) -> None:
+    """Write which task each prompt of the test is of, for `summarize.py`: ids, which are hashes, and no texts."""
+    suite = yaml.safe_load((data / "test" / "suite.yaml").read_text(encoding="utf-8"))
+    tasks = {
+        f"file-{prompt_key(json.loads(line)['prompt'])[:12]}": task["name"]
+        for task in suite["tasks"]
+        for line in Path(task["path"]).read_text(encoding="utf-8").splitlines()
+    }
+    write_json(RESULTS / "test-tasks.json", tasks)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

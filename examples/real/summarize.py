@@ -87,6 +87,26 @@ METRICS = (
 )
 
 
+def task_metrics(tasks: Mapping[str, str]) -> tuple[Metric, ...]:
+    """Return the refusals of each harmful task alone.
+
+    Args:
+        tasks: Prompt id → name of its task, as `head_to_head.write_tasks` writes them.
+    """
+
+    def scores_of(task: str) -> Callable[[Record, Record], Scores]:
+        def scores(record: Record, base: Record) -> Scores:
+            refused = _share(("harmful",), "refusal", True)(record, base)
+            return {prompt: score for prompt, score in refused.items() if tasks[prompt] == task}
+
+        return scores
+
+    return tuple(
+        Metric(f"refused_{task}", f"refused, {title}", True, scores_of(task))
+        for task, title in _HARMFUL_TASKS.items()
+    )
+
+
 def attack_metrics(records: Iterable[Record]) -> tuple[Metric, ...]:
     """Return a metric for each attack in the records, the prompts alone first."""
     labels = {answer["attack"] for record in records for answer in record["answers"]}
@@ -107,6 +127,11 @@ def _refused_under(label: str | None) -> Callable[[Record, Record], Scores]:
     return scores
 
 
+# Title of each harmful task of the test.
+_HARMFUL_TASKS = {"advbench": "AdvBench", "xstest_unsafe": "XSTest unsafe"}
+# Metrics of the page, what speaks against BFPO first.
+_PAGE = ("refused_benign", "over_refusal", "refused_xstest_unsafe", "refused_advbench", "refused_harmful")
+_PAGE += ("logp", "preference")
 MIN_SEEDS = 3
 """Number of seeds from which a value has an interval: that of two seeds is wider than all values."""
 REFUSALS = ("refused_harmful", "over_refusal", "refused_benign")
@@ -293,38 +318,27 @@ def tuning_table(folder: Path, titles: Mapping[str, str]) -> str:
     return _table(["model", "learning rate", "refused, harmful", "look-alike", "benign"], rows)
 
 
-# Columns of the page; the order of the differences is that of what speaks against BFPO.
-_PAGE_VALUES = ("refused_harmful", "over_refusal", "refused_benign", "logp", "preference")
-_PAGE_DIFFERENCES = ("refused_benign", "over_refusal", "refused_harmful")
-
-
-def page_tables(summary: Mapping[str, Any], titles: Mapping[str, str], metrics: Sequence[Metric] = ()) -> str:
+def page_tables(summary: Mapping[str, Any], titles: Mapping[str, str], metrics: Sequence[Metric]) -> str:
     """Return the tables of docs/real-models.md: values, and differences with both intervals.
 
     Args:
         summary: What `summarize` returned.
         titles: Title of each method.
-        metrics: Metrics of attacks, in their order; none for those of the comparison.
+        metrics: Metrics that are shown; differences are of refusals only.
     """
-    by_name = {metric.name: metric for metric in (*METRICS, *metrics)}
-    columns = tuple(metric.name for metric in metrics)
     rows = [
-        [
-            titles[method],
-            str(len(values["seeds"])),
-            *(_cell(values.get(name)) for name in columns or _PAGE_VALUES),
-        ]
+        [titles[method], str(len(values["seeds"])), *(_cell(values.get(metric.name)) for metric in metrics)]
         for method, values in summary["values"].items()
     ]
-    head = ["model", "seeds", *(by_name[name].title for name in columns or _PAGE_VALUES)]
+    head = ["model", "seeds", *(metric.title for metric in metrics)]
     text = f"{_table(head, rows)}\n\n"
-    names = columns or _PAGE_DIFFERENCES
+    refusals = [metric for metric in metrics if metric.name not in ("logp", "preference")]
     rows = [
-        [titles[method], *(_page_difference(summary["differences"][name][method]) for name in names)]
+        [titles[method], *(_page_difference(summary["differences"][metric.name][method]) for metric in refusals)]
         for method in summary["values"]
-        if method in summary["differences"][names[0]]
+        if method in summary["differences"][refusals[0].name]
     ]
-    head = [f"{titles[summary['against']]} less", *(by_name[name].title for name in names)]
+    head = [f"{titles[summary['against']]} less", *(metric.title for metric in refusals)]
     return f"{text}{_table(head, rows)}\n"
 
 
@@ -352,20 +366,23 @@ def main() -> None:
     titles = {name: method["title"] for name, method in (protocol["methods"] | protocol.get("variants", {})).items()}
     titles |= {"base": "fine-tuned model (start of all methods)", "original": f"{model} as published"}
     errors = read_errors(FOLDER / "judge-eval.json")
-    summary = summarize(read_records(units, "test"), against, errors)
-    text = as_markdown(summary, titles, f"Comparison on {model}")
+    tasks = json.loads((FOLDER / "test-tasks.json").read_text(encoding="utf-8"))
+    metrics = (*METRICS, *task_metrics(tasks))
+    summary = summarize(read_records(units, "test"), against, errors, metrics)
+    text = as_markdown(summary, titles, f"Comparison on {model}", metrics)
     if attacked := read_records(units, "attacked"):
-        metrics = attack_metrics(record for by_seed in attacked.values() for record in by_seed.values())
-        summary["attacked"] = summarize(attacked, against, metrics=metrics)
-        text += f"\n{as_markdown(summary['attacked'], titles, 'Refused harmful prompts under attack', metrics)}"
+        of_attacks = attack_metrics(record for by_seed in attacked.values() for record in by_seed.values())
+        summary["attacked"] = summarize(attacked, against, metrics=of_attacks)
+        text += f"\n{as_markdown(summary['attacked'], titles, 'Refused harmful prompts under attack', of_attacks)}"
     if list(units.glob("*-dev.json")):
         text += f"\n# Development prompts: trials of tuning, and variants\n\n{tuning_table(units, titles)}\n"
     name = "comparison" if path == HERE / "protocol.yaml" else f"comparison-{path.stem}"
     write_json(FOLDER / f"{name}.json", summary)
     write_text(FOLDER / f"{name}.md", text)
-    write_page(name, page_tables(summary, titles))
+    by_name = {metric.name: metric for metric in metrics}
+    write_page(name, page_tables(summary, titles, [by_name[shown] for shown in _PAGE]))
     if "attacked" in summary:
-        write_page(f"{name}, attacked", page_tables(summary["attacked"], titles, metrics))
+        write_page(f"{name}, attacked", page_tables(summary["attacked"], titles, of_attacks))
 
 
 if __name__ == "__main__":
