@@ -152,6 +152,7 @@ def test_the_command_writes_pairs_and_counts(tmp_path, monkeypatch):
 
 def test_a_source_without_a_safe_answer_is_refused(tmp_path):
     write_jsonl(tmp_path / "pairs.jsonl", [pair(labels=(False, True)).to_row()])
-    result = CliRunner().invoke(app, ["data", "degrade", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")])
+    arguments = ["data", "degrade", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code != 0
     assert "no answer can be degraded ({'unsafe': 1})" in " ".join(str(result.exception).split())
