@@ -124,7 +124,7 @@ def measure_in_rotation(group: Group, table: PairTable, timed: Timed, warm_up: l
     static: dict[str, float] = {}
     for name in group.variants:
         before = _allocated_mib()
-        steps[name], models[name] = _warmed_up(group, name, table, warm_up)
+        steps[name], models[name] = warmed_up(group, name, table, warm_up)
         static[name] = _allocated_mib() - before
     dtypes = {VARIANTS[name].matmul_dtype for name in group.variants}
     rates: dict[str, list[float]] = {_name(dtype): [] for dtype in dtypes}
@@ -153,7 +153,7 @@ def _allocated_mib(*, peak: bool = False) -> float:
     return round((torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)() / 2**20, 1)
 
 
-def _warmed_up(group: Group, name: str, table: PairTable, batches: list[list[int]]) -> tuple[Step, Any]:
+def warmed_up(group: Group, name: str, table: PairTable, batches: list[list[int]]) -> tuple[Step, Any]:
     """Return a variant's step function, called on these batches already, and its model."""
     step, model = make_step(group.variant(name), SHAPES[group.shape], table, batch_size=group.batch_size)
     for rows in batches:
@@ -203,7 +203,7 @@ def measure_memory(group: Group, table: PairTable) -> dict[str, dict[str, float]
 def _memory_of_variant(group: Group, name: str, table: PairTable) -> dict[str, float]:
     """Take the steps in this process; return the memory between steps (static) and the peak above it."""
     torch.set_num_threads(1)
-    step, _ = _warmed_up(group, name, table, [shortest(table, group.batch_size)])
+    step, _ = warmed_up(group, name, table, [shortest(table, group.batch_size)])
     gc.collect()
     # Memory that the allocator keeps would reduce the measured peak.
     ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -200,12 +200,16 @@ SECTIONS = {
 def with_results(text: str, results: dict[str, Any]) -> str:
     """Return the text of the docs with every section between markers replaced."""
     for name, make_section in SECTIONS.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        if not re.search(pattern, text, flags=re.DOTALL):
-            raise SystemExit(f"docs/performance.md has no markers for '{name}'")
-        section = f"\n{make_section(results)}\n\n"
-        text = re.sub(pattern, lambda match, section=section: match[1] + section + match[2], text, flags=re.DOTALL)
+        text = with_section(text, name, make_section(results))
     return text
+
+
+def with_section(text: str, name: str, section: str) -> str:
+    """Return the text of the docs with the section between the markers of a name replaced."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    if not re.search(pattern, text, flags=re.DOTALL):
+        raise SystemExit(f"docs/performance.md has no markers for '{name}'")
+    return re.sub(pattern, lambda match: f"{match[1]}\n{section}\n\n{match[2]}", text, flags=re.DOTALL)
 
 
 def update_docs(results: dict[str, Any], page: Path) -> None:
