@@ -44,12 +44,14 @@ class Metric(NamedTuple):
         title: Heading of its column.
         higher_is_better: Direction.
         scores: Function from a record, and the record of the seed's base, to a value for each prompt or pair.
+        is_share: Whether its mean is a share, in [0, 1].
     """
 
     name: str
     title: str
     higher_is_better: bool
     scores: Callable[[Record, Record], Scores]
+    is_share: bool = True
 
 
 def _share(
@@ -82,7 +84,7 @@ METRICS = (
     Metric("over_refusal", "refused, look-alike", False, _share(("lookalike",), "refusal", True)),
     Metric("refused_benign", "refused, benign", False, _share(("benign",), "refusal", True)),
     Metric("degenerate", "degenerate", False, _share(("harmful", "lookalike", "benign"), "degenerate", True)),
-    Metric("logp", "log-prob. per token, held-out answers", True, _logp_per_token),
+    Metric("logp", "log-prob. per token, held-out answers", True, _logp_per_token, is_share=False),
     Metric("preference", "held-out preferences", True, _prefers_chosen),
 )
 
@@ -174,7 +176,7 @@ def summarize(
     for method, by_seed in records.items():
         values[method] = {"seeds": sorted(by_seed)} | {
             metric.name: _over_seeds(
-                [_mean(metric, records, method, seed) for seed in sorted(by_seed)], is_share=metric.name != "logp"
+                [_mean(metric, records, method, seed) for seed in sorted(by_seed)], is_share=metric.is_share
             )
             for metric in metrics
             if metric.name != "preference" or method not in ("base", "original")

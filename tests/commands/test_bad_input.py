@@ -30,19 +30,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Return a function that runs a command in this process and gives exit code, output and errors."""
-
-    def run_command(*arguments):
-        monkeypatch.setattr("sys.argv", ["bfpo", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run_command
-
-
 def run_process(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "bfpo", *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=120

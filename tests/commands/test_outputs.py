@@ -5,26 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from bfpo.commands.app import main
 from bfpo.core.files import write_jsonl
 
 ROW = {"prompt": "What is it?", "is_chosen_safe": True, "is_rejected_safe": True}
 PAIRS = [
     ROW | {"chosen": f"A lathe turns wood number {n} quickly.", "rejected": f"A saw, perhaps {n}."} for n in range(3)
 ]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Return a function that runs a command in this process, and returns its exit code and errors."""
-
-    def run_command(*arguments):
-        monkeypatch.setattr("sys.argv", ["bfpo", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, capsys.readouterr().err
-
-    return run_command
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +38,7 @@ def test_an_input_is_no_output(run, arguments):
     Path("link.jsonl").symlink_to("pairs.jsonl")
     Path("other.jsonl").write_text("{}\n")
     before = content()
-    code, errors = run(*arguments)
+    code, _, errors = run(*arguments)
     assert code == 2
     assert "which the command reads; name another file" in errors
     assert content() == before
@@ -61,7 +47,7 @@ def test_an_input_is_no_output(run, arguments):
 @pytest.mark.parametrize("command", [["prepare", "r.yaml"], ["degrade", "pairs.jsonl"]])
 def test_a_source_is_not_replaced(run, command):
     before = content()
-    code, errors = run("data", *command, "--out", ".")
+    code, _, errors = run("data", *command, "--out", ".")
     assert code == 2
     assert "pairs.jsonl was not written by bfpo data" in errors
     # The folder is the command's own, and its file is the source all the same.
@@ -70,7 +56,7 @@ def test_a_source_is_not_replaced(run, command):
     if command[0] == "degrade":
         command = ["degrade", "own/pairs.jsonl"]
     owned = content()
-    code, errors = run("data", *command, "--out", "own")
+    code, _, errors = run("data", *command, "--out", "own")
     assert code == 2
     assert "--out is own, whose pairs.jsonl is a source; name another folder" in errors
     assert content() == owned
@@ -80,9 +66,9 @@ def test_a_source_is_not_replaced(run, command):
 def test_files_of_others_stay(run):
     Path("mine").mkdir()
     Path("mine/eval.jsonl").write_text("mine\n")
-    code, errors = run("data", "prepare", "r.yaml", "--out", "mine")
+    code, _, errors = run("data", "prepare", "r.yaml", "--out", "mine")
     assert code == 2
-    assert "mine/eval.jsonl was not written by bfpo data prepare; name another folder, or move the file" in errors
+    assert "mine/eval.jsonl was not written by bfpo data prepare; choose another folder or move the file" in errors
     assert Path("mine/eval.jsonl").read_text() == "mine\n"
 
 
@@ -115,7 +101,7 @@ def test_options_out_of_range_are_refused(run, arguments, message):
     Path("r.yaml").write_text(
         "model: {path: m}\ndata: [{path: pairs.jsonl}]\nloss: {name: bfpo}\ntrainer: {output_dir: o}\n"
     )
-    code, errors = run(*arguments)
+    code, _, errors = run(*arguments)
     assert code == 2
     assert message in errors.replace("\n", " ")
     assert "Traceback" not in errors

@@ -92,7 +92,8 @@ def prepare_recipe(path: Path, overrides: list[str], out: Path, *, limit: int | 
     recipe = read_data_recipe(path, overrides)
     # What is known of the rows is kept until the end, so that a killed command goes on from there.
     unfinished = out / ".unfinished"
-    check_own_files(out, ("pairs.jsonl", "eval.jsonl"), ("data_manifest.json", ".unfinished"), "bfpo data prepare")
+    is_own = unfinished.exists() or (out / "data_manifest.json").exists()
+    check_own_files(out, ("pairs.jsonl", "eval.jsonl"), "bfpo data prepare", is_own=is_own)
     prepared = prepare(recipe, limit=limit, log=say, cache=unfinished, max_held=MAX_HELD)
     show_sources(part.report for part in prepared.parts)
     labeling, beta = _labeling_of(recipe) if isinstance(recipe, TrainRecipe) else (None, 1.0)
@@ -136,7 +137,7 @@ def degrade_source(source: str, out: Path, *, versions: int, limit: int | None) 
     Raises:
         DataError: If the data are malformed, or no answer can be degraded.
     """
-    check_own_files(out, ("pairs.jsonl",), ("degrade.json",), "bfpo data degrade")
+    check_own_files(out, ("pairs.jsonl",), "bfpo data degrade", is_own=(out / "degrade.json").exists())
     report, pairs = load_pairs(parse_source(source), "main", limit=limit)
     _check_not_read(out, [report])
     outcomes: Counter[str] = Counter()

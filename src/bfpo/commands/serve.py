@@ -38,8 +38,9 @@ def serve_plain(
     from bfpo.model.merge import DTYPES
 
     name = name or default_name(checkpoint)
-    if dtype is not None and dtype not in (*DTYPES, *(("auto", "half", "float") if engine == "vllm" else ())):
-        raise RecipeError(f"`dtype` is '{dtype}'; {did_you_mean(dtype, list(DTYPES))}")
+    dtypes = [*DTYPES, "auto", "half", "float"] if engine == "vllm" else [*DTYPES]
+    if dtype is not None and dtype not in dtypes:
+        raise RecipeError(f"`dtype` is '{dtype}'; {did_you_mean(dtype, dtypes)}")
     if engine == "vllm":
         serve_by_vllm(checkpoint, name=name, host=host, port=port, dtype=dtype or "auto")
     else:

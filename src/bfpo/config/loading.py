@@ -260,13 +260,14 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 def _descend(section: Any, key: str, override: str) -> Any:
     if isinstance(section, list):
         place: Any = _index(section, key, override)
+        inner = section[place]
     elif isinstance(section, dict):
-        place = key
+        place, inner = key, section.get(key)
+        inner = {} if inner is None else inner
     else:
         raise RecipeError(f"override '{override}': '{key}' can't be a key of {section!r}, which is not a section")
-    inner = section.get(place) if isinstance(section, dict) else section[place]
     # A copy: behind an alias of YAML the same section is in several places.
-    section[place] = {} if inner is None and isinstance(section, dict) else copy(inner)
+    section[place] = copy(inner)
     return section[place]
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bfpo.errors import DataError, RecipeError
+from bfpo.errors import DataError
 
 # Levels of a JSON value; more than any file has, and far from the depth at which Python stops to recurse.
 MAX_DEPTH = 200
@@ -64,23 +64,21 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
             file.write(line.encode("utf-8"))
 
 
-def check_own_files(folder: Path, names: Iterable[str], marks: Iterable[str], command: str) -> None:
+def check_own_files(folder: Path, names: Iterable[str], command: str, *, is_own: bool) -> None:
     """Check that files in a folder are of an earlier run of a command, which may replace them.
 
     Args:
         folder: Output folder.
         names: Names of the files that the command writes.
-        marks: Names of files of which a run of the command leaves one.
         command: The command, for the error.
+        is_own: Whether something in the folder shows that the command wrote them.
 
     Raises:
-        RecipeError: If the folder has one of the files, and no mark.
+        DataError: If the folder has one of the files, and they aren't the command's own.
     """
-    existing = [name for name in names if (folder / name).exists()]
-    if existing and not any((folder / mark).exists() for mark in marks):
-        raise RecipeError(
-            f"{folder / existing[0]} was not written by {command}; name another folder, or move the file"
-        )
+    existing = [] if is_own else [folder / name for name in names if (folder / name).exists()]
+    if existing:
+        raise DataError(f"{existing[0]} was not written by {command}; choose another folder or move the file")
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

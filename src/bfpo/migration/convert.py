@@ -52,19 +52,21 @@ def convert(content: dict[str, Any], stack: Stack, kind: RecipeKind, *, name: st
 def _mask_secrets(draft: Draft) -> None:
     for key in list(draft.remaining):
         draft.remaining[key] = _masked(draft.remaining[key])
-        if _SECRET.search(key):
+        if _is_secret(key):
             draft.remaining[key] = "not shown" if draft.remaining[key] else None
             reason = "recipes contain no secrets; set the environment variable HF_TOKEN"
             draft.note("not needed", key, reason)
 
 
+def _is_secret(key: object) -> bool:
+    # A key of YAML may be a number.
+    return isinstance(key, str) and bool(_SECRET.search(key))
+
+
 def _masked(value: Any) -> Any:
     """Return a value without the secrets in its sections."""
     if isinstance(value, dict):
-        return {
-            key: "not shown" if isinstance(key, str) and _SECRET.search(key) and inner else _masked(inner)
-            for key, inner in value.items()
-        }
+        return {key: "not shown" if _is_secret(key) and inner else _masked(inner) for key, inner in value.items()}
     return [_masked(inner) for inner in value] if isinstance(value, list) else value
 
 

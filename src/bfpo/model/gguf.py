@@ -32,6 +32,7 @@ from bfpo.config.recipes import is_gguf
 from bfpo.core.files import file_hash
 from bfpo.core.terminal import say
 from bfpo.errors import MissingExtra, ModelError
+from bfpo.model.whole import check_whole_model
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 # Names of GGUF architectures for which transformers has another one.
@@ -291,12 +292,7 @@ def load_gguf_model(
         )
     model, info = loaded
     assert isinstance(model, PreTrainedModel)
-    if missing := sorted(info["missing_keys"]):
-        # transformers would leave them at random values.
-        raise ModelError(
-            f"{file}: {len(missing)} weights of {type(model).__name__} are missing or have another name: "
-            f"{', '.join(missing[:3])}"
-        )
+    check_whole_model(model, info, str(file))
     _forget_quantization(model)
     # Adapters record this name as that of their base model. peft would look for a relative path on the hub.
     name = str(file) if Path(path).is_file() else path

@@ -5,9 +5,7 @@ A folder may come from anywhere: libraries raise errors of every class for malfo
 """
 
 import json
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -44,6 +42,7 @@ from bfpo.model.lora import (
 from bfpo.model.new import new_config
 from bfpo.model.shared_adapter import RECORD, SharedAdapter, check_beside, find_shared
 from bfpo.model.templates import limit_template
+from bfpo.model.whole import check_whole_adapter, check_whole_model, whole_adapter
 
 JSON_FILES = (
     "config.json",
@@ -92,17 +91,12 @@ def load_model(section: ModelSection) -> CausalLM:
                 **options,
             )
             model, info = loaded
-            if missing := sorted(info["missing_keys"]):
-                # transformers would leave them at random values.
-                raise ModelError(
-                    f"model '{base}': {len(missing)} weights of {type(model).__name__} are missing or have another "
-                    f"name: {', '.join(missing[:3])}"
-                )
+            check_whole_model(model, info, f"model '{base}'")
         if config is not None:
             has_token_rows = getattr(config, "trainable_token_indices", None) is not None
             num_tokens = len(load_tokenizer(section)) if has_token_rows else None
             resize_to_adapter(model, path, revision, num_tokens=num_tokens)
-            with without_checkpointing_warning(), _whole_adapter(path):
+            with without_checkpointing_warning(), whole_adapter(path):
                 return PeftModel.from_pretrained(
                     prepare_for_adapter(model), path, is_trainable=True, revision=revision
                 )
@@ -136,10 +130,10 @@ def add_experts(model: CausalLM, adapters: Mapping[str, str]) -> PeftModel:
             if name != SHARED:
                 check_beside(path, shared)
             if adapted is None:
-                with _whole_adapter(path):
+                with whole_adapter(path):
                     adapted = PeftModel.from_pretrained(model, path, adapter_name=name)
             else:
-                _check_whole(path, adapted.load_adapter(path, name).missing_keys)
+                check_whole_adapter(path, adapted.load_adapter(path, name).missing_keys)
     assert adapted is not None
     return adapted
 
@@ -156,7 +150,7 @@ def add_shared(model: PeftModel, shared: SharedAdapter) -> None:
     """
     path, own = shared.path, model.active_adapter
     with _model_errors(path, f"shared_adapter '{path}'"), torch.random.fork_rng(), without_checkpointing_warning():
-        _check_whole(path, model.load_adapter(path, SHARED).missing_keys)
+        check_whole_adapter(path, model.load_adapter(path, SHARED).missing_keys)
     # Its own first: transformers resumes the first of the active adapters.
     activate(model, [own, SHARED])
     model.set_requires_grad(own)
@@ -168,25 +162,6 @@ def add_shared(model: PeftModel, shared: SharedAdapter) -> None:
             shared.write_record(Path(folder))
 
     model.save_pretrained = save_own  # type: ignore[assignment]
-
-
-@contextmanager
-def _whole_adapter(path: str) -> Iterator[None]:
-    """Turn peft's warning that weights of an adapter are missing, and stay as they were made, into an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "(?s).*Found missing adapter keys", UserWarning)
-        try:
-            yield
-        except UserWarning as warning:
-            _check_whole(path, re.findall(r"'(base_model\.[^']*)'", str(warning)) or [str(warning)])
-
-
-def _check_whole(path: str, missing: Sequence[str]) -> None:
-    if missing:
-        raise ModelError(
-            f"adapter '{path}': {len(missing)} of its weights are missing, or it is for another base model: "
-            f"{', '.join(missing[:3])}"
-        )
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:

@@ -11,8 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from bfpo.core.files import write_text
-from bfpo.errors import DataError
+from bfpo.core.files import check_own_files, write_text
 from bfpo.report.certificates import HEADINGS, certificate_notes, certificate_rows
 from bfpo.report.conversations import conversation_groups
 from bfpo.report.curves import learning_curves
@@ -98,13 +97,11 @@ def check_ownership(
     Raises:
         DataError: If the folder contains a file with a report's file name that is not part of a report.
     """
-    existing = [name for name in names if (out / name).exists()]
+    is_own = False
     if (out / page).is_file():
         with (out / page).open("rb") as file:
-            if GENERATOR in file.read(2000):
-                return
-    if existing:
-        raise DataError(f"{out / existing[0]} was not written by {command}; choose another folder or move the file")
+            is_own = GENERATOR in file.read(2000)
+    check_own_files(out, names, command, is_own=is_own)
 
 
 def render(runs: Sequence[Run], *, title: str, note: str = "") -> str:
