@@ -450,8 +450,9 @@ def test_the_tables_of_the_comparison_are_those_of_the_records(real, tmp_path, m
     shutil.copy(summarize.PAGE, tmp_path)
     monkeypatch.setattr(summarize, "FOLDER", tmp_path / "real")
     monkeypatch.setattr(summarize, "PAGE", tmp_path / summarize.PAGE.name)
-    monkeypatch.setattr(sys, "argv", ["summarize.py"])
-    summarize.main()
+    for protocol in ("protocol.yaml", "gemma.yaml"):
+        monkeypatch.setattr(sys, "argv", ["summarize.py", "--protocol", str(summarize.HERE / protocol)])
+        summarize.main()
     after = {path.name: path.read_text() for path in (summarize.PAGE, *summarize.FOLDER.glob("comparison*.md"))}
     assert after == before
 

@@ -9,10 +9,14 @@ import pytest
 from bfpo.core.conversation import user_says
 from bfpo.core.files import write_jsonl
 from bfpo.core.samples import Prompt, Sampling, Verdict
+from bfpo.data.stages import read_completions
 from bfpo.errors import DataError, Unanswered
 from bfpo.evaluation import plan
+from bfpo.evaluation.baseline import read_baseline
 from bfpo.evaluation.pipeline import evaluate
+from bfpo.evaluation.results import read_results
 from bfpo.evaluation.suite import tasks_by_kind
+from bfpo.evaluation.verdicts import completions_of_evaluation
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.stats.intervals import bootstrap
 
@@ -94,6 +98,29 @@ def test_files_with_their_names_of_earlier_versions_are_reused(tmp_path):
     assert (len(calls), len(judge.calls)) == (6, 6)
     assert again.results.metrics == first.results.metrics
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "completions.jsonl", "verdicts.jsonl"}
+
+
+def test_samples_and_answers_that_an_evaluation_left_out_are_not_compared(tmp_path):
+    """A file may hold more samples than the results rest on, and samples of prompts that weren't answered whole."""
+    base, prompts = tmp_path / "base", PROMPTS[:2]
+
+    def evaluated_with(samples, judge, answers, folder, **options):
+        engine = ScriptedEngine(lambda prompt, sample: answers[sample])
+        options = OPTIONS | {"sampling": Sampling(samples=samples)} | options
+        return evaluate(tasks_by_kind("s", prompts), lambda: engine, [judge], folder, **options).results
+
+    evaluated_with(4, Counting("a", "old"), "abbb", base)
+    evaluated_with(1, Counting("a"), "abbb", base).write(base)
+    results = evaluated_with(1, Counting("a"), "b", tmp_path / "run", baseline=read_baseline(str(base), None))
+    (safety,) = [row for row in results.comparisons if row.metric == "safety"]
+    assert (safety.difference, safety.n) == (-1.0, 2)
+
+    whole = completions_of_evaluation(base, read_results(base))
+    assert [completion.sample for completion in whole] == [0, 0]
+    rows = [row for row in read_completions(base / "completions.jsonl") if row.key != ("p1", 2)]
+    write_jsonl(base / "completions.jsonl", (row.to_row() for row in rows))
+    four = replace(read_results(base), sampling={"samples": 4})
+    assert {completion.prompt_id for completion in completions_of_evaluation(base, four)} == {"p0"}
 
 
 def test_another_revision_of_a_judge_gets_its_own_file(tmp_path):

@@ -11,10 +11,12 @@ import sys
 
 from bfpo.evaluation.results import METRIC_COLUMNS, read_results
 from bfpo.report.card import card_section
+from bfpo.report.run_files import read_runs
 from bfpo.report.words import MISSING, format_number, format_signed
 
 from .fake_runs import (
     HOSTILE,
+    JUDGE,
     SCRIPT,
     change_results,
     judge_prompts,
@@ -409,6 +411,28 @@ def test_every_two_runs_are_compared(tmp_path, runs):
     prose = draw(tmp_path / "out", [*runs, third]).page.prose
     assert "all 2 tests" in prose
     assert "Not compared: silent and base (no judge has verdicts on all answers of both)" in prose
+
+
+def test_runs_that_cannot_be_compared_are_named(tmp_path, small_runs):
+    (small_runs[0] / "evaluation" / "completions.jsonl").unlink()
+    report = draw(tmp_path / "page", small_runs)
+    reason = "Not compared: bfpo and base (no judge has verdicts on all answers of both)."
+    assert reason in report.page.prose
+    assert reason in (report.folder / "report.md").read_text()
+
+
+def test_a_difference_is_that_of_the_judge_of_both_values(small_runs):
+    """A baseline that only the second judge of a run judged has values of that judge."""
+    baseline, run = (read_content(folder) for folder in small_runs)
+    change_results(small_runs[0], metrics=[row | {"judge": "second"} for row in baseline["metrics"]])
+    second = [row | {"judge": "second"} for row in run["comparisons"]]
+    change_results(small_runs[1], comparisons=second)
+    before, after = read_runs(small_runs)
+    assert after.metric(("testbed", "harmful", "safety")).judge == JUDGE
+    assert after.comparison(before, ("testbed", "harmful", "safety")) is None
+    change_results(small_runs[1], metrics=[row | {"judge": "second"} for row in run["metrics"]])
+    before, after = read_runs(small_runs)
+    assert after.comparison(before, ("testbed", "harmful", "safety")).judge == "second"
 
 
 def test_importing_the_report_loads_no_torch():

@@ -13,6 +13,17 @@ ScoreName = Literal["reward", "cost"]
 _SMALLEST = 1e-12
 
 
+def judges_safety(verdicts: Iterable[Verdict]) -> bool:
+    """Return whether a judge judges safety: a reward model, say, rates answers and is undecided on the safety of all.
+
+    A judge that is undecided on everything judges safety, and can't.
+    """
+    verdicts = list(verdicts)
+    return any(verdict.safe is not None for verdict in verdicts) or all(
+        verdict.helpfulness is None and verdict.refusal is None for verdict in verdicts
+    )
+
+
 def reward_field(verdicts: Iterable[Verdict]) -> Literal["score", "helpfulness"] | None:
     """Return the field of a judge's verdicts that is the reward; None if it gives none.
 

@@ -22,9 +22,9 @@ Attacks = Mapping[AttackSection, AttackRun]
 """Attacks of an evaluation, each with its run."""
 
 # An undecided conversation has no unsafe reply and an undecided one; like an undecided answer it counts as not safe.
-SAFETY_UNDER_ATTACK = MetricSpec("safety_under_attack", higher_is_better=True, is_rate=True)
-SAFETY_SINGLE_TURN = MetricSpec("safety_single_turn", higher_is_better=True, is_rate=True)
-LOST_UNDER_ATTACK = MetricSpec("lost_under_attack", higher_is_better=False, is_rate=True)
+SAFETY_UNDER_ATTACK = MetricSpec("safety_under_attack", higher_is_better=True, is_rate=True, needs_safety=True)
+SAFETY_SINGLE_TURN = MetricSpec("safety_single_turn", higher_is_better=True, is_rate=True, needs_safety=True)
+LOST_UNDER_ATTACK = MetricSpec("lost_under_attack", higher_is_better=False, is_rate=True, needs_safety=True)
 REFUSED_REPLIES = MetricSpec("refused_replies", higher_is_better=None, is_rate=False, needs_judge=False)
 AFTER_TURN = "safety_after_turn_"
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bfpo.core.files import read_repaired_jsonl
 from bfpo.core.samples import Completion, Prompt
-from bfpo.data.stages import read_completions, read_prompt_file, verdicts_by_judge
+from bfpo.data.stages import read_prompt_file, verdicts_by_judge
 from bfpo.data.verdict_files import judge_files
 from bfpo.errors import DataError
 from bfpo.evaluation.attacks import Attacks, read_attacks, read_verdicts_on_turns
@@ -19,6 +19,7 @@ from bfpo.evaluation.preferences import PairwisePreference
 from bfpo.evaluation.results import EVALUATION_FOLDER, FILE_NAME, MetricComparison, Results, read_results
 from bfpo.evaluation.suite import Task, select_prompts
 from bfpo.evaluation.suite_scores import SuiteScores, compare_suites, score_suites
+from bfpo.evaluation.verdicts import completions_of_evaluation
 
 
 class Baseline(NamedTuple):
@@ -85,7 +86,7 @@ def compare_with_baseline(
     differing = sorted(key for key in results.sampling if sampling.get(key) != results.sampling[key])
     if differing:
         notes.append(f"The baseline {run} was sampled with another {', '.join(differing)}.")
-    completions = read_completions(folder / Completion.file_name)
+    completions = completions_of_evaluation(folder, baseline.results)
     shared = _shared_tasks(folder, tasks, completions)
     num_prompts = sum(len(task.prompts) for task in tasks)
     num_shared = sum(len(task.prompts) for task in shared)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from bfpo.core.samples import Completion, Judge, Verdict
 from bfpo.data.readings import Reads, has_reasoning
+from bfpo.data.verdict_scores import judges_safety
 from bfpo.evaluation.preferences import PairwisePreference
 from bfpo.evaluation.results import AgreementResult, ReasoningResult
 from bfpo.evaluation.scoring import units_of
@@ -44,6 +45,11 @@ class JudgeOutput(NamedTuple):
     reads: Reads = "answer"
     base: tuple[str, str] | None = None
     on_turns: Sequence[Verdict] = ()
+
+    @property
+    def judges_safety(self) -> bool:
+        """Whether the judge judges safety, and doesn't only rate answers."""
+        return judges_safety(self.verdicts)
 
 
 def find_reasoning_output(output: JudgeOutput, outputs: Sequence[JudgeOutput]) -> JudgeOutput | None:

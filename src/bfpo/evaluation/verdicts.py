@@ -1,11 +1,32 @@
-"""Reading the verdicts of a finished evaluation."""
+"""Reading the answers and the verdicts of a finished evaluation."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bfpo.core.samples import Verdict
-from bfpo.data.stages import verdicts_by_judge
+from bfpo.core.samples import Completion, Verdict
+from bfpo.data.stages import read_completions, verdicts_by_judge
+from bfpo.evaluation.results import Results
+
+
+def completions_of_evaluation(folder: Path, results: Results) -> list[Completion]:
+    """Read the completions that an evaluation rests on.
+
+    The file may hold more: samples of an earlier evaluation with more of them, and those of prompts that a server
+    answered in part, which take no part.
+
+    Args:
+        folder: Folder of the evaluation.
+        results: Its results, which say how many samples each prompt has.
+
+    Raises:
+        DataError: If the file is malformed.
+    """
+    samples = results.sampling["samples"]
+    own = [row for row in read_completions(folder / Completion.file_name) if row.sample < samples]
+    of_prompt = Counter(row.prompt_id for row in own)
+    return [row for row in own if of_prompt[row.prompt_id] == samples]
 
 
 def verdicts_of_evaluation(folder: Path, judges: Sequence[Mapping[str, Any]]) -> list[Verdict]:

@@ -113,8 +113,7 @@ def _verdict_warnings(suites: Mapping[str, Suite], outputs: Sequence[JudgeOutput
             )
         judged = [verdict for verdict in output.verdicts if verdict.reason != NO_REASONING]
         reasons = [verdict.reason for verdict in judged if verdict.safe is None]
-        judges_safety = len(reasons) < len(judged)
-        if judges_safety and len(reasons) / len(judged) > MAX_UNDECIDED:
+        if output.judges_safety and judged and len(reasons) / len(judged) > MAX_UNDECIDED:
             ((reason, _),) = Counter(reasons).most_common(1)
             part = "thoughts" if output.reads == "reasoning" else "answers"
             warnings.append(

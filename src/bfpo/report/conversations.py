@@ -34,9 +34,14 @@ def _group(name: str, runs: Sequence[Run]) -> SampleGroup:
     failures = [key for key in ids[SAMPLES_PER_KIND:] if key in any_failed][:FAILURES_PER_KIND]
     rest = [key for key in ids if key not in {*chosen, *failures}][:MAX_SEARCHABLE]
 
-    def articles(prompt_ids: Sequence[str], failed_ids: set[str]) -> list[SampledPrompt]:
+    def articles(prompt_ids: Sequence[str], *, marks_failures: bool) -> list[SampledPrompt]:
         return [
-            _article(own[key], index, len(runs), is_failure=key in failed_ids)
+            _article(
+                own[key],
+                index,
+                len(runs),
+                is_failure=marks_failures and key in failed.get(runs[index].name, ()),
+            )
             for key in prompt_ids
             for index, own in enumerate(by_run)
             if key in own
@@ -44,11 +49,11 @@ def _group(name: str, runs: Sequence[Run]) -> SampleGroup:
 
     return SampleGroup(
         label=f"conversations of {name}",
-        total=len(ids),
+        total=sum(map(len, by_run)),
         criterion=FAILURES["harmful"],
         failures={run: len(prompt_ids) for run, prompt_ids in failed.items()},
-        samples=articles(chosen, set()) + articles(failures, set(failures)),
-        searchable=articles(rest, any_failed),
+        samples=articles(chosen, marks_failures=False) + articles(failures, marks_failures=True),
+        searchable=articles(rest, marks_failures=True),
     )
 
 

@@ -135,7 +135,8 @@ def _model_comparison_parts(runs: Sequence[Run]) -> list[str]:
     """Return the comparison of every two runs; nothing for one run."""
     comparisons = compare_runs(runs)
     if not comparisons.rows:
-        return []
+        not_compared = f"Not compared: {'; '.join(comparisons.left_out)}."
+        return ["## Model comparisons", escape(not_compared)] if comparisons.left_out else []
     headings = ("run", "verdict", "other run", "safety", "helpfulness")
     rows = [
         (row.run, row.verdict, row.against, _format_axis(row.safety), _format_axis(row.helpfulness))

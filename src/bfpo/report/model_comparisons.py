@@ -87,6 +87,9 @@ def compare_runs(runs: Sequence[Run]) -> ModelComparisonTable:
         )
         for comparison in comparisons
     ]
+    if not rows and len(left_out) > 1:
+        reasons = dict.fromkeys(entry.rpartition(" (")[2].removesuffix(")") for entry in left_out)
+        left_out = [f"any two runs ({'; '.join(reasons)})"]
     return ModelComparisonTable(rows, comparisons[0].tests if comparisons else 0, left_out)
 
 

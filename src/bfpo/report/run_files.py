@@ -1,8 +1,7 @@
 """Reading run folders: the evaluation, and the training record if `bfpo` trained the model."""
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from bfpo.core.files import parse_json
 from bfpo.core.samples import Completion, Key, Prompt, Verdict
 from bfpo.data.readings import part_in_name
 from bfpo.data.rows import read_rows
-from bfpo.data.stages import read_completions, read_prompt_file
+from bfpo.data.stages import read_prompt_file
 from bfpo.data.verdict_files import judge_files
+from bfpo.data.verdict_scores import judges_safety
 from bfpo.errors import DataError
 from bfpo.evaluation.dominance import PooledScores, pool_scores
 from bfpo.evaluation.metric_specs import JudgedCompletion
@@ -28,7 +28,7 @@ from bfpo.evaluation.results import (
     read_results,
 )
 from bfpo.evaluation.scoring import score_prompts
-from bfpo.evaluation.verdicts import verdicts_of_evaluation
+from bfpo.evaluation.verdicts import completions_of_evaluation, verdicts_of_evaluation
 from bfpo.generation.dialogues import AttackTurn, attack_folder, by_conversation, read_turns
 
 FIRST_SAMPLE = 0
@@ -44,10 +44,12 @@ class CompletionWithVerdicts:
     Args:
         completion: The completion.
         verdicts: At least one verdict.
+        raters: Names of the judges that rate answers and don't judge their safety.
     """
 
     completion: Completion
     verdicts: tuple[Verdict, ...]
+    raters: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +101,11 @@ class Run:
         return None
 
     def comparison(self, baseline: "Run", key: MetricKey) -> MetricComparison | None:
-        """Return the comparison of a metric with a baseline; None when there is none."""
+        """Return the comparison of a metric with a baseline by the judge of both runs' values; None without one."""
+        judges = {metric.judge for run in (self, baseline) if (metric := run.metric(key)) is not None}
         for comparison in self.results.comparisons:
             is_same = (comparison.suite, comparison.task, comparison.metric) == key and comparison.category is None
-            if is_same and comparison.is_against(baseline.results):
+            if is_same and comparison.is_against(baseline.results) and {comparison.judge} == judges:
                 return comparison
         return None
 
@@ -177,7 +180,7 @@ def _unique_names(run_names: Sequence[str], folders: Sequence[Path]) -> list[str
 
 
 def _read_run(folder: Path, results: Results, name: str) -> Run:
-    prompts, completions, pooled_scores = _read_completions(_evaluation_folder(folder), name, results.judges)
+    prompts, completions, pooled_scores = _read_completions(_evaluation_folder(folder), name, results)
     log, recipe = folder / "metrics.jsonl", folder / "recipe.resolved.yaml"
     certificate = folder / "certificate" / CERTIFICATE_NAME
     return Run(
@@ -195,19 +198,15 @@ def _read_run(folder: Path, results: Results, name: str) -> Run:
 
 
 def _read_completions(
-    folder: Path, run: str, judges: Sequence[Mapping[str, Any]]
+    folder: Path, run: str, results: Results
 ) -> tuple[dict[str, Prompt], dict[str, CompletionWithVerdicts], list[PooledScores]]:
     """Return the prompts, the first completion of each, and the scores by each judge of all completions."""
-    prompt_file, completion_file = (folder / row.file_name for row in (Prompt, Completion))
-    if not (prompt_file.is_file() and completion_file.is_file() and judge_files(folder, "verdicts")):
+    files = [folder / row.file_name for row in (Prompt, Completion)]
+    if not (all(file.is_file() for file in files) and judge_files(folder, "verdicts")):
         return {}, {}, []
-    prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(prompt_file))}
-    completions = [completion for completion in read_completions(completion_file) if completion.prompt_id in prompts]
-    # A prompt that a server answered in part takes no part in the evaluation, and nobody judged its answers.
-    samples = Counter(completion.prompt_id for completion in completions)
-    whole = max(samples.values(), default=0)
-    completions = [completion for completion in completions if samples[completion.prompt_id] == whole]
-    verdicts = verdicts_of_evaluation(folder, judges)
+    prompts = {prompt.prompt_id: prompt for prompt in read_prompt_file(str(files[0]))}
+    completions = [row for row in completions_of_evaluation(folder, results) if row.prompt_id in prompts]
+    verdicts = verdicts_of_evaluation(folder, results.judges)
     return (
         prompts,
         _first_completions(completions, verdicts, folder),
@@ -222,7 +221,7 @@ def _first_completions(
     for verdict in verdicts:
         if verdict.sample == FIRST_SAMPLE:
             by_prompt.setdefault(verdict.prompt_id, []).append(verdict)
-    first = {}
+    first, raters = {}, _raters(verdicts)
     for completion in completions:
         if completion.sample != FIRST_SAMPLE:
             continue
@@ -232,8 +231,16 @@ def _first_completions(
             raise DataError(
                 f"{folder}: the verdict on '{completion.prompt_id}' is {state}; judge the completions again"
             )
-        first[completion.prompt_id] = CompletionWithVerdicts(completion, of_prompt)
+        first[completion.prompt_id] = CompletionWithVerdicts(completion, of_prompt, raters)
     return first
+
+
+def _raters(verdicts: Iterable[Verdict]) -> frozenset[str]:
+    """Return the names of the judges that rate answers and don't judge their safety."""
+    by_judge: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        by_judge.setdefault(verdict.judge, []).append(verdict)
+    return frozenset(judge for judge, of_judge in by_judge.items() if not judges_safety(of_judge))
 
 
 def _read_conversations(
@@ -253,18 +260,25 @@ def _read_conversations(
     for name in dict.fromkeys(data.attack for data in results.data if data.attack is not None):
         path = attack_folder(folder, name)
         turns = [turn for turn in read_turns(path) if turn.original_sample == FIRST_SAMPLE]
+        on_turns = verdicts_of_evaluation(path, results.judges) if turns else []
         verdicts: dict[str, list[Verdict]] = {}
-        for verdict in verdicts_of_evaluation(path, results.judges) if turns else ():
+        for verdict in on_turns:
             verdicts.setdefault(verdict.prompt_id, []).append(verdict)
         shown = conversations.setdefault(name, {})
         for (prompt_id, _), replies in by_conversation(turns).items():
             if prompt_id in prompts:
-                shown[prompt_id] = _show_conversation(prompts[prompt_id], replies, verdicts, path)
+                shown[prompt_id] = _show_conversation(
+                    prompts[prompt_id], replies, verdicts, path, _raters(on_turns)
+                )
     return conversations
 
 
 def _show_conversation(
-    prompt: Prompt, replies: Sequence[AttackTurn], verdicts: Mapping[str, Sequence[Verdict]], folder: Path
+    prompt: Prompt,
+    replies: Sequence[AttackTurn],
+    verdicts: Mapping[str, Sequence[Verdict]],
+    folder: Path,
+    raters: frozenset[str],
 ) -> ShownConversation:
     for reply in replies:
         own = verdicts.get(reply.completion.prompt_id, ())
@@ -287,13 +301,14 @@ def _show_conversation(
         completion.chat_template_kwargs,
         prompt.language,
     )
-    return ShownConversation(shown, CompletionWithVerdicts(completion, tuple(verdicts[completion.prompt_id])))
+    own = tuple(verdicts[completion.prompt_id])
+    return ShownConversation(shown, CompletionWithVerdicts(completion, own, raters))
 
 
 def _pool(
     run: str, prompts: Mapping[str, Prompt], completions: Sequence[Completion], verdicts: Sequence[Verdict]
 ) -> list[PooledScores]:
-    """Return the scores by each judge of answers with a verdict on every completion."""
+    """Return the scores by each judge of the safety of answers with a verdict on every completion."""
     by_judge: dict[str, dict[Key, Verdict]] = {}
     for verdict in verdicts:
         if part_in_name(verdict.judge) == "reasoning":
@@ -306,7 +321,7 @@ def _pool(
             for completion in completions
             if completion.key in by_completion and by_completion[completion.key].text_hash == completion.text_hash
         ]
-        if len(judged) == len(completions):
+        if len(judged) == len(completions) and judges_safety(by_completion.values()):
             pooled_scores.append(pool_scores(run, judge, score_prompts(prompts.values(), judged)))
     return pooled_scores
 
