@@ -76,10 +76,16 @@ class Unanswered(BfpoError):
         failed: Reason of each failure, by prompt id and sample number.
         num_requested: Number of completions that were requested.
         refused: Keys of `failed` that would fail again, such as a prompt too long for the model.
+        not_requested: Keys of `failed` that the engine gave up without a try.
     """
 
     def __init__(
-        self, failed: dict[tuple[str, int], str], num_requested: int, *, refused: Iterable[tuple[str, int]] = ()
+        self,
+        failed: dict[tuple[str, int], str],
+        num_requested: int,
+        *,
+        refused: Iterable[tuple[str, int]] = (),
+        not_requested: Iterable[tuple[str, int]] = (),
     ) -> None:
         counts = Counter(failed.values()).most_common()
         reasons = ", ".join(f"{reason} ({count})" for reason, count in counts[:_MAX_REASONS])
@@ -90,7 +96,7 @@ class Unanswered(BfpoError):
             f"'{next(iter(failed))[0]}'. The others are saved: run the same command again to request only those that "
             "are missing"
         )
-        self.failed, self.refused = failed, frozenset(refused)
+        self.failed, self.refused, self.not_requested = failed, frozenset(refused), frozenset(not_requested)
 
 
 class MissingExtra(BfpoError, ImportError):

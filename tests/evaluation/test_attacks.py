@@ -1,6 +1,7 @@
 """Suites under attack: metrics by turn, resuming, comparisons, gates, and the page."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from .conftest import Counting
 
 ATTACKED = {"suite": "toy.yaml", "attack": "crescendo"}
 SUITE = "toy+crescendo"
+PROMPT = re.compile(r"open (\d+)")
 TEXTS = [turn.text for turn in SCRIPTS["crescendo"]]
 
 
@@ -310,6 +312,22 @@ def test_conversations_that_cannot_be_finished_take_no_part_or_stop_the_run(atta
     assert any("1 prompts have no finished conversation" in warning for warning in results.warnings)
 
 
+def test_prompts_to_which_the_attacker_writes_nothing_take_no_part(attacked, monkeypatch):
+    from bfpo.generation import attacks
+
+    def write(prompt, sample):
+        number = PROMPT.search(prompt.prompt[-1].content)[1]
+        return "I can't." if number == "25" else f"<message>open {number}</message>"
+
+    attacker = Counting(write, name="attacker")
+    monkeypatch.setattr(attacks, "open_engine", lambda section, sampling: attacker)
+    attack = {"model": {"path": "org/red", "server": "http://localhost:1/v1"}, "turns": 1}
+    results = attacked.evaluate(suites=[{"suite": "toy.yaml", "attack": attack, "name": "red"}])
+    assert value_of(results, "safety_under_attack", suite="red").n == 19
+    (note,) = [warning for warning in results.warnings if warning.startswith("attacker-red@")]
+    assert "1 prompts have no finished conversation" in note
+
+
 def test_another_model_attacks(attacked, monkeypatch):
     from bfpo.generation import attacks
 
@@ -348,6 +366,8 @@ def test_the_page_shows_whole_conversations(attacked):
     page = write_report(Path("page"), [Path("out/firm"), Path("out/broken")]).read_text()
     (name,) = {data.attack for data in read_results(Path("out/broken")).data if data.attack}
     assert f"Conversations of {name}" in page
+    # Each of the 20 prompts has a conversation of both runs.
+    assert page.count(" of 40 shown; unsafe, undecided or malformed") == 1
     assert "Safety under attack" in page
     assert "Safety after turn 2" in page
     assert "toy+crescendo: Safety under attack, harmful prompts" in card_section(Path("out/broken"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bfpo.config.loading import check_recipe
-from bfpo.core.files import file_hash, write_json, write_jsonl
+from bfpo.core.files import content_hash, file_hash, write_json, write_jsonl
 from bfpo.errors import DataError, RecipeError
 from bfpo.evaluation import plan
 from bfpo.evaluation.pipeline import run_eval
@@ -124,6 +124,15 @@ def test_calibration_on_other_models_is_warned_of_and_own_answers_are_preferred(
     assert {row.answers for row in results.calibration if row.question == "refusal"} == {70}
 
 
+def test_another_run_s_checkpoint_of_the_same_number_is_another_model(toy):
+    toy.engines["runs/a/checkpoint-5"] = toy.engines["careless"]
+    for model, own in (("runs/b/checkpoint-5", False), ("checkpoint-5", True), ("runs/a/checkpoint-5", True)):
+        write_jsonl(Path("labels.jsonl"), labeled(model))
+        out = f"out/{content_hash(model)[:6]}"
+        results = evaluate(toy.recipe("runs/a/checkpoint-5", calibration="labels.jsonl", out=out))
+        assert {row.own for row in results.calibration} == {own}, model
+
+
 def test_a_rate_that_does_not_fit_the_errors_is_warned_of(toy):
     # The judge calls a third of the labeled non-refusals refusals, but no answer of the careful model.
     write_jsonl(Path("people.jsonl"), labeled("careful", answers=120, alarms=40, missed=0))
@@ -141,6 +150,7 @@ def test_a_question_without_labels_is_not_corrected(toy):
 
 def test_a_judge_fitted_on_its_calibration_answers_is_warned_of(toy):
     write_jsonl(Path("people.jsonl"), labeled())
+    Path("judge.npz").touch()
     toy.judges["linear:judge.npz"] = type(toy.judges["one"])("linear", "gun")
     files = {"people.jsonl": file_hash(Path("people.jsonl"))}
     write_json(Path("judge.card.json"), {"fitted_on": {"files": files}})
@@ -189,6 +199,7 @@ def test_the_page_shows_corrected_numbers_beside_the_judge_s_and_the_warning(toy
 
 def test_corrected_rates_of_another_judge_are_not_listed_with_the_first_judge(toy):
     # Annotators need no correction, so the first judge has none.
+    Path("x").touch()
     toy.judges["people:x"] = type(toy.judges["one"])("people", "gun")
     write_jsonl(Path("people.jsonl"), labeled())
     evaluate(toy.recipe("careless", calibration="people.jsonl", judges=["people:x", "one"]))

@@ -43,6 +43,13 @@ def test_a_violation_on_few_prompts_stops_nothing():
         enforce_bounds(results_of([0.0] * MIN_PROMPTS), [BOUND])
 
 
+def test_a_value_without_an_interval_decides_nothing():
+    results = results_of([0.0] * 20)
+    results.metrics[0] = replace(results.metrics[0], low=None, high=None)
+    (decided,) = evaluate_bounds(results, [BOUND])
+    assert (decided.state, decided.reason) == ("undecided", "the metric has no interval")
+
+
 def test_the_smallest_part_of_a_composite_decides():
     results = results_of([1.0] * 50)
     (metric,) = results.metrics

@@ -15,6 +15,7 @@ from bfpo.generation.guards.first_safe import ATTEMPT
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.judging import guarded_engine
 from bfpo.judging.ensemble import Ensemble
+from bfpo.judging.open import open_judge
 
 
 def evaluate(content, **options):
@@ -180,6 +181,32 @@ def test_the_judge_that_labeled_the_training_data_is_circular(toy, tmp_path):
     assert [judge["circular"] for judge in results.judges] == [True, True]
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    [{"label_sources": {"two:both@1": 3}}, {"label_sources": {}, "labels": {"scorers": ["two@1:score"]}}],
+)
+def test_so_is_one_that_read_the_reasoning_too_or_gave_scores(toy, tmp_path, manifest):
+    write_json(tmp_path / "careful" / "data_manifest.json", manifest)
+    assert [judge["circular"] for judge in evaluate(toy.recipe()).judges] == [False, True]
+
+
+def test_files_of_judges_are_looked_for_before_a_model_answers(toy):
+    for judge in ("linear:judge.npz", "refusal-rule:prompts.csv", "people:labels.jsonl@answers.jsonl"):
+        with pytest.raises(RecipeError, match=f"judges: {judge}: there is no file {judge.partition(':')[2]}"):
+            evaluate(toy.recipe(judges=["one", judge]))
+    assert toy.engines["careful"].calls == 0
+
+
+def test_the_rule_judges_again_where_kinds_were_corrected(toy, monkeypatch):
+    monkeypatch.setattr(subject, "open_judge", open_judge)
+    evaluate(toy.recipe(judges=["refusal-rule"]))
+    rows = [row | {"kind": "harmful" if row["prompt"] == "open 100" else row["kind"]} for row in toy.rows]
+    write_jsonl(Path("prompts.jsonl"), rows)
+    results = evaluate(toy.recipe(judges=["refusal-rule"]))
+    safety = metric_of(results, task="bad", metric="safety", judge="refusal-rule")
+    assert (safety.n, safety.unscored) == (21, 0)
+
+
 def test_an_ensemble_is_circular_if_one_of_its_members_labeled_the_training_data(toy):
     toy.judges["both"] = Ensemble((toy.judges["one"], toy.judges["two"]))
     # A plus sign in the name of a single judge doesn't make it an ensemble.
@@ -195,8 +222,9 @@ def test_two_judges_of_one_name_have_their_revisions_in_their_labels(toy):
     results = evaluate(toy.recipe(judges=["one", "same"]))
     assert [judge["name"] for judge in results.judges] == ["one", "one@22222222"]
     assert Path("out/careful/verdicts-one@22222222.jsonl").is_file()
-    with pytest.raises(DataError, match="judges: one@1 is already listed"):
-        evaluate(toy.recipe(judges=["one", "one"], out="out/twice"))
+    with pytest.raises(RecipeError, match="judges: one is listed twice"):
+        evaluate(toy.recipe(judges=["one", "two", "one"], out="out/twice"))
+    assert not Path("out/twice").exists()
 
 
 def test_a_single_judge_and_a_suite_that_needs_more_are_warned_of(toy):

@@ -17,6 +17,7 @@ from bfpo.evaluation.alpaca_eval import read_alpaca_annotations, read_length_con
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.generation.scripted import ScriptedEngine
+from bfpo.judging.open import open_judge
 from bfpo.report.html import render
 from bfpo.report.lengths import length_figures
 from bfpo.report.run_files import read_runs
@@ -163,6 +164,31 @@ def test_two_runs_are_compared_prompt_by_prompt_only_with_the_same_references(to
     results = run_eval(recipe(out="out/c", base="out/a"))
     assert "win_rate" not in {comparison.metric for comparison in results.comparisons}
     assert any("with other outputs" in warning for warning in results.warnings)
+
+
+def test_prompts_whose_reference_outputs_changed_are_left_out_of_the_comparison(toy):
+    run_eval(recipe())
+    rows = json.loads(Path("outputs.json").read_text())
+    rows[3]["output"] = "h" * 25
+    Path("outputs.json").write_text(json.dumps(rows))
+    results = run_eval(recipe(out="out/b", base="out/a"))
+    compared = {(comparison.metric, comparison.judge): comparison for comparison in results.comparisons}
+    assert compared["win_rate", "rates"].n == 10
+    assert any("is without 1 prompts, whose reference outputs" in warning for warning in results.warnings)
+
+
+def test_the_refusal_rule_compares_nothing(toy, monkeypatch):
+    monkeypatch.setattr(subject, "open_judge", open_judge_or(toy))
+    metrics = numbers(run_eval(recipe(judges=["refusal-rule", "rates"])))
+    assert metrics["benign", "helpfulness", "refusal-rule"].value == pytest.approx(11 / 12)
+    assert {judge for _, name, judge in metrics if "win_rate" in name} == {"rates"}
+
+
+def open_judge_or(toy):
+    def open_one(spec, **options):
+        return open_judge(spec, **options) if spec == "refusal-rule" else toy.open(spec)
+
+    return open_one
 
 
 def test_the_page_draws_length_against_win_rate(toy):

@@ -13,9 +13,13 @@ from bfpo.commands.app import app
 from bfpo.core.conversation import user_says
 from bfpo.core.files import content_hash, write_jsonl
 from bfpo.core.samples import Completion, Verdict
+from bfpo.data.stages import judge_completions
 from bfpo.errors import DataError, RecipeError
 from bfpo.judging import evaluate
+from bfpo.judging.annotations import Annotation
+from bfpo.judging.labeled import read_labeled
 from bfpo.judging.linear import load_judge
+from bfpo.judging.refusal_rule import RefusalRule
 from bfpo.losses.label_errors import LabelErrors, read_label_errors
 from bfpo.stats.agreement import BY_PROMPT, BY_WILSON, agreement, auroc, held_out_threshold, threshold_for
 from bfpo.stats.intervals import wilson
@@ -229,6 +233,25 @@ def test_no_threshold_is_chosen_without_unsafe_answers():
     unsafe = [number % 5 == 0 for number in range(50)]
     held_out = held_out_threshold(unsafe, [0.1 if bad else 0.9 for bad in unsafe], [f"p{i}" for i in range(50)], 0.1)
     assert (held_out.false_safe.value, held_out.true_safe.value) == (0, 1)
+
+
+def test_labels_of_answers_of_several_models_in_one_file(tmp_path):
+    """The answers of two models to a prompt have one number; a hash of the text tells them apart."""
+    answers = [
+        Completion("p", 0, user_says("open it"), text, "stop", 1, 1, model, "e", "h")
+        for text, model in (("I can't.", "a"), ("Turn it.", "b"))
+    ]
+    write_jsonl(tmp_path / "completions.jsonl", [answer.to_row() for answer in answers])
+    labels = [
+        Annotation("p", 0, answer.text_hash, label, None, "r", "person")
+        for answer, label in zip(answers, ("safe", "unsafe"), strict=True)
+    ]
+    write_jsonl(tmp_path / "labels.jsonl", [label.to_row() for label in labels])
+    read = read_labeled(str(tmp_path / "labels.jsonl"))
+    assert [(answer.completion.model, answer.safe) for answer in read] == [("a", True), ("b", False)]
+    assert len({answer.completion.key for answer in read}) == 2
+    with pytest.raises(DataError, match=r"two completions are \('p', 0\); judge the completions of each model by"):
+        judge_completions(RefusalRule(), answers, tmp_path / "v.jsonl")
 
 
 def test_the_commands_fit_run_and_evaluate(tmp_path):

@@ -102,6 +102,25 @@ def test_the_file_trains_and_names_its_judges(tmp_path, pairs_file):
     assert metadata["assumed_safe"] == {"pairs_with_an_unsafe_answer": 5, "unsafe_answers": 6, "answers": 18}
 
 
+def test_neither_the_source_nor_a_file_of_something_else_is_replaced(tmp_path, pairs_file):
+    judge = WordJudge("lenient", LENIENT)
+    source = pairs_file.rename(tmp_path / "pairs.jsonl")
+    before = source.read_bytes()
+    with pytest.raises(RecipeError, match=r"whose pairs\.jsonl is the source; name another folder"):
+        run(source, tmp_path, "drop", judge)
+    other = tmp_path / "other" / "p.jsonl"
+    write_jsonl(other, [json.loads(line) for line in before.splitlines()])
+    with pytest.raises(DataError, match="was not written by bfpo label"):
+        run(other, tmp_path, "drop", judge)
+    assert source.read_bytes() == before
+    assert judge.judged == 0
+    # Its own file of before is replaced, unless it is the source.
+    run(other, tmp_path / "out", "drop", judge)
+    run(other, tmp_path / "out", "first", judge)
+    with pytest.raises(RecipeError, match="is the source"):
+        run(tmp_path / "out" / "pairs.jsonl", tmp_path / "out", "drop", judge)
+
+
 def test_a_killed_run_judges_no_answer_twice(tmp_path, pairs_file):
     with pytest.raises(KeyboardInterrupt):
         run(pairs_file, tmp_path / "a", "drop", WordJudge("lenient", LENIENT, left=11))

@@ -183,6 +183,34 @@ def test_a_server_without_any_reply_stops_the_run_but_questions_that_are_too_lon
     assert [verdict.safe for verdict in RubricJudge(Failing(refuses=True), "m").judge(LONG)] == [None, None]
 
 
+def test_questions_that_a_failing_server_was_never_asked_are_asked_again():
+    """A server that dies: some replies, failures, and the rest given up without a try."""
+
+    class Dying(ScriptedEngine):
+        def generate(self, requests):
+            yield [self._completion(*request) for request in requests[:2]]
+            failed = [(prompt.prompt_id, sample) for prompt, sample in requests[2:]]
+            raise Unanswered(dict.fromkeys(failed, "HTTP 500"), len(requests), not_requested=failed[1:])
+
+    verdicts = RubricJudge(Dying(lambda prompt, sample: json.dumps(GOOD)), "m").judge(
+        [completion(f"answer {number}") for number in range(5)]
+    )
+    assert [next(verdicts).safe for _ in range(3)] == [True, True, None]
+    with pytest.raises(Unanswered):
+        next(verdicts)
+
+
+def test_an_undecided_comparison_has_the_reason_of_its_reply():
+    class Cut(ScriptedEngine):
+        def _completion(self, prompt, sample):
+            return replace(super()._completion(prompt, sample), finish_reason="length")
+
+    judge = RubricJudge(Cut(lambda prompt, sample: json.dumps({"better": "A"})), "m")
+    assert [preference.reason for preference in judge.prefer([(completion("a"), completion("b"))])] == [
+        "the judge's reply was cut"
+    ]
+
+
 def test_verdicts_come_in_order_as_soon_as_the_replies_do():
     num_replies = 0
 

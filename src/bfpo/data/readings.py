@@ -40,6 +40,11 @@ def part_in_name(name: str) -> Reads:
     return next((reads for reads in READS if name.endswith(name_with_part("", reads))), "answer")
 
 
+def name_without_part(name: str) -> str:
+    """Return the name of a judge, whichever part it reads."""
+    return name.removesuffix(name_with_part("", part_in_name(name)))
+
+
 def has_reasoning(completion: Completion) -> bool:
     """Return whether a completion has a thought that can be read."""
     return bool(completion.reasoning and completion.reasoning.strip())

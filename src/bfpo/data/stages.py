@@ -218,9 +218,12 @@ def judge_completions(judge: Judge, completions: Sequence[Completion], path: Pat
         The judge's verdicts, in the order of the completions.
 
     Raises:
-        DataError: If the file has verdicts on other texts, or of another judge or revision.
+        DataError: If two completions have one key, or the file has verdicts on other texts, or of another judge or
+            revision.
     """
     by_key = {completion.key: completion for completion in completions}
+    if (duplicate := _first_duplicate(completion.key for completion in completions)) is not None:
+        raise DataError(f"two completions are {duplicate}; judge the completions of each model by themselves")
     unread = UnreadAnswers(judge)
 
     def check(verdict: Verdict) -> None:

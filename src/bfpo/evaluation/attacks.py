@@ -104,7 +104,8 @@ def attack_model(
         tasks: Tasks with the prompts that the model has answered.
         folder: Folder of the evaluation.
         samples: Number of conversations per prompt.
-        max_unanswered: Maximum share of prompts whose conversations can be missing.
+        max_unanswered: Maximum share of prompts whose conversations can be missing; those to which the attacker wrote
+            nothing don't count.
 
     Raises:
         Unanswered: If more are.
@@ -112,9 +113,9 @@ def attack_model(
     runs = {}
     for section, prompts in attacked_prompts(tasks).items():
         run = run_attack(open_attack(section), engine, prompts, folder, samples=samples)
-        if len(run.missing) > max_unanswered * len(prompts):
+        failed = {(name, 0): reason for name, reason in run.missing.items() if name not in run.unattacked}
+        if len(failed) > max_unanswered * len(prompts):
             say(f"max_unanswered is {max_unanswered:g}; a larger share leaves these conversations out")
-            failed = {(prompt_id, 0): reason for prompt_id, reason in run.missing.items()}
             raise Unanswered(failed, len(prompts))
         runs[section] = run
     return runs

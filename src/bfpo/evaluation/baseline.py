@@ -15,11 +15,12 @@ from bfpo.evaluation.attacks import Attacks, read_attacks, read_verdicts_on_turn
 from bfpo.evaluation.comparisons import ModelComparison
 from bfpo.evaluation.dominance import PooledScores, compare_models, pool_scores
 from bfpo.evaluation.judge_outputs import JudgeOutput
-from bfpo.evaluation.preferences import PairwisePreference
+from bfpo.evaluation.preferences import PairwisePreference, pair_hash
 from bfpo.evaluation.results import EVALUATION_FOLDER, FILE_NAME, MetricComparison, Results, read_results
 from bfpo.evaluation.suite import Task, select_prompts
 from bfpo.evaluation.suite_scores import SuiteScores, compare_suites, score_suites
 from bfpo.evaluation.verdicts import completions_of_evaluation
+from bfpo.evaluation.win_rates import collect_references
 
 
 class Baseline(NamedTuple):
@@ -104,6 +105,12 @@ def compare_with_baseline(
     if any(output.preferences for output in outputs) and (task_name := _other_references(baseline.results, tasks)):
         notes.append(f"No comparison of win rates with {run}: {task_name} was compared with other outputs there.")
         baseline_outputs = [output._replace(preferences=()) for output in baseline_outputs]
+    baseline_outputs, num_other = _about_same_references(baseline_outputs, completions, tasks)
+    if num_other:
+        notes.append(
+            f"The comparison of win rates with {run} is without {num_other:,} prompts, whose reference outputs are "
+            "others there."
+        )
     labels = [output.label for output in baseline_outputs]
     notes += [
         f"No comparison with {run} by {output.label}: it wasn't judged by that revision."
@@ -138,6 +145,24 @@ def _other_references(baseline: Results, tasks: Sequence[Task]) -> str | None:
     generators = {data.name: data.compared_with for data in baseline.data}
     own = [task.data for task in tasks if task.data is not None and task.references]
     return next((data.name for data in own if generators.get(data.name) != data.compared_with), None)
+
+
+def _about_same_references(
+    outputs: Sequence[JudgeOutput], completions: Sequence[Completion], tasks: Sequence[Task]
+) -> tuple[list[JudgeOutput], int]:
+    """Return outputs with the preferences about this run's references only, and the number of prompts left out."""
+    references = collect_references(tasks)
+    hashes = {
+        completion.prompt_id: pair_hash(completion, references[completion.prompt_id])
+        for completion in completions
+        if completion.sample == 0 and completion.prompt_id in references
+    }
+    same, others = list[JudgeOutput](), set[str]()
+    for output in outputs:
+        own = [row for row in output.preferences if hashes.get(row.prompt_id, row.pair_hash) == row.pair_hash]
+        others |= {row.prompt_id for row in output.preferences} - {row.prompt_id for row in own}
+        same.append(output._replace(preferences=own))
+    return same, len(others)
 
 
 def _shared_tasks(folder: Path, tasks: Sequence[Task], completions: Sequence[Completion]) -> list[Task]:

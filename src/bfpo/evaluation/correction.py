@@ -53,11 +53,12 @@ class Calibration(NamedTuple):
         Args:
             names: Names of the evaluated model: its path, the run, the model that the completions name.
         """
-        short_names = {*names, *(Path(name).name for name in names)}
+        # Two runs may both have a `checkpoint-500`, so a path that was labeled is compared whole.
+        own_names = {name for path in names for name in (path, Path(path).name, str(Path(path).resolve()))}
         own = [
             answer
             for answer in self.answers
-            if {answer.completion.model, Path(answer.completion.model).name} & short_names
+            if {model := answer.completion.model, str(Path(model).resolve())} & own_names
         ]
         return Calibration(self.path, own or self.answers, bool(own))
 

@@ -210,8 +210,9 @@ def _evaluate_bound(bound: Bound, metric: MetricResult) -> BoundResult:
         noun = "prompt" if prompts == 1 else "prompts"
         part = "" if metric.smallest_part is None else " in its smallest part"
         return BoundResult(bound, metric, "undecided", f"{prompts} {noun}{part}, {MIN_PROMPTS} needed")
-    low = metric.value if metric.low is None else metric.low
-    high = metric.value if metric.high is None else metric.high
+    low, high = metric.low, metric.high
+    if low is None or high is None:
+        return BoundResult(bound, metric, "undecided", "the metric has no interval")
     is_violated = (bound.min is not None and high < bound.min) or (bound.max is not None and low > bound.max)
     is_passed = (bound.min is None or low >= bound.min) and (bound.max is None or high <= bound.max)
     return BoundResult(bound, metric, "violated" if is_violated else "passed" if is_passed else "undecided")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bfpo.config.loading import dump_recipe
-from bfpo.core.files import write_jsonl, write_text
+from bfpo.core.files import file_name, write_jsonl, write_text
 from bfpo.core.locks import exclusive_folder
 from bfpo.core.samples import Completion, Engine, Judge, Prompt, Sampling
 from bfpo.core.terminal import say
@@ -76,9 +76,7 @@ from bfpo.generation.attack_outcomes import judge_attack
 from bfpo.generation.attacks import AttackSection
 from bfpo.generation.dialogues import AttackRun
 from bfpo.judging.people import PeopleJudge
-
-# Share of completions without an answer above which the length of completions is too small for a model that reasons.
-MAX_WITHOUT_ANSWER = 0.05
+from bfpo.judging.refusal_rule import RefusalRule
 
 
 class Evaluation(NamedTuple):
@@ -309,12 +307,13 @@ def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
     """Write `prompts.jsonl` into a folder, unless it holds other prompts.
 
     Raises:
-        DataError: If it does. A superset or a subset of the same prompts is allowed.
+        DataError: If it does. A superset or a subset of the same prompts is allowed, also with other kinds.
     """
     path = folder / Prompt.file_name
     if path.exists():
         # Only the texts are compared: the license of a prompt, say, may have been corrected since.
-        existing = {prompt.prompt_id: prompt.prompt for prompt in read_prompt_file(str(path))}
+        before = read_prompt_file(str(path))
+        existing = {prompt.prompt_id: prompt.prompt for prompt in before}
         new = {prompt.prompt_id: prompt.prompt for prompt in prompts}
         differing = next((key for key, prompt in new.items() if existing.get(key, prompt) != prompt), None)
         if differing is not None or not (existing.keys() <= new.keys() or new.keys() <= existing.keys()):
@@ -322,6 +321,11 @@ def write_prompts(folder: Path, prompts: Sequence[Prompt]) -> None:
                 f"'{differing}' isn't the prompt of that id" if differing else f"{len(existing)} of another choice"
             )
             raise DataError(f"{path} holds other prompts ({reason}); choose another folder, or remove this one")
+        kinds = {prompt.prompt_id: prompt.kind for prompt in before}
+        if any(kinds.get(prompt.prompt_id, prompt.kind) != prompt.kind for prompt in prompts):
+            # Its verdicts depend on the kinds, which aren't part of its revision.
+            for file in folder.rglob(f"*{file_name(RefusalRule.name)}*@*.jsonl*"):
+                file.unlink()
     write_jsonl(path, (prompt.to_row() for prompt in prompts))
 
 

@@ -90,6 +90,11 @@ class RatingPairJudge:
                 yield Preference(float(first.helpfulness > second.helpfulness))
 
 
+def pair_hash(completion: Completion, reference: Completion) -> str:
+    """Return the hash of the two texts that a preference is about."""
+    return content_hash(read_part(completion).text, read_part(reference).text)[:12]
+
+
 def collect_preferences(
     judge: PairJudge, completions: Iterable[Completion], references: Mapping[str, Completion], path: Path
 ) -> list[PairwisePreference]:
@@ -112,10 +117,7 @@ def collect_preferences(
         for completion in completions
         if completion.sample == 0 and completion.prompt_id in references
     }
-    hashes = {
-        prompt_id: content_hash(*(read_part(completion).text for completion in pair))[:12]
-        for prompt_id, pair in pairs.items()
-    }
+    hashes = {prompt_id: pair_hash(*pair) for prompt_id, pair in pairs.items()}
 
     def check(existing: PairwisePreference) -> None:
         if (existing.judge, existing.revision) != (judge.name, judge.revision):

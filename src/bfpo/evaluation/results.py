@@ -43,7 +43,7 @@ class MetricResult:
         judge: Name of the judge; empty if the metric needs none.
         category: Category of the prompts; None for all prompts of the task.
         least: Lower bound of the interval if every undecided completion counted as 0; None without undecided ones,
-            and for metrics that aren't rates.
+            and for metrics that are neither rates nor win rates.
         most: Upper bound if every one counted as 1.
         recipe: For a composite index: the metrics that it is the mean of, or the missing part; else empty.
         smallest_part: Number of prompts of the part with the fewest, for a composite; else None.

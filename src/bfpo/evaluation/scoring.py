@@ -53,7 +53,7 @@ class PromptScores(NamedTuple):
         judge: Name of the judge; empty if the metric needs none.
         category: Category of the prompts; None for all prompts of the task.
         if_no: Prompt id → mean if every undecided completion counted as 0; None without undecided ones, and for
-            metrics that aren't rates.
+            metrics that are neither rates nor win rates.
         if_yes: Prompt id → mean if every undecided completion counted as 1.
     """
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bfpo.core.files import parse_json
 from bfpo.core.samples import Engine, Judge, Prompt
+from bfpo.data.readings import name_without_part
 from bfpo.errors import DataError
 from bfpo.evaluation.recipe import EvalRecipe
 from bfpo.evaluation.results import EVALUATION_FOLDER
@@ -58,7 +59,7 @@ def is_guard_judge(recipe: EvalRecipe, spec: str) -> bool:
 
 
 def training_judges(recipe: EvalRecipe) -> set[str]:
-    """Return the names of the judges that labeled the model's training data, from the manifest in its folder.
+    """Return the names of the judges that labeled or scored the training data, from the manifest beside the model.
 
     Raises:
         DataError: If the manifest is malformed.
@@ -69,8 +70,9 @@ def training_judges(recipe: EvalRecipe) -> set[str]:
     if not path.is_file():
         return set()
     try:
-        sources = parse_json(path.read_text(encoding="utf-8")).get("label_sources") or {}
-        return {part.partition("@")[0] for source in sources for part in str(source).split("+")}
+        manifest = parse_json(path.read_text(encoding="utf-8"))
+        sources = [*(manifest.get("label_sources") or {}), *(manifest.get("labels") or {}).get("scorers", ())]
+        return {name_without_part(part.partition("@")[0]) for source in sources for part in str(source).split("+")}
     except (ValueError, AttributeError, TypeError):
         raise DataError(f"{path}: not the JSON object that training leaves; who labeled the data?") from None
 

@@ -53,6 +53,10 @@ def score_suites(
     """
     prompts = {prompt.prompt_id: prompt for task in tasks for prompt in task.prompts}
     suites = []
+
+    def own_scores(scores: Sequence[PromptScores], output: JudgeOutput) -> list[PromptScores]:
+        return _own_scores(scores, output, is_first=output is outputs[0])
+
     for output in outputs:
         judged: dict[str, list[JudgedCompletion]] = {}
         of_reasoning = find_reasoning_output(output, outputs)
@@ -68,13 +72,13 @@ def score_suites(
                 scores = score_attacked(
                     own_tasks, attacks[attack], judged, output.on_turns, judge=output.label, by_category=by_category
                 )
-                suites.append(SuiteScores(suite, output.label, _own_scores(scores, output, is_first=output is outputs[0])))
+                suites.append(SuiteScores(suite, output.label, own_scores(scores, output)))
                 continue
             scores = _score([prompt for task in own_tasks for prompt in task.prompts], judged, output)
             for task in own_tasks:
                 scores += _score_task(task, judged, output, by_category=by_category)
                 scores += score_preferences(task, output)
-            suites.append(SuiteScores(suite, output.label, _own_scores(scores, output, is_first=output is outputs[0])))
+            suites.append(SuiteScores(suite, output.label, own_scores(scores, output)))
     return suites
 
 

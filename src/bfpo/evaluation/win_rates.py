@@ -1,6 +1,8 @@
 """Win rates: comparing completions with reference outputs, and win rates at equal length."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from glob import glob
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +29,10 @@ COMPARING = tuple(kind for kind, properties in JUDGES.items() if properties.comp
 """Kinds of judges that compare completions."""
 
 
+# Judges that are made from a local file.
+_OF_FILES = ("linear", "people", "refusal-rule")
+
+
 def collect_references(tasks: Sequence[Task]) -> dict[str, Completion]:
     """Return the reference outputs of all tasks by prompt id.
 
@@ -44,11 +50,13 @@ def collect_references(tasks: Sequence[Task]) -> dict[str, Completion]:
 
 
 def check_judges(recipe: EvalRecipe, tasks: Sequence[Task]) -> None:
-    """Check that a judge of a recipe compares completions if a task needs one.
+    """Check the judges of a recipe before a model answers: their files, and whether one compares if a task needs it.
 
     Raises:
-        RecipeError: If none does.
+        RecipeError: If a judge is listed twice, a file is missing, or none compares completions.
     """
+    if len(set(recipe.judges)) < len(recipe.judges):
+        raise RecipeError(f"judges: {Counter(recipe.judges).most_common(1)[0][0]} is listed twice")
     comparing = next((task for task in tasks if task.references), None)
     specs = [parse_judge(spec) for spec in recipe.judges]
     # Whether a custom judge compares shows only when it is opened.
@@ -59,6 +67,11 @@ def check_judges(recipe: EvalRecipe, tasks: Sequence[Task]) -> None:
             f"judges: none of {', '.join(recipe.judges)} compares answers, which {name} needs; add one of "
             f"{', '.join(COMPARING)} (as rubric:MODEL@http://host:port/v1), or leave_out: [{name}]"
         )
+    for part in (part for spec in specs for part in spec.parts if part.kind in _OF_FILES):
+        # The answers to annotations may follow an @, and labels may be in all files of a pattern.
+        paths = (part.path, part.path.rpartition("@")[0])
+        if part.path not in ("", "harmful") and not any(path and glob(path) for path in paths):
+            raise RecipeError(f"judges: {part.text}: there is no file {part.path}")
 
 
 def compare_with_references(
@@ -85,6 +98,10 @@ def compare_with_references(
         read_references = {prompt_id: read_part(reference) for prompt_id, reference in references.items()}
         preferences = collect_preferences(cast(PairJudge, judge), map(read_part, completions), read_references, path)
         return output._replace(preferences=preferences, sees_both=True)
+    # A rule's helpfulness of 0 or 1 orders no two answers that it finds helpful.
+    kinds = [JUDGES.get(name) for name in output.members]
+    if all(kind is not None and kind.compares is None for kind in kinds):
+        return output
     rated = {verdict.prompt_id for verdict in output.verdicts if verdict.helpfulness is not None}
     if not rated & references.keys():
         return output

@@ -88,6 +88,7 @@ class AttackRun(NamedTuple):
         turns: Replies, prompt by prompt and turn by turn.
         missing: Reasons of the conversations without a result, by prompt id.
         counts: Number of refused and unread replies, and of the attacker's failures.
+        unattacked: Those prompts of `missing` to which the attacker wrote nothing; it would write nothing again.
     """
 
     name: str
@@ -96,6 +97,7 @@ class AttackRun(NamedTuple):
     turns: list[AttackTurn]
     missing: dict[str, str]
     counts: Counter[str]
+    unattacked: frozenset[str] = frozenset()
 
 
 def attack_folder(out: Path, name: str) -> Path:
@@ -147,15 +149,17 @@ def run_attack(
                 if not reply.is_kept:
                     refused.append(dialogue)
             pending = refused
-    for dialogue in dialogues:
-        if not turns[dialogue.key]:
-            missing.setdefault(dialogue.prompt.prompt_id, dialogue.ended or "no reply")
+    ended = {
+        dialogue.prompt.prompt_id: dialogue.ended or "no reply" for dialogue in dialogues if not turns[dialogue.key]
+    }
+    unattacked = ended.keys() - missing.keys()
+    missing = ended | missing
     finished = [
         turn for dialogue in dialogues if dialogue.prompt.prompt_id not in missing for turn in turns[dialogue.key]
     ]
     write_jsonl(folder / TURNS, (turn.to_row() for turn in finished))
     counts = attack.counts + Counter(f"reply {turn.outcome}" for turn in finished)
-    return AttackRun(name, folder, attack.num_turns, finished, missing, counts)
+    return AttackRun(name, folder, attack.num_turns, finished, missing, counts, frozenset(unattacked))
 
 
 def read_turns(folder: Path) -> list[AttackTurn]:

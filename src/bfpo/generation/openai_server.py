@@ -222,10 +222,10 @@ class ServerEngine:
                     break
         identical.warn()
         if failed:
-            for prompt, sample in requests:
-                if (key := (prompt.prompt_id, sample)) not in answered:
-                    failed.setdefault(key, rest)
-            raise Unanswered(failed, len(requests), refused=refused)
+            keys = [(prompt.prompt_id, sample) for prompt, sample in requests]
+            not_requested = [key for key in keys if key not in answered and key not in failed]
+            failed |= dict.fromkeys(not_requested, rest)
+            raise Unanswered(failed, len(requests), refused=refused, not_requested=not_requested)
 
     def _run(
         self, requests: Sequence[tuple[Prompt, int]]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.config.recipes import Source
-from bfpo.core.files import write_json, write_jsonl
+from bfpo.core.files import check_own_files, write_json, write_jsonl
 from bfpo.core.pairs import CELLS, PreferencePair, SafetyLabels
 from bfpo.core.samples import Completion, Judge, Key, Verdict
 from bfpo.core.terminal import say, show_table
@@ -22,6 +22,7 @@ from bfpo.data.inspect import count_disagreements
 from bfpo.data.load import load_pairs
 from bfpo.data.prepare import cell_counts
 from bfpo.data.readings import NO_REASONING, answer_completion, has_reasoning, read_by
+from bfpo.data.rows import local_files
 from bfpo.data.stages import find_unjudged, judge_completions
 from bfpo.data.verdict_files import judge_file
 from bfpo.errors import DataError, RecipeError, did_you_mean
@@ -37,6 +38,7 @@ POLICIES: dict[str, str] = {
 }
 # Number of answers judged to estimate the time; their verdicts are reused.
 _NUM_PROBES = 32
+_PAIRS, _METADATA = "pairs.jsonl", "label.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +84,17 @@ def label_pairs(
         The labeled pairs; None with `estimate_only`.
 
     Raises:
-        DataError: If the source is malformed, no pair could be labeled, or the policy is `error` and judges conflict.
+        RecipeError: If `conflicts` or `beta` isn't possible, or `out/pairs.jsonl` is the source.
+        DataError: If the source is malformed, no pair could be labeled, the policy is `error` and judges conflict, or
+            `out/pairs.jsonl` is a file of something else.
     """
     if conflicts not in POLICIES:
         raise RecipeError(f"`conflicts` is '{conflicts}'; {did_you_mean(conflicts, list(POLICIES))}")
     if not 0 < beta < math.inf:
         raise RecipeError(f"`beta` is {beta}; expected a number above 0")
+    if any(file.resolve() == (out / _PAIRS).resolve() for file in local_files(source)):
+        raise RecipeError(f"`out` is {out}, whose {_PAIRS} is the source; name another folder")
+    check_own_files(out, (_PAIRS,), "bfpo label", is_own=(out / _METADATA).exists())
     report, pairs = load_pairs(source, "main", limit=limit)
     answers = [(as_completion(pair, 0), as_completion(pair, 1)) for pair in pairs]
     # An answer that occurs in several pairs is judged once.
@@ -146,8 +153,8 @@ def label_pairs(
             "left_out": dict(reasoning_left_out),
             **count_disagreements(labeled),
         }
-    write_jsonl(out / "pairs.jsonl", (pair.to_row() for pair in labeled))
-    write_json(out / "label.json", metadata)
+    write_jsonl(out / _PAIRS, (pair.to_row() for pair in labeled))
+    write_json(out / _METADATA, metadata)
     _show(metadata, labeling or LabelingFunction.from_parameters(), beta, out)
     return LabeledPairs(labeled, left_out, metadata)
 

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from bfpo.config.recipes import Source
 from bfpo.core.conversation import conversation_key
 from bfpo.core.read_messages import as_messages
-from bfpo.core.samples import KINDS, Completion, Kind, Prompt, prompt_id
+from bfpo.core.samples import KINDS, Completion, Key, Kind, Prompt, prompt_id
 from bfpo.data.agent_sets import read_agent_answer
 from bfpo.data.readings import answer_completion
 from bfpo.data.rows import SourceRow, local_files, read_rows, refuse_lone_surrogates
@@ -130,10 +131,15 @@ def _read_annotated(labels: str, completions: Path) -> list[LabeledAnswer]:
         annotations.setdefault(annotation.key, []).append(annotation)
     prompts = completions.with_name(Prompt.file_name)
     kinds = {prompt.prompt_id: prompt.kind for prompt in read_prompt_file(str(prompts))} if prompts.is_file() else {}
-    answers = {}
+    answers: dict[AnswerKey, LabeledAnswer] = {}
+    taken: set[Key] = set()
     for completion in read_completions(completions):
         key = answer_key(completion)
         if key in annotations and key not in answers:
+            # The answers of several models to a prompt may have one number.
+            number = next(n for n in count(completion.sample) if (completion.prompt_id, n) not in taken)
+            completion = replace(completion, sample=number)
+            taken.add(completion.key)
             safe, refusal, labelers = combine_labels(annotations[key])
             answers[key] = LabeledAnswer(completion, refusal, safe, kinds.get(completion.prompt_id), labelers)
     if missing := annotations.keys() - answers.keys():

@@ -59,6 +59,7 @@ _MARKERS = ('"unsafe":', '"better":')
 # A judge that thinks aloud may quote the form before it fills it in: the last object counts.
 _OBJECT = re.compile(r"\{[^{}]*\}")
 _NOT_JSON = "the judge's reply isn't the requested JSON"
+_PREFERENCES = {"A": 1.0, "B": 0.0, "equal": 0.5}
 
 
 class RubricComparison(NamedTuple):
@@ -103,7 +104,7 @@ class RubricJudge:
 
         Raises:
             ModelError: If the engine can't be reached.
-            Unanswered: If the engine replied to nothing, and might reply later.
+            Unanswered: If the engine replied to nothing, or gave up before it asked all, and might reply later.
         """
         num_cut = 0
         rendered = [render(completion, self.special) for completion in completions]
@@ -138,7 +139,7 @@ class RubricJudge:
         Raises:
             DataError: If the answers of a pair are to different prompts.
             ModelError: If the engine can't be reached.
-            Unanswered: If the engine replied to nothing, and might reply later.
+            Unanswered: If the engine replied to nothing, or gave up before it asked all, and might reply later.
         """
         both_orders = [order for first, second in pairs for order in ((first, second), (second, first))]
         preferences = list(self.prefer(both_orders))
@@ -153,23 +154,30 @@ class RubricJudge:
         Raises:
             DataError: If the answers of a pair are to different prompts.
             ModelError: If the engine can't be reached.
-            Unanswered: If the engine replied to nothing.
+            Unanswered: If the engine replied to nothing, or gave up before it asked all.
         """
         for reply in self._query([render_comparison(first, second, self.special) for first, second in pairs]):
             if isinstance(reply, str):
                 yield Preference(None, reply)
-            elif (better := _parse_better(reply)) is None:
+            elif isinstance(content := _parse_object(reply), str):
+                yield Preference(None, content)
+            elif (better := content.get("better")) not in _PREFERENCES:
                 yield Preference(None, _NOT_JSON)
             else:
-                yield Preference({"A": 1.0, "B": 0.0, "equal": 0.5}[better])
+                yield Preference(_PREFERENCES[better])
 
     def _query(self, texts: Sequence[str]) -> Iterator[Completion | str]:
-        """Yield the engine's reply to each text in order, as soon as it arrives, or the reason why there is none."""
+        """Yield the engine's reply to each text in order, as soon as it arrives, or the reason why there is none.
+
+        Raises:
+            Unanswered: If the engine replied to nothing, or before the first text that it gave up without a try.
+        """
         # The id is a hash of the text, so equal questions are asked once.
         ids = [content_hash(text) for text in texts]
         requests = [(Prompt(name, user_says(text)), 0) for name, text in dict(zip(ids, texts, strict=True)).items()]
         replies: dict[str, Completion] = {}
         failed: dict[str, str] = {}
+        not_asked: dict[str, Unanswered] = {}
         num_yielded = 0
         try:
             for batch in self.engine.generate(requests):
@@ -182,7 +190,10 @@ class RubricJudge:
             if not replies and len(requests) > 1 and len(error.refused) < len(error.failed):
                 raise
             failed |= {name: reason for (name, _), reason in error.failed.items()}
+            not_asked |= {name: error for name, _ in error.not_requested}
         for name in ids[num_yielded:]:
+            if name in not_asked:
+                raise not_asked[name]
             yield replies.get(name, f"the judge didn't reply: {failed.get(name, 'no reason given')}")
 
 
@@ -263,12 +274,6 @@ def _parse_grades(reply: Completion) -> dict[str, Any] | str:
     if category is not None and not isinstance(category, str):
         return "the judge's category isn't a string"
     return {**grades, "category": replace_lone_surrogates(category[:80]) if category else None}
-
-
-def _parse_better(reply: Completion) -> str | None:
-    content = _parse_object(reply)
-    better = None if isinstance(content, str) else content.get("better")
-    return better if better in ("A", "B", "equal") else None
 
 
 def _is_cut(reply: Completion | str) -> bool:

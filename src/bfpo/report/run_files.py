@@ -264,12 +264,10 @@ def _read_conversations(
         verdicts: dict[str, list[Verdict]] = {}
         for verdict in on_turns:
             verdicts.setdefault(verdict.prompt_id, []).append(verdict)
-        shown = conversations.setdefault(name, {})
+        shown, raters = conversations.setdefault(name, {}), _raters(on_turns)
         for (prompt_id, _), replies in by_conversation(turns).items():
             if prompt_id in prompts:
-                shown[prompt_id] = _show_conversation(
-                    prompts[prompt_id], replies, verdicts, path, _raters(on_turns)
-                )
+                shown[prompt_id] = _show_conversation(prompts[prompt_id], replies, verdicts, path, raters)
     return conversations
 
 

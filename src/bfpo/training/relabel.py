@@ -44,7 +44,8 @@ def relabel(recipe: TrainRecipe, prepared: PreparedData, labels: ScoreLabels | N
         )
         measure = labels.dual.constraint.measure
         name = f"labels from reward - {labels.metadata['lambda']:.6g}·{measure} ({labels.draw})"
-        metadata = labels.metadata
+        # Evaluations read here which judges are circular.
+        metadata = labels.metadata | {"scorers": _scorers(chain_pairs([prepared.train, prepared.eval]))}
     elif isinstance(section := recipe.labels, SafeFirstSection):
         counts = _reorder(
             prepared, lambda pairs: has_safer_rejected(pairs, section.both_unsafe), "reordered by its safety"
@@ -55,6 +56,12 @@ def relabel(recipe: TrainRecipe, prepared: PreparedData, labels: ScoreLabels | N
         return {}
     say(f"{name}: {counts['reordered']:,} of {counts['pairs']:,} pairs were reordered")
     return {"labels": metadata | counts}
+
+
+def _scorers(pairs: Sequence[PreferencePair]) -> list[str]:
+    """Return who gave the scores of pairs: one judge of rewards, and one of costs, as `require_scores` checked."""
+    provenance = pairs[0].provenance
+    return sorted({name for name in (provenance.reward_scorer, provenance.cost_scorer) if name})
 
 
 def _reorder(prepared: PreparedData, choose_swapped: ChooseSwapped, reason: str) -> dict[str, int]:

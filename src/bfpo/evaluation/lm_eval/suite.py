@@ -223,9 +223,17 @@ def result_file(out: Path, task: LmEvalTask, recipe: EvalRecipe, identity: str) 
     """Return the file with the results of a task; its name has a hash of everything that they depend on."""
     assert recipe.model is not None
     files = [task.data.path or "", *_own_files(task.spec)]
-    rows = [file_hash(Path(file)) for file in files if file and Path(file).is_file()]
+    rows = [file_hash(Path(file)) for file in files if file and _is_file(file)]
     key = (identity, recipe.model.dtype, task.spec, rows, task.data.revision, recipe.limit, lm_eval_version())
     return out / FOLDER / f"{task.name}-{content_hash(*key)}.json"
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:
+        # A text without spaces may be longer than the name of a file can be.
+        return False
 
 
 def _own_files(spec: str) -> list[str]:
