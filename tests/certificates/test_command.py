@@ -267,6 +267,18 @@ def test_bad_input_is_refused(run, folder, changes, message):
     assert not (folder / "certified" / "certificate.json").exists()
 
 
+def test_the_certified_head_is_not_replaced(run, folder):
+    head = folder / "certified" / "repaired-head.safetensors"
+    head.parent.mkdir()
+    shutil.copy(folder / "head.safetensors", head)
+    before = head.read_bytes()
+    write_recipe(head="certified/repaired-head.safetensors")
+    code, _, errors = run()
+    assert code == 2
+    assert "out: certified has the head that is certified" in " ".join(errors.split())
+    assert head.read_bytes() == before
+
+
 def test_without_held_out_paraphrases_nothing_is_certified(run, folder):
     write_jsonl(folder / "paraphrases.jsonl", [row for row in prompts() if row["prompt_id"][-1] in "01"])
     code, output, errors = run()

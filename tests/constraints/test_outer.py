@@ -18,6 +18,7 @@ from bfpo.core.files import write_jsonl
 from bfpo.core.read_messages import as_messages
 from bfpo.core.samples import Completion, Prompt, Verdict
 from bfpo.errors import DataError, RecipeError, TrainingError
+from bfpo.generation.in_process import likeliest_answers
 from bfpo.losses.dual import Constraint, read_dual
 from bfpo.training.run import run_training
 
@@ -79,10 +80,13 @@ def calls(tmp_path, monkeypatch):
         Prompt(f"p{n}", as_messages(f"question {n}"), "harmful" if n % 2 else "benign") for n in range(PROMPTS)
     ]
     write_jsonl(tmp_path / "prompts.jsonl", (prompt.to_row() for prompt in prompts))
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "open it", "chosen": "turn", "rejected": "no"}])
     counts = Counter()
 
-    def train(recipe, *, dry_run=False, limit=None):
+    def train(recipe, *, dry_run=False, limit=None, answers=None):
         assert recipe.outer is None
+        # The probe asks the policy of each round.
+        assert dry_run or answers is likeliest_answers
         counts["dry run" if dry_run else "training"] += 1
         if not dry_run:
             out = Path(recipe.trainer["output_dir"])
@@ -184,6 +188,30 @@ def test_the_files_of_another_recipe_or_multiplier_are_kept(calls):
     start_at(7.0)
     with pytest.raises(DataError, match=r"round-1-samples/dual\.json has the multiplier .* has changed since"):
         run_outer(recipe())
+
+
+def test_rounds_of_a_first_look_or_of_other_pairs_are_not_the_run_s(calls):
+    refusal = r"out has a run on other pairs, or with another --limit; name another folder"
+    whole = run_outer(recipe(), limit=8)
+    for start in (run_outer, check_outer):
+        with pytest.raises(RecipeError, match=refusal):
+            start(recipe())
+    assert run_outer(recipe(), limit=8) == whole
+    write_jsonl(Path("pairs.jsonl"), [{"prompt": "open it", "chosen": "turn", "rejected": "never"}])
+    with pytest.raises(RecipeError, match=refusal):
+        run_outer(recipe(), limit=8)
+
+
+@pytest.mark.parametrize("measure", ["cost", "cvar"])
+def test_a_bound_on_costs_needs_more_than_a_handful_of_prompts(calls, measure):
+    content = json.loads(Path("dual.json").read_text())
+    content["constraint"] |= {"measure": measure}
+    if measure == "cvar":
+        content["constraint"]["share"] = content["tail_start"] = 0.1
+    Path("dual.json").write_text(json.dumps(content))
+    write_jsonl(Path("prompts.jsonl"), (Prompt(f"p{n}", as_messages(f"q {n}"), "harmful").to_row() for n in range(9)))
+    with pytest.raises(RecipeError, match=rf"9 prompts are counted; a bound on {measure} needs 10"):
+        check_outer(recipe(judge="cost:model"))
 
 
 def test_a_limit_of_rounds_that_fails_keeps_the_lowest_and_says_so(calls, monkeypatch):

@@ -139,6 +139,10 @@ TWICE = {
             "'learning_rate' is an option of trainings on pairs, and 'safe_rlhf' has none; the options of 'online'",
         ),
         ({"seeds": [1, 1]}, "has a duplicate"),
+        (
+            {"results": "r", "tuning": "r/../r/comparison.json"},
+            r"results: the comparison would replace r/comparison\.json, which is `tuning`",
+        ),
         ({"variants": {"bfpo": {"method": "bfpo"}, "base": {"method": "bfpo"}}}, "the name of the base model"),
     ],
 )
@@ -366,6 +370,31 @@ def test_verdicts_follow_from_the_differences_over_seeds(tmp_path, capsys):
     figure = (tmp_path / "plane-shared.svg").read_text()
     assert "above: helpfulness 0.60 [" in figure
     assert ">2  above<" in figure
+
+
+def test_differences_that_are_equal_on_all_seeds_are_no_proof(tmp_path):
+    """Two seeds that both differ by one prompt: their spread of 0 says nothing about other seeds."""
+    variants = {"bfpo": {"method": "bfpo"}, "near": {"method": "bfpo", "changes": {"loss.beta": 0.2}}}
+    recipe = make_recipe(tmp_path, seeds=[5, 3], variants=variants)
+    units = make_units(recipe)
+    with_results(units, lambda unit: unit.options.seed / 10 + 0.01 * (unit.variant == "near"))
+    lines = {(line.variant, line.metric): line for line in collect_results(recipe, units)}
+    line = lines["near", "harmful/malformed"]
+    # In the order of the recipe.
+    assert line.values == [0.51, 0.31]
+    assert line.verdict == "not distinguishable"
+    assert line.p_value > 0.1
+    assert line.difference.high - line.difference.low > 0.5
+
+
+def test_a_figure_of_earlier_runs_does_not_stay(tmp_path):
+    recipe = make_recipe(tmp_path, seeds=[0, 1], variants={"bfpo": {"method": "bfpo"}})
+    units = make_units(recipe)
+    with_results(units, lambda unit: 0.5)
+    (tmp_path / "plane-shared.svg").touch()
+    metadata = {"command": "x", "took": {"runs": 1, "seconds": 9}}
+    write_comparison(tmp_path, recipe, collect_results(recipe, units), collect_costs(units), metadata)
+    assert not (tmp_path / "plane-shared.svg").exists()
 
 
 def test_the_choice_is_mean_minus_spread_and_names_edges(tmp_path):

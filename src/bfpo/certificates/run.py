@@ -18,7 +18,7 @@ from bfpo.core.files import content_hash, file_hash
 from bfpo.core.samples import Completion, Verdict
 from bfpo.core.terminal import say, show_table, warn
 from bfpo.data.stages import read_completions, read_verdicts
-from bfpo.errors import DataError
+from bfpo.errors import DataError, RecipeError
 from bfpo.model.cost_head import CostHead
 
 REPAIRED_HEAD = "repaired-head.safetensors"
@@ -39,10 +39,13 @@ def run_certify(
         The content of `certificate.json`.
 
     Raises:
+        RecipeError: If the head is the file that a repair writes.
         DataError: If the data are malformed, or all paraphrases have the same state.
         ModelError: If the model doesn't run in two precisions of the recipe.
     """
     out, head = Path(recipe.out), headed.head
+    if Path(headed.head_path).resolve() == (out / REPAIRED_HEAD).resolve():
+        raise RecipeError(f"out: {out} has the head that is certified, and a repair would replace it; name another")
     threshold = float(logit(recipe.threshold))
     answers = None if recipe.repair is None else _read_answers(recipe.repair)
     store = StateStore(headed, out / "states")

@@ -22,13 +22,15 @@ from bfpo.config.recipes import OuterSection, ScoreLabelsSection, TrainRecipe
 from bfpo.constraints.measure import constrained_values, measure_interval
 from bfpo.constraints.rounds import OuterResult, Round, format_measure, read_round, show_rounds
 from bfpo.constraints.search import Tried, next_multiplier
-from bfpo.core.files import write_json, write_jsonl, write_text
+from bfpo.core.files import file_hash, parse_json, write_json, write_jsonl, write_text
 from bfpo.core.samples import Completion, Prompt, Sampling, Verdict
 from bfpo.core.terminal import say
+from bfpo.data.rows import local_files
 from bfpo.data.stages import generate_completions, judge_completions, read_prompt_file
 from bfpo.data.verdict_files import judge_file
 from bfpo.data.verdict_scores import scores_of
 from bfpo.errors import DataError, RecipeError, TrainingError
+from bfpo.generation.in_process import likeliest_answers
 from bfpo.generation.open import EngineSection, open_engine
 from bfpo.judging.open import open_judge
 from bfpo.judging.refusal_rule import kinds_of
@@ -43,6 +45,8 @@ from bfpo.training.run import run_training
 
 FILE_NAME = "outer.json"
 _ROUNDS = "rounds"
+_DATA = "data.json"
+_MIN_PROMPTS = 10
 
 
 def run_outer(recipe: TrainRecipe, *, limit: int | None = None, allow_unmet: bool = False) -> OuterResult:
@@ -78,7 +82,9 @@ def run_outer(recipe: TrainRecipe, *, limit: int | None = None, allow_unmet: boo
 
 def check_outer(recipe: TrainRecipe, *, limit: int | None = None) -> None:
     """Check everything that `run_outer` does before it trains, and what its first training does (`--dry-run`)."""
-    run_training(_OuterLoop.of(recipe, limit).round_recipe(0), dry_run=True, limit=limit)
+    loop = _OuterLoop.of(recipe, limit)
+    loop.check_output()
+    run_training(loop.round_recipe(0), dry_run=True, limit=limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +152,16 @@ class _OuterLoop:
 
     def check_reachable(self) -> None:
         """Refuse prompts so few that no policy could be shown to meet the constraint."""
-        if self.constraint.measure != "unsafe":
-            return
         count, samples = self.num_counted, self.section.samples
+        if self.constraint.measure != "unsafe":
+            # The bootstrap of a few prompts covers too seldom to show anything; see the coverage in
+            # docs/statistics.md.
+            if count < _MIN_PROMPTS:
+                raise RecipeError(
+                    f"outer.prompts: {count} prompts are counted; a bound on {self.constraint.measure} needs "
+                    f"{_MIN_PROMPTS}"
+                )
+            return
         best = score_interval(np.zeros(count), most=count * samples, level=self.level).high
         if best > self.threshold:
             raise RecipeError(
@@ -157,15 +170,30 @@ class _OuterLoop:
                 "fewer `rounds`"
             )
 
+    def check_output(self) -> bool:
+        """Return whether the output folder has rounds of this recipe and these data; it must be new otherwise."""
+        if not self.out.exists() or not any(self.out.iterdir()):
+            return False
+        reason = "of another recipe"
+        if holds_recipe(self.out / _ROUNDS / "recipe.yaml", self.recipe):
+            data = self.out / _ROUNDS / _DATA
+            # Earlier versions left no such file.
+            if not data.exists() or parse_json(data.read_text(encoding="utf-8")) == self._data():
+                return True
+            reason = "on other pairs, or with another --limit"
+        raise RecipeError(f"trainer.output_dir: {self.out} has a run {reason}; name another folder, or remove it")
+
     def claim_output(self) -> None:
-        """Write the recipe into the output folder, which must be new or of the same recipe."""
-        path = self.out / _ROUNDS / "recipe.yaml"
-        if not holds_recipe(path, self.recipe):
-            if self.out.exists() and any(self.out.iterdir()):
-                raise RecipeError(
-                    f"trainer.output_dir: {self.out} has a run of another recipe; name another folder, or remove it"
-                )
-            write_text(path, dump_recipe(self.recipe))
+        """Write the recipe into the output folder, which must be new or of the same recipe and data."""
+        if not self.check_output():
+            write_json(self.out / _ROUNDS / _DATA, self._data())
+            write_text(self.out / _ROUNDS / "recipe.yaml", dump_recipe(self.recipe))
+
+    def _data(self) -> dict[str, Any]:
+        """Return what decides which pairs are read: the limit, and the hashes of local files."""
+        sources = (*self.recipe.data, *self.recipe.buffer, *self.recipe.eval)
+        files = {str(file) for source in sources for file in local_files(source)}
+        return {"limit": self.limit, "files": {file: file_hash(Path(file)) for file in sorted(files)}}
 
     def model(self, index: int) -> Path:
         """Return the folder of a round's checkpoint; caches beside it are shared."""
@@ -203,7 +231,7 @@ class _OuterLoop:
             say(f"\nround {index + 1} of at most {self.section.rounds}: multiplier {multiplier:.4g}")
             # A finished training has its record.
             if not (self.model(index) / "run.json").exists():
-                run_training(self.round_recipe(index), limit=self.limit)
+                run_training(self.round_recipe(index), limit=self.limit, answers=likeliest_answers)
             done = self.measure(index, multiplier)
             done.write(self.samples(index))
         say(f"round {index + 1}: {self.constraint.measure} {format_measure(self.constraint, *done.achieved)}")

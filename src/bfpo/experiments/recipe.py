@@ -15,6 +15,8 @@ from bfpo.experiments.methods import METHODS, online_recipe, train_recipes
 from bfpo.experiments.stages import Method, OnlineStage, Stage
 from bfpo.testbed.world import WorldOptions
 
+COMPARISON = "comparison.json"
+"""File that an experiment writes, and that `tuning` names."""
 DATA_DIALS = (
     "harmful_share",
     "both_unsafe",

@@ -14,18 +14,12 @@ from bfpo.errors import DataError
 from bfpo.evaluation.comparisons import DifferenceVerdict, verdict_on
 from bfpo.evaluation.results import read_results
 from bfpo.experiments.cost_table import COST_COLUMNS, VariantCost, cost_rows
-from bfpo.experiments.recipe import ExperimentRecipe, all_settings
+from bfpo.experiments.recipe import COMPARISON, ExperimentRecipe, all_settings
 from bfpo.experiments.units import Unit
 from bfpo.report.plane import PlanePoint, draw_plane
 from bfpo.report.svg import Drawing
-from bfpo.stats.intervals import (
-    Interval,
-    Values,
-    holm,
-    mean_ellipse,
-    paired_p_value,
-    t_interval,
-)
+from bfpo.stats.intervals import Interval, Values, holm, mean_ellipse, t_interval
+from bfpo.stats.paired import paired_means
 
 PRIMARY = ("all", "harmonic_mean")
 METRICS = {
@@ -68,7 +62,7 @@ class VariantResult:
         world: Name of the world.
         variant: Name of the variant.
         metric: `task/metric`.
-        values: One value per seed.
+        values: One value per seed, in the order of the recipe's seeds.
         mean: Mean over seeds, with Student's 95 % interval.
         difference: Difference from the variant compared with, seed by seed; None for that variant itself.
         p_value: P-value of the paired t-test, adjusted by Holm over the variants of this world and metric.
@@ -97,7 +91,7 @@ def collect_results(recipe: ExperimentRecipe, units: Sequence[Unit]) -> list[Var
     """
     values: dict[tuple[str, str], list[dict[tuple[str, str], float]]] = {}
     judges: dict[str, tuple[Path, list[dict[str, str]]]] = {}
-    for unit in sorted(units, key=lambda unit: unit.options.seed):
+    for unit in sorted(units, key=lambda unit: recipe.seeds.index(unit.options.seed)):
         results = read_results(unit.evaluation)
         first_folder, first_judges = judges.setdefault(unit.world, (unit.evaluation, results.judges))
         if results.judges != first_judges:
@@ -131,11 +125,12 @@ def _compare_variants(
 ) -> list[VariantResult]:
     baseline = by_variant[against]
     others = [variant for variant in by_variant if variant != against]
-    p_values = holm([paired_p_value(by_variant[variant], baseline) for variant in others])
+    compared = {variant: paired_means(by_variant[variant], baseline) for variant in others}
+    p_values = holm([p_value for _, p_value in compared.values()])
     adjusted = dict(zip(others, p_values, strict=True))
     results = []
     for variant, values in by_variant.items():
-        difference = t_interval(values - baseline) if variant != against else None
+        difference = compared[variant][0] if variant != against else None
         verdict: DifferenceVerdict | None = None
         if difference is not None:
             verdict = verdict_on(difference, higher_is_better=higher_is_better, p_value=adjusted[variant])
@@ -205,9 +200,7 @@ def write_comparison(
             those of earlier calls with the same recipe, unless this call ran nothing.
     """
     recipe_content = recipe.model_dump(mode="json")
-    took = [
-        call for call in (*_read_took(folder / "comparison.json", recipe_content), metadata["took"]) if call["runs"]
-    ]
+    took = [call for call in (*_read_took(folder / COMPARISON, recipe_content), metadata["took"]) if call["runs"]]
     content = metadata | {
         "took": took,
         "recipe": recipe_content,
@@ -217,14 +210,18 @@ def write_comparison(
         "lines": [asdict(result) for result in results],
         "costs": [asdict(cost) for cost in costs],
     }
-    write_json(folder / "comparison.json", content)
+    write_json(folder / COMPARISON, content)
     texts = []
     for world in recipe.worlds:
         texts.append(f"{_title(world, recipe)}\n\n{_table(COLUMNS, _rows(world, results))}")
         texts.append(f"{_COST_TITLE}\n\n{_table(COST_COLUMNS, cost_rows(world, costs))}")
         variants = {result.variant for result in results if result.world == world}
+        plane = folder / f"plane-{world}.svg"
         if len(recipe.seeds) >= 3 and len(variants) <= MAX_DRAWN:
-            write_text(folder / f"plane-{world}.svg", _plane(world, results).standalone())
+            write_text(plane, _plane(world, results).standalone())
+        else:
+            # That of an earlier comparison would be of other runs.
+            plane.unlink(missing_ok=True)
     write_text(folder / "comparison.md", "\n".join(texts))
 
 

@@ -25,7 +25,7 @@ from bfpo.errors import BfpoError, DataError, RecipeError, Stopped, TrainingErro
 from bfpo.evaluation.results import EVALUATION_FOLDER, FILE_NAME, read_results
 from bfpo.experiments.costs import COST_FILE, Cost, measured
 from bfpo.experiments.methods import samples_folder, train_recipes
-from bfpo.experiments.recipe import DATA_DIALS, ExperimentRecipe, all_settings
+from bfpo.experiments.recipe import COMPARISON, DATA_DIALS, ExperimentRecipe, all_settings
 from bfpo.experiments.stages import Method
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import WorldOptions
@@ -95,6 +95,9 @@ def make_units(recipe: ExperimentRecipe) -> list[Unit]:
     for key in ("out", "results"):
         if (folder := getattr(recipe, key)) and Path(folder).is_file():
             raise RecipeError(f"{key}: {folder} is a file; name a folder")
+    written = Path(recipe.results or recipe.out) / COMPARISON
+    if recipe.tuning and Path(recipe.tuning).resolve() == written.resolve():
+        raise RecipeError(f"results: the comparison would replace {written}, which is `tuning`; name another folder")
     if len(set(recipe.seeds)) < len(recipe.seeds):
         raise RecipeError(f"seeds: {recipe.seeds} has a duplicate; each seed is one observation")
     if "base" in recipe.variants:
