@@ -247,6 +247,23 @@ def test_arguments_that_would_change_the_objective_are_refused(name):
         run_online(recipe(trainer={name: None}), dry_run=True)
 
 
+def test_the_reference_is_loaded_as_the_start_model_is():
+    from bfpo.online.plan import check_online
+
+    for changes, loading in (
+        ({}, None),
+        ({"model": {"path": "bandit", "trust_remote_code": True}}, {"trust_remote_code": True}),
+        (
+            {"model": {"path": "org/bandit", "trust_remote_code": True, "revision": "a1"}},
+            {"trust_remote_code": True, "revision": "a1"},
+        ),
+        # With an adapter it is the policy without it.
+        ({"model": {"path": "bandit", "trust_remote_code": True}, "lora": {"r": 2}}, None),
+    ):
+        _, args, _ = check_online(recipe(**changes))
+        assert args.model_init_kwargs == loading
+
+
 @pytest.mark.parametrize(
     ("trainer", "message"),
     [

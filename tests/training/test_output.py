@@ -1,5 +1,6 @@
 """The output folder of a run: one run at a time, earlier runs moved aside, links to other disks."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from filelock import FileLock
 from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import SftRecipe, TrainRecipe
 from bfpo.core.files import write_jsonl
-from bfpo.errors import RecipeError
+from bfpo.errors import RecipeError, TrainingError
 from bfpo.training.output import exclusive_output, prepare_output
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
@@ -75,6 +76,83 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(command):
     command()
     assert (Path("runs/toy.earlier-1") / "model.safetensors").read_bytes() == b"weights"
     assert not list(Path("runs").glob(".*.lock"))
+
+
+@pytest.mark.parametrize("command", [train, fine_tune])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model-00001-of-00002.safetensors", "checkpoint-7/trainer_state.json"]
+)
+def test_models_of_other_programs_are_not_replaced(command, name):
+    file = Path("runs/toy") / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    before = snapshot(Path())
+    with pytest.raises(RecipeError, match=r"runs/toy/\S+ isn't of an earlier run of bfpo, and"):
+        command()
+    assert snapshot(Path()) == before
+
+
+def test_the_start_model_is_not_replaced():
+    train()
+    content = CONTENT | {"model": {"path": "runs/toy/../toy"}}
+    before = snapshot(Path("runs/toy"))
+    for recipe, run in ((TrainRecipe, run_training), (SftRecipe, run_sft)):
+        for dry_run in (True, False):
+            with pytest.raises(RecipeError, match=r"runs/toy is the start model, model\.path"):
+                run(check_recipe(content, recipe, "toy"), dry_run=dry_run)
+    assert snapshot(Path("runs/toy")) == before
+
+
+def resuming(resume, **changes):
+    trainer = CONTENT["trainer"] | {"resume_from_checkpoint": resume} | changes
+    return run_training(check_recipe(CONTENT | {"trainer": trainer}, TrainRecipe, "toy"))
+
+
+def test_a_finished_run_without_checkpoints_is_moved_aside_and_a_killed_one_starts_again_in_place():
+    train()
+    weights = Path("runs/toy/model.safetensors").read_bytes()
+    resuming(True)
+    assert Path("runs/toy.earlier-1/model.safetensors").read_bytes() == weights
+    # A run that was killed has no record.
+    Path("runs/toy/run.json").unlink()
+    resuming(True)
+    assert not Path("runs/toy.earlier-2").exists()
+
+
+def test_a_run_from_another_run_s_checkpoint_moves_the_run_in_its_folder_aside():
+    resuming(None, output_dir="runs/other", save_strategy="steps", save_steps=1)
+    train()
+    resuming("runs/other/checkpoint-1", max_steps=2)
+    assert Path("runs/toy.earlier-1/run.json").is_file()
+    assert [json.loads(line)["step"] for line in Path("runs/toy/metrics.jsonl").read_text().splitlines()] == [2]
+
+
+@pytest.mark.parametrize("change", [{"seed": 7}, {"learning_rate": 0.1}, {"optim": "adafactor"}])
+def test_a_resume_that_is_refused_touches_nothing(change):
+    resuming(None, save_strategy="steps", save_steps=1)
+    before = snapshot(Path("runs/toy"))
+    with pytest.raises(RecipeError, match=r"checkpoint-1 can't be continued: .* was .*, now it is"):
+        resuming(True, **change)
+    assert snapshot(Path("runs/toy")) == before
+
+
+@pytest.mark.parametrize("change", [{"alpha": 32}, {"target_modules": ["o_proj"]}])
+def test_an_adapter_resumes_with_its_scale_and_on_its_layers(change):
+    lora = {"r": 4, "alpha": 8, "target_modules": ["q_proj"]}
+    trainer = CONTENT["trainer"] | {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": True}
+
+    def run(lora):
+        return run_training(check_recipe(CONTENT | {"trainer": trainer, "lora": lora}, TrainRecipe, "toy"))
+
+    run(lora)
+    with pytest.raises(RecipeError, match=r"can't be continued: (adapter scales|start model) was"):
+        run(lora | change)
+
+
+def test_a_checkpoint_without_the_optimizer_s_state_is_not_resumed_from():
+    resuming(None, save_strategy="steps", save_steps=1, save_only_model=True)
+    with pytest.raises(TrainingError, match=r"checkpoint-1 was saved with trainer\.save_only_model"):
+        resuming(True, max_steps=2, save_only_model=True)
 
 
 def test_a_folder_and_a_link_to_it_have_the_same_lock():

@@ -24,6 +24,7 @@ from bfpo.errors import DataError, ModelError, RecipeError
 from bfpo.losses.dual import Constraint, Dual, FrontierPoint
 from bfpo.losses.labeling import LabelingFunction
 from bfpo.model.new import CHAT_TEMPLATE
+from bfpo.training import run
 from bfpo.training.arguments import DECIDED, training_arguments
 from bfpo.training.run import check_evaluation, run_training
 from bfpo.training.run_sft import run_sft
@@ -226,6 +227,38 @@ def test_a_start_model_is_not_reused_with_another_content_of_its_template_file(c
         Path("template.jinja").write_text(template, encoding="utf-8")
         run_training(recipe(model=section, trainer=ONE_STEP))
         assert "it will be cached as" in capsys.readouterr().out
+
+
+def test_a_start_model_is_that_of_its_limit_and_of_its_own_start_model(capsys):
+    def is_made(**options):
+        run_training(recipe(model={"sft": {**SFT, "model": {"path": "first"}, "trainer": ONE_STEP}}), **options)
+        return "it will be cached as" in capsys.readouterr().out
+
+    for seed in (1, 2):
+        run_sft(check_recipe(SFT | {"trainer": {**ONE_STEP, "output_dir": "first", "seed": seed}}, SftRecipe, "toy"))
+        capsys.readouterr()
+        assert is_made()
+        assert not is_made()
+    assert is_made(limit=4)
+    assert "4 completions" not in capsys.readouterr().out
+    assert not is_made(limit=4)
+
+
+def test_a_dry_run_shows_the_memory_of_the_model_as_it_will_be_loaded(monkeypatch):
+    shown = []
+    monkeypatch.setattr(run, "footprint", lambda section, *args, **options: shown.append((section, options["lora"])))
+    sft = {**SFT, "trainer": ONE_STEP, "lora": {"r": 2}}
+    run_training(recipe(model={"dtype": "bfloat16", "sft": sft}), dry_run=True)
+    ((section, lora),) = shown
+    assert (section.dtype, lora.r) == ("bfloat16", 2)
+
+
+def test_fine_tuning_that_evaluates_needs_data_to_evaluate_on():
+    trainer = {**ONE_STEP, "eval_strategy": "steps", "eval_steps": 1}
+    for dry_run in (True, False):
+        with pytest.raises(RecipeError, match=r"trainer\.eval_strategy needs data to evaluate on"):
+            run_sft(check_recipe(SFT | {"trainer": trainer, "holdout": 0}, SftRecipe, "toy"), dry_run=dry_run)
+    assert not Path(TRAINER["output_dir"]).exists()
 
 
 def test_two_runs_do_not_make_the_same_start_model_at_once():

@@ -129,6 +129,14 @@ def test_a_recipe_is_valid_and_every_key_has_a_reason(goal, machine, choice):
         )
 
 
+@pytest.mark.parametrize("choice", [LORA, LORA._replace(name="qlora")])
+def test_a_fine_tuned_model_is_loaded_as_it_was_fine_tuned(choice):
+    content = write_starter("sft-first", LABELED, model(), GPU, choice, "recipe.yaml").content
+    recipe = check_recipe(content, TrainRecipe, "starter")
+    for section in (recipe.model, recipe.model.sft.model):
+        assert (section.dtype, section.load_in_4bit) == ("bfloat16", choice.name == "qlora")
+
+
 def test_what_the_data_lack_is_said():
     only_safe = DataFacts([{"path": "a"}], cells={"ss": 10}, span=9, longest=9, answer=5)
     only_unsafe = DataFacts([{"path": "a"}], cells={"us": 10}, span=9, longest=9, answer=5)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -432,6 +433,46 @@ def test_several_evaluation_sets_are_named(make_trainer, main_pairs, buffer_pair
     metrics = make_trainer(eval_dataset={"main": main_pairs, "buffer": buffer_pairs}).evaluate()
     assert metrics["eval_buffer_loss"] == pytest.approx(1)
     assert metrics["eval_main_loss"] == pytest.approx((1 + 4 + 4 + 1) / 4)
+
+
+def test_other_evaluation_data_than_the_trainer_s_own_are_refused(make_trainer, main_pairs, buffer_pairs):
+    trainer = make_trainer(eval_dataset={"main": main_pairs})
+    assert "eval_main_loss" in trainer.evaluate()
+    for data in (buffer_pairs, {"test": buffer_pairs}, "test"):
+        with pytest.raises(TypeError, match="give the name of one of main"):
+            trainer.evaluate(data)
+    with pytest.raises(TypeError, match="Make another trainer"):
+        make_trainer(eval_dataset=main_pairs).evaluate(buffer_pairs)
+
+
+def test_a_seed_of_the_data_changes_their_order_only(make_trainer, make_arguments):
+    def first_rows(**changes):
+        return [int(row) for row in make_trainer(args=make_arguments(**changes)).plan.step(0).main]
+
+    assert first_rows() == first_rows(data_seed=42)
+    assert first_rows() != first_rows(data_seed=7)
+    assert first_rows(data_seed=7) == first_rows(seed=7)
+
+
+def test_the_start_check_needs_no_more_memory_than_a_step(make_trainer, make_arguments, monkeypatch):
+    kwargs = {"use_reentrant": False, "every_n_layers": 1}
+    args = make_arguments(activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
+    trainer = make_trainer(args=args, layout=LayoutSection(max_tokens_per_pack=24))
+    graphs, pair_logps = [], trainer.pair_logps
+
+    def watched(model, batch):
+        # What is left of the packs before.
+        graphs.append(sum(ref() is not None for ref in refs))
+        pairs = pair_logps(model, batch)
+        refs.append(weakref.ref(pairs.chosen_logps))
+        return pairs
+
+    refs = []
+    monkeypatch.setattr(trainer, "pair_logps", watched)
+    trainer.check_start()
+    assert len(graphs) > 1
+    assert not any(graphs[1:])
+    assert trainer.model.is_activation_checkpointing
 
 
 @pytest.mark.parametrize("tail", [1.0, 0.5])

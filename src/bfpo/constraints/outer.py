@@ -38,7 +38,7 @@ from bfpo.judging.spec import parse_judge
 from bfpo.losses.dual import FILE_NAME as DUAL_NAME
 from bfpo.losses.dual import Constraint, Dual, read_dual
 from bfpo.stats.intervals import LEVEL, Interval, mean_interval, score_interval
-from bfpo.training.arguments import training_arguments, without_resume
+from bfpo.training.arguments import for_any_machine, training_arguments, without_resume
 from bfpo.training.loss_files import read_score_labels, resolve_loss_files
 from bfpo.training.output import exclusive_output
 from bfpo.training.run import run_training
@@ -117,7 +117,7 @@ class _OuterLoop:
             raise RecipeError("outer samples and judges in one process; start it without a launcher")
         # Rounds resume whatever the recipe says, and a recipe that says so is the same one.
         recipe = recipe.model_copy(update={"trainer": without_resume(recipe.trainer)})
-        out = Path(str(training_arguments(recipe.trainer).output_dir))
+        out = Path(str(training_arguments(for_any_machine(recipe.trainer)).output_dir))
         # A multiplier that doesn't fit is refused before anything is trained.
         resolve_loss_files(recipe)
         read_score_labels(recipe)

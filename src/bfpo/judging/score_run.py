@@ -32,7 +32,14 @@ from bfpo.training.arguments import for_any_machine, training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.micro_batch import fit_if_auto
-from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout
+from bfpo.training.output import (
+    RunRecord,
+    check_output,
+    exclusive_output,
+    goes_on,
+    prepare_output,
+    report_layout,
+)
 from bfpo.training.preflight import check_against_model
 from bfpo.training.run import check_evaluation, count_steps, show_plan, texts_of
 from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
@@ -67,6 +74,7 @@ def run_score(recipe: ScoreRecipe, *, dry_run: bool = False, limit: int | None =
     check_against_model(recipe)
     add_score_heads(empty_model(recipe.model), len(recipe.heads.names), pad_id=None, seed=0)
     out = Path(str(args.output_dir))
+    check_output(out, recipe.model.path)
     with nullcontext() if dry_run else exclusive_output(out):
         return _run(recipe, args, resume, out, dry_run=dry_run, limit=limit)
 
@@ -101,17 +109,12 @@ def _run(
         say("dry run: nothing was trained")
         return manifest
 
-    # Loaded first: if the model can't be loaded, an earlier run is not moved aside.
     scorer = add_score_heads(
         load_start_model(recipe.model, tokenizer),
         len(recipe.heads.names),
         pad_id=padding_id(tokenizer),
         seed=args.seed,
     )
-    prepare_output(out, recipe, resuming=bool(resume))
-    if PartialState().is_main_process:
-        write_json(out / "data_manifest.json", manifest)
-    record_clock(clock, out)
     trainer = ScoreTrainer(
         _with_adapter(scorer, recipe, args),
         args,
@@ -125,11 +128,17 @@ def _run(
         train_only=recipe.train_only,
         layout=recipe.layout,
     )
+    micro_batch = fit_if_auto(trainer, recipe.trainer, resume)
+    checkpoint = trainer.find_checkpoint(resume)
+    # Until here a run that is refused leaves the folder as it is.
+    prepare_output(out, recipe, resuming=goes_on(out, resume, checkpoint))
+    if PartialState().is_main_process:
+        write_json(out / "data_manifest.json", manifest)
+    record_clock(clock, out)
     record = RunRecord("score train", recipe, out, trainer)
     say(f"training {trainer.selection} for {' and '.join(recipe.heads.names)}")
     report_layout(trainer)
-    micro_batch = fit_if_auto(trainer, recipe.trainer, resume)
-    result = record.train(resume)
+    result = record.train(None if checkpoint is None else str(checkpoint))
     with timed("evaluating the held-out pairs"):
         evaluation = _evaluate(trainer, held)
     # After the evaluation, because it merges the adapter.

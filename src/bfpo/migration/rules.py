@@ -53,6 +53,7 @@ NOT_NEEDED = {
     "plot_loss": "metrics.jsonl contains every logged step",
     "precompute_ref_batch_size": _CACHE,
     "preprocessing_num_workers": _WORKERS,
+    "push_to_hub": "bfpo push uploads the finished run with its card",
     "remove_unused_columns": "bfpo builds its own batches",
     "save_safetensors": "weights are always safetensors",
     "shuffle_dataset": "the stream plan shuffles with the seed",

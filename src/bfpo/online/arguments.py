@@ -7,7 +7,15 @@ from trl import RLOOConfig  # type: ignore[attr-defined]
 from bfpo.errors import RecipeError
 from bfpo.training.arguments import DECIDED, build_arguments, check_options, default_options
 
-_STREAM_KEYS = {"train_sampling_strategy", "dataloader_drop_last", "ignore_data_skip", "label_names"}
+_STREAM_KEYS = {
+    "dataloader_drop_last",
+    "dataloader_pin_memory",
+    "ignore_data_skip",
+    "label_names",
+    "liger_kernel_config",
+    "train_sampling_strategy",
+    "use_liger_kernel",
+}
 _SAMPLING = "the log-probabilities of the samples would be those of another distribution, and the gradient biased"
 _REFERENCE = "the KL penalty is to the start model; a reference that moves is another objective"
 _REUSE = "completions are sampled anew in every step: a checkpoint doesn't have them, and a resumed run would differ"
@@ -51,12 +59,12 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def online_arguments(options: dict[str, Any], *, revision: str | None) -> RLOOConfig:
+def online_arguments(options: dict[str, Any], *, loading: dict[str, Any]) -> RLOOConfig:
     """Build TRL's arguments from a recipe's `trainer:` section.
 
     Args:
         options: Names and values of `trl.RLOOConfig`; `output_dir` is required.
-        revision: Hub revision of the start model, from which TRL loads the reference.
+        loading: How TRL loads the reference from the start model's path; empty without a reference of its own.
 
     Raises:
         RecipeError: If a name is unknown or in `REFUSED`, or a value is wrong; the message names the key.
@@ -68,6 +76,6 @@ def online_arguments(options: dict[str, Any], *, revision: str | None) -> RLOOCo
         )
     if not values.get("temperature", RLOOConfig.temperature) > 0:
         raise RecipeError(f"trainer.temperature is {values['temperature']}; expected a number above 0")
-    if revision is not None:
-        values["model_init_kwargs"] = {"revision": revision}
+    if loading:
+        values["model_init_kwargs"] = loading
     return build_arguments(RLOOConfig, values | {"disable_dropout": True})

@@ -56,7 +56,12 @@ def check_online(recipe: OnlineRecipe) -> tuple[OnlineRecipe, RLOOConfig, str | 
     """
     options = dict(recipe.trainer)
     resume = options.pop("resume_from_checkpoint", None)
-    args = online_arguments(options, revision=recipe.model.revision if recipe.lora is None else None)
+    loading: dict[str, Any] = {}
+    if recipe.lora is None:
+        # With an adapter the reference is the policy without it.
+        loading = {"revision": recipe.model.revision} if recipe.model.revision is not None else {}
+        loading |= {"trust_remote_code": True} if recipe.model.trust_remote_code else {}
+    args = online_arguments(options, loading=loading)
     check_devices(args)
     section = recipe.combine
     if not isinstance(section, LagrangianSection) or section.multiplier is None:

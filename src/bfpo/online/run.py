@@ -29,11 +29,20 @@ from bfpo.training.checkpoints import (
     check_same_run,
     check_state,
     find_checkpoint,
+    optimizer_settings,
     read_mark,
+    say_resuming,
     start_fingerprint,
     unmark_after,
 )
-from bfpo.training.output import RunRecord, exclusive_output, prepare_output, save_final
+from bfpo.training.output import (
+    RunRecord,
+    check_output,
+    exclusive_output,
+    goes_on,
+    prepare_output,
+    save_final,
+)
 from bfpo.training.reference_pass import on_device
 from bfpo.training.start import load_start_model
 
@@ -82,6 +91,7 @@ def run_online(recipe: OnlineRecipe, *, dry_run: bool = False) -> dict[str, Any]
 
     recipe, args, resume = check_online(recipe)
     out = Path(str(args.output_dir))
+    check_output(out, recipe.model.path)
     with nullcontext() if dry_run else exclusive_output(out), without_telemetry(), without_checkpointing_warning():
         inputs = prepare_inputs(recipe, args, resume)
         if dry_run:
@@ -115,8 +125,8 @@ def _train(inputs: "OnlineInputs", out: Path) -> dict[str, Any]:
         check_same_run(checkpoint, settings)
         check_state(checkpoint)
         state = read_state(checkpoint)
-        say(f"resuming from {checkpoint}")
-    prepare_output(out, recipe, resuming=bool(inputs.resume))
+        say_resuming(checkpoint)
+    prepare_output(out, recipe, resuming=goes_on(out, inputs.resume, checkpoint))
     unmark_after(out, 0 if checkpoint is None else read_mark(checkpoint)["step"])
     sources = [_as_data_source(source) for source in inputs.sources]
     if inputs.args.process_index == 0:
@@ -198,6 +208,7 @@ def _resume_settings(inputs: "OnlineInputs", judges: RunJudges, model: CausalLM)
         "scorers": judges.scorers,
         "combine": inputs.recipe.combine.model_dump(mode="json"),
         "start model": start_fingerprint(model),
+        "optimizer": optimizer_settings(args),
     }
 
 

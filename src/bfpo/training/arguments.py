@@ -16,11 +16,13 @@ from bfpo.errors import RecipeError, did_you_mean
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
+_CHUNKS = "log-probabilities over the vocabulary are always computed in chunks"
 # Arguments that bfpo sets itself, with the reason: another value would be ignored or change what is trained.
 DECIDED = {
     "auto_find_batch_size": "the batch size is part of the plan",
     "average_tokens_across_devices": "losses are always scaled by the counts of the whole step",
     "dataloader_drop_last": "the plan has no partial batches",
+    "dataloader_pin_memory": "batches are made and moved pack by pack",
     "deepspeed": "the launcher decides how weights are sharded: accelerate launch --config_file FILE",
     "fsdp": "the launcher decides how weights are sharded: accelerate launch --config_file FILE",
     "fsdp_config": "the launcher decides how weights are sharded: accelerate launch --config_file FILE",
@@ -29,9 +31,12 @@ DECIDED = {
     "label_names": "bfpo makes its own batches",
     "label_smoothing_factor": "use loss: {name: dpo, label_smoothing: ..}",
     "logging_nan_inf_filter": "a loss that isn't finite always stops the run",
+    "liger_kernel_config": _CHUNKS,
     "neftune_noise_alpha": "noise in the embeddings would make policy and reference differ",
+    "push_to_hub": "upload the finished run with its card: bfpo push",
     "remove_unused_columns": "bfpo makes its own batches",
     "train_sampling_strategy": "the stream plan decides the order",
+    "use_liger_kernel": _CHUNKS,
 }
 
 # Inclusive ranges of values that transformers accepts outside of them and that would train nothing, or something else

@@ -22,6 +22,8 @@ from bfpo.errors import ModelError, RecipeError, TrainingError
 
 MARK = "complete.json"
 CHECKPOINT_KEYS = {"step", "threads", "run"}
+# Settings that the checkpoints of earlier versions don't have.
+_LATER_SETTINGS = ("signals", "trained", "adapter scales", "optimizer")
 
 
 class CompletionMark(TrainerCallback):
@@ -224,7 +226,7 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     """
     mark = read_mark(folder)
     for name in {**settings, **mark["run"]}:
-        if name == "signals" and name not in mark["run"]:
+        if name in _LATER_SETTINGS and name not in mark["run"]:
             # A checkpoint of an earlier version.
             continue
         previous, value = mark["run"].get(name, "not set"), settings.get(name, "not set")
@@ -238,11 +240,30 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} can't be continued: {name} was {previous}, now it is {value}; resume with the old value, "
                 "or start a new run in another trainer.output_dir"
             )
-    if mark["threads"] != torch.get_num_threads():
+
+
+def say_resuming(folder: Path) -> None:
+    """Print the checkpoint that a run goes on from, and whether results will agree to the last bit."""
+    say(f"resuming from {folder}")
+    if (threads := read_mark(folder)["threads"]) != torch.get_num_threads():
         say(
-            f"note: the checkpoint was written with {mark['threads']} threads, this process has "
+            f"note: the checkpoint was written with {threads} threads, this process has "
             f"{torch.get_num_threads()}: results agree, but not to the last bit"
         )
+
+
+def optimizer_settings(args: TrainingArguments) -> str:
+    """Return what the optimizer's state restores when a run is resumed, whatever the arguments say then."""
+    names = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+    values = ", ".join(f"{name}={getattr(args, name)}" for name in names)
+    return f"{getattr(args.optim, 'value', args.optim)}({values})"
+
+
+def adapter_scales(model: nn.Module) -> list[float]:
+    """Return the distinct factors by which adapters of a model are scaled, such as alpha / r of LoRA."""
+    scalings = (getattr(module, "scaling", None) for module in model.modules())
+    scales = (scale for scaling in scalings if isinstance(scaling, dict) for scale in scaling.values())
+    return sorted(set(map(float, scales)))
 
 
 def _without_later_fields(loss: str, previous: str) -> str:
@@ -270,8 +291,15 @@ def check_state(folder: Path) -> None:
     """Check that the state in a checkpoint has what the next checkpoint needs, which transformers reads only then.
 
     Raises:
+        TrainingError: If it has weights only.
         ValueError: If it hasn't.
     """
+    # DeepSpeed keeps the optimizer and the schedule in a folder of its own.
+    if not (folder / "scheduler.pt").exists() and not any(folder.glob("global_step*")):
+        raise TrainingError(
+            f"{folder} was saved with trainer.save_only_model, without the optimizer's state, so it can't be resumed "
+            "from; it can be the model.path of a new run"
+        )
     state = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))
     callbacks = state.get("stateful_callbacks") if isinstance(state, dict) else None
     if not isinstance(callbacks, dict) or "TrainerControl" not in callbacks:

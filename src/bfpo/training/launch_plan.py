@@ -14,7 +14,7 @@ from bfpo.core.terminal import say, show_table
 from bfpo.data.table import PairTable
 from bfpo.errors import RecipeError, did_you_mean
 from bfpo.training.estimate import Arithmetic, Estimate, Footprint, Strategy, footprint, max_micro_batch_tokens
-from bfpo.training.run import RunInputs, count_steps, read_inputs
+from bfpo.training.run import RunInputs, count_steps, read_inputs, trained_adapter
 
 
 class Hardware(NamedTuple):
@@ -242,9 +242,9 @@ def show_launch_plan(
         hardware=device,
     )
     _show_time(time, device, chosen, price)
-    if hardware != "cpu" and not args.bf16 and recipe.model.dtype == "float32":
+    if hardware != "cpu" and not args.bf16 and inputs.model_section.dtype == "float32":
         say("note: the time is that of bfloat16, and trainer.bf16 is false; set trainer.bf16=true")
-    if recipe.model.load_in_4bit:
+    if inputs.model_section.load_in_4bit:
         say("note: dequantizing 4-bit weights takes time that isn't counted")
 
 
@@ -253,7 +253,7 @@ def _footprint_on(recipe: TrainRecipe, inputs: RunInputs, *, gpu: bool) -> Footp
         inputs.model_section,
         inputs.tokenizer,
         train_only=recipe.train_only,
-        lora=recipe.lora,
+        lora=trained_adapter(recipe),
         reference=recipe.reference,
         arithmetic=Arithmetic(inputs.args.bf16, bool(inputs.args.activation_checkpointing), gpu),
     )

@@ -178,8 +178,7 @@ def _measure(trainer: StreamTrainer, size: int, tokens: int) -> int:
 
 def _forward_and_backward(trainer: StreamTrainer, pack: Batch) -> None:
     args, model = trainer.args, trainer.policy
-    if args.activation_checkpointing:
-        model.gradient_checkpointing_enable(args.activation_checkpointing_kwargs)
+    trainer.enable_activation_checkpointing()
     model.train()
     with on_device(model, args.device), trainer.accelerator.autocast(), trainer.attention_of_layout():
         batch = pack.to(args.device)

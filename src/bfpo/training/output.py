@@ -20,11 +20,14 @@ from bfpo.core.environment import git_revision, hardware, versions
 from bfpo.core.files import write_json, write_text
 from bfpo.core.locks import exclusive_folder
 from bfpo.core.terminal import say, timed
-from bfpo.errors import Stopped, TrainingError
+from bfpo.errors import RecipeError, Stopped, TrainingError
 from bfpo.training.callbacks import MetricsFile, ProgressLine, format_metrics
 from bfpo.training.card import model_card
 from bfpo.training.checkpoints import StopOnSignal
 from bfpo.training.stream_trainer import StreamTrainer
+
+_RECIPE, _RECORDS = "recipe.resolved.yaml", ("run.json", "metrics.jsonl")
+_MODEL_FILES = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "checkpoint-*")
 
 
 @contextmanager
@@ -47,17 +50,56 @@ def exclusive_output(out: Path) -> Iterator[None]:
         yield
 
 
+def check_output(out: Path, model: str | None) -> None:
+    """Check that a run may have this output folder, before anything is read or trained.
+
+    Args:
+        out: Output folder.
+        model: Folder, file or hub id of the start model; None if it is made from a configuration.
+
+    Raises:
+        RecipeError: If it is the start model's folder, or has a model that isn't of an earlier run.
+    """
+    if model is not None and out.is_dir() and Path(model).is_dir() and out.samefile(model):
+        raise RecipeError(f"trainer.output_dir: {out} is the start model, model.path; name another folder")
+    if any((out / name).exists() for name in (_RECIPE, *_RECORDS)):
+        return
+    if (file := next((file for pattern in _MODEL_FILES for file in sorted(out.glob(pattern))), None)) is not None:
+        raise RecipeError(
+            f"trainer.output_dir: {file} isn't of an earlier run of bfpo, and training would replace it; name "
+            "another folder, or move it"
+        )
+
+
+def goes_on(out: Path, resume: str | bool | None, checkpoint: Path | None) -> bool:
+    """Return whether a run goes on in its folder, from a checkpoint there or where it ended before its first one.
+
+    Args:
+        out: Output folder.
+        resume: What the recipe asks to resume from.
+        checkpoint: The checkpoint that `find_checkpoint` found for it.
+    """
+    if checkpoint is not None:
+        return checkpoint.resolve().parent == out.resolve()
+    return bool(resume) and not (out / _RECORDS[0]).exists()
+
+
 def prepare_output(out: Path, recipe: Section, *, resuming: bool) -> Path:
     """Create the output folder and write the resolved recipe into it.
 
     An earlier run in the folder, finished or not, is moved aside unless it is resumed; nothing is deleted. If `out`
     is a link, the folder that it points to is used, and moved aside next to itself; the link stays.
+
+    Args:
+        out: Output folder.
+        recipe: Recipe of the run.
+        resuming: Whether the earlier run in the folder goes on; see `goes_on`.
     """
     # transformers' bars for loading and saving weights would break the run's own lines.
     disable_progress_bar()
     state = PartialState()
     if state.is_main_process:
-        has_earlier_run = (out / "run.json").exists() or (out / "metrics.jsonl").exists()
+        has_earlier_run = any((out / name).exists() for name in _RECORDS) or any(out.glob("checkpoint-*"))
         # The folder's own path: a link, or `.`, can't be moved.
         target = out.resolve()
         if has_earlier_run and not resuming:
@@ -65,7 +107,7 @@ def prepare_output(out: Path, recipe: Section, *, resuming: bool) -> Path:
             target.rename(new_path)
             say(f"the earlier run in {out} was moved to {new_path}")
         target.mkdir(parents=True, exist_ok=True)
-        write_text(out / "recipe.resolved.yaml", dump_recipe(recipe))
+        write_text(out / _RECIPE, dump_recipe(recipe))
     state.wait_for_everyone()
     return out
 

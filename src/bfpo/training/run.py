@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from bfpo.config.recipes import ModelSection, TrainRecipe
+from bfpo.config.recipes import LoraSection, ModelSection, TrainRecipe
 from bfpo.core.files import write_json
 from bfpo.core.pairs import CELLS, PreferencePair
 from bfpo.core.terminal import say, show_table, timed
@@ -27,7 +27,15 @@ from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.loss_files import build_loss, read_score_labels, resolve_loss_files
 from bfpo.training.micro_batch import fit_if_auto
-from bfpo.training.output import RunRecord, exclusive_output, prepare_output, report_layout, save_final
+from bfpo.training.output import (
+    RunRecord,
+    check_output,
+    exclusive_output,
+    goes_on,
+    prepare_output,
+    report_layout,
+    save_final,
+)
 from bfpo.training.preflight import check_against_model
 from bfpo.training.probe import Answers, Probe, show_probe
 from bfpo.training.reference_pass import on_device
@@ -118,6 +126,7 @@ def _check(recipe: TrainRecipe) -> tuple[TrainRecipe, TrainingArguments, str | b
     args = training_arguments(options)
     check_tail(make_loss(recipe.loss.model_dump()), args)
     check_against_model(recipe)
+    check_output(Path(str(args.output_dir)), recipe.model.path)
     return recipe, args, resume
 
 
@@ -131,8 +140,9 @@ def _train(
 ) -> dict[str, Any]:
     start_time, start_cpu_time = time.time(), time.process_time()
     inputs = _prepare_inputs(recipe, args, resume, dry_run=False, limit=limit)
-    trainer, record, out = _make_trainer(recipe, inputs)
+    trainer = _make_trainer(recipe, inputs)
     micro_batch = fit_if_auto(trainer, recipe.trainer, inputs.resume)
+    record, checkpoint, out = _start_record(recipe, inputs, trainer)
     start_check = _check_start(trainer)
     probe = None
     # A model that is spread over processes can't be asked here.
@@ -140,7 +150,7 @@ def _train(
         policy = _policy(trainer)
         with timed("asked the policy before training"), on_device(policy, args.device):
             probe = Probe(inputs.held_out, recipe.probe, answers, policy, inputs.tokenizer)
-    result = record.train(inputs.resume)
+    result = record.train(checkpoint)
     # First: evaluating may take longer than training did.
     save_final(trainer, out)
     with timed("evaluating the held-out pairs"):
@@ -183,7 +193,7 @@ def _prepare_inputs(
     prepared = prepare(recipe, limit=limit, log=say, cache=None if dry_run else cache, max_held=MAX_HELD)
     label_metadata = relabel(recipe, prepared, labels)
     remove_untrained(prepared, loss)
-    model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run)
+    model_section = _resolve_model_section(recipe, prepared, cache, dry_run=dry_run, limit=limit)
     tokenizer = load_start_tokenizer(model_section, recipe.text, lambda: texts_of(prepared.train))
     check_vocabulary(model_section, tokenizer)
     clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
@@ -199,13 +209,20 @@ def _prepare_inputs(
 
 
 def _resolve_model_section(
-    recipe: TrainRecipe, prepared: PreparedData, cache: Path, *, dry_run: bool
+    recipe: TrainRecipe, prepared: PreparedData, cache: Path, *, dry_run: bool, limit: int | None
 ) -> ModelSection:
     if recipe.model.sft is None:
         return recipe.model
     if dry_run:
-        return recipe.model.sft.model
-    return load_or_train_sft(recipe, prepared.eval, cache)
+        # What will be trained is loaded as the recipe's own section says.
+        loading = {name: getattr(recipe.model, name) for name in ("dtype", "load_in_4bit")}
+        return recipe.model.sft.model.model_copy(update=loading)
+    return load_or_train_sft(recipe, prepared.eval, cache, limit=limit)
+
+
+def trained_adapter(recipe: TrainRecipe) -> LoraSection | None:
+    """Return the adapter that a recipe trains: a new one, or that of `model.sft`, which is trained further."""
+    return recipe.lora or (recipe.model.sft.lora if recipe.model.sft is not None else None)
 
 
 def check_evaluation(args: TrainingArguments, tables: Mapping[str, TokenTable]) -> None:
@@ -240,8 +257,7 @@ def _show_plan_and_memory(
         model_section,
         tokenizer,
         train_only=recipe.train_only,
-        # An adapter of `model.sft` is trained further.
-        lora=recipe.lora or (recipe.model.sft.lora if recipe.model.sft else None),
+        lora=trained_adapter(recipe),
         reference=recipe.reference,
         arithmetic=Arithmetic.of(args),
     )
@@ -249,15 +265,9 @@ def _show_plan_and_memory(
         say(str(memory.estimate(max_micro_batch_tokens(table, micro_batch_pairs, recipe.layout))))
 
 
-def _make_trainer(recipe: TrainRecipe, inputs: RunInputs) -> tuple[BFPOTrainer, RunRecord, Path]:
-    # Loaded first: if the model can't be loaded, an earlier run is not moved aside.
-    model = load_start_model(inputs.model_section, inputs.tokenizer)
-    out = prepare_output(Path(str(inputs.args.output_dir)), recipe, resuming=bool(inputs.resume))
-    if PartialState().is_main_process:
-        write_json(out / "data_manifest.json", inputs.manifest)
-    record_clock(inputs.clock, out)
-    trainer = BFPOTrainer(
-        model,
+def _make_trainer(recipe: TrainRecipe, inputs: RunInputs) -> BFPOTrainer:
+    return BFPOTrainer(
+        load_start_model(inputs.model_section, inputs.tokenizer),
         inputs.args,
         inputs.tables.train,
         eval_dataset=inputs.tables.eval or None,
@@ -271,7 +281,20 @@ def _make_trainer(recipe: TrainRecipe, inputs: RunInputs) -> tuple[BFPOTrainer, 
         reference=recipe.reference,
         cache_dir=recipe.cache_dir,
     )
-    return trainer, RunRecord("train", recipe, out, trainer), out
+
+
+def _start_record(recipe: TrainRecipe, inputs: RunInputs, trainer: BFPOTrainer) -> tuple[RunRecord, str | None, Path]:
+    """Prepare the output folder; return the record of the run, the checkpoint that it resumes from, and the folder.
+
+    Until here a run that is refused leaves the folder as it is.
+    """
+    out = Path(str(inputs.args.output_dir))
+    checkpoint = trainer.find_checkpoint(inputs.resume)
+    prepare_output(out, recipe, resuming=goes_on(out, inputs.resume, checkpoint))
+    if PartialState().is_main_process:
+        write_json(out / "data_manifest.json", inputs.manifest)
+    record_clock(inputs.clock, out)
+    return RunRecord("train", recipe, out, trainer), None if checkpoint is None else str(checkpoint), out
 
 
 def _policy(trainer: BFPOTrainer) -> CausalLM:

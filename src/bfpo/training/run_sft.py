@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from bfpo.config.recipes import ModelSection, SftRecipe, TrainRecipe
 from bfpo.core.environment import versions
-from bfpo.core.files import content_hash, file_hash
+from bfpo.core.files import content_hash, file_hash, file_hashes
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.terminal import progress, say, timed
 from bfpo.data.decode import decoded_sample
@@ -35,7 +35,9 @@ from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.micro_batch import fit_if_auto
 from bfpo.training.output import (
     RunRecord,
+    check_output,
     exclusive_output,
+    goes_on,
     prepare_output,
     rename_on_main_process,
     report_layout,
@@ -70,6 +72,7 @@ def run_sft(
     resume = options.pop("resume_from_checkpoint", None)
     args = training_arguments(options)
     check_against_model(recipe)
+    check_output(Path(str(args.output_dir)), recipe.model.path)
     with nullcontext() if dry_run else exclusive_output(Path(str(args.output_dir))):
         return _run(recipe, args, resume, dry_run=dry_run, limit=limit, evaluated=evaluated, cache=cache)
 
@@ -102,6 +105,8 @@ def _run(
     clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
     encoder = Encoder(tokenizer, recipe.text, None if dry_run else cache / "tokens", clock)
     train, held_out = _tokenize(recipe, parts, encoder)
+    if args.eval_strategy != "no" and held_out is None:
+        raise RecipeError("trainer.eval_strategy needs data to evaluate on, and there are none; set holdout")
     sources = [part.report for part in parts]
     show_sources(sources)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
@@ -111,16 +116,18 @@ def _run(
         say("dry run: nothing was trained")
         return {}
 
-    # Loaded first: if the model can't be loaded, an earlier run is not moved aside.
     model = _load_model(recipe, tokenizer, seed=args.seed)
-    out = prepare_output(Path(str(args.output_dir)), recipe, resuming=bool(resume))
-    record_clock(clock, out)
     trainer = _make_trainer(recipe, args, model, tokenizer, train, held_out)
+    micro_batch = fit_if_auto(trainer, recipe.trainer, resume)
+    checkpoint = trainer.find_checkpoint(resume)
+    # Until here a run that is refused leaves the folder as it is.
+    out = Path(str(args.output_dir))
+    prepare_output(out, recipe, resuming=goes_on(out, resume, checkpoint))
+    record_clock(clock, out)
     record = RunRecord("sft", recipe, out, trainer)
     say(f"training {trainer.selection} on {len(train)} completions")
     report_layout(trainer)
-    micro_batch = fit_if_auto(trainer, recipe.trainer, resume)
-    result = record.train(resume)
+    result = record.train(None if checkpoint is None else str(checkpoint))
     # First: evaluating may take long.
     save_final(trainer, out)
     with timed("evaluating the held-out completions"):
@@ -191,22 +198,26 @@ def _show_memory(
         say(str(memory.estimate(tokens)))
 
 
-def load_or_train_sft(recipe: TrainRecipe, evaluated: Sequence[PreferencePair], cache: Path) -> ModelSection:
+def load_or_train_sft(
+    recipe: TrainRecipe, evaluated: Sequence[PreferencePair], cache: Path, *, limit: int | None = None
+) -> ModelSection:
     """Return the model of a recipe's `model.sft` section, from the cache or trained now.
 
-    The cache key is a hash of the section, the content of its local files, the prompts it must not see, the number of
-    processes and the versions. Prompts that the recipe evaluates on are left out of the training, and counted.
+    The cache key is a hash of the section, the content of its local files and of a local start model, the prompts it
+    must not see, the limit, the number of processes and the versions. Prompts that the recipe evaluates on are left
+    out of the training, and counted.
 
     Args:
         recipe: Recipe with `model.sft`.
         evaluated: Pairs that the recipe evaluates on.
         cache: Folder of cached models.
+        limit: Maximum number of completions of each source.
     """
     sft = nested_sft(recipe)
     prompt_keys = frozenset(pair.prompt_key for pair in evaluated)
     sources = [*sft.data, *((sft.model.new and sft.model.new.texts) or [])]
     file_hashes = [[file_hash(file) for file in local_files(source)] for source in sources]
-    # A file with a chat template and a GGUF file are hashed like the data; a folder is known by its path only.
+    # A file with a chat template, a GGUF file and a local model are hashed like the data.
     template = chat_template(sft.text)
     templates = [] if template == sft.text.chat_template else [template]
     gguf = gguf_metadata(sft.model.path, sft.model.revision)
@@ -218,6 +229,8 @@ def load_or_train_sft(recipe: TrainRecipe, evaluated: Sequence[PreferencePair], 
         versions(),
         *gguf.values(),
         *templates,
+        *_model_hashes(sft.model.path),
+        *([] if limit is None else [limit]),
     )
     folder = cache / f"sft-{cache_key}"
     if folder.exists():
@@ -228,12 +241,21 @@ def load_or_train_sft(recipe: TrainRecipe, evaluated: Sequence[PreferencePair], 
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         trainer = {**sft.trainer, "output_dir": str(unfinished), "resume_from_checkpoint": True}
         with _exclusive(folder):
-            run_sft(sft.model_copy(update={"trainer": trainer}), evaluated=prompt_keys, cache=cache)
+            nested = sft.model_copy(update={"trainer": trainer})
+            run_sft(nested, evaluated=prompt_keys, cache=cache, limit=limit)
             if PartialState().is_main_process:
                 files = [file for file in sorted(unfinished.iterdir()) if file.is_file()]
                 write_mark(unfinished, files, {})
             rename_on_main_process(unfinished, folder)
     return recipe.model.model_copy(update={"sft": None, "path": str(folder)})
+
+
+def _model_hashes(path: str | None) -> list[dict[str, str]]:
+    """Return the hashes of the files of a local model; a hub id is known by its revision."""
+    if path is None or not Path(path).is_dir():
+        return []
+    files = (file for pattern in ("*.json", "*.safetensors", "*.bin") for file in Path(path).glob(pattern))
+    return [file_hashes(Path(path), sorted(file.name for file in files))]
 
 
 def nested_sft(recipe: TrainRecipe) -> SftRecipe:

@@ -82,15 +82,18 @@ def _put_model(
     machine: Machine,
     choice: TrainedChoice,
 ) -> None:
-    section: dict[str, Any] = {"path": model.path}
+    loading: dict[str, Any] = {}
     if choice.name != "down_proj" and machine.is_gpu:
-        section["dtype"] = "bfloat16"
+        loading["dtype"] = "bfloat16"
     if choice.name == "qlora":
-        section["load_in_4bit"] = True
+        loading["load_in_4bit"] = True
+    section: dict[str, Any] = {"path": model.path, **loading}
     reasons = [f"{model.parameters / 1e6:,.3g} M weights, {model.kind}; it is also the reference"]
     if goal == "sft-first":
         rate, reason = _sft_rate(model, choice)
         section = {
+            # The fine-tuned model is loaded in the same way.
+            **loading,
             "sft": {
                 "model": section,
                 "data": facts.data,
@@ -98,7 +101,7 @@ def _put_model(
                 "text": {"max_length": _max_length(facts, model)},
                 **_trained_key(choice),
                 "trainer": {"learning_rate": rate, **_trainer(facts, machine, choice), "num_train_epochs": 1},
-            }
+            },
         }
         reasons += [
             "fine-tuned first, on the safe answer of each pair (docs/real-models.md, Fine-tune first)",

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from bfpo.config.recipes import LayoutSection
-from bfpo.core.terminal import progress, say
+from bfpo.core.files import content_hash
+from bfpo.core.terminal import progress
 from bfpo.data.table import TokenTable
 from bfpo.errors import BfpoError, TrainingError
 from bfpo.model.attention import span_attention
@@ -31,10 +32,13 @@ from bfpo.model.vocabulary import check_token_ids
 from bfpo.training.batches import Batch, Collator, KeyDataset
 from bfpo.training.checkpoints import (
     CompletionMark,
+    adapter_scales,
     check_same_run,
     check_state,
     find_checkpoint,
+    optimizer_settings,
     read_mark,
+    say_resuming,
     start_fingerprint,
     unmark_after,
 )
@@ -102,10 +106,16 @@ class StreamTrainer(Trainer, ABC):
         config = unwrap_adapter(model).config
         largest_ids = [[tokens.largest_id] for tokens in (table, *eval_tables.values())]
         check_token_ids(config, largest_ids, str(config._name_or_path or config.model_type))
-        self._start_fingerprint = start_fingerprint(model)
+        fingerprint = start_fingerprint(model)
         self.router_loss_weight = router_loss_weight(model, router_aux_loss_coef)
         self._router_loss: Tensor | None = None
         self.selection = select_parameters(model, train_only)
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._start_settings = {
+            "start model": fingerprint,
+            "trained": content_hash(trained)[:16],
+            "adapter scales": adapter_scales(model),
+        }
         disable_dropout(model)
         add_layout_forward(model)
         if args.logging_nan_inf_filter:
@@ -125,10 +135,12 @@ class StreamTrainer(Trainer, ABC):
         )
         check_sharding(self.accelerator, model)
         batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.plan = StreamPlan(main, buffer, batch_size, args.seed)
+        # As in transformers, `data_seed` decides the order of the data where it is set.
+        self.plan = StreamPlan(main, buffer, batch_size, args.seed if args.data_seed is None else args.data_seed)
         self.add_callback(CompletionMark(self.resume_settings, keep=args.save_total_limit))
         args.save_total_limit = None
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
+        self._found: Path | None = None
         self._finite_loss, self._has_stepped, self._is_resuming = FiniteLossCheck(), False, False
         self._advance_evaluation: Callable[[int], None] = lambda batches: None
         self._clipped_steps, self._steps_since_log = torch.zeros((), device=args.device), 0
@@ -145,6 +157,17 @@ class StreamTrainer(Trainer, ABC):
         self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps = size, rows // size
         self._train_batch_size = self.args.train_batch_size
 
+    def enable_activation_checkpointing(self) -> None:
+        """Switch activation checkpointing on if the arguments ask for it, as transformers does when training starts.
+
+        What is measured or checked before then needs the memory of a step.
+        """
+        if self.args.activation_checkpointing:
+            kwargs: dict[str, Any] = dict(cast(Any, self.args.activation_checkpointing_kwargs) or {})
+            # As in `transformers.Trainer`: these are no keywords of PyTorch's function.
+            options = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+            self.policy.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs or None, **options)
+
     def resume_settings(self) -> dict[str, Any]:
         """Return the settings that must not change when a run is resumed."""
         router = {"router_aux_loss_coef": self.router_loss_weight} if self.router_loss_weight else {}
@@ -153,9 +176,28 @@ class StreamTrainer(Trainer, ABC):
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "seed": self.args.seed,
+            **({} if self.args.data_seed is None else {"data_seed": self.args.data_seed}),
             "data": self.table.fingerprint,
-            "start model": self._start_fingerprint,
+            "optimizer": optimizer_settings(self.args),
+            **self._start_settings,
         }
+
+    def find_checkpoint(self, resume: str | bool | None) -> Path | None:
+        """Return the checkpoint that a run resumes from, after checking that it is this run's; None for step 0.
+
+        Args:
+            resume: Folder of a checkpoint, or True for the newest complete one in `output_dir`.
+
+        Raises:
+            RecipeError: If the checkpoint belongs to a run with other settings.
+            TrainingError: If the folder isn't a complete checkpoint.
+        """
+        # The files of a large checkpoint are hashed once.
+        if self._found is None or str(self._found) != resume:
+            self._found = find_checkpoint(Path(str(self.args.output_dir)), resume)
+        if self._found is not None:
+            check_same_run(self._found, self.resume_settings())
+        return self._found
 
     def train(
         self,
@@ -175,13 +217,14 @@ class StreamTrainer(Trainer, ABC):
             RecipeError: If the checkpoint belongs to a run with other settings.
             TrainingError: If the folder isn't a complete checkpoint, or can't be read.
         """
+        # Not the time of checks and measurements before the first step.
+        self._tokens_since_log, self._last_log = 0, time.monotonic()
         out = Path(str(self.args.output_dir))
-        folder = find_checkpoint(out, resume_from_checkpoint)
+        folder = self.find_checkpoint(resume_from_checkpoint)
         if folder is None:
             unmark_after(out, 0)
             return super().train(None, trial, ignore_keys_for_eval)
-        check_same_run(folder, self.resume_settings())
-        say(f"resuming from {folder}")
+        say_resuming(folder)
         unmark_after(out, read_mark(folder)["step"])
         self._has_stepped, self._is_resuming = False, True
         try:
@@ -301,13 +344,28 @@ class StreamTrainer(Trainer, ABC):
 
         Every process has the same number of batches; rows that only complete the last batch have weight 0.
         """
-        table = self.eval_tables[eval_dataset if isinstance(eval_dataset, str) else ""]
+        table = self.eval_tables[self._eval_name(eval_dataset)]
         world, size = self.args.world_size, self.args.per_device_eval_batch_size
         share = -(-len(table) // world)
         start = self.args.process_index * share
         rows = [WeightedRow(min(row, len(table) - 1), float(row < len(table))) for row in range(start, start + share)]
         batches = [rows[first : first + size] for first in range(0, share, size)]
         return self._loader(table, len(table), batches)
+
+    def _eval_name(self, eval_dataset: Any) -> str:
+        """Return the name of an evaluation table.
+
+        Raises:
+            TypeError: If `eval_dataset` isn't one of the trainer's own.
+        """
+        if isinstance(eval_dataset, str) and eval_dataset in self.eval_tables:
+            return eval_dataset
+        if "" in self.eval_tables and (eval_dataset is None or eval_dataset is self.eval_dataset):
+            return ""
+        raise TypeError(
+            "eval_dataset isn't one that the trainer was made with: it tokenizes them then. Make another trainer, or "
+            f"give the name of one of {', '.join(filter(None, self.eval_tables)) or 'none'}"
+        )
 
     def _eval_datasets(self) -> Any:
         if list(self.eval_tables) == [""]:
@@ -321,6 +379,7 @@ class StreamTrainer(Trainer, ABC):
             batch_sampler=batches,
             collate_fn=Collator(table, self.layout_section),
             num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
         )
 
@@ -446,5 +505,8 @@ class StreamTrainer(Trainer, ABC):
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return the floating-point operations of a step: 6 per trained weight and token, without padding."""
+        """Return the floating-point operations of a step: 6 per weight and token, without padding.
+
+        As in transformers, all weights count, trained or not.
+        """
         return 6 * self.selection.total * sum(int(pack.layout.num_tokens) for pack in inputs["packs"])

@@ -1,7 +1,7 @@
 """Preference training with safety labels, on two streams."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -260,12 +260,14 @@ class BFPOTrainer(StreamTrainer):
         packs = [pack.to(args.device) for pack in Collator(self.table, self.layout_section)(rows)["packs"]]
         low_precision = self.accelerator.mixed_precision != "no" or model.dtype in (torch.bfloat16, torch.float16)
         relative_tolerance = tolerance(low_precision=low_precision)
+        self.enable_activation_checkpointing()
         model.train()
         with on_device(model, args.device), self.accelerator.autocast():
-            pack_logps = [self.pair_logps(model, pack) for pack in packs]
+            # In the kernels of training, which may differ without gradients, and one pack at a time, as in training.
+            pack_logps = [_detached(self.pair_logps(model, pack)) for pack in packs]
             first = padded_layout([self.table[rows[0].row]]).to(args.device)
             plain_difference = check_against_plain_forward(model, first, tolerance=relative_tolerance)
-        margins = torch.cat([pairs.margin.detach().abs() for pairs in pack_logps])
+        margins = torch.cat([pairs.margin.abs() for pairs in pack_logps])
         chosen = torch.cat([pairs.ref_chosen_logps for pairs in pack_logps])
         rejected = torch.cat([pairs.ref_rejected_logps for pairs in pack_logps])
         is_exact = args.device.type == "cpu" and self.reference is not None
@@ -377,3 +379,9 @@ class BFPOTrainer(StreamTrainer):
 
         states = reference.logps(model, layout, completion_states)
         return partial(logps_and_divergences, reference_states=states, reference_logps=reference_logps, share=share)
+
+
+def _detached(pairs: PairLogps) -> PairLogps:
+    """Return the values of a batch without the graph behind them."""
+    values: dict[str, Any] = {field.name: getattr(pairs, field.name) for field in fields(pairs)}
+    return replace(pairs, **{name: value.detach() for name, value in values.items() if value is not None})
