@@ -23,7 +23,7 @@ def completions_of_evaluation(folder: Path, results: Results) -> list[Completion
     Raises:
         DataError: If the file is malformed.
     """
-    samples = results.sampling["samples"]
+    samples = results.sampling.get("samples", 1)
     own = [row for row in read_completions(folder / Completion.file_name) if row.sample < samples]
     of_prompt = Counter(row.prompt_id for row in own)
     return [row for row in own if of_prompt[row.prompt_id] == samples]
