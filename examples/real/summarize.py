@@ -8,7 +8,8 @@ protocol than `protocol.yaml`, `comparison-MODEL`; and the tables of docs/real-m
   rates of refusal are reported a second time, corrected for these errors, with their uncertainty.
 * A difference is paired over prompts: on each prompt, the mean over the seeds that both methods have. Its interval is
   Student's over prompts, and the p-values of one metric are adjusted for the number of methods (Holm). A second
-  interval is Student's over three seeds or more, paired by seed: what another seed would change.
+  interval is Student's over three seeds or more, paired by seed: what another seed would change. Where all seeds
+  differ by the same amount, a seed counts as one trial (Tango's interval).
 """
 
 import argparse
@@ -176,7 +177,8 @@ def summarize(
     for method, by_seed in records.items():
         values[method] = {"seeds": sorted(by_seed)} | {
             metric.name: _over_seeds(
-                [_mean(metric, records, method, seed) for seed in sorted(by_seed)], is_share=metric.is_share
+                [_mean(metric, records, method, seed) for seed in sorted(by_seed)],
+                is_share=metric.is_share,
             )
             for metric in metrics
             if metric.name != "preference" or method not in ("base", "original")
@@ -197,11 +199,12 @@ def summarize(
                     _over_prompts(metric, records, against, seeds), _over_prompts(metric, records, method, seeds)
                 )
                 by_seed[method] = [
-                    _mean(metric, records, against, seed) - _mean(metric, records, method, seed) for seed in seeds
+                    [_mean(metric, records, name, seed) for seed in seeds] for name in (against, method)
                 ]
         adjusted = holm([p_value for _, p_value in compared.values()])
         differences[metric.name] = {
-            method: _difference(interval, p_value, metric) | {"over_seeds": _over_seeds(by_seed[method])}
+            method: _difference(interval, p_value, metric)
+            | {"over_seeds": _difference_over_seeds(*by_seed[method], is_share=metric.is_share)}
             for (method, (interval, _)), p_value in zip(compared.items(), adjusted, strict=True)
         }
     return {"against": against, "values": values, "differences": differences}
@@ -267,18 +270,34 @@ def _over_prompts(metric: Metric, records: Any, method: str, seeds: Iterable[int
     return np.array([np.mean([scores[prompt] for scores in by_seed]) for prompt in sorted(by_seed[0])])
 
 
-def _over_seeds(values: Sequence[float], *, is_share: bool = False) -> dict[str, float | None]:
+def _over_seeds(values: Sequence[float], *, is_share: bool) -> dict[str, float | None]:
     if len(values) < MIN_SEEDS:
         return {"mean": float(np.mean(values)), "low": None, "high": None}
-    interval = t_interval(np.array(values))
+    mean, low, high = t_interval(np.array(values))
     # Student's interval of a few shares may go beyond all shares.
-    low, high = (max(interval.low, 0.0), min(interval.high, 1.0)) if is_share else (interval.low, interval.high)
+    low, high = (max(low, 0.0), min(high, 1.0)) if is_share else (low, high)
+    return {"mean": mean, "low": low, "high": high}
+
+
+def _difference_over_seeds(
+    ours: Sequence[float], others: Sequence[float], *, is_share: bool
+) -> dict[str, float | None]:
+    if len(ours) < MIN_SEEDS:
+        return {"mean": float(np.mean(np.subtract(ours, others))), "low": None, "high": None}
+    interval, _ = paired_means(np.array(ours), np.array(others))
+    low, high = _within_shares(interval, is_share=is_share)
     return {"mean": interval.value, "low": low, "high": high}
+
+
+def _within_shares(interval: Interval, *, is_share: bool) -> tuple[float, float]:
+    """Return the bounds of a difference; that of two shares is from -1 to 1."""
+    return (max(interval.low, -1.0), min(interval.high, 1.0)) if is_share else (interval.low, interval.high)
 
 
 def _difference(interval: Interval, p_value: float, metric: Metric) -> dict[str, Any]:
     verdict = verdict_on(interval, higher_is_better=metric.higher_is_better, p_value=p_value)
-    return {"value": interval.value, "low": interval.low, "high": interval.high, "p": p_value, "verdict": verdict}
+    low, high = _within_shares(interval, is_share=metric.is_share)
+    return {"value": interval.value, "low": low, "high": high, "p": p_value, "verdict": verdict}
 
 
 def _as_mean(interval: Mapping[str, float]) -> dict[str, float | None]:
