@@ -242,7 +242,7 @@ def test_differences_are_paired_over_prompts_and_adjusted(real):
     assert logps["value"] == pytest.approx(2 / 5)
     text = summarize.as_markdown(summary, {"bfpo": "BFPO"}, "Comparison")
     assert "| ipo | 3 | 0.00 [0.00, 0.00] |" in text
-    assert "| base | refused, harmful | +0.70 [+0.35, +1.05] | [+0.70, +0.70] | " in text
+    assert "| base | refused, harmful | +0.70 [+0.35, +1.00] | " in text
     moved = records | {"base": {seed: record("base", seed, seed, seed / 10, 0.0) for seed in (1, 2, 3)}}
     over_seeds = summarize.summarize(moved, "bfpo")["differences"]["refused_harmful"]["base"]["over_seeds"]
     # Student's interval of 0.8, 0.7 and 0.6.

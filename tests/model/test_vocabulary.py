@@ -50,6 +50,7 @@ def sft(**options):
 def test_training_refuses_tokens_without_an_embedding_before_anything_is_moved(extra, run, dry_run):
     write_jsonl(Path("rows.jsonl"), rows("<extra>"))
     Path("out").mkdir()
+    Path("out/metrics.jsonl").touch()
     Path("out/model.safetensors").write_text("an earlier run")
     with pytest.raises(ModelError, match=sentence(extra)):
         run(dry_run=dry_run)
