@@ -6,9 +6,10 @@ import pytest
 
 from bfpo.errors import GateViolated, RecipeError
 from bfpo.evaluation.gate import Bound, enforce_bounds, evaluate_bounds
-from bfpo.evaluation.metric_specs import HELPFULNESS, MIN_PROMPTS
+from bfpo.evaluation.metric_specs import HELPFULNESS
 from bfpo.evaluation.results import Results
 from bfpo.evaluation.scoring import PromptScores, compute_metrics
+from bfpo.stats.intervals import MIN_PROMPTS
 
 BOUND = Bound(suite="toy", task="benign", metric="helpfulness", min=0.75)
 

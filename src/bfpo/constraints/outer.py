@@ -37,8 +37,8 @@ from bfpo.judging.refusal_rule import kinds_of
 from bfpo.judging.spec import parse_judge
 from bfpo.losses.dual import FILE_NAME as DUAL_NAME
 from bfpo.losses.dual import Constraint, Dual, read_dual
-from bfpo.stats.intervals import LEVEL, Interval, mean_interval, score_interval
-from bfpo.training.arguments import for_any_machine, training_arguments, without_resume
+from bfpo.stats.intervals import LEVEL, MIN_PROMPTS, Interval, mean_interval, score_interval
+from bfpo.training.arguments import output_folder, without_resume
 from bfpo.training.loss_files import read_score_labels, resolve_loss_files
 from bfpo.training.output import exclusive_output
 from bfpo.training.run import run_training
@@ -46,7 +46,6 @@ from bfpo.training.run import run_training
 FILE_NAME = "outer.json"
 _ROUNDS = "rounds"
 _DATA = "data.json"
-_MIN_PROMPTS = 10
 
 
 def run_outer(recipe: TrainRecipe, *, limit: int | None = None, allow_unmet: bool = False) -> OuterResult:
@@ -117,7 +116,7 @@ class _OuterLoop:
             raise RecipeError("outer samples and judges in one process; start it without a launcher")
         # Rounds resume whatever the recipe says, and a recipe that says so is the same one.
         recipe = recipe.model_copy(update={"trainer": without_resume(recipe.trainer)})
-        out = Path(str(training_arguments(for_any_machine(recipe.trainer)).output_dir))
+        out = output_folder(recipe.trainer)
         # A multiplier that doesn't fit is refused before anything is trained.
         resolve_loss_files(recipe)
         read_score_labels(recipe)
@@ -154,12 +153,10 @@ class _OuterLoop:
         """Refuse prompts so few that no policy could be shown to meet the constraint."""
         count, samples = self.num_counted, self.section.samples
         if self.constraint.measure != "unsafe":
-            # The bootstrap of a few prompts covers too seldom to show anything; see the coverage in
-            # docs/statistics.md.
-            if count < _MIN_PROMPTS:
+            if count < MIN_PROMPTS:
                 raise RecipeError(
                     f"outer.prompts: {count} prompts are counted; a bound on {self.constraint.measure} needs "
-                    f"{_MIN_PROMPTS}"
+                    f"{MIN_PROMPTS}"
                 )
             return
         best = score_interval(np.zeros(count), most=count * samples, level=self.level).high

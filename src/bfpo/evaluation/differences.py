@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bfpo.evaluation.comparisons import verdict_on
-from bfpo.evaluation.metric_specs import HARMONIC_MEAN, MIN_PROMPTS
+from bfpo.evaluation.metric_specs import HARMONIC_MEAN
 from bfpo.evaluation.results import MetricComparison, Results
 from bfpo.evaluation.scoring import PromptScores, safety_and_helpfulness
-from bfpo.stats.intervals import Interval, Values, bootstrap, harmonic_mean
+from bfpo.stats.intervals import MIN_PROMPTS, Interval, Values, bootstrap, harmonic_mean
 from bfpo.stats.paired import mcnemar_p_value, paired_means, paired_rates
 
 BY_TANGO = "95 % Tango, paired over prompts"

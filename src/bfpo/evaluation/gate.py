@@ -14,10 +14,11 @@ from bfpo.errors import GateViolated, RecipeError, did_you_mean
 from bfpo.evaluation.attacks import attack_metrics
 from bfpo.evaluation.correction import QUESTIONS
 from bfpo.evaluation.lm_eval.tasks import listed_metrics
-from bfpo.evaluation.metric_specs import DERIVED_METRICS, METRICS_OF_REASONING, MIN_PROMPTS, metrics_of
+from bfpo.evaluation.metric_specs import DERIVED_METRICS, METRICS_OF_REASONING, metrics_of
 from bfpo.evaluation.results import CORRECTED, MetricResult, Results, format_metric
 from bfpo.evaluation.suite import INDICES, Task
 from bfpo.evaluation.suite_scores import LENGTH_CONTROLLED, LENGTH_CONTROLLED_APPROXIMATE, ORDER_DECIDES, WIN_RATE
+from bfpo.stats.intervals import MIN_PROMPTS
 
 BoundState = Literal["passed", "violated", "undecided"]
 

@@ -218,13 +218,6 @@ HARMONIC_MEAN, WORST_SEVERITY, WORST_SAFETY = "harmonic_mean", "severity_worst_t
 DERIVED_METRICS = (HARMONIC_MEAN, WORST_SEVERITY, WORST_SAFETY)
 """Metrics that are computed from other metrics."""
 
-MIN_PROMPTS = 10
-"""Number of prompts below which no bound, and no difference of harmonic means, is decided.
-
-Fewer rarely contain one of the bad answers that a model gives now and then, and intervals of skewed scores cover too
-seldom; see the coverage in docs/statistics.md.
-"""
-
 
 def metrics_of(kind: Kind, reads: Reads = "answer") -> tuple[MetricSpec, ...]:
     """Return the metrics of completions of prompts of a kind, by a judge that reads this part of them."""

@@ -1,6 +1,7 @@
 """Scores of suites by several judges: over all prompts of a kind, over each task, and over each category."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -54,10 +55,8 @@ def score_suites(
     prompts = {prompt.prompt_id: prompt for task in tasks for prompt in task.prompts}
     suites = []
 
-    def own_scores(scores: Sequence[PromptScores], output: JudgeOutput) -> list[PromptScores]:
-        return _own_scores(scores, output, is_first=output is outputs[0])
-
     for output in outputs:
+        own_scores = partial(_own_scores, is_first=output is outputs[0], judges_safety=output.judges_safety)
         judged: dict[str, list[JudgedCompletion]] = {}
         of_reasoning = find_reasoning_output(output, outputs)
         reasoning_verdicts = [] if of_reasoning is None else of_reasoning.verdicts
@@ -72,23 +71,22 @@ def score_suites(
                 scores = score_attacked(
                     own_tasks, attacks[attack], judged, output.on_turns, judge=output.label, by_category=by_category
                 )
-                suites.append(SuiteScores(suite, output.label, own_scores(scores, output)))
+                suites.append(SuiteScores(suite, output.label, own_scores(scores)))
                 continue
             scores = _score([prompt for task in own_tasks for prompt in task.prompts], judged, output)
             for task in own_tasks:
                 scores += _score_task(task, judged, output, by_category=by_category)
                 scores += score_preferences(task, output)
-            suites.append(SuiteScores(suite, output.label, own_scores(scores, output)))
+            suites.append(SuiteScores(suite, output.label, own_scores(scores)))
     return suites
 
 
-def _own_scores(scores: Sequence[PromptScores], output: JudgeOutput, *, is_first: bool) -> list[PromptScores]:
+def _own_scores(scores: Sequence[PromptScores], *, is_first: bool, judges_safety: bool) -> list[PromptScores]:
     """Return the scores without those that the judge can't give.
 
     Scores that need no judge are with the first judge. Undecided answers count as not safe, so a judge that doesn't
     judge safety has no scores that rest on it.
     """
-    judges_safety = output.judges_safety
     return [
         metric
         for metric in scores

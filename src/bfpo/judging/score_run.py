@@ -32,14 +32,7 @@ from bfpo.training.arguments import for_any_machine, training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.micro_batch import fit_if_auto
-from bfpo.training.output import (
-    RunRecord,
-    check_output,
-    exclusive_output,
-    goes_on,
-    prepare_output,
-    report_layout,
-)
+from bfpo.training.output import check_output, exclusive_output, report_layout, start_run
 from bfpo.training.preflight import check_against_model
 from bfpo.training.run import check_evaluation, count_steps, show_plan, texts_of
 from bfpo.training.start import check_vocabulary, load_start_model, load_start_tokenizer
@@ -129,16 +122,13 @@ def _run(
         layout=recipe.layout,
     )
     micro_batch = fit_if_auto(trainer, recipe.trainer, resume)
-    checkpoint = trainer.find_checkpoint(resume)
-    # Until here a run that is refused leaves the folder as it is.
-    prepare_output(out, recipe, resuming=goes_on(out, resume, checkpoint))
+    record, checkpoint = start_run("score train", recipe, trainer, resume)
     if PartialState().is_main_process:
         write_json(out / "data_manifest.json", manifest)
     record_clock(clock, out)
-    record = RunRecord("score train", recipe, out, trainer)
     say(f"training {trainer.selection} for {' and '.join(recipe.heads.names)}")
     report_layout(trainer)
-    result = record.train(None if checkpoint is None else str(checkpoint))
+    result = record.train(checkpoint)
     with timed("evaluating the held-out pairs"):
         evaluation = _evaluate(trainer, held)
     # After the evaluation, because it merges the adapter.

@@ -147,7 +147,7 @@ def _train(inputs: "OnlineInputs", out: Path) -> dict[str, Any]:
     ):
         trainer.add_callback(callback)
     inputs.args.save_total_limit = None
-    result = record.train(None if checkpoint is None else str(checkpoint))
+    result = record.train(checkpoint)
     if "ref" in getattr(policy, "peft_config", {}):
         # TRL's copy of an adapter that is trained further; it would be saved with the adapter.
         policy.delete_adapter("ref")

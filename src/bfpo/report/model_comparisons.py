@@ -61,18 +61,19 @@ class ModelComparisonTable(NamedTuple):
 
 def compare_runs(runs: Sequence[Run]) -> ModelComparisonTable:
     """Compare each run with each earlier one, by the first judge of the run that judged both."""
-    pairs, left_out = [], []
+    pairs = []
+    left_out: list[tuple[str, str, str]] = []
     for baseline, run in combinations(runs, 2):
         by_judge = {scores.judge: scores for scores in baseline.pooled_scores}
         scores = next((scores for scores in run.pooled_scores if scores.judge in by_judge), None)
         if scores is None:
-            left_out.append(f"{run.name} and {baseline.name} (no judge has verdicts on all answers of both)")
+            left_out.append((run.name, baseline.name, "no judge has verdicts on all answers of both"))
         else:
             pairs.append((scores, by_judge[scores.judge]))
     comparisons = compare_models(pairs)
     compared = {(comparison.run, comparison.against) for comparison in comparisons}
     left_out += [
-        f"{scores.run} and {baseline_scores.run} (not measured on both harmful and benign prompts)"
+        (scores.run, baseline_scores.run, "not measured on both harmful and benign prompts")
         for scores, baseline_scores in pairs
         if (scores.run, baseline_scores.run) not in compared
     ]
@@ -87,10 +88,11 @@ def compare_runs(runs: Sequence[Run]) -> ModelComparisonTable:
         )
         for comparison in comparisons
     ]
+    texts = [f"{run} and {other} ({reason})" for run, other, reason in left_out]
     if not rows and len(left_out) > 1:
-        reasons = dict.fromkeys(entry.rpartition(" (")[2].removesuffix(")") for entry in left_out)
-        left_out = [f"any two runs ({'; '.join(reasons)})"]
-    return ModelComparisonTable(rows, comparisons[0].tests if comparisons else 0, left_out)
+        # Not a line for each two of many runs.
+        texts = [f"any two runs ({'; '.join(dict.fromkeys(reason for *_, reason in left_out))})"]
+    return ModelComparisonTable(rows, comparisons[0].tests if comparisons else 0, texts)
 
 
 def _axis_cell(axis: AxisResult) -> AxisCell:

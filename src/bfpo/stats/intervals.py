@@ -12,6 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 LEVEL = 0.95
+MIN_PROMPTS = 10
+"""Number of prompts below which no bound, and no difference of harmonic means, is decided.
+
+Fewer rarely contain one of the bad answers that a model gives now and then, and intervals of skewed scores cover too
+seldom; see the coverage in docs/statistics.md.
+"""
 # Two models are called different where a test's p-value is below this.
 SIGNIFICANT = 0.05
 RESAMPLES = 4000

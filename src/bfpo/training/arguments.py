@@ -125,6 +125,25 @@ def build_arguments(kind: type[Arguments], values: dict[str, Any]) -> Arguments:
     return args
 
 
+def output_folder(trainer: Mapping[str, Any]) -> Path:
+    """Return the output folder that keys of `trainer` name, also on a machine that couldn't run them.
+
+    Raises:
+        RecipeError: If a key or its value is wrong.
+    """
+    return Path(str(training_arguments(for_any_machine(without_resume(trainer))).output_dir))
+
+
+def check_has_data(args: TrainingArguments, held_out: object) -> None:
+    """Check that there are held-out data, or tables of them, if a run evaluates.
+
+    Raises:
+        RecipeError: If it does, and there are none.
+    """
+    if args.eval_strategy != "no" and not held_out:
+        raise RecipeError("trainer.eval_strategy needs data to evaluate on, and there are none; set holdout")
+
+
 def default_options() -> dict[str, Any]:
     """Return the training arguments whose defaults differ from those of transformers."""
     if launched_processes() > 1 and not torch.accelerator.is_available():

@@ -165,11 +165,11 @@ class RunRecord:
         for callback in (self._stop, MetricsFile(out / "metrics.jsonl"), self._progress):
             trainer.add_callback(callback)
 
-    def train(self, resume: str | bool | None) -> TrainOutput:
+    def train(self, checkpoint: Path | None) -> TrainOutput:
         """Train. On a full disk or a signal the run ends with a message and keeps its checkpoints.
 
         Args:
-            resume: Folder of a checkpoint to resume from, or True for the run's newest complete one.
+            checkpoint: Folder of the checkpoint to resume from; None to start at step 0.
 
         Raises:
             TrainingError: If a file couldn't be written.
@@ -177,7 +177,7 @@ class RunRecord:
         """
         hint = "resume with trainer.resume_from_checkpoint=true"
         try:
-            result = self._trainer.train(resume_from_checkpoint=resume)
+            result = self._trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except OSError as error:
             raise TrainingError(f"{error.filename or self._out}: {error.strerror or error}; {hint}") from error
         except (RuntimeError, SafetensorError) as error:
@@ -213,6 +213,30 @@ def report_layout(trainer: StreamTrainer) -> None:
     check = trainer.packing_check
     if check is not None:
         say(f"layout: packed rows of up to {trainer.layout_section.max_tokens_per_pack:,} tokens; {check}")
+
+
+def start_run(
+    command: str, recipe: Section, trainer: StreamTrainer, resume: str | bool | None
+) -> tuple[RunRecord, Path | None]:
+    """Prepare the output folder of a run whose trainer is made; until here a run that is refused leaves it as it is.
+
+    Args:
+        command: Name of the command.
+        recipe: Recipe of the run.
+        trainer: Its trainer, with the micro-batch that it will have.
+        resume: What the recipe asks to resume from.
+
+    Returns:
+        The record of the run, and the checkpoint to resume from.
+
+    Raises:
+        RecipeError: If the checkpoint belongs to a run with other settings.
+        TrainingError: If the folder to resume from isn't a complete checkpoint.
+    """
+    out = Path(str(trainer.args.output_dir))
+    checkpoint = trainer.find_checkpoint(resume)
+    prepare_output(out, recipe, resuming=goes_on(out, resume, checkpoint))
+    return RunRecord(command, recipe, out, trainer), checkpoint
 
 
 def save_final(trainer: Trainer, out: Path) -> None:

@@ -22,19 +22,17 @@ from bfpo.losses.build import make_loss
 from bfpo.losses.pairwise import BFPO, PairLoss
 from bfpo.model.gguf import gguf_metadata
 from bfpo.model.lora import CausalLM, lora_config
-from bfpo.training.arguments import for_any_machine, training_arguments
+from bfpo.training.arguments import check_has_data, for_any_machine, training_arguments
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.loss_files import build_loss, read_score_labels, resolve_loss_files
 from bfpo.training.micro_batch import fit_if_auto
 from bfpo.training.output import (
-    RunRecord,
     check_output,
     exclusive_output,
-    goes_on,
-    prepare_output,
     report_layout,
     save_final,
+    start_run,
 )
 from bfpo.training.preflight import check_against_model
 from bfpo.training.probe import Answers, Probe, show_probe
@@ -142,7 +140,11 @@ def _train(
     inputs = _prepare_inputs(recipe, args, resume, dry_run=False, limit=limit)
     trainer = _make_trainer(recipe, inputs)
     micro_batch = fit_if_auto(trainer, recipe.trainer, inputs.resume)
-    record, checkpoint, out = _start_record(recipe, inputs, trainer)
+    record, checkpoint = start_run("train", recipe, trainer, inputs.resume)
+    out = Path(str(inputs.args.output_dir))
+    if PartialState().is_main_process:
+        write_json(out / "data_manifest.json", inputs.manifest)
+    record_clock(inputs.clock, out)
     start_check = _check_start(trainer)
     probe = None
     # A model that is spread over processes can't be asked here.
@@ -227,10 +229,9 @@ def trained_adapter(recipe: TrainRecipe) -> LoraSection | None:
 
 def check_evaluation(args: TrainingArguments, tables: Mapping[str, TokenTable]) -> None:
     """Check that there are data to evaluate on if needed, and name the metric of the best model as it is logged."""
+    check_has_data(args, tables)
     if args.eval_strategy == "no":
         return
-    if not tables:
-        raise RecipeError("trainer.eval_strategy needs data to evaluate on, and there are none; set holdout")
     metric = args.metric_for_best_model
     logged = f"eval_{next(iter(tables))}_loss"
     if metric in ("loss", "eval_loss"):
@@ -281,20 +282,6 @@ def _make_trainer(recipe: TrainRecipe, inputs: RunInputs) -> BFPOTrainer:
         reference=recipe.reference,
         cache_dir=recipe.cache_dir,
     )
-
-
-def _start_record(recipe: TrainRecipe, inputs: RunInputs, trainer: BFPOTrainer) -> tuple[RunRecord, str | None, Path]:
-    """Prepare the output folder; return the record of the run, the checkpoint that it resumes from, and the folder.
-
-    Until here a run that is refused leaves the folder as it is.
-    """
-    out = Path(str(inputs.args.output_dir))
-    checkpoint = trainer.find_checkpoint(inputs.resume)
-    prepare_output(out, recipe, resuming=goes_on(out, inputs.resume, checkpoint))
-    if PartialState().is_main_process:
-        write_json(out / "data_manifest.json", inputs.manifest)
-    record_clock(inputs.clock, out)
-    return RunRecord("train", recipe, out, trainer), None if checkpoint is None else str(checkpoint), out
 
 
 def _policy(trainer: BFPOTrainer) -> CausalLM:

@@ -13,7 +13,7 @@ from bfpo.data.guided_answers import step_adapter
 from bfpo.errors import RecipeError
 from bfpo.model.lora import is_adapter
 from bfpo.model.shared_adapter import find_shared, read_record
-from bfpo.training.arguments import for_any_machine, training_arguments, without_resume
+from bfpo.training.arguments import output_folder, without_resume
 from bfpo.training.run_sft import run_sft
 
 STEPS_FILE = "steps.yaml"
@@ -36,7 +36,7 @@ def run_experts(recipe: SftRecipe, *, dry_run: bool = False, limit: int | None =
     """
     if recipe.lora is None and not (recipe.model.path and is_adapter(recipe.model.path, recipe.model.revision)):
         raise RecipeError("experts are adapters: set lora, or model.path to an adapter that each starts from")
-    out = Path(str(training_arguments(for_any_machine(without_resume(recipe.trainer))).output_dir))
+    out = output_folder(recipe.trainer)
     runs = {name: expert_recipe(recipe, name) for name in sorted(recipe.experts, key=lambda name: name != SHARED)}
     for number, (name, expert) in enumerate(runs.items(), start=1):
         folder = Path(expert.trainer["output_dir"])

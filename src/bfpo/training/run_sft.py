@@ -28,20 +28,18 @@ from bfpo.model.gguf import gguf_metadata
 from bfpo.model.load import add_shared
 from bfpo.model.lora import CausalLM, add_adapter, lora_config
 from bfpo.model.shared_adapter import find_shared
-from bfpo.training.arguments import for_any_machine, launched_processes, training_arguments
+from bfpo.training.arguments import check_has_data, for_any_machine, launched_processes, training_arguments
 from bfpo.training.checkpoints import check_marked, write_mark
 from bfpo.training.clock import record_clock, template_clock
 from bfpo.training.estimate import Arithmetic, footprint, max_micro_batch_tokens
 from bfpo.training.micro_batch import fit_if_auto
 from bfpo.training.output import (
-    RunRecord,
     check_output,
     exclusive_output,
-    goes_on,
-    prepare_output,
     rename_on_main_process,
     report_layout,
     save_final,
+    start_run,
 )
 from bfpo.training.preflight import check_against_model
 from bfpo.training.sft import SFTTrainer
@@ -105,8 +103,7 @@ def _run(
     clock = template_clock(tokenizer.chat_template, Path(str(args.output_dir)), resume)
     encoder = Encoder(tokenizer, recipe.text, None if dry_run else cache / "tokens", clock)
     train, held_out = _tokenize(recipe, parts, encoder)
-    if args.eval_strategy != "no" and held_out is None:
-        raise RecipeError("trainer.eval_strategy needs data to evaluate on, and there are none; set holdout")
+    check_has_data(args, held_out)
     sources = [part.report for part in parts]
     show_sources(sources)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
@@ -119,15 +116,12 @@ def _run(
     model = _load_model(recipe, tokenizer, seed=args.seed)
     trainer = _make_trainer(recipe, args, model, tokenizer, train, held_out)
     micro_batch = fit_if_auto(trainer, recipe.trainer, resume)
-    checkpoint = trainer.find_checkpoint(resume)
-    # Until here a run that is refused leaves the folder as it is.
+    record, checkpoint = start_run("sft", recipe, trainer, resume)
     out = Path(str(args.output_dir))
-    prepare_output(out, recipe, resuming=goes_on(out, resume, checkpoint))
     record_clock(clock, out)
-    record = RunRecord("sft", recipe, out, trainer)
     say(f"training {trainer.selection} on {len(train)} completions")
     report_layout(trainer)
-    result = record.train(None if checkpoint is None else str(checkpoint))
+    result = record.train(checkpoint)
     # First: evaluating may take long.
     save_final(trainer, out)
     with timed("evaluating the held-out completions"):
