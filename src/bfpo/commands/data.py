@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bfpo.config.loading import check_recipe, read_recipe
 from bfpo.config.recipes import DataRecipe, Source, TextSection, TrainRecipe
-from bfpo.core.files import check_own_files, write_json, write_jsonl
+from bfpo.core.files import check_own_files, is_among, write_json, write_jsonl
 from bfpo.core.pairs import PreferencePair
 from bfpo.core.terminal import say, show_table, timed
 from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS, parse_source
@@ -118,11 +118,10 @@ def _check_not_read(out: Path, reports: Iterable[SourceReport]) -> None:
     Raises:
         RecipeError: If one is.
     """
-    written = {(out / name).resolve() for name in ("pairs.jsonl", "eval.jsonl")}
-    for report in reports:
-        for file in report.files:
-            if Path(file).resolve() in written:
-                raise RecipeError(f"`out` is {out}, whose {Path(file).name} is a source; name another folder")
+    sources = [file for report in reports for file in report.files]
+    for name in ("pairs.jsonl", "eval.jsonl"):
+        if is_among(out / name, sources):
+            raise RecipeError(f"`out` is {out}, whose {name} is a source; name another folder")
 
 
 def degrade_source(source: str, out: Path, *, versions: int, limit: int | None) -> None:

@@ -64,6 +64,11 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
             file.write(line.encode("utf-8"))
 
 
+def is_among(path: Path, files: Iterable[str | Path]) -> bool:
+    """Return whether a path is that of one of some files, by whatever name they are called."""
+    return path.resolve() in {Path(file).resolve() for file in files}
+
+
 def check_own_files(folder: Path, names: Iterable[str], command: str, *, is_own: bool) -> None:
     """Check that files in a folder are of an earlier run of a command, which may replace them.
 

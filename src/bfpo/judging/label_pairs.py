@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bfpo.config.recipes import Source
-from bfpo.core.files import check_own_files, write_json, write_jsonl
+from bfpo.core.files import check_own_files, is_among, write_json, write_jsonl
 from bfpo.core.pairs import CELLS, PreferencePair, SafetyLabels
 from bfpo.core.samples import Completion, Judge, Key, Verdict
 from bfpo.core.terminal import say, show_table
@@ -92,7 +92,7 @@ def label_pairs(
         raise RecipeError(f"`conflicts` is '{conflicts}'; {did_you_mean(conflicts, list(POLICIES))}")
     if not 0 < beta < math.inf:
         raise RecipeError(f"`beta` is {beta}; expected a number above 0")
-    if any(file.resolve() == (out / _PAIRS).resolve() for file in local_files(source)):
+    if is_among(out / _PAIRS, local_files(source)):
         raise RecipeError(f"`out` is {out}, whose {_PAIRS} is the source; name another folder")
     check_own_files(out, (_PAIRS,), "bfpo label", is_own=(out / _METADATA).exists())
     report, pairs = load_pairs(source, "main", limit=limit)

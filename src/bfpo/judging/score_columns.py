@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bfpo.config.recipes import Source
-from bfpo.core.files import write_jsonl
+from bfpo.core.files import is_among, write_jsonl
 from bfpo.core.pairs import SIDES, PreferencePair
 from bfpo.core.samples import Completion, Key, Prompt, Verdict
 from bfpo.core.terminal import say, show_table
@@ -79,7 +79,7 @@ def apply_scores(
         raise RecipeError("no judge; set `reward`, `cost` or both to the spec of a judge")
     source = parse_source(path)
     files = local_files(source)
-    if any(file.resolve() == out.resolve() for file in files):
+    if is_among(out, files):
         raise RecipeError(f"`out` is the input, {out}; choose another file")
     rows = _completion_rows(source) if _holds_completions(files) else _pair_rows(source)
     completions = list({completion.key: completion for row in rows for completion in row.answers}.values())
