@@ -22,13 +22,12 @@ from bfpo.data.adapters import ADAPTERS, DEMONSTRATIONS
 from bfpo.data.prompt_sets import PROMPT_SETS
 from bfpo.evaluation import differences as comparing
 from bfpo.evaluation import scoring
-from bfpo.evaluation.metric_specs import MIN_PROMPTS
 from bfpo.experiments.methods import METHODS
 from bfpo.losses.build import LOSSES, make_loss
 from bfpo.losses.labeling import TABLES
 from bfpo.losses.pairwise import BFPO
 from bfpo.model.new import new_model
-from bfpo.stats.intervals import score_interval, t_interval
+from bfpo.stats.intervals import MIN_PROMPTS, score_interval, t_interval
 from bfpo.stats.length_control import MIN_LENGTH_RATIO
 from bfpo.training.arguments import training_arguments
 
