@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from bfpo.training import callbacks
-from bfpo.training.callbacks import ProgressLine
+from bfpo.training.callbacks import Pauses, ProgressLine
 
 
 class Clock:
@@ -68,3 +68,20 @@ def test_an_evaluation_that_was_timed_replaces_the_estimate(tmp_path, clock, cap
     take_step(line, args, state, clock, seconds=3)
     # From the first to the last batch; the time of the evaluation isn't one of the steps.
     assert left_after(line, args, state, capsys) == pytest.approx(5 * (15 + 20) / 5 + 2 * 40, abs=1)
+
+
+def test_only_evaluations_and_saves_are_pauses(tmp_path, clock):
+    args, state = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState()
+    pauses = Pauses()
+    for event, seconds, expected in (
+        (pauses.on_train_begin, 2, 0),
+        (pauses.on_evaluate, 3, 2),  # before the first step
+        (pauses.on_step_end, 5, 0),
+        (pauses.on_evaluate, 7, 5),
+        (pauses.on_save, 11, 7),
+        (pauses.on_step_end, 13, 0),
+        (pauses.on_step_end, 17, 0),
+    ):
+        event(args, state, TrainerControl())
+        assert pauses.take() == expected
+        clock.now += seconds

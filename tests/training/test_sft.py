@@ -15,6 +15,7 @@ from bfpo.config.loading import check_recipe
 from bfpo.config.recipes import ModelSection, SftRecipe
 from bfpo.core.files import write_jsonl
 from bfpo.data.demonstrations import prepare_demonstrations
+from bfpo.errors import RecipeError
 from bfpo.model.load import load_model, load_tokenizer
 from bfpo.training.run_sft import run_sft
 
@@ -141,3 +142,10 @@ def test_completions_are_counted_by_source():
     assert (chats["pairs_taken"], safer["pairs_read"], safer["pairs_taken"]) == (12, 10, 5)
     assert safer["license"] == "CC-BY-NC-4.0"
     assert run["evaluation"]["eval_loss"] > 0
+
+
+def test_an_unknown_best_metric_is_refused_before_training():
+    trainer = recipe().trainer | {"output_dir": "runs/best", "eval_strategy": "steps"}
+    with pytest.raises(RecipeError, match="metric_for_best_model is 'accuracy'; expected eval_loss"):
+        run_sft(recipe(trainer=trainer | {"metric_for_best_model": "accuracy"}, holdout=0.3), dry_run=True)
+    run_sft(recipe(trainer=trainer | {"metric_for_best_model": "loss"}, holdout=0.3), dry_run=True)

@@ -4,12 +4,13 @@ import inspect
 import json
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from bfpo import BFPOTrainer, SFTTrainer
 from bfpo.config.recipes import LayoutSection
@@ -21,6 +22,7 @@ from bfpo.losses.pairwise import BFPO, BFPOSoft
 from bfpo.losses.token_level import TDPO
 from bfpo.model import attention
 from bfpo.model.layout import Span
+from bfpo.training import callbacks, stream_trainer
 from bfpo.training.encode import encode_pairs
 from bfpo.training.processes import bf16_slowdown
 
@@ -665,6 +667,34 @@ def test_workers_give_the_same_batches(baseline, make_trainer, make_arguments):
     trainer = make_trainer(args=make_arguments(dataloader_num_workers=2))
     trainer.train()
     torch.testing.assert_close(weights(trainer), weights(baseline), rtol=0, atol=0)
+
+
+class Timed(TrainerCallback):
+    """A clock on which a step takes 1 second, and a batch of an evaluation 1,000."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        for module in (callbacks, stream_trainer):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now += 1
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.now += 1000
+
+
+def test_the_speed_of_training_leaves_evaluations_out(make_trainer, make_arguments, main_pairs, monkeypatch):
+    trainer = make_trainer(
+        args=make_arguments(eval_strategy="steps", eval_steps=1, logging_steps=1),
+        eval_dataset={"main": main_pairs},
+        callbacks=[Timed(monkeypatch)],
+    )
+    trainer.train()
+    speeds = [log["tokens_per_second"] for log in trainer.state.log_history if "tokens_per_second" in log]
+    assert len(speeds) == 3
+    # The tokens of a step, which takes a second.
+    assert all(speed == int(speed) > 10 for speed in speeds)
 
 
 def test_the_best_of_several_evaluations_can_be_kept(make_trainer, make_arguments, main_pairs, buffer_pairs):

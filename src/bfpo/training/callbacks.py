@@ -1,4 +1,4 @@
-"""Callbacks that write and show metrics during training: `metrics.jsonl` and a progress line."""
+"""Callbacks that time, write and show metrics during training: `metrics.jsonl` and a progress line."""
 
 import json
 import math
@@ -70,6 +70,40 @@ def _replace_non_finite(logs: dict[str, Any]) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()
     }
+
+
+class Pauses(TrainerCallback):
+    """Measures the evaluations and saves between steps, whose time isn't that of training."""
+
+    def __init__(self) -> None:
+        self._seconds, self._since = 0.0, time.monotonic()
+
+    def take(self) -> float:
+        """Return the seconds of all pauses since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start again; an evaluation may come before the first step."""
+        self._seconds, self._since = 0.0, time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start a pause; it has no length unless there is an evaluation or a save."""
+        self._since = time.monotonic()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the pause until now."""
+        now = time.monotonic()
+        self._seconds, self._since = self._seconds + now - self._since, now
+
+    # transformers calls this at the end of a save.
+    on_save = on_evaluate
 
 
 class ProgressLine(TrainerCallback):

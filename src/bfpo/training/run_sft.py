@@ -104,6 +104,7 @@ def _run(
     encoder = Encoder(tokenizer, recipe.text, None if dry_run else cache / "tokens", clock)
     train, held_out = _tokenize(recipe, parts, encoder)
     check_has_data(args, held_out)
+    _check_best_metric(args)
     sources = [part.report for part in parts]
     show_sources(sources)
     show_samples([decoded_sample(train[row], tokenizer) for row in range(min(3, len(train)))])
@@ -143,6 +144,14 @@ def _run(
         wall_seconds=round(time.time() - start_time, 1),
         cpu_seconds=round(time.process_time() - start_cpu_time, 1),
     )
+
+
+def _check_best_metric(args: TrainingArguments) -> None:
+    metric = args.metric_for_best_model
+    if args.eval_strategy != "no" and metric not in (None, "loss", "eval_loss"):
+        raise RecipeError(
+            f"trainer.metric_for_best_model is '{metric}'; expected eval_loss, the metric of held-out completions"
+        )
 
 
 def _load_model(recipe: SftRecipe, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> CausalLM:

@@ -30,6 +30,7 @@ from bfpo.model.router_loss import router_loss_weight, scores_and_router_loss
 from bfpo.model.selective import disable_dropout, select_parameters
 from bfpo.model.vocabulary import check_token_ids
 from bfpo.training.batches import Batch, Collator, KeyDataset
+from bfpo.training.callbacks import Pauses
 from bfpo.training.checkpoints import (
     CompletionMark,
     adapter_scales,
@@ -139,6 +140,9 @@ class StreamTrainer(Trainer, ABC):
         self.plan = StreamPlan(main, buffer, batch_size, args.seed if args.data_seed is None else args.data_seed)
         self.add_callback(CompletionMark(self.resume_settings, keep=args.save_total_limit))
         args.save_total_limit = None
+        # Last, so that a save includes the mark.
+        self._pauses = Pauses()
+        self.add_callback(self._pauses)
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._found: Path | None = None
         self._finite_loss, self._has_stepped, self._is_resuming = FiniteLossCheck(), False, False
@@ -493,7 +497,8 @@ class StreamTrainer(Trainer, ABC):
             logs["bfpo/clip_fraction"] = float(self._clipped_steps) / max(self._steps_since_log, 1)
             self._clipped_steps, self._steps_since_log = torch.zeros_like(self._clipped_steps), 0
             tokens = self.accelerator.reduce(torch.tensor(float(self._tokens_since_log), device=self.args.device))
-            logs["tokens_per_second"] = float(tokens) / (time.monotonic() - self._last_log)
+            seconds = time.monotonic() - self._last_log - self._pauses.take()
+            logs["tokens_per_second"] = float(tokens) / seconds
             self._tokens_since_log, self._last_log = 0, time.monotonic()
         super().log(logs, start_time)
 
