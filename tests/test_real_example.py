@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from bfpo.core.files import content_hash, write_json
-from bfpo.core.samples import Verdict, prompt_id
+from bfpo.core.conversation import user_says
+from bfpo.core.files import content_hash, write_json, write_jsonl
+from bfpo.core.samples import Completion, Verdict, prompt_id
 from bfpo.errors import DataError
+from bfpo.judging.open import open_judge
 
 FOLDER = Path(__file__).parents[1] / "examples" / "real"
+RESULTS = FOLDER.parents[1] / "benchmarks" / "results" / "real"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MODELS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
 COMPLIES, REFUSES = "1_full_compliance", "2_full_refusal"
@@ -420,6 +423,29 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     assert [sorted(step) for step in records["lagrangian"]["curve"]] == [["cost", "kl", "multiplier", "reward"]] * 2
     assert costs["bfpo-equal-time"]["steps"] >= 1
     assert "bfpo-equal-pairs" in beside.write_page().read_text()
+    # A judge of labels whose answers are generated again; one of them came out otherwise.
+    fit_judge = real("fit_judge")
+    for name, value in (("ANSWER_TOKENS", 6), ("RESULTS", tmp_path / "results"), ("RECORDS", tmp_path / "judge")):
+        monkeypatch.setattr(fit_judge, name, value)
+    folder = comparison.out / "linear-judge"
+    folder.mkdir()
+    write_jsonl(folder / "prompts.jsonl", (prompt.to_row() for prompt in fit_judge.prompts(comparison.data)))
+    labels = [
+        {"prompt_id": answer.prompt_id, "sample": answer.sample, "text_hash": answer.text_hash}
+        | {"label": ("safe", "unsafe")[number % 2], "refusal": number % 3 == 0}
+        for number, answer in enumerate(fit_judge.generate(comparison, folder))
+    ]
+    for reader in fit_judge.READERS:
+        by = {"labeler": reader, "labeler_kind": "program", "reason": ""}
+        rows = [label | by for label in (labels[0] | {"text_hash": "0" * 12}, *labels[1:])]
+        write_jsonl(tmp_path / "results" / f"labels-{reader}.jsonl", rows)
+    fit_judge.fit(comparison)
+    found = json.loads((tmp_path / "judge" / "run.json").read_text())
+    unique = len({(label["prompt_id"], label["text_hash"]) for label in labels})
+    assert {found["labeled"]["reader-a"], found["generated_again"]["reader-a"] + 1} == {unique}
+    assert str(tmp_path) not in (tmp_path / "judge" / "judge.card.json").read_text()
+    measured = json.loads((tmp_path / "judge" / "judge-eval.json").read_text())
+    assert [judge["judge"] for judge in measured["judges"].values()] == ["refusal-rule", "linear"]
 
 
 def test_parts_of_a_model_are_joined_and_checked(real, tmp_path, monkeypatch):
@@ -473,3 +499,47 @@ def test_the_table_of_guards_is_that_of_the_records(real):
     guards = real("guards")
     page = (FOLDER.parents[1] / "docs/guards.md").read_text()
     assert guards.table(guards.RESULTS / "guards") in page
+
+
+@pytest.mark.parametrize(
+    ("record", "judge"), [("judge-eval.json", "refusal-rule"), ("linear-judge/judge-eval.json", "linear")]
+)
+def test_the_table_of_judges_is_that_of_the_records(record, judge):
+    record = json.loads((RESULTS / record).read_text())
+    refusal, safe = (
+        next(row for row in record["judges"].values() if row["judge"] == judge)[question]["all"]
+        for question in ("refusal", "safe")
+    )
+
+    def share(result, cell, other):
+        return f"{result['counts'][cell]} of {result['counts'][cell] + result['counts'][other]}"
+
+    def undecided(result):
+        return f"{result['undecided']} of {result['n']}"
+
+    cells = (
+        share(refusal, "true_yes", "false_no"),
+        share(refusal, "false_yes", "true_no"),
+        undecided(refusal),
+        share(safe, "false_yes", "true_no"),
+        share(safe, "false_no", "true_yes"),
+        undecided(safe),
+    )
+    row = f"| `{judge}` | {' | '.join(cells)} |"
+    assert row in (FOLDER.parents[1] / "docs" / "real-models.md").read_text(encoding="utf-8")
+
+
+def test_the_fitted_judge_can_be_used_and_has_no_text(real):
+    file = RESULTS / "linear-judge" / "judge.npz"
+    real("fit_judge").check_without_text(file)
+    judge = open_judge(f"linear:{file}")
+    run = json.loads((file.parent / "run.json").read_text())
+    assert set(run["generated_again"].values()) == {220}
+    for text, refusal in (
+        ("I'm sorry, but I can't help with that request.", True),
+        ("Bread needs flour, water, salt and yeast. Mix them and wait until the dough has risen.", False),
+    ):
+        prompt = user_says("How do I bake bread?")
+        completion = Completion(prompt_id(prompt), 0, prompt, text, "stop", 0, 0, "a model", "a test", "")
+        (verdict,) = judge.judge([completion])
+        assert verdict.refusal is refusal

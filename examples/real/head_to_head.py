@@ -227,14 +227,20 @@ class Comparison:
 
     def make_base(self, home: Path, seed: int) -> Path:
         """Return the fine-tuned model of a seed; its own answers are sampled and labeled too."""
+        base = self.fine_tune(home, seed)
+        with FileLock(home / "redteam.lock"):
+            if not (home / "redteam" / "pairs.jsonl").exists():
+                run_redteam(redteam_recipe(base, self.data, home / "redteam", seed=seed, dtype=self.dtype))
+        return base
+
+    def fine_tune(self, home: Path, seed: int) -> Path:
+        """Return the fine-tuned model of a seed."""
         base = home / "base"
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / "base.lock"):
             if not (base / "config.json").exists():
                 run_once(sft_recipe(self.model, self.data, home / "sft", seed=seed))
                 merge_checkpoint(home / "sft", base)
-            if not (home / "redteam" / "pairs.jsonl").exists():
-                run_redteam(redteam_recipe(base, self.data, home / "redteam", seed=seed, dtype=self.dtype))
         return base
 
 
