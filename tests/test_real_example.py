@@ -18,6 +18,7 @@ import pytest
 
 from bfpo.core.conversation import user_says
 from bfpo.core.files import content_hash, write_json, write_jsonl
+from bfpo.core.pairs import CELLS
 from bfpo.core.samples import Completion, Verdict, prompt_id
 from bfpo.errors import DataError
 from bfpo.judging.open import open_judge
@@ -481,6 +482,33 @@ def test_the_tables_of_the_comparison_are_those_of_the_records(real, tmp_path, m
         summarize.main()
     after = {path.name: path.read_text() for path in (summarize.PAGE, *summarize.FOLDER.glob("comparison*.md"))}
     assert after == before
+
+
+def test_methods_that_order_pairs_differently_are_told(real):
+    safe_first = {"loss": {"name": "dpo", "beta": 0.1}, "labels": {"from": "safety"}}
+    methods = {
+        "bfpo": {"loss": {"name": "bfpo", "beta": 0.05}},
+        "dpo": {"loss": {"name": "dpo", "beta": 0.1}},
+        "dpo_safe_first": safe_first,
+        "safe_dpo": {"loss": {"name": "safe_dpo", "beta": 0.1}},
+    }
+    counts = {
+        1: dict(zip(CELLS, (1, 10, 100, 1000), strict=True)),
+        2: dict(zip(CELLS, (2, 20, 200, 2000), strict=True)),
+    }
+    pairs = real("pair_order").compare_orders(counts, {name: {"changes": method} for name, method in methods.items()})
+    assert pairs["prefers_more_helpful"] == {
+        "bfpo": {"ss": True, "su": True, "us": False, "uu": False},
+        "dpo": {"ss": True, "su": True, "us": True, "uu": True},
+        "dpo_safe_first": {"ss": True, "su": True, "us": False, "uu": True},
+        "safe_dpo": {"ss": True, "su": True, "us": False, "uu": None},
+    }
+    assert pairs["ordered_differently"]["bfpo"] == {
+        "bfpo": [0, 0],
+        "dpo": [1100, 2200],
+        "dpo_safe_first": [1000, 2000],
+        "safe_dpo": [0, 0],
+    }
 
 
 def test_the_tables_of_rl_are_those_of_the_records(real):

@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from pair_order import compare_orders
 from pretrained import MODELS
 
 from bfpo.core.files import write_json, write_text
+from bfpo.core.pairs import CELLS
 from bfpo.evaluation.comparisons import verdict_on
 from bfpo.stats.intervals import Interval, holm, t_interval
 from bfpo.stats.judge_error import JudgeErrors, corrected_rate
@@ -323,6 +325,32 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def pair_tables(pairs: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """Return the tables of pairs by cell, and of those that two methods order differently, by `compare_orders`."""
+    counts = [[seed, *(str(by_cell[cell]) for cell in CELLS)] for seed, by_cell in pairs["counts"].items()]
+    differing = pairs["ordered_differently"]
+    orders = [
+        [titles[one], *("" if one == other else _range(numbers) for other, numbers in others.items())]
+        for one, others in differing.items()
+    ]
+    dropped = [
+        f"{titles[name]} drops {', '.join(f'`{cell}`' for cell, order in cells.items() if order is None)}"
+        for name, cells in pairs["prefers_more_helpful"].items()
+        if None in cells.values()
+    ]
+    return (
+        "## Pairs\n\nOf the main stream, by cell: the more helpful answer is safe (s) or unsafe (u), then the other "
+        f"one.\n\n{_table(['seed', *CELLS], counts)}\n\nPairs that two methods order differently, from the fewest to "
+        f"the most over seeds. Pairs that one of them drops don't count: {'; '.join(dropped) or 'none does'}.\n\n"
+        f"{_table(['', *(titles[name] for name in differing)], orders)}\n"
+    )
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def tuning_table(folder: Path, titles: Mapping[str, str]) -> str:
     """Return the counts of all units on development prompts: the trials of tuning, and the variants."""
     rows = []
@@ -389,8 +417,12 @@ def main() -> None:
     errors = read_errors(FOLDER / "judge-eval.json")
     tasks = json.loads((FOLDER / "test-tasks.json").read_text(encoding="utf-8"))
     metrics = (*METRICS, *task_metrics(tasks))
-    summary = summarize(read_records(units, "test"), against, errors, metrics)
+    records = read_records(units, "test")
+    summary = summarize(records, against, errors, metrics)
     text = as_markdown(summary, titles, f"Comparison on {model}", metrics)
+    counts = {seed: record["training"]["data"]["train"]["main"] for seed, record in records[against].items()}
+    summary["pairs"] = compare_orders(counts, protocol["methods"])
+    text += f"\n{pair_tables(summary['pairs'], titles)}"
     if attacked := read_records(units, "attacked"):
         of_attacks = attack_metrics(record for by_seed in attacked.values() for record in by_seed.values())
         summary["attacked"] = summarize(attacked, against, metrics=of_attacks)
