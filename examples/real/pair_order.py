@@ -45,12 +45,12 @@ def compare_orders(counts: Mapping[int, Mapping[Cell, int]], methods: Mapping[st
     orders = {name: preferred(method["changes"]) for name, method in methods.items()}
     seeds = sorted(counts)
 
-    def differing(one: str, other: str) -> list[int]:
-        cells = [cell for cell in CELLS if {orders[one][cell], orders[other][cell]} == {True, False}]
+    def differing(first: str, second: str) -> list[int]:
+        cells = [cell for cell in CELLS if {orders[first][cell], orders[second][cell]} == {True, False}]
         return [sum(counts[seed][cell] for cell in cells) for seed in seeds]
 
     return {
         "counts": {str(seed): dict(counts[seed]) for seed in seeds},
         "prefers_more_helpful": orders,
-        "ordered_differently": {one: {other: differing(one, other) for other in methods} for one in methods},
+        "ordered_differently": {first: {second: differing(first, second) for second in methods} for first in methods},
     }

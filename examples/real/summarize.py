@@ -330,8 +330,8 @@ def pair_tables(pairs: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     counts = [[seed, *(str(by_cell[cell]) for cell in CELLS)] for seed, by_cell in pairs["counts"].items()]
     differing = pairs["ordered_differently"]
     orders = [
-        [titles[one], *("" if one == other else _range(numbers) for other, numbers in others.items())]
-        for one, others in differing.items()
+        [titles[name], *("" if name == other else _range(numbers) for other, numbers in others.items())]
+        for name, others in differing.items()
     ]
     dropped = [
         f"{titles[name]} drops {', '.join(f'`{cell}`' for cell, order in cells.items() if order is None)}"
