@@ -3,6 +3,7 @@
     python benchmarks/data_scale.py                  # up to 10,000,000 rows and 1,000,000 tokenized pairs
     python benchmarks/data_scale.py --rows 1e4 1e5   # other sizes
     python benchmarks/data_scale.py --quick          # a check of the script, in seconds; writes nothing
+    python benchmarks/data_scale.py --docs           # only the tables and the figure of docs/scaling.md
 
 Writes `benchmarks/results/data_scale.json` and `docs/data_scale.svg`. Every measurement runs in a process of its own,
 because peak memory is measured per process, and is kept in `--folder`: the same command goes on where it was stopped.
@@ -36,6 +37,8 @@ TOKENS = (60, 120, 120)
 MAIN = 0.7
 # Sizes, and how often they are measured.
 ROWS = {10_000: 5, 100_000: 5, 1_000_000: 3, 10_000_000: 1}
+LARGER = 100_000_000
+"""Size that the largest measured ones are extrapolated to."""
 PLANS = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 # Phases of preparing, each needs those before it.
 PREPARING = ("read", "write", "read again")
@@ -282,7 +285,32 @@ def tables(results: list[dict[str, Any]], exponents: dict[str, Any]) -> str:
         for result in results
         if result["phase"] == "plan"
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_at_larger_size(results)]) + "\n"
+
+
+def _at_larger_size(results: list[dict[str, Any]]) -> list[str]:
+    """Return the table of what 10⁸ rows would need: seconds by proportion, memory by what more rows added."""
+    lines = [
+        "10⁸ rows, by proportion to the largest size (not run):",
+        "",
+        "| phase | CPU time | memory, all processes |",
+        "| --- | ---: | ---: |",
+    ]
+    for phase in ("read", "write", "first start", "start again"):
+        by_size: dict[int, list[dict[str, Any]]] = defaultdict(list)
+        for result in results:
+            if result["phase"] == phase:
+                by_size[result["rows"]].append(result)
+        before, last = sorted(by_size)[-2:]
+        seconds = float(np.mean([result["cpu_seconds"] for result in by_size[last]])) * LARGER / last
+        peaks = [max(result["peak_bytes"] for result in by_size[size]) for size in (before, last)]
+        grown = peaks[1] + (peaks[1] - peaks[0]) / (last - before) * (LARGER - last)
+        time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+        lines.append(f"| {phase} | {time} | {grown / 1e9:.0f} GB |")
+    tokens, rows = next(
+        (result["tokens"], result["rows"]) for result in reversed(results) if result["phase"] == "start again"
+    )
+    return [*lines, f"| token ids, on disk | | {4 * tokens / rows * LARGER / 1e9:.0f} GB |"]
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -301,8 +329,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             means = [np.mean([result[name] for result in of if result["rows"] == size]) / scale for size in sizes]
             axis.plot(sizes, means, "o-", label=phase, markersize=4)
     axes[0].set(xscale="log", yscale="log", xlabel="rows", ylabel="CPU seconds", title="Time")
-    axes[1].set(xscale="log", xlabel="rows", ylabel="GiB", title="Peak memory", ylim=(0, None))
     axes[1].axhline(2, color="gray", linestyle=":", linewidth=1)
+    axes[1].set(xscale="log", xlabel="rows", ylabel="GiB", title="Peak memory", ylim=(0, 2.2))
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -329,6 +357,7 @@ def main() -> None:
     parser.add_argument("--rows", type=float, nargs="+", default=list(map(float, ROWS)))
     parser.add_argument("--max-tokenized", type=float, default=1e6, help="largest size that is tokenized, too")
     parser.add_argument("--quick", action="store_true", help="small sizes; write nothing")
+    parser.add_argument("--docs", action="store_true", help="only write docs/scaling.md from the results")
     parser.add_argument("--cores", type=int, help="number of processes that read; default all cores")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bfpo-data-scale")
     parser.add_argument("--measure", nargs=2, metavar=("PHASE", "SIZE"), help=argparse.SUPPRESS)
@@ -336,6 +365,9 @@ def main() -> None:
     if options.measure:
         phase, size = options.measure[0], int(options.measure[1])
         print(json.dumps(MEASUREMENTS[phase](options.folder, size, phase, options.cores)))
+        return
+    if options.docs:
+        write_page(json.loads(RESULTS.read_text())["measured"])
         return
     if options.quick:
         with tempfile.TemporaryDirectory() as folder:
@@ -360,6 +392,11 @@ def main() -> None:
             "exponents": summarize(results),
         },
     )
+    write_page(results)
+
+
+def write_page(results: list[dict[str, Any]]) -> None:
+    """Write the tables of docs/scaling.md, and its figure."""
     draw(results, FIGURE)
     before, start, rest = PAGE.read_text().partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])

@@ -333,6 +333,11 @@ def test_the_whole_job_resumes_and_ends_in_a_page(real, published, tmp_path, mon
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")} == finished
     summary = json.loads((out / "summary.json").read_text())
     assert summary["runs"]["bfpo-lora"]["against"][0]["run"] == "sft"
+    # The policy was asked before and after training.
+    probe = summary["runs"]["bfpo-lora"]["probe"]
+    assert all(probe[kind]["prompts"] > 0 for kind in ("harmful", "benign"))
+    # That of the page, which was stopped, too.
+    assert len(summary["minutes"]) == 10
     assert not any("sorry" in json.dumps(run) for run in summary["runs"].values())
     text = page.read_text()
     for name in ("sft", "original", "bfpo-lora", "bfpo-down-proj"):

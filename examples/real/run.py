@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from bfpo.errors import BfpoError
 from bfpo.evaluation.pipeline import run_eval
 from bfpo.evaluation.results import read_results
 from bfpo.experiments.steps import run_once
+from bfpo.generation.in_process import likeliest_answers
 from bfpo.model.merge import merge_checkpoint
 from bfpo.redteam.run import run_redteam
 from bfpo.report.html import write_report
@@ -43,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 """Changes to the training recipe: a new adapter, or the down projections of all layers."""
+MINUTES = "minutes.json"
+"""File of the minutes of each stage."""
 NOTE = (
     "One training run of each, greedy answers of at most 64 tokens. Refusals are recognized by their words: a "
     "harmful prompt counts as answered safely only if it is refused. Intervals are over held-out prompts and don't "
@@ -60,11 +64,11 @@ def run(data: Path | None, model: Path | None, out: Path, *, seed: int) -> Path:
         seed: Seed of every training and of the answers in red-teaming.
     """
     splits, redteam, base = out / "data", out / "redteam", out / "sft"
-    log = out / "real.log"
-    with _stage("published prompts, pairs and labels, split by prompt", log):
+    stage = partial(_stage, out)
+    with stage("published prompts, pairs and labels, split by prompt"):
         files = Files(data, out / "downloads")
         write_splits(files.paths, splits)
-    with _stage("the model", log):
+    with stage("the model"):
         start = model or out / "model"
         if model is None:
             import_model(start)
@@ -82,29 +86,32 @@ def run(data: Path | None, model: Path | None, out: Path, *, seed: int) -> Path:
             )
         )
 
-    with _stage("answers of the model as it is", log):
+    with stage("answers of the model as it is"):
         evaluate(start, "original", compare=False)
-    with _stage("fine-tuning on safe answers", log):
+    with stage("fine-tuning on safe answers"):
         if not (base / "config.json").exists():
             run_once(sft_recipe(start, splits, out / "sft-adapter", seed=seed))
             merge_checkpoint(out / "sft-adapter", base)
         evaluate(base, "sft", compare=False)
-    with _stage("red-teaming: pairs from its own answers", log):
+    with stage("red-teaming: pairs from its own answers"):
         run_redteam(redteam_recipe(base, splits, redteam, seed=seed))
     for name, changes in METHODS.items():
-        with _stage(f"preference training: {name}", log):
+        with stage(f"preference training: {name}"):
             folder = out / "runs" / name
-            run_once(train_recipe(base, pair_sources(splits, redteam), folder, seed=seed, changes=changes))
-        with _stage(f"answers of {name}", log):
+            recipe = train_recipe(base, pair_sources(splits, redteam), folder, seed=seed, changes=changes)
+            run_once(recipe, answers=likeliest_answers)
+        with stage(f"answers of {name}"):
             evaluate(folder, name, compare=True)
-    with _stage("the page", log):
+    with stage("the page"):
         runs = [out / "runs" / name for name in ("sft", "original", *METHODS)]
         options = ("" if data is None else " DATA=FOLDER") + ("" if model is None else " MODEL=FOLDER")
-        write_json(out / "summary.json", summarize(runs, files, f"make real{options}", seed=seed))
+        write_json(out / "summary.json", summarize(runs, files, f"make real{options}", _minutes(out), seed=seed))
         return write_report(out, runs, title="BFPO on SmolLM2-135M-Instruct", note=NOTE)
 
 
-def summarize(runs: list[Path], files: Files, command: str, *, seed: int) -> dict[str, Any]:
+def summarize(
+    runs: list[Path], files: Files, command: str, minutes: dict[str, float], *, seed: int
+) -> dict[str, Any]:
     """Return the numbers of all runs without any text, for a results file."""
     content: dict[str, Any] = {
         "schema": 1,
@@ -113,13 +120,14 @@ def summarize(runs: list[Path], files: Files, command: str, *, seed: int) -> dic
         "versions": versions(),
         "hardware": hardware(),
         "data": files.hashes(),
+        "minutes": minutes,
         "runs": {},
     }
     for run in runs:
         results = read_results(run / "evaluation")
         training = json.loads((run / "run.json").read_text()) if (run / "run.json").exists() else {}
         content["runs"][run.name] = {
-            "minutes_of_training": round(training.get("wall_seconds", 0) / 60, 1),
+            "minutes_of_training": round(training["wall_seconds"] / 60, 1) if training else None,
             "pairs": training.get("data", {}).get("train"),
             "probe": training.get("probe"),
             "metrics": metric_rows(results),
@@ -129,12 +137,23 @@ def summarize(runs: list[Path], files: Files, command: str, *, seed: int) -> dic
 
 
 @contextmanager
-def _stage(name: str, log: Path) -> Iterator[None]:
+def _stage(out: Path, name: str) -> Iterator[None]:
+    """Say what is done, and add its minutes to those of earlier starts, that of a stopped one too."""
     start = time.monotonic()
     say(f"{name} ...")
-    with log_to_file(log):
-        yield
-    say(f"  done in {(time.monotonic() - start) / 60:.1f} min")
+    try:
+        with log_to_file(out / "real.log"):
+            yield
+    finally:
+        minutes = (time.monotonic() - start) / 60
+        earlier = _minutes(out)
+        write_json(out / MINUTES, earlier | {name: round(earlier.get(name, 0) + minutes, 2)})
+    say(f"  done in {minutes:.1f} min")
+
+
+def _minutes(out: Path) -> dict[str, float]:
+    file = out / MINUTES
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from bfpo.core.samples import Completion, Verdict
 from bfpo.data.load import load_pairs
 from bfpo.data.prompts import PromptSource, read_prompt_source
 from bfpo.errors import DataError, ModelError, RecipeError, Unanswered
+from bfpo.generation.in_process import likeliest_answers
 from bfpo.generation.scripted import ScriptedEngine
 from bfpo.judging import guarded_engine
 from bfpo.redteam import run as module
@@ -327,7 +328,8 @@ def test_rounds_sample_from_the_model_that_the_last_one_trained(recipe, tmp_path
     make_model(shape="nano").config.save_pretrained("m")
     open_engine = module.open_engine
 
-    def train(recipe):
+    def train(recipe, *, answers):
+        assert answers is likeliest_answers
         trained.append(recipe)
         write_json(Path(recipe.trainer["output_dir"]) / "run.json", {})
 

@@ -20,6 +20,7 @@ from bfpo.evaluation.suite import tasks_by_kind
 from bfpo.generation.in_process import load_engine
 from bfpo.testbed.oracle import Oracle
 from bfpo.testbed.world import World, WorldOptions, with_reward_margin
+from bfpo.training.probe import Answers
 from bfpo.training.run import run_training
 from bfpo.training.run_sft import run_sft
 
@@ -125,8 +126,12 @@ def is_finished(recipe: SftRecipe | TrainRecipe) -> bool:
     raise RecipeError(f"{out} holds a run of another recipe; choose another folder, or remove this one")
 
 
-def run_once(recipe: SftRecipe | TrainRecipe) -> list[Round]:
+def run_once(recipe: SftRecipe | TrainRecipe, *, answers: Answers | None = None) -> list[Round]:
     """Run a training recipe and save it next to its output folder; do nothing if the run is already finished.
+
+    Args:
+        recipe: The recipe.
+        answers: Function that lets the policy answer the prompts of `probe:`; None for no probe.
 
     Returns:
         The rounds that were run, of a training in rounds; that their limit was reached is a result.
@@ -140,7 +145,7 @@ def run_once(recipe: SftRecipe | TrainRecipe) -> list[Round]:
     write_text(out.with_name(f"{out.name}.yaml"), dump_recipe(recipe))
     if isinstance(recipe, TrainRecipe) and recipe.outer is not None:
         return run_outer(recipe, allow_unmet=True).rounds
-    run_sft(recipe) if isinstance(recipe, SftRecipe) else run_training(recipe)
+    run_sft(recipe) if isinstance(recipe, SftRecipe) else run_training(recipe, answers=answers)
     return []
 
 

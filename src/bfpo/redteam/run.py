@@ -255,9 +255,10 @@ def _rate(
 
 def _train(recipe: RedteamRecipe, model: EngineSection, paths: Sequence[Path], out: Path) -> str:
     if not (out / "run.json").exists():
+        from bfpo.generation.in_process import likeliest_answers
         from bfpo.training.run import run_training
 
-        run_training(_train_recipe(recipe, model, paths, out))
+        run_training(_train_recipe(recipe, model, paths, out), answers=likeliest_answers)
     return str(out)
 
 
