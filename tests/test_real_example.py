@@ -535,9 +535,14 @@ def test_the_table_of_guards_is_that_of_the_records(real):
 
 
 @pytest.mark.parametrize(
-    ("record", "judge"), [("judge-eval.json", "refusal-rule"), ("linear-judge/judge-eval.json", "linear")]
+    ("record", "judge", "title"),
+    [
+        ("judge-eval.json", "refusal-rule", "`refusal-rule`"),
+        ("linear-judge/judge-eval.json", "refusal-rule", "`refusal-rule`, on the linear judge's half"),
+        ("linear-judge/judge-eval.json", "linear", "`linear`"),
+    ],
 )
-def test_the_table_of_judges_is_that_of_the_records(record, judge):
+def test_the_table_of_judges_is_that_of_the_records(record, judge, title):
     record = json.loads((RESULTS / record).read_text())
     refusal, safe = (
         next(row for row in record["judges"].values() if row["judge"] == judge)[question]["all"]
@@ -558,7 +563,7 @@ def test_the_table_of_judges_is_that_of_the_records(record, judge):
         share(safe, "false_no", "true_yes"),
         undecided(safe),
     )
-    row = f"| `{judge}` | {' | '.join(cells)} |"
+    row = f"| {title} | {' | '.join(cells)} |"
     assert row in (FOLDER.parents[1] / "docs" / "real-models.md").read_text(encoding="utf-8")
 
 
