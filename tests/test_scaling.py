@@ -2,8 +2,11 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
+
+from bfpo.training.launch_plan import find_hardware
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/scaling.md").read_text()
@@ -88,6 +91,13 @@ def test_the_tables_for_seven_billion_weights_are_their_formulas():
         assert row(f"{name} | FSDP2, a pack") == [f"{share * (4 * WEIGHTS + 2 * trained):.1f} GB" for share in shares]
 
 
+def test_the_rate_of_a_cpu_is_the_measured_one():
+    groups = json.loads((ROOT / "benchmarks/results/step_speed.json").read_text())["groups"].values()
+    rate = median(rate for group in groups for rate in group["matmul_flops_per_second"]["float32"])
+    assert find_hardware("cpu", 1).flops == pytest.approx(rate, rel=0.01)
+    assert f"80 % of {rate / 1e9:.0f} GFLOP/s" in PAGE
+
+
 def test_the_memory_page_has_the_measured_ratios():
     page = (ROOT / "docs/performance.md").read_text()
     measured = json.loads((ROOT / "benchmarks/results/memory_estimate.json").read_text())["measured"]
@@ -98,3 +108,5 @@ def test_the_memory_page_has_the_measured_ratios():
     ratios = [run["ratio"] for run in measured]
     assert f"{min(ratios):.2f} to {max(ratios):.2f}" in page
     assert 0.8 <= min(ratios) <= max(ratios) <= 1.2
+    alone = [run["ratio_without_process"] for run in measured]
+    assert f"({measured[0]['process_gib']:.2f} in these runs), {min(alone):.2f} to {max(alone):.2f}" in page

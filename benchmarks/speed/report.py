@@ -124,10 +124,16 @@ def targets_table(results: dict[str, Any]) -> str:
         rows.append((label, f"≥ {min_ratio}", f"{ratio:.2f}, n = 1", verdict(ratio, min_ratio), ""))
     for group in FLOOR_GROUPS:
         shares = floor_shares(groups[group], "bfpo")
-        measured = f"{median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}), n = {len(shares)}"
+        system = groups.get(group + SYSTEM_MALLOC)
+        default = _share_range(floor_shares(system, "bfpo")) if system and "bfpo" in system["seconds"] else ""
+        measured = f"{_share_range(shares)}, n = {len(shares)}"
         label = f"{title(group)}: share of the floor, bfpo"
-        rows.append((label, f"≥ {FLOOR_TARGET:.0%}", measured, verdict(median(shares), FLOOR_TARGET), ""))
+        rows.append((label, f"≥ {FLOOR_TARGET:.0%}", measured, verdict(median(shares), FLOOR_TARGET), default))
     return markdown_table(("work", "demanded", "measured", "", "with malloc's defaults"), rows)
+
+
+def _share_range(shares: Sequence[float]) -> str:
+    return f"{median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
 
 
 def verdict(value: float, target: float) -> str:

@@ -1,13 +1,14 @@
-"""One process of a training run under FSDP2 on a CPU: `torchrun ... sharded_run.py OUT [fsdp]`.
+"""One process of a training run under FSDP2 or ZeRO-3 on a CPU: `torchrun ... sharded_run.py OUT [fsdp | zero3]`.
 
 accelerate shards on GPUs only. Here its state is changed to say that the processes shard; everything after that is
-the code that runs on GPUs: `fully_shard` on every layer, gathering, reducing.
+the code that runs on GPUs: `fully_shard` on every layer or DeepSpeed's engine, gathering, reducing.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,8 +25,12 @@ from bfpo.training.batches import Batch
 from bfpo.training.output import save_final
 
 
-def main(out: str, sharded: bool) -> None:
+def main(out: str, sharding: str | None) -> None:
     torch.set_num_threads(1)
+    if sharding == "zero3":
+        # accelerate starts DeepSpeed where it finds an accelerator with a backend; this is a CPU's.
+        backend = ("gloo", DistributedType.MULTI_CPU)
+        mock.patch.object(PartialState, "_prepare_backend", return_value=backend).start()
     create_accelerator = BFPOTrainer.create_accelerator_and_postprocess
 
     def create_sharding_accelerator(self: BFPOTrainer) -> None:
@@ -39,7 +44,7 @@ def main(out: str, sharded: bool) -> None:
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.is_fsdp_enabled = True
 
-    if sharded:
+    if sharding == "fsdp":
         mock.patch.object(BFPOTrainer, "create_accelerator_and_postprocess", create_sharding_accelerator).start()
     rows = [dict(row.values) for row in read_rows(Source(path="main.jsonl"))]
     tokenizer = new_tokenizer([text for row in rows for text in (row["chosen"], row["rejected"])], 300)
@@ -47,7 +52,7 @@ def main(out: str, sharded: bool) -> None:
     args = TrainingArguments(
         out, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=4 // world, logging_steps=1,
         optim="sgd", learning_rate=1e-4, max_grad_norm=0.0, lr_scheduler_type="constant", save_strategy="no",
-        report_to="none", use_cpu=True, disable_tqdm=True,
+        report_to="none", use_cpu=sharding != "zero3", disable_tqdm=True,
     )  # fmt: skip
     trainer = BFPOTrainer(
         new_model(NewModel(vocab_size=300), tokenizer), args, rows[:-4], eval_dataset=rows[-5:],
@@ -65,8 +70,7 @@ def main(out: str, sharded: bool) -> None:
     mock.patch.object(BFPOTrainer, "compute_loss", record).start()
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    weights = (p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters())
-    num_weights = sum(tensor.numel() for tensor in weights)
+    num_weights = sum(own_part(parameter).numel() for parameter in trainer.model.parameters())
     eval_loss = trainer.evaluate()["eval_loss"]
     save_final(trainer, Path(out))
     results = {"losses": losses, "eval_loss": eval_loss, "weights": num_weights}
@@ -74,5 +78,13 @@ def main(out: str, sharded: bool) -> None:
     Path(out, f"results-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(results))
 
 
+def own_part(parameter: Any) -> torch.Tensor:
+    """Return the part of a weight that this process holds."""
+    if hasattr(parameter, "ds_tensor"):
+        part: torch.Tensor = parameter.ds_tensor
+        return part
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], "fsdp" in sys.argv[2:])
+    main(sys.argv[1], *sys.argv[2:] or [None])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bfpo.core.files import file_hash, write_jsonl
+from bfpo.core.files import file_hash, write_json, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -160,13 +160,11 @@ def test_the_largest_losses_are_those_of_all_processes(recipe):
     assert losses(Path("runs/several")) == pytest.approx(losses(Path("runs/one")), rel=1e-5)
 
 
-def test_sharded_weights_give_the_numbers_of_one_process(recipe):
-    script = str(Path(__file__).with_name("sharded_run.py"))
-    subprocess.run([sys.executable, script, "one"], check=True, capture_output=True)
-    subprocess.run(launched(2, script, "two", "fsdp"), check=True, capture_output=True, timeout=120)
+def check_shards():
+    """Check that two processes, `two`, made the numbers of one, `one`, each with half of the weights."""
     files = ("one/results-0.json", "two/results-0.json", "two/results-1.json")
     single, *ranks = (json.loads(Path(file).read_text()) for file in files)
-    # fully_shard splits every weight in two, and both processes make the same number of passes.
+    # Both processes make the same number of passes.
     assert [rank["weights"] for rank in ranks] == [single["weights"] / 2] * 2
     assert ranks[0]["passes"] == ranks[1]["passes"]
     assert ranks[0]["fillers"] + ranks[1]["fillers"] > 0 == single["fillers"]
@@ -178,6 +176,33 @@ def test_sharded_weights_give_the_numbers_of_one_process(recipe):
     sharded = load_file("two/model.safetensors")
     for name, tensor in load_file("one/model.safetensors").items():
         assert (sharded[name] - tensor).norm() <= 1e-6 * tensor.norm()
+
+
+def test_sharded_weights_give_the_numbers_of_one_process(recipe):
+    script = str(Path(__file__).with_name("sharded_run.py"))
+    subprocess.run([sys.executable, script, "one"], check=True, capture_output=True)
+    subprocess.run(launched(2, script, "two", "fsdp"), check=True, capture_output=True, timeout=120)
+    check_shards()
+
+
+def test_weights_sharded_by_deepspeed_give_the_numbers_of_one_process(recipe):
+    pytest.importorskip("deepspeed", reason="pip install deepspeed")
+    # Weights as small as these would stay whole.
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    from_the_run = ("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "train_batch_size")
+    config = {"zero_optimization": zero, **dict.fromkeys((*from_the_run, "gradient_clipping"), "auto")}
+    write_json(Path("zero3.json"), config)
+    script = str(Path(__file__).with_name("sharded_run.py"))
+    subprocess.run([sys.executable, script, "one"], check=True, capture_output=True)
+    settings = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero3.json"}
+    subprocess.run(
+        launched(2, script, "two", "zero3"),
+        check=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", **settings},
+    )
+    check_shards()
 
 
 def test_a_run_resumes_only_with_the_same_number_of_processes(recipe):

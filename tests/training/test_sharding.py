@@ -70,3 +70,12 @@ def test_weights_that_are_partitioned_already_are_refused():
     model.weight.ds_id = 0
     with pytest.raises(RecipeError, match="ZeRO-3 partitioned the weights"):
         check_sharding(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=None)), model)
+
+
+def test_a_limit_of_deepspeeds_own_is_refused():
+    def state(**config):
+        return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)))
+
+    check_sharding(state(gradient_clipping=0.5), torch.nn.Linear(1, 1))
+    with pytest.raises(RecipeError, match='add "gradient_clipping": "auto"'):
+        check_sharding(state(train_batch_size=8), torch.nn.Linear(1, 1))

@@ -50,7 +50,7 @@ HARDWARE = {
     # nvidia.com, "Ada GPU architecture" white paper, RTX 4090: 165.2 TFLOPS with float32 accumulation; 24 GB.
     "rtx4090": Hardware(165e12, 24e9, _GPU_SHARE, _GPU_SOURCE),
     # A thread of a server CPU in float32, and this project's share of it: docs/performance.md.
-    "cpu": Hardware(92e9, 0, 0.8, "one thread of a server CPU and models of 9 to 25 M weights, docs/performance.md"),
+    "cpu": Hardware(87e9, 0, 0.8, "one thread of a server CPU and models of 9 to 25 M weights, docs/performance.md"),
 }
 """Name → device. Gigabytes are 10⁹ bytes; what devices have beyond that is room for fragmentation."""
 

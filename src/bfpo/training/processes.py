@@ -100,6 +100,12 @@ def check_sharding(accelerator: Accelerator, model: nn.Module) -> None:
             "ZeRO-3 partitioned the weights while the model was loaded; load the model before creating the training "
             "arguments"
         )
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None and "gradient_clipping" not in deepspeed.deepspeed_config:
+        raise RecipeError(
+            "DeepSpeed's configuration file has no gradient_clipping, and DeepSpeed would then clip at a limit of its "
+            'own; add "gradient_clipping": "auto", which takes trainer.max_grad_norm'
+        )
 
 
 def equal_packs(accelerator: Accelerator, packs: list[Batch], *, sharded: bool) -> list[Batch]:
