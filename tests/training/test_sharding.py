@@ -77,5 +77,5 @@ def test_a_limit_of_deepspeeds_own_is_refused():
         return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config)))
 
     check_sharding(state(gradient_clipping=0.5), torch.nn.Linear(1, 1))
-    with pytest.raises(RecipeError, match='add "gradient_clipping": "auto"'):
+    with pytest.raises(RecipeError, match='"gradient_clipping": "auto"'):
         check_sharding(state(train_batch_size=8), torch.nn.Linear(1, 1))

@@ -103,8 +103,8 @@ def check_sharding(accelerator: Accelerator, model: nn.Module) -> None:
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     if deepspeed is not None and "gradient_clipping" not in deepspeed.deepspeed_config:
         raise RecipeError(
-            "DeepSpeed's configuration file has no gradient_clipping, and then DeepSpeed clips at a limit of its own; "
-            'add "gradient_clipping": "auto", which takes trainer.max_grad_norm'
+            "DeepSpeed's configuration file has no gradient_clipping, so DeepSpeed clips at a limit of its own; add "
+            '"gradient_clipping": "auto", which takes trainer.max_grad_norm'
         )
 
 
