@@ -130,6 +130,7 @@ def summarize(
             "minutes_of_training": round(training["wall_seconds"] / 60, 1) if training else None,
             "pairs": training.get("data", {}).get("train"),
             "probe": training.get("probe"),
+            "held_out_pairs": training.get("evaluation"),
             "metrics": metric_rows(results),
             "against": comparison_rows(results),
         }
