@@ -47,7 +47,11 @@ def test_a_part_has_a_process_of_its_own_that_is_stopped(tmp_path):
     assert "| bf16 |" in gpu.markdown(results)
     stopped = gpu.in_own_process("cache", 1, dry=True)
     assert (stopped["failed"], stopped["cases"]) == ("stopped: time", {})
+    # A dry run writes nothing, and what a GPU's run writes are these two files.
     assert not (tmp_path / "gpu.json").exists()
+    gpu.write(results, tmp_path / "gpu.json")
+    assert json.loads((tmp_path / "gpu.json").read_text()) == results
+    assert (tmp_path / "gpu.md").read_text() == gpu.markdown(results)
 
 
 def test_a_case_that_fails_or_has_no_time_does_not_stop_the_others(monkeypatch):
