@@ -489,6 +489,30 @@ def test_the_tables_of_the_comparison_are_those_of_the_records(real, tmp_path, m
     assert after == before
 
 
+def test_the_table_of_the_whole_job_is_that_of_its_record():
+    runs = json.loads((RESULTS / "make_real.json").read_text())["runs"]
+    page = (FOLDER.parents[1] / "docs" / "real-models.md").read_text(encoding="utf-8")
+    titles = {
+        "original": "as published",
+        "sft": "fine-tuned on safe answers",
+        "bfpo-lora": "then BFPO, LoRA",
+        "bfpo-down-proj": "then BFPO, `down_proj`",
+    }
+    columns = (
+        ("harmful", "safety"),
+        ("lookalike", "over_refusal"),
+        ("benign", "over_refusal"),
+        ("benign", "helpfulness"),
+    )
+    for name, title in titles.items():
+        metrics = {(metric["task"], metric["metric"]): metric for metric in runs[name]["metrics"]}
+        cells = [
+            f"{metric['value']:.2f} [{metric['low']:.2f}, {metric['high']:.2f}]"
+            for metric in (metrics[column] for column in columns)
+        ]
+        assert f"| {title} | {' | '.join(cells)} |" in page
+
+
 def test_methods_that_order_pairs_differently_are_told(real):
     safe_first = {"loss": {"name": "dpo", "beta": 0.1}, "labels": {"from": "safety"}}
     methods = {
