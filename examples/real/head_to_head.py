@@ -187,7 +187,7 @@ class Comparison:
             # The methods of a seed share the reference's log-probabilities; held-out pairs are scored below.
             changes=method["changes"]
             | {"reference": "cache", "cache_dir": str(home / "reference"), "eval": [], "probe": None}
-            | {"trainer": {"learning_rate": unit.learning_rate}},
+            | {"trainer": {"learning_rate": unit.learning_rate, **method["changes"].get("trainer", {})}},
         )
         run_once(recipe)
         # Checkpoints, which would fill the disk.
