@@ -188,6 +188,11 @@ def test_generation_is_as_fast_as_its_page_says():
             f"≥ {cell['target']}",
         )
         assert f"| {' | '.join(columns)} |" in page
+    cells = results["measured"].values()
+    # 1.615 is a little less in binary.
+    medians = " and ".join(f"{cell['median_wall_ratio'] + 1e-9:.2f}" for cell in cells)
+    wall = [round_["wall_ratio"] for cell in cells for round_ in cell["rounds"]]
+    assert f"By the clock the medians were {medians}, with rounds from {min(wall):.2f} to {max(wall):.2f}." in page
 
 
 def test_the_transfer_of_the_linear_judge_in_the_docs_is_the_result():
