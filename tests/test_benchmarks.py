@@ -268,6 +268,9 @@ def test_the_page_tells_what_was_measured_around_the_step():
     per_second = judge["answers_per_cpu_second"]
     assert f"{judge['answers']:,} answers of XSTest" in section
     assert f"{per_second['after']:,} answers a CPU second |" in section
+    judging = (ROOT / "docs" / "judging.md").read_text()
+    assert f"fits the `linear` judge in {judge['cpu_seconds']['after']['fit'][0]:.0f} CPU seconds" in judging
+    assert f"about {round(per_second['after'], -2):,} answers per CPU second" in judging
     assert f"page of {report['runs']} runs of {report['prompts']:,} prompts" in section
     seconds, peak = statistics.median(report["cpu_seconds"]), report["peak_bytes"] / 2**20
     assert f"{seconds:.0f} CPU seconds, {peak:.0f} MiB" in section

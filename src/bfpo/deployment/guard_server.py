@@ -74,6 +74,7 @@ class _Desk:
                 put(self._model.answer(request, put))
             except RefusedRequest as error:
                 put(error)
+            # Not narrower: whatever fails, the client gets an answer, and the server goes on.
             except Exception as error:
                 _report(error)
                 put(RefusedRequest("internal error", status=500, code="internal_error"))
