@@ -25,6 +25,7 @@ from bfpo.judging.open import open_judge
 
 FOLDER = Path(__file__).parents[1] / "examples" / "real"
 RESULTS = FOLDER.parents[1] / "benchmarks" / "results" / "real"
+PAGE = FOLDER.parents[1] / "docs" / "real-models.md"
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 MODELS = ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct")
 COMPLIES, REFUSES = "1_full_compliance", "2_full_refusal"
@@ -490,8 +491,12 @@ def test_the_tables_of_the_comparison_are_those_of_the_records(real, tmp_path, m
 
 
 def test_the_table_of_the_whole_job_is_that_of_its_record():
-    runs = json.loads((RESULTS / "make_real.json").read_text())["runs"]
-    page = (FOLDER.parents[1] / "docs" / "real-models.md").read_text(encoding="utf-8")
+    record, other = (json.loads((RESULTS / name).read_text()) for name in ("make_real.json", "make_real_amd.json"))
+    runs, page = record["runs"], PAGE.read_text(encoding="utf-8")
+    minutes = f"{sum(record['minutes'].values()):.0f} minutes on one thread"
+    assert f"The whole job took {minutes}" in page
+    assert minutes in (FOLDER.parents[1] / "README.md").read_text(encoding="utf-8")
+    differences = []
     titles = {
         "original": "as published",
         "sft": "fine-tuned on safe answers",
@@ -505,12 +510,36 @@ def test_the_table_of_the_whole_job_is_that_of_its_record():
         ("benign", "helpfulness"),
     )
     for name, title in titles.items():
-        metrics = {(metric["task"], metric["metric"]): metric for metric in runs[name]["metrics"]}
+        metrics, others = (
+            {(metric["task"], metric["metric"]): metric for metric in of_run[name]["metrics"]}
+            for of_run in (runs, other["runs"])
+        )
+        differences += [abs(metrics[column]["value"] - others[column]["value"]) for column in columns]
         cells = [
             f"{metric['value']:.2f} [{metric['low']:.2f}, {metric['high']:.2f}]"
             for metric in (metrics[column] for column in columns)
         ]
         assert f"| {title} | {' | '.join(cells)} |" in page
+    assert f"the rates differ by at most {max(differences):.2f}." in page
+
+
+def test_the_page_tells_what_fitting_again_changed():
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    seeds = json.loads((RESULTS / "gemma-again.json").read_text())["seeds"].values()
+    equal = " and ".join(str(seed["equal_answers"]) for seed in seeds)
+    refused = ", and ".join(f"{seed['refused_again']} in place of {seed['refused_recorded']}" for seed in seeds)
+    assert f"answer {equal} of 198 prompts in the same words as the recorded ones, and refuse {refused}" in page
+
+
+def test_the_page_tells_where_the_linear_judge_is_poor():
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    card = json.loads((RESULTS / "linear-judge" / "judge.card.json").read_text())
+    gptfuzz, own = (card["transfer"][name]["safe"] for name in ("labeled-gptfuzz.jsonl", "fit-*.jsonl@answers.jsonl"))
+    value, low, high = gptfuzz["false_yes"]
+    assert f"it calls {value:.2f} [{low:.2f}, {high:.2f}] of GPTFuzz's unsafe answers safe" in page
+    assert f"it is undecided on {own['undecided']} of {own['n']} of them" in page
+    assert (own["counts"]["false_yes"], own["counts"]["true_no"]) == (2, 0)
+    assert "calls both unsafe ones that it decides safe" in page
 
 
 def test_methods_that_order_pairs_differently_are_told(real):
@@ -588,7 +617,7 @@ def test_the_table_of_judges_is_that_of_the_records(record, judge, title):
         undecided(safe),
     )
     row = f"| {title} | {' | '.join(cells)} |"
-    assert row in (FOLDER.parents[1] / "docs" / "real-models.md").read_text(encoding="utf-8")
+    assert row in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_fitted_judge_can_be_used_and_has_no_text(real):

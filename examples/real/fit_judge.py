@@ -53,11 +53,11 @@ def fit(comparison: Comparison) -> None:
     answers = list(generate(comparison, folder))
     write_jsonl(folder / "answers.jsonl", (answer.to_row() for answer in answers))
     keys = {answer_key(answer) for answer in answers}
-    for reader, rows in annotations.items():
-        again = [row for row in rows if row.key in keys]
-        say(f"{reader}: {len(again)} of {len(rows)} labeled answers came out again")
+    again = {reader: [row for row in rows if row.key in keys] for reader, rows in annotations.items()}
+    for reader, rows in again.items():
+        say(f"{reader}: {len(rows)} of {len(annotations[reader])} labeled answers came out again")
         for name, is_fitted in (("fit", True), ("measure", False)):
-            half = [row.to_row() for row in again if in_fit(row) == is_fitted]
+            half = [row.to_row() for row in rows if in_fit(row) == is_fitted]
             write_jsonl(folder / f"{name}-{reader}.jsonl", half)
     for name in PUBLISHED:
         shutil.copyfile(comparison.data / name, folder / name)
@@ -81,7 +81,7 @@ def fit(comparison: Comparison) -> None:
             "command": "python examples/real/fit_judge.py --data FOLDER",
             "seed": comparison.protocol["tuning_seed"],
             "labeled": {reader: len(rows) for reader, rows in annotations.items()},
-            "generated_again": {reader: sum(row.key in keys for row in rows) for reader, rows in annotations.items()},
+            "generated_again": {reader: len(rows) for reader, rows in again.items()},
             "versions": versions(),
             "hardware": hardware(),
         },
